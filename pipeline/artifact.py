@@ -1,0 +1,299 @@
+"""Artifacts: what a stage leaves behind, and the only way to open it.
+
+An artifact is a folder with `manifest.json`. The manifest is written last and the whole folder is renamed into place, so
+
+1. `Artifact.create(out, …)` works in `<out>.partial`, beside the final place; the previous artifact stays whole meanwhile;
+2. on success it writes the manifest (with size and checksum of every file) and renames; on failure the partial folder
+   stays, and a later `create` with the same digest finds it and resumes, with another digest it is swept;
+3. `Artifact.open(path, kind=…)` reads the manifest, checks kind, schema and the size of every file, and refuses anything
+   else with every problem at once. "The folder exists" never means "complete".
+
+The digest names what an artifact *should* contain: `sha256` over the canonical JSON of kind, schema, config and the digests
+of its inputs. It is known before the work is done; equal digests mean the stage has nothing to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sae.errors import Problem, UserError
+
+MANIFEST = "manifest.json"
+_PACKAGES = ("torch", "transformer-lens", "transformers", "zarr", "dask", "numpy", "safetensors", "pyarrow")
+
+
+def canonical_json(value: object) -> str:
+    """JSON with sorted keys and no spaces; dataclasses become objects, paths strings, tuples lists."""
+    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest_of(kind: str, schema: int, config: object, inputs: Mapping[str, str]) -> str:
+    """The name of an artifact before it exists: sha256, hexadecimal."""
+    text = canonical_json({"kind": kind, "schema": schema, "config": config, "inputs": dict(inputs)})
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A finished artifact. `summary` holds its headline numbers, `inputs` the digests of what it was made from."""
+
+    path: Path
+    kind: str
+    schema: int
+    digest: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    summary: Mapping[str, Any]
+    files: Mapping[str, Mapping[str, Any]]
+    made_by: Mapping[str, Any]
+
+    def file(self, name: str) -> Path:
+        """The path of one recorded file; a name that is not in the manifest (or leaves the folder) is refused."""
+        if name not in self.files:
+            raise UserError("the artifact has no such file", where=f"{self.path}/{name}", expected=", ".join(self.files))
+        return self.path / name
+
+    @classmethod
+    def open(cls, path: Path, *, kind: str, schema: int, mend: str | None = None) -> Artifact:
+        """Read and validate. `mend` is the command that would make it; it is part of every error raised here."""
+        path = Path(path)
+        mend = mend or f"featureflow {kind}"
+        document = _read_manifest(path, mend)
+        problems = [*_problems_of_identity(document, kind, schema), *_problems_of_files(path, document.get("files", {}))]
+        if problems:
+            raise UserError(f"{path} is not a usable {kind} artifact", problems=tuple(problems), mend=mend)
+        return cls(
+            path=path,
+            **{name: document[name] for name in ("kind", "schema", "digest", "config", "inputs", "summary", "files")},
+            made_by=document["made_by"],
+        )
+
+    @classmethod
+    def is_current(cls, path: Path, digest: str) -> bool:
+        """Whether a complete artifact with this digest lies at `path`. Never raises."""
+        try:
+            document = _read_manifest(Path(path), "")
+        except UserError:
+            return False
+        return document.get("digest") == digest and not _problems_of_files(Path(path), document.get("files", {}))
+
+    @classmethod
+    @contextmanager
+    def create(
+        cls, out: Path, *, kind: str, schema: int, config: object, inputs: Mapping[str, str]
+    ) -> Iterator[Draft]:
+        """Make an artifact: yield a Draft to fill, then write the manifest and rename. After an exception nothing at
+        `out` has changed and the partial folder waits for a resume."""
+        out = Path(out)
+        draft = Draft._begin(out, kind=kind, schema=schema, config=config, inputs=inputs)
+        yield draft
+        draft._finish(out)
+
+    def verify(self) -> None:
+        """Recompute every checksum. Raises UserError naming each damaged file."""
+        problems = [
+            Problem(what="checksum differs", where=name, expected=entry["sha256"], found=found)
+            for name, entry in self.files.items()
+            if entry.get("sha256") is not None and (found := _sha256(self.path / name)) != entry["sha256"]
+        ]
+        if problems:
+            raise UserError(f"{self.path} is damaged", problems=tuple(problems), mend=f"featureflow {self.kind} --force")
+
+
+@dataclass(kw_only=True)
+class Draft:
+    """An artifact being made. Write files under `path`; what an earlier, killed run left there may be reused.
+
+    Folders named in `externally_checked` (a Zarr store keeps checksums of its own) are recorded by size only.
+    """
+
+    path: Path
+    kind: str
+    schema: int
+    digest: str
+    config: Any
+    inputs: Mapping[str, str]
+    summary: dict[str, Any] = field(default_factory=dict)
+    externally_checked: tuple[str, ...] = ()
+    started: float = field(default_factory=time.time)
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def write_metrics(self, record: Mapping[str, float | int | str]) -> None:
+        """Append one flat record to `metrics.jsonl`."""
+        with self.metrics_path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(_plain(record)) + "\n")
+
+    @classmethod
+    def _begin(cls, out: Path, *, kind: str, schema: int, config: object, inputs: Mapping[str, str]) -> Draft:
+        digest = digest_of(kind, schema, config, inputs)
+        partial = out.with_name(out.name + ".partial")
+        marker = partial / ".digest"
+        try:
+            if partial.exists() and (not marker.is_file() or marker.read_text() != digest):
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True, exist_ok=True)
+            marker.write_text(digest)
+        except OSError as error:
+            raise UserError(
+                "cannot write here", where=str(partial), found=str(error), mend="free space or choose another --artifacts folder"
+            ) from error
+        return cls(path=partial, kind=kind, schema=schema, digest=digest, config=_plain(config), inputs=dict(inputs))
+
+    def _finish(self, out: Path) -> None:
+        (self.path / ".digest").unlink(missing_ok=True)
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        document = {
+            "kind": self.kind,
+            "schema": self.schema,
+            "digest": self.digest,
+            "config": self.config,
+            "inputs": self.inputs,
+            "summary": _plain(self.summary),
+            "files": _record_files(self.path, self.externally_checked),
+            "made_by": {**_made_by(), "seconds": round(time.time() - self.started, 3)},
+        }
+        write_text_atomically(self.path / MANIFEST, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        _replace_folder(self.path, out)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never a half."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with beside.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.replace(path)
+
+
+def _replace_folder(new: Path, place: Path) -> None:
+    """Put folder `new` at `place`. The old folder is moved aside first and removed last."""
+    old = place.with_name(place.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _read_manifest(path: Path, mend: str) -> dict[str, Any]:
+    recover_interrupted_replace(path)
+    manifest = path / MANIFEST
+    if not manifest.is_file():
+        what = "unfinished: it has no manifest" if path.exists() else "there is no artifact here"
+        raise UserError(what, where=str(path), expected=str(manifest), mend=mend)
+    try:
+        document = json.loads(manifest.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError("the manifest is not JSON", where=str(manifest), found=str(error), mend=mend) from error
+    if not isinstance(document, dict):
+        raise UserError("the manifest is not an object", where=str(manifest), found=type(document).__name__, mend=mend)
+    return document
+
+
+def recover_interrupted_replace(place: Path) -> None:
+    """A kill between the two renames of `_replace_folder` leaves only `<place>.old`: put it back."""
+    old = place.with_name(place.name + ".old")
+    if old.exists() and not place.exists():
+        old.rename(place)
+
+
+def _problems_of_identity(document: Mapping[str, Any], kind: str, schema: int) -> Iterator[Problem]:
+    required = ("kind", "schema", "digest", "config", "inputs", "summary", "files", "made_by")
+    for name in required:
+        if name not in document:
+            yield Problem(what="missing key", where=f"{MANIFEST}: {name}")
+    if document.get("kind", kind) != kind:
+        yield Problem(what="another kind of artifact", expected=kind, found=str(document["kind"]))
+    elif document.get("schema", schema) != schema:
+        yield Problem(what="written by another version", expected=f"schema {schema}", found=f"schema {document['schema']}")
+
+
+def _problems_of_files(path: Path, files: Mapping[str, Any]) -> list[Problem]:
+    root = path.resolve()
+    problems = []
+    for name, entry in files.items():
+        target = (root / name).resolve()
+        if not target.is_relative_to(root):
+            problems.append(Problem(what="a path that leaves the artifact", where=name))
+        elif not target.is_file():
+            problems.append(Problem(what="file missing", where=str(path / name)))
+        elif target.stat().st_size != entry.get("size"):
+            problems.append(
+                Problem(what="size differs", where=str(path / name), expected=str(entry.get("size")), found=str(target.stat().st_size))
+            )
+    return problems
+
+
+def _record_files(root: Path, externally_checked: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    files = {}
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        name = path.relative_to(root).as_posix()
+        if name == MANIFEST or name.endswith(".tmp"):
+            continue
+        external = any(name == prefix or name.startswith(prefix.rstrip("/") + "/") for prefix in externally_checked)
+        files[name] = {"size": path.stat().st_size, "sha256": None if external else _sha256(path)}
+    return files
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@cache
+def _made_by() -> dict[str, Any]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"versions": versions, "commit": _commit(), "command": " ".join(Path(a).name for a in sys.argv[:1]), "machine": platform.machine()}
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _plain(value: object) -> Any:
+    """Dataclasses, paths, mappings and sequences as JSON values; anything else that JSON lacks is an error."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return value.as_posix()
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    if hasattr(value, "item"):  # a NumPy or torch scalar
+        return value.item()
+    raise TypeError(f"{type(value).__name__} has no plain form")

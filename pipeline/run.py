@@ -1,0 +1,20 @@
+"""What every stage is handed besides its config and inputs: how to report, where to compute. None of it changes a result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sae.report import Metrics, Progress, discard, silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """`device` is a torch device; `scheduler` is `None` (this process), `"local"` with `n_workers`, or a Dask scheduler
+    address such as `tcp://10.0.0.1:8786`; `n_threads` is how many cores a stage may use."""
+
+    progress: Progress = field(default=silent)
+    metrics: Metrics = field(default=discard)
+    device: str = "cpu"
+    n_threads: int = 2
+    scheduler: str | None = None
+    n_workers: int = 0
