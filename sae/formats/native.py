@@ -1,0 +1,129 @@
+"""The native form of a dictionary on disk: a folder with `sae.safetensors` and `sae.json`.
+
+`sae.json` says what the tensors mean and is written last; nothing in either file executes on load. Normative description:
+docs/formats.md. Reading costs one pass over the tensors, to refuse NaN and infinity.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sae.activations import Activation, Gated, Relu, Threshold, TopKActivation, describe, tensors_of
+from sae.dictionary import Sae
+from sae.errors import Problem, UserError
+
+FORMAT, VERSION = "featureflow-sae", 1
+WEIGHTS, DESCRIPTION = "sae.safetensors", "sae.json"
+_ALWAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "b_in")
+_TENSORS_OF_KIND = {"relu": (), "topk": (), "threshold": ("theta",), "gated": ("gain", "offset")}
+
+
+def save_sae(sae: Sae, folder: str | Path) -> None:
+    """Write `sae` into `folder`, which is made. Each file is written beside and renamed, the description last."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: getattr(sae, name) for name in _ALWAYS}
+    tensors |= {f"activation.{name}": tensor for name, tensor in tensors_of(sae.activation).items()}
+    if sae.W_skip is not None:
+        tensors["W_skip"] = sae.W_skip
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "n_latents": sae.n_latents,
+        "d_in": sae.d_in,
+        "d_out": sae.d_out,
+        "activation": describe(sae.activation),
+        "metadata": sae.metadata,
+    }
+    text = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    beside = folder / (WEIGHTS + ".tmp")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
+    beside.replace(folder / WEIGHTS)
+    beside = folder / (DESCRIPTION + ".tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(folder / DESCRIPTION)
+
+
+def load_sae(folder: str | Path, *, device: str | torch.device = "cpu") -> Sae:
+    """Read a dictionary. Raises UserError with every missing, misshaped or non-finite tensor."""
+    folder = Path(folder)
+    description = _read_description(folder)
+    tensors = _read_tensors(folder)
+    if problems := tuple(_problems_of(description, tensors)):
+        raise UserError(f"{folder} is not a usable dictionary", problems=problems, mend="train or export it again")
+    return Sae(
+        **{name: tensors[name] for name in _ALWAYS},
+        W_skip=tensors.get("W_skip"),
+        activation=_activation_of(description["activation"], tensors),
+        metadata=description["metadata"],
+    ).to(device)
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            "there is no dictionary here", where=str(folder), expected=str(path), found=str(error)
+        ) from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError("the description is not JSON", where=str(path), found=str(error)) from error
+    found = (description.get("format"), description.get("version")) if isinstance(description, dict) else None
+    if found != (FORMAT, VERSION):
+        raise UserError(
+            "not a native dictionary", where=str(path), expected=f"{FORMAT} version {VERSION}", found=str(found)
+        )
+    return description
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            "the weights cannot be read", where=str(path), expected="safetensors", found=str(error)
+        ) from error
+
+
+def _problems_of(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Problem]:
+    activation = description.get("activation")
+    kind = activation.get("kind") if isinstance(activation, dict) else None
+    if kind not in _TENSORS_OF_KIND:
+        yield Problem(
+            what="unknown activation", where=DESCRIPTION, expected=", ".join(_TENSORS_OF_KIND), found=str(kind)
+        )
+    elif kind == "topk" and not (isinstance(activation.get("k"), int) and activation["k"] > 0):  # type: ignore[union-attr]
+        yield Problem(what="k is not a positive integer", where=f"{DESCRIPTION}: activation.k", found=str(activation))
+    if not isinstance(description.get("metadata"), dict):
+        yield Problem(what="missing or not an object", where=f"{DESCRIPTION}: metadata")
+    required = [*_ALWAYS, *(f"activation.{name}" for name in _TENSORS_OF_KIND.get(str(kind), ()))]
+    for name in required:
+        if name not in tensors:
+            yield Problem(what="missing tensor", where=f"{WEIGHTS}: {name}")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            yield Problem(what="not floating point", where=f"{WEIGHTS}: {name}", found=str(tensor.dtype))
+        elif not torch.isfinite(tensor).all():
+            yield Problem(what="NaN or infinity", where=f"{WEIGHTS}: {name}")
+
+
+def _activation_of(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Activation:
+    match description["kind"]:
+        case "topk":
+            return TopKActivation(k=description["k"])
+        case "threshold":
+            return Threshold(theta=tensors["activation.theta"])
+        case "gated":
+            return Gated(gain=tensors["activation.gain"], offset=tensors["activation.offset"])
+        case _:
+            return Relu()
