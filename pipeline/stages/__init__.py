@@ -1,0 +1,34 @@
+"""The stages, in the order in which text becomes steering. Listing this folder tells the whole program.
+
+Every stage module has `KIND`, `SCHEMA`, `Config`, `Inputs` and `run(config, inputs, out, context) -> Artifact`; `Inputs` is a
+dataclass whose fields are named after the stages they come from. A stage whose result also depends on something outside its
+config and its input artifacts (the bytes of a text file, the weights of a model) has `outside_digests(config) -> dict`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+STAGES = ("collect", "train", "evaluate", "link", "atlas", "steer")
+
+TITLES = {
+    "collect": "run the model over text and store its activations",
+    "train": "train one dictionary (sparse autoencoder) per site",
+    "evaluate": "measure the dictionaries on held-out documents",
+    "link": "match features across layers into a flow graph",
+    "atlas": "describe every feature and export the browsable atlas",
+    "steer": "steer the model along features' flows and measure it",
+}
+
+
+@dataclass(frozen=True)
+class StageName:
+    """A stage by name; `module` imports it, which loads torch, so it is put off until the stage is needed."""
+
+    name: str
+
+    @property
+    def module(self) -> ModuleType:
+        return import_module(f"pipeline.stages.{self.name}")

