@@ -65,7 +65,9 @@ class Artifact:
     def file(self, name: str) -> Path:
         """The path of one recorded file; a name that is not in the manifest (or leaves the folder) is refused."""
         if name not in self.files:
-            raise UserError("the artifact has no such file", where=f"{self.path}/{name}", expected=", ".join(self.files))
+            raise UserError(
+                "the artifact has no such file", where=f"{self.path}/{name}", expected=", ".join(self.files)
+            )
         return self.path / name
 
     @classmethod
@@ -74,7 +76,10 @@ class Artifact:
         path = Path(path)
         mend = mend or f"featureflow {kind}"
         document = _read_manifest(path, mend)
-        problems = [*_problems_of_identity(document, kind, schema), *_problems_of_files(path, document.get("files", {}))]
+        problems = [
+            *_problems_of_identity(document, kind, schema),
+            *_problems_of_files(path, document.get("files", {})),
+        ]
         if problems:
             raise UserError(f"{path} is not a usable {kind} artifact", problems=tuple(problems), mend=mend)
         return cls(
@@ -94,9 +99,7 @@ class Artifact:
 
     @classmethod
     @contextmanager
-    def create(
-        cls, out: Path, *, kind: str, schema: int, config: object, inputs: Mapping[str, str]
-    ) -> Iterator[Draft]:
+    def create(cls, out: Path, *, kind: str, schema: int, config: object, inputs: Mapping[str, str]) -> Iterator[Draft]:
         """Make an artifact: yield a Draft to fill, then write the manifest and rename. After an exception nothing at
         `out` has changed and the partial folder waits for a resume."""
         out = Path(out)
@@ -112,7 +115,9 @@ class Artifact:
             if entry.get("sha256") is not None and (found := _sha256(self.path / name)) != entry["sha256"]
         ]
         if problems:
-            raise UserError(f"{self.path} is damaged", problems=tuple(problems), mend=f"featureflow {self.kind} --force")
+            raise UserError(
+                f"{self.path} is damaged", problems=tuple(problems), mend=f"featureflow {self.kind} --force"
+            )
 
 
 @dataclass(kw_only=True)
@@ -153,7 +158,10 @@ class Draft:
             marker.write_text(digest)
         except OSError as error:
             raise UserError(
-                "cannot write here", where=str(partial), found=str(error), mend="free space or choose another --artifacts folder"
+                "cannot write here",
+                where=str(partial),
+                found=str(error),
+                mend="free space or choose another --artifacts folder",
             ) from error
         return cls(path=partial, kind=kind, schema=schema, digest=digest, config=_plain(config), inputs=dict(inputs))
 
@@ -226,7 +234,9 @@ def _problems_of_identity(document: Mapping[str, Any], kind: str, schema: int) -
     if document.get("kind", kind) != kind:
         yield Problem(what="another kind of artifact", expected=kind, found=str(document["kind"]))
     elif document.get("schema", schema) != schema:
-        yield Problem(what="written by another version", expected=f"schema {schema}", found=f"schema {document['schema']}")
+        yield Problem(
+            what="written by another version", expected=f"schema {schema}", found=f"schema {document['schema']}"
+        )
 
 
 def _problems_of_files(path: Path, files: Mapping[str, Any]) -> list[Problem]:
@@ -240,7 +250,12 @@ def _problems_of_files(path: Path, files: Mapping[str, Any]) -> list[Problem]:
             problems.append(Problem(what="file missing", where=str(path / name)))
         elif target.stat().st_size != entry.get("size"):
             problems.append(
-                Problem(what="size differs", where=str(path / name), expected=str(entry.get("size")), found=str(target.stat().st_size))
+                Problem(
+                    what="size differs",
+                    where=str(path / name),
+                    expected=str(entry.get("size")),
+                    found=str(target.stat().st_size),
+                )
             )
     return problems
 
@@ -269,13 +284,23 @@ def _made_by() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return {"versions": versions, "commit": _commit(), "command": " ".join(Path(a).name for a in sys.argv[:1]), "machine": platform.machine()}
+    return {
+        "versions": versions,
+        "commit": _commit(),
+        "command": " ".join(Path(a).name for a in sys.argv[:1]),
+        "machine": platform.machine(),
+    }
 
 
 def _commit() -> str | None:
     try:
         done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=False
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -26,8 +26,12 @@ from pipeline.stages import STAGES, TITLES, StageName
 from sae.errors import UserError
 
 DEFAULT_RECIPE = "laptop"
-RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="name of a recipe in configs/, or the path of a TOML file")]
-ArtifactsOption = Annotated[Path, typer.Option("--artifacts", help="folder that holds one folder of artifacts per recipe")]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", help="name of a recipe in configs/, or the path of a TOML file")
+]
+ArtifactsOption = Annotated[
+    Path, typer.Option("--artifacts", help="folder that holds one folder of artifacts per recipe")
+]
 DeviceOption = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1, mps, or auto")]
 ThreadsOption = Annotated[int, typer.Option(help="cores to use; 0 means all of this process's")]
 SchedulerOption = Annotated[str | None, typer.Option(help="address of a Dask scheduler, e.g. tcp://10.0.0.1:8786")]
@@ -51,7 +55,9 @@ class _StageHelp:
             for place, kind, default, meaning in describe_fields(StageName(name).module.Config, name):
                 formatter.write(f"  --{place}  <{kind}>  default {default}\n")
                 if meaning:
-                    formatter.write_text(f"      {meaning}") if len(meaning) < 100 else formatter.write(f"      {meaning}\n")
+                    formatter.write_text(f"      {meaning}") if len(meaning) < 100 else formatter.write(
+                        f"      {meaning}\n"
+                    )
 
 
 class StageCommand(_StageHelp, TyperCommand):
@@ -70,7 +76,9 @@ app = typer.Typer(
     help="Find the features inside a language model, follow them from layer to layer, steer along their flow.",
 )
 store_app = typer.Typer(no_args_is_help=True, help="Look into an activation store, verify it, or import one.")
-flow_app = typer.Typer(no_args_is_help=True, help="Ask the flow graph: show a feature, draw it, export it, rerun the paper.")
+flow_app = typer.Typer(
+    no_args_is_help=True, help="Ask the flow graph: show a feature, draw it, export it, rerun the paper."
+)
 sae_app = typer.Typer(no_args_is_help=True, help="Convert dictionaries from and to other tools' formats.")
 
 
@@ -105,7 +113,11 @@ def run_command(arguments: Sequence[str], *, debug: bool = False) -> int:
         _explain(error, "error: out of memory; use a smaller --train.batch_size or fewer sites", debug)
         return 3
     except Exception as error:
-        _explain(error, f"internal error: {type(error).__name__}: {error}\n    run again with --debug for the traceback", debug)
+        _explain(
+            error,
+            f"internal error: {type(error).__name__}: {error}\n    run again with --debug for the traceback",
+            debug,
+        )
         return 1
 
 
@@ -249,8 +261,18 @@ for _stage in STAGES:
     if _stage in ("atlas", "steer"):
         continue
     app.command(_stage, cls=StageCommand, context_settings=OVERRIDES)(_stage_callback(_stage))
-atlas_app = typer.Typer(invoke_without_command=True, cls=StageGroup, context_settings=OVERRIDES, help=f"{TITLES['atlas'].capitalize()}; and the atlas's tools.")
-steer_app = typer.Typer(invoke_without_command=True, cls=StageGroup, context_settings=OVERRIDES, help=f"{TITLES['steer'].capitalize()}; and steering's tools.")
+atlas_app = typer.Typer(
+    invoke_without_command=True,
+    cls=StageGroup,
+    context_settings=OVERRIDES,
+    help=f"{TITLES['atlas'].capitalize()}; and the atlas's tools.",
+)
+steer_app = typer.Typer(
+    invoke_without_command=True,
+    cls=StageGroup,
+    context_settings=OVERRIDES,
+    help=f"{TITLES['steer'].capitalize()}; and steering's tools.",
+)
 atlas_app.callback()(_stage_callback("atlas"))
 steer_app.callback()(_stage_callback("steer"))
 app.add_typer(atlas_app, name="atlas")

@@ -121,7 +121,9 @@ def _parse_dataclass(cls: Any, raw: Any, where: str, problems: list[Problem]) ->
         return cls(**values)
     except (ValueError, UserError) as error:
         found = error.problems if isinstance(error, UserError) else (Problem(what=str(error)),)
-        problems.extend(dataclasses.replace(p, where=where if p.where is None else f"{where}: {p.where}") for p in found)
+        problems.extend(
+            dataclasses.replace(p, where=where if p.where is None else f"{where}: {p.where}") for p in found
+        )
         return None
 
 
@@ -147,7 +149,12 @@ def _parse_choice(choices: Mapping[str, Any], raw: Any, where: str, problems: li
     if kind not in choices:
         what = "missing key" if kind is None else "no such kind"
         problems.append(
-            Problem(what=what, where=f"{where}.kind", expected=" | ".join(choices), found=None if kind is None else _show(kind))
+            Problem(
+                what=what,
+                where=f"{where}.kind",
+                expected=" | ".join(choices),
+                found=None if kind is None else _show(kind),
+            )
         )
         return None
     return _parse_dataclass(choices[kind], table, where, problems)
@@ -163,7 +170,9 @@ def _parse_leaf(hint: Any, raw: Any, where: str, problems: list[Problem]) -> Any
         return TypeAdapter(hint).validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
-            place = where + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in detail["loc"] if isinstance(p, int))
+            place = where + "".join(
+                f"[{p}]" if isinstance(p, int) else f".{p}" for p in detail["loc"] if isinstance(p, int)
+            )
             problems.append(Problem(what=detail["msg"], where=place, expected=_show_type(hint), found=_show(raw)))
         return None
 
@@ -207,11 +216,19 @@ def _show_hint(hint: Any) -> str:
     bare = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     if get_origin(bare) in (Union, types.UnionType):
         return " | ".join(_kinds(o)[0] if dataclasses.is_dataclass(o) else _show_type(o) for o in get_args(bare))
-    bounds = [_show_bound(b) for b in get_args(hint)[1:] if type(b).__name__ in _BOUND_SIGNS] if hint is not bare else []
+    bounds = (
+        [_show_bound(b) for b in get_args(hint)[1:] if type(b).__name__ in _BOUND_SIGNS] if hint is not bare else []
+    )
     return " ".join([_show_type(bare), *bounds])
 
 
-_BOUND_SIGNS = {"Gt": ("gt", ">"), "Ge": ("ge", "≥"), "Lt": ("lt", "<"), "Le": ("le", "≤"), "MinLen": ("min_length", "length ≥")}
+_BOUND_SIGNS = {
+    "Gt": ("gt", ">"),
+    "Ge": ("ge", "≥"),
+    "Lt": ("lt", "<"),
+    "Le": ("le", "≤"),
+    "MinLen": ("min_length", "length ≥"),
+}
 
 
 def _show_bound(bound: Any) -> str:

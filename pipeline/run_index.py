@@ -18,7 +18,9 @@ _PAGES = {"atlas": ("site/index.html", "browse the atlas"), "steer": ("report.ht
 
 def write_run_index(root: Path, recipe: Recipe, artifacts: Sequence[Artifact]) -> Path:
     """Write the page beside the artifacts and return its path. All text is escaped; the page asks no network."""
-    template = Environment(loader=PackageLoader("pipeline", "templates"), autoescape=True).get_template("run_index.html")
+    template = Environment(loader=PackageLoader("pipeline", "templates"), autoescape=True).get_template(
+        "run_index.html"
+    )
     page = template.render(recipe=recipe, stages=[_stage(a) for a in artifacts], links=[*_links(artifacts)])
     place = root / "index.html"
     write_text_atomically(place, page)

@@ -1,0 +1,125 @@
+"""A recipe is parsed once, strictly, and every problem is reported with its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Literal
+
+import pytest
+from annotated_types import Gt
+from typing_extensions import Doc
+
+import pipeline.recipe
+from pipeline.recipe import describe_fields, read_recipe, recipe_path
+from pipeline.stages import STAGES, StageName
+from sae.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    k: Annotated[int, Gt(0), Doc("active latents a token")]
+    kind: Literal["topk"] = "topk"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relu:
+    l1: float = 5.0
+    kind: Literal["relu"] = "relu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    architecture: Annotated[TopK | Relu, Doc("which latents are kept")] = Relu()
+    steps: Annotated[int, Gt(0), Doc("optimizer steps")] = 4
+    sites: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.steps == 13:
+            raise ValueError("13 steps bring bad luck")
+
+
+@pytest.fixture
+def toy_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Toy:
+        def __init__(self, name: str) -> None:
+            self.module = SimpleNamespace(Config=Config)
+
+    monkeypatch.setattr(pipeline.recipe, "StageName", Toy)
+
+
+def write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.usefixtures("toy_stages")
+def test_sections_and_overrides_become_frozen_configs(tmp_path: Path) -> None:
+    path = write(tmp_path, '[train]\nsteps = 9\narchitecture = {kind = "topk", k = 2}\nsites = ["a"]\n')
+    recipe = read_recipe(
+        path,
+        {"train.architecture.k": "8", "train.sites": '["b", "c"]', "collect.architecture": "relu"},
+        ("collect", "train"),
+    )
+    assert recipe.configs["train"] == Config(architecture=TopK(k=8), steps=9, sites=("b", "c"))
+    assert recipe.configs["collect"] == Config(architecture=Relu())
+
+
+@pytest.mark.usefixtures("toy_stages")
+def test_all_problems_of_all_sections_come_at_once(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "[train]\nstps = 3\nsteps = -1\n[collect]\nsteps = 13\n[link]\nsteps = '5'\narchitecture = {kind = 'gated'}\n[trian]\n",
+    )
+    with pytest.raises(UserError) as caught:
+        read_recipe(path, {"nonsense": "1"}, ("collect", "train", "link"))
+    text = str(caught.value)
+    for expected in (
+        "train.stps",
+        "did you mean 'steps'",
+        "greater than 0",
+        "13 steps bring bad luck",
+        "link.steps",
+        "topk | relu",
+        "trian",
+        "--nonsense",
+    ):
+        assert expected in text, expected
+
+
+@pytest.mark.usefixtures("toy_stages")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[train\n",
+        "train = 3\n",
+        "[train]\nsteps = true\n",
+        "[train]\nsites = [1]\n",
+        "[train.architecture]\nkind = 'topk'\n",
+    ],
+)
+def test_what_is_not_a_recipe_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError):
+        read_recipe(write(tmp_path, text), {}, ("train",))
+
+
+def test_an_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(UserError, match="no recipe 'lptop'"):
+        recipe_path("lptop")
+
+
+def test_every_field_of_every_stage_is_explained() -> None:
+    for stage in STAGES:
+        rows = describe_fields(StageName(stage).module.Config, stage)
+        missing = [place for place, _, _, meaning in rows if not meaning]
+        assert rows, f"{stage} has no fields"
+        assert not missing, f"without a line of documentation: {missing}"
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_parses(path: Path) -> None:
+    recipe = read_recipe(str(path))
+    assert set(recipe.configs) == set(STAGES)
+    assert recipe.description

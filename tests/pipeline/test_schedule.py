@@ -1,0 +1,138 @@
+"""The pipeline is a graph of artifacts: what is current is left alone, a change reruns what lies below it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import pipeline.schedule
+from pipeline.artifact import Artifact
+from pipeline.recipe import Recipe
+from pipeline.run import RunContext
+from pipeline.schedule import run_recipe, run_single, stages_above
+from sae.errors import UserError
+
+WORLD = {"text": "v1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    value: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoInputs:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromCollect:
+    collect: Artifact
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromBoth:
+    collect: Artifact
+    train: Artifact
+
+
+def toy_stage(name: str, inputs_type: Any, log: list[str], outside: bool = False) -> Any:
+    def run(config: Config, inputs: Any, out: Path, context: RunContext) -> Artifact:
+        log.append(name)
+        digests = {key: artifact.digest for key, artifact in vars(inputs).items()}
+        digests |= dict(WORLD) if outside else {}
+        if config.value < 0:
+            raise RuntimeError("fails")
+        with Artifact.create(out, kind=name, schema=1, config=config, inputs=digests) as draft:
+            (draft.path / "value.txt").write_text(str(config.value))
+        return Artifact.open(out, kind=name, schema=1)
+
+    module = SimpleNamespace(KIND=name, SCHEMA=1, Config=Config, Inputs=inputs_type, run=run, __name__=name)
+    if outside:
+        module.outside_digests = lambda config: dict(WORLD)
+    return module
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    calls: list[str] = []
+    modules = {
+        "collect": toy_stage("collect", NoInputs, calls, outside=True),
+        "train": toy_stage("train", FromCollect, calls),
+        "evaluate": toy_stage("evaluate", FromBoth, calls),
+        "link": toy_stage("link", FromBoth, calls),
+    }
+    monkeypatch.setattr(pipeline.schedule, "StageName", lambda name: SimpleNamespace(module=modules[name]))
+    monkeypatch.setitem(WORLD, "text", "v1")
+    return calls
+
+
+def recipe(**values: int) -> Recipe:
+    names = ("collect", "train", "evaluate", "link")
+    return Recipe(name="toy", description="", configs={name: Config(value=values.get(name, 1)) for name in names})
+
+
+def bring(tmp_path: Path, to: str, **values: int) -> None:
+    run_recipe(recipe(**values), to=to, root=tmp_path, context_of=lambda stage: RunContext())
+
+
+def test_only_what_a_stage_needs_is_above_it(log: list[str]) -> None:
+    assert stages_above("link") == ("collect", "train", "link")
+    assert stages_above("collect") == ("collect",)
+
+
+def test_a_second_run_does_nothing(tmp_path: Path, log: list[str]) -> None:
+    bring(tmp_path, "link")
+    assert log == ["collect", "train", "link"]
+    bring(tmp_path, "link")
+    assert log == ["collect", "train", "link"]
+
+
+def test_a_changed_section_reruns_that_stage_and_what_lies_below(tmp_path: Path, log: list[str]) -> None:
+    bring(tmp_path, "link")
+    log.clear()
+    bring(tmp_path, "link", train=2)
+    assert log == ["train", "link"]
+
+
+def test_a_changed_world_reruns_the_stage_that_reads_it(tmp_path: Path, log: list[str]) -> None:
+    bring(tmp_path, "train")
+    log.clear()
+    WORLD["text"] = "v2"
+    bring(tmp_path, "train")
+    assert log == ["collect", "train"]
+
+
+def test_a_lost_file_reruns_its_stage_alone(tmp_path: Path, log: list[str]) -> None:
+    bring(tmp_path, "link")
+    log.clear()
+    (tmp_path / "train" / "value.txt").unlink()
+    bring(tmp_path, "link")
+    assert log == ["train"], "the digest of train is the same, so link stays current"
+
+
+def test_a_failing_stage_keeps_the_old_artifact(tmp_path: Path, log: list[str]) -> None:
+    bring(tmp_path, "train")
+    with pytest.raises(RuntimeError):
+        bring(tmp_path, "train", train=-1)
+    assert (tmp_path / "train" / "value.txt").read_text() == "1"
+
+
+def test_one_stage_alone_refuses_missing_and_outdated_inputs(tmp_path: Path, log: list[str]) -> None:
+    with pytest.raises(UserError, match="featureflow collect --recipe toy"):
+        run_single(recipe(), "train", root=tmp_path, context_of=lambda stage: RunContext())
+    bring(tmp_path, "collect")
+    with pytest.raises(UserError, match="another recipe"):
+        run_single(recipe(collect=2), "train", root=tmp_path, context_of=lambda stage: RunContext())
+    assert run_single(recipe(), "train", root=tmp_path, context_of=lambda stage: RunContext()).artifact.kind == "train"
+
+
+def test_force_runs_a_current_stage(tmp_path: Path, log: list[str]) -> None:
+    bring(tmp_path, "train")
+    log.clear()
+    run_recipe(recipe(), to="train", root=tmp_path, context_of=lambda stage: RunContext(), force=("train",))
+    assert log == ["train"]
