@@ -143,7 +143,9 @@ class Sae:
         return replace(self, **changes)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Sae:
-        named = {name: change(getattr(self, name)) for name in ("W_enc", "b_enc", "W_dec", "b_dec", "b_in")}
+        named: dict[str, Any] = {
+            name: change(getattr(self, name)) for name in ("W_enc", "b_enc", "W_dec", "b_dec", "b_in")
+        }
         tensors = {name: change(tensor) for name, tensor in tensors_of(self.activation).items()}
         skip = None if self.W_skip is None else change(self.W_skip)
         return replace(self, **named, W_skip=skip, activation=with_tensors(self.activation, tensors))

@@ -1,7 +1,7 @@
 """The native form of a dictionary on disk: a folder with `sae.safetensors` and `sae.json`.
 
-`sae.json` says what the tensors mean and is written last; nothing in either file executes on load. Normative description:
-docs/formats.md. Reading costs one pass over the tensors, to refuse NaN and infinity.
+`sae.json` says what the tensors mean and is written last; nothing in either file executes on load. Normative
+description: docs/formats.md. Reading costs one pass over the tensors, to refuse NaN and infinity.
 """
 
 from __future__ import annotations
@@ -97,13 +97,14 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _problems_of(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Problem]:
     activation = description.get("activation")
-    kind = activation.get("kind") if isinstance(activation, dict) else None
+    activation = activation if isinstance(activation, dict) else {}
+    kind, k = activation.get("kind"), activation.get("k")
     if kind not in _TENSORS_OF_KIND:
         yield Problem(
             what="unknown activation", where=DESCRIPTION, expected=", ".join(_TENSORS_OF_KIND), found=str(kind)
         )
-    elif kind == "topk" and not (isinstance(activation.get("k"), int) and activation["k"] > 0):  # type: ignore[union-attr]
-        yield Problem(what="k is not a positive integer", where=f"{DESCRIPTION}: activation.k", found=str(activation))
+    elif kind == "topk" and not (isinstance(k, int) and k > 0):
+        yield Problem(what="k is not a positive integer", where=f"{DESCRIPTION}: activation.k", found=str(k))
     if not isinstance(description.get("metadata"), dict):
         yield Problem(what="missing or not an object", where=f"{DESCRIPTION}: metadata")
     required = [*_ALWAYS, *(f"activation.{name}" for name in _TENSORS_OF_KIND.get(str(kind), ()))]
