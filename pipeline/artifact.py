@@ -1,15 +1,15 @@
 """Artifacts: what a stage leaves behind, and the only way to open it.
 
-An artifact is a folder with `manifest.json`. The manifest is written last and the whole folder is renamed into place, so
+An artifact is a folder with `manifest.json`. The manifest is written last and the whole folder renamed into place, so
 
-1. `Artifact.create(out, …)` works in `<out>.partial`, beside the final place; the previous artifact stays whole meanwhile;
+1. `Artifact.create(out, …)` works in `<out>.partial`, beside the final place; the previous artifact stays whole;
 2. on success it writes the manifest (with size and checksum of every file) and renames; on failure the partial folder
    stays, and a later `create` with the same digest finds it and resumes, with another digest it is swept;
-3. `Artifact.open(path, kind=…)` reads the manifest, checks kind, schema and the size of every file, and refuses anything
-   else with every problem at once. "The folder exists" never means "complete".
+3. `Artifact.open(path, kind=…)` reads the manifest, checks kind, schema and the size of every file, and refuses
+   anything else with every problem at once. "The folder exists" never means "complete".
 
-The digest names what an artifact *should* contain: `sha256` over the canonical JSON of kind, schema, config and the digests
-of its inputs. It is known before the work is done; equal digests mean the stage has nothing to do.
+The digest names what an artifact *should* contain: `sha256` over the canonical JSON of kind, schema, config and the
+digests of its inputs. It is known before the work is done; equal digests mean the stage has nothing to do.
 """
 
 from __future__ import annotations

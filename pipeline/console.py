@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,7 +73,7 @@ def complain(text: str) -> None:
     sys.stderr.flush()
 
 
-def table(rows: list[tuple[str, ...]], *, gap: str = "  ") -> list[str]:
+def table(rows: Sequence[tuple[str, ...]], *, gap: str = "  ") -> list[str]:
     """Left-aligned columns, the last one free."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
     return [

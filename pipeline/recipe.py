@@ -157,7 +157,7 @@ def _parse_choice(choices: Mapping[str, Any], raw: Any, where: str, problems: li
             )
         )
         return None
-    return _parse_dataclass(choices[kind], table, where, problems)
+    return _parse_dataclass(choices[str(kind)], table, where, problems)
 
 
 def _kinds(choice: Any) -> tuple[str, ...]:

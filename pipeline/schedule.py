@@ -37,7 +37,7 @@ class StageResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Events:
-    """Called as a run goes on: `started(stage)` only for a stage that really runs, `finished(result)` for every stage."""
+    """Called as a run goes on: `started` only for a stage that really runs, `finished` for every stage."""
 
     started: Callable[[str], None] = lambda stage: None
     finished: Callable[[StageResult], None] = lambda result: None

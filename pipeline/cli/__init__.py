@@ -1,0 +1,80 @@
+"""The command `featureflow`: stages, the whole run, and the tools around stores, flow graphs, atlases and plans.
+
+    featureflow run --recipe laptop            the whole pipeline; what is up to date is left alone
+    featureflow train --recipe laptop --train.steps 500      one stage, with one field of the recipe changed
+    featureflow flow show L12/402              a feature's flow, in the terminal
+
+Every field of every stage is explained by `featureflow <stage> --help`. Errors a user can mend are printed without a
+traceback (`--debug` shows it) and the exit code is not zero.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+
+import click
+
+from pipeline.cli.stage_commands import STAGE_COMMANDS, recipes, run
+from pipeline.console import complain
+from sae.errors import UserError
+
+
+@click.group(no_args_is_help=True)
+@click.version_option(package_name="featureflow")
+def app() -> None:
+    """Find the features inside a language model, follow them from layer to layer, steer along their flow."""
+
+
+for _command in (run, *STAGE_COMMANDS.values(), recipes):
+    app.add_command(_command)
+
+
+def main() -> None:
+    """Entry point: run the command line and turn every failure into an exit code and a readable message."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    sys.exit(run_command(arguments, debug=debug))
+
+
+def run_command(arguments: Sequence[str], *, debug: bool = False) -> int:
+    """Run one command line in this process; returns the exit code and never raises."""
+    try:
+        code = app(args=list(arguments), prog_name="featureflow", standalone_mode=False)
+        return int(code or 0)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except UserError as error:
+        _explain(error, f"error: {error}", debug)
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        complain("interrupted; nothing is lost: run the same command again to go on")
+        return 130
+    except OSError as error:
+        _explain(error, f"error: {error.strerror or error}: {error.filename or ''}", debug)
+        return 3
+    except MemoryError as error:
+        _explain(error, "error: out of memory; use a smaller --train.batch_size or fewer sites", debug)
+        return 3
+    except Exception as error:
+        _explain(
+            error,
+            f"internal error: {type(error).__name__}: {error}\n    run again with --debug for the traceback",
+            debug,
+        )
+        return 1
+
+
+def _explain(error: BaseException, message: str, debug: bool) -> None:
+    if debug:
+        complain("".join(traceback.format_exception(error)))
+    complain(message)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,125 @@
+"""Options that several commands share, and what they become: overrides of a recipe, and a RunContext."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.stages import STAGES, StageName
+
+DEFAULT_RECIPE = "laptop"
+TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+recipe_option = click.option(
+    "--recipe", "-r", default=DEFAULT_RECIPE, show_default=True, help="name of a recipe in configs/, or a TOML file"
+)
+artifacts_option = click.option(
+    "--artifacts",
+    type=click.Path(path_type=Path),
+    default=Path("artifacts"),
+    show_default=True,
+    help="folder that holds one folder of artifacts per recipe",
+)
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="no progress bars")
+_MACHINE_OPTIONS = (
+    click.option("--device", default="auto", show_default=True, help="torch device: cpu, cuda, cuda:1, mps, or auto"),
+    click.option("--threads", default=0, help="cores to use; 0 means all of this process's"),
+    click.option("--scheduler", default=None, help="address of a Dask scheduler, such as tcp://10.0.0.1:8786"),
+    click.option("--workers", default=0, help="start a local Dask cluster with this many worker processes"),
+)
+
+
+def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--device --threads --scheduler --workers`: where to compute; they never change a result."""
+    for option in reversed(_MACHINE_OPTIONS):
+        command = option(command)
+    return command
+
+
+class _StageHelp(click.Command):
+    """Adds the stage's fields to its `--help`; the stage is imported only then."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from pipeline.recipe import describe_fields
+
+        for name in STAGES if self.name == "run" else (str(self.name),):
+            formatter.write(f"\nFields of [{name}], each also an option (--{name}.<field> VALUE):\n")
+            for place, kind, default, meaning in describe_fields(StageName(name).module.Config, name):
+                formatter.write(f"  --{place}  <{kind}>  default {default}\n")
+                if meaning:
+                    formatter.write(f"      {meaning}\n")
+
+
+class StageCommand(_StageHelp):
+    """A stage that is a plain command."""
+
+
+class StageGroup(_StageHelp, click.Group):
+    """A stage that also has tools as subcommands (`atlas serve`, `steer plan`).
+
+    A group takes what it does not know for a subcommand, so overrides of the recipe are set aside before it looks.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        overrides, rest = _split_overrides(args)
+        ctx.meta["overrides"] = overrides
+        return super().parse_args(ctx, rest)
+
+
+def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of overrides (`--a.b`, its value, `--a.b=c`), and all others."""
+    overrides: list[str] = []
+    rest: list[str] = []
+    waiting = False
+    for word in words:
+        is_override = _is_override(word)
+        (overrides if waiting or is_override else rest).append(word)
+        waiting = is_override and "=" not in word
+    return overrides, rest
+
+
+def _is_override(word: str) -> bool:
+    return word.startswith("--") and "." in word.partition("=")[0]
+
+
+def read_overrides(ctx: click.Context) -> dict[str, str]:
+    """`--train.steps 500` and `--train.steps=500` as {"train.steps": "500"}."""
+    return parse_overrides([*ctx.meta.get("overrides", ()), *ctx.args])
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, str]:
+    """The words as overrides. Raises click.UsageError for one that is none."""
+    overrides: dict[str, str] = {}
+    waiting: str | None = None
+    for word in words:
+        if waiting is not None:
+            overrides[waiting], waiting = word, None
+        elif _is_override(word):
+            name, equals, value = word[2:].partition("=")
+            if equals:
+                overrides[name] = value
+            else:
+                waiting = name
+        else:
+            raise click.UsageError(f"no such option or argument: {word}")
+    if waiting is not None:
+        raise click.UsageError(f"--{waiting} needs a value")
+    return overrides
+
+
+def run_context(*, device: str, threads: int, scheduler: str | None, workers: int, progress: Any) -> Any:
+    """The RunContext that the machine options describe; sets torch's thread count."""
+    import torch
+
+    from pipeline.run import RunContext
+
+    n_threads = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(n_threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = scheduler or ("local" if workers else None)
+    return RunContext(progress=progress, device=device, n_threads=n_threads, scheduler=where, n_workers=workers)

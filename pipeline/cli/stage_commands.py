@@ -1,0 +1,126 @@
+"""The commands that make artifacts: `featureflow run`, and one command a stage."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.cli.options import (
+    TAKES_OVERRIDES,
+    StageCommand,
+    StageGroup,
+    artifacts_option,
+    machine_options,
+    quiet_option,
+    read_overrides,
+    recipe_option,
+    run_context,
+)
+from pipeline.console import progress_bars, say, show_number, table
+from pipeline.stages import STAGES, TITLES
+
+_WITH_TOOLS = ("atlas", "steer")
+
+
+@click.command(cls=StageCommand, context_settings=TAKES_OVERRIDES)
+@recipe_option
+@click.option("--to", type=click.Choice(STAGES), default=STAGES[-1], help="last stage to bring up to date")
+@click.option(
+    "--force", multiple=True, type=click.Choice(STAGES), help="stage to run although it is up to date; repeatable"
+)
+@artifacts_option
+@machine_options
+@quiet_option
+@click.pass_context
+def run(
+    ctx: click.Context, recipe: str, to: str, force: tuple[str, ...], artifacts: Path, quiet: bool, **machine: Any
+) -> None:
+    """Run the pipeline of a recipe: every stage that is not up to date, in order."""
+    from pipeline.recipe import read_recipe
+    from pipeline.run_index import write_run_index
+    from pipeline.schedule import Events, run_recipe, stages_above
+
+    parsed = read_recipe(recipe, read_overrides(ctx), stages_above(to))
+    root = artifacts / parsed.name
+    say(f"featureflow, recipe {parsed.name}: {parsed.description}")
+    with progress_bars(quiet=quiet) as progress:
+        context = run_context(progress=progress, **machine)
+        events = Events(started=lambda stage: say(f"{stage}: {TITLES[stage]} …"), finished=_report_stage)
+        results = run_recipe(parsed, to=to, root=root, context_of=lambda stage: context, events=events, force=force)
+    index = write_run_index(root, parsed, [result.artifact for result in results])
+    _report_run(results, index)
+
+
+def _report_stage(result: Any) -> None:
+    say(f"{result.stage}: " + ("up to date" if result.was_current else f"done in {result.seconds:.0f} s"))
+
+
+def _report_run(results: Sequence[Any], index: Path) -> None:
+    say("\nHeadline numbers")
+    for result in results:
+        say(f"  {result.stage}")
+        for line in _summary_lines(result.artifact):
+            say(f"    {line}")
+    say("\nArtifacts (seconds are those of the run that made them)")
+    rows = [(r.stage, f"{r.artifact.made_by['seconds']:.0f} s", str(r.artifact.path)) for r in results]
+    for line in table(rows):
+        say(f"  {line}")
+    say(f"  {sum(r.artifact.made_by['seconds'] for r in results):.0f} s altogether")
+    say("\nOpen in a browser")
+    say(f"  {index}")
+    for result in results:
+        if "site/index.html" in result.artifact.files:
+            say(f"  {result.artifact.path / 'site' / 'index.html'}")
+
+
+def _summary_lines(artifact: Any) -> list[str]:
+    return table([(key.replace("_", " "), show_number(value)) for key, value in artifact.summary.items()])
+
+
+def _stage_command(stage: str) -> click.Command:
+    @recipe_option
+    @click.option("--force", is_flag=True, help="run although the artifact is up to date")
+    @artifacts_option
+    @machine_options
+    @quiet_option
+    @click.pass_context
+    def command(ctx: click.Context, recipe: str, force: bool, artifacts: Path, quiet: bool, **machine: Any) -> None:
+        if ctx.invoked_subcommand is not None:
+            return
+        from pipeline.recipe import read_recipe
+        from pipeline.schedule import Events, run_single, stages_above
+
+        parsed = read_recipe(recipe, read_overrides(ctx), stages_above(stage))
+        with progress_bars(quiet=quiet) as progress:
+            context = run_context(progress=progress, **machine)
+            root = artifacts / parsed.name
+            events = Events(finished=_report_stage)
+            result = run_single(parsed, stage, root=root, context_of=lambda _: context, events=events, force=force)
+        for line in _summary_lines(result.artifact):
+            say(f"  {line}")
+        say(f"  {result.artifact.path}")
+
+    command.__doc__ = f"{TITLES[stage].capitalize()} (this stage alone; its inputs must be up to date)."
+    if stage in _WITH_TOOLS:
+        return click.group(stage, cls=StageGroup, invoke_without_command=True, context_settings=TAKES_OVERRIDES)(
+            command
+        )
+    return click.command(stage, cls=StageCommand, context_settings=TAKES_OVERRIDES)(command)
+
+
+@click.command()
+def recipes() -> None:
+    """List the recipes that can be named."""
+    found: dict[str, str] = {}
+    for folder in (Path("configs"), Path(__file__).parents[2] / "configs"):
+        for path in sorted(folder.glob("*.toml")) if folder.is_dir() else ():
+            found.setdefault(path.stem, tomllib.loads(path.read_text(encoding="utf-8")).get("description", ""))
+    for line in table([*found.items()]):
+        say(line)
+
+
+STAGE_COMMANDS = {stage: _stage_command(stage) for stage in STAGES}

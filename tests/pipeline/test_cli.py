@@ -1,0 +1,111 @@
+"""The command line turns options into configs and failures into messages; a stage behind it is a stand-in here."""
+
+from __future__ import annotations
+
+import click
+import pytest
+
+import pipeline.cli
+from pipeline.cli import run_command
+from pipeline.cli.options import parse_overrides
+from pipeline.console import show_number, table
+from sae.errors import Problem, UserError
+
+
+def test_overrides_in_both_spellings() -> None:
+    assert parse_overrides(["--train.steps", "500", "--link.top_k=3", "--collect.note", "--x"]) == {
+        "train.steps": "500",
+        "link.top_k": "3",
+        "collect.note": "--x",
+    }
+
+
+@pytest.mark.parametrize("words", [["--train.steps"], ["stray"], ["--unknown"]])
+def test_a_word_that_is_no_override_is_refused(words: list[str]) -> None:
+    with pytest.raises(click.UsageError):
+        parse_overrides(words)
+
+
+@pytest.mark.parametrize("stage", ["collect", "train", "evaluate", "link", "atlas", "steer", "run"])
+def test_help_explains_every_field(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command([stage, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Fields of [" in text
+    assert f"--{'collect' if stage == 'run' else stage}." in text
+
+
+@pytest.mark.parametrize(
+    "command", [["train", "--recipe", "no-such"], ["atlas", "--recipe", "no-such", "--atlas.x", "1"]]
+)
+def test_an_unknown_recipe_is_an_error_with_its_mending_and_no_traceback(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(command) == 2
+    text = capsys.readouterr().err
+    assert "no recipe 'no-such'" in text
+    assert "featureflow recipes" in text
+    assert "Traceback" not in text
+
+
+def test_unknown_commands_and_stages_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["trian"]) == 2
+    assert run_command(["run", "--to", "trian"]) == 2
+    assert "'collect', 'train'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("bad width", where="train.n_latents", mend="use 8"), 2, "use 8"),
+        (KeyboardInterrupt(), 130, "run the same command again"),
+        (OSError(28, "No space left on device", "artifacts/x"), 3, "No space left on device"),
+        (MemoryError(), 3, "out of memory"),
+        (ZeroDivisionError("oops"), 1, "internal error: ZeroDivisionError: oops"),
+    ],
+)
+def test_every_failure_has_an_exit_code_and_a_message(
+    error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(pipeline.cli, "app", fail)
+    assert run_command([]) == code
+    text = capsys.readouterr().err
+    assert message in text
+    assert "Traceback" not in text
+    assert run_command([], debug=True) == code
+    if code in (1, 2, 3):
+        assert "Traceback" in capsys.readouterr().err
+
+
+def test_all_problems_of_an_error_are_printed() -> None:
+    problems = (Problem(what="a", where="x", expected="1", found="2"), Problem(what="b"))
+    text = str(UserError("two things are wrong", problems=problems, mend="do this"))
+    assert text.splitlines() == [
+        "two things are wrong",
+        "x: a",
+        "    expected: 1",
+        "    found:    2",
+        "b",
+        "    to mend:  do this",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1234567, "1,234,567"),
+        (0.123456, "0.1235"),
+        (123456.7, "123,457"),
+        ((0.1, 0.25), "[0.1, 0.25]"),
+        (True, "True"),
+        ({"a": 1}, "a 1"),
+    ],
+)
+def test_numbers_read_as_people_write_them(value: object, text: str) -> None:
+    assert show_number(value) == text
+
+
+def test_tables_align() -> None:
+    assert table([("a", "1"), ("long", "2")]) == ["a     1", "long  2"]
