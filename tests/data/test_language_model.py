@@ -1,0 +1,225 @@
+"""The language model: its sites hold what TransformerLens says they hold, edits act as written, hooks never stay."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from data.language_model import LanguageModel, Packaged, Random, boot_bridge
+from data.model_sources import LoadedModel, attention_for, build_random
+from data.sites import Site
+from sae.errors import UserError
+
+
+def random_llama() -> LanguageModel:
+    return LanguageModel.open(Random(n_layers=3, seed=1), dtype="float32")
+
+
+def random_gpt2() -> LanguageModel:
+    return _from_config(GPT2LMHeadModel, GPT2Config(vocab_size=512, n_positions=64, n_embd=32, n_layer=3, n_head=4))
+
+
+def random_gemma2() -> LanguageModel:
+    config = Gemma2Config(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=0.5,  # low enough to matter with random weights
+        sliding_window=4,
+    )
+    return _from_config(Gemma2ForCausalLM, config)
+
+
+def random_pythia() -> LanguageModel:
+    config = GPTNeoXConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    return _from_config(GPTNeoXForCausalLM, config)
+
+
+def _from_config(model_class: Any, config: Any) -> LanguageModel:
+    config._attn_implementation = attention_for(config)
+    hf = model_class(config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in hf.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    tokenizer = build_random(Random()).tokenizer
+    loaded = LoadedModel(hf=hf.eval().requires_grad_(False), tokenizer=tokenizer, folder=None)
+    return LanguageModel(name=model_class.__name__, loaded=loaded)
+
+
+BUILDERS: dict[str, Callable[[], LanguageModel]] = {
+    "llama": random_llama,
+    "gpt2": random_gpt2,
+    "gemma2": random_gemma2,
+    "pythia": random_pythia,
+}
+
+
+@pytest.fixture(params=BUILDERS, scope="module")
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    return BUILDERS[request.param]()
+
+
+@pytest.fixture(scope="module")
+def llama() -> LanguageModel:
+    return random_llama()
+
+
+IDS = torch.tensor([[0, 5, 300, 17, 44, 90, 8], [0, 9, 9, 120, 301, 2, 1]])
+
+
+def test_every_site_equals_what_transformer_bridge_reads_there(model: LanguageModel) -> None:
+    bridge = boot_bridge(model)
+    _, cache = bridge.run_with_cache(IDS)
+    read = model.activations(IDS, model.sites())
+    assert {site.kind for site in read} >= {"resid_pre", "attn_out", "mlp_out", "resid_post"}
+    for site, value in read.items():
+        torch.testing.assert_close(value, cache[site.name], atol=2e-5, rtol=1e-5, msg=lambda m, s=site: f"{s}: {m}")
+
+
+def test_parallel_blocks_have_no_middle() -> None:
+    kinds = {site.kind for site in random_pythia().sites()}
+    assert kinds == {"resid_pre", "attn_out", "mlp_out", "resid_post"}
+
+
+def test_the_stream_is_the_sum_of_what_is_written_to_it(model: LanguageModel) -> None:
+    read = model.activations(IDS, model.sites())
+    for layer in range(model.n_layers):
+        written = read[Site(layer, "attn_out")] + read[Site(layer, "mlp_out")]
+        torch.testing.assert_close(
+            read[Site(layer, "resid_pre")] + written, read[Site(layer, "resid_post")], atol=1e-5, rtol=1e-5
+        )
+
+
+def test_stopping_early_changes_nothing(model: LanguageModel) -> None:
+    site = Site(0, "resid_post")
+    assert torch.equal(model.activations(IDS, [site])[site], model.activations(IDS, model.sites())[site])
+
+
+def test_an_edit_anywhere_equals_the_edit_by_hand(model: LanguageModel) -> None:
+    """Adding a vector at any site of block 1 must equal adding what it does to the stream: the same vector at
+    resid_post for what is only added, and a full rerun for what the MLP or attention reads."""
+    vector = torch.linspace(-1, 1, model.d_model)
+    layer = 1
+    plain = model.activations(IDS, model.sites())
+    for kind in ("mlp_out", "resid_post"):
+        with model.edited({Site(layer, kind): lambda x: x + vector}):
+            after = model.activations(IDS, [Site(layer, "resid_post")])
+        torch.testing.assert_close(
+            after[Site(layer, "resid_post")], plain[Site(layer, "resid_post")] + vector, atol=1e-5, rtol=1e-5
+        )
+    with model.edited({Site(layer, "resid_pre"): lambda x: x + vector}):
+        at_pre = model.logits(IDS)
+    with model.edited({Site(layer - 1, "resid_post"): lambda x: x + vector}):
+        torch.testing.assert_close(model.logits(IDS), at_pre)
+
+
+def test_an_edit_of_the_middle_reaches_mlp_and_skip_path(llama: LanguageModel) -> None:
+    vector = torch.linspace(-1, 1, llama.d_model)
+    middle, post = Site(1, "resid_mid"), Site(1, "resid_post")
+    block = llama.hf.model.layers[1]
+    stream = llama.activations(IDS, [middle])[middle] + vector
+    expected = stream + block.mlp(block.post_attention_layernorm(stream))
+    with llama.edited({middle: lambda x: x + vector}):
+        torch.testing.assert_close(llama.activations(IDS, [post])[post], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_recorders_see_edits_whatever_the_order(llama: LanguageModel) -> None:
+    site = Site(1, "resid_mid")
+    plain = llama.activations(IDS, [site])[site]
+    with llama.recorded([site, Site(1, "attn_out")]) as seen:
+        with llama.edited({site: lambda x: 2 * x}), llama.edited({site: lambda x: x + 1}):
+            llama.logits(IDS)
+        torch.testing.assert_close(seen[site], 2 * plain + 1)
+        llama.logits(IDS)
+        assert torch.equal(seen[site], plain)
+
+
+def test_hooks_are_removed_after_an_exception(model: LanguageModel) -> None:
+    before = model.logits(IDS)
+    with pytest.raises(ZeroDivisionError), model.edited({Site(0, "resid_post"): lambda x: x * (1 // 0)}):
+        model.logits(IDS)
+    assert torch.equal(model.logits(IDS), before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.hf.modules())
+
+
+def test_an_edit_that_changes_the_shape_is_refused(llama: LanguageModel) -> None:
+    with pytest.raises(ValueError, match="resid_post"), llama.edited({Site(0, "resid_post"): lambda x: x[:, :1]}):
+        llama.logits(IDS)
+
+
+def test_a_cache_gives_the_same_logits_also_under_an_edit(model: LanguageModel) -> None:
+    vector = torch.linspace(-1, 1, model.d_model)
+    with model.edited({Site(1, "resid_post"): lambda x: x + vector}):
+        whole = model.logits(IDS)
+        cache = model.new_cache()
+        parts = [model.logits(IDS[:, :4], cache=cache)]
+        parts += [model.logits(IDS[:, i : i + 1], cache=cache) for i in range(4, IDS.shape[1])]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_left_padding_changes_nothing(model: LanguageModel) -> None:
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), IDS[:1]], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= 3).long()[None]
+    torch.testing.assert_close(model.logits(padded, mask)[:, 3:], model.logits(IDS[:1]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        model.logits(padded, mask, n_last=1), model.logits(IDS[:1])[:, -1:], atol=1e-4, rtol=1e-4
+    )
+
+
+def test_unembedding_and_gain_reproduce_the_logits(model: LanguageModel) -> None:
+    """By the definition of the norms: logits = cap(W_U (gain * x/rms + bias))."""
+    weight, gain = model.unembedding()
+    last = Site(model.n_layers - 1, "resid_post")
+    x = model.activations(IDS, [last])[last]
+    bias = torch.zeros(model.d_model)
+    if "GPT" in model.name:
+        x = x - x.mean(-1, keepdim=True)
+        bias = model._final_norm().bias
+    logits = (x / x.square().mean(-1, keepdim=True).sqrt() * gain + bias) @ weight.T
+    if "Gemma" in model.name:
+        cap = model.hf.config.final_logit_softcapping
+        logits = cap * torch.tanh(logits / cap)
+    torch.testing.assert_close(logits, model.logits(IDS), atol=2e-3, rtol=1e-3)
+
+
+def test_the_seed_decides_the_weights_and_the_fingerprint_follows_them(llama: LanguageModel) -> None:
+    again, other = random_llama(), LanguageModel.open(Random(n_layers=3, seed=2), dtype="float32")
+    assert again.fingerprint == llama.fingerprint != other.fingerprint
+    assert LanguageModel.open(Random(n_layers=3, seed=1)).fingerprint == llama.fingerprint, "bfloat16 is the same model"
+    changed = copy.deepcopy(llama.loaded.hf)
+    changed.model.layers[2].mlp.up_proj.weight[0, 0] += 1.0
+    loaded = LoadedModel(hf=changed, tokenizer=llama.tokenizer, folder=None)
+    assert LanguageModel(name=llama.name, loaded=loaded).fingerprint != llama.fingerprint
+
+
+def test_errors_say_what_is_possible(llama: LanguageModel) -> None:
+    with pytest.raises(UserError, match="no such site") as missing:
+        llama.activations(IDS, [Site(7, "resid_post"), Site(0, "resid_post")])
+    assert "blocks.7.hook_resid_post" in str(missing.value)
+    assert "blocks.<0 to 2>" in str(missing.value)
+    with pytest.raises(UserError, match="longer than the model's"):
+        llama.logits(torch.zeros(1, 257, dtype=torch.long))
+    with pytest.raises(UserError, match="vocabulary"):
+        llama.activations(torch.tensor([[512]]), [Site(0, "resid_post")])
+    with pytest.raises(UserError, match="smollm2-135m"):
+        LanguageModel.open(Packaged(name="gpt-5"))
+    with pytest.raises(UserError, match="bfloat16"):
+        LanguageModel.open(Random(), dtype="int8")
