@@ -1,4 +1,4 @@
-"""What every stage is handed besides its config and inputs: how to report, where to compute. None of it changes a result."""
+"""What every stage is handed besides config and inputs: how to report, where to compute. It changes no result."""
 
 from __future__ import annotations
 

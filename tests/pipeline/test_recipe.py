@@ -71,7 +71,8 @@ def test_sections_and_overrides_become_frozen_configs(tmp_path: Path) -> None:
 def test_all_problems_of_all_sections_come_at_once(tmp_path: Path) -> None:
     path = write(
         tmp_path,
-        "[train]\nstps = 3\nsteps = -1\n[collect]\nsteps = 13\n[link]\nsteps = '5'\narchitecture = {kind = 'gated'}\n[trian]\n",
+        "[train]\nstps = 3\nsteps = -1\n[collect]\nsteps = 13\n"
+        "[link]\nsteps = '5'\narchitecture = {kind = 'gated'}\n[trian]\n",
     )
     with pytest.raises(UserError) as caught:
         read_recipe(path, {"nonsense": "1"}, ("collect", "train", "link"))
