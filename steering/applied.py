@@ -1,0 +1,240 @@
+"""Putting plans onto a model: hooks for as long as a `with` block lasts, and an account of what they did.
+
+    with applied(model, saes, plan) as run:
+        model.hf(input_ids=ids)
+    run.report()
+
+1. Each plan's nodes are gathered by site: decoder rows, strengths, encoder columns to read.
+2. At a site the hook reads the incoming vector, asks every plan for its change (all from the same vector, so plans at
+   one site commute), adds the changes and leaves every untouched token as it was, to the bit.
+3. `rows` gives a plan only some rows of the batch, so that one batch can hold many plans, strengths and an unsteered
+   twin.
+4. The report counts tokens seen and touched and the realised size of the change. Nothing touched is a warning; hooks
+   that never fired are an error.
+
+Cost: per site one product with the plan's decoder rows and, for edits of features, the selected encoder columns.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from data.sites import FeatureId, Site, parse_feature
+from sae.errors import UserError
+from steering.edits import Add, NodeValues, Rotate, coefficients, reads_activation, rotated, with_norm_of
+from steering.fit import RowPlan, misfits
+from steering.plan import Node, Plan
+from steering.protocols import Dictionary, SteerableModel
+from steering.scopes import WhereActive, scope_mask
+from steering.tally import SteeringReport, Tally
+from steering.window import WindowTracker
+
+
+class NothingTouched(UserWarning):
+    """A plan with a strength other than 0 ran and changed no token."""
+
+
+class SteeringRun:
+    """The handle inside the `with` block."""
+
+    def __init__(self, parts: Sequence[_Part], tracker: WindowTracker) -> None:
+        self._parts = parts
+        self._tracker = tracker
+
+    def expect_prompt(self, n_columns: int | None) -> None:
+        """When sequences are run again from the start without a cache, say how many columns are prompt."""
+        self._tracker.expect_prompt(n_columns)
+
+    def report(self) -> SteeringReport:
+        nodes = tuple(report for part in self._parts for report in part.reports())
+        return SteeringReport(nodes=nodes, n_passes=self._tracker.n_passes)
+
+
+@contextmanager
+def applied(
+    model: SteerableModel,
+    saes: Mapping[Site, Dictionary],
+    plans: Plan | RowPlan | Sequence[Plan | RowPlan],
+    *,
+    monitor: bool = False,
+) -> Iterator[SteeringRun]:
+    """Steer `model` inside the block. Hooks are removed however it ends.
+
+    `monitor` also reads the activations of features whose edit does not need them, for `mean_before`.
+    Raises UserError with every misfit between plans, model and dictionaries.
+    """
+    row_plans = _row_plans(plans)
+    if problems := tuple(misfits(model, saes, row_plans)):
+        raise UserError("the plan does not fit the model", problems=problems)
+    tracker = WindowTracker()
+    parts = [
+        _Part(site, nodes, number, row_plan, saes, tracker, model, monitor)
+        for number, row_plan in enumerate(row_plans)
+        for site, nodes in row_plan.plan.by_site().items()
+    ]
+    run = SteeringRun(parts, tracker)
+    edits = _edits_by_site(parts, _conditions(row_plans, saes, tracker))
+    with tracker.watching(model.hf.base_model), model.edited(edits):
+        yield run
+    _warn_if_nothing_happened(run, row_plans)
+
+
+@dataclass(eq=False)
+class _Condition:
+    """A feature that gates a plan at later sites: its activity in the present pass."""
+
+    feature: FeatureId
+    sae: Dictionary
+    tracker: WindowTracker
+    activation: Tensor | None = None
+
+    def __call__(self, h: Tensor) -> None:
+        flat = h.reshape(-1, h.shape[-1]).float()
+        self.activation = self.sae.encode_selected(flat, [self.feature.latent]).view(h.shape[:-1])
+
+
+class _Part:
+    """The nodes of one plan at one site."""
+
+    def __init__(
+        self,
+        site: Site,
+        nodes: Sequence[Node],
+        number: int,
+        row_plan: RowPlan,
+        saes: Mapping[Site, Dictionary],
+        tracker: WindowTracker,
+        model: SteerableModel,
+        monitor: bool,
+    ) -> None:
+        plan = row_plan.plan
+        device = next(model.hf.parameters()).device
+        self.site, self.nodes, self.number, self.plan, self.tracker = site, nodes, number, plan, tracker
+        self.rows = None if row_plan.rows is None else torch.tensor(row_plan.rows, dtype=torch.long, device=device)
+        self.directions = torch.stack([_direction(node, plan, saes) for node in nodes]).float().to(device)
+        self.values = NodeValues(
+            strength=torch.tensor([plan.strength * node.weight for node in nodes], device=device),
+            scale=torch.tensor([node.scale for node in nodes], device=device),
+            mean=torch.tensor([node.mean for node in nodes], device=device),
+        )
+        own_condition = isinstance(plan.scope, WhereActive) and plan.scope.feature is None
+        self.reads = (
+            reads_activation(plan.edit) or own_condition or (monitor and all(node.is_feature for node in nodes))
+        )
+        self.sae = saes.get(site)
+        self.latents = [parse_feature(node.at).latent for node in nodes] if self.reads else []
+        self.condition: _Condition | None = None
+        self.tally = Tally.zeros(len(nodes), device)
+
+    def change(self, h: Float[Tensor, "batch position d_model"]) -> tuple[Tensor, Tensor]:
+        """(change, which tokens it touches) for the whole batch; zero outside the plan's rows."""
+        own = h if self.rows is None else h[self.rows]
+        delta, touched = self._change_of_rows(own)
+        if self.rows is None:
+            return delta, touched
+        whole = torch.zeros(h.shape, dtype=delta.dtype, device=h.device)
+        some = torch.zeros(h.shape[:-1], dtype=torch.bool, device=h.device)
+        return whole.index_copy_(0, self.rows, delta), some.index_copy_(0, self.rows, touched)
+
+    def _change_of_rows(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        flat = h.reshape(-1, h.shape[-1]).float()
+        a = self.sae.encode_selected(flat, self.latents) if self.reads and self.sae is not None else None
+        mask = self._mask(h, a)
+        if isinstance(self.plan.edit, Rotate):
+            c = (mask & (self.values.strength != 0)).float()
+            delta = (rotated(flat, self.directions[0], self.values.strength[0]) - flat) * c
+        else:
+            c = torch.where(mask, coefficients(self.plan.edit, flat, a, self.directions, self.values), 0.0)
+            delta = c @ self.directions
+        if isinstance(self.plan.edit, Add) and self.plan.edit.keep_norm:
+            delta = with_norm_of(flat + delta, flat) - flat
+        touched = (c != 0).any(dim=-1)
+        self.tally.add(flat, delta, touched, mask, c, a, adds=not isinstance(self.plan.edit, Rotate))
+        return delta.view(h.shape), touched.view(h.shape[:-1])
+
+    def _mask(self, h: Tensor, a: Tensor | None) -> Bool[Tensor, "token node"]:
+        window = self.tracker.window
+        mask = scope_mask(self.plan.scope, window) & (window.position() >= self.plan.skip_first)
+        if self.condition is not None and self.condition.activation is not None:
+            mask = mask & (self.condition.activation > self.plan.scope.above)  # type: ignore[union-attr]  # WhereActive
+        mask = (mask if self.rows is None else mask[self.rows]).reshape(-1, 1)
+        if isinstance(self.plan.scope, WhereActive) and self.condition is None and a is not None:
+            return mask & (a > self.plan.scope.above)
+        return mask.expand(-1, len(self.nodes))
+
+    def reports(self) -> Iterator[NodeReport]:
+        yield from self.tally.reports(self.number, [node.at for node in self.nodes])
+
+
+def _edits_by_site(parts: Sequence[_Part], conditions: Sequence[_Condition]) -> dict[Site, Callable[[Tensor], Tensor]]:
+    by_site: dict[Site, list[_Part]] = {}
+    for part in parts:
+        by_site.setdefault(part.site, []).append(part)
+        scope = part.plan.scope
+        if isinstance(scope, WhereActive) and scope.feature is not None:
+            part.condition = next(c for c in conditions if str(c.feature) == scope.feature)
+    sites = {*by_site, *(condition.feature.site for condition in conditions)}
+    return {
+        site: _site_edit(by_site.get(site, []), [c for c in conditions if c.feature.site == site]) for site in sites
+    }
+
+
+def _site_edit(parts: Sequence[_Part], conditions: Sequence[_Condition]) -> Callable[[Tensor], Tensor]:
+    @torch.no_grad()
+    def edit(h: Float[Tensor, "batch position d_model"]) -> Float[Tensor, "batch position d_model"]:
+        for condition in conditions:
+            condition(h)
+        if not parts:
+            return h
+        changes = [part.change(h) for part in parts]
+        total = torch.stack([delta for delta, _ in changes]).sum(0) if len(changes) > 1 else changes[0][0]
+        touched = torch.stack([some for _, some in changes]).any(0) if len(changes) > 1 else changes[0][1]
+        return torch.where(touched[..., None], (h.float() + total).to(h.dtype), h)
+
+    return edit
+
+
+def _direction(node: Node, plan: Plan, saes: Mapping[Site, Dictionary]) -> Tensor:
+    if node.vector is not None:
+        return plan.vectors[node.vector]
+    feature = node.feature
+    if feature is None:
+        raise UserError("a node without direction", where=node.at)
+    return saes[feature.site].W_dec[feature.latent]
+
+
+def _row_plans(plans: Any) -> list[RowPlan]:
+    listed = [plans] if isinstance(plans, (Plan, RowPlan)) else list(plans)
+    return [plan if isinstance(plan, RowPlan) else RowPlan(plan=plan) for plan in listed]
+
+
+def _conditions(
+    row_plans: Sequence[RowPlan], saes: Mapping[Site, Dictionary], tracker: WindowTracker
+) -> list[_Condition]:
+    named = {p.plan.scope.feature for p in row_plans if isinstance(p.plan.scope, WhereActive) and p.plan.scope.feature}
+    features = [parse_feature(name) for name in sorted(named)]
+    return [_Condition(feature=feature, sae=saes[feature.site], tracker=tracker) for feature in features]
+
+
+def _warn_if_nothing_happened(run: SteeringRun, row_plans: Sequence[RowPlan]) -> None:
+    report = run.report()
+    if report.n_passes == 0:
+        return
+    if all(node.n_seen == 0 for node in report.nodes) and all(part.tally.n_calls == 0 for part in run._parts):
+        raise UserError("the model ran, but no edited site did", expected="the model that was given to `applied`")
+    for number, row_plan in enumerate(row_plans):
+        if row_plan.plan.strength != 0 and report.n_touched(number) == 0:
+            name = row_plan.plan.name or f"plan {number}"
+            warnings.warn(
+                f"{name} touched no token: its scope matched none, or its feature never fired",
+                NothingTouched,
+                stacklevel=4,
+            )

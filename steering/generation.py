@@ -1,0 +1,294 @@
+"""Generation: paired samples of text, steered and unsteered, from the same random numbers.
+
+1. Every (prompt, sample) has a random stream of its own, seeded by (seed, prompt, sample) and nothing else: the same
+   in every batch, for every plan. At each step it draws one Gumbel number a token of the vocabulary.
+2. Rows = plans × prompts × samples, left-padded, with a key-value cache; plans are applied to their own rows, so a
+   steered row and its unsteered twin run in one batch.
+3. Next token = argmax(log p / temperature + Gumbel) over the `top_k` likeliest tokens, cut to `top_p`. Twins pick the
+   same token until their distributions differ enough to matter.
+4. Kept per token: its log-probability at temperature 1 under the model that wrote it.
+
+`stream` yields after every token; `generate` collects. Cost: one forward pass of one token per row a step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from data.sites import Site
+from sae.errors import Problem, UserError
+from sae.report import Progress, silent
+from steering.applied import RowPlan, SteeringReport, applied
+from steering.plan import Plan
+from steering.protocols import Dictionary, SteerableModel
+from steering.sequences import Batch, device_of, encoded, forward_arguments, in_batches, padded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 takes the likeliest."""
+
+    n_tokens: int = 40
+    temperature: float = 0.8
+    top_p: float = 0.95
+    top_k: int = 512
+    stop_at: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.n_tokens < 1:
+            problems.append(Problem(what="at least one token", where="n_tokens", found=str(self.n_tokens)))
+        if self.temperature < 0:
+            problems.append(Problem(what="not negative", where="temperature", found=str(self.temperature)))
+        if not 0 < self.top_p <= 1:
+            problems.append(Problem(what="in (0, 1]", where="top_p", found=str(self.top_p)))
+        if self.top_k < 1:
+            problems.append(Problem(what="at least 1", where="top_k", found=str(self.top_k)))
+        if problems:
+            raise UserError("this is no way to sample", problems=tuple(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A continuation. `plan` indexes the plans given (the prompt is not part of `text`); `finished` by a stop token."""
+
+    plan: int
+    prompt_index: int
+    sample: int
+    prompt: str
+    text: str
+    ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    finished: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Samples in the order plan, prompt, sample; `reports` one a batch."""
+
+    samples: tuple[Sample, ...]
+    reports: tuple[SteeringReport, ...]
+
+    def of_plan(self, plan: int) -> tuple[Sample, ...]:
+        return tuple(sample for sample in self.samples if sample.plan == plan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One new token for every row that is still being written."""
+
+    rows: tuple[int, ...]
+    ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+
+
+def generate(
+    model: SteerableModel,
+    saes: Mapping[Site, Dictionary],
+    prompts: Sequence[str],
+    plans: Sequence[Plan | None],
+    *,
+    n_samples: int = 1,
+    seed: int = 0,
+    sampling: Sampling = Sampling(),  # frozen
+    batch_size: int = 32,
+    progress: Progress = silent,
+) -> Generation:
+    """Continue every prompt `n_samples` times under every plan (None: unsteered)."""
+    rows = [
+        _Row(plan=p, prompt_index=i, sample=s, prompt=prompt)
+        for i, prompt in enumerate(prompts)
+        for s in range(n_samples)
+        for p in range(len(plans))
+    ]
+    if not rows:
+        raise UserError("nothing to generate", expected="at least one prompt, plan and sample")
+    samples, reports = [], []
+    done = 0
+    for block in in_batches(rows, batch_size):
+        made, report = _generate_block(model, saes, block, plans, seed, sampling)
+        samples += made
+        reports.append(report)
+        done += len(block)
+        progress("generate", done, len(rows))
+    samples.sort(key=lambda sample: (sample.plan, sample.prompt_index, sample.sample))
+    return Generation(samples=tuple(samples), reports=tuple(reports))
+
+
+def stream(
+    model: SteerableModel,
+    saes: Mapping[Site, Dictionary],
+    prompt: str,
+    plans: Sequence[Plan | None],
+    *,
+    seed: int = 0,
+    sampling: Sampling = Sampling(),
+) -> Iterator[Step]:
+    """One row a plan, token by token; a row ends at a stop token."""
+    rows = [_Row(plan=p, prompt_index=0, sample=0, prompt=prompt) for p in range(len(plans))]
+    yield from _steps(model, saes, rows, plans, seed, sampling, [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    plan: int
+    prompt_index: int
+    sample: int
+    prompt: str
+
+
+def _generate_block(
+    model: SteerableModel,
+    saes: Mapping[Site, Dictionary],
+    rows: Sequence[_Row],
+    plans: Sequence[Plan | None],
+    seed: int,
+    sampling: Sampling,
+) -> tuple[list[Sample], SteeringReport]:
+    ids: list[list[int]] = [[] for _ in rows]
+    log_probs: list[list[float]] = [[] for _ in rows]
+    reports: list[SteeringReport] = []
+    for step in _steps(model, saes, rows, plans, seed, sampling, reports):
+        for row, token, log_prob in zip(step.rows, step.ids, step.log_probs, strict=True):
+            ids[row].append(token)
+            log_probs[row].append(log_prob)
+    samples = [
+        _sample(model, row, tuple(tokens), tuple(values), sampling)
+        for row, tokens, values in zip(rows, ids, log_probs, strict=True)
+    ]
+    return samples, reports[0]
+
+
+def _sample(
+    model: SteerableModel, row: _Row, ids: tuple[int, ...], log_probs: tuple[float, ...], sampling: Sampling
+) -> Sample:
+    finished = bool(ids) and ids[-1] in _stops(model, sampling)
+    return Sample(
+        plan=row.plan,
+        prompt_index=row.prompt_index,
+        sample=row.sample,
+        prompt=row.prompt,
+        text=model.tokenizer.decode(ids[:-1] if finished else ids),
+        ids=ids,
+        log_probs=log_probs,
+        finished=finished,
+    )
+
+
+def _steps(
+    model: SteerableModel,
+    saes: Mapping[Site, Dictionary],
+    rows: Sequence[_Row],
+    plans: Sequence[Plan | None],
+    seed: int,
+    sampling: Sampling,
+    reports: list[SteeringReport],
+) -> Iterator[Step]:
+    device = device_of(model)
+    batch = padded([encoded(model, row.prompt) for row in rows], device=device)
+    _refuse_too_long(model, batch.ids.shape[1] + sampling.n_tokens)
+    noise = _Noise([(row.prompt, row.sample) for row in rows], seed, model.d_vocab)
+    stops = torch.tensor(sorted(_stops(model, sampling)), device=device)
+    alive = torch.ones(len(rows), dtype=torch.bool, device=device)
+    steering, row_plans = ExitStack(), _row_plans(rows, plans)
+    cache: Any = None
+    with steering:
+        run = steering.enter_context(applied(model, saes, row_plans)) if row_plans else None
+        for _ in range(sampling.n_tokens):
+            logits, cache = _next_logits(model, batch, cache)
+            chosen, log_probs = _choose(logits.float(), noise.next().to(device), sampling)
+            kept = alive.nonzero().squeeze(1).tolist()
+            yield Step(rows=tuple(kept), ids=tuple(chosen[alive].tolist()), log_probs=tuple(log_probs[alive].tolist()))
+            alive = alive & ~torch.isin(chosen, stops)
+            if not alive.any():
+                break
+            batch = _extended(batch, chosen)
+    reports.append(run.report() if run is not None else SteeringReport(nodes=(), n_passes=0))
+
+
+def _next_logits(model: SteerableModel, batch: Batch, cache: Any) -> tuple[Float[Tensor, "batch vocab"], Any]:
+    """Logits after the last column. The cache holds every column but the new ones."""
+    n_past = 0 if cache is None else cache.get_seq_length()
+    arguments = forward_arguments(model, mask=batch.real, positions=batch.positions()[:, n_past:])
+    with torch.no_grad():
+        out = model.hf(
+            input_ids=batch.ids[:, n_past:], past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments
+        )
+    return out.logits[:, -1], out.past_key_values
+
+
+def _choose(
+    logits: Float[Tensor, "batch vocab"], noise: Float[Tensor, "batch vocab"], sampling: Sampling
+) -> tuple[Int[Tensor, "batch"], Float[Tensor, "batch"]]:
+    log_probs = logits.log_softmax(-1)
+    if sampling.temperature == 0:
+        chosen = logits.argmax(-1)
+    else:
+        top, index = (logits / sampling.temperature).topk(min(sampling.top_k, logits.shape[-1]), dim=-1)
+        probability = top.softmax(-1)
+        before = probability.cumsum(-1) - probability
+        scores = torch.where(before < sampling.top_p, top + noise.gather(1, index), -torch.inf)
+        chosen = index.gather(1, scores.argmax(-1, keepdim=True)).squeeze(1)
+    return chosen, log_probs.gather(1, chosen[:, None]).squeeze(1)
+
+
+class _Noise:
+    """Gumbel numbers for each row; rows of one (prompt, sample) get the same ones, whatever else is in the batch."""
+
+    def __init__(self, keys: Sequence[tuple[str, int]], seed: int, d_vocab: int) -> None:
+        unique = sorted(set(keys))
+        self._generators = [torch.Generator().manual_seed(_stream_seed(seed, *key)) for key in unique]
+        self._rows = torch.tensor([unique.index(key) for key in keys])
+        self._d_vocab = d_vocab
+
+    def next(self) -> Float[Tensor, "batch vocab"]:
+        drawn = torch.stack([torch.rand(self._d_vocab, generator=generator) for generator in self._generators])
+        return -torch.log(-torch.log(drawn.clamp(1e-20, 1 - 1e-7)))[self._rows]
+
+
+def _stream_seed(seed: int, prompt: str, sample: int) -> int:
+    """Independent of the other prompts, of the batch and of Python's hash seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{prompt}\0{sample}".encode()).digest()[:7], "big")
+
+
+def _row_plans(rows: Sequence[_Row], plans: Sequence[Plan | None]) -> list[RowPlan]:
+    by_plan: dict[int, list[int]] = {}
+    for place, row in enumerate(rows):
+        by_plan.setdefault(row.plan, []).append(place)
+    listed = []
+    for number, places in sorted(by_plan.items()):
+        plan = plans[number]
+        if plan is not None and plan.strength != 0:
+            listed.append(RowPlan(plan=plan, rows=None if len(places) == len(rows) else tuple(places)))
+    return listed
+
+
+def _stops(model: SteerableModel, sampling: Sampling) -> set[int]:
+    """The sampling's own stop tokens and the model's end of text."""
+    end = getattr(model.hf.config, "eos_token_id", None)
+    ends = end if isinstance(end, list) else [] if end is None else [end]
+    bos = model.tokenizer.bos_id
+    return {*sampling.stop_at, *ends, *([] if bos is None else [bos])}
+
+
+def _extended(batch: Batch, chosen: Int[Tensor, "batch"]) -> Batch:
+    real = torch.ones_like(chosen, dtype=torch.bool)[:, None]
+    return Batch(ids=torch.cat([batch.ids, chosen[:, None]], 1), real=torch.cat([batch.real, real], 1))
+
+
+def _refuse_too_long(model: SteerableModel, n_columns: int) -> None:
+    if n_columns > model.n_context:
+        raise UserError(
+            "prompt and continuation do not fit the model's context",
+            expected=f"at most {model.n_context} tokens",
+            found=str(n_columns),
+            mend="shorten the prompt or ask for fewer tokens",
+        )

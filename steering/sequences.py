@@ -1,0 +1,74 @@
+"""Prompts and texts as padded batches of token ids, and one forward pass over them.
+
+Every sequence starts with the tokenizer's start token when it has one. Prompts are padded on the left, so that
+generation appends at the right edge of every row; positions are counted over real tokens and handed to the model, so
+padding changes nothing but float noise.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae.errors import UserError
+from steering.protocols import SteerableModel
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Rows of token ids; `real` is False on padding."""
+
+    ids: Int[Tensor, "batch column"]
+    real: Bool[Tensor, "batch column"]
+
+    def positions(self) -> Int[Tensor, "batch column"]:
+        return (self.real.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def encoded(model: SteerableModel, text: str) -> list[int]:
+    """Token ids with the start token in front."""
+    bos = model.tokenizer.bos_id
+    ids = list(model.tokenizer.encode(text))
+    return ids if bos is None else [bos, *ids]
+
+
+def padded(rows: Sequence[Sequence[int]], *, device: Any = "cpu") -> Batch:
+    """Rows of different lengths, padded on the left with id 0."""
+    if not rows or not all(rows):
+        raise UserError("an empty sequence cannot be run", expected="at least one token a row")
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    real = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
+    return Batch(ids=ids, real=real)
+
+
+def forward(model: SteerableModel, batch: Batch) -> Float[Tensor, "batch column vocab"]:
+    """Logits at every column, in the model's dtype; columns of padding are meaningless."""
+    kwargs = forward_arguments(model, mask=batch.real, positions=batch.positions())
+    with torch.no_grad():
+        return model.hf(input_ids=batch.ids, use_cache=False, **kwargs).logits
+
+
+def forward_arguments(
+    model: SteerableModel, *, mask: Bool[Tensor, "batch column"], positions: Int[Tensor, "batch position"]
+) -> dict[str, Tensor]:
+    """Mask and positions, as far as the model takes them (a model with relative positions may not)."""
+    wanted = {"attention_mask": mask.long(), "position_ids": positions}
+    taken = inspect.signature(model.hf.forward).parameters
+    return {name: value for name, value in wanted.items() if name in taken}
+
+
+def device_of(model: SteerableModel) -> torch.device:
+    return next(model.hf.parameters()).device
+
+
+def in_batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Consecutive slices of at most `size`."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
