@@ -1,0 +1,148 @@
+"""Two sets of unit directions → the k nearest partners of each row, both ways, exactly.
+
+1. The cosine matrix is computed in tiles of `tile` rows × `tile` columns and never kept whole: memory is O(tile²).
+2. In each tile the maximum of every chunk of 32 neighbours is taken; the k best entries of a row must lie in the k
+   chunks with the largest maxima, so only those few are looked at closely. The same along columns.
+3. The candidates are merged into the running k best of every row and of every column.
+
+Cost: one matrix product of [source, d_model] × [d_model, target], plus two reading passes over each tile.
+Only positive cosines count (Feature Flow §3.2); the arithmetic is float32 throughout, on GPUs too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from pipeline.flow.directions import Directions
+from sae.errors import UserError
+
+CHUNK = 32
+NO_PARTNER = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearest:
+    """The best partners of each row, best first. Empty places have index -1 and cosine 0."""
+
+    cosine: Float[Tensor, "row k"]
+    index: Int64[Tensor, "row k"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """`predecessors`: for each target row its best source rows. `successors`: for each source row its best targets."""
+
+    predecessors: Nearest
+    successors: Nearest
+
+
+def match(source: Directions, target: Directions, *, k: int = 5, tile: int = 2048) -> Match:
+    """Exact top-k cosine both ways. Widths may differ; dimensions may not. Raises UserError."""
+    if source.d_model != target.d_model:
+        raise UserError(
+            "dictionaries of different spaces cannot be compared",
+            expected=f"directions of dimension {source.d_model}",
+            found=f"dimension {target.d_model}",
+            mend="give the projection into the residual stream (W_O for attention dictionaries)",
+        )
+    if k < 1 or tile < CHUNK:
+        raise UserError("bad matcher settings", expected=f"k >= 1, tile >= {CHUNK}", found=f"k {k}, tile {tile}")
+    backward = _empty(target, k)
+    forward = _empty(source, k)
+    with full_precision(), torch.no_grad():
+        for columns in _spans(source.n_latents, tile):
+            right = rearrange(source.unit[columns], "source d_model -> d_model source")
+            for rows in _spans(target.n_latents, tile):
+                cosines = target.unit[rows] @ right
+                _merge(backward, rows, *_best_of_rows(cosines, k, columns.start))
+                _merge(forward, columns, *_best_of_columns(cosines, k, rows.start))
+    return Match(predecessors=_finished(backward), successors=_finished(forward))
+
+
+def best_cosines(rows: Float[Tensor, "row d_model"], source: Directions, *, tile: int = 2048) -> Float[Tensor, "row"]:
+    """The largest cosine of each of `rows` (unit) with any row of `source`; what a null sample needs."""
+    best = torch.zeros(rows.shape[0], device=rows.device)
+    with full_precision(), torch.no_grad():
+        for columns in _spans(source.n_latents, tile):
+            for span in _spans(rows.shape[0], tile):
+                best[span] = torch.maximum(best[span], (rows[span] @ source.unit[columns].T).amax(1))
+    return best
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Matrix products in whole float32, whatever the process had chosen."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _spans(n: int, tile: int) -> Iterator[slice]:
+    return (slice(start, min(start + tile, n)) for start in range(0, n, tile))
+
+
+def _empty(side: Directions, k: int) -> Nearest:
+    shape = (side.n_latents, k)
+    device = side.unit.device
+    return Nearest(
+        cosine=torch.zeros(shape, device=device),
+        index=torch.full(shape, NO_PARTNER, dtype=torch.int64, device=device),
+    )
+
+
+def _best_of_rows(
+    cosines: Float[Tensor, "row column"], k: int, offset: int
+) -> tuple[Float[Tensor, "row found"], Int64[Tensor, "row found"]]:
+    n = cosines.shape[1]
+    if n < CHUNK * (k + 1) or n % CHUNK:
+        value, place = cosines.topk(min(k, n), dim=1)
+        return value, place + offset
+    chunked = rearrange(cosines, "row (chunk within) -> row chunk within", within=CHUNK)
+    chunks = chunked.amax(2).topk(k, dim=1).indices
+    candidates = chunked.gather(1, chunks[:, :, None].expand(-1, -1, CHUNK))
+    value, place = rearrange(candidates, "row k within -> row (k within)").topk(k, dim=1)
+    column = chunks.gather(1, place // CHUNK) * CHUNK + place % CHUNK
+    return value, column + offset
+
+
+def _best_of_columns(
+    cosines: Float[Tensor, "row column"], k: int, offset: int
+) -> tuple[Float[Tensor, "column found"], Int64[Tensor, "column found"]]:
+    n = cosines.shape[0]
+    if n < CHUNK * (k + 1) or n % CHUNK:
+        value, place = cosines.topk(min(k, n), dim=0)
+        return value.T, place.T + offset
+    chunked = rearrange(cosines, "(chunk within) column -> chunk within column", within=CHUNK)
+    chunks = rearrange(chunked.amax(1).topk(k, dim=0).indices, "k column -> column k")
+    column = torch.arange(cosines.shape[1], device=cosines.device)
+    within = torch.arange(CHUNK, device=cosines.device)
+    row = rearrange(chunks[:, :, None] * CHUNK + within, "column k within -> column (k within)")
+    value, place = cosines[row, column[:, None]].topk(k, dim=1)
+    return value, row.gather(1, place) + offset
+
+
+def _merge(best: Nearest, span: slice, value: Float[Tensor, "row found"], index: Int64[Tensor, "row found"]) -> None:
+    k = best.cosine.shape[1]
+    both = torch.cat([best.cosine[span], value], dim=1)
+    top, place = both.topk(k, dim=1)
+    best.cosine[span] = top
+    best.index[span] = torch.cat([best.index[span], index], dim=1).gather(1, place)
+
+
+def _finished(best: Nearest) -> Nearest:
+    """A partner must have a positive cosine; rounding may leave a cosine of identical rows a hair above 1."""
+    positive = best.cosine > 0
+    return Nearest(
+        cosine=torch.where(positive, best.cosine, 0.0).clamp_max_(1.0),
+        index=torch.where(positive, best.index, NO_PARTNER),
+    )

@@ -1,0 +1,138 @@
+"""Sites and kept edges → the node table: class, life span and community of every latent.
+
+1. Scores: s(P) is the best predecessor cosine for P in residual, MLP, attention; "high" means that the link is kept.
+2. Class (Feature Flow §3.3; `class_fixed` is the same by the paper's fixed cosines): high s(R) alone `translated`; with a module `processed`; a module alone `newborn`; nothing
+   `unexplained`. Null where it cannot be said: dead latents, modules, and the first residual site.
+3. Birth: the earliest layer reached by going back along kept best predecessors in the residual chain; death: the latest
+   layer reached by going forward along kept best successors; persistence counts the layers from birth to death.
+4. Communities over all kept links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Int64
+
+from data.sites import Site
+from pipeline.flow.communities import communities_of
+from pipeline.flow.options import Fixed
+from pipeline.flow.pairing import depth_of
+
+CLASSES = ("translated", "processed", "newborn", "unexplained")
+_SCORES = {"residual": "s_residual", "mlp": "s_mlp", "attention": "s_attention"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """What is known of one dictionary besides its links. `n_fired` is None when no activations were at hand."""
+
+    site: Site
+    alive: Bool[np.ndarray, "latent"]
+    n_fired: Int64[np.ndarray, "latent"] | None
+    n_tokens: int
+    mean_share: float
+    n_duplicates: int
+
+
+def node_table(sides: Mapping[Site, Side], edges: pd.DataFrame, *, seed: int) -> pd.DataFrame:
+    """One row a latent, sites in order of depth, latents in order."""
+    ordered = [sides[site] for site in sorted(sides, key=depth_of)]
+    nodes = pd.concat([_bare(side) for side in ordered], ignore_index=True)
+    start = dict(zip((s.site.short for s in ordered), np.cumsum([0, *(len(s.alive) for s in ordered)]), strict=False))
+    source = node_numbers(start, edges["source_site"], edges["source_latent"])
+    target = node_numbers(start, edges["target_site"], edges["target_latent"])
+    kept = edges["kept"].to_numpy(bool)
+    _add_scores(nodes, edges, target)
+    nodes["class"] = _classes(nodes, edges, _high(nodes, edges, target))
+    nodes["class_fixed"] = _classes(nodes, edges, _above_fixed(nodes))
+    nodes["n_predecessors"] = np.bincount(target[kept], minlength=len(nodes))
+    nodes["n_successors"] = np.bincount(source[kept], minlength=len(nodes))
+    nodes["birth_layer"], nodes["death_layer"] = _life(nodes, edges, source, target)
+    nodes["persistence"] = nodes["death_layer"] - nodes["birth_layer"] + 1
+    weight = edges["cosine"].to_numpy()[kept]
+    nodes["community"] = communities_of(len(nodes), source[kept], target[kept], weight, seed=seed)
+    return nodes
+
+
+def node_numbers(start: Mapping[str, int], site: pd.Series, latent: pd.Series) -> Int64[np.ndarray, "row"]:
+    """Row numbers in the node table, where the latents of a site follow one another from `start[site]` on."""
+    codes, names = pd.factorize(site)
+    return np.array([start[name] for name in names], dtype=np.int64)[codes] + latent.to_numpy(np.int64)
+
+
+def _bare(side: Side) -> pd.DataFrame:
+    n = len(side.alive)
+    fired = side.n_fired
+    return pd.DataFrame(
+        {
+            "site": np.full(n, side.site.short, dtype=object),
+            "layer": np.full(n, side.site.layer, dtype=np.int16),
+            "kind": np.full(n, side.site.kind, dtype=object),
+            "latent": np.arange(n),
+            "alive": side.alive,
+            "density": np.full(n, np.nan) if fired is None else fired / max(side.n_tokens, 1),
+        }
+    )
+
+
+def _add_scores(nodes: pd.DataFrame, edges: pd.DataFrame, target: np.ndarray) -> None:
+    """Adds s_residual, s_mlp, s_attention; null without such a pair."""
+    first = (edges["rank"] == 0).to_numpy()
+    for relation, column in _SCORES.items():
+        of_relation = (edges["relation"] == relation).to_numpy()
+        here = first & of_relation
+        score = np.where(nodes["site"].isin(edges["target_site"][of_relation].unique()) & nodes["alive"], 0.0, np.nan)
+        score[target[here]] = edges["cosine"].to_numpy()[here]
+        nodes[column] = score
+
+
+def _high(nodes: pd.DataFrame, edges: pd.DataFrame, target: np.ndarray) -> dict[str, np.ndarray]:
+    """Which nodes have a kept best predecessor, by relation."""
+    high = {}
+    first = ((edges["rank"] == 0) & edges["kept"]).to_numpy(bool)
+    for relation in _SCORES:
+        high[relation] = np.zeros(len(nodes), dtype=bool)
+        high[relation][target[first & (edges["relation"] == relation).to_numpy()]] = True
+    return high
+
+
+def _above_fixed(nodes: pd.DataFrame) -> dict[str, np.ndarray]:
+    """The same by the paper's cosines."""
+    fixed = Fixed()
+    cuts = {"residual": fixed.residual, "mlp": fixed.modules, "attention": fixed.modules}
+    return {relation: (nodes[column] >= cuts[relation]).to_numpy() for relation, column in _SCORES.items()}
+
+
+def _classes(nodes: pd.DataFrame, edges: pd.DataFrame, high: Mapping[str, np.ndarray]) -> np.ndarray:
+    carried = high["residual"]
+    added = high["mlp"] | high["attention"]
+    names = np.select([carried & ~added, carried & added, ~carried & added], CLASSES[:3], CLASSES[3]).astype(object)
+    scored = nodes["site"].isin(edges.loc[edges["relation"] == "residual", "target_site"].unique())
+    names[~(scored & nodes["alive"]).to_numpy()] = None
+    return names
+
+
+def _life(
+    nodes: pd.DataFrame, edges: pd.DataFrame, source: np.ndarray, target: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    layer = nodes["layer"].to_numpy(np.int64)
+    birth, death = layer.copy(), layer.copy()
+    usable = ((edges["relation"] == "residual") & edges["kept"]).to_numpy(bool)
+    back = usable & (edges["rank"] == 0).to_numpy()
+    ahead = usable & (edges["forward_rank"] == 0).to_numpy()
+    for rows in _groups_by_target(edges, back):
+        birth[target[rows]] = birth[source[rows]]
+    for rows in reversed(_groups_by_target(edges, ahead)):
+        death[source[rows]] = death[target[rows]]
+    return birth, death
+
+
+def _groups_by_target(edges: pd.DataFrame, chosen: np.ndarray) -> list[np.ndarray]:
+    """Row numbers of the chosen edges, one group per target site; edges are stored in order of depth."""
+    rows = np.flatnonzero(chosen)
+    codes, names = pd.factorize(edges["target_site"].iloc[rows])
+    return [rows[codes == code] for code in range(len(names))]

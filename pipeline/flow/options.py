@@ -1,0 +1,57 @@
+"""The choices a linking run offers, as small frozen dataclasses: which chance to compare with, which links to keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from typing_extensions import Doc
+
+from pipeline.flow.null import FarLayers, Isotropic, Rotation, Shuffled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Automatic:
+    """Each pair is judged by the strictest null that applies to it: rotation always; for dictionaries of one start also
+    dictionaries that left that start for unrelated data (trained here, or else far layers), and the firing itself."""
+
+    trained_pairs: Annotated[
+        int, Ge(0), Doc("same-start pairs for which a null dictionary is trained; 0: use far layers")
+    ] = 3
+    kind: Literal["automatic"] = "automatic"
+
+
+NullChoice = Automatic | Rotation | FarLayers | Isotropic | Shuffled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """Keep links up to a false-discovery rate, judged pair by pair against the null."""
+
+    fdr: Annotated[float, Gt(0), Lt(1), Doc("share of kept links that may be chance")] = 0.05
+    kind: Literal["calibrated"] = "calibrated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed:
+    """Keep links above the paper's cosines (Feature Flow, appendix B.2)."""
+
+    residual: Annotated[float, Ge(0), Le(1), Doc("smallest cosine between residual dictionaries")] = 0.5
+    modules: Annotated[float, Ge(0), Le(1), Doc("smallest cosine from an MLP or attention dictionary")] = 0.15
+    kind: Literal["fixed"] = "fixed"
+
+
+Thresholds = Calibrated | Fixed
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkOptions:
+    """Everything that changes the links between given dictionaries."""
+
+    top_k: int = 5
+    null: NullChoice = field(default_factory=Automatic)
+    n_null: int = 8192
+    thresholds: Thresholds = field(default_factory=Calibrated)
+    seed: int = 0
+    tile: int = 2048

@@ -1,0 +1,138 @@
+"""One linked pair of dictionaries → its rows of the edge table and its row of the pair table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.flow.edges import EdgeColumns
+from pipeline.flow.functional import Cofiring
+from pipeline.flow.null import NullSample
+from pipeline.flow.pairing import RELATIONS, Pair, StartRelation
+from pipeline.flow.significance import cosine_at_rate, hubness
+
+if TYPE_CHECKING:
+    from pipeline.flow.link import Evidence
+
+HISTOGRAM_EDGES = np.linspace(0, 1, 101)
+"""Bins of the cosine histograms in the pair table."""
+
+
+def edge_table(
+    pair: Pair,
+    columns: EdgeColumns,
+    evidence: Evidence,
+    cofiring: Cofiring | None,
+    kept: np.ndarray,
+    *,
+    sites: Sequence[str],
+) -> pd.DataFrame:
+    """The edges of one pair, in the columns that docs/formats.md names. Evidence that was not gathered is null.
+
+    `sites` are the short names of all sites: the categories of both site columns, so that tables can be joined cheaply.
+    """
+    n = len(columns.source)
+    unknown = np.full(n, np.nan, dtype=np.float32)
+    return pd.DataFrame(
+        {
+            "source_site": _repeated(pair.source.short, sites, n),
+            "source_latent": columns.source.astype(np.int32),
+            "target_site": _repeated(pair.target.short, sites, n),
+            "target_latent": columns.target.astype(np.int32),
+            "relation": _repeated(pair.relation, RELATIONS, n),
+            "rank": columns.rank.astype(np.int16),
+            "forward_rank": columns.forward_rank.astype(np.int16),
+            "cosine": columns.cosine.astype(np.float32),
+            "margin": columns.margin.astype(np.float32),
+            "mutual": columns.mutual,
+            "p_cosine": evidence.cosine.astype(np.float32),
+            "p_firing": unknown if evidence.firing is None else evidence.firing.astype(np.float32),
+            "p_value": evidence.joint.astype(np.float32),
+            "q_value": evidence.q.astype(np.float32),
+            "kept": kept,
+            "pearson": unknown if cofiring is None else cofiring.links.pearson.astype(np.float32),
+            "jaccard": unknown if cofiring is None else cofiring.links.jaccard.astype(np.float32),
+        }
+    )
+
+
+def _repeated(name: str, names: Sequence[str], n: int) -> pd.Categorical:
+    return pd.Categorical.from_codes(np.full(n, list(names).index(name), dtype=np.int16), categories=list(names))
+
+
+def pair_row(
+    pair: Pair,
+    columns: EdgeColumns,
+    evidence: Evidence,
+    cofiring: Cofiring | None,
+    kept: np.ndarray,
+    *,
+    start: StartRelation,
+    nulls: list[NullSample],
+    n_sources: int,
+    few: np.ndarray | None,
+    fdr: float,
+) -> dict[str, Any]:
+    """Counts, strengths, the null beside them, hubness, and what firing says, for one pair."""
+    top = columns.top
+    cosine = columns.cosine[top]
+    strictest = max(nulls, key=lambda null: null.quantile(0.99), default=None)
+    skew, largest = hubness(columns.source[top], n_sources)
+    return {
+        "source_site": pair.source.short,
+        "target_site": pair.target.short,
+        "relation": pair.relation,
+        "gap": pair.gap,
+        "start": start,
+        "null": " + ".join(null.name for null in nulls),
+        "n_targets": int(top.sum()),
+        "n_links": int((kept & top).sum()),
+        "n_links_kept_all_ranks": int(kept.sum()),
+        "n_mutual": int((kept & columns.mutual).sum()),
+        "cosine_median": _median(cosine),
+        "margin_median": _median(columns.margin[top]),
+        "null_median": None if strictest is None else strictest.quantile(0.5),
+        "null_p99": None if strictest is None else strictest.quantile(0.99),
+        "threshold": cosine_at_rate(evidence.joint[top], [null.best_cosine for null in nulls], fdr),
+        "n_above_fixed": int((cosine >= (0.5 if pair.relation == "residual" else 0.15)).sum()),
+        "hub_skewness": skew,
+        "hub_largest": largest,
+        **_firing(columns, cofiring, kept, few),
+        "histogram": np.histogram(cosine, HISTOGRAM_EDGES)[0].tolist(),
+        "null_histogram": [] if strictest is None else np.histogram(strictest.best_cosine, HISTOGRAM_EDGES)[0].tolist(),
+    }
+
+
+def _firing(
+    columns: EdgeColumns, cofiring: Cofiring | None, kept: np.ndarray, few: np.ndarray | None
+) -> dict[str, Any]:
+    """Medians over top-1 links of targets that fired often enough, kept links apart from the rest."""
+    names = (
+        "pearson_median",
+        "pearson_median_kept",
+        "jaccard_median",
+        "pearson_best_median",
+        "pearson_chance_p99",
+        "agreement",
+    )
+    if cofiring is None or few is None:
+        return dict.fromkeys(names)
+    firing = columns.top & ~few[columns.target]
+    best_index, best = cofiring.best.index[columns.target], cofiring.best.pearson[columns.target]
+    chance = cofiring.chance.pearson
+    values = (
+        _median(cofiring.links.pearson[firing]),
+        _median(cofiring.links.pearson[firing & kept]),
+        _median(cofiring.links.jaccard[firing]),
+        _median(best[firing]),
+        float(np.quantile(chance, 0.99)) if len(chance) else None,
+        float((best_index == columns.source)[firing].mean()) if firing.any() else None,
+    )
+    return dict(zip(names, values, strict=True))
+
+
+def _median(values: np.ndarray) -> float | None:
+    return float(np.median(values)) if len(values) else None
