@@ -1,0 +1,158 @@
+"""Which latents fire: the encoder's one dense product, and the k largest entries of each row or of the whole batch.
+
+    1. pre = x W_encᵀ + b_enc over blocks of tokens, so that a block's pre-activations stay in cache; in bfloat16 where the
+       machine multiplies bfloat16 several times faster (`has_fast_bfloat16`)
+    2. select. Per row, exactly, on a CPU: the maxima of groups of 16 latents; only the k groups with the largest maxima can
+       hold one of the k largest; their 16 k members are partitioned. Whole batch: entries above a cut taken from the first
+       block, and of those the `k × tokens` largest; exact because the cut is lowered until it lets enough of them through
+    3. after a bfloat16 pass, compute the selected values again in float32
+
+Cost: `2 · token · d · latent` for 1, about one pass over the pre-activations for 2. Which of several equal values at the
+edge are kept is unspecified but deterministic. A selected value that is not positive stays in the codes as an entry with
+value 0 (TopK) or is left out (BatchTopK).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.kernels.codes import Codes, products_at
+
+Precision = Literal["float32", "bfloat16"]
+_GROUP = 16
+_BLOCK_BYTES = 4 << 20
+_CUT_MARGIN = 0.85
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerRow:
+    """The `k` largest of every token."""
+
+    k: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeBatch:
+    """The `k × tokens` largest positive entries of a batch."""
+
+    k: int
+
+
+Selection = PerRow | WholeBatch
+
+
+@cache
+def has_fast_bfloat16(device: str = "cpu") -> bool:
+    """Whether a bfloat16 product is worth its rounding: AVX512-BF16 or AMX on a CPU, tensor cores on a GPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def encode(
+    x: Float[Tensor, "token d"],
+    W_enc: Float[Tensor, "latent d"],
+    b_enc: Float[Tensor, "latent"],
+    selection: Selection,
+    precision: Precision,
+) -> Codes:
+    """The latents of a centred batch. Values are float32 whatever the precision of the pass that chose them."""
+    if isinstance(selection, PerRow):
+        codes = _encode_per_row(x, W_enc, b_enc, selection.k, precision)
+    else:
+        codes = _encode_whole_batch(x, W_enc, b_enc, selection.k, precision)
+    value = codes.value
+    if precision == "bfloat16":
+        value = products_at(codes, x, W_enc) + b_enc[codes.latent]
+    return Codes(start=codes.start, latent=codes.latent, value=value.relu())
+
+
+def pre_activation_blocks(
+    x: Float[Tensor, "token d"], W_enc: Float[Tensor, "latent d"], b_enc: Float[Tensor, "latent"], precision: Precision
+) -> Iterator[Float[Tensor, "block latent"]]:
+    """Pre-activations of consecutive blocks of tokens, in `precision`."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    W, b, x = W_enc.to(dtype), b_enc.to(dtype), x.to(dtype)
+    rows = len(x) if x.is_cuda else max(64, _BLOCK_BYTES // (4 * len(W)))
+    for block in x.split(rows):
+        yield F.linear(block, W, b)
+
+
+def _encode_per_row(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, precision: Precision) -> Codes:
+    parts = [largest_of_rows(pre, k) for pre in pre_activation_blocks(x, W_enc, b_enc, precision)]
+    index, order = torch.cat([part[1] for part in parts]).sort(dim=1)
+    value = torch.cat([part[0] for part in parts]).gather(1, order)
+    start = torch.arange(0, index.numel() + 1, k, device=x.device)
+    return Codes(start=start, latent=index.flatten(), value=value.flatten().float())
+
+
+def largest_of_rows(pre: Float[Tensor, "row latent"], k: int) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
+    """Values and indices of the k largest entries of each row, in no order."""
+    n_groups, rest = divmod(pre.shape[1], _GROUP)
+    if pre.is_cuda or rest or n_groups < 2 * k:
+        return _partition_rows(pre, k)
+    by_group = pre.view(len(pre), _GROUP, n_groups)
+    _, group = _partition_rows(by_group.amax(1), k)
+    member = torch.arange(0, pre.shape[1], n_groups)[None, :, None]
+    candidate = (group[:, None, :] + member).view(len(pre), _GROUP * k)
+    value, place = _partition_rows(pre.gather(1, candidate), k)
+    return value, candidate.gather(1, place)
+
+
+def _partition_rows(values: Float[Tensor, "row n"], k: int) -> tuple[Tensor, Tensor]:
+    """NumPy partitions rows with vector instructions, 2–3 times faster than torch.topk on the CPUs measured."""
+    if values.is_cuda or k >= values.shape[1]:
+        return values.topk(k, dim=1, sorted=False)
+    place = np.argpartition(values.float().numpy(), values.shape[1] - k, axis=1)[:, -k:]
+    index = torch.from_numpy(np.ascontiguousarray(place))
+    return values.gather(1, index), index
+
+
+def _encode_whole_batch(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, precision: Precision) -> Codes:
+    n_wanted, n_latents = k * len(x), len(W_enc)
+    cut: float | None = None
+    while True:
+        places, values, offset = [], [], 0
+        for pre in pre_activation_blocks(x, W_enc, b_enc, precision):
+            if cut is None:
+                cut = _CUT_MARGIN * _largest_value(pre.flatten(), k * len(pre))
+            place = _nonzero(pre.flatten() > cut)
+            values.append(pre.flatten()[place].float())
+            places.append(place + offset)
+            offset += pre.numel()
+        if cut == 0.0 or sum(map(len, places)) >= n_wanted:
+            return _keep_largest(torch.cat(places), torch.cat(values), n_wanted, len(x), n_latents)
+        cut = cut / 2 if cut is not None and cut > 1e-3 else 0.0
+
+
+def _largest_value(values: Float[Tensor, "entry"], rank: int) -> float:
+    """The value of the `rank`-th largest entry, at least 0."""
+    if values.is_cuda:
+        return max(float(values.float().kthvalue(len(values) - rank + 1).values), 0.0)
+    return max(float(np.partition(values.float().numpy(), len(values) - rank)[len(values) - rank]), 0.0)
+
+
+def _nonzero(mask: Tensor) -> Int[Tensor, "entry"]:
+    return mask.nonzero().flatten() if mask.is_cuda else torch.from_numpy(np.flatnonzero(mask.numpy()))
+
+
+def _keep_largest(place: Tensor, value: Tensor, n_wanted: int, n_rows: int, n_latents: int) -> Codes:
+    if len(place) > n_wanted:
+        if place.is_cuda:
+            kept = value.topk(n_wanted, sorted=False).indices.sort().values
+        else:
+            kept = torch.from_numpy(np.sort(np.argpartition(value.numpy(), len(value) - n_wanted)[-n_wanted:]))
+        place, value = place[kept], value[kept]
+    start = torch.zeros(n_rows + 1, dtype=torch.int64, device=place.device)
+    row = torch.div(place, n_latents, rounding_mode="floor")
+    torch.cumsum(torch.bincount(row, minlength=n_rows), 0, out=start[1:])
+    return Codes(start=start, latent=place - row * n_latents, value=value)
