@@ -1,0 +1,235 @@
+"""Where a store lies: a local folder or an object store, behind the few operations that the store needs.
+
+A place reads a byte range into a buffer, lists sizes, and publishes a finished file under its name at once: locally by
+rename of a file that is already flushed to disk, on an object store by one PUT (which is atomic). Every file is built
+locally first, so memory stays bounded and both places hold the same bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from sae.errors import UserError
+
+_COUNTER = itertools.count()
+_OPEN_FILES = 256
+_IOVECTORS = 512
+SCHEMES = ("s3://", "gs://", "gcs://", "az://", "abfs://", "http://", "https://", "memory://")
+
+
+class Place(Protocol):
+    """Names are relative, with `/`. `url` names the place for people and for opening it again in another process."""
+
+    url: str
+
+    def read(self, name: str) -> bytes: ...
+    def read_into(self, name: str, offset: int, buffers: list[memoryview]) -> int: ...
+    def sizes(self, prefix: str = "") -> dict[str, int]: ...
+    def size(self, name: str) -> int | None: ...
+    def temporary(self, name: str) -> Path: ...
+    def publish(self, temporary: Path, name: str) -> None: ...
+    def create(self, name: str, content: bytes) -> bool: ...
+    def remove(self, name: str) -> None: ...
+    def claimed(self, name: str) -> Any: ...
+
+
+def open_place(url: str | Path) -> Place:
+    """A place by path or URL (`s3://bucket/folder`, `gs://…`). Credentials come from the environment only."""
+    text = str(url)
+    if text.startswith("file://"):
+        return LocalPlace(Path(text.removeprefix("file://")))
+    if "://" not in text:
+        return LocalPlace(Path(text))
+    from data.store.objects import ObjectPlace
+
+    return ObjectPlace(text)
+
+
+def write_bytes(place: Place, name: str, content: bytes) -> None:
+    """Publish a small file: built beside, flushed, then visible at once."""
+    temporary = place.temporary(name)
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    place.publish(temporary, name)
+
+
+class LocalPlace:
+    """A folder. Descriptors of files that are read stay open, the least recently used are closed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+        self._descriptors: OrderedDict[str, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+    def read_into(self, name: str, offset: int, buffers: list[memoryview]) -> int:
+        """Fill the buffers, in order, from `offset` on; returns how many bytes there were."""
+        with self._descriptor(name) as descriptor:
+            total = 0
+            while buffers:
+                n = os.preadv(descriptor, buffers[:_IOVECTORS], offset + total)
+                if n == 0:
+                    break
+                total += n
+                buffers = _drop(buffers, n)
+        return total
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Name and size of every file below `prefix`."""
+        found = {}
+        stack = [self.root / prefix] if (self.root / prefix).is_dir() else []
+        while stack:
+            with os.scandir(stack.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        stack.append(Path(entry.path))
+                    else:
+                        found[Path(entry.path).relative_to(self.root).as_posix()] = entry.stat().st_size
+        return found
+
+    def size(self, name: str) -> int | None:
+        try:
+            return (self.root / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def temporary(self, name: str) -> Path:
+        """A new name beside `name`, so that publishing is a rename on one file system."""
+        path = self.root / f"{name}.{os.getpid()}-{next(_COUNTER)}.partial"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(path.parent, error) from error
+        return path
+
+    def publish(self, temporary: Path, name: str) -> None:
+        target = self.root / name
+        temporary.replace(target)
+        with self._lock:
+            stale = self._descriptors.pop(name, None)
+        if stale is not None:
+            os.close(stale)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Publish a file that must not be there yet; False if it is. Atomic between processes."""
+        temporary = self.temporary(name)
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        try:
+            os.link(temporary, self.root / name)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder((self.root / name).parent)
+        return True
+
+    def remove(self, name: str) -> None:
+        (self.root / name).unlink(missing_ok=True)
+
+    def sweep(self, names: list[str]) -> None:
+        """Remove what killed writers left beside these names."""
+        for name in names:
+            target = self.root / name
+            if target.parent.is_dir():
+                for leftover in target.parent.glob(f"{target.name}.*.partial"):
+                    leftover.unlink(missing_ok=True)
+
+    @contextmanager
+    def claimed(self, name: str) -> Iterator[bool]:
+        """Hold an exclusive claim; yields False if another living process holds it. The system frees it on death."""
+        import fcntl
+
+        path = self.root / f"{name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.close()
+
+    @contextmanager
+    def _descriptor(self, name: str) -> Iterator[int]:
+        with self._lock:
+            descriptor = self._descriptors.pop(name, None)
+        if descriptor is None:
+            descriptor = os.open(self.root / name, os.O_RDONLY)
+        try:
+            yield descriptor
+        finally:
+            self._keep(name, descriptor)
+
+    def _keep(self, name: str, descriptor: int) -> None:
+        surplus = []
+        with self._lock:
+            if name in self._descriptors:
+                surplus.append(descriptor)
+            else:
+                self._descriptors[name] = descriptor
+            while len(self._descriptors) > _OPEN_FILES:
+                surplus.append(self._descriptors.popitem(last=False)[1])
+        for each in surplus:
+            os.close(each)
+
+
+def staging_file(name: str) -> Path:
+    """A temporary file for a place that is not a folder."""
+    descriptor, path = tempfile.mkstemp(prefix="featureflow-", suffix="-" + name.rpartition("/")[2])
+    os.close(descriptor)
+    return Path(path)
+
+
+def _drop(buffers: list[memoryview], n: int) -> list[memoryview]:
+    remaining = list(buffers)
+    while remaining and n >= len(remaining[0]):
+        n -= len(remaining.pop(0))
+    if remaining and n:
+        remaining[0] = remaining[0][n:]
+    return remaining
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(
+        "cannot write here",
+        where=str(path),
+        found=str(error),
+        mend="free space, or choose another folder or its permissions",
+    )

@@ -1,0 +1,258 @@
+"""Writing a store: activations of one shard after another in, files and shard records out.
+
+1. `StoreWriter.create` writes the metadata, or takes up a store that the same run began; another run is refused.
+2. `write_shard` claims a shard, and for each inner chunk of rows (a) decodes it as a reader will, (b) flags sinks and
+   non-finite rows, (c) adds to the statistics, (d) appends the chunk to the shard file of each site.
+3. The small arrays follow, then the record, last. `finish` writes the document table and the completion record.
+
+Memory: one chunk of every site. Every file is flushed, and gets its name by rename. Deterministic: the same activations
+give the same bytes, whatever was interrupted in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from torch import Tensor
+
+from data.store.chunks import ChunkStatistics, ShardChunks
+from data.store.layout import COMPLETE, DOCUMENTS, TOKEN_COLUMNS, StoreLayout, parse_layout, record_name
+from data.store.places import LocalPlace, Place, open_place, write_bytes
+from data.store.records import Completion, ShardRecord, iter_problems_of_record, read_completion, read_record, sum_of
+from data.store.shards import FileSum, write_chunk_file
+from data.store.tokens import DocumentRow, TokenTable
+from sae.errors import UserError
+
+Rows = Mapping[str, Tensor | np.ndarray]
+"""Activations of the same rows at every site: name of the site to `Float["row d_model"]`."""
+
+
+class StoreWriter:
+    """A store that is being written. Several processes may write different shards of it at the same time."""
+
+    def __init__(self, place: Place, layout: StoreLayout, *, allow_non_finite: bool = False) -> None:
+        self.place = place
+        self.layout = layout
+        self.allow_non_finite = allow_non_finite
+
+    @classmethod
+    def create(cls, url: str | Path, layout: StoreLayout, *, allow_non_finite: bool = False) -> StoreWriter:
+        """Begin a store, or take up the one that lies there if the same run began it.
+
+        Raises UserError if another run's store is there, or if the place cannot be written."""
+        place = open_place(url)
+        writer = cls(place, layout, allow_non_finite=allow_non_finite)
+        try:
+            existing = place.read("zarr.json")
+        except FileNotFoundError:
+            writer._write_metadata()
+            return writer
+        found = parse_layout(existing, where=f"{place.url}/zarr.json")
+        if found.identity != layout.identity:
+            raise UserError(
+                "another activation store is in the way",
+                where=place.url,
+                expected=f"run {layout.identity[:16]}",
+                found=f"run {found.identity[:16]}",
+                mend="remove that folder or choose another place",
+            )
+        if read_completion(place) is not None:
+            writer.layout = found
+        return writer
+
+    @classmethod
+    def attach(cls, url: str | Path, *, allow_non_finite: bool = False) -> StoreWriter:
+        """Take up a store that `create` began, in another process or on another machine."""
+        place = open_place(url)
+        layout = parse_layout(place.read("zarr.json"), where=f"{place.url}/zarr.json")
+        return cls(place, layout, allow_non_finite=allow_non_finite)
+
+    def missing_shards(self) -> list[int]:
+        """Shards that have no record, or whose files do not have the recorded sizes."""
+        sizes = self.place.sizes()
+        return [shard for shard in range(self.layout.n_shards) if not self._is_sound(shard, sizes)]
+
+    def write_shard(self, shard: int, tokens: TokenTable, batches: Iterable[Rows]) -> ShardRecord:
+        """Write one shard from batches of rows in order. `tokens` are the tokens of this shard alone.
+
+        A shard that has a sound record already is left as it is. Raises UserError for too few or too many rows, rows
+        that are not finite, or another living writer of the same shard."""
+        with self.open_shard(shard, tokens) as writing:
+            for rows in batches:
+                writing.append(rows)
+            return writing.commit()
+
+    def open_shard(self, shard: int, tokens: TokenTable) -> ShardWriter:
+        """The same in steps, for a caller that pushes: `append` …, `commit`. A context manager."""
+        return ShardWriter(self, shard, tokens)
+
+    def finish(self, documents: Sequence[DocumentRow] = (), *, validation_start: int | None = None) -> None:
+        """Write the document table, the final metadata and the completion record. Refused while shards are missing."""
+        if missing := self.missing_shards():
+            raise UserError("shards are missing", where=self.place.url, found=", ".join(map(str, missing[:20])))
+        if validation_start is not None:
+            self.layout = replace(self.layout, validation_start=validation_start)
+        self._write_metadata()
+        content = _documents_parquet(documents)
+        write_bytes(self.place, DOCUMENTS, content)
+        completion = Completion(
+            identity=self.layout.identity,
+            n_rows=self.layout.n_rows or 0,
+            validation_start=self.layout.validation_start,
+            records={
+                shard: xxhash.xxh3_128_hexdigest(self.place.read(record_name(shard)))
+                for shard in range(self.layout.n_shards)
+            },
+            documents=sum_of(content),
+        )
+        write_bytes(self.place, COMPLETE, completion.to_json())
+        self._remove_locks()
+
+    def extend_to(self, n_rows: int) -> None:
+        """Let a store over a stream grow. Only the process that writes all of it may call this."""
+        self.layout = replace(self.layout, n_rows=n_rows)
+
+    def is_done(self, shard: int) -> bool:
+        """Whether the shard has a record and files of the recorded sizes."""
+        record = self._record_or_none(shard)
+        if record is None:
+            return False
+        sizes = {name: size for name in record.files if (size := self.place.size(name)) is not None}
+        return not any(iter_problems_of_record(record, self.layout, sizes))
+
+    def _is_sound(self, shard: int, sizes: Mapping[str, int]) -> bool:
+        record = self._record_or_none(shard)
+        return record is not None and not any(iter_problems_of_record(record, self.layout, sizes))
+
+    def _record_or_none(self, shard: int) -> ShardRecord | None:
+        with suppress(UserError):
+            return read_record(self.place, shard)
+        return None
+
+    def _write_metadata(self) -> None:
+        for name, text in self.layout.iter_metadata():
+            write_bytes(self.place, name, text.encode())
+
+    def _remove_locks(self) -> None:
+        for name in self.place.sizes("locks"):
+            self.place.remove(name)
+        if isinstance(self.place, LocalPlace):
+            with suppress(OSError):
+                (self.place.root / "locks").rmdir()
+
+
+class ShardWriter:
+    """One shard being written. Leaving the context without `commit` leaves nothing behind."""
+
+    def __init__(self, store: StoreWriter, shard: int, tokens: TokenTable) -> None:
+        self._store = store
+        self._shard = shard
+        self._tokens = tokens
+        self._claim = store.place.claimed(f"locks/{shard:06d}")
+        self._chunks: ShardChunks | None = None
+        self._done = False
+
+    def __enter__(self) -> ShardWriter:
+        if not self._claim.__enter__():
+            self._claim.__exit__(None, None, None)
+            raise UserError(
+                "another process is writing this shard",
+                where=f"{self._store.place.url} (shard {self._shard})",
+                mend="wait for it, or stop it; a process that died holds nothing",
+            )
+        self._done = self._store.is_done(self._shard)
+        if not self._done:
+            self._begin()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._chunks is not None:
+            self._chunks.abandon()
+        self._claim.__exit__(None, None, None)
+
+    def append(self, rows: Rows) -> None:
+        """Add the next rows, the same ones for every site; any number of them."""
+        if self._chunks is not None:
+            self._chunks.append(rows)
+
+    def commit(self) -> ShardRecord:
+        """Complete every file, then write the record."""
+        place, layout = self._store.place, self._store.layout
+        if self._chunks is None:
+            record = read_record(place, self._shard)
+            if record is not None:
+                return record
+            raise UserError("the shard was never begun", where=f"{place.url} (shard {self._shard})")
+        files, statistics = self._chunks.finish()
+        start = self._shard * layout.shard_rows
+        for column in TOKEN_COLUMNS:
+            values = statistics.flags if column == "flags" else getattr(self._tokens, column)
+            array = layout.token_array(column)
+            files[array.file_of(self._shard)] = write_chunk_file(place, array, self._shard, values)
+        record = _record_of(layout, self._shard, start, start + len(self._tokens), files, statistics)
+        self._publish(record)
+        return record
+
+    def _begin(self) -> None:
+        place, layout = self._store.place, self._store.layout
+        place.remove(COMPLETE)
+        place.remove(record_name(self._shard))
+        if isinstance(place, LocalPlace):
+            place.sweep([array.file_of(self._shard) for array in layout.iter_arrays()])
+        self._chunks = ShardChunks(place, layout, self._shard, self._tokens, self._store.allow_non_finite)
+
+    def _publish(self, record: ShardRecord) -> None:
+        place, content = self._store.place, record.to_json()
+        if not place.create(record_name(self._shard), content) and place.read(record_name(self._shard)) != content:
+            raise UserError(
+                "two writers wrote different activations into one shard",
+                where=f"{place.url}/{record_name(self._shard)}",
+                mend="stop one of them, then: featureflow store verify --full --repair <store>",
+            )
+
+
+def _record_of(
+    layout: StoreLayout, shard: int, start: int, stop: int, files: Mapping[str, FileSum], statistics: ChunkStatistics
+) -> ShardRecord:
+    return ShardRecord(
+        identity=layout.identity,
+        shard=shard,
+        start=start,
+        stop=stop,
+        n_kept=statistics.n_kept,
+        files=files,
+        n_non_finite=statistics.n_non_finite,
+        histograms={name: counts.tolist() for name, counts in statistics.histograms.items()},
+    )
+
+
+def _documents_parquet(documents: Sequence[DocumentRow]) -> bytes:
+    columns = {name: [getattr(each, name) for each in documents] for name in ("source", "title", "label")}
+    table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def write_activations(
+    url: str | Path,
+    batches: Iterable[tuple[Rows, TokenTable | None]],
+    *,
+    layout: StoreLayout,
+    documents: Sequence[DocumentRow] = (),
+    allow_non_finite: bool = False,
+) -> None:
+    """Store activations of any model: batches of rows at named sites, each with a token table or None.
+
+    Without a table a row is its own document-less token: id 0, document 0, position 0, no flags. `layout.n_rows` may be
+    None. Memory: one shard of every site."""
+    from data.store.streams import write_stream
+
+    write_stream(StoreWriter.create(url, layout, allow_non_finite=allow_non_finite), batches, documents)
