@@ -1,0 +1,29 @@
+"""Dictionaries on disk: the native form, and what other libraries and labs write.
+
+`read(path)` recognises and reads any of them; `write_saelens(sae, folder)` writes what SAELens opens. The names load
+torch when they are first used, not when the package is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae.formats.native import load_sae, save_sae
+    from sae.formats.reading import FORMATS, find, read, recognise
+    from sae.formats.saelens import write_saelens
+
+__all__ = ["FORMATS", "find", "load_sae", "read", "recognise", "save_sae", "write_saelens"]
+
+_HOMES = {
+    **dict.fromkeys(("load_sae", "save_sae"), "sae.formats.native"),
+    **dict.fromkeys(("FORMATS", "find", "read", "recognise"), "sae.formats.reading"),
+    "write_saelens": "sae.formats.saelens",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sae.formats' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,143 @@
+"""saprmarks/dictionary_learning: `ae.pt`, with `config.json` beside it, turned into the inference form.
+
+The class that wrote the file decides what its tensors mean; `config.json` names it as `trainer.dict_class`.
+
+| class | tensors | z |
+|---|---|---|
+| AutoEncoder | encoder.{weight,bias}, decoder.weight, bias | relu(encoder(x − bias)) |
+| AutoEncoderNew | encoder.{weight,bias}, decoder.{weight,bias} | relu(encoder(x)) |
+| GatedAutoEncoder | encoder.weight, decoder.weight, decoder_bias, r_mag, gate_bias, mag_bias | with e = encoder(x − decoder_bias): (e + gate_bias > 0) · relu(exp(r_mag) e + mag_bias) |
+| JumpReluAutoEncoder | W_enc [d, latent], b_enc, W_dec [latent, d], b_dec, threshold [latent] | relu(pre) · (pre > threshold), b_dec not subtracted |
+| AutoEncoderTopK | encoder.{weight,bias}, decoder.weight, b_dec, k, threshold | topk(relu(encoder(x − b_dec))) |
+| BatchTopKSAE | the same names | relu(e) · (e > threshold), threshold a scalar |
+| MatryoshkaBatchTopKSAE | W_enc, b_enc, W_dec, b_dec, k, threshold, group_sizes | as BatchTopKSAE |
+
+Input scaling was folded by its authors when the file was saved. Layout of version 0.1.0. Read with `weights_only=True`.
+"""  # noqa: E501  # one row of a table is one line
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sae.activations import Activation, Gated, Relu, Threshold, TopKActivation
+from sae.dictionary import Sae
+from sae.errors import UserError
+from sae.formats.folding import Foreign, fold, full_like_latents
+from sae.formats.tensors import Shape, checked, read_json, read_pt
+
+_LINEAR: dict[str, Shape] = {"encoder.weight": ("latent", "d_in"), "decoder.weight": ("d_in", "latent")}
+_MATRICES: dict[str, Shape] = {
+    "W_enc": ("d_in", "latent"),
+    "b_enc": ("latent",),
+    "W_dec": ("latent", "d_in"),
+    "b_dec": ("d_in",),
+}
+_SHAPES: dict[str, dict[str, Shape]] = {
+    "AutoEncoder": {**_LINEAR, "encoder.bias": ("latent",), "bias": ("d_in",)},
+    "AutoEncoderNew": {**_LINEAR, "encoder.bias": ("latent",), "decoder.bias": ("d_in",)},
+    "GatedAutoEncoder": {
+        **_LINEAR,
+        "decoder_bias": ("d_in",),
+        "r_mag": ("latent",),
+        "gate_bias": ("latent",),
+        "mag_bias": ("latent",),
+    },
+    "JumpReluAutoEncoder": {**_MATRICES, "threshold": ("latent",)},
+    "AutoEncoderTopK": {**_LINEAR, "encoder.bias": ("latent",), "b_dec": ("d_in",)},
+    "BatchTopKSAE": {**_LINEAR, "encoder.bias": ("latent",), "b_dec": ("d_in",)},
+    "MatryoshkaBatchTopKSAE": _MATRICES,
+}
+
+
+def read_dictionary_learning(path: Path, *, unit_decoder: bool = True, dict_class: str | None = None) -> Sae:
+    """Read `ae.pt`, or a folder with it. `dict_class` says what wrote the file when no `config.json` does."""
+    file = path / "ae.pt" if path.is_dir() else path
+    description = file.parent / "config.json"
+    config = read_json(description) if description.is_file() else {}
+    return from_state(read_pt(file), where=file, config=config, unit_decoder=unit_decoder, dict_class=dict_class)
+
+
+def from_state(
+    state: Mapping[str, Any],
+    *,
+    where: Path,
+    config: Mapping[str, Any],
+    unit_decoder: bool = True,
+    dict_class: str | None = None,
+) -> Sae:
+    """The dictionary in an already opened state mapping."""
+    trainer = config.get("trainer")
+    trainer = trainer if isinstance(trainer, Mapping) else {}
+    name = dict_class or str(trainer.get("dict_class") or _class_by_names(state, where))
+    if name not in _SHAPES:
+        raise UserError("unknown class", where=f"{where}: dict_class", expected=", ".join(_SHAPES), found=name)
+    found = checked(state, _SHAPES[name], where=where)
+    W_enc = found["encoder.weight"] if "encoder.weight" in found else found["W_enc"].T.contiguous()
+    W_dec = found["decoder.weight"].T.contiguous() if "decoder.weight" in found else found["W_dec"]
+    b_dec = next(found[n] for n in ("b_dec", "bias", "decoder.bias", "decoder_bias") if n in found)
+    b_enc = next(found[n] for n in ("encoder.bias", "b_enc", "gate_bias") if n in found)
+    foreign = Foreign(
+        W_enc=W_enc,
+        b_enc=b_enc,
+        W_dec=W_dec,
+        b_dec=b_dec,
+        b_in=None if name in ("AutoEncoderNew", "JumpReluAutoEncoder") else b_dec,
+        activation=_activation(name, state, found, W_enc, where),
+        metadata=_described(name, where, trainer),
+    )
+    return fold(foreign, unit_decoder=unit_decoder)
+
+
+def _class_by_names(state: Mapping[str, Any], where: Path) -> str:
+    """The class whose tensors these are, when that is unambiguous: TopK and BatchTopK share their names."""
+    names = set(state)
+    if {"encoder.weight", "b_dec", "k"} <= names:
+        raise UserError(
+            "TopK or BatchTopK? Both are saved under the same names",
+            where=str(where),
+            expected='config.json beside it, with {"trainer": {"dict_class": "AutoEncoderTopK"}}',
+            mend='put the config.json of the training run beside it, or pass dict_class="AutoEncoderTopK"',
+        )
+    fits = [name for name, shapes in _SHAPES.items() if set(shapes) <= names]
+    if "group_sizes" in names or not fits:
+        return "MatryoshkaBatchTopKSAE" if "group_sizes" in names else "AutoEncoder"
+    return next((name for name in fits if name != "MatryoshkaBatchTopKSAE"), fits[0])
+
+
+def _activation(
+    name: str, state: Mapping[str, Any], found: Mapping[str, Tensor], W_enc: Tensor, where: Path
+) -> Activation:
+    match name:
+        case "AutoEncoderTopK":
+            return TopKActivation(k=int(_scalar(state, "k", where)))
+        case "BatchTopKSAE" | "MatryoshkaBatchTopKSAE":
+            # a threshold below zero means that training never set it; its code then keeps every positive entry
+            return Threshold(theta=full_like_latents(max(_scalar(state, "threshold", where), 0.0), W_enc))
+        case "JumpReluAutoEncoder":
+            return Threshold(theta=found["threshold"].clamp_min(0))
+        case "GatedAutoEncoder":
+            gain = found["r_mag"].exp()
+            return Gated(gain=gain, offset=found["mag_bias"] - gain * found["gate_bias"])
+        case _:
+            return Relu()
+
+
+def _scalar(state: Mapping[str, Any], name: str, where: Path) -> float:
+    value = state.get(name)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if not isinstance(value, (int, float)) or value != value:
+        raise UserError("not a number", where=f"{where}: {name}", found=str(value)[:80])
+    return float(value)
+
+
+def _described(name: str, where: Path, trainer: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in trainer.items() if isinstance(value, (str, int, float, bool))}
+    metadata: dict[str, Any] = {"source": {"format": "dictionary_learning", "name": where.name, "class": name, **kept}}
+    if isinstance(trainer.get("layer"), int) and "resid_post" in str(trainer.get("submodule_name", "")):
+        metadata["site"] = f"blocks.{trainer['layer']}.hook_resid_post"
+    return metadata

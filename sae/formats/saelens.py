@@ -1,0 +1,257 @@
+"""SAELens (version 6 and the flat configuration before it): `cfg.json` and `sae_weights.safetensors`, both ways.
+
+Reading, by architecture (`pre = (x − b_dec if apply_b_dec_to_input) W_enc + b_enc`, matrices stored [in, out]):
+
+| architecture | z |
+|---|---|
+| standard, transcoder, skip_transcoder | relu(pre) |
+| topk | topk(relu(pre)); with `rescale_acts_by_decoder_norm`, of pre · row length, decoded with rows of unit length |
+| jumprelu, jumprelu_transcoder, jumprelu_skip_transcoder | relu(pre) · (pre > threshold) |
+| batchtopk, matryoshka_batchtopk (training checkpoints) | relu(pre) · (pre > topk_threshold) |
+| gated | (pre + b_gate > 0) · relu(exp(r_mag) pre + b_mag), no b_enc |
+
+Activations scaled by `expected_average_only_in` are folded when `activation_scaler.json` holds the scale; layer
+norm and constant norm depend on the token and give a `NormalisedSae`; whitening is refused.
+
+Writing chooses topk, jumprelu, standard or gated (or their transcoders) by the activation; latents and reconstructions
+are the same there. Layouts of SAELens 6.54.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae.activations import Activation, Gated, Relu, Threshold, TopKActivation
+from sae.dictionary import Sae
+from sae.errors import Problem, UserError
+from sae.formats.folding import Foreign, fold, full_like_latents
+from sae.formats.normalised import ConstantNorm, LayerNorm, Normalisation, NormalisedSae
+from sae.formats.tensors import Shape, checked, read_json, read_safetensors
+
+CONFIG, WEIGHTS, SPARSITY, SCALER = (
+    "cfg.json",
+    "sae_weights.safetensors",
+    "sparsity.safetensors",
+    "activation_scaler.json",
+)
+_RELU = ("standard", "transcoder", "skip_transcoder")
+_JUMP = ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+_BATCH = ("batchtopk", "matryoshka_batchtopk")
+_ARCHITECTURES = (*_RELU, "topk", *_JUMP, *_BATCH, "gated")
+_NORMALISATIONS: dict[str, Normalisation] = {"layer_norm": LayerNorm(), "constant_norm_rescale": ConstantNorm()}
+
+
+def read_saelens(folder: Path, *, unit_decoder: bool = True) -> Sae:
+    """Read a folder written by SAELens."""
+    config = _modern(read_json(folder / CONFIG))
+    if problems := tuple(_problems_of(config)):
+        raise UserError(f"{folder / CONFIG} cannot be used", problems=problems)
+    architecture = config["architecture"]
+    sizes = {
+        name: config[key] for name, key in (("d_in", "d_in"), ("latent", "d_sae")) if isinstance(config.get(key), int)
+    }
+    file = folder / WEIGHTS
+    found = checked(read_safetensors(file), _shapes(architecture, config), where=file, sizes=sizes)
+    normalisation = _NORMALISATIONS.get(config["normalize_activations"])
+    scale = _input_scale(folder) if config["normalize_activations"] == "expected_average_only_in" else 1.0
+    foreign = Foreign(
+        W_enc=found["W_enc"].T.contiguous(),
+        b_enc=found["b_gate"] if architecture == "gated" else found["b_enc"],
+        W_dec=found["W_dec"],
+        b_dec=found["b_dec"],
+        b_in=found["b_dec"] if config["apply_b_dec_to_input"] and "transcoder" not in architecture else None,
+        activation=_activation(config, found),
+        W_skip=found.get("W_skip"),
+        input_scale=scale,
+        output_scale=scale,
+        select_by_norm=bool(config.get("rescale_acts_by_decoder_norm")) and architecture == "topk",
+        metadata=_described(config),
+    )
+    sae = fold(foreign, unit_decoder=unit_decoder)
+    return sae if normalisation is None else NormalisedSae.around(sae, normalisation)
+
+
+def write_saelens(
+    sae: Sae,
+    folder: str | Path,
+    *,
+    model_name: str | None = None,
+    hook_name: str | None = None,
+    firing_rates: Float[Tensor, "latent"] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a folder that `SAE.load_from_disk` of SAELens ≥ 6 opens. `hook_name` defaults to the dictionary's site;
+    `metadata` is added to SAELens' metadata (context_size, prepend_bos, …). Raises UserError where SAELens has no such
+    architecture."""
+    if isinstance(sae, NormalisedSae):
+        raise UserError("SAELens files of token-normalised dictionaries are not written", expected="a plain dictionary")
+    architecture, tensors, extra = _exported(sae)
+    config = {
+        "architecture": architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.n_latents,
+        "dtype": str(sae.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **extra,
+        "metadata": {
+            "sae_lens_version": "6.0.0",  # the layout's version; below 6 SAELens would convert it
+            "sae_lens_training_version": None,
+            "model_name": model_name or sae.metadata.get("model"),
+            "hook_name": hook_name or sae.metadata.get("site"),
+            "training_architecture": sae.metadata.get("architecture", architecture),
+            "written_by": "featureflow",
+            **dict(metadata or {}),
+        },
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if firing_rates is not None:
+        save_file({"sparsity": torch.log10(firing_rates.float().clamp_min(1e-10))}, folder / SPARSITY)
+    beside = folder / (WEIGHTS + ".tmp")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
+    beside.replace(folder / WEIGHTS)
+    beside = folder / (CONFIG + ".tmp")
+    beside.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(folder / CONFIG)
+
+
+def _exported(sae: Sae) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """Architecture, tensors and further configuration keys."""
+    subtracts = sae.d_in == sae.d_out and sae.W_skip is None and torch.equal(sae.b_in, sae.b_dec)
+    b_enc = sae.b_enc if subtracts else sae.b_enc - sae.W_enc @ sae.b_in
+    tensors = {"W_enc": sae.W_enc.T, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    extra: dict[str, Any] = {"apply_b_dec_to_input": subtracts}
+    transcodes = sae.W_skip is not None or sae.d_in != sae.d_out
+    if sae.W_skip is not None:
+        tensors["W_skip"] = sae.W_skip
+    if transcodes:
+        extra["d_out"] = sae.d_out
+    kind = sae.activation
+    suffix = "" if not transcodes else "skip_transcoder" if sae.W_skip is not None else "transcoder"
+    if isinstance(kind, Relu):
+        return suffix or "standard", {**tensors, "b_enc": b_enc}, extra
+    if isinstance(kind, Threshold):
+        name = f"jumprelu_{suffix}" if suffix else "jumprelu"
+        return name, {**tensors, "b_enc": b_enc, "threshold": kind.theta}, extra
+    if transcodes:
+        raise UserError("SAELens has no such transcoder", expected="ReLU or thresholds", found=kind.kind)
+    if isinstance(kind, TopKActivation):
+        return "topk", {**tensors, "b_enc": b_enc}, {**extra, "k": kind.k, "rescale_acts_by_decoder_norm": False}
+    if not (kind.gain > 0).all():
+        raise UserError("SAELens stores the logarithm of a gate's gain", expected="gains above 0")
+    return "gated", {**tensors, "b_gate": b_enc, "r_mag": kind.gain.log(), "b_mag": _b_mag(kind, b_enc)}, extra
+
+
+def _b_mag(gate: Gated, b_gate: Float[Tensor, "latent"]) -> Float[Tensor, "latent"]:
+    """The bias of the magnitude path, which SAELens adds to `exp(r_mag) x W_enc` without the gate's bias."""
+    return gate.offset + gate.gain * b_gate
+
+
+def _activation(config: Mapping[str, Any], found: Mapping[str, Tensor]) -> Activation:
+    architecture = config["architecture"]
+    if architecture in _JUMP:
+        return Threshold(theta=found["threshold"].clamp_min(0))
+    if architecture in _BATCH:
+        theta = float(found["topk_threshold"])
+        return Threshold(theta=full_like_latents(max(theta, 0.0), found["W_enc"].T))
+    if architecture == "topk":
+        return TopKActivation(k=config["k"])
+    if architecture == "gated":
+        gain = found["r_mag"].exp()
+        return Gated(gain=gain, offset=found["b_mag"] - gain * found["b_gate"])
+    return Relu()
+
+
+def _shapes(architecture: str, config: Mapping[str, Any]) -> dict[str, Shape]:
+    d_out = "d_out" if "transcoder" in architecture else "d_in"
+    shapes: dict[str, Shape] = {"W_enc": ("d_in", "latent"), "W_dec": ("latent", d_out), "b_dec": (d_out,)}
+    names = ("b_gate", "b_mag", "r_mag") if architecture == "gated" else ("b_enc",)
+    shapes |= dict.fromkeys(names, ("latent",))
+    if architecture in _JUMP:
+        shapes["threshold"] = ("latent",)
+    if architecture in _BATCH:
+        shapes["topk_threshold"] = ()
+    if "skip" in architecture:
+        shapes["W_skip"] = (d_out, "d_in")
+    return shapes
+
+
+def _modern(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of version 6; the flat one before it has activation_fn_str and its keys at the top."""
+    config = dict(config)
+    config.setdefault("architecture", "standard")
+    config.setdefault("apply_b_dec_to_input", True)
+    chosen = config.get("activation_fn_str", config.get("activation_fn"))
+    if config["architecture"] == "standard" and chosen == "topk":
+        config["architecture"] = "topk"
+        config.setdefault("k", (config.get("activation_fn_kwargs") or {}).get("k"))
+    mode = config.get("normalize_activations")
+    config["normalize_activations"] = {True: "expected_average_only_in", False: "none", None: "none"}.get(mode, mode)
+    return config
+
+
+def _problems_of(config: Mapping[str, Any]) -> list[Problem]:
+    problems = []
+    if config["architecture"] not in _ARCHITECTURES:
+        problems.append(
+            Problem(
+                what="architecture not supported",
+                where="architecture",
+                expected=", ".join(_ARCHITECTURES),
+                found=str(config["architecture"]),
+            )
+        )
+    k = config.get("k")
+    if config["architecture"] == "topk" and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+        problems.append(Problem(what="not a positive integer", where="k", found=str(k)))
+    modes = ("none", "expected_average_only_in", *_NORMALISATIONS)
+    if config["normalize_activations"] not in modes:
+        problems.append(
+            Problem(
+                what="normalisation not supported",
+                where="normalize_activations",
+                expected=", ".join(modes),
+                found=str(config["normalize_activations"]),
+            )
+        )
+    if config.get("finetuning_scaling_factor"):
+        problems.append(Problem(what="fine-tuned scaling is not supported", where="finetuning_scaling_factor"))
+    return problems
+
+
+def _input_scale(folder: Path) -> float:
+    """The scale of a training checkpoint. Finished SAELens dictionaries have it folded and say "none"."""
+    path = folder / SCALER
+    if not path.is_file():
+        raise UserError(
+            "the scale of the activations is not in the folder",
+            where=str(folder),
+            expected=f"{path}, or normalize_activations: none",
+            mend="save it from SAELens after fold_activation_norm_scaling_factor",
+        )
+    scale = read_json(path).get("scaling_factor")
+    if not isinstance(scale, (int, float)) or not scale > 0:
+        raise UserError("not a positive number", where=f"{path}: scaling_factor", found=str(scale))
+    return float(scale)
+
+
+def _described(config: Mapping[str, Any]) -> dict[str, Any]:
+    inner = config.get("metadata")
+    inner = inner if isinstance(inner, Mapping) else config
+    hook, model = inner.get("hook_name", config.get("hook_name")), inner.get("model_name", config.get("model_name"))
+    metadata: dict[str, Any] = {"source": {"format": "saelens", "architecture": config["architecture"], "hook": hook}}
+    if model:
+        metadata["model"] = model
+    if isinstance(hook, str) and hook.startswith("blocks.") and "transcoder" not in config["architecture"]:
+        metadata["site"] = hook
+    return metadata
