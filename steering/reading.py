@@ -1,0 +1,165 @@
+"""Reading generated text back with the unsteered model: is it still language, and is it about the feature?
+
+For every sample, over its continuation only:
+
+1. `nll`: mean −log p of its tokens under the unsteered model. Too high is gibberish, too low is a loop.
+2. `activation`, `active`: the feature's mean activation (in units of its scale) and the share of tokens where it fires,
+   read at the feature's site by the unsteered model: the text itself must carry the concept, no hook is left.
+3. `own_tokens`: how many of 100 tokens are the feature's own (those it fires on in the corpus).
+4. `repetition`: the share of 3-grams that are repeats; `squeeze`: zlib-compressed length / length.
+
+`coherence_limits` takes them from unsteered samples; `is_coherent` judges by them. Cost: one forward pass a sample.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.sites import FeatureId, Site
+from sae.report import Progress, silent
+from steering.generation import Sample
+from steering.protocols import Dictionary, SteerableModel
+from steering.sequences import Batch, device_of, encoded, forward, in_batches, padded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a text should become more of: a feature, its scale (a typical strong activation) and its own tokens."""
+
+    feature: FeatureId
+    scale: float
+    own_tokens: frozenset[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Measurements of one sample. `activation`, `active` and `own_tokens` have one entry a target."""
+
+    nll: float
+    activation: tuple[float, ...]
+    active: tuple[float, ...]
+    own_tokens: tuple[float, ...]
+    repetition: float
+    squeeze: float
+    n_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoherenceLimits:
+    """What unsteered text looks like."""
+
+    nll_low: float
+    nll_high: float
+    repetition_high: float
+    squeeze_low: float
+    least_tokens: int = 10
+
+
+def read_back(
+    model: SteerableModel,
+    saes: Mapping[Site, Dictionary],
+    samples: Sequence[Sample],
+    targets: Sequence[Target],
+    *,
+    batch_size: int = 16,
+    progress: Progress = silent,
+) -> list[Reading]:
+    """One reading a sample, in order."""
+    readings: list[Reading] = []
+    for block in in_batches(samples, batch_size):
+        readings += _read_block(model, saes, block, targets)
+        progress("read back", len(readings), len(samples))
+    return readings
+
+
+def coherence_limits(unsteered: Sequence[Reading]) -> CoherenceLimits:
+    """1 % and 95 % of the likelihood, 95 % of the repetition and 5 % of the compressibility of unsteered samples."""
+    return CoherenceLimits(
+        nll_low=float(np.nanquantile([r.nll for r in unsteered], 0.01)),
+        nll_high=float(np.nanquantile([r.nll for r in unsteered], 0.95)),
+        repetition_high=float(np.quantile([r.repetition for r in unsteered], 0.95)),
+        squeeze_low=float(np.quantile([r.squeeze for r in unsteered], 0.05)),
+    )
+
+
+def is_coherent(reading: Reading, limits: CoherenceLimits) -> bool:
+    return (
+        limits.nll_low <= reading.nll <= limits.nll_high
+        and reading.repetition <= limits.repetition_high
+        and reading.squeeze >= limits.squeeze_low
+        and reading.n_tokens >= limits.least_tokens
+    )
+
+
+def _read_block(
+    model: SteerableModel, saes: Mapping[Site, Dictionary], samples: Sequence[Sample], targets: Sequence[Target]
+) -> list[Reading]:
+    prompts = [encoded(model, sample.prompt) for sample in samples]
+    batch = padded(
+        [[*prompt, *sample.ids] for prompt, sample in zip(prompts, samples, strict=True)], device=device_of(model)
+    )
+    activations, log_probs = _activations_and_log_probs(model, saes, batch, targets)
+    readings = []
+    for row, sample in enumerate(samples):
+        own = slice(batch.ids.shape[1] - len(sample.ids), None)
+        readings.append(_reading(sample, log_probs[row, own], [a[row, own] for a in activations], targets))
+    return readings
+
+
+def _activations_and_log_probs(
+    model: SteerableModel, saes: Mapping[Site, Dictionary], batch: Batch, targets: Sequence[Target]
+) -> tuple[list[Tensor], Tensor]:
+    """Per target `[batch, column]`, and the log-probability of every token given those before it (the first is 0)."""
+    by_site: dict[Site, list[int]] = {}
+    for place, target in enumerate(targets):
+        by_site.setdefault(target.feature.site, []).append(place)
+    found: dict[int, Tensor] = {}
+
+    def reader(site: Site, places: list[int]):  # type: ignore[no-untyped-def]
+        def read(h: Tensor) -> Tensor:
+            latents = [targets[place].feature.latent for place in places]
+            a = saes[site].encode_selected(h.reshape(-1, h.shape[-1]).float(), latents)
+            for column, place in enumerate(places):
+                found[place] = a[:, column].view(h.shape[:-1])
+            return h
+
+        return read
+
+    with model.edited({site: reader(site, places) for site, places in by_site.items()}):
+        logits = forward(model, batch)
+    following = batch.ids[:, 1:, None]
+    chosen = logits[:, :-1].gather(2, following).squeeze(2).float()
+    normaliser = torch.stack([row.float().logsumexp(-1) for row in logits[:, :-1]])
+    log_probs = torch.nn.functional.pad(chosen - normaliser, (1, 0))
+    return [found[place] for place in range(len(targets))], log_probs
+
+
+def _reading(sample: Sample, log_probs: Tensor, activations: Sequence[Tensor], targets: Sequence[Target]) -> Reading:
+    n = len(sample.ids)
+    return Reading(
+        nll=float(-log_probs.mean()) if n else float("nan"),
+        activation=tuple(float(a.mean()) / t.scale if n else 0.0 for a, t in zip(activations, targets, strict=True)),
+        active=tuple(float((a > 0).float().mean()) if n else 0.0 for a in activations),
+        own_tokens=tuple(100 * sum(token in t.own_tokens for token in sample.ids) / max(n, 1) for t in targets),
+        repetition=repetition(sample.ids),
+        squeeze=squeeze(sample.text),
+        n_tokens=n,
+    )
+
+
+def repetition(ids: Sequence[int], order: int = 3) -> float:
+    """1 − distinct / all n-grams; 0 for a text shorter than one n-gram."""
+    grams = [tuple(ids[i : i + order]) for i in range(len(ids) - order + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def squeeze(text: str) -> float:
+    """Compressed length / length in bytes: small for text that repeats itself."""
+    content = text.encode()
+    return len(zlib.compress(content, 9)) / len(content) if content else 0.0
