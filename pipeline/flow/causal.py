@@ -1,0 +1,334 @@
+"""Does removing a predecessor silence its target? The deactivation experiment of Feature Flow (arXiv 2502.03032, 5.2).
+
+For a pair of sites, a predecessor site P and a residual site R at or after it:
+
+1. run contexts of held-out documents once, and encode P and R;
+2. draw targets: a token and a latent of R that fires there, a few per context, spread over tokens;
+3. a strategy names, for each target, latents of P (`Predecessors`); those that fire on that token are removed there
+   and only there: `h ← h + (r − 1) Σ a_i d_i`, r = 0 by default. It edits the stream; the dictionary's error stays;
+4. the model goes on from P, the target is read again: activation change = 1 − new / old, success = target silent.
+
+Controls use the same targets: another latent that fires on the token, at random or the strongest. Exhaustive search
+tries every latent that fires and keeps the best, an upper bound for one-predecessor explanations.
+
+Cost: one row of the context per edit, through the blocks from P to R only (`data/partial_forward.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from data.language_model import LanguageModel
+from data.partial_forward import continued_from
+from data.sites import Site
+from sae import Sae, SparseCodes
+from sae.report import Progress, silent
+
+RANDOM_ACTIVE, STRONGEST_ACTIVE, EXHAUSTIVE = "random active", "strongest active", "exhaustive"
+CONTROLS = (RANDOM_ACTIVE, STRONGEST_ACTIVE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contexts:
+    """Held-out text: one row a context. `usable` marks tokens that may be targets (no BOS, no separators)."""
+
+    ids: Int64[np.ndarray, "context position"]
+    document: Int64[np.ndarray, "context position"]
+    usable: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeactivationOptions:
+    """How much to test. `scale` is r: 0 removes, 1 changes nothing, negative values over-subtract."""
+
+    n_targets: int = 200
+    n_targets_per_context: int = 10
+    controls: tuple[str, ...] = CONTROLS
+    n_exhaustive: int = 0
+    scale: float = 0.0
+    batch_size: int = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Targets:
+    """The drawn targets: where each lies, its latent and its activation before any edit."""
+
+    context: Int64[np.ndarray, "target"]
+    position: Int64[np.ndarray, "target"]
+    latent: Int64[np.ndarray, "target"]
+    before: Float[np.ndarray, "target"]
+
+
+def measure_deactivation(
+    model: LanguageModel,
+    dictionaries: Mapping[Site, Sae],
+    *,
+    source: Site,
+    target: Site,
+    predecessors: Mapping[str, Int64[np.ndarray, "target_latent candidate"]],
+    contexts: Contexts,
+    options: DeactivationOptions,
+    progress: Progress = silent,
+) -> pd.DataFrame:
+    """One row per target and strategy: `source, target, strategy, document, context, position, target_latent,
+    predecessor` (the first removed, −1 if none fired), `n_removed, before, after, change, success`.
+
+    `predecessors[strategy][target_latent]` lists candidate latents of `source`, −1 for none. A row with `n_removed` 0
+    is a target whose candidates were silent; it was not run again.
+    """
+    generator = np.random.default_rng(options.seed)
+    start = _start_layer(source)
+    clean = _run_clean(model, contexts, start, source, target)
+    codes_source = dictionaries[source].encode_sparse(clean.source)
+    codes_target = dictionaries[target].encode_sparse(clean.target)
+    targets = _draw_targets(codes_target, contexts, options, generator)
+    edits = [
+        *_strategy_edits(targets, codes_source, predecessors),
+        *_control_edits(targets, codes_source, options, generator),
+    ]
+    after = _read_after(model, dictionaries, clean, contexts, targets, edits, source, target, options, progress)
+    table = _as_table(targets, edits, after, contexts, source, target)
+    return pd.concat([table, _best_of_exhaustive(table)], ignore_index=True) if options.n_exhaustive else table
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Clean:
+    """One undisturbed run: the stream that edits start from, and both sites."""
+
+    start: Float[Tensor, "context position d_model"]
+    source: Float[Tensor, "context position d_model"]
+    target: Float[Tensor, "context position d_model"]
+    start_layer: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Edit:
+    """Latents to remove for one target under one strategy, with their activations there."""
+
+    strategy: str
+    target: int
+    latents: Int64[np.ndarray, "removed"]
+    values: Float[np.ndarray, "removed"]
+
+
+def _start_layer(source: Site) -> int:
+    """The layer whose output the edited run starts from: the source itself, or the one below a module's."""
+    return source.layer if source.kind == "resid_post" else source.layer - 1
+
+
+def _run_clean(model: LanguageModel, contexts: Contexts, start: int, source: Site, target: Site) -> _Clean:
+    below = Site(start, "resid_post") if start >= 0 else Site(0, "resid_pre")
+    parts: dict[Site, list[Tensor]] = {site: [] for site in (below, source, target)}
+    for ids in torch.from_numpy(contexts.ids).split(16):
+        for site, value in model.activations(ids, tuple(parts)).items():
+            parts[site].append(value.float())
+    joined = {site: torch.cat(values) for site, values in parts.items()}
+    return _Clean(start=joined[below], source=joined[source], target=joined[target], start_layer=start)
+
+
+def _draw_targets(
+    codes: SparseCodes, contexts: Contexts, options: DeactivationOptions, generator: np.random.Generator
+) -> _Targets:
+    """Firing (token, latent) pairs: at most one latent a token, at most so many tokens a context, in random order."""
+    value, index = codes.value.cpu().numpy(), codes.index.cpu().numpy()
+    context, position = np.nonzero(contexts.usable & (value > 0).any(-1))
+    order = generator.permutation(len(context))
+    context, position = context[order], position[order]
+    rank_in_context = pd.Series(context).groupby(context).cumcount().to_numpy()
+    keep = np.flatnonzero(rank_in_context < options.n_targets_per_context)[: options.n_targets]
+    context, position = context[keep], position[keep]
+    slots = [generator.choice(np.flatnonzero(row > 0)) for row in value[context, position]]
+    chosen = np.array(slots, dtype=np.int64)
+    return _Targets(
+        context=context,
+        position=position,
+        latent=index[context, position, chosen],
+        before=value[context, position, chosen],
+    )
+
+
+def _strategy_edits(
+    targets: _Targets, codes: SparseCodes, predecessors: Mapping[str, Int64[np.ndarray, "latent candidate"]]
+) -> Iterator[_Edit]:
+    for target, (latents, values) in enumerate(_firing(targets, codes)):
+        for strategy, candidates in predecessors.items():
+            wanted = np.isin(latents, candidates[targets.latent[target]])
+            yield _Edit(strategy=strategy, target=target, latents=latents[wanted], values=values[wanted])
+
+
+def _control_edits(
+    targets: _Targets, codes: SparseCodes, options: DeactivationOptions, generator: np.random.Generator
+) -> Iterator[_Edit]:
+    for target, (latents, values) in enumerate(_firing(targets, codes)):
+        if len(latents) == 0:
+            continue
+        if RANDOM_ACTIVE in options.controls:
+            one = generator.integers(len(latents), size=1)
+            yield _Edit(strategy=RANDOM_ACTIVE, target=target, latents=latents[one], values=values[one])
+        if STRONGEST_ACTIVE in options.controls:
+            one = np.argmax(values, keepdims=True)
+            yield _Edit(strategy=STRONGEST_ACTIVE, target=target, latents=latents[one], values=values[one])
+        if target < options.n_exhaustive:
+            for i in range(len(latents)):
+                yield _Edit(strategy=EXHAUSTIVE, target=target, latents=latents[[i]], values=values[[i]])
+
+
+def _firing(targets: _Targets, codes: SparseCodes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each target, the latents of the source that fire on its token, and how strongly."""
+    index, value = codes.index.cpu().numpy(), codes.value.cpu().numpy()
+    for context, position in zip(targets.context, targets.position, strict=True):
+        fires = value[context, position] > 0
+        yield index[context, position][fires], value[context, position][fires]
+
+
+def _read_after(
+    model: LanguageModel,
+    dictionaries: Mapping[Site, Sae],
+    clean: _Clean,
+    contexts: Contexts,
+    targets: _Targets,
+    edits: Sequence[_Edit],
+    source: Site,
+    target: Site,
+    options: DeactivationOptions,
+    progress: Progress,
+) -> Float[np.ndarray, "edit"]:
+    """The target's activation after each edit; unchanged where nothing was removed."""
+    after = targets.before[[edit.target for edit in edits]].astype(np.float64)
+    # rows of one batch end at about the same position, so little is computed beyond what is read
+    order = sorted(
+        (i for i, edit in enumerate(edits) if len(edit.latents)), key=lambda i: targets.position[edits[i].target]
+    )
+    for done in range(0, len(order), options.batch_size):
+        progress(f"deactivate {source.short} → {target.short}", done, len(order))
+        batch = order[done : done + options.batch_size]
+        chosen = np.array([edits[i].target for i in batch])
+        context, position = targets.context[chosen], targets.position[chosen]
+        length = int(position.max()) + 1
+        delta = torch.stack([_delta(dictionaries[source], edits[i], options.scale) for i in batch])
+        ids = torch.from_numpy(contexts.ids[context, :length])
+        value = _rerun(model, clean, ids, context, position, delta, source, target)
+        codes = dictionaries[target].encode_sparse(value)
+        matches = codes.index == torch.from_numpy(targets.latent[chosen])[:, None].to(codes.index.device)
+        after[batch] = (codes.value * matches).sum(-1).cpu().numpy()
+    progress(f"deactivate {source.short} → {target.short}", len(order), len(order))
+    return after
+
+
+def _delta(dictionary: Sae, edit: _Edit, scale: float) -> Float[Tensor, "d_model"]:
+    values = torch.from_numpy(edit.values).to(dictionary.device, dictionary.dtype)
+    return (scale - 1.0) * values @ dictionary.W_dec[torch.from_numpy(edit.latents).to(dictionary.device)]
+
+
+def _rerun(
+    model: LanguageModel,
+    clean: _Clean,
+    ids: Tensor,
+    context: np.ndarray,
+    position: np.ndarray,
+    delta: Float[Tensor, "row d_model"],
+    source: Site,
+    target: Site,
+) -> Float[Tensor, "row d_model"]:
+    """The target site's activation at each row's token, when `delta` is added at the source there."""
+    rows = torch.arange(len(context))
+    at = torch.from_numpy(position)
+
+    def add(value: Tensor) -> Tensor:
+        edited = value.clone()
+        edited[rows, at] += delta.to(edited.device, edited.dtype)
+        return edited
+
+    if clean.start_layer < 0:
+        with model.edited({source: add}):
+            return model.activations(ids, (target,))[target][rows, at].float()
+    stream = clean.start[torch.from_numpy(context), : ids.shape[1]]
+    with continued_from(model, clean.start_layer, stream), model.edited({source: add}):
+        return model.activations(ids, (target,))[target][rows, at].float()
+
+
+def _as_table(
+    targets: _Targets,
+    edits: Sequence[_Edit],
+    after: np.ndarray,
+    contexts: Contexts,
+    source: Site,
+    target: Site,
+) -> pd.DataFrame:
+    which = np.array([edit.target for edit in edits], dtype=np.int64)
+    before = targets.before[which].astype(np.float64)
+    context, position = targets.context[which], targets.position[which]
+    return pd.DataFrame(
+        {
+            "source": source.name,
+            "target": target.name,
+            "strategy": [edit.strategy for edit in edits],
+            "document": contexts.document[context, position],
+            "context": context,
+            "position": position,
+            "target_latent": targets.latent[which],
+            "predecessor": [int(edit.latents[0]) if len(edit.latents) else -1 for edit in edits],
+            "n_removed": [len(edit.latents) for edit in edits],
+            "before": before,
+            "after": after,
+            "change": 1.0 - after / before,
+            "success": after <= 0.0,
+        }
+    )
+
+
+def _best_of_exhaustive(table: pd.DataFrame) -> pd.DataFrame:
+    """Per target the one removal that changed it most, as the strategy `best single active`."""
+    tried = table[table["strategy"] == EXHAUSTIVE]
+    best = tried.loc[tried.groupby(["context", "position", "target_latent"])["change"].idxmax()]
+    return best.assign(strategy="best single active")
+
+
+def summarise_deactivation(
+    table: pd.DataFrame, by: Sequence[str] = ("strategy",), *, n_bootstrap: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Success and activation change where a predecessor was removed, with 95 % intervals by resampling documents.
+
+    `n_targets` counts all targets of the group, `n` those with an active predecessor, `active_share` is their ratio.
+    """
+    generator = np.random.default_rng(seed)
+    rows = []
+    for key, group in table[table["strategy"] != EXHAUSTIVE].groupby(list(by), sort=False):
+        run = group[group["n_removed"] > 0]
+        row = dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True))
+        row |= {"n_targets": len(group), "n": len(run), "active_share": len(run) / len(group)}
+        row |= _mean_with_interval(run, "success", n_bootstrap, generator)
+        row |= _mean_with_interval(run, "change", n_bootstrap, generator)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _mean_with_interval(
+    run: pd.DataFrame, column: str, n_bootstrap: int, generator: np.random.Generator
+) -> dict[str, float]:
+    """The mean over rows and its percentile interval when whole documents are drawn with replacement."""
+    if run.empty:
+        return {column: float("nan"), f"{column}_low": float("nan"), f"{column}_high": float("nan")}
+    per_document = run.groupby("document")[column].agg(["sum", "count"]).to_numpy(dtype=np.float64)
+    draws = generator.integers(len(per_document), size=(n_bootstrap, len(per_document)))
+    sums, counts = per_document[draws, 0].sum(1), per_document[draws, 1].sum(1)
+    low, high = np.quantile(sums / counts, [0.025, 0.975])
+    return {column: float(run[column].mean()), f"{column}_low": float(low), f"{column}_high": float(high)}
+
+
+def evidence_of_edges(table: pd.DataFrame, strategy: str) -> pd.DataFrame:
+    """Per tested edge: `source_latent, target_latent, causal_n, causal_success, causal_change`, from one strategy."""
+    run = table[(table["strategy"] == strategy) & (table["n_removed"] == 1)]
+    grouped = run.groupby(["source", "target", "predecessor", "target_latent"], as_index=False)
+    evidence = grouped.agg(
+        causal_n=("success", "size"), causal_success=("success", "mean"), causal_change=("change", "mean")
+    )
+    return evidence.rename(columns={"predecessor": "source_latent"})
