@@ -16,8 +16,8 @@ from pipeline.flow.causal import (
     Contexts,
     DeactivationOptions,
     evidence_of_edges,
-    summarise_deactivation,
     measure_deactivation,
+    summarise_deactivation,
 )
 from sae import Sae
 from sae.activations import TopKActivation
