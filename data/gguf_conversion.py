@@ -54,12 +54,12 @@ def _convert(path: Path, folder: Path, progress: Progress) -> None:
 
     label = f"convert {path.name}"
     progress(label, 0, 3)
-    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
+    source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     try:
         with quiet_transformers(), redirect_stderr(io.StringIO()):  # the GGUF reader draws a bar of its own
-            tokenizer = AutoTokenizer.from_pretrained(**source)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
             progress(label, 1, 3)
-            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(path.parent, **source, dtype=torch.float32)
             progress(label, 2, 3)
             _forget_quantisation(model)
             model.to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)

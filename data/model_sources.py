@@ -53,7 +53,8 @@ def load_model(spec: ModelSpec, *, dtype: str, device: str, progress: Progress) 
         progress("load model", 0, 1)
         loaded = load_folder(folder, torch_dtype)
         progress("load model", 1, 1)
-    loaded.hf.to(dtype=torch_dtype, device=_checked_device(device)).eval().requires_grad_(False)  # type: ignore[call-overload]
+    module: nn.Module = loaded.hf
+    module.to(dtype=torch_dtype, device=_checked_device(device)).eval().requires_grad_(False)
     return loaded
 
 
@@ -121,8 +122,8 @@ def build_random(spec: Random) -> LoadedModel:
         max_position_embeddings=spec.n_context,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.bos_id,
-        attn_implementation="sdpa",
     )
+    config._attn_implementation = attention_for(config)
     with torch.device("meta"):
         hf = LlamaForCausalLM(config)
     hf = hf.to_empty(device="cpu")
