@@ -1,0 +1,27 @@
+"""The ways to train a dictionary. Each is one file with the few choices it owns; `base` is what they share.
+
+A new architecture is a new file with a frozen dataclass that satisfies `base.Architecture`, and a line here.
+"""
+
+from __future__ import annotations
+
+from sae.architectures.base import Architecture
+from sae.architectures.batch_topk import BatchTopK
+from sae.architectures.gated import GatedL1
+from sae.architectures.jump_relu import JumpRelu
+from sae.architectures.matryoshka import MatryoshkaBatchTopK
+from sae.architectures.relu_l1 import ReluL1
+from sae.architectures.topk import TopK
+
+AnyArchitecture = TopK | BatchTopK | MatryoshkaBatchTopK | JumpRelu | ReluL1 | GatedL1
+
+__all__ = [
+    "AnyArchitecture",
+    "Architecture",
+    "BatchTopK",
+    "GatedL1",
+    "JumpRelu",
+    "MatryoshkaBatchTopK",
+    "ReluL1",
+    "TopK",
+]

@@ -37,7 +37,7 @@ class Situation:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pass:
-    """One batch seen. The loss is the sum of its parts; `squared_error` and `squared_target` are sums over the batch."""
+    """One batch seen. The loss is the sum of its parts; `squared_…` are sums over the batch."""
 
     losses: Mapping[str, Tensor]
     gradients: Weights
@@ -82,10 +82,20 @@ class Architecture(Protocol):
         """What makes this choice impossible at this width."""
         ...
 
-    def extra_parameters(self, n_latents: int) -> Weights: ...
+    def extra_parameters(self, n_latents: int) -> Weights:
+        """Its own tensors as training starts."""
+        ...
+
+    def prepared(self, weights: Weights) -> Weights:
+        """A random start made suitable; a start from another dictionary is taken as it is."""
+        ...
 
     def gradients(
-        self, weights: Weights, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"], now: Situation
-    ) -> Pass: ...
+        self, weights: Weights, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"] | None, now: Situation
+    ) -> Pass:
+        """One batch in the normalised space. Without `y` the target is `x` and b_dec is subtracted before encoding."""
+        ...
 
-    def activation(self, weights: Weights, threshold: float) -> Activation: ...
+    def activation(self, weights: Weights, threshold: float) -> Activation:
+        """In the normalised space; `threshold` is the calibrated one, where there is one for all latents."""
+        ...

@@ -1,4 +1,4 @@
-"""Matryoshka BatchTopK: prefixes of the dictionary must reconstruct by themselves (Bussmann et al. 2025, arXiv 2503.17547).
+"""Matryoshka BatchTopK: prefixes of the dictionary reconstruct by themselves (Bussmann et al. 2025, arXiv 2503.17547).
 
 The loss is the mean over prefixes of each prefix' squared error, so early latents stay general instead of being split
 up by later ones. Selection and inference are BatchTopK's.
@@ -6,6 +6,7 @@ up by later ones. Selection and inference are BatchTopK's.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -58,12 +59,15 @@ class MatryoshkaBatchTopK:
 
     def problems(self, n_latents: int) -> list[str]:
         ends = (0, *self.group_ends(n_latents))
-        empty = any(later <= earlier for earlier, later in zip(ends, ends[1:], strict=False))
+        empty = any(later <= earlier for earlier, later in itertools.pairwise(ends))
         found = [f"k = {self.k} of {n_latents} latents"] if self.k > n_latents else []
         return found + ([f"a group of {self.fractions} is empty at {n_latents} latents"] if empty else [])
 
     def extra_parameters(self, n_latents: int) -> Weights:
         return {}
+
+    def prepared(self, weights: Weights) -> Weights:
+        return weights
 
     def gradients(
         self, weights: Weights, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"] | None, now: Situation

@@ -38,6 +38,9 @@ class TopK:
     def extra_parameters(self, n_latents: int) -> Weights:
         return {}
 
+    def prepared(self, weights: Weights) -> Weights:
+        return weights
+
     def gradients(
         self, weights: Weights, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"] | None, now: Situation
     ) -> Pass:

@@ -4,10 +4,11 @@ With `E` selected entries over `R` rows, `d` numbers to a vector and a dictionar
 
     decode            Σ_e value_e W[latent_e] for every row                          2 E d  (embedding_bag)
     products_at       ⟨A[row_e], W[latent_e]⟩ for every entry                        2 E d  (sampled_addmm)
-    summed_by_latent  Σ_{e of latent} weight_e A[row_e] for every latent             2 E d  (embedding_bag after one sort)
+    summed_by_latent  Σ_{e of latent} weight_e A[row_e] for every latent             2 E d  (embedding_bag after one
+    sort)
 
-None of them touches a `row × latent` matrix. The sort is made once per step (`order_by_latent`) and serves the gradients
-of both weight matrices. All are deterministic.
+None of them touches a `row × latent` matrix. The sort is made once per step (`order_by_latent`) and serves the
+gradients of both weight matrices. All are deterministic.
 """
 
 from __future__ import annotations

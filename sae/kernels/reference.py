@@ -1,6 +1,7 @@
-"""The sparse step written plainly, for PyTorch to differentiate: the oracle of every kernel, six dense products a step.
+"""The sparse step written plainly, for PyTorch to differentiate: the oracle of every kernel, six dense products.
 
-It follows the formulas at the head of `sparse_step` with dense latents. Nothing else imports it but tests and benchmarks.
+It follows the formulas at the head of `sparse_step` with dense latents. Nothing else imports it but tests and
+benchmarks.
 """
 
 from __future__ import annotations
@@ -49,6 +50,6 @@ def _keep(pre: Float[Tensor, "token latent"], selection: Selection) -> Float[Ten
         index = pre.topk(selection.k, dim=1).indices
         mask = torch.zeros_like(pre).scatter_(1, index, 1.0)
     else:
-        index = pre.flatten().topk(selection.k * len(pre)).indices
+        index = pre.flatten().topk(selection.count(len(pre))).indices
         mask = torch.zeros_like(pre).flatten().scatter_(0, index, 1.0).view_as(pre)
     return pre.relu() * mask

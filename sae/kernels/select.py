@@ -1,15 +1,16 @@
 """Which latents fire: the encoder's one dense product, and the k largest entries of each row or of the whole batch.
 
-    1. pre = x W_encᵀ + b_enc over blocks of tokens, so that a block's pre-activations stay in cache; in bfloat16 where the
-       machine multiplies bfloat16 several times faster (`has_fast_bfloat16`)
-    2. select. Per row, exactly, on a CPU: the maxima of groups of 16 latents; only the k groups with the largest maxima can
-       hold one of the k largest; their 16 k members are partitioned. Whole batch: entries above a cut taken from the first
-       block, and of those the `k × tokens` largest; exact because the cut is lowered until it lets enough of them through
+    1. pre = x W_encᵀ + b_enc over blocks of tokens, so that a block's pre-activations stay in cache; in bfloat16
+       where the machine multiplies bfloat16 several times faster (`has_fast_bfloat16`)
+    2. select. Per row, exactly, on a CPU: the maxima of groups of 16 latents; only the k groups with the largest
+       maxima can hold one of the k largest; their 16 k members are partitioned. Whole batch: entries above a cut
+       taken from the first block, and of those the `k × tokens` largest; exact because the cut is lowered until it
+       lets enough of them through
     3. after a bfloat16 pass, compute the selected values again in float32
 
-Cost: `2 · token · d · latent` for 1, about one pass over the pre-activations for 2. Which of several equal values at the
-edge are kept is unspecified but deterministic. A selected value that is not positive stays in the codes as an entry with
-value 0 (TopK) or is left out (BatchTopK).
+Cost: `2 · token · d · latent` for 1, about one pass over the pre-activations for 2. Which of several equal values at
+the edge are kept is unspecified but deterministic. A selected value that is not positive stays in the codes as an
+entry with value 0 (TopK) or is left out (BatchTopK).
 """
 
 from __future__ import annotations
@@ -42,9 +43,12 @@ class PerRow:
 
 @dataclass(frozen=True, kw_only=True)
 class WholeBatch:
-    """The `k × tokens` largest positive entries of a batch."""
+    """The `k × tokens` largest positive entries of a batch; `k` need not be whole."""
 
-    k: int
+    k: float
+
+    def count(self, n_tokens: int) -> int:
+        return max(1, round(self.k * n_tokens))
 
 
 Selection = PerRow | WholeBatch
@@ -69,7 +73,7 @@ def encode(
     if isinstance(selection, PerRow):
         codes = _encode_per_row(x, W_enc, b_enc, selection.k, precision)
     else:
-        codes = _encode_whole_batch(x, W_enc, b_enc, selection.k, precision)
+        codes = _encode_whole_batch(x, W_enc, b_enc, selection, precision)
     value = codes.value
     if precision == "bfloat16":
         value = products_at(codes, x, W_enc) + b_enc[codes.latent]
@@ -117,14 +121,14 @@ def _partition_rows(values: Float[Tensor, "row n"], k: int) -> tuple[Tensor, Ten
     return values.gather(1, index), index
 
 
-def _encode_whole_batch(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, precision: Precision) -> Codes:
-    n_wanted, n_latents = k * len(x), len(W_enc)
+def _encode_whole_batch(x: Tensor, W_enc: Tensor, b_enc: Tensor, which: WholeBatch, precision: Precision) -> Codes:
+    n_wanted, n_latents = which.count(len(x)), len(W_enc)
     cut: float | None = None
     while True:
         places, values, offset = [], [], 0
         for pre in pre_activation_blocks(x, W_enc, b_enc, precision):
             if cut is None:
-                cut = _CUT_MARGIN * _largest_value(pre.flatten(), k * len(pre))
+                cut = _CUT_MARGIN * _largest_value(pre.flatten(), which.count(len(pre)))
             place = _nonzero(pre.flatten() > cut)
             values.append(pre.flatten()[place].float())
             places.append(place + offset)

@@ -2,19 +2,20 @@
 
 With T tokens, width d, N latents, k active per token, S = ‖·‖² summed over the batch and c = 1 / (T d):
 
-    1. codes     z = the selected of W_enc (x − b_dec) + b_enc, positive part              2 T d N     sae/kernels/select.py
+    1. codes     z = the selected of W_enc (x − b_dec) + b_enc, positive part              2 T d N
+       sae/kernels/select.py
     2. residual  r = Σ z W_dec + b_dec − y;    loss = c S(r)                               2 T k d
     3. at z      ∂z = ⟨2 c r, W_dec⟩ where z > 0                                           2 T k d
     4. weights   one sort by latent serves both: ∂W_dec = zᵀ 2cr,  ∂W_enc = ∂zᵀ (x − b_dec)    4 T k d
     5. biases    ∂b_enc = Σ ∂z;  ∂b_dec = Σ 2cr − ∂b_enc W_enc                             2 d N
 
-Matryoshka prefixes (Bussmann et al. 2025, arXiv 2503.17547) are the same five steps on rows that stand for a token and a
-group of latents: prefix p reconstructs from the groups up to p, the loss is the mean over prefixes, and a latent of group
-g sees the sum of the residuals of every prefix that holds it.
+Matryoshka prefixes (Bussmann et al. 2025, arXiv 2503.17547) are the same five steps on rows that stand for a token
+and a group of latents: prefix p reconstructs from the groups up to p, the loss is the mean over prefixes, and a
+latent of group g sees the sum of the residuals of every prefix that holds it.
 
-AuxK (Gao et al. 2024, arXiv 2406.04093): the k_aux largest pre-activations of *dead* latents reconstruct what the others
-left, `weight · S(−r̄ − ê) / S(r̄ − mean)` with r̄ held fixed. Its gradients reach encoder, decoder and biases; it costs
-four products over the dead latents' columns and nothing when none is dead.
+AuxK (Gao et al. 2024, arXiv 2406.04093): the k_aux largest pre-activations of *dead* latents reconstruct what the
+others left, `weight · S(−r̄ − ê) / S(r̄ − mean)` with r̄ held fixed. Its gradients reach encoder, decoder and biases;
+it costs four products over the dead latents' columns and nothing when none is dead.
 
 A transcoder (`y` given) subtracts nothing from its input, and with a `W_skip` adds a linear map of it.
 """

@@ -1,4 +1,4 @@
-"""The hand-written step against PyTorch's own differentiation of the plain formulas, on ordinary and adversarial batches."""
+"""The hand-written step against PyTorch's own differentiation of the plain formulas, on easy and on hostile batches."""
 
 from __future__ import annotations
 

@@ -1,0 +1,57 @@
+"""ReLU with an L1 penalty weighted by decoder norms (Anthropic, "Update on how we train SAEs", April 2024).
+
+Loss per token and channel: (‖e‖² + λ Σ_i z_i ‖W_dec[i]‖) / d with free decoder norms, folded to unit rows at the end. λ
+is warmed up over the first 5 % of the run, and a closed loop then moves it until L0 meets the target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Gt
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import Doc
+
+from sae.activations import Activation, Relu
+from sae.architectures.base import Pass, Situation, Weights
+from sae.architectures.dense import Forward, differentiated, gently_started
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReluL1:
+    """Every positive pre-activation counts; an L1 penalty keeps them few."""
+
+    target_l0: Annotated[float, Gt(0), Doc("latents per token, on average, that the penalty is steered to")] = 32.0
+    penalty: Annotated[float, Gt(0), Doc("the L1 coefficient λ that the closed loop starts from")] = 2.0
+    kind: Literal["relu_l1"] = "relu_l1"
+
+    unit_decoder = False
+    closed_loop = True
+    calibrated = False
+
+    def problems(self, n_latents: int) -> list[str]:
+        return [f"target_l0 = {self.target_l0} of {n_latents} latents"] if self.target_l0 > n_latents else []
+
+    def extra_parameters(self, n_latents: int) -> Weights:
+        return {}
+
+    def prepared(self, weights: Weights) -> Weights:
+        return gently_started(weights)
+
+    def gradients(
+        self, weights: Weights, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"] | None, now: Situation
+    ) -> Pass:
+        coefficient = self.penalty * now.pressure * min(1.0, now.progress / 0.05)
+
+        def forward(leaves: Weights, pre: Tensor, target: Tensor, base: Tensor) -> Forward:
+            z = pre.relu()
+            length = z * leaves["W_dec"].norm(dim=1)
+            penalty = coefficient * length.sum(1).mean() / target.shape[1]
+            return Forward(latents=z, error=z @ leaves["W_dec"] + base - target, penalties={"sparsity": penalty})
+
+        return differentiated(weights, x, y, forward)
+
+    def activation(self, weights: Weights, threshold: float) -> Activation:
+        return Relu()

@@ -1,0 +1,47 @@
+"""The threshold that gives a requested L0: set after training, on activations that were not trained on.
+
+    BatchTopK and its kin    one threshold θ for all latents: the (target × tokens)-th largest pre-activation
+    JumpReLU                 every latent keeps its own θ, all moved by one shift, chosen in the same way from pre − θ
+
+Both are exact on the held-out rows they use, up to ties. One encoder pass, in float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.architectures.base import Architecture, Weights
+from sae.kernels.select import WholeBatch, encode
+
+_MOST_ENTRIES = 2**25
+
+
+@torch.no_grad()
+def calibrated_threshold(
+    architecture: Architecture, weights: Weights, x: Float[Tensor, "token d_in"], *, tied: bool
+) -> tuple[Weights, float]:
+    """Weights and threshold that give `architecture.target_l0` on the normalised rows `x`; threshold 0 where the rows
+    have fewer positive pre-activations than asked for."""
+    centred = x - weights["b_dec"] if tied else x
+    if "theta" in weights:
+        shift = _shift(architecture.target_l0, weights, centred[: max(1, _MOST_ENTRIES // len(weights["theta"]))])
+        return weights | {"theta": (weights["theta"] + shift).clamp_min(0)}, 0.0
+    selection = WholeBatch(k=architecture.target_l0)
+    codes = encode(centred, weights["W_enc"], weights["b_enc"], selection, "float32")
+    if len(codes.value) < selection.count(len(x)):
+        return weights, 0.0
+    return weights, _just_below(float(codes.value.min()))
+
+
+def _shift(target_l0: float, weights: Weights, centred: Float[Tensor, "token d_in"]) -> float:
+    excess = (F.linear(centred, weights["W_enc"], weights["b_enc"]) - weights["theta"]).flatten().cpu().numpy()
+    rank = min(excess.size, max(1, round(target_l0 * len(centred))))
+    return _just_below(float(np.partition(excess, excess.size - rank)[excess.size - rank]))
+
+
+def _just_below(value: float) -> float:
+    return float(np.nextafter(np.float32(value), np.float32(-np.inf)))

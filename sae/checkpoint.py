@@ -1,0 +1,40 @@
+"""A training run's whole state in one safetensors file: tensors in its body, plain JSON in its header.
+
+The file is written beside its place, flushed to disk and renamed: a kill leaves the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae.errors import UserError
+
+_STATE = "state"
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, beside, metadata={_STATE: json.dumps(state, allow_nan=False)})
+    with beside.open("rb") as stream:
+        os.fsync(stream.fileno())
+    beside.replace(path)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors (on the CPU) and the state. Raises UserError when the file is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()[_STATE])  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        mend = "delete it to start this site again"
+        raise UserError("the checkpoint cannot be read", where=str(path), found=str(error), mend=mend) from error
