@@ -1,0 +1,73 @@
+"""Sites as a recipe writes them: patterns in, sites of a model out.
+
+`resid_post` is that kind at every layer, `mlp_out:0,5,10` at some, `attn_out:0-29/3` at every third of a range, and
+`L12.mlp` or `blocks.12.hook_mlp_out` one site.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from data.sites import Site, parse_site
+from sae.errors import Problem, UserError
+
+_RANGE = re.compile(r"(\d+)(?:-(\d+)(?:/([1-9]\d*))?)?")
+_FORMS = "resid_post, mlp_out:0,5,10, attn_out:0-29/3, L12.mlp or blocks.12.hook_mlp_out"
+
+
+def parse_sites(patterns: Sequence[str], available: Sequence[Site]) -> tuple[Site, ...]:
+    """The sites that the patterns name, in the order of the model, each once. Raises UserError with all problems."""
+    chosen: set[Site] = set()
+    problems: list[Problem] = []
+    for pattern in patterns:
+        try:
+            sites = set(_iter_sites(pattern.strip(), available))
+        except UserError as error:
+            problems.extend(error.problems)
+            continue
+        problems += [
+            Problem(what="the model has no such site", where=pattern, found=site.name, expected=_span(available))
+            for site in sorted(sites - set(available))
+        ]
+        chosen |= sites
+    if not patterns:
+        problems.append(Problem(what="no site is named", where="sites", expected=_FORMS))
+    if problems:
+        raise UserError("these sites cannot be collected", problems=tuple(problems))
+    return tuple(site for site in available if site in chosen)
+
+
+def _iter_sites(pattern: str, available: Sequence[Site]) -> Iterator[Site]:
+    kind, colon, layers = pattern.partition(":")
+    kinds: set[str] = {site.kind for site in available}
+    if kind not in kinds:
+        yield _single(pattern, kinds)
+    elif not colon:
+        yield from (site for site in available if site.kind == kind)
+    else:
+        for part in layers.split(","):
+            yield from (parse_site(f"blocks.{layer}.hook_{kind}") for layer in _layers(part.strip(), pattern))
+
+
+def _single(pattern: str, kinds: set[str]) -> Site:
+    try:
+        return parse_site(pattern)
+    except UserError:
+        expected = f"{_FORMS}; kinds of this model: {', '.join(sorted(kinds))}"
+        raise UserError("not a site or a pattern of sites", where=pattern, expected=expected) from None
+
+
+def _layers(part: str, pattern: str) -> range:
+    match = _RANGE.fullmatch(part)
+    if match is None:
+        raise UserError(
+            "not a layer or a range of layers", where=pattern, found=part, expected="0,5,10 or 0-29 or 0-29/3"
+        )
+    first = int(match[1])
+    return range(first, int(match[2] or first) + 1, int(match[3] or 1))
+
+
+def _span(available: Sequence[Site]) -> str:
+    layers = [site.layer for site in available]
+    return f"layers {min(layers)} to {max(layers)} of {', '.join(dict.fromkeys(site.kind for site in available))}"

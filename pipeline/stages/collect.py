@@ -1,0 +1,196 @@
+"""Text → activations: run the language model over packed text and store what it does at the chosen sites.
+
+1. Read the corpus in the order of `seed`, tokenise, pack into contexts of `n_context` tokens; the last contexts hold
+   the documents set apart for validation.
+2. Run the model over every context; all sites in one forward pass, nothing computed after the last of them.
+3. Write shards of `shard_rows` rows to `store.zarr` (docs/formats.md), with statistics gathered on the way.
+4. Write the table of sites and the figures.
+
+Output: `store.zarr/`, `sites.parquet`, `figures/`, `metrics.jsonl`. A killed run goes on at its last finished shard and
+ends with the same bytes in `store.zarr`. Cost: the model's forward pass; 2 bytes a number on disk; memory of a few
+batches.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from typing_extensions import Doc
+
+from data.corpus import CorpusSpec, PackagedText, describe_corpus
+from data.language_model import LanguageModel
+from data.model_spec import ModelSpec, Packaged
+from data.packing import PackedTokens, pack_corpus
+from data.sites import Site
+from data.store import ActivationStore, SiteLayout, StoreLayout, StoreWriter
+from data.store.collection import CollectedShard, collect_shards
+from data.store.patterns import parse_sites
+from data.store.provenance import corpus_digest, model_digest, tokens_digest
+from pipeline.artifact import Artifact, Draft
+from pipeline.figures_collect import draw_norms, site_table
+from pipeline.run import RunContext
+
+KIND, SCHEMA = "collect", 1
+STORE = "store.zarr"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which text, which model, which sites, and how they are stored."""
+
+    model: Annotated[ModelSpec, Doc("the language model")] = field(default_factory=Packaged)
+    corpus: Annotated[CorpusSpec, Doc("the text")] = field(default_factory=PackagedText)
+    sites: Annotated[
+        tuple[str, ...], MinLen(1), Doc("sites or patterns: resid_post, mlp_out:0,5,10, attn_out:0-29/3, L12.mlp")
+    ] = ("resid_post",)
+    n_context: Annotated[int, Ge(2), Doc("tokens of one context, the BOS included")] = 128
+    n_tokens: Annotated[int, Ge(2), Doc("tokens to collect, rounded down to whole contexts")] = 131_072
+    max_document_tokens: Annotated[int | None, Ge(1), Doc("documents are cut to this many tokens; none for whole")] = (
+        None
+    )
+    validation_fraction: Annotated[float, Ge(0), Lt(1), Doc("share of the contexts set apart, by document")] = 0.05
+    model_dtype: Annotated[Literal["bfloat16", "float16", "float32"], Doc("dtype the model runs in")] = "bfloat16"
+    dtype: Annotated[Literal["bfloat16", "float16", "float32", "int8"], Doc("dtype that activations are stored in")] = (
+        "bfloat16"
+    )
+    batch_contexts: Annotated[int, Ge(1), Doc("contexts of one forward pass")] = 8
+    shard_rows: Annotated[int, Ge(1), Doc("rows of one shard: a multiple of chunk_rows and n_context")] = 65_536
+    chunk_rows: Annotated[int, Ge(1), Doc("rows of one chunk, the unit that is read and checked")] = 1024
+    sink_ratio: Annotated[float, Gt(1), Doc("a token whose norm exceeds this many medians is flagged as a sink")] = 5.0
+    allow_non_finite: Annotated[bool, Doc("count rows that are not finite and leave them out, instead of stopping")] = (
+        False
+    )
+    seed: Annotated[int, Ge(0), Le(2**31), Doc("of the order of documents")] = 0
+
+    def __post_init__(self) -> None:
+        if self.shard_rows % self.chunk_rows or self.shard_rows % self.n_context:
+            raise ValueError(
+                f"shard_rows {self.shard_rows} is not a multiple of chunk_rows {self.chunk_rows} "
+                f"and n_context {self.n_context}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Collection starts from text and a model, not from artifacts."""
+
+
+def outside_digests(config: Config) -> dict[str, str]:
+    """What the result depends on besides the config: the text's and the model's files."""
+    return {"text": corpus_digest(config.corpus), "model": model_digest(config.model)}
+
+
+def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artifact:
+    """Collect activations. Raises UserError; a later run with the same config goes on where this one stopped."""
+    with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=outside_digests(config)) as draft:
+        draft.externally_checked = (STORE,)
+        model = LanguageModel.open(
+            config.model, dtype=config.model_dtype, device=context.device, progress=context.progress
+        )
+        sites = parse_sites(config.sites, model.sites())
+        packed = pack_corpus(
+            config.corpus,
+            model.tokenizer,
+            n_context=config.n_context,
+            n_tokens=config.n_tokens,
+            seed=config.seed,
+            validation_fraction=config.validation_fraction,
+            progress=context.progress,
+        )
+        layout = layout_of(config, model, sites, packed)
+        writer = StoreWriter.create(draft.path / STORE, layout, allow_non_finite=config.allow_non_finite)
+        started = time.monotonic()
+        n_collected = _collect(config, context, draft, model, writer, sites, packed)
+        seconds = time.monotonic() - started
+        writer.finish(packed.table().documents)
+        _describe(draft, ActivationStore.open(draft.path / STORE), n_collected, seconds)
+    return Artifact.open(out, kind=KIND, schema=SCHEMA)
+
+
+def layout_of(config: Config, model: LanguageModel, sites: tuple[Site, ...], packed: PackedTokens) -> StoreLayout:
+    """The layout of the store that this collection fills."""
+    return StoreLayout(
+        sites=tuple(SiteLayout(name=site.name, width=model.d_model) for site in sites),
+        dtype=config.dtype,
+        n_rows=packed.n_rows,
+        n_context=config.n_context,
+        shard_rows=config.shard_rows,
+        chunk_rows=config.chunk_rows,
+        validation_start=packed.validation_start,
+        sink_ratio=config.sink_ratio,
+        provenance={
+            "model": model.name,
+            "model_fingerprint": model.fingerprint,
+            "model_dtype": config.model_dtype,
+            "tokenizer_fingerprint": model.tokenizer.fingerprint,
+            "corpus": describe_corpus(config.corpus),
+            "tokens": tokens_digest(packed),
+            "batch_contexts": config.batch_contexts,
+            "seed": config.seed,
+        },
+    )
+
+
+def _collect(
+    config: Config,
+    context: RunContext,
+    draft: Draft,
+    model: LanguageModel,
+    writer: StoreWriter,
+    sites: tuple[Site, ...],
+    packed: PackedTokens,
+) -> int:
+    """Collect the shards that are missing; returns how many rows that were."""
+    table = packed.table()
+    missing = writer.missing_shards()
+    parts = [(shard, table.part(*writer.layout.rows_of_shard(shard))) for shard in missing]
+    done = packed.n_rows - sum(len(part) for _, part in parts)
+    n_collected = packed.n_rows - done
+
+    def rows_done(n: int) -> None:
+        nonlocal done
+        done += n
+        context.progress("collect", done, packed.n_rows)
+
+    def shard_done(shard: CollectedShard) -> None:
+        record = {"shard": shard.shard, "rows": shard.n_rows, "rows_per_second": round(shard.n_rows / shard.seconds, 1)}
+        draft.write_metrics(record)
+        context.metrics(record)
+
+    collect_shards(
+        model,
+        writer,
+        parts,
+        sites,
+        batch_rows=config.batch_contexts * config.n_context,
+        rows_done=rows_done,
+        shard_done=shard_done,
+    )
+    return n_collected
+
+
+def _describe(draft: Draft, store: ActivationStore, n_collected: int, seconds: float) -> None:
+    """The table of sites, the figure, and the headline numbers."""
+    table = site_table(store)
+    table.to_parquet(draft.path / "sites.parquet", index=False)
+    (draft.path / "figures").mkdir(exist_ok=True)
+    draw_norms(table, draft.path / "figures" / "norm_by_layer.png")
+    size = sum(each.size for record in store.records for each in record.files.values())
+    n_train, n_validation = len(store.kept_rows("train")), len(store.kept_rows("validation"))
+    draft.summary.update(
+        {
+            "n_tokens": store.n_rows,
+            "n_documents": len(store.tokens().documents),
+            "n_sites": len(store.sites),
+            "n_train_rows": n_train,
+            "n_validation_rows": n_validation,
+            "gigabytes": round(size / 1e9, 3),
+            "n_non_finite": int(table["n_non_finite"].sum()),
+        }
+    )
+    if n_collected:
+        draft.summary["tokens_per_second"] = round(n_collected / seconds, 1)

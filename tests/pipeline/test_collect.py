@@ -1,0 +1,124 @@
+"""The collect stage: what is stored is what the model does, and a killed run ends with the same bytes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.corpus import BundledText
+from data.language_model import LanguageModel
+from data.model_spec import Random
+from data.sites import Site
+from data.store import FLAG_BOS, ActivationStore
+from data.store.patterns import parse_sites
+from pipeline.run import RunContext
+from pipeline.stages.collect import Config, Inputs, outside_digests, run
+from sae.errors import UserError
+
+CONFIG = Config(
+    model=Random(n_layers=3, d_model=16, n_heads=2, d_mlp=32),
+    corpus=BundledText(),
+    sites=("resid_post", "mlp_out:1"),
+    n_context=32,
+    n_tokens=3000,
+    shard_rows=1024,
+    chunk_rows=128,
+    validation_fraction=0.2,
+    batch_contexts=5,
+)
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    return run(CONFIG, Inputs(), tmp_path_factory.mktemp("collected") / "collect", RunContext())
+
+
+def test_the_store_holds_what_the_model_computes_for_its_tokens(collected):
+    store = ActivationStore.open(collected.path / "store.zarr")
+    model = LanguageModel.open(CONFIG.model)
+    ids = torch.from_numpy(store.tokens().id.astype("int64")).reshape(-1, CONFIG.n_context)
+    seen = model.activations(ids[:5], store.sites)
+    for site in store.sites:
+        expected = seen[site].flatten(0, 1).float().numpy()
+        assert np.array_equal(store.read(site, 0, len(expected)), expected)
+
+
+def test_no_document_is_in_both_splits_and_every_context_starts_with_bos(collected):
+    store = ActivationStore.open(collected.path / "store.zarr")
+    tokens = store.tokens()
+    start = store.validation_start
+    assert 0 < start < store.n_rows
+    assert set(tokens.document[:start].tolist()).isdisjoint(tokens.document[start:].tolist())
+    assert (tokens.flags[:: CONFIG.n_context] & FLAG_BOS).all()
+
+
+def test_what_describes_the_run_is_recorded(collected):
+    store = ActivationStore.open(collected.path / "store.zarr")
+    assert store.provenance["model_fingerprint"] == LanguageModel.open(CONFIG.model).fingerprint
+    assert collected.inputs == outside_digests(CONFIG)
+    assert collected.summary["n_tokens"] == store.n_rows
+    assert collected.file("figures/norm_by_layer.png").stat().st_size > 1000
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(collected, tmp_path):
+    def interrupt(label: str, done: int, total: int) -> None:
+        if label == "collect" and done > 1500:
+            raise _Interrupted
+
+    with pytest.raises(_Interrupted):
+        run(CONFIG, Inputs(), tmp_path / "collect", RunContext(progress=interrupt))
+    assert not (tmp_path / "collect").exists()
+    labels = []
+    run(
+        CONFIG,
+        Inputs(),
+        tmp_path / "collect",
+        RunContext(progress=lambda label, done, total: labels.append((label, done))),
+    )
+    first = next(done for label, done in labels if label == "collect")
+    assert first > 1024, "the finished shard was collected again"
+    assert bytes_of(tmp_path / "collect" / "store.zarr") == bytes_of(collected.path / "store.zarr")
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_text_file_that_changes_changes_the_digest(tmp_path):
+    from data.corpus import TextFiles
+
+    path = tmp_path / "text.txt"
+    path.write_text("one text")
+    config = replace(CONFIG, corpus=TextFiles(paths=(str(path),)))
+    before = outside_digests(config)
+    path.write_text("two text")
+    assert outside_digests(config)["text"] != before["text"]
+    assert outside_digests(config)["model"] == before["model"]
+
+
+ALL = tuple(Site(layer, kind) for layer in range(6) for kind in ("mlp_out", "resid_post"))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (["resid_post"], ["L0", "L1", "L2", "L3", "L4", "L5"]),
+        (["mlp_out:0,5"], ["L0.mlp", "L5.mlp"]),
+        (["resid_post:1-5/2"], ["L1", "L3", "L5"]),
+        (["L2", "blocks.1.hook_mlp_out", "L2"], ["L1.mlp", "L2"]),
+    ],
+)
+def test_patterns_name_sites_in_the_order_of_the_model(patterns, expected):
+    assert [site.short for site in parse_sites(patterns, ALL)] == expected
+
+
+def test_every_bad_pattern_is_reported():
+    with pytest.raises(UserError) as caught:
+        parse_sites(["L9", "mlp_out:x", "neurons"], ALL)
+    assert len(caught.value.problems) == 3
