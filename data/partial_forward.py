@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from data.language_model import LanguageModel
+
+_GIVES_TUPLE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""What blocks were seen to return; asked once per model, since asking costs a forward pass."""
 
 
 @contextmanager
@@ -25,7 +29,9 @@ def continued_from(
     """Inside, a forward pass treats `residual` as `resid_post` of block `layer`; blocks 0 … `layer` are not computed
     (hooks on their outputs still run, and the last of them sees `residual`). The ids passed in give only the shape."""
     blocks = [sites.block for sites in model._blocks[: layer + 1]]
-    gives_tuple = _output_is_tuple(model, blocks[0])
+    if blocks[0] not in _GIVES_TUPLE:
+        _GIVES_TUPLE[blocks[0]] = _output_is_tuple(model, blocks[0])
+    gives_tuple = _GIVES_TUPLE[blocks[0]]
     value = residual.to(model.device, model.dtype)
     for block in blocks:
         block.forward = _constant(value, gives_tuple)
