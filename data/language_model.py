@@ -56,7 +56,9 @@ class _Finished(Exception):
 
 
 class LanguageModel:
-    """See the module's text. Not safe for two threads at once: hooks belong to the one module."""
+    """See the module's text. Not safe for two threads at once: hooks belong to the one module.
+
+    `base` is the stack without the unembedding, `blocks` its transformer blocks with what each adds to the stream."""
 
     def __init__(self, *, name: str, loaded: LoadedModel) -> None:
         self.name = name
@@ -70,10 +72,10 @@ class LanguageModel:
         self.d_vocab: int = self.hf.get_output_embeddings().weight.shape[0]
         self.dtype: torch.dtype = next(self.hf.parameters()).dtype
         self.device: torch.device = next(self.hf.parameters()).device
-        self._base: nn.Module = self.hf.base_model
-        self._blocks: tuple[BlockSites, ...] = self._find_sites()
-        self._sites = tuple(Site(layer, kind) for layer, block in enumerate(self._blocks) for kind in block.kinds())
-        self._taps = Taps(self._blocks)
+        self.base: nn.Module = self.hf.base_model
+        self.blocks: tuple[BlockSites, ...] = self._find_sites()
+        self._sites = tuple(Site(layer, kind) for layer, block in enumerate(self.blocks) for kind in block.kinds())
+        self._taps = Taps(self.blocks)
 
     @classmethod
     def open(
@@ -107,9 +109,9 @@ class LanguageModel:
         if not sites:
             return {}
         last = max(site.layer for site in sites)
-        stopped = _stopped_after(self._blocks[last].block)
+        stopped = _stopped_after(self.blocks[last].block)
         with self.recorded(sites) as seen, stopped, torch.no_grad(), suppress(_Finished):
-            self._base(ids.to(self.device), use_cache=False)
+            self.base(ids.to(self.device), use_cache=False)
         return {site: seen[site] for site in sites}
 
     def logits(
@@ -182,12 +184,12 @@ class LanguageModel:
         return "logits_to_keep" in inspect.signature(self.hf.forward).parameters
 
     def _find_sites(self) -> tuple[BlockSites, ...]:
-        blocks = find_blocks(self._base, self.n_layers)
+        blocks = find_blocks(self.base, self.n_layers)
         probe = torch.arange(4, device=self.device)[None] % self.d_vocab
 
         def run() -> None:
             with torch.no_grad():
-                self._base(probe, use_cache=False)
+                self.base(probe, use_cache=False)
 
         return find_sites(blocks, run)
 
@@ -207,10 +209,10 @@ class LanguageModel:
 
     def _final_norm(self) -> nn.Module:
         """The last module of the base model outside the blocks that has a weight per model dimension."""
-        inside = {id(module) for block in self._blocks for module in block.block.modules()}
+        inside = {id(module) for block in self.blocks for module in block.block.modules()}
         norms = [
             module
-            for module in self._base.modules()
+            for module in self.base.modules()
             if id(module) not in inside
             and "norm" in type(module).__name__.lower()
             and "Model" not in type(module).__name__

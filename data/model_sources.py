@@ -196,7 +196,9 @@ def _hub_folder(name: str, revision: str) -> Path:
     patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
     try:
         with quiet_transformers():
-            folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
+            folder = snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+            )
     except Exception as error:
         raise UserError(
             f"the model {name!r} is neither in the Hub's local cache nor could be fetched",

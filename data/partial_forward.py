@@ -28,7 +28,7 @@ def continued_from(
 ) -> Iterator[None]:
     """Inside, a forward pass treats `residual` as `resid_post` of block `layer`; blocks 0 … `layer` are not computed
     (hooks on their outputs still run, and the last of them sees `residual`). The ids passed in give only the shape."""
-    blocks = [sites.block for sites in model._blocks[: layer + 1]]
+    blocks = [sites.block for sites in model.blocks[: layer + 1]]
     if blocks[0] not in _GIVES_TUPLE:
         _GIVES_TUPLE[blocks[0]] = _output_is_tuple(model, blocks[0])
     gives_tuple = _GIVES_TUPLE[blocks[0]]
@@ -55,7 +55,7 @@ def _output_is_tuple(model: LanguageModel, block: nn.Module) -> bool:
     handle = block.register_forward_hook(lambda _, __, output: seen.append(isinstance(output, tuple)))
     try:
         with torch.no_grad():
-            model._base(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+            model.base(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
     finally:
         handle.remove()
     return seen[0]
