@@ -1,8 +1,8 @@
 """Kept links → communities of features, by label propagation (Raghavan et al. 2007, arXiv 0709.2938).
 
 1. Every node starts with a label of its own.
-2. In each round half of the nodes, drawn at random, take the label with the largest summed weight among their neighbours
-   (both directions); ties go to the smallest label. Half at a time, because all at once oscillates on chains.
+2. In each round half of the nodes, drawn at random, take the label with the largest summed weight among their
+   neighbours (both directions); ties go to the smallest label. Half at a time: all at once oscillates on chains.
 3. Stops when nobody changes. Labels are then numbered by size, largest first; nodes without links get -1.
 
 Cost O(rounds · links · log links), vectorised: a graph of 60,000 nodes takes seconds.

@@ -132,7 +132,7 @@ def compare_firing(
 def chance_pairs(
     source: Codes, links: tuple[np.ndarray, np.ndarray], *, rng: np.random.Generator, n: int, window: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`n` pairs of a link's target with a source whose density is near the link's own source, but is not that source."""
+    """`n` pairs of a link's target with another source of nearly the density of the link's own source."""
     n_sources = len(source.n_fired)
     if not len(links[0]) or n_sources < 2:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)

@@ -3,7 +3,8 @@
     graph = FlowGraph.open("artifacts/laptop/link")
     graph.chain("L12/402")          the residual chain through a feature, backward and forward, best link each time
     graph.ancestors("L12/402")      everything that flows into it;   graph.descendants(…)
-    graph.best_path("L3/7", "L12/402")      graph.trunks()      graph.splits()      graph.merges()      graph.communities()
+    graph.best_path("L3/7", "L12/402")
+    graph.trunks()      graph.splits()      graph.merges()      graph.communities()
 
 Every link points forward in the computation. Queries follow kept links only; `thresholds` can replace what the linking
 run kept by the paper's cosines or by another false-discovery rate. Cost: each query touches only the links it follows.
@@ -11,8 +12,6 @@ run kept by the paper's cosines or by another false-discovery rate. Cost: each q
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import assert_never
@@ -23,37 +22,22 @@ import pandas as pd
 from data.sites import FeatureId, Site, parse_feature, parse_site
 from pipeline.flow.nodes import node_numbers
 from pipeline.flow.options import Calibrated, Fixed, Thresholds
+from pipeline.flow.pairing import Relation
+from pipeline.flow.queries import (
+    Adjacency,
+    ChainStep,
+    Fork,
+    Leaf,
+    Reached,
+    Step,
+    Trunk,
+    forks,
+    reachable,
+    strongest_path,
+    trunk_paths,
+)
 from pipeline.flow.tables import FlowTables, read_tables
 from sae.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChainStep:
-    """One feature of a chain. `cosine` and `q_value` are of the link to the step before it; None at the first."""
-
-    feature: FeatureId
-    cosine: float | None
-    q_value: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reached:
-    """A feature that flow connects with another: over how many links, along the strongest of the shortest ways."""
-
-    feature: FeatureId
-    hops: int
-    strength: float
-    """Product of the cosines along the way."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Leaf:
-    """A module's feature that feeds a residual feature: the relation (mlp, attention) and the evidence of the link."""
-
-    feature: FeatureId
-    relation: str
-    cosine: float
-    q_value: float
 
 
 class FlowGraph:
@@ -101,17 +85,16 @@ class FlowGraph:
     def chain(self, feature: FeatureId | str, *, backward: bool = True, forward: bool = True) -> list[ChainStep]:
         """The residual chain through a feature: best kept predecessor again and again, then best kept successor."""
         here = self.number(feature)
-        before = list(self._walk(here, self._best_predecessor)) if backward else []
-        after = list(self._walk(here, self._best_successor)) if forward else []
-        links = [edge for edge, _ in reversed(before)] + [edge for edge, _ in after]
-        numbers = [number for _, number in reversed(before)] + [here] + [number for _, number in after]
-        return [self._step(number, edge) for number, edge in zip(numbers, [None, *links], strict=True)]
+        before = list(self._best_predecessor.walk(here))[::-1] if backward else []
+        after = list(self._best_successor.walk(here)) if forward else []
+        links = [None, *(edge for edge, _ in before), *(edge for edge, _ in after)]
+        numbers = [*(number for _, number in before), here, *(number for _, number in after)]
+        return [self._step(number, edge) for number, edge in zip(numbers, links, strict=True)]
 
     def leaves(self, feature: FeatureId | str) -> list[Leaf]:
         """The best kept MLP and attention predecessors of a residual feature."""
-        rows = self._in.rows(self.number(feature))
-        chosen = self.edges.iloc[rows]
-        chosen = chosen[(chosen["relation"] != "residual") & (chosen["rank"] == 0)]
+        edges = self.predecessors(feature)
+        chosen = edges[(edges["relation"] != "residual") & (edges["rank"] == 0)]
         return [
             Leaf(
                 feature=FeatureId(parse_site(row.source_site), int(row.source_latent)),
@@ -122,6 +105,14 @@ class FlowGraph:
             for row in chosen.itertuples()
         ]
 
+    def predecessors(self, feature: FeatureId | str) -> pd.DataFrame:
+        """Kept edges into a feature, strongest first."""
+        return self.edges.iloc[self._in.rows(self.number(feature))].sort_values("cosine", ascending=False)
+
+    def successors(self, feature: FeatureId | str) -> pd.DataFrame:
+        """Kept edges out of a feature, strongest first."""
+        return self.edges.iloc[self._out.rows(self.number(feature))].sort_values("cosine", ascending=False)
+
     def ancestors(self, feature: FeatureId | str, *, max_hops: int | None = None) -> list[Reached]:
         """Every feature from which kept links lead to this one, nearest and strongest first."""
         return self._reached(self.number(feature), self._in, self._source, max_hops)
@@ -129,6 +120,45 @@ class FlowGraph:
     def descendants(self, feature: FeatureId | str, *, max_hops: int | None = None) -> list[Reached]:
         """Every feature to which kept links lead from this one, nearest and strongest first."""
         return self._reached(self.number(feature), self._out, self._target, max_hops)
+
+    def best_path(self, start: FeatureId | str, end: FeatureId | str) -> list[ChainStep]:
+        """The path with the largest product of cosines; empty when no kept links lead from `start` to `end`."""
+        path = strongest_path(self.number(start), self.number(end), self._out, self._target, self._cosine)
+        return [self._step(number, edge) for edge, number in path or []]
+
+    def trunks(self, n: int | None = 20, *, min_length: int = 3) -> list[Trunk]:
+        """The `n` longest residual paths whose every link is first choice both ways; no two share a feature."""
+        mutual = self.kept & self.edges["mutual"].to_numpy(bool) & self._is("residual")
+        step = Step.of(mutual, self._source, self._target, len(self.nodes))
+        return [
+            Trunk(
+                features=tuple(self.feature(number) for number in numbers),
+                mean_cosine=float(cosines.mean()),
+                weakest=float(cosines.min()),
+            )
+            for numbers, cosines in trunk_paths(step, self._cosine, min_length=min_length)[:n]
+        ]
+
+    def splits(self, n: int | None = 20, *, relation: Relation = "residual") -> list[Fork]:
+        """Features with several kept successors at one site, strongest second branch first."""
+        return self._forks(self._source, self._target, relation, n)
+
+    def merges(self, n: int | None = 20, *, relation: Relation = "residual") -> list[Fork]:
+        """Features with several kept predecessors at one site, strongest second branch first."""
+        return self._forks(self._target, self._source, relation, n)
+
+    def communities(self, *, min_size: int = 2) -> dict[int, list[FeatureId]]:
+        """Members of every community of at least `min_size` features, largest community first."""
+        linked = self.nodes["community"][self.nodes["community"] >= 0]
+        sizes = linked.value_counts()
+        members = linked.groupby(linked).groups
+        wanted = sorted(int(name) for name, size in sizes.items() if size >= min_size)
+        return {name: [self.feature(int(number)) for number in members[name]] for name in wanted}
+
+    def life(self, feature: FeatureId | str) -> tuple[int, int]:
+        """Birth and death layer of a feature: how far back and forward its residual chain reaches."""
+        steps = self.chain(feature)
+        return steps[0].feature.site.layer, steps[-1].feature.site.layer
 
     @cached_property
     def _extent(self) -> dict[str, tuple[int, int]]:
@@ -152,74 +182,54 @@ class FlowGraph:
         return node_numbers(start, self.edges["target_site"], self.edges["target_latent"])
 
     @cached_property
-    def _in(self) -> _Adjacency:
-        return _Adjacency.of(self._target, self.kept, len(self.nodes))
+    def _cosine(self) -> np.ndarray:
+        return self.edges["cosine"].to_numpy(np.float64)
 
     @cached_property
-    def _out(self) -> _Adjacency:
-        return _Adjacency.of(self._source, self.kept, len(self.nodes))
+    def _in(self) -> Adjacency:
+        return Adjacency.of(self._target, self.kept, len(self.nodes))
 
     @cached_property
-    def _best_predecessor(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._next("rank", self._target, self._source)
+    def _out(self) -> Adjacency:
+        return Adjacency.of(self._source, self.kept, len(self.nodes))
 
     @cached_property
-    def _best_successor(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._next("forward_rank", self._source, self._target)
+    def _best_predecessor(self) -> Step:
+        chosen = self.kept & (self.edges["rank"] == 0).to_numpy() & self._is("residual")
+        return Step.of(chosen, self._target, self._source, len(self.nodes))
 
-    def _next(self, column: str, here: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For every node the row of its kept first-choice residual edge and the node at its other end; -1 for none."""
-        chosen = self.kept & (self.edges[column] == 0).to_numpy() & (self.edges["relation"] == "residual").to_numpy()
-        edge, node = np.full(len(self.nodes), -1), np.full(len(self.nodes), -1)
-        rows = np.flatnonzero(chosen)
-        edge[here[rows]], node[here[rows]] = rows, there[rows]
-        return edge, node
+    @cached_property
+    def _best_successor(self) -> Step:
+        chosen = self.kept & (self.edges["forward_rank"] == 0).to_numpy() & self._is("residual")
+        return Step.of(chosen, self._source, self._target, len(self.nodes))
 
-    def _walk(self, number: int, step: tuple[np.ndarray, np.ndarray]) -> Iterator[tuple[int, int]]:
-        edge, node = step
-        while node[number] >= 0:
-            yield int(edge[number]), int(node[number])
-            number = int(node[number])
+    def _is(self, relation: str) -> np.ndarray:
+        return (self.edges["relation"] == relation).to_numpy(bool)
 
     def _step(self, number: int, edge: int | None) -> ChainStep:
         if edge is None:
             return ChainStep(feature=self.feature(number), cosine=None, q_value=None)
-        cosine, q_value = float(self.edges["cosine"].iat[edge]), float(self.edges["q_value"].iat[edge])
-        return ChainStep(feature=self.feature(number), cosine=cosine, q_value=q_value)
+        return ChainStep(
+            feature=self.feature(number),
+            cosine=float(self._cosine[edge]),
+            q_value=float(self.edges["q_value"].iat[edge]),
+        )
 
-    def _reached(self, start: int, along: _Adjacency, other: np.ndarray, max_hops: int | None) -> list[Reached]:
-        cosine = self.edges["cosine"].to_numpy()
-        frontier, found, hops = {start: 1.0}, {start: (0, 1.0)}, 0
-        while frontier and (max_hops is None or hops < max_hops):
-            hops += 1
-            ahead: dict[int, float] = {}
-            for number, strength in frontier.items():
-                for row in along.rows(number):
-                    reached = int(other[row])
-                    if reached not in found:
-                        ahead[reached] = max(ahead.get(reached, 0.0), strength * float(cosine[row]))
-            found |= {number: (hops, strength) for number, strength in ahead.items()}
-            frontier = ahead
-        found.pop(start)
-        ordered = sorted(found.items(), key=lambda item: (item[1][0], -item[1][1], item[0]))
-        return [Reached(feature=self.feature(number), hops=hops, strength=s) for number, (hops, s) in ordered]
+    def _reached(self, start: int, along: Adjacency, other: np.ndarray, max_hops: int | None) -> list[Reached]:
+        found = reachable(start, along, other, self._cosine, max_hops)
+        return [Reached(feature=self.feature(number), hops=hops, strength=strength) for number, hops, strength in found]
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Adjacency:
-    """Kept edges grouped by one of their ends."""
-
-    start: np.ndarray
-    order: np.ndarray
-
-    @classmethod
-    def of(cls, end: np.ndarray, kept: np.ndarray, n_nodes: int) -> _Adjacency:
-        rows = np.flatnonzero(kept)
-        order = rows[np.argsort(end[rows], kind="stable")]
-        return cls(start=np.searchsorted(end[order], np.arange(n_nodes + 1)), order=order)
-
-    def rows(self, number: int) -> np.ndarray:
-        return self.order[self.start[number] : self.start[number + 1]]
+    def _forks(self, one: np.ndarray, other: np.ndarray, relation: Relation, n: int | None) -> list[Fork]:
+        site = np.searchsorted(self._starts, other, side="right")
+        groups = forks(self.kept & self._is(relation), one, site, self._cosine, len(self.sites) + 1)[:n]
+        return [
+            Fork(
+                feature=self.feature(int(one[rows[0]])),
+                others=tuple(self.feature(int(other[row])) for row in rows),
+                cosines=tuple(float(self._cosine[row]) for row in rows),
+            )
+            for rows in groups
+        ]
 
 
 def _kept(edges: pd.DataFrame, thresholds: Thresholds | None) -> np.ndarray:

@@ -30,8 +30,8 @@ from pipeline.flow.directions import Directions, directions_of
 from pipeline.flow.edges import EdgeColumns, edges_of
 from pipeline.flow.functional import FEW_FIRINGS, Codes, Cofiring, compare_firing, encode_tokens
 from pipeline.flow.match import match
-from pipeline.flow.null import FarLayers, NullSample, NullSampler, Rotation, mirrored
 from pipeline.flow.nodes import Side, node_table
+from pipeline.flow.null import FarLayers, NullSample, NullSampler, Rotation, mirrored
 from pipeline.flow.options import Automatic, Calibrated, Fixed, LinkOptions
 from pipeline.flow.pair_report import edge_table, pair_row
 from pipeline.flow.pairing import Pair, Pairing, StartRelation, far_site, pair_sites, start_relation
@@ -84,8 +84,8 @@ def link_dictionaries(
     progress: Progress = silent,
 ) -> Links:
     """Link all neighbouring dictionaries. Needs only decoders; with `held_out` links carry firing evidence and latents
-    that never fire are left out. `start_null` is a sample of best cosines that inertia alone leaves between dictionaries
-    of one start. A mapping that loads on access keeps memory at a few dictionaries. Raises UserError."""
+    that never fire are left out. `start_null` is a sample of the best cosines that inertia alone leaves between
+    dictionaries of one start. A mapping that loads on access keeps memory at a few dictionaries. Raises UserError."""
     settings = options or LinkOptions()
     pairing = pair_sites(dictionaries)
     shelf = _Shelf(dictionaries=dictionaries, held_out=held_out, projections=projections or {}, device=device)

@@ -1,8 +1,9 @@
 """Sites and kept edges → the node table: class, life span and community of every latent.
 
 1. Scores: s(P) is the best predecessor cosine for P in residual, MLP, attention; "high" means that the link is kept.
-2. Class (Feature Flow §3.3; `class_fixed` is the same by the paper's fixed cosines): high s(R) alone `translated`; with a module `processed`; a module alone `newborn`; nothing
-   `unexplained`. Null where it cannot be said: dead latents, modules, and the first residual site.
+2. Class (Feature Flow §3.3): high s(R) alone `translated`; with a module `processed`; a module alone `newborn`; nothing
+   `unexplained`. Null where it cannot be said: dead latents, modules, and the first residual site. `class_fixed` is the
+   same by the paper's fixed cosines.
 3. Birth: the earliest layer reached by going back along kept best predecessors in the residual chain; death: the latest
    layer reached by going forward along kept best successors; persistence counts the layers from birth to death.
 4. Communities over all kept links.

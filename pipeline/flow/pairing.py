@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from data.sites import Site
@@ -58,7 +59,7 @@ def pair_sites(sites: Iterable[Site]) -> Pairing:
     """The pairs to link. Raises UserError when nothing can be linked."""
     ordered = sorted(set(sites), key=depth_of)
     chain = [site for site in ordered if site.kind not in _MODULES]
-    pairs = [Pair(source=a, target=b, relation="residual") for a, b in zip(chain, chain[1:], strict=False)]
+    pairs = [Pair(source=a, target=b, relation="residual") for a, b in pairwise(chain)]
     warnings = [f"{pair}: {pair.gap} layer(s) have no dictionary; linked across them" for pair in pairs if pair.gap]
     for site in ordered:
         if site.kind not in _MODULES:

@@ -2,7 +2,8 @@
 
 1. p(c) = (1 + number of null values ≥ c) / (1 + number of null values): never zero, honest about the sample's size.
 2. q by Benjamini and Hochberg (1995) over the top-1 links of one pair of dictionaries.
-3. A lower-ranked link is judged by the same curve: q(p) = n·p / number of top-1 links with a p-value ≤ p, made monotone.
+3. A lower-ranked link is judged by the same curve: q(p) = n·p / number of top-1 links with a
+   p-value ≤ p, made monotone.
 
 Cost O(n log n).
 """

@@ -44,7 +44,7 @@ class DictionaryFolder(Mapping[Site, Sae]):
 
 
 def held_out_from(store: ActivationStore, n_tokens: int) -> Callable[[Site], Iterator[Float[Tensor, "token d_in"]]]:
-    """Batches of the first `n_tokens` validation rows, the same tokens at every site. Raises UserError if there are none."""
+    """Batches of the first `n_tokens` validation rows, the same tokens at every site. Raises UserError if none."""
     rows = store.kept_rows("validation")[:n_tokens]
     if not len(rows):
         raise UserError(
