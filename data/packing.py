@@ -1,7 +1,7 @@
 """Documents packed into contexts of one length.
 
-1. Documents are taken in the order given (shuffled by `seed` first, if one is given), each text once, and tokenised,
-   until there are enough tokens.
+1. Documents are taken in the order given (shuffled by `seed` first, if one is given), each text once, tokenised and,
+   if asked, cut to `max_document_tokens`, until there are enough tokens.
 2. Every context starts with the tokenizer's `bos_id` at position 0; the rest is filled with documents one after the
    other with `bos_id` between them (none where a document begins its context anyway).
 3. The last contexts are for validation; no document is in both parts: what is left of the document that ends the
@@ -80,6 +80,7 @@ def pack_corpus(
     n_tokens: int,
     seed: int,
     validation_fraction: float = 0.0,
+    max_document_tokens: int | None = None,
     progress: Progress = silent,
 ) -> PackedTokens:
     """`pack_documents` of a corpus in the order of `seed`."""
@@ -90,6 +91,7 @@ def pack_corpus(
         n_tokens=n_tokens,
         seed=None,
         validation_fraction=validation_fraction,
+        max_document_tokens=max_document_tokens,
         where=describe_corpus(spec),
         progress=progress,
     )
@@ -103,6 +105,7 @@ def pack_documents(
     n_tokens: int,
     seed: int | None,
     validation_fraction: float = 0.0,
+    max_document_tokens: int | None = None,
     where: str = "corpus",
     progress: Progress = silent,
 ) -> PackedTokens:
@@ -116,7 +119,7 @@ def pack_documents(
         documents = list(documents)
         random.Random(seed).shuffle(documents)
     wanted = n_tokens // n_context
-    encoded = _take_enough(_iter_encoded(documents, tokenizer), wanted * (n_context - 1), progress)
+    encoded = _take_enough(_iter_encoded(documents, tokenizer, max_document_tokens), wanted * (n_context - 1), progress)
     n_contexts = min(wanted, sum(map(len, encoded)) // (n_context - 1))
     n_validation = round(validation_fraction * n_contexts)
     if validation_fraction > 0:
@@ -141,11 +144,11 @@ class _Encoded:
         return len(self.ids)
 
 
-def _iter_encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[_Encoded]:
+def _iter_encoded(documents: Iterable[Document], tokenizer: Tokenizer, max_tokens: int | None) -> Iterator[_Encoded]:
     for batch in _iter_batches(_iter_unique(documents)):
         for (document, sha256), ids in zip(batch, tokenizer.encode_many([d.text for d, _ in batch]), strict=True):
             if ids:
-                yield _Encoded(document=document, sha256=sha256, ids=np.array(ids, dtype=np.uint32))
+                yield _Encoded(document=document, sha256=sha256, ids=np.array(ids[:max_tokens], dtype=np.uint32))
 
 
 def _iter_unique(documents: Iterable[Document]) -> Iterator[tuple[Document, str]]:

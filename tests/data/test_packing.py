@@ -107,6 +107,18 @@ def test_a_repeated_text_is_used_once() -> None:
     assert len(packed.documents) == 1
 
 
+def test_long_documents_are_cut_when_asked() -> None:
+    texts = ["first document " * 30, "second document " * 30]
+    packed = pack_documents(
+        documents_of(texts), TOKENIZER, n_context=6, n_tokens=10**6, seed=None, max_document_tokens=11
+    )
+    assert [rows_of_document(packed, number) for number in (0, 1)] == [
+        TOKENIZER.encode(texts[0])[:11],
+        TOKENIZER.encode(texts[1])[: packed.documents[1].n_tokens],
+    ]
+    assert 5 <= packed.documents[1].n_tokens <= 11
+
+
 def test_a_special_token_written_in_the_text_is_plain_text() -> None:
     packed = pack_documents(documents_of(["a<|endoftext|>b" * 9]), TOKENIZER, n_context=4, n_tokens=40, seed=None)
     assert (packed.flags[packed.position > 0] == 0).all()
