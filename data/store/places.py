@@ -8,21 +8,21 @@ locally first, so memory stays bounded and both places hold the same bytes.
 from __future__ import annotations
 
 import itertools
+import json
 import os
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from sae.errors import UserError
 
 _COUNTER = itertools.count()
 _OPEN_FILES = 256
 _IOVECTORS = 512
-SCHEMES = ("s3://", "gs://", "gcs://", "az://", "abfs://", "http://", "https://", "memory://")
+POINTER = "featureflow_store"
 
 
 class Place(Protocol):
@@ -38,19 +38,36 @@ class Place(Protocol):
     def publish(self, temporary: Path, name: str) -> None: ...
     def create(self, name: str, content: bytes) -> bool: ...
     def remove(self, name: str) -> None: ...
-    def claimed(self, name: str) -> Any: ...
+    def sweep(self, names: list[str]) -> None: ...
+    def claimed(self, name: str) -> AbstractContextManager[bool]: ...
 
 
 def open_place(url: str | Path) -> Place:
-    """A place by path or URL (`s3://bucket/folder`, `gs://…`). Credentials come from the environment only."""
-    text = str(url)
-    if text.startswith("file://"):
-        return LocalPlace(Path(text.removeprefix("file://")))
+    """A place by path or URL (`s3://bucket/folder`, `gs://…`). Credentials come from the environment only.
+
+    A file, made by `write_pointer`, stands for the place whose URL it holds."""
+    text = str(url).removeprefix("file://")
     if "://" not in text:
-        return LocalPlace(Path(text))
+        path = Path(text)
+        return open_place(_read_pointer(path)) if path.is_file() else LocalPlace(path)
     from data.store.objects import ObjectPlace
 
     return ObjectPlace(text)
+
+
+def write_pointer(path: Path, url: str) -> None:
+    """Let `path` stand for a store elsewhere."""
+    path.write_text(json.dumps({POINTER: url}) + "\n", encoding="utf-8")
+
+
+def _read_pointer(path: Path) -> str:
+    try:
+        url = json.loads(path.read_text(encoding="utf-8"))[POINTER]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError("this file is no activation store", where=str(path), expected="a folder or a URL") from error
+    if not isinstance(url, str) or "://" not in url:
+        raise UserError("this file points nowhere", where=str(path), found=str(url), expected="a URL")
+    return url
 
 
 def write_bytes(place: Place, name: str, content: bytes) -> None:
@@ -200,13 +217,6 @@ class LocalPlace:
                 surplus.append(self._descriptors.popitem(last=False)[1])
         for each in surplus:
             os.close(each)
-
-
-def staging_file(name: str) -> Path:
-    """A temporary file for a place that is not a folder."""
-    descriptor, path = tempfile.mkstemp(prefix="featureflow-", suffix="-" + name.rpartition("/")[2])
-    os.close(descriptor)
-    return Path(path)
 
 
 def _drop(buffers: list[memoryview], n: int) -> list[memoryview]:

@@ -204,8 +204,7 @@ class ShardWriter:
         place, layout = self._store.place, self._store.layout
         place.remove(COMPLETE)
         place.remove(record_name(self._shard))
-        if isinstance(place, LocalPlace):
-            place.sweep([array.file_of(self._shard) for array in layout.iter_arrays()])
+        place.sweep([array.file_of(self._shard) for array in layout.iter_arrays()])
         self._chunks = ShardChunks(place, layout, self._shard, self._tokens, self._store.allow_non_finite)
 
     def _publish(self, record: ShardRecord) -> None:
