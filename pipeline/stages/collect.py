@@ -99,6 +99,7 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
             n_tokens=config.n_tokens,
             seed=config.seed,
             validation_fraction=config.validation_fraction,
+            max_document_tokens=config.max_document_tokens,
             progress=context.progress,
         )
         layout = layout_of(config, model, sites, packed)
