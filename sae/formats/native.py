@@ -45,7 +45,7 @@ def save_sae(sae: Sae, folder: str | Path) -> None:
     }
     text = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     beside = folder / (WEIGHTS + ".tmp")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
+    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, beside)
     beside.replace(folder / WEIGHTS)
     beside = folder / (DESCRIPTION + ".tmp")
     beside.write_text(text, encoding="utf-8")

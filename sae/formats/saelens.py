@@ -118,7 +118,7 @@ def write_saelens(
     if firing_rates is not None:
         save_file({"sparsity": torch.log10(firing_rates.float().clamp_min(1e-10))}, folder / SPARSITY)
     beside = folder / (WEIGHTS + ".tmp")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
+    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, beside)
     beside.replace(folder / WEIGHTS)
     beside = folder / (CONFIG + ".tmp")
     beside.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
