@@ -1,0 +1,141 @@
+// The feature card: what it fires on, how sure the label is, what it writes, where it comes from and goes to.
+
+import { latentOf, siteOf } from "../data/atlas.js";
+import { Flow } from "../data/flow.js";
+import { h, show } from "../dom.js";
+import { count, percent, plural, short, siteKinds } from "../format.js";
+import { activationHistogram, histogramRows, positionRows, rateBars, sourceRows, topicRows } from "../figures/histogram.js";
+import { figure, saveButtons } from "../figures/export.js";
+import { link } from "../route.js";
+import { chainSection, neighbourSection } from "./connections.js";
+import { examplesSection } from "./evidence.js";
+import { noteBox } from "./notebox.js";
+import { steeringSection } from "./steering.js";
+import { classBadge, compareButton, copyButton, empty, FLAG, labelText, ownLabel, scoreBar, shareBar } from "../ui/parts.js";
+import { tokenChip, visible } from "../ui/tokens.js";
+import { featureLink } from "../ui/parts.js";
+
+export async function feature({ atlas, key, options, live, alive }) {
+  const site = siteOf(key);
+  const [overview, names, vocabulary, card, flow, steering] = await Promise.all([atlas.overview(site), atlas.labels(site), atlas.vocabulary(), atlas.card(key), Flow.open(atlas), atlas.steering()]);
+  const view = { atlas, key, id: atlas.id(key), latent: latentOf(key), site: atlas.sites[site], overview, names, vocabulary, card, flow, steering, options, live, alive };
+  const body = card.count === 0 ? neverFired(view) : [evidence(view)];
+  const node = h("article", { class: "card" }, head(view), body, later(() => chainSection(view)), later(() => neighbourSection(view)), card.count > 0 && places(view), steeringSection(view));
+  return { title: view.id, node };
+}
+
+// Sections that need other dictionaries come when they are read; the card itself does not wait for them.
+function later(make) {
+  const place = h("div", {});
+  make().then(
+    (node) => show(place, node),
+    (error) => show(place, h("p", { class: "warning", role: "alert" }, error.message)),
+  );
+  return place;
+}
+
+function head(view) {
+  const { atlas, id, latent, site, overview, names, card } = view;
+  const step = (to, text) => to >= 0 && to < site.n_latents && h("a", { href: link(`${site.short}/${to}`), rel: text, "aria-label": `${text} latent` }, text === "previous" ? "← " : " →");
+  const kind = atlas.manifest.classes[overview.class[latent]];
+  return h(
+    "header",
+    { class: "feature-head" },
+    h("nav", { class: "crumbs", "aria-label": "Dictionary" }, h("a", { href: link(`site/${site.short}`) }, `${site.short} ${siteKinds[site.kind] ?? ""}`), step(latent - 1, "previous"), step(latent + 1, "next")),
+    h("h1", {}, h("span", { class: "feature" }, id), " ", labelText(ownLabel(id, names.labels[latent]), 200)),
+    h("p", { class: "facts-line" }, overview.class[latent] > 0 && classBadge(kind), facts(view).map((text) => h("span", {}, text))),
+    h("div", { class: "actions" }, h("a", { class: "action primary", href: link(`graph/${id}`) }, "Flow graph"), compareButton(id), copyButton(() => location.href, "Copy link"), card.count > 0 && cardExport(view)),
+    noteBox(id),
+  );
+}
+
+function facts({ overview, latent, card, atlas }) {
+  const [birth, death] = [overview.birth[latent], overview.death[latent]];
+  const out = [`fires on ${percent(overview.density[latent])} of tokens`, `${plural(card.count, "firing")} in ${plural(card.n_documents, "document")}`, `largest ${short(card.max)}, mean ${short(card.mean)}`];
+  if (Number.isFinite(card.threshold)) out.push(`threshold ${short(card.threshold)}`);
+  if (atlas.has.flow && birth >= 0) out.push(birth === death ? `only in L${birth}` : `L${birth} to L${death}`);
+  if (overview.flags[latent] & FLAG.dense) out.push("fires on more than a tenth of all tokens");
+  if (overview.flags[latent] & FLAG.oneToken) out.push("one token carries at least 90 %");
+  return card.count ? out : ["never fired"];
+}
+
+function cardExport(view) {
+  const { card, vocabulary, id } = view;
+  const rows = () => ({ head: ["kind", "token", "id", "value"], rows: [...tokenRows(card, "token", vocabulary).map((row) => ["fires on", row.text, row.token, row.share]), ...tokenRows(card, "previous", vocabulary).map((row) => ["fires after", row.text, row.token, row.share]), ...scored(card, "promotes", vocabulary).map((row) => ["promotes", row.text, row.token, row.score]), ...scored(card, "suppresses", vocabulary).map((row) => ["suppresses", row.text, row.token, row.score])] });
+  return saveButtons({ name: `tokens-${id.replace("/", "-")}`, rows });
+}
+
+function neverFired(view) {
+  return [empty("This latent never fired on the corpus.", `The corpus has ${count(view.atlas.manifest.corpus.n_tokens_seen)} tokens; a larger one may wake it. What it would write is below.`), h("div", { class: "card-grid" }, h("div", {}), h("div", {}, outputTables(view)))];
+}
+
+function evidence(view) {
+  return h("div", { class: "card-grid" }, h("div", {}, labelTable(view), examplesSection(view)), h("div", {}, histogram(view), tokenTable(view, "token", "Fires on"), tokenTable(view, "previous", "After"), outputTables(view)));
+}
+
+function labelTable({ card, atlas }) {
+  if (!card.labels.length) return h("section", {}, h("h2", {}, "Labels"), empty("No label was tried.", "A label needs enough firings in held-out documents."));
+  const rows = card.labels.map((label) =>
+    h(
+      "tr",
+      { class: label.accepted ? "" : "rejected" },
+      h("td", {}, labelText(label.text, 300), label.from && h("span", { class: "quiet" }, " from ", featureLink(label.from), Number.isFinite(label.cosine) && ` cosine ${short(label.cosine)}`)),
+      h("td", { title: atlas.method(label.method)?.about }, atlas.method(label.method)?.name ?? "–"),
+      h("td", {}, scoreBar(label.score, label.low, label.high)),
+      h("td", { class: "number" }, Number.isFinite(label.n) ? count(label.n) : "–"),
+      h("td", { class: "number" }, numbers(label.precision)),
+      h("td", { class: "number" }, numbers(label.recall)),
+      h("td", { class: "number" }, numbers(label.near_miss)),
+    ),
+  );
+  const heads = [["label"], ["method"], ["held-out score", "with its 95 % interval"], ["n", "held-out firings and near-misses it was scored on"], ["precision"], ["recall"], ["near-misses", "share of near-misses that the rule rejects"]];
+  return h("section", {}, h("h2", {}, "Labels"), h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Labels" }, h("table", { class: "plain labels" }, h("thead", {}, h("tr", {}, heads.map(([name, title], i) => h("th", { scope: "col", title, class: i > 2 ? "number" : null }, name)))), h("tbody", {}, rows))));
+}
+
+const numbers = (x) => (Number.isFinite(x) ? x.toFixed(2) : "–");
+
+function histogram({ card, atlas, id }) {
+  const drawing = activationHistogram(card, atlas.manifest.histogram);
+  return drawing && figure({ name: `activations-${id.replace("/", "-")}`, title: "Activations", drawing, rows: () => histogramRows(card, atlas.manifest.histogram) });
+}
+
+function tokenRows(card, name, vocabulary) {
+  const [share, lift, total] = [card[`${name}_share`], card[`${name}_lift`], card[`${name}_count`]];
+  return [...(card[name] ?? [])].map((token, i) => ({ token, text: visible(vocabulary.text(token).slice(0, 200)), share: share[i], lift: lift[i], count: total[i] })).filter((row, i) => !isPad(card[name], row.token) && row.count > 0);
+}
+
+const isPad = (column, token) => token === (column.BYTES_PER_ELEMENT === 2 ? 0xffff : 0xffffffff);
+
+function tokenTable({ card, vocabulary }, name, title) {
+  const rows = tokenRows(card, name, vocabulary).slice(0, name === "token" ? 12 : 6);
+  if (!rows.length) return null;
+  return h(
+    "section",
+    { class: "token-table" },
+    h("h3", {}, title),
+    h("table", { class: "bars" }, h("thead", { class: "unseen" }, h("tr", {}, ["token", "share of activation", "times more than by chance", "firings"].map((text) => h("th", { scope: "col" }, text)))), h("tbody", {}, rows.map((row) => h("tr", {}, h("th", { scope: "row" }, tokenChip(vocabulary.text(row.token))), h("td", { class: "bar-cell" }, shareBar(row.share, percent(row.share))), h("td", { class: "number quiet", title: "how many times more than by chance" }, `×${short(Math.exp(row.lift))}`), h("td", { class: "number quiet", title: "firings" }, count(row.count)))))),
+  );
+}
+
+function scored(card, name, vocabulary) {
+  return [...(card[name] ?? [])].map((token, i) => ({ token, text: visible(vocabulary.text(token).slice(0, 200)), score: card[`${name}_score`][i] })).filter((row) => !isPad(card[name], row.token) && Number.isFinite(row.score));
+}
+
+function outputTables({ card, vocabulary }) {
+  const [up, down] = [scored(card, "promotes", vocabulary), scored(card, "suppresses", vocabulary)];
+  if (!up.length && !down.length) return null;
+  const list = (title, rows) => h("div", {}, h("h4", {}, title), h("ul", { class: "ranked tight" }, rows.map((row) => h("li", {}, tokenChip(vocabulary.text(row.token)), h("span", { class: "number quiet" }, short(row.score))))));
+  return h("section", {}, h("h3", {}, "Writes towards the output"), h("div", { class: "columns half" }, list("promotes", up), list("suppresses", down)), h("p", { class: "quiet small" }, `Its decoder direction through the unembedding, in standard deviations over the vocabulary. Excess kurtosis ${short(card.output_kurtosis)}: ${card.output_kurtosis > 3 ? "a few tokens stand out" : "no token stands out much"}.`));
+}
+
+function places(view) {
+  const { card, atlas, id } = view;
+  const figureOf = (name, title, rows) => rows.length > 1 && figure({ name: `${name}-${id.replace("/", "-")}`, title, drawing: name === "positions" ? rateBars(rows, title) : shareRows(rows), rows: () => ({ head: [name, "firings", "rate", "times the mean"], rows: rows.map((row) => [row.name, row.firings, row.rate, row.lift]) }) });
+  return h("section", {}, h("h2", {}, "Where it fires"), h("div", { class: "columns three" }, figureOf("positions", "Position in the context, relative to the mean", positionRows(card, atlas.manifest)), figureOf("sources", "Sources", sourceRows(card, atlas.manifest)), figureOf("topics", "Topics of documents", topicRows(card, atlas.manifest))));
+}
+
+function shareRows(rows) {
+  const most = Math.max(...rows.map((row) => row.rate).filter(Number.isFinite), 1e-12);
+  const shown = rows.slice().sort((a, b) => (b.rate || 0) - (a.rate || 0)).slice(0, 12);
+  return h("table", { class: "bars" }, h("tbody", {}, shown.map((row) => h("tr", {}, h("th", { scope: "row" }, row.name), h("td", { class: "bar-cell" }, shareBar(row.rate / most, percent(row.rate))), h("td", { class: "number quiet" }, `×${short(row.lift)}`)))));
+}
