@@ -268,8 +268,8 @@ def _as_table(
     context, position = targets.context[which], targets.position[which]
     return pd.DataFrame(
         {
-            "source": source.name,
-            "target": target.name,
+            "source": source.short,
+            "target": target.short,
             "strategy": [edit.strategy for edit in edits],
             "document": contexts.document[context, position],
             "context": context,
