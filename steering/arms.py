@@ -81,8 +81,12 @@ def copied(flow: Flow, scales: Scales, *, strength: float = 0.5) -> Plan:
 
 
 def flow_additive(
-    flow: Flow, scales: Scales, *, schedule: Schedule = Constant(), strength: float = 0.5  # noqa: B008
-) -> Plan:  # fmt: skip
+    flow: Flow,
+    scales: Scales,
+    *,
+    schedule: Schedule = Constant(),  # noqa: B008
+    strength: float = 0.5,
+) -> Plan:
     """Add every step's own direction, the strength shared by the schedule."""
     norms = {feature: scales.norms[feature.site] for feature, _ in flow.steps}
     return Plan.from_chain(
@@ -91,9 +95,14 @@ def flow_additive(
 
 
 def flow_levels(
-    flow: Flow, scales: Scales, *, edit: Edit | None = None, schedule: Schedule = Constant(), strength: float = 1.0  # noqa: B008
-) -> Plan:  # fmt: skip
-    """Closed loop: bring every step's feature to a floor (or below a cap), in units of its typical strong activation."""
+    flow: Flow,
+    scales: Scales,
+    *,
+    edit: Edit | None = None,
+    schedule: Schedule = Constant(),  # noqa: B008
+    strength: float = 1.0,
+) -> Plan:
+    """Closed loop: bring every step's feature to a floor (or a cap), in units of its typical strong activation."""
     return Plan.from_chain(
         flow.steps,
         edit=edit or Floor(),

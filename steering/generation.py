@@ -217,11 +217,9 @@ def _steps(
 def _next_logits(model: SteerableModel, batch: Batch, cache: Any) -> tuple[Float[Tensor, "batch vocab"], Any]:
     """Logits after the last column. The cache holds every column but the new ones."""
     n_past = 0 if cache is None else cache.get_seq_length()
-    arguments = forward_arguments(model, mask=batch.real, positions=batch.positions()[:, n_past:])
+    arguments = forward_arguments(model, mask=batch.real, positions=batch.positions()[:, n_past:], n_last=1)
     with torch.no_grad():
-        out = model.hf(
-            input_ids=batch.ids[:, n_past:], past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments
-        )
+        out = model.hf(input_ids=batch.ids[:, n_past:], past_key_values=cache, use_cache=True, **arguments)
     return out.logits[:, -1], out.past_key_values
 
 

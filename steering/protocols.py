@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -15,20 +15,10 @@ from torch import Tensor
 from data.sites import Site
 
 
-class Text(Protocol):
-    """A tokenizer: text to token ids and back. Pieces of generated text are decoded by bytes, never piece by piece."""
-
-    bos_id: int | None
-
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-
 class SteerableModel(Protocol):
     """A language model whose sites can be edited. `hf` is the Hugging Face module that is really run."""
 
     name: str
-    fingerprint: str
     n_layers: int
     d_model: int
     d_vocab: int
@@ -36,6 +26,8 @@ class SteerableModel(Protocol):
     tokenizer: Any
     hf: Any
 
+    @property
+    def fingerprint(self) -> str: ...
     def sites(self) -> tuple[Site, ...]: ...
     def edited(self, edits: Mapping[Site, Callable[[Tensor], Tensor]]) -> AbstractContextManager[Any]: ...
 
@@ -43,6 +35,6 @@ class SteerableModel(Protocol):
 class Dictionary(Protocol):
     """The decoder rows of one SAE and the encoder columns that an edit reads."""
 
-    W_dec: Float[Tensor, "latent d_out"]
-
+    @property
+    def W_dec(self) -> Float[Tensor, "latent d_out"]: ...
     def encode_selected(self, x: Float[Tensor, "token d_in"], latents: Any) -> Float[Tensor, "token selected"]: ...

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -48,6 +48,15 @@ class Reading:
     repetition: float
     squeeze: float
     n_tokens: int
+
+    def of_target(self, place: int) -> Reading:
+        """The reading with the entries of one target only."""
+        return replace(
+            self,
+            activation=(self.activation[place],),
+            active=(self.active[place],),
+            own_tokens=(self.own_tokens[place],),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

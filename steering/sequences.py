@@ -48,18 +48,23 @@ def padded(rows: Sequence[Sequence[int]], *, device: Any = "cpu") -> Batch:
     return Batch(ids=ids, real=real)
 
 
-def forward(model: SteerableModel, batch: Batch) -> Float[Tensor, "batch column vocab"]:
-    """Logits at every column, in the model's dtype; columns of padding are meaningless."""
-    kwargs = forward_arguments(model, mask=batch.real, positions=batch.positions())
+def forward(model: SteerableModel, batch: Batch, *, n_last: int = 0) -> Float[Tensor, "batch column vocab"]:
+    """Logits at every column, in the model's dtype; columns of padding are meaningless. `n_last` > 0 computes only
+    that many last columns."""
+    kwargs = forward_arguments(model, mask=batch.real, positions=batch.positions(), n_last=n_last)
     with torch.no_grad():
-        return model.hf(input_ids=batch.ids, use_cache=False, **kwargs).logits
+        return model.hf(input_ids=batch.ids, use_cache=False, **kwargs).logits[:, -n_last:]
 
 
 def forward_arguments(
-    model: SteerableModel, *, mask: Bool[Tensor, "batch column"], positions: Int[Tensor, "batch position"]
-) -> dict[str, Tensor]:
-    """Mask and positions, as far as the model takes them (a model with relative positions may not)."""
-    wanted = {"attention_mask": mask.long(), "position_ids": positions}
+    model: SteerableModel,
+    *,
+    mask: Bool[Tensor, "batch column"],
+    positions: Int[Tensor, "batch position"],
+    n_last: int = 0,
+) -> dict[str, Any]:
+    """Mask, positions and how many logits to compute, as far as the model takes them."""
+    wanted = {"attention_mask": mask.long(), "position_ids": positions, "logits_to_keep": n_last}
     taken = inspect.signature(model.hf.forward).parameters
     return {name: value for name, value in wanted.items() if name in taken}
 

@@ -1,0 +1,275 @@
+"""Features and their flows → steered text beside unsteered text, and a measurement of whether steering did anything.
+
+1. Choose features (pipeline/steer_selection.py) or take those named.
+2. Per feature, calibrate every arm to every dose: nats of KL on neutral text (steering/dose.py).
+3. Generate from neutral prompts, steered and unsteered, from the same random numbers; read everything back with the
+   unsteered model; paired differences with a bootstrap over prompts (steering/trial.py).
+4. Write plans, doses, samples, effects and figures; hand the samples to the atlas, which shows them.
+
+The headline is fixed beforehand: arm `flow` at the middle dose, measured by the feature's own tokens and by how often
+the feature fires when the unsteered model reads the text. Output: `plans/*.toml`, `samples.parquet`, `samples.json`,
+`doses.parquet`, `effects.parquet`, `features.json`, `figures/`. Cost: almost all of it is generation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import TypeAdapter
+from typing_extensions import Doc
+
+from data.concepts.prompts import read_prompts
+from data.language_model import LanguageModel
+from data.model_spec import ModelSpec
+from data.sites import Site
+from data.store import ActivationStore
+from pipeline.artifact import Artifact, Draft
+from pipeline.flow.graph import FlowGraph
+from pipeline.flow.sources import DictionaryFolder
+from pipeline.run import RunContext
+from pipeline.steer_selection import Chosen, SelectionOptions, Sources, choose_features
+from pipeline.steer_tables import (
+    atlas_document,
+    atlas_labels,
+    dose_table,
+    draw_figures,
+    effect_table,
+    feature_records,
+    hand_to_atlas,
+    headline,
+    sample_table,
+    side_by_side,
+)
+from sae import Sae
+from sae.errors import UserError
+from steering.arms import ARMS
+from steering.dose import NeutralText
+from steering.generation import Generation, Sampling, generate
+from steering.plan_files import write_plan
+from steering.reading import Reading, coherence_limits, read_back
+from steering.schedules import Constant, Schedule
+from steering.trial import ArmDose, Effect, Twin, calibrated_arms, effects_of, run_trial
+
+KIND, SCHEMA = "steer", 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which features are steered, in which ways, how strongly, and on what they are measured."""
+
+    n_features: Annotated[int, Ge(1), Doc("features chosen automatically when none are named")] = 3
+    features: Annotated[tuple[str, ...], Doc("features to steer with, such as L12/402; empty: choose")] = ()
+    arms: Annotated[tuple[str, ...], MinLen(1), Doc("ways of steering: " + ", ".join(ARMS))] = (
+        "single",
+        "single_budget",
+        "copied",
+        "flow",
+        "flow_closed_loop",
+        "random_flow",
+    )
+    schedule: Annotated[Schedule, Doc("how the arm `flow` shares its strength among the layers")] = field(
+        default_factory=Constant
+    )
+    doses: Annotated[tuple[float, ...], MinLen(1), Doc("nats of KL a token on neutral text")] = (0.1, 0.3, 1.0)
+    n_before: Annotated[int, Ge(0), Doc("layers of the flow before the feature's own")] = 3
+    n_after: Annotated[int, Ge(0), Doc("layers of the flow after the feature's own")] = 5
+    max_density: Annotated[float, Gt(0), Le(1), Doc("a chosen feature fires on at most this share of tokens")] = 0.05
+    min_persistence: Annotated[int, Ge(1), Doc("layers that a chosen feature lasts at least")] = 6
+    n_rows: Annotated[int, Ge(64), Doc("tokens of the store that features are described from")] = 8192
+    n_prompts: Annotated[int, Ge(1), Doc("neutral prompts that text is generated from")] = 8
+    n_samples: Annotated[int, Ge(1), Doc("samples a prompt")] = 2
+    n_new_tokens: Annotated[int, Ge(1), Doc("tokens generated a sample")] = 32
+    temperature: Annotated[float, Ge(0), Doc("of sampling; 0 takes the likeliest token")] = 0.8
+    n_neutral_texts: Annotated[int, Ge(1), Doc("neutral texts that doses are measured on")] = 8
+    batch_size: Annotated[int, Ge(1), Doc("samples generated at once")] = 48
+    seed: Annotated[int, Ge(0), Doc("of sampling, placebos and intervals")] = 0
+
+    def __post_init__(self) -> None:
+        if unknown := [arm for arm in self.arms if arm not in ARMS]:
+            raise ValueError(f"no such arm: {', '.join(unknown)}; there are {', '.join(ARMS)}")
+        if "single_budget" in self.arms and "flow" not in self.arms:
+            raise ValueError("the arm single_budget takes its strength from the arm flow: add flow to arms")
+        if any(dose <= 0 for dose in self.doses):
+            raise ValueError("doses are positive numbers of nats")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What is steered, and along what."""
+
+    collect: Artifact
+    train: Artifact
+    link: Artifact
+    atlas: Artifact
+
+
+def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artifact:
+    """Steer and measure. Raises UserError."""
+    digests = {f.name: getattr(inputs, f.name).digest for f in dataclasses.fields(inputs)}
+    with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=digests) as draft:
+        sources = _open(inputs, context)
+        chosen, remarks = choose_features(sources, _selection(config))
+        found = _steer_all(config, sources, chosen, context)
+        _write(config, inputs, draft, chosen, found, remarks, sources.model.tokenizer.decode)
+    return Artifact.open(out, kind=KIND, schema=SCHEMA)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What steering one feature gave."""
+
+    chosen: Chosen
+    arm_doses: list[ArmDose]
+    twins: list[Twin]
+    effects: list[Effect]
+
+
+def _open(inputs: Inputs, context: RunContext) -> Sources:
+    spec: Any = TypeAdapter(ModelSpec).validate_python(inputs.collect.config["model"])
+    model = LanguageModel.open(
+        spec, dtype=inputs.collect.config["model_dtype"], device=context.device, progress=context.progress
+    )
+    return Sources(
+        graph=FlowGraph.open(inputs.link.path),
+        store=ActivationStore.open(inputs.collect.path / "store.zarr"),
+        saes=_dictionaries(inputs.train.path / "dictionaries", context.device),
+        model=model,
+    )
+
+
+def _dictionaries(folder: Path, device: str) -> dict[Site, Sae]:
+    """The residual dictionaries; flows run through them only."""
+    stored = DictionaryFolder(folder)
+    found = {site: stored[site].to(device) for site in stored if site.kind == "resid_post"}
+    if not found:
+        raise UserError(
+            "there is no dictionary of a residual site", where=str(folder), mend="add resid_post to collect.sites"
+        )
+    return found
+
+
+def _selection(config: Config) -> SelectionOptions:
+    names = [f.name for f in dataclasses.fields(SelectionOptions)]
+    return SelectionOptions(**{name: getattr(config, name) for name in names})
+
+
+def _steer_all(config: Config, sources: Sources, chosen: list[Chosen], context: RunContext) -> list[Found]:
+    model, saes = sources.model, sources.saes
+    prompts = read_prompts().test[: config.n_prompts]
+    sampling = Sampling(n_tokens=config.n_new_tokens, temperature=config.temperature)
+    neutral = NeutralText.prepare(model, read_prompts().neutral_texts[: config.n_neutral_texts], n_tokens=32)
+    unsteered = generate(
+        model,
+        saes,
+        prompts,
+        [None],
+        n_samples=config.n_samples,
+        seed=config.seed,
+        sampling=sampling,
+        batch_size=config.batch_size,
+    )
+    readings = read_back(model, saes, unsteered.samples, [each.target for each in chosen])
+    found = []
+    for place, each in enumerate(chosen):
+        before = [reading.of_target(place) for reading in readings]
+        found.append(_steer_one(config, sources, each, neutral, unsteered, before, prompts, sampling, context))
+    return found
+
+
+def _steer_one(
+    config: Config,
+    sources: Sources,
+    chosen: Chosen,
+    neutral: NeutralText,
+    unsteered: Generation,
+    before: list[Reading],
+    prompts: tuple[str, ...],
+    sampling: Sampling,
+    context: RunContext,
+) -> Found:
+    arm_doses = calibrated_arms(
+        sources.model,
+        sources.saes,
+        neutral,
+        arms=config.arms,
+        doses=config.doses,
+        flow=chosen.flow,
+        placebo=chosen.placebo,
+        scales=chosen.scales,
+        schedule=config.schedule,
+        seed=config.seed,
+        progress=context.progress,
+    )
+    twins = run_trial(
+        sources.model,
+        sources.saes,
+        arm_doses,
+        chosen.target,
+        prompts,
+        unsteered=unsteered,
+        before=before,
+        n_samples=config.n_samples,
+        seed=config.seed,
+        sampling=sampling,
+        batch_size=config.batch_size,
+        progress=context.progress,
+    )
+    effects = effects_of(twins, coherence_limits(before), seed=config.seed)
+    return Found(chosen=chosen, arm_doses=arm_doses, twins=twins, effects=effects)
+
+
+def _write(
+    config: Config,
+    inputs: Inputs,
+    draft: Draft,
+    chosen: list[Chosen],
+    found: list[Found],
+    remarks: list[str],
+    decode: Callable[[list[int]], str],
+) -> None:
+    tables = {
+        "samples": pd.concat([sample_table(each.chosen, each.twins) for each in found], ignore_index=True),
+        "doses": pd.concat([dose_table(each.chosen, each.arm_doses) for each in found], ignore_index=True),
+        "effects": pd.concat(
+            [effect_table(each.chosen, each.arm_doses, each.effects) for each in found], ignore_index=True
+        ),
+    }
+    for name, table in tables.items():
+        table.to_parquet(draft.path / f"{name}.parquet", index=False)
+    _write_plans(draft.path / "plans", inputs, found)
+    labels = atlas_labels(inputs.atlas.path, chosen)
+    _write_json(draft.path / "features.json", {"features": feature_records(chosen, labels, decode), "remarks": remarks})
+    _write_json(draft.path / "samples.json", side_by_side(tables["samples"]))
+    shown = atlas_document(
+        tables["samples"], tables["effects"], labels, schedule=config.schedule.kind, seed=config.seed
+    )
+    hand_to_atlas(inputs.atlas.path, shown)
+    draw_figures(tables["effects"], draft.path / "figures", middle_dose(config))
+    for record in tables["effects"].to_dict(orient="records"):
+        draft.write_metrics({str(name): value for name, value in record.items()})
+    draft.summary.update(headline(tables["effects"], tables["doses"], middle_dose(config)))
+
+
+def _write_json(path: Path, document: Any) -> None:
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def middle_dose(config: Config) -> float:
+    """The dose of the headline."""
+    return sorted(config.doses)[len(config.doses) // 2]
+
+
+def _write_plans(folder: Path, inputs: Inputs, found: list[Found]) -> None:
+    folder.mkdir(exist_ok=True)
+    digests = {"dictionaries": inputs.train.digest, "graph": inputs.link.digest}
+    for each in found:
+        for arm_dose in each.arm_doses:
+            name = f"{str(each.chosen.flow.seed).replace('/', '-')}_{arm_dose.arm}_{arm_dose.target:g}"
+            write_plan(dataclasses.replace(arm_dose.plan, digests=digests), folder / f"{name}.toml")

@@ -1,0 +1,151 @@
+"""The steer stage on a small model, from text to a finished artifact; the atlas is a stand-in that takes what it is
+given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from data.corpus import BundledText
+from data.model_spec import Random
+from pipeline import steer_tables
+from pipeline.artifact import Artifact
+from pipeline.run import RunContext
+from pipeline.stages import collect, link, steer, train
+from sae.architectures import TopK
+from sae.errors import UserError
+from steering.plan_files import read_plan
+
+CONFIG = steer.Config(
+    n_features=2,
+    doses=(0.05, 0.2),
+    arms=("single", "single_budget", "copied", "flow", "flow_closed_loop", "random_flow"),
+    n_prompts=2,
+    n_samples=1,
+    n_new_tokens=6,
+    n_neutral_texts=2,
+    n_rows=2048,
+    min_persistence=2,
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> steer.Inputs:
+    root = tmp_path_factory.mktemp("artifacts")
+    context = RunContext(n_threads=1)
+    model = Random(n_layers=5, d_model=32, n_heads=4, d_mlp=64)
+    collected = collect.run(
+        collect.Config(
+            model=model, corpus=BundledText(), n_context=32, n_tokens=8192, validation_fraction=0.2, shard_rows=4096
+        ),
+        collect.Inputs(),
+        root / "collect",
+        context,
+    )
+    trained = train.run(
+        train.Config(architecture=TopK(k=4), n_latents=64, steps=60, batch_size=256),
+        train.Inputs(collect=collected),
+        root / "train",
+        context,
+    )
+    linked = link.run(
+        link.Config(functional_tokens=1024, n_null=500),
+        link.Inputs(collect=collected, train=trained),
+        root / "link",
+        context,
+    )
+    with Artifact.create(root / "atlas", kind="atlas", schema=1, config={}, inputs={}) as draft:
+        (draft.path / "nothing.txt").write_text("stand-in")
+    atlas = Artifact.open(root / "atlas", kind="atlas", schema=1)
+    return steer.Inputs(collect=collected, train=trained, link=linked, atlas=atlas)
+
+
+@pytest.fixture
+def handed(monkeypatch) -> list:
+    given: list = []
+    monkeypatch.setattr(steer, "atlas_labels", lambda folder, chosen: {str(c.flow.seed): "a label" for c in chosen})
+    monkeypatch.setattr(steer, "hand_to_atlas", lambda folder, document: given.append(document))
+    return given
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory) -> Artifact:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steer, "atlas_labels", lambda folder, chosen: {})
+        patch.setattr(steer, "hand_to_atlas", lambda folder, document: None)
+        return steer.run(CONFIG, inputs, tmp_path_factory.mktemp("steer") / "steer", RunContext(n_threads=1))
+
+
+def test_every_steered_text_stands_beside_its_unsteered_twin(finished):
+    samples = pd.read_parquet(finished.file("samples.parquet"))
+    n_arm_doses = len(CONFIG.arms) * len(CONFIG.doses)
+    assert len(samples) == CONFIG.n_features * n_arm_doses * CONFIG.n_prompts * CONFIG.n_samples
+    assert samples.groupby(["feature", "prompt", "sample"])["unsteered"].nunique().eq(1).all()
+    shared = samples.groupby(["prompt", "sample"])["unsteered"].nunique()
+    assert shared.eq(1).all()
+
+
+def test_calibrated_doses_are_what_was_asked_or_said_not_to_be(finished):
+    doses = pd.read_parquet(finished.file("doses.parquet"))
+    asked = doses[(doses["arm"] != "single_budget") & doses["reached"]]
+    assert ((asked["kl"] / asked["target"] - 1).abs() <= 0.06).all()
+    assert finished.summary["n_doses_not_reached"] == int((~doses["reached"]).sum())
+    assert (doses["n_touched"] > 0).all()
+
+
+def test_the_single_layer_with_the_whole_budget_has_the_flows_coefficient(finished):
+    doses = pd.read_parquet(finished.file("doses.parquet")).set_index(["feature", "target", "arm"])["strength"]
+    for feature, target in {key[:2] for key in doses.index}:
+        assert doses[feature, target, "single_budget"] == pytest.approx(doses[feature, target, "flow"])
+
+
+def test_plans_read_back_and_name_what_they_were_made_from(finished, inputs):
+    names = [name for name in finished.files if name.startswith("plans/") and name.endswith(".toml")]
+    assert len(names) == CONFIG.n_features * len(CONFIG.arms) * len(CONFIG.doses)
+    for name in names:
+        plan = read_plan(finished.file(name))
+        assert plan.digests == {"dictionaries": inputs.train.digest, "graph": inputs.link.digest}
+        assert plan.dose is not None
+
+
+def test_effects_are_the_means_of_the_samples(finished):
+    effects = pd.read_parquet(finished.file("effects.parquet"))
+    samples = pd.read_parquet(finished.file("samples.parquet"))
+    keys = ["feature", "arm", "target"]
+    expected = (
+        (samples["own_tokens_steered"] - samples["own_tokens_unsteered"]).groupby([samples[k] for k in keys]).mean()
+    )
+    own = effects[effects["measure"] == "own_tokens"].set_index(keys)
+    pd.testing.assert_series_equal(own["difference"].sort_index(), expected.sort_index(), check_names=False)
+    assert ((own["low"] <= own["difference"] + 1e-12) & (own["difference"] <= own["high"] + 1e-12)).all()
+
+
+def test_a_named_feature_is_steered_and_handed_to_the_atlas(inputs, handed, tmp_path, finished):
+    feature = json.loads(finished.file("features.json").read_text())["features"][0]["feature"]
+    config = dataclasses.replace(CONFIG, features=(feature,), arms=("flow",), doses=(0.1,))
+    artifact = steer.run(config, inputs, tmp_path / "steer", RunContext(n_threads=1))
+    (document,) = handed
+    assert {sample["feature"] for sample in document["samples"]} == {feature}
+    assert document["version"] == 1
+    assert set(document["commands"]) == {feature}
+    assert document["samples"][0]["label"] == "a label"
+    assert artifact.summary["n_features"] == 1
+
+
+def test_wrong_features_and_arms_are_explained(inputs, handed, tmp_path):
+    for name, word in (("L99/1", "no site"), ("L2/9999", "no latent"), ("nonsense", "not a feature")):
+        with pytest.raises(UserError, match=word):
+            steer.run(
+                dataclasses.replace(CONFIG, features=(name,)), inputs, tmp_path / "steer", RunContext(n_threads=1)
+            )
+    with pytest.raises(ValueError, match="no such arm"):
+        steer.Config(arms=("sideways",))
+    with pytest.raises(ValueError, match="single_budget"):
+        steer.Config(arms=("single_budget",))
+    assert not Path(tmp_path / "steer").exists()
+    assert steer_tables.HEADLINE_ARM in steer.Config().arms
