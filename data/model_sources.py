@@ -11,7 +11,7 @@ Cost: reading 270 MB of bf16 weights takes 2–3 s; a first conversion of SmolLM
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from data.gguf_conversion import converted_gguf
 from data.model_spec import Folder, Gguf, HuggingFace, ModelSpec, Packaged, Random, TransformerLens
 from data.packaged import packaged_model_file
 from data.tokens import Tokenizer, byte_level_tokenizer
-from sae.errors import UserError
+from sae.errors import Problem, UserError
 from sae.report import Progress
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def load_folder(folder: Path, dtype: torch.dtype) -> LoadedModel:
 
     with quiet_transformers(), _explained(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        hf = AutoModelForCausalLM.from_pretrained(
+        loaded: tuple[Any, Any] = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -96,8 +96,11 @@ def load_folder(folder: Path, dtype: torch.dtype) -> LoadedModel:
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    hf, loading = loaded
+    _check_complete(folder, loading)
     return LoadedModel(hf=hf, tokenizer=Tokenizer(tokenizer), folder=folder)
 
 
@@ -176,6 +179,17 @@ def _checked_folder(folder: Path) -> Path:
     return folder
 
 
+def _check_complete(folder: Path, loading: Mapping[str, Any]) -> None:
+    """The loader fills tensors that are missing or of another shape at random and goes on; here that is an error."""
+    problems = [Problem(what="tensor missing", where=name) for name in sorted(loading.get("missing_keys", ()))]
+    problems += [
+        Problem(what="tensor of another shape", where=name, expected=str(tuple(wanted)), found=str(tuple(found)))
+        for name, found, wanted in sorted(loading.get("mismatched_keys", ()))
+    ]
+    if problems:
+        raise UserError(f"the weights in {folder} are incomplete", problems=tuple(problems))
+
+
 def _hub_id_of(name: str) -> str:
     from transformer_lens.supported_models import DEFAULT_MODEL_ALIASES, get_official_model_name
 
@@ -216,12 +230,12 @@ def _explained(folder: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # config, tokenizer, safetensors and torch each have errors of their own
         raise UserError(
             "the model in this folder cannot be loaded",
             where=str(folder),
             expected="a causal language model known to transformers, weights as safetensors",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
         ) from error
 
 
