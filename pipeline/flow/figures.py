@@ -5,6 +5,7 @@ The only module of this package that plots. Every function writes one PNG and re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from data.sites import FeatureId
+from pipeline.flow.graph import FlowGraph
 from pipeline.flow.nodes import CLASSES
 
 _COLOURS = {"translated": "#3b6fb6", "processed": "#7a5195", "newborn": "#e07b39", "unexplained": "#b8b8b8"}
@@ -25,12 +28,12 @@ _TITLES = {
 def draw_link_strengths(pairs: pd.DataFrame, path: Path) -> None:
     """Per pair of dictionaries: median best cosine, the null's median and 99th percentile, the threshold at the FDR."""
     relations = [name for name in _TITLES if name in set(pairs["relation"])]
-    figure = Figure(figsize=(7.5, 2.6 * len(relations) + 0.4), layout="constrained")
+    figure = Figure(figsize=(9.0, 2.6 * len(relations) + 0.4), layout="constrained")
     axes = np.atleast_1d(figure.subplots(len(relations), 1, sharey=True))
     for axis, relation in zip(axes, relations, strict=True):
         _strengths(axis, pairs[pairs["relation"] == relation].reset_index(drop=True))
         axis.set_title(_TITLES[relation], loc="left", fontsize=10)
-    axes[0].legend(fontsize=8, loc="best")
+    axes[0].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=130)
 
 
@@ -53,11 +56,94 @@ def draw_class_shares(nodes: pd.DataFrame, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def draw_flow(
+    graph: FlowGraph,
+    feature: FeatureId | str,
+    path: Path,
+    *,
+    label_of: Callable[[str], str] | None = None,
+    max_hops: int = 3,
+    n_per_site: int = 4,
+) -> None:
+    """The flow through one feature: columns are layers, the residual chain is the middle line, strong links are thick."""
+    here = graph.number(feature)
+    chain = {graph.number(step.feature) for step in graph.chain(feature)}
+    shown = _shown(graph, here, chain, max_hops, n_per_site)
+    places = _places(graph, shown, chain)
+    layers = [layer for layer, _ in places.values()]
+    figure = Figure(figsize=(max(5.0, 1.15 * (max(layers) - min(layers) + 2)), 4.2), layout="constrained")
+    axis = figure.subplots()
+    _draw_links(axis, graph, places)
+    for number, (x, y) in places.items():
+        _draw_feature(axis, graph, number, x, y, here=number == here, label_of=label_of)
+    axis.set_xticks(sorted({round(x) for x in layers}))
+    axis.set_xlabel("layer")
+    axis.set_yticks([])
+    axis.margins(0.12, 0.2)
+    axis.set_title(f"Flow through {graph.feature(here)}", loc="left", fontsize=10)
+    axis.spines[["left", "right", "top"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def _shown(graph: FlowGraph, here: int, chain: set[int], max_hops: int, n_per_site: int) -> set[int]:
+    """The chain, its modules, and the strongest features within reach, at most `n_per_site` for each site."""
+    feature = graph.feature(here)
+    reached = [*graph.ancestors(feature, max_hops=max_hops), *graph.descendants(feature, max_hops=max_hops)]
+    leaves = [leaf.feature for number in chain for leaf in graph.leaves(graph.feature(number))]
+    shown = chain | {graph.number(leaf) for leaf in leaves}
+    counts: dict[str, int] = {}
+    for found in sorted(reached, key=lambda item: -item.strength):
+        site = found.feature.site.short
+        if counts.get(site, 0) < n_per_site and found.feature.site.kind not in ("mlp_out", "attn_out"):
+            counts[site] = counts.get(site, 0) + 1
+            shown.add(graph.number(found.feature))
+    return shown
+
+
+def _places(graph: FlowGraph, shown: set[int], chain: set[int]) -> dict[int, tuple[float, float]]:
+    """The chain on the middle line, other residual features above it, modules below and a little to the left."""
+    places: dict[int, tuple[float, float]] = {}
+    taken: dict[str, int] = {}
+    for number in sorted(shown):
+        site = graph.feature(number).site
+        if number in chain:
+            places[number] = (site.layer, 0.0)
+            continue
+        taken[site.short] = taken.get(site.short, 0) + 1
+        module = site.kind in ("mlp_out", "attn_out")
+        height = -(0.6 if site.kind == "mlp_out" else 1.3) - 0.3 * taken[site.short] if module else taken[site.short] * 0.8
+        places[number] = (site.layer - (0.35 if module else 0.0), height)
+    return places
+
+
+def _draw_links(axis: Axes, graph: FlowGraph, places: dict[int, tuple[float, float]]) -> None:
+    rows = graph.kept_between(set(places))
+    mutual = graph.edges["mutual"].to_numpy(bool)
+    cosine = graph.edges["cosine"].to_numpy()
+    for row in rows.itertuples(index=False):
+        (x0, y0), (x1, y1) = places[int(row.source)], places[int(row.target)]
+        strength = float(cosine[row.edge])
+        style = "-" if mutual[row.edge] else "--"
+        axis.plot([x0, x1], [y0, y1], style, color="#555555", linewidth=0.5 + 2.5 * strength, alpha=0.25 + 0.6 * strength, zorder=1)
+
+
+def _draw_feature(
+    axis: Axes, graph: FlowGraph, number: int, x: float, y: float, *, here: bool, label_of: Callable[[str], str] | None
+) -> None:
+    name = str(graph.feature(number))
+    kind = graph.nodes["class"].iat[number]
+    marker = {"mlp_out": "s", "attn_out": "^"}.get(str(graph.nodes["kind"].iat[number]), "o")
+    colour = _COLOURS.get(str(kind), "#dddddd")
+    axis.scatter([x], [y], s=70 if here else 38, marker=marker, color=colour, edgecolor="black" if here else "none", zorder=2)
+    text = f"{name}\n{label_of(name)[:24]}" if label_of else name
+    axis.annotate(text, (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=6)
+
+
 def _strengths(axis: Axes, pairs: pd.DataFrame) -> None:
     place = np.arange(len(pairs))
     axis.plot(place, pairs["cosine_median"], color="#3b6fb6", marker="o", markersize=3, label="best cosine, median")
-    axis.plot(place, pairs["null_median"].astype(float), color="#888888", label="chance, median")
-    axis.plot(place, pairs["null_p99"].astype(float), color="#888888", linestyle="--", label="chance, 99th percentile")
+    for column, style, label in (("null_median", ".-", "chance, median"), ("null_p99", ".--", "chance, 99th percentile")):
+        axis.plot(place, pairs[column].astype(float), style, color="#888888", markersize=3, label=label)
     axis.scatter(
         place, pairs["threshold"].astype(float), marker="_", color="#c0392b", label="kept from here on", zorder=3
     )

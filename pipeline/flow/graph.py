@@ -155,6 +155,15 @@ class FlowGraph:
         wanted = sorted(int(name) for name, size in sizes.items() if size >= min_size)
         return {name: [self.feature(int(number)) for number in members[name]] for name in wanted}
 
+    def kept_between(self, numbers: set[int] | None = None) -> pd.DataFrame:
+        """Kept edges among the given nodes (all): columns `edge` (row of the edge table), `source`, `target` (nodes)."""
+        rows = np.flatnonzero(self.kept)
+        if numbers is not None:
+            wanted = np.zeros(len(self.nodes), dtype=bool)
+            wanted[list(numbers)] = True
+            rows = rows[wanted[self._source[rows]] & wanted[self._target[rows]]]
+        return pd.DataFrame({"edge": rows, "source": self._source[rows], "target": self._target[rows]})
+
     def life(self, feature: FeatureId | str) -> tuple[int, int]:
         """Birth and death layer of a feature: how far back and forward its residual chain reaches."""
         steps = self.chain(feature)
@@ -207,13 +216,11 @@ class FlowGraph:
         return (self.edges["relation"] == relation).to_numpy(bool)
 
     def _step(self, number: int, edge: int | None) -> ChainStep:
+        feature = self.feature(number)
         if edge is None:
-            return ChainStep(feature=self.feature(number), cosine=None, q_value=None)
-        return ChainStep(
-            feature=self.feature(number),
-            cosine=float(self._cosine[edge]),
-            q_value=float(self.edges["q_value"].iat[edge]),
-        )
+            return ChainStep(feature=feature, cosine=None, q_value=None)
+        q_value = float(self.edges["q_value"].iat[edge])
+        return ChainStep(feature=feature, cosine=float(self._cosine[edge]), q_value=q_value, edge=edge)
 
     def _reached(self, start: int, along: Adjacency, other: np.ndarray, max_hops: int | None) -> list[Reached]:
         found = reachable(start, along, other, self._cosine, max_hops)

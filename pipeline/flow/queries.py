@@ -17,11 +17,13 @@ from data.sites import FeatureId
 
 @dataclass(frozen=True, kw_only=True)
 class ChainStep:
-    """One feature of a chain. `cosine` and `q_value` are of the link to the step before it; None at the first."""
+    """One feature of a chain. `cosine`, `q_value` and `edge` (a row number of the edge table) are of the link to the step
+    before it; None at the first."""
 
     feature: FeatureId
     cosine: float | None
     q_value: float | None
+    edge: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
