@@ -7,7 +7,7 @@ of an epoch are left out of that epoch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,13 +47,20 @@ class InMemoryBatches:
     """Batches from tensors held in memory."""
 
     def __init__(
-        self, x: Float[Tensor, "row d_in"], y: Float[Tensor, "row d_out"] | None = None, *, batch_size: int, seed: int
+        self,
+        x: Float[Tensor, "row d_in"],
+        y: Float[Tensor, "row d_out"] | None = None,
+        *,
+        batch_size: int,
+        seed: int,
+        name_of_row: Callable[[int], str] = lambda row: f"row {row}",
     ) -> None:
         if len(x) < batch_size:
             raise UserError(
                 "too few activations for one batch", expected=f"{batch_size} rows or more", found=f"{len(x)} rows"
             )
         self._x, self._y, self._batch_size, self._seed = x, y, batch_size, seed
+        self._name_of_row = name_of_row
         self._epoch, self._position = 0, 0
         self._order = self._shuffled(0)
 
@@ -74,7 +81,7 @@ class InMemoryBatches:
 
     def locate(self, rows: Sequence[int]) -> str:
         last = self._order[self._position - self._batch_size : self._position]
-        return "rows " + ", ".join(str(int(last[row])) for row in rows)
+        return ", ".join(self._name_of_row(int(last[row])) for row in rows)
 
     def _shuffled(self, epoch: int) -> Tensor:
         return torch.from_numpy(np.random.default_rng((self._seed, epoch)).permutation(len(self._x)))

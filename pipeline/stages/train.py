@@ -1,0 +1,170 @@
+"""Activations → dictionaries: train one sparse autoencoder per site of the store, all sites in one run.
+
+1. Plan the jobs: which site starts from which (pipeline/training/plan.py), and whether memory suffices.
+2. Train the sites over the cores; every site resumes where it was killed (pipeline/training/site.py).
+3. Write the curves of all sites to `metrics.jsonl`, and the figures.
+
+Output: `dictionaries/<site>/sae.safetensors, sae.json, training.jsonl`; `metrics.jsonl`; `figures/`. Cost of a step of
+a TopK-like dictionary: one product of batch × d_model × n_latents, plus about k / n_latents of five more.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from typing_extensions import Doc
+
+from data.sites import Site
+from data.store import ActivationStore
+from data.store.patterns import parse_sites
+from data.store.tokens import RowFilters
+from pipeline.artifact import Artifact, Draft, write_text_atomically
+from pipeline.dictionaries import FOLDER
+from pipeline.run import RunContext
+from pipeline.stages.collect import STORE
+from pipeline.training.figures import draw_curves, draw_layers
+from pipeline.training.memory import check_memory
+from pipeline.training.plan import Chain, Initialisation, Override, SiteJob, plan_jobs
+from pipeline.training.schedule import run_jobs, widest
+from pipeline.training.site import CURVE, TrainingOptions, train_site
+from sae.architectures import AnyArchitecture, TopK
+from sae.kernels.select import Precision, has_fast_bfloat16
+from sae.report import Metrics
+
+KIND, SCHEMA = "train", 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is trained, how long, and from what start."""
+
+    architecture: Annotated[AnyArchitecture, Doc("how latents are chosen and kept few")] = field(default_factory=TopK)
+    n_latents: Annotated[int, Gt(0), Doc("latents of each dictionary")] = 2048
+    sites: Annotated[tuple[str, ...], Doc("sites or patterns to train at; empty for all in the store")] = ()
+    initialisation: Annotated[Initialisation, Doc("what each dictionary starts from")] = field(default_factory=Chain)
+    steps: Annotated[int, Gt(0), Doc("optimizer steps of a dictionary that starts from random directions")] = 1600
+    batch_size: Annotated[int, Gt(0), Doc("tokens of a step")] = 1024
+    learning_rate: Annotated[
+        float | None, Gt(0), Doc("peak learning rate; none for 8e-4 at 2,048 latents, falling with the square root")
+    ] = None
+    warmup_steps: Annotated[int, Ge(0), Doc("steps of linear warm-up; at most half of a run")] = 50
+    decay_fraction: Annotated[float, Ge(0), Le(1), Doc("last part of a run over which the rate falls to 0")] = 0.2
+    clip_norm: Annotated[float, Gt(0), Doc("largest norm of all gradients together")] = 1.0
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Doc("dtype of the encoder's product while training; auto: bfloat16 where the machine is fast at it"),
+    ] = "auto"
+    filters: Annotated[RowFilters, Doc("which rows are left out")] = field(default_factory=RowFilters)
+    overrides: Annotated[tuple[Override, ...], Doc("choices that differ at some sites; later ones win")] = ()
+    max_rows_in_memory: Annotated[int, Ge(0), Doc("sites with more rows are read in shuffled windows")] = 1_000_000
+    held_out_rows: Annotated[int, Ge(0), Doc("held-out rows that set thresholds and measure FVU at the end")] = 16_384
+    record_every: Annotated[int, Gt(0), Doc("steps between two points of a curve")] = 25
+    checkpoint_every: Annotated[int, Gt(0), Doc("steps between two checkpoints of a site")] = 500
+    seed: Annotated[int, Ge(0), Lt(2**31), Doc("of random starts and of the order of rows")] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What dictionaries are trained on."""
+
+    collect: Artifact
+
+
+def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artifact:
+    """Train every site. Raises UserError before anything is written if a choice is impossible."""
+    store = ActivationStore.open(inputs.collect.path / STORE)
+    jobs = jobs_of(config, store)
+    options = options_of(config, context.device)
+    n_workers = 1 if context.device != "cpu" else max(1, min(context.n_threads, widest(jobs)))
+    check_memory(jobs, store, options, n_workers)
+    with Artifact.create(
+        out, kind=KIND, schema=SCHEMA, config=config, inputs={"collect": inputs.collect.digest}
+    ) as draft:
+        started = time.monotonic()
+        described = _train_all(jobs, store, options, draft, context, n_workers)
+        _describe(draft, described)
+        draft.summary["seconds"] = round(time.monotonic() - started, 1)
+    return Artifact.open(out, kind=KIND, schema=SCHEMA)
+
+
+def jobs_of(config: Config, store: ActivationStore) -> tuple[SiteJob, ...]:
+    """The plan of a run. Raises UserError with every impossible choice."""
+    sites = parse_sites(config.sites, store.sites) if config.sites else store.sites
+    return plan_jobs(
+        sites,
+        architecture=config.architecture,
+        n_latents=config.n_latents,
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        initialisation=config.initialisation,
+        overrides=[(parse_sites(override.sites, store.sites), override) for override in config.overrides],
+        seed=config.seed,
+    )
+
+
+def options_of(config: Config, device: str) -> TrainingOptions:
+    """What all sites share, with `auto` decided for this machine."""
+    precision: Precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
+    names: tuple[str, ...] = ("batch_size", "warmup_steps", "decay_fraction", "clip_norm", "filters")
+    names += ("max_rows_in_memory", "held_out_rows", "record_every", "checkpoint_every")
+    return TrainingOptions(
+        **{name: getattr(config, name) for name in names},
+        precision=precision if config.precision == "auto" else config.precision,
+        device=device,
+    )
+
+
+def _train_all(
+    jobs: tuple[SiteJob, ...],
+    store: ActivationStore,
+    options: TrainingOptions,
+    draft: Draft,
+    context: RunContext,
+    n_workers: int,
+) -> dict[Site, dict[str, Any]]:
+    folder, metrics = draft.path / FOLDER, _both(draft.write_metrics, context.metrics)
+
+    def work(job: SiteJob, stopping: Callable[[], bool]) -> dict[str, Any]:
+        return train_site(job, store, options, folder, progress=context.progress, metrics=metrics, stopping=stopping)
+
+    done = run_jobs(jobs, work, n_workers=n_workers, n_threads=context.n_threads)
+    return {job.site: done[job.site] for job in sorted(jobs, key=lambda job: job.site)}
+
+
+def _both(first: Metrics, second: Metrics) -> Metrics:
+    def write(record: Mapping[str, float | int | str]) -> None:
+        first(record)
+        second(record)
+
+    return write
+
+
+def _describe(draft: Draft, described: Mapping[Site, Mapping[str, Any]]) -> None:
+    """The curves in the order of the sites, whatever the order they were trained in; figures; headline numbers."""
+    curves = {site: _read_curve(draft.path / FOLDER / site.short / CURVE) for site in described}
+    lines = [json.dumps({"site": site.short, **record}) for site, records in curves.items() for record in records]
+    write_text_atomically(draft.metrics_path, "\n".join(lines) + "\n")
+    figures = draft.path / "figures"
+    figures.mkdir(exist_ok=True)
+    draw_curves(curves, figures / "training.png")
+    draw_layers(described, figures / "layers.png")
+    draft.summary.update(_summary(described))
+
+
+def _read_curve(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _summary(described: Mapping[Site, Mapping[str, Any]]) -> dict[str, Any]:
+    summary: dict[str, Any] = {"n_dictionaries": len(described)}
+    for name, short in (("held_out_fvu", "fvu"), ("held_out_l0", "l0"), ("dead", "dead")):
+        values = sorted(each[name] for each in described.values() if each[name] is not None)
+        if values:
+            summary[f"{short}_median"] = round(values[len(values) // 2], 4)
+    return summary
