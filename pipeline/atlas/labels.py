@@ -1,0 +1,303 @@
+"""Labels of a site: several per latent, each with how well it did on documents it was not made from.
+
+1. every kind of rule is proposed and scored (pipeline/atlas/rules.py); the best by its proposal is the latent's rule;
+2. tokens that are typical of the latent by log-odds (Monroe et al. 2008, Dirichlet prior) and by class-TF-IDF, and tokens
+   that its decoder promotes, are descriptions; they are scored as rules too ("fires on", "fires before"), and seldom pass;
+3. the rule of the best predecessor in the flow graph is scored on the latent itself: an inherited label with provenance;
+4. a rule is *accepted* from `min_f1` on, with at least `min_firings` held-out firings. Without an accepted rule the
+   label is "no simple rule", with the score that the best rule reached.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int64
+
+from pipeline.atlas.corpus import Corpus
+from pipeline.atlas.counts import Counts
+from pipeline.atlas.describe import largest_places
+from pipeline.atlas.rules import ATTRIBUTE_RULES, AttributeTable, RuleScores, RuleSets, describe_rule, propose, score
+
+NO_RULE = "no simple rule"
+TOO_RARE = "too rare to label"
+N_TYPICAL = 5
+_PRIOR = 1000.0
+
+Weigh = Callable[[AttributeTable, Int64[np.ndarray, "usable"]], Float64[np.ndarray, "usable"]]
+"""How typical each usable (latent, token) pair is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way of making labels. `kind`: rule | tokens | output | flow | none | model | human."""
+
+    name: str
+    kind: str
+    about: str
+
+
+METHODS: tuple[Method, ...] = (
+    *(Method(name=r.name, kind="rule", about=r.about) for r in ATTRIBUTE_RULES),
+    Method(name="log_odds", kind="tokens", about="tokens typical of it by log-odds with a Dirichlet prior"),
+    Method(name="ctfidf", kind="tokens", about="tokens typical of it by class-TF-IDF"),
+    Method(name="promotes", kind="output", about="tokens its decoder direction promotes; scored as: fires before them"),
+    Method(name="inherited", kind="flow", about="the rule of its best predecessor, scored on this feature"),
+    Method(name="none", kind="none", about="no rule reached the bar; the score is that of the best one"),
+    Method(name="model", kind="model", about="written by a language model"),
+    Method(name="human", kind="human", about="written by a person"),
+    Method(name="imported", kind="human", about="imported from another atlas or site"),
+)
+METHOD_INDEX = {method.name: i for i, method in enumerate(METHODS)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """What a rule must reach on held-out documents to be accepted."""
+
+    min_f1: float = 0.6
+    min_firings: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """One label of one latent. Scores are None where nothing could be measured. `origin` is a feature id."""
+
+    text: str
+    method: str
+    accepted: bool = False
+    score: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    precision: float | None = None
+    recall: float | None = None
+    mass_recall: float | None = None
+    near_miss: float | None = None
+    origin: str | None = None
+    cosine: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scored:
+    """A rule per latent with its scores; `attribute` is what the rule is about."""
+
+    rules: RuleSets
+    scores: RuleScores
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SiteRules:
+    """All rules of one site by method, and which kind of rule is each latent's best (−1: none was proposed)."""
+
+    by_method: Mapping[str, Scored]
+    best: Int64[np.ndarray, "latent"]
+
+    def accepted(self, bar: Bar) -> np.ndarray:
+        """Whether each latent's best rule passes."""
+        out = np.zeros(len(self.best), dtype=bool)
+        for i, rule in enumerate(ATTRIBUTE_RULES):
+            if rule.name in self.by_method:
+                out |= (self.best == i) & passes(self.by_method[rule.name].scores, bar)
+        return out
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inherited:
+    """Rules taken over from predecessors: per latent the predecessor's id, the cosine, and the rule (by attribute)."""
+
+    origin: list[str | None]
+    cosine: Float32[np.ndarray, "latent"]
+    by_attribute: Mapping[str, Scored]
+
+
+def make_rules(tables: Mapping[str, AttributeTable], promotes: Int64[np.ndarray, "latent ten"] | None) -> SiteRules:
+    """Propose and score every kind of rule and description."""
+    by_method = {name: scored(propose(table), table) for name, table in tables.items()}
+    if token := tables.get("token"):
+        by_method["log_odds"] = scored(typical_tokens(token, _log_odds), token)
+        by_method["ctfidf"] = scored(typical_tokens(token, _class_tf_idf), token)
+    if promotes is not None and (following := tables.get("next")):
+        listed = promotes[:, :N_TYPICAL]
+        start = np.arange(len(listed) + 1) * listed.shape[1]
+        rules = RuleSets(attribute="next", start=start, value=listed.ravel().astype(np.int64), f1=np.zeros(len(listed)))
+        by_method["promotes"] = scored(rules, following)
+    return SiteRules(by_method=by_method, best=_best(by_method))
+
+
+def passes(scores: RuleScores, bar: Bar) -> np.ndarray:
+    """Which latents' rules reach the bar."""
+    return (np.nan_to_num(scores.f1) >= bar.min_f1) & (scores.n >= bar.min_firings)
+
+
+def typical_tokens(table: AttributeTable, weigh: Weigh) -> RuleSets:
+    """The few tokens with the largest positive weight for every latent, on the documents for proposing."""
+    usable = np.flatnonzero(table.counts.column("n_propose") >= 2)
+    weight = np.maximum(weigh(table, usable), 0)
+    place, rows = largest_places(table.counts.latent[usable], weight, N_TYPICAL)
+    latent = table.counts.latent[usable][rows]
+    length = np.bincount(latent, minlength=table.counts.n_latents)
+    order = np.lexsort((place, latent))
+    return RuleSets(
+        attribute="token",
+        start=np.concatenate([[0], length.cumsum()]),
+        value=table.counts.value[usable][rows][order],
+        f1=np.zeros(table.counts.n_latents),
+    )
+
+
+def labels_of(
+    latent: int, count: int, rules: SiteRules, inherited: Inherited | None, corpus: Corpus, bar: Bar
+) -> list[Label]:
+    """The labels of one latent, best first; empty for one that never fired."""
+    if not count:
+        return []
+    made = [label for label in _candidates(latent, rules, inherited, corpus, bar) if label is not None]
+    accepted = sorted((x for x in made if x.accepted), key=lambda x: -(x.score or 0))
+    rest = [x for x in made if not x.accepted and x.method in ("log_odds", "promotes", "inherited")]
+    return [*accepted, *([] if accepted else [_no_rule(latent, rules, bar)]), *rest]
+
+
+def shown_text(labels: list[Label]) -> str:
+    """The one line for lists and search: the best label; after "no simple rule", what the feature is often seen on."""
+    if not labels:
+        return ""
+    if labels[0].accepted:
+        return labels[0].text
+    often = next((label.text for label in labels if label.method == "log_odds"), None)
+    return labels[0].text if often is None else f"{labels[0].text} · {often}"
+
+
+def _candidates(
+    latent: int, rules: SiteRules, inherited: Inherited | None, corpus: Corpus, bar: Bar
+) -> Iterator[Label | None]:
+    best = int(rules.best[latent])
+    if best >= 0:
+        name = ATTRIBUTE_RULES[best].name
+        yield _label(latent, name, rules.by_method[name], corpus, bar)
+    if inherited is not None and inherited.origin[latent] is not None:
+        for rule in inherited.by_attribute.values():
+            yield _label(
+                latent,
+                "inherited",
+                rule,
+                corpus,
+                bar,
+                origin=inherited.origin[latent],
+                cosine=round(float(inherited.cosine[latent]), 4),
+            )
+    for name in ("log_odds", "promotes"):
+        if name in rules.by_method:
+            yield _label(latent, name, rules.by_method[name], corpus, bar)
+
+
+def _label(
+    latent: int,
+    method: str,
+    rule: Scored,
+    corpus: Corpus,
+    bar: Bar,
+    *,
+    origin: str | None = None,
+    cosine: float | None = None,
+) -> Label | None:
+    values = rule.rules.of(latent)
+    if not len(values):
+        return None
+    s = rule.scores
+    f1, n = _number(s.f1[latent]), int(s.n[latent])
+    return Label(
+        text=_text(method, rule.rules.attribute, values, corpus),
+        method=method,
+        accepted=f1 is not None and f1 >= bar.min_f1 and n >= bar.min_firings and method not in _DESCRIPTIONS,
+        score=f1,
+        n=n,
+        **{name: _number(getattr(s, name)[latent]) for name in _MEASURES},
+        origin=origin,
+        cosine=cosine,
+    )
+
+
+_MEASURES = ("low", "high", "precision", "recall", "mass_recall", "near_miss")
+_DESCRIPTIONS = ("log_odds", "ctfidf", "promotes")
+
+
+def _text(method: str, attribute: str, values: Int64[np.ndarray, "value"], corpus: Corpus) -> str:
+    if method in _DESCRIPTIONS:
+        listed = ", ".join(corpus.vocabulary.quoted(int(v)) for v in values[:N_TYPICAL])
+        return f"promotes {listed}" if method == "promotes" else f"often {listed}"
+    return describe_rule(attribute, values.tolist(), corpus)
+
+
+def _no_rule(latent: int, rules: SiteRules, bar: Bar) -> Label:
+    best = int(rules.best[latent])
+    scores = rules.by_method[ATTRIBUTE_RULES[best].name].scores if best >= 0 else None
+    n = 0 if scores is None else int(scores.n[latent])
+    if n < bar.min_firings:
+        return Label(text=TOO_RARE, method="none", n=n)
+    return Label(
+        text=NO_RULE,
+        method="none",
+        n=n,
+        score=_number(scores.f1[latent]),
+        low=_number(scores.low[latent]),
+        high=_number(scores.high[latent]),
+    )
+
+
+def _best(by_method: Mapping[str, Scored]) -> Int64[np.ndarray, "latent"]:
+    """The kind of rule with the best F1 on its proposal; of near equals (0.02) the earlier, plainer kind."""
+    n = len(next(iter(by_method.values())).rules.f1)
+    best, f1 = np.full(n, -1, dtype=np.int64), np.zeros(n)
+    for i, rule in enumerate(ATTRIBUTE_RULES):
+        if rule.name in by_method:
+            better = by_method[rule.name].rules.f1 > f1 + (0.02 if i else 0.0)
+            best[better], f1[better] = i, by_method[rule.name].rules.f1[better]
+    return best
+
+
+def scored(rules: RuleSets, table: AttributeTable) -> Scored:
+    """Rules with their held-out scores."""
+    return Scored(rules=rules, scores=score(rules, table))
+
+
+def _log_odds(table: AttributeTable, pairs: Int64[np.ndarray, "usable"]) -> Float64[np.ndarray, "usable"]:
+    """z of the log-odds of a token among firings against the rest of the text; the prior is the corpus itself."""
+    y = table.counts.column("n_propose")[pairs]
+    latent, value = table.counts.latent[pairs], table.counts.value[pairs]
+    n = table.totals[latent, 0]
+    all_n, all_y = float(table.n_propose.sum()), table.n_propose[value].astype(float)
+    prior = _PRIOR * (all_y + 0.5) / all_n
+    rest_y, rest_n = np.maximum(all_y - y, 0), np.maximum(all_n - n, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inside = np.log((y + prior) / np.maximum(n + _PRIOR - y - prior, 1e-9))
+        outside = np.log((rest_y + prior) / np.maximum(rest_n + _PRIOR - rest_y - prior, 1e-9))
+        z = (inside - outside) / np.sqrt(1 / (y + prior) + 1 / (rest_y + prior))
+    return np.nan_to_num(z)
+
+
+def _class_tf_idf(table: AttributeTable, pairs: Int64[np.ndarray, "usable"]) -> Float64[np.ndarray, "usable"]:
+    """p_f(t) · ln(1 + A / Σ_f n_f(t)), with p_f the share of Σa and A the mean number of firings of a latent."""
+    mass = table.counts.column("mass_propose")[pairs]
+    latent, value = table.counts.latent[pairs], table.counts.value[pairs]
+    everywhere = np.bincount(
+        table.counts.value, weights=table.counts.column("n_propose"), minlength=table.counts.n_values
+    )
+    mean = max(table.totals[:, 0].mean(), 1e-12)
+    return mass / np.maximum(table.totals[latent, 1], 1e-12) * np.log1p(mean / np.maximum(everywhere[value], 1e-12))
+
+
+def _number(value: float) -> float | None:
+    value = float(value)
+    return None if math.isnan(value) else round(value, 4)
+
+
+def restricted(counts: Counts) -> Counts:
+    """What scoring needs of a table: pairs with something on held-out documents."""
+    held = counts.columns[:, 2:].any(axis=1)
+    return Counts(
+        n_latents=counts.n_latents, n_values=counts.n_values, key=counts.key[held], columns=counts.columns[held]
+    )

@@ -1,0 +1,240 @@
+"""Rule labels: "fires where the attribute of the token is one of these values", proposed and scored on different documents.
+
+Proposal, for every latent at once, from the counts of the documents for proposing:
+
+1. sort an attribute's values by how often the latent fires given the value;
+2. the set with the best F1 is a beginning of that list (a value helps while its precision exceeds half the best F1), so
+   one cumulative sum finds it; sets are cut at `ATTRIBUTE_RULES[…].most` values, since a long list is no rule.
+
+Score, from the counts of the held-out documents, with TP = firings on the set, n = firings, m = tokens on the set:
+
+    precision TP/m,   recall TP/n,   F1 = 2J/(1+J) with J = TP/(n + m − TP)
+
+J is a share of independent-looking events (token fires or matches), so Wilson's interval of J, mapped through the same
+increasing function, is the interval of F1. Near-misses add `near_miss`: the share of them the rule rejects.
+Tokens of one document are not independent: read the interval as the narrowest that is defensible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from pipeline.atlas.corpus import Corpus
+from pipeline.atlas.counts import Counts
+from pipeline.atlas.vocabulary import CLASSES, Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributeRule:
+    """A kind of rule: the table it is read from, how many values a rule may name, and how it reads."""
+
+    name: str
+    table: str
+    most: int
+    about: str
+
+
+ATTRIBUTE_RULES: tuple[AttributeRule, ...] = (
+    AttributeRule(name="token", table="token", most=12, about="fires on these tokens"),
+    AttributeRule(name="family", table="token", most=8, about="fires on forms of these words"),
+    AttributeRule(name="class", table="token", most=2, about="fires on tokens of these characters"),
+    AttributeRule(name="previous", table="previous", most=12, about="fires after these tokens"),
+    AttributeRule(name="next", table="next", most=12, about="fires before these tokens"),
+    AttributeRule(name="position", table="position", most=3, about="fires at these positions of the context"),
+    AttributeRule(name="source", table="source", most=2, about="fires in text from these sources"),
+    AttributeRule(name="topic", table="topic", most=2, about="fires in documents about these topics"),
+)
+_Z = 1.959963984540054
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RuleSets:
+    """One rule per latent: the values of latent f are `value[start[f]:start[f+1]]`, best first (none: no proposal).
+    `f1` is the F1 on the documents it was proposed on; it serves to choose among rules, never as a score."""
+
+    attribute: str
+    start: Int64[np.ndarray, "latent_and_one"]
+    value: Int64[np.ndarray, "member"]
+    f1: Float64[np.ndarray, "latent"]
+
+    def of(self, latent: int) -> Int64[np.ndarray, "member"]:
+        return self.value[self.start[latent] : self.start[latent + 1]]
+
+    def taken_from(self, parents: Int64[np.ndarray, "latent"]) -> RuleSets:
+        """The rules of other latents: entry f is the rule of `parents[f]`, none where that is negative."""
+        lengths = np.where(parents >= 0, np.diff(self.start)[np.maximum(parents, 0)], 0)
+        start = np.concatenate([[0], lengths.cumsum()])
+        owner = np.repeat(np.arange(len(parents)), lengths)
+        member = np.arange(len(owner)) - start[owner] + self.start[parents[owner]]
+        f1 = np.where(parents >= 0, self.f1[np.maximum(parents, 0)], 0.0)
+        return RuleSets(attribute=self.attribute, start=start, value=self.value[member], f1=f1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RuleScores:
+    """Held-out scores per latent. NaN where nothing could be measured (the latent never fired there)."""
+
+    f1: Float64[np.ndarray, "latent"]
+    low: Float64[np.ndarray, "latent"]
+    high: Float64[np.ndarray, "latent"]
+    precision: Float64[np.ndarray, "latent"]
+    recall: Float64[np.ndarray, "latent"]
+    mass_recall: Float64[np.ndarray, "latent"]
+    near_miss: Float64[np.ndarray, "latent"]
+    n: Int64[np.ndarray, "latent"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttributeTable:
+    """Counts of one attribute, the totals of the corpus per value, and the totals of each latent over all rows (also
+    those where the attribute has no value): what proposing and scoring need."""
+
+    rule: AttributeRule
+    counts: Counts
+    n_propose: Int64[np.ndarray, "value"]
+    n_held: Int64[np.ndarray, "value"]
+    totals: Float64[np.ndarray, "latent five"]
+
+
+def attribute_tables(tables: dict[str, Counts], corpus: Corpus) -> Iterator[AttributeTable]:
+    """One table for every kind of rule; families and classes are groupings of the token table."""
+    totals = tables["token"].totals()
+    for rule in ATTRIBUTE_RULES:
+        counts = tables[rule.table]
+        propose, held = corpus.totals(rule.table)
+        if rule.name in ("family", "class"):
+            value_of, n = _grouping(rule.name, corpus.vocabulary)
+            counts = counts.mapped(value_of, n)
+            propose = np.bincount(value_of, weights=propose, minlength=n).astype(np.int64)
+            held = np.bincount(value_of, weights=held, minlength=n).astype(np.int64)
+        if len(counts.key) and counts.n_values > 1:
+            yield AttributeTable(rule=rule, counts=counts, n_propose=propose, n_held=held, totals=totals)
+
+
+def propose(table: AttributeTable, *, min_firings: int = 2) -> RuleSets:
+    """The set of values with the best F1 for every latent, on the documents for proposing."""
+    counts, n_latents = table.counts, table.counts.n_latents
+    fired = counts.column("n_propose")
+    n_fired = table.totals[:, 0]
+    usable = np.flatnonzero(fired >= min_firings)
+    latent, value = counts.latent[usable], counts.value[usable]
+    fired, seen = fired[usable], table.n_propose[value]
+    order = np.lexsort((value, -fired / (seen + 1.0), latent))
+    latent, value, fired, seen = latent[order], value[order], fired[order], seen[order]
+    first = np.searchsorted(latent, np.arange(n_latents + 1))
+    place = np.arange(len(latent)) - first[latent]
+    tp, m = _cumulative(fired, first, latent), _cumulative(seen.astype(float), first, latent)
+    f1 = np.where(place < table.rule.most, 2 * tp / (n_fired[latent] + m), -1.0)
+    length, best = _best_prefix(f1, place, first)
+    start = np.concatenate([[0], length.cumsum()])
+    member = np.arange(start[-1]) - np.repeat(start[:-1], length) + np.repeat(first[:-1], length)
+    return RuleSets(attribute=table.rule.name, start=start, value=value[member], f1=best)
+
+
+def score(rules: RuleSets, table: AttributeTable) -> RuleScores:
+    """Measure rules on the held-out documents."""
+    counts, n_latents = table.counts, table.counts.n_latents
+    owner = np.repeat(np.arange(n_latents), np.diff(rules.start))
+    on_set = counts.at(owner, rules.value)
+
+    def total(column: np.ndarray, of: np.ndarray) -> Float64[np.ndarray, "latent"]:
+        return np.bincount(of, weights=column, minlength=n_latents).astype(np.float64)
+
+    tp, mass, near = (total(on_set[:, i], owner) for i in (2, 3, 4))
+    m = total(table.n_held[rules.value].astype(float), owner)
+    n, all_mass, all_near = table.totals[:, 2], table.totals[:, 3], table.totals[:, 4]
+    union = n + m - tp
+    low, high = wilson(tp, union)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        jaccard = tp / union
+        known = (n > 0) & (np.diff(rules.start) > 0)
+        values = {
+            "f1": 2 * jaccard / (1 + jaccard),
+            "low": 2 * low / (1 + low),
+            "high": 2 * high / (1 + high),
+            "precision": tp / m,
+            "recall": tp / n,
+            "mass_recall": mass / all_mass,
+            "near_miss": 1 - near / all_near,
+        }
+    return RuleScores(
+        n=n.astype(np.int64), **{k: np.where(known & np.isfinite(v), v, np.nan) for k, v in values.items()}
+    )
+
+
+def wilson(
+    hits: Float64[np.ndarray, "*case"], n: Float64[np.ndarray, "*case"]
+) -> tuple[Float64[np.ndarray, "*case"], Float64[np.ndarray, "*case"]]:
+    """Wilson's 95 % interval of a share; NaN where n is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p, z2 = hits / n, _Z * _Z
+        centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+        half = _Z * np.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
+
+
+def describe_rule(attribute: str, values: Sequence[int], corpus: Corpus) -> str:
+    """The rule in words, at most six of its values."""
+    names = [_value_name(attribute, int(v), corpus) for v in values[:6]]
+    listed = ", ".join(names) + (f" and {len(values) - 6} more" if len(values) > 6 else "")
+    return {
+        "token": f"fires on {listed}",
+        "family": f"fires on forms of {listed}",
+        "class": f"fires on {listed}",
+        "previous": f"fires after {listed}",
+        "next": f"fires before {listed}",
+        "position": f"fires at position {listed}",
+        "source": f"fires in {listed}",
+        "topic": f"fires in documents about {listed}",
+    }[attribute]
+
+
+def _value_name(attribute: str, value: int, corpus: Corpus) -> str:
+    match attribute:
+        case "family":
+            return corpus.vocabulary.quote(corpus.vocabulary.families[1][value])
+        case "class":
+            return CLASSES[value]
+        case "position":
+            edges = corpus.position_edges
+            if value + 1 == len(edges):
+                return f"{edges[value]}+"
+            last = edges[value + 1] - 1
+            return str(edges[value]) if last == edges[value] else f"{edges[value]}–{last}"
+        case "source":
+            return corpus.sources[value]
+        case "topic":
+            return corpus.labels[value]
+        case _:
+            return corpus.vocabulary.quoted(value)
+
+
+def _grouping(name: str, vocabulary: Vocabulary) -> tuple[np.ndarray, int]:
+    if name == "class":
+        return vocabulary.classes, len(CLASSES)
+    index, names = vocabulary.families
+    return index, len(names)
+
+
+def _cumulative(x: np.ndarray, first: np.ndarray, latent: np.ndarray) -> Float64[np.ndarray, "pair"]:
+    """Cumulative sum inside each latent's stretch."""
+    running = np.concatenate([[0.0], np.cumsum(x)])
+    return running[1:] - running[first[latent]]
+
+
+def _best_prefix(f1: np.ndarray, place: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Length of the beginning with the best F1 in every stretch (0 for an empty one), and that F1."""
+    n_latents = len(first) - 1
+    best = np.zeros(n_latents)
+    filled = np.flatnonzero(np.diff(first) > 0)
+    if len(filled):
+        best[filled] = np.maximum.reduceat(f1, first[filled])
+    length = np.zeros(n_latents, dtype=np.int64)
+    owner = np.repeat(np.arange(n_latents), np.diff(first))
+    hit = np.flatnonzero(f1 == best[owner])
+    length[owner[hit[::-1]]] = place[hit[::-1]] + 1  # backwards, so that the shortest of equals stays
+    return length, np.maximum(best, 0.0)

@@ -1,0 +1,146 @@
+"""The vocabulary as the atlas needs it: bytes of every token, texts to show, and two groupings of tokens.
+
+1. a token is its bytes; text is made by joining bytes first and reading UTF-8 afterwards, so no `Ġ` and no half characters;
+2. `families` groups tokens that differ in case, leading space or an English ending (" Run", "running" → run);
+3. `classes` puts each token into one class of characters (number, capitalised word, opening bracket, …).
+
+Both groupings are partitions, so a rule over them is scored from the same counts as a rule over tokens.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32
+
+CLASSES = (
+    "special tokens",
+    "line breaks",
+    "spaces",
+    "digits",
+    "ends of sentences",
+    "commas and colons",
+    "opening brackets and quotes",
+    "closing brackets and quotes",
+    "dashes and slashes",
+    "other symbols",
+    "words in capitals",
+    "capitalised words",
+    "lower-case words",
+    "pieces inside words",
+    "letters of other scripts",
+    "parts of characters",
+)
+_OPENING, _CLOSING = set("([{<«“‘„"), set(")]}>»”’")
+_ENDINGS = ("'s", "ings", "ing", "edly", "ed", "ies", "es", "ly", "s")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Vocabulary:
+    """Bytes of every token; `special` ids are never part of text."""
+
+    tokens: Sequence[bytes]
+    special: frozenset[int]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def text(self, token: int) -> str:
+        """The token alone, for lists; bytes of an incomplete character as \\xNN."""
+        return self.tokens[token].decode("utf-8", errors="backslashreplace")
+
+    def quoted(self, token: int) -> str:
+        """The token in quotes with line breaks made visible, cut when it is very long."""
+        return self.quote(self.text(token))
+
+    @staticmethod
+    def quote(text: str) -> str:
+        """Text in quotes with line breaks made visible, cut when it is very long."""
+        shown = text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+        return f"‘{shown if len(shown) <= 32 else shown[:31] + '…'}’"
+
+    def join(self, tokens: Sequence[int]) -> str:
+        """The text of a run of tokens: bytes first, then UTF-8."""
+        return b"".join(self.tokens[int(t)] for t in tokens).decode("utf-8", errors="replace")
+
+    @cached_property
+    def classes(self) -> Int32[np.ndarray, "token"]:
+        """Index into CLASSES of every token."""
+        return np.array([self._class_of(t) for t in range(len(self))], dtype=np.int32)
+
+    @cached_property
+    def families(self) -> tuple[Int32[np.ndarray, "token"], list[str]]:
+        """The family of every token, and the families' names."""
+        names: dict[str, int] = {}
+        index = np.array(
+            [names.setdefault(_family(self.text(t)), len(names)) for t in range(len(self))], dtype=np.int32
+        )
+        return index, list(names)
+
+    def save(self, path: Path) -> None:
+        """As one .npz of plain arrays."""
+        lengths = np.array([len(t) for t in self.tokens], dtype=np.int64)
+        blob = np.frombuffer(b"".join(self.tokens), dtype=np.uint8)
+        np.savez(
+            path, offset=np.concatenate([[0], lengths.cumsum()]), bytes=blob, special=np.array(sorted(self.special))
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Vocabulary:
+        with np.load(path, allow_pickle=False) as arrays:
+            offset, blob = arrays["offset"], arrays["bytes"].tobytes()
+            special = frozenset(int(t) for t in arrays["special"])
+        return cls(tokens=[blob[a:b] for a, b in zip(offset[:-1], offset[1:], strict=True)], special=special)
+
+    def _class_of(self, token: int) -> int:
+        if token in self.special:
+            return 0
+        try:
+            text = self.tokens[token].decode("utf-8")
+        except UnicodeDecodeError:
+            return CLASSES.index("parts of characters")
+        return CLASSES.index(_class_of_text(text))
+
+
+def _class_of_text(text: str) -> str:
+    body = text.strip()
+    if not body:
+        return "line breaks" if "\n" in text else "spaces"
+    return next((name for name, holds in _TESTS if holds(body)), None) or _class_of_word(text, body)
+
+
+_TESTS: tuple[tuple[str, Callable[[str], bool]], ...] = (
+    ("digits", lambda body: all(c.isdigit() or c in ".," for c in body) and any(c.isdigit() for c in body)),
+    ("ends of sentences", lambda body: all(c in ".!?…" for c in body)),
+    ("commas and colons", lambda body: all(c in ",;:" for c in body)),
+    ("opening brackets and quotes", lambda body: all(c in _OPENING for c in body)),
+    ("closing brackets and quotes", lambda body: all(c in _CLOSING for c in body)),
+    ("dashes and slashes", lambda body: all(c in "-–—/\\_" for c in body)),
+    ("other symbols", lambda body: not any(c.isalnum() for c in body)),
+)
+
+
+def _class_of_word(text: str, body: str) -> str:
+    letters = [c for c in body if c.isalpha()]
+    if letters and not any(unicodedata.name(c, "").startswith("LATIN") for c in letters):
+        return "letters of other scripts"
+    if len(letters) > 1 and all(c.isupper() for c in letters):
+        return "words in capitals"
+    if body[0].isupper():
+        return "capitalised words"
+    return "lower-case words" if text[0].isspace() else "pieces inside words"
+
+
+def _family(text: str) -> str:
+    stem = text.strip().casefold()
+    if not stem.isalpha() and not stem.endswith("'s"):
+        return stem or text
+    for ending in _ENDINGS:
+        if stem.endswith(ending) and len(stem) - len(ending) >= 4:
+            return stem[: -len(ending)]
+    return stem

@@ -1,0 +1,158 @@
+"""Store, dictionaries and flow graph → the atlas: every feature described, labelled, and laid out to browse.
+
+1. Read vocabulary and unembedding of the language model.
+2. Survey every dictionary over the store: statistics, examples, rules                     pipeline/atlas/survey.py
+3. Label features with held-out scores, inherit labels along the flow graph, write shards  pipeline/atlas/labels.py
+4. Write what all sites share, and the tables                                              pipeline/atlas/build.py
+
+Inputs: collect and train artifacts; link and evaluate when there are any. Output: `site/` (open `site/index.html`),
+`tables/`, `metrics.jsonl`. Cost: one encoding of all tokens at every site; sites run in parallel processes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le
+from pydantic import TypeAdapter
+from typing_extensions import Doc
+
+from data.language_model import LanguageModel
+from data.model_spec import ModelSpec
+from data.sites import Site, parse_site
+from data.store import ActivationStore, RowFilters
+from pipeline.artifact import Artifact, Draft
+from pipeline.atlas.build import AtlasFacts, ModelFacts, build_atlas
+from pipeline.atlas.labels import Bar
+from pipeline.atlas.vocabulary import Vocabulary
+from pipeline.atlas.workshop import Workshop
+from pipeline.run import RunContext
+from sae.errors import UserError
+
+KIND, SCHEMA = "atlas", 1
+STORE, DICTIONARIES = "store.zarr", "dictionaries"
+_ORDER = {"resid_pre": 0, "attn_out": 1, "resid_mid": 2, "mlp_out": 3, "resid_post": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What the atlas shows and how labels are judged."""
+
+    profile: Annotated[Literal["mini", "standard", "full"], Doc("how many examples a feature card shows")] = "standard"
+    title: Annotated[str, Doc("title of the atlas; empty for one made from the model's name")] = ""
+    filters: Annotated[RowFilters, Doc("which tokens are left out of all statistics")] = field(
+        default_factory=RowFilters
+    )
+    holdout: Annotated[float, Gt(0), Le(0.9), Doc("share of documents on which labels are scored, never proposed")] = (
+        0.33
+    )
+    min_f1: Annotated[float, Ge(0), Le(1), Doc("held-out F1 from which a rule is accepted as a label")] = 0.6
+    min_firings: Annotated[int, Ge(1), Doc("held-out firings that a score needs to count")] = 5
+    cofiring_rows: Annotated[int, Ge(0), Doc("tokens on which co-firing inside a dictionary is counted")] = 32_768
+    precision: Annotated[
+        Literal["bfloat16", "float32"], Doc("dtype of the encoder's and the projection's matrix product")
+    ] = "bfloat16"
+    seed: Annotated[int, Ge(0), Doc("of the uniform samples and the held-out documents")] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What the atlas describes. Without `link` there is no flow in it, without `evaluate` no reconstruction metrics."""
+
+    collect: Artifact
+    train: Artifact
+    link: Artifact | None = None
+    evaluate: Artifact | None = None
+
+
+def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artifact:
+    """Make the atlas. Raises UserError; a later run with the same config goes on with the sites this one finished."""
+    with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=_digests(inputs)) as draft:
+        shop = workshop_of(config, inputs, draft)
+        store = ActivationStore.open(shop.store)
+        model = model_facts(inputs.collect, store, context)
+        facts = AtlasFacts(
+            title=config.title or f"{model.card['name']} · {len(shop.sites)} dictionaries",
+            metrics={} if inputs.evaluate is None else read_metrics(inputs.evaluate.path),
+            provenance=_digests(inputs),
+        )
+        headline = build_atlas(shop, model, facts, draft.path / "tables", context)
+        draft.summary.update(headline)
+        draft.write_metrics(headline)
+    return Artifact.open(out, kind=KIND, schema=SCHEMA)
+
+
+def workshop_of(config: Config, inputs: Inputs, draft: Draft) -> Workshop:
+    """Where everything lies. Raises UserError when there are no dictionaries."""
+    folder = inputs.train.path / DICTIONARIES
+    sites = sorted(
+        (parse_site(p.parent.name) for p in folder.glob("*/sae.json")), key=lambda s: (s.layer, _ORDER[s.kind])
+    )
+    if not sites:
+        raise UserError("there are no dictionaries to describe", where=str(folder), mend="featureflow train")
+    return Workshop(
+        store=inputs.collect.path / STORE,
+        dictionaries=folder,
+        graph=None if inputs.link is None else inputs.link.path,
+        work=draft.path / ".work",
+        site_folder=draft.path / "site",
+        sites=tuple(site.short for site in sites),
+        n_latents=tuple(_n_latents(folder, site) for site in sites),
+        filters=config.filters,
+        holdout=config.holdout,
+        seed=config.seed,
+        precision=config.precision,
+        profile=config.profile,
+        bar=Bar(min_f1=config.min_f1, min_firings=config.min_firings),
+        cofiring_rows=config.cofiring_rows,
+    )
+
+
+def model_facts(collect: Artifact, store: ActivationStore, context: RunContext) -> ModelFacts:
+    """Vocabulary and unembedding of the model whose activations the store holds."""
+    spec = TypeAdapter(ModelSpec).validate_python(collect.config["model"])
+    model = LanguageModel.open(spec, device="cpu", progress=context.progress)
+    tokenizer = model.tokenizer
+    n_tokens = max(tokenizer.n_tokens, 1)
+    W_U, gain = model.unembedding()
+    return ModelFacts(
+        card={
+            "name": model.name,
+            "fingerprint": store.provenance.get("model_fingerprint", ""),
+            "n_layers": model.n_layers,
+            "d_model": model.d_model,
+            "d_vocab": model.d_vocab,
+            "n_context": store.n_context,
+        },
+        vocabulary=Vocabulary(
+            tokens=[tokenizer.token_bytes(i) for i in range(n_tokens)], special=frozenset(tokenizer.special_ids)
+        ),
+        W_U=W_U,
+        gain=gain,
+    )
+
+
+def read_metrics(folder: Path) -> dict[str, dict[str, Any]]:
+    """Headline metrics by site from an evaluate artifact's `metrics.parquet`; those it does not have are left out."""
+    import pandas as pd
+
+    path = folder / "metrics.parquet"
+    if not path.is_file():
+        return {}
+    out: dict[str, dict[str, Any]] = {}
+    for row in pd.read_parquet(path).to_dict(orient="records"):
+        named = {str(k): v for k, v in row.items() if isinstance(v, int | float) and not pd.isna(v)}
+        out[parse_site(str(row["site"])).short] = {k: round(float(v), 5) for k, v in named.items()}
+    return out
+
+
+def _n_latents(folder: Path, site: Site) -> int:
+    return int(json.loads((folder / site.short / "sae.json").read_text(encoding="utf-8"))["n_latents"])
+
+
+def _digests(inputs: Inputs) -> dict[str, str]:
+    named = {name: getattr(inputs, name) for name in ("collect", "train", "link", "evaluate")}
+    return {name: artifact.digest for name, artifact in named.items() if artifact is not None}
