@@ -35,6 +35,7 @@ from sae.errors import UserError
 
 Activation = Float[Tensor, "batch position d_model"]
 Edit = Callable[[Activation], Activation]
+_MOST_MISFIT = 1.0
 _ORDER: tuple[SiteKind, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
 
@@ -129,15 +130,24 @@ class _BlockRecord:
 
     @staticmethod
     def _pair_that_adds_up(calls: list[_Call], pre: Tensor, post: Tensor) -> tuple[_Call, _Call] | None:
-        """The latest such pair: a dropout after the attention has the same output and is nearer to the stream."""
-        change = post.double() - pre.double()
-        tolerance = 1e-3 * change.abs().max() + 4 * torch.finfo(post.dtype).eps * post.abs().max()
+        """The pair with the smallest misfit, which is 0 where the block adds in this order; of equals the latest (a
+        dropout after the attention has the same output and is nearer to the stream)."""
+        best, smallest = None, _MOST_MISFIT
         for second in reversed(range(len(calls))):
             for first in reversed(range(second)):
-                total = calls[first].output.double() + calls[second].output.double()
-                if (total - change).abs().max() <= tolerance:
-                    return calls[first], calls[second]
-        return None
+                misfit = _misfit(pre + calls[first].output + calls[second].output, pre, post)
+                if misfit < smallest:
+                    best, smallest = (calls[first], calls[second]), misfit
+        return best
+
+
+def _misfit(total: Tensor, pre: Tensor, post: Tensor) -> float:
+    """The worst position's |total - post|, in units of what the block changes there plus rounding. Positions are
+    compared one by one: the first one's norm may be a hundred times that of the others and would hide them."""
+    rounding = 4 * torch.finfo(post.dtype).eps * post.abs().amax(-1).double()
+    change = (post.double() - pre.double()).abs().amax(-1)
+    off = (total.double() - post.double()).abs().amax(-1)
+    return float((off / (1e-3 * change + rounding).clamp(min=1e-30)).max())
 
 
 @dataclass

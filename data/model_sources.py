@@ -88,7 +88,7 @@ def load_folder(folder: Path, dtype: torch.dtype) -> LoadedModel:
 
     with quiet_transformers(), _explained(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        loaded: tuple[Any, Any] = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,

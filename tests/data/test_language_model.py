@@ -94,6 +94,20 @@ def test_every_site_equals_what_transformer_bridge_reads_there(model: LanguageMo
         torch.testing.assert_close(value, cache[site.name], atol=2e-5, rtol=1e-5, msg=lambda m, s=site: f"{s}: {m}")
 
 
+def test_sites_are_found_in_bfloat16_beside_a_massive_position(model: LanguageModel) -> None:
+    """SmolLM2's first position has a norm a hundred times the others': rounding there must not hide the others."""
+    hf = copy.deepcopy(model.hf)
+    hf.get_input_embeddings().weight[0] *= 1000.0
+    again = LanguageModel(
+        name=model.name, loaded=LoadedModel(hf=hf.to(torch.bfloat16), tokenizer=model.tokenizer, folder=None)
+    )
+    names = [{id(module): name for name, module in each.hf.named_modules()} for each in (model, again)]
+    for expected, found in zip(model.blocks, again.blocks, strict=True):
+        assert found.is_sequential == expected.is_sequential
+        assert names[1][id(found.attention)] == names[0][id(expected.attention)]
+        assert names[1][id(found.mlp)] == names[0][id(expected.mlp)]
+
+
 def test_parallel_blocks_have_no_middle() -> None:
     kinds = {site.kind for site in random_pythia().sites()}
     assert kinds == {"resid_pre", "attn_out", "mlp_out", "resid_post"}

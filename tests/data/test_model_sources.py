@@ -330,6 +330,16 @@ def test_smollm2_gives_what_transformer_bridge_gives(smollm2: LanguageModel) -> 
 
 
 @pytest.mark.smollm2
+def test_smollm2_in_bfloat16_has_the_same_modules_at_every_layer() -> None:
+    """Its first position has a norm of 20,000: a tolerance that covers its rounding would accept any module."""
+    model = LanguageModel.open(Packaged())
+    layers = model.hf.get_submodule("model.layers")
+    assert [block.attention for block in model.blocks] == [layer.self_attn for layer in layers]  # type: ignore[union-attr]
+    assert [block.mlp for block in model.blocks] == [layer.mlp for layer in layers]  # type: ignore[union-attr]
+    assert all(block.is_sequential for block in model.blocks)
+
+
+@pytest.mark.smollm2
 def test_smollm2_drops_bos_into_an_attention_sink(smollm2: LanguageModel) -> None:
     ids = torch.tensor([[0, *smollm2.tokenizer.encode("Sailors set out before dawn; rain fell on the harbour.")]])
     norms = smollm2.activations(ids, [Site(15, "resid_post")])[Site(15, "resid_post")][0].norm(dim=-1)
