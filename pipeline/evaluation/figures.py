@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 _TITLES = {
     "resid_post": "residual stream",
@@ -42,8 +43,13 @@ def draw_by_layer(rows: pd.DataFrame, path: Path) -> None:
     l0.set(title="active latents per token (L0)", ylim=(0, None))
     dead.set(title="latents that never fired, %", ylim=(0, None), xlabel="layer")
     recovered.set(title="CE recovered against zero ablation", xlabel="layer")
+    if not rows["ce_recovered_zero"].notna().any():
+        recovered.text(
+            0.5, 0.5, "not measured, or the ablation does no harm", ha="center", transform=recovered.transAxes
+        )
     for axis in (fvu, l0, dead, recovered):
         axis.title.set_fontsize(9)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     fvu.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120, metadata={"Software": None})
 

@@ -100,6 +100,13 @@ def _pca_curve(
     return pca_fvu(fitted, held_out)
 
 
+def _architecture(sae: Sae) -> str:
+    """What it was trained as, where that is known; else the activation it is used with."""
+    trained_as = sae.metadata.get("architecture")
+    kind = trained_as.get("kind") if isinstance(trained_as, dict) else trained_as
+    return str(kind or sae.activation.kind)
+
+
 def _row(
     candidate: Candidate, sae: Sae, meter: ReconstructionMeter, curve: np.ndarray, bootstrap: Bootstrap
 ) -> dict[str, Any]:
@@ -112,7 +119,7 @@ def _row(
         "layer": candidate.site.layer,
         "kind": candidate.site.kind,
         "source": candidate.source,
-        "architecture": str(sae.metadata.get("architecture", sae.activation.kind)),
+        "architecture": _architecture(sae),
         "d_in": sae.d_in,
         **asdict(result),
         "fvu_low": interval.low,

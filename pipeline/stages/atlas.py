@@ -143,7 +143,8 @@ def read_metrics(folder: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     out: dict[str, dict[str, Any]] = {}
-    for row in pd.read_parquet(path).to_dict(orient="records"):
+    rows = pd.read_parquet(path)
+    for row in rows[rows["source"] == "train"].to_dict(orient="records"):  # not those measured for comparison
         named = {str(k): v for k, v in row.items() if isinstance(v, int | float) and not pd.isna(v)}
         out[parse_site(str(row["site"])).short] = {k: round(float(v), 5) for k, v in named.items()}
     return out

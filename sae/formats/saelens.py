@@ -108,7 +108,7 @@ def write_saelens(
             "sae_lens_training_version": None,
             "model_name": model_name or sae.metadata.get("model"),
             "hook_name": hook_name or sae.metadata.get("site"),
-            "training_architecture": sae.metadata.get("architecture", architecture),
+            "training_architecture": _trained_as(sae) or architecture,
             "written_by": "featureflow",
             **dict(metadata or {}),
         },
@@ -123,6 +123,11 @@ def write_saelens(
     beside = folder / (CONFIG + ".tmp")
     beside.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     beside.replace(folder / CONFIG)
+
+
+def _trained_as(sae: Sae) -> str | None:
+    found = sae.metadata.get("architecture")
+    return found.get("kind") if isinstance(found, dict) else found
 
 
 def _exported(sae: Sae) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
