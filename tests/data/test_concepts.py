@@ -1,0 +1,113 @@
+"""Concept data: built again from the database it came from, disjoint where it must be, and telling topics apart."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from data.concepts import build_topics, sources
+from data.concepts.prompts import read_prompts
+from data.concepts.topics import contrast_texts, read_topics, topic_named
+from sae.errors import UserError
+
+WORDNET = Path(os.environ.get("FEATUREFLOW_WORDNET", "/usr/share/wordnet"))
+
+
+@pytest.mark.skipif(not (WORDNET / "data.noun").is_file(), reason="the package wordnet-base is not installed")
+def test_the_topics_are_what_the_script_builds():
+    built = [json.dumps(record, ensure_ascii=False) for record in build_topics.build(WORDNET)]
+    bundled = files("data.concepts").joinpath("topics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert built == bundled
+
+
+def test_a_synset_is_read_as_wndb_5_says(tmp_path):
+    """The manual's fields, by hand: two words, one hypernym, one topic domain, an example after the definition."""
+    line = (
+        "07700001 13 n 02 torte 0 layer_cake 1 002 @ 07628870 n 0000 ;c 00243918 n 0000 | "
+        'rich cake (usually) covered with cream; "she ate the torte"  \n'
+    )
+    (tmp_path / "data.noun").write_text("  1 licence\n" + line, encoding="latin-1")
+    (synset,) = build_topics._iter_synsets(tmp_path / "data.noun")
+    assert synset.words == ("torte", "layer_cake")
+    assert (synset.file, synset.hypernyms, synset.domains) == (13, ("07628870",), ("00243918",))
+    assert synset.definition == "rich cake covered with cream"
+
+
+def test_a_folder_without_wordnet_is_explained(tmp_path):
+    with pytest.raises(UserError, match="no WordNet"):
+        build_topics.build(tmp_path)
+
+
+def test_no_definition_is_in_two_topics_or_two_splits():
+    seen: dict[tuple[str, str], tuple[str, str]] = {}
+    for name, topic in read_topics().items():
+        for each in topic.definitions:
+            key = (each.word, each.definition)
+            assert seen.setdefault(key, (name, each.split)) == (name, each.split)
+        assert {each.split for each in topic.definitions} == {"discover", "classify", "dev", "test"}
+    assert len(read_topics()) >= 12
+
+
+def test_a_classifier_tells_the_topics_apart():
+    """Trained on one split, read on another: far above the chance of one in fourteen."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    topics = read_topics()
+    pairs = {
+        split: [
+            (t, name)
+            for name, topic in topics.items()
+            for t in (d.definition for d in topic.definitions if d.split in split)
+        ]
+        for split in (("discover", "classify"), ("test",))
+    }
+    train, test = pairs["discover", "classify"], pairs[("test",)]
+    classifier = make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=10, max_iter=300))
+    classifier.fit(*zip(*train, strict=True))
+    texts, names = zip(*test, strict=True)
+    assert classifier.score(texts, names) > 0.6
+
+
+def test_contrast_is_everything_else():
+    own = set(topic_named("food").texts("dev"))
+    contrast = contrast_texts("food", "dev")
+    assert own.isdisjoint(contrast)
+    assert len(contrast) == sum(len(t.texts("dev")) for t in read_topics().values()) - len(own)
+    with pytest.raises(UserError, match="no topic"):
+        topic_named("philately")
+
+
+def test_prompts_are_disjoint_and_enough():
+    prompts = read_prompts()
+    assert (len(prompts.dev), len(prompts.test)) == (64, 128)
+    assert not set(prompts.dev) & set(prompts.test)
+    assert sum(map(len, prompts.topical.values())) >= 40
+    assert len(prompts.neutral_texts) >= 24
+
+
+def test_neutral_texts_hold_few_words_of_any_topic():
+    words = sources.words_of(" ".join(read_prompts().neutral_texts))
+    for name, topic in read_topics().items():
+        assert sources.lexicon_rate(words, topic.lexicon) < 0.03, name
+
+
+def test_fortunes_lose_their_attribution(tmp_path):
+    (tmp_path / "law").write_text("One man's folly is another man's law.\n\t\t-- Somebody\n%\nToo short\n%\n")
+    assert sources.fortune_texts("law", folder=tmp_path) == ["One man's folly is another man's law."]
+    with pytest.raises(UserError, match="not installed"):
+        sources.fortune_texts("law", folder=tmp_path / "nowhere")
+
+
+@pytest.mark.skipif(not sources.installed()["empath"], reason="the package empath is not installed")
+def test_empaths_words_find_their_own_topic():
+    for name, topic in read_topics().items():
+        words = [word for text in topic.texts("test") for word in sources.words_of(text)]
+        lexicon = sources.empath_lexicon(name)
+        others = [w for t in contrast_texts(name, "test") for w in sources.words_of(t)]
+        assert sources.lexicon_rate(words, lexicon) > 1.5 * sources.lexicon_rate(others, lexicon), name
