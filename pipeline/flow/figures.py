@@ -65,7 +65,7 @@ def draw_flow(
     max_hops: int = 3,
     n_per_site: int = 4,
 ) -> None:
-    """The flow through one feature: columns are layers, the residual chain is the middle line, strong links are thick."""
+    """The flow through one feature: columns are layers, the chain is the middle line, strong links are thick."""
     here = graph.number(feature)
     chain = {graph.number(step.feature) for step in graph.chain(feature)}
     shown = _shown(graph, here, chain, max_hops, n_per_site)
@@ -111,7 +111,8 @@ def _places(graph: FlowGraph, shown: set[int], chain: set[int]) -> dict[int, tup
             continue
         taken[site.short] = taken.get(site.short, 0) + 1
         module = site.kind in ("mlp_out", "attn_out")
-        height = -(0.6 if site.kind == "mlp_out" else 1.3) - 0.3 * taken[site.short] if module else taken[site.short] * 0.8
+        below = -(0.6 if site.kind == "mlp_out" else 1.3) - 0.3 * taken[site.short]
+        height = below if module else 0.8 * taken[site.short]
         places[number] = (site.layer - (0.35 if module else 0.0), height)
     return places
 
@@ -124,7 +125,8 @@ def _draw_links(axis: Axes, graph: FlowGraph, places: dict[int, tuple[float, flo
         (x0, y0), (x1, y1) = places[int(row.source)], places[int(row.target)]
         strength = float(cosine[row.edge])
         style = "-" if mutual[row.edge] else "--"
-        axis.plot([x0, x1], [y0, y1], style, color="#555555", linewidth=0.5 + 2.5 * strength, alpha=0.25 + 0.6 * strength, zorder=1)
+        width, alpha = 0.5 + 2.5 * strength, 0.25 + 0.6 * strength
+        axis.plot([x0, x1], [y0, y1], style, color="#555555", linewidth=width, alpha=alpha, zorder=1)
 
 
 def _draw_feature(
@@ -134,7 +136,8 @@ def _draw_feature(
     kind = graph.nodes["class"].iat[number]
     marker = {"mlp_out": "s", "attn_out": "^"}.get(str(graph.nodes["kind"].iat[number]), "o")
     colour = _COLOURS.get(str(kind), "#dddddd")
-    axis.scatter([x], [y], s=70 if here else 38, marker=marker, color=colour, edgecolor="black" if here else "none", zorder=2)
+    size, edge = (70, "black") if here else (38, "none")
+    axis.scatter([x], [y], s=size, marker=marker, color=colour, edgecolor=edge, zorder=2)
     text = f"{name}\n{label_of(name)[:24]}" if label_of else name
     axis.annotate(text, (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=6)
 
@@ -142,7 +145,8 @@ def _draw_feature(
 def _strengths(axis: Axes, pairs: pd.DataFrame) -> None:
     place = np.arange(len(pairs))
     axis.plot(place, pairs["cosine_median"], color="#3b6fb6", marker="o", markersize=3, label="best cosine, median")
-    for column, style, label in (("null_median", ".-", "chance, median"), ("null_p99", ".--", "chance, 99th percentile")):
+    chance = (("null_median", ".-", "chance, median"), ("null_p99", ".--", "chance, 99th percentile"))
+    for column, style, label in chance:
         axis.plot(place, pairs[column].astype(float), style, color="#888888", markersize=3, label=label)
     axis.scatter(
         place, pairs["threshold"].astype(float), marker="_", color="#c0392b", label="kept from here on", zorder=3

@@ -156,7 +156,7 @@ class FlowGraph:
         return {name: [self.feature(int(number)) for number in members[name]] for name in wanted}
 
     def kept_between(self, numbers: set[int] | None = None) -> pd.DataFrame:
-        """Kept edges among the given nodes (all): columns `edge` (row of the edge table), `source`, `target` (nodes)."""
+        """Kept edges among the given nodes (all): `edge` (row of the edge table), `source` and `target` (nodes)."""
         rows = np.flatnonzero(self.kept)
         if numbers is not None:
             wanted = np.zeros(len(self.nodes), dtype=bool)

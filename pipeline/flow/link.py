@@ -34,7 +34,7 @@ from pipeline.flow.nodes import Side, node_table
 from pipeline.flow.null import FarLayers, NullSample, NullSampler, Rotation, mirrored
 from pipeline.flow.options import Automatic, Calibrated, Fixed, LinkOptions
 from pipeline.flow.pair_report import edge_table, pair_row
-from pipeline.flow.pairing import Pair, Pairing, StartRelation, far_site, pair_sites, start_relation
+from pipeline.flow.pairing import Pair, Pairing, Relation, StartRelation, far_site, pair_sites, start_relation
 from pipeline.flow.significance import p_values, q_values
 from sae import Sae
 from sae.report import Progress, silent
@@ -78,21 +78,22 @@ def link_dictionaries(
     *,
     options: LinkOptions | None = None,
     held_out: HeldOut | None = None,
-    start_null: NullSample | None = None,
+    start_nulls: Mapping[Relation, NullSample] | None = None,
     projections: Mapping[Site, Float[Tensor, "d_out d_model"]] | None = None,
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Links:
     """Link all neighbouring dictionaries. Needs only decoders; with `held_out` links carry firing evidence and latents
-    that never fire are left out. `start_null` is a sample of the best cosines that inertia alone leaves between
-    dictionaries of one start. A mapping that loads on access keeps memory at a few dictionaries. Raises UserError."""
+    that never fire are left out. `start_nulls` are samples of the best cosines that inertia alone leaves between
+    dictionaries of one start (start_null.py), by relation. A mapping that loads on access keeps memory at a few
+    dictionaries. Raises UserError."""
     settings = options or LinkOptions()
     pairing = pair_sites(dictionaries)
     shelf = _Shelf(dictionaries=dictionaries, held_out=held_out, projections=projections or {}, device=device)
     linked = []
     for done, pair in enumerate(pairing.pairs):
         progress("link pairs", done, len(pairing.pairs))
-        linked.append(_link_pair(pair, shelf, settings, start_null))
+        linked.append(_link_pair(pair, shelf, settings, (start_nulls or {}).get(pair.relation)))
     progress("link pairs", len(pairing.pairs), len(pairing.pairs))
     return _assembled(linked, shelf, pairing, settings)
 

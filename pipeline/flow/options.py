@@ -17,8 +17,8 @@ class Automatic:
     dictionaries that left that start for unrelated data (trained here, or else far layers), and the firing itself."""
 
     trained_pairs: Annotated[
-        int, Ge(0), Doc("same-start pairs for which a null dictionary is trained; 0: use far layers")
-    ] = 3
+        int, Ge(0), Doc("same-start pairs of each relation for which a null dictionary is trained; 0: far layers")
+    ] = 1
     kind: Literal["automatic"] = "automatic"
 
 

@@ -17,8 +17,8 @@ from data.sites import FeatureId
 
 @dataclass(frozen=True, kw_only=True)
 class ChainStep:
-    """One feature of a chain. `cosine`, `q_value` and `edge` (a row number of the edge table) are of the link to the step
-    before it; None at the first."""
+    """One feature of a chain. `cosine`, `q_value` and `edge` (a row number of the edge table) are of the link to the
+    step before it; None at the first."""
 
     feature: FeatureId
     cosine: float | None

@@ -1,16 +1,21 @@
 """Dictionaries → the flow graph: which feature of one layer is which feature of the next, with calibrated evidence.
 
-1. Read dictionaries one at a time and, for the functional check, held-out activations of the same tokens at every site.
-2. Link neighbouring dictionaries (pipeline/flow/link.py): cosine, null, firing, false-discovery rate.
-3. Write nodes, edges, pairs (Parquet), warnings (JSON) and the figures.
+1. For dictionaries of one start: train, for each relation, a null dictionary that left the same start for rotated
+   activations (pipeline/flow/start_null.py).
+2. Link neighbouring dictionaries, read one at a time (pipeline/flow/link.py): cosine, null, firing on held-out
+   activations of the same tokens at every site, false-discovery rate.
+3. If asked to, test links in the model by removing predecessors (pipeline/flow/validation.py).
+4. Write nodes, edges, pairs (Parquet), warnings (JSON) and the figures.
 
 Input: a train artifact, and the collect artifact its dictionaries were trained on. Output: `nodes.parquet`,
-`edges.parquet`, `pairs.parquet`, `warnings.json`, `figures/`. Cost: about 1.3 matrix products of
-[latent, d_model] × [d_model, latent] per pair, and one encoding of the held-out tokens per site.
+`edges.parquet`, `pairs.parquet`, `warnings.json`, `figures/`; `causal_*.parquet` when links were tested. Cost: a few
+matrix products of [latent, d_model] × [d_model, latent] per pair, one encoding of the held-out tokens per site, and
+the training of one site per relation for the null.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,14 +26,26 @@ from typing_extensions import Doc
 
 from data.store import ActivationStore
 from pipeline.artifact import Artifact
+from pipeline.dictionaries import FOLDER
 from pipeline.flow.figures import draw_class_shares, draw_link_strengths
 from pipeline.flow.link import Links, link_dictionaries
+from pipeline.flow.null import NullSample
 from pipeline.flow.options import Automatic, Calibrated, LinkOptions, NullChoice, Thresholds
+from pipeline.flow.pairing import Relation
 from pipeline.flow.sources import DictionaryFolder, held_out_from
+from pipeline.flow.start_null import plan_nulls, pooled, start_sample
 from pipeline.flow.tables import write_tables
+from pipeline.flow.validation import TOP_1, ValidatedLinks, Validation, attach_evidence, validate_links
 from pipeline.run import RunContext
+from pipeline.stages.collect import STORE
+from pipeline.stages.evaluate import open_collected_model
+from pipeline.training.site import normalisation_at, read_rows
 
 KIND, SCHEMA = "link", 1
+MOST_NULL_ROWS = 65_536
+"""Activations that a null dictionary is trained on, at most; they are held in memory."""
+NULL_SEED = 7_919
+"""Keeps the rotation of a null apart from everything else that the seed draws."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +61,9 @@ class Config:
     functional_tokens: Annotated[
         int, Ge(0), Doc("held-out tokens on which firing is compared; 0 leaves the check out")
     ] = 8192
+    validate: Annotated[
+        Validation | None, Doc("test links by removing predecessors in the model; none leaves the test out")
+    ] = None
     seed: Annotated[int, Ge(0), Doc("of nulls, chance pairs and communities")] = 0
 
 
@@ -59,29 +79,81 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
     """Link the dictionaries of a train artifact. Raises UserError."""
     digests = {"collect": inputs.collect.digest, "train": inputs.train.digest}
     with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=digests) as draft:
-        links = _linked(config, inputs, context)
-        write_tables(draft.path, {"nodes": links.nodes, "edges": links.edges, "pairs": links.pairs}, links.warnings)
-        figures = draft.path / "figures"
-        figures.mkdir(exist_ok=True)
-        draw_link_strengths(links.pairs, figures / "link_strength.png")
-        draw_class_shares(links.nodes, figures / "classes_by_layer.png")
+        started = time.monotonic()
+        dictionaries = DictionaryFolder(inputs.train.path / FOLDER)
+        store = ActivationStore.open(inputs.collect.path / STORE)
+        links = _linked(config, dictionaries, store, context)
+        draft.summary.update(summary_of(links))
+        edges = links.edges
+        if config.validate is not None:
+            model = open_collected_model(inputs.collect, store, context)
+            found = validate_links(
+                edges, dictionaries, model, store, options=config.validate, progress=context.progress
+            )
+            edges = attach_evidence(edges, found.evidence)
+            draft.summary.update(_write_validation(found, draft.path))
+        write_tables(draft.path, {"nodes": links.nodes, "edges": edges, "pairs": links.pairs}, links.warnings)
+        _draw(links, draft.path / "figures")
         for record in _records(links.pairs):
             draft.write_metrics(record)
-        draft.summary.update(summary_of(links))
+        draft.summary["seconds"] = round(time.monotonic() - started, 1)
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
 
 
-def _linked(config: Config, inputs: Inputs, context: RunContext) -> Links:
-    dictionaries = DictionaryFolder(inputs.train.path / "dictionaries")
-    options = LinkOptions(
-        top_k=config.top_k, null=config.null, n_null=config.n_null, thresholds=config.thresholds, seed=config.seed
-    )
-    held_out = None
-    if config.functional_tokens:
-        held_out = held_out_from(ActivationStore.open(inputs.collect.path / "store.zarr"), config.functional_tokens)
+def _linked(config: Config, dictionaries: DictionaryFolder, store: ActivationStore, context: RunContext) -> Links:
+    names = ("top_k", "null", "n_null", "thresholds", "seed")
+    options = LinkOptions(**{name: getattr(config, name) for name in names})
+    held_out = held_out_from(store, config.functional_tokens) if config.functional_tokens else None
     return link_dictionaries(
-        dictionaries, options=options, held_out=held_out, device=context.device, progress=context.progress
+        dictionaries,
+        options=options,
+        held_out=held_out,
+        start_nulls=_start_nulls(config, dictionaries, store, context),
+        device=context.device,
+        progress=context.progress,
     )
+
+
+def _start_nulls(
+    config: Config, dictionaries: DictionaryFolder, store: ActivationStore, context: RunContext
+) -> dict[Relation, NullSample]:
+    """What inertia leaves, by relation, for dictionaries of one start; empty when none are or the choice is another."""
+    if not isinstance(config.null, Automatic) or not config.null.trained_pairs:
+        return {}
+    samples = []
+    for plan in plan_nulls(dictionaries, config.null.trained_pairs):
+        kept = store.kept_rows("train", sites=[plan.moved])
+        n_rows = min(len(kept), plan.recipe.steps * plan.recipe.batch_size, MOST_NULL_ROWS)
+        rows = read_rows(store, plan.moved, kept[:n_rows])
+        sites = [plan.moved, *([plan.start] if plan.start else [])]
+        normalisations = {site: normalisation_at(store, site) for site in sites}
+        sample = start_sample(
+            plan,
+            dictionaries,
+            rows,
+            normalisations,
+            seed=config.seed + NULL_SEED,
+            device=context.device,
+            progress=context.progress,
+        )
+        samples.append((plan.pair.relation, sample))
+    return pooled(samples)
+
+
+def _draw(links: Links, figures: Path) -> None:
+    figures.mkdir(exist_ok=True)
+    draw_link_strengths(links.pairs, figures / "link_strength.png")
+    draw_class_shares(links.nodes, figures / "classes_by_layer.png")
+
+
+def _write_validation(found: ValidatedLinks, folder: Path) -> dict[str, Any]:
+    """The causal tables, and the headline numbers of the top-1 strategy for residual links."""
+    for name in ("trials", "summary", "by_pair"):
+        getattr(found, name).to_parquet(folder / f"causal_{name}.parquet", index=False)
+    rows = found.summary[(found.summary["relation"] == "residual") & (found.summary["strategy"] == TOP_1)]
+    if not len(rows):
+        return {}
+    return {f"causal_{name}": round(float(rows[name].iloc[0]), 4) for name in ("success", "change") if name in rows}
 
 
 def summary_of(links: Links) -> dict[str, Any]:
