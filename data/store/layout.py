@@ -246,6 +246,7 @@ def parse_layout(text: bytes, *, where: str) -> StoreLayout:
     return _layout_of_attributes(attributes, where)
 
 
+MEND_DAMAGE = "featureflow collect --force: sound shards are kept, damaged ones are made anew"
 _MEND = "collect the activations again: featureflow collect --force"
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from data.store.layout import COMPLETE, StoreLayout, canonical_json, record_name
+from data.store.layout import COMPLETE, MEND_DAMAGE, StoreLayout, canonical_json, record_name
 from data.store.places import Place
 from data.store.shards import FileSum
 from sae.errors import Problem, UserError
@@ -114,9 +114,6 @@ def read_completion(place: Place) -> Completion | None:
         raise UserError(
             "the store's completion record is damaged", where=where, found=str(error), mend=MEND_DAMAGE
         ) from error
-
-
-MEND_DAMAGE = "featureflow store verify --repair <store>, then collect again: only damaged shards are made anew"
 
 
 def iter_problems_of_record(record: ShardRecord, layout: StoreLayout, sizes: Mapping[str, int]) -> Iterator[Problem]:

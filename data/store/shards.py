@@ -24,7 +24,7 @@ import google_crc32c
 import numpy as np
 import xxhash
 
-from data.store.layout import ArrayLayout
+from data.store.layout import MEND_DAMAGE, ArrayLayout
 from data.store.places import Place
 from sae.errors import UserError
 
@@ -160,5 +160,5 @@ def damaged(place: Place, array: ArrayLayout, shard: int, what: str) -> UserErro
     return UserError(
         f"the activation store is damaged: {what}",
         where=f"{place.url}/{array.file_of(shard)} (shard {shard}, {site})",
-        mend=f"featureflow store verify --full --repair {place.url}, then collect again: only that shard is made anew",
+        mend=MEND_DAMAGE,
     )

@@ -21,10 +21,9 @@ from jaxtyping import Float, Int64
 
 from data.sites import Site, parse_site
 from data.store.encoding import Standard, decode, decode_int8
-from data.store.layout import DOCUMENTS, TOKEN_COLUMNS, SiteLayout, StoreLayout, parse_layout, record_name
+from data.store.layout import DOCUMENTS, MEND_DAMAGE, TOKEN_COLUMNS, SiteLayout, StoreLayout, parse_layout, record_name
 from data.store.places import Place, open_place
 from data.store.records import (
-    MEND_DAMAGE,
     Completion,
     ShardRecord,
     iter_problems_of_record,
@@ -78,7 +77,7 @@ class ActivationStore:
                 found=f"{n_done} of {layout.n_shards or '?'} shards",
                 mend="featureflow collect (it takes up what is there)",
             )
-        records, problems = _read_records(place, layout, completion)
+        records, problems = read_records(place, layout, completion)
         if problems:
             raise UserError(f"{place.url} cannot be trusted", problems=tuple(problems), mend=MEND_DAMAGE)
         return cls(place, layout, records)
@@ -279,7 +278,7 @@ class ActivationStore:
         return reduce(Moments.merged, parts)
 
 
-def _read_records(place: Place, layout: StoreLayout, completion: Completion) -> tuple[list[ShardRecord], list[Problem]]:
+def read_records(place: Place, layout: StoreLayout, completion: Completion) -> tuple[list[ShardRecord], list[Problem]]:
     """All records, and everything that names, sizes and the records' own checksums show to be wrong."""
     sizes, records, problems = place.sizes(), [], []
     if completion.identity != layout.identity or completion.n_rows != layout.n_rows:

@@ -23,7 +23,7 @@ import xxhash
 from torch import Tensor
 
 from data.store.chunks import ChunkStatistics, ShardChunks
-from data.store.layout import COMPLETE, DOCUMENTS, TOKEN_COLUMNS, StoreLayout, parse_layout, record_name
+from data.store.layout import COMPLETE, DOCUMENTS, MEND_DAMAGE, TOKEN_COLUMNS, StoreLayout, parse_layout, record_name
 from data.store.places import LocalPlace, Place, open_place, write_bytes
 from data.store.records import Completion, ShardRecord, iter_problems_of_record, read_completion, read_record, sum_of
 from data.store.shards import FileSum, write_chunk_file
@@ -213,7 +213,7 @@ class ShardWriter:
             raise UserError(
                 "two writers wrote different activations into one shard",
                 where=f"{place.url}/{record_name(self._shard)}",
-                mend="stop one of them, then: featureflow store verify --full --repair <store>",
+                mend=f"stop one of them, then: {MEND_DAMAGE}",
             )
 
 

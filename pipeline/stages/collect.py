@@ -27,8 +27,11 @@ from data.model_spec import ModelSpec, Packaged
 from data.packing import PackedTokens, pack_corpus
 from data.sites import Site
 from data.store import ActivationStore, SiteLayout, StoreLayout, StoreWriter
+from data.store.adoption import adopt_shards
+from data.store.cluster_collection import ModelChoice, collect_on_cluster
 from data.store.collection import CollectedShard, collect_shards
 from data.store.patterns import parse_sites
+from data.store.places import write_pointer
 from data.store.provenance import corpus_digest, model_digest, tokens_digest
 from pipeline.artifact import Artifact, Draft
 from pipeline.figures_collect import draw_norms, site_table
@@ -64,6 +67,9 @@ class Config:
     allow_non_finite: Annotated[bool, Doc("count rows that are not finite and leave them out, instead of stopping")] = (
         False
     )
+    store_url: Annotated[
+        str | None, Doc("s3://, gs:// or az:// URL of the store; none for a folder in the artifact")
+    ] = None
     seed: Annotated[int, Ge(0), Le(2**31), Doc("of the order of documents")] = 0
 
     def __post_init__(self) -> None:
@@ -72,6 +78,8 @@ class Config:
                 f"shard_rows {self.shard_rows} is not a multiple of chunk_rows {self.chunk_rows} "
                 f"and n_context {self.n_context}"
             )
+        if self.store_url is not None and "://" not in self.store_url:
+            raise ValueError(f"store_url {self.store_url!r} is not a URL")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +111,22 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
             progress=context.progress,
         )
         layout = layout_of(config, model, sites, packed)
-        writer = StoreWriter.create(draft.path / STORE, layout, allow_non_finite=config.allow_non_finite)
+        writer = StoreWriter.create(_place_of(config, draft), layout, allow_non_finite=config.allow_non_finite)
+        adopt_shards(writer, out / STORE)
         started = time.monotonic()
         n_collected = _collect(config, context, draft, model, writer, sites, packed)
         seconds = time.monotonic() - started
         writer.finish(packed.table().documents)
         _describe(draft, ActivationStore.open(draft.path / STORE), n_collected, seconds)
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
+
+
+def _place_of(config: Config, draft: Draft) -> str | Path:
+    """The store's own place: in the artifact, or at `store_url`, and then a small file in the artifact points there."""
+    if config.store_url is None:
+        return (draft.path / STORE).resolve()
+    write_pointer(draft.path / STORE, config.store_url)
+    return config.store_url
 
 
 def layout_of(config: Config, model: LanguageModel, sites: tuple[Site, ...], packed: PackedTokens) -> StoreLayout:
@@ -145,12 +162,11 @@ def _collect(
     sites: tuple[Site, ...],
     packed: PackedTokens,
 ) -> int:
-    """Collect the shards that are missing; returns how many rows that were."""
+    """Collect the shards that are missing, here or on a cluster; returns how many rows that were."""
     table = packed.table()
-    missing = writer.missing_shards()
-    parts = [(shard, table.part(*writer.layout.rows_of_shard(shard))) for shard in missing]
-    done = packed.n_rows - sum(len(part) for _, part in parts)
-    n_collected = packed.n_rows - done
+    parts = [(shard, table.part(*writer.layout.rows_of_shard(shard))) for shard in writer.missing_shards()]
+    n_missing = sum(len(part) for _, part in parts)
+    done = packed.n_rows - n_missing
 
     def rows_done(n: int) -> None:
         nonlocal done
@@ -162,16 +178,17 @@ def _collect(
         draft.write_metrics(record)
         context.metrics(record)
 
-    collect_shards(
-        model,
-        writer,
-        parts,
-        sites,
-        batch_rows=config.batch_contexts * config.n_context,
-        rows_done=rows_done,
-        shard_done=shard_done,
+    batch_rows = config.batch_contexts * config.n_context
+    if context.scheduler is None:
+        collect_shards(model, writer, parts, sites, batch_rows=batch_rows, rows_done=rows_done, shard_done=shard_done)
+        return n_missing
+    choice = ModelChoice(
+        spec=config.model, dtype=config.model_dtype, device=context.device, fingerprint=model.fingerprint
     )
-    return n_collected
+    for shard in collect_on_cluster(writer, parts, model=choice, sites=sites, batch_rows=batch_rows, machines=context):
+        rows_done(shard.n_rows)
+        shard_done(shard)
+    return n_missing
 
 
 def _describe(draft: Draft, store: ActivationStore, n_collected: int, seconds: float) -> None:

@@ -1,0 +1,189 @@
+"""Is a store what its records say? A store in, a report of everything that is wrong with it out.
+
+Quick: metadata, records, and existence and size of every file. Full: also the xxh3 of every byte against the records,
+which finds flipped bits and files of another run; for a damaged shard file the chunks that fail their crc32c are named.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from data.store.cluster import Machines, map_shards
+from data.store.layout import DOCUMENTS, MEND_DAMAGE, StoreLayout, parse_layout
+from data.store.places import Place, open_place
+from data.store.records import Completion, ShardRecord, read_completion, read_record, sum_of
+from data.store.shards import read_chunks
+from data.store.store import ActivationStore, read_records
+from sae.errors import Problem, UserError
+
+_PIECE = 8 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What verification found. `problems` is empty for a sound store."""
+
+    url: str
+    is_full: bool
+    n_shards: int
+    n_files: int
+    n_bytes: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def is_sound(self) -> bool:
+        return not self.problems
+
+    def raise_if_damaged(self) -> None:
+        """Raises UserError with every problem."""
+        if self.problems:
+            raise UserError(f"{self.url} cannot be trusted", problems=self.problems, mend=MEND_DAMAGE)
+
+
+def verify_store(url: str | Path, full: bool, context: Machines) -> Report:
+    """Check a store. Raises UserError only when there is no store at all; everything else is in the report."""
+    place = open_place(url)
+    try:
+        layout = parse_layout(place.read("zarr.json"), where=f"{place.url}/zarr.json")
+        completion = read_completion(place)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError("there is no activation store here", where=place.url, mend="featureflow collect") from None
+    except UserError as error:
+        return _report(place.url, full, [], list(error.problems))
+    if completion is None:
+        problem = Problem(what="the store is not finished", where=place.url, expected="records/complete.json")
+        return _report(place.url, full, [], [problem])
+    records, problems = read_records(place, layout, completion)
+    problems += _problems_of_metadata(place, layout)
+    if full:
+        problems += _problems_of_documents(place, completion)
+        problems += _problems_of_bytes(place, layout, records, context)
+    return _report(place.url, full, records, problems)
+
+
+def describe_store(url: str | Path) -> dict[str, Any]:
+    """What a store holds, as JSON values; also of an unfinished one."""
+    place = open_place(url)
+    try:
+        layout = parse_layout(place.read("zarr.json"), where=f"{place.url}/zarr.json")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError("there is no activation store here", where=place.url, mend="featureflow collect") from None
+    is_complete = read_completion(place) is not None
+    found = {
+        "url": place.url,
+        "complete": is_complete,
+        "n_rows": layout.n_rows,
+        "n_context": layout.n_context,
+        "n_shards": layout.n_shards,
+        "n_shards_recorded": sum(read_record(place, shard) is not None for shard in range(layout.n_shards)),
+        "shard_rows": layout.shard_rows,
+        "chunk_rows": layout.chunk_rows,
+        "dtype": layout.dtype,
+        "n_bytes": sum(place.sizes().values()),
+        "provenance": dict(layout.provenance),
+    }
+    return {**found, **_describe_rows(url)} if is_complete else {**found, "sites": [site.name for site in layout.sites]}
+
+
+def _describe_rows(url: str | Path) -> dict[str, Any]:
+    store = ActivationStore.open(url)
+    sites = []
+    for name in store.names:
+        statistics = store.statistics(name)
+        sites.append(
+            {
+                "name": name,
+                "width": store.width(name),
+                "median_norm": statistics.median_norm,
+                "total_variance": statistics.total_variance,
+                "n_non_finite": statistics.n_non_finite,
+            }
+        )
+    return {
+        "n_documents": len(store.tokens().documents),
+        "n_train_rows": len(store.kept_rows("train")),
+        "n_validation_rows": len(store.kept_rows("validation")),
+        "sites": sites,
+    }
+
+
+def _report(url: str, full: bool, records: list[ShardRecord], problems: list[Problem]) -> Report:
+    sizes = [each.size for record in records for each in record.files.values()]
+    return Report(
+        url=url, is_full=full, n_shards=len(records), n_files=len(sizes), n_bytes=sum(sizes), problems=tuple(problems)
+    )
+
+
+def _problems_of_metadata(place: Place, layout: StoreLayout) -> list[Problem]:
+    problems = []
+    for name, text in layout.iter_metadata():
+        try:
+            if place.read(name) != text.encode():
+                problems.append(Problem(what="the metadata was changed", where=name))
+        except FileNotFoundError:
+            problems.append(Problem(what="the metadata is missing", where=name))
+    return problems
+
+
+def _problems_of_documents(place: Place, completion: Completion) -> list[Problem]:
+    try:
+        if sum_of(place.read(DOCUMENTS)) == completion.documents:
+            return []
+    except FileNotFoundError:
+        pass
+    return [Problem(what="the document table is damaged", where=DOCUMENTS)]
+
+
+def _problems_of_bytes(
+    place: Place, layout: StoreLayout, records: list[ShardRecord], context: Machines
+) -> list[Problem]:
+    problems: list[Problem] = []
+    check = functools.partial(problems_of_shard, place.url, layout)
+    for done, found in enumerate(map_shards(check, records, context), start=1):
+        problems += found
+        context.progress("verify", done, len(records))
+    return sorted(problems, key=str)
+
+
+def problems_of_shard(url: str, layout: StoreLayout, record: ShardRecord) -> list[Problem]:
+    """Files of a shard whose bytes are not those of its record. Missing files and sizes are reported elsewhere."""
+    place = open_place(url)
+    problems = []
+    chunks_of = {layout.rows_array(site).file_of(record.shard): site for site in layout.sites}
+    for name, expected in record.files.items():
+        if place.size(name) != expected.size or _xxh3_of(place, name, expected.size) == expected.xxh3:
+            continue
+        found = None
+        if name in chunks_of:
+            bad = _bad_chunks(place, layout, record, chunks_of[name].name)
+            found = f"chunks {', '.join(map(str, bad))}" if bad else "a whole file of another run"
+        problems.append(Problem(what=f"shard {record.shard}: checksum differs", where=name, found=found))
+    return problems
+
+
+def _xxh3_of(place: Place, name: str, size: int) -> str:
+    hasher = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(min(size, _PIECE)))
+    for offset in range(0, size, _PIECE):
+        piece = buffer[: min(_PIECE, size - offset)]
+        hasher.update(piece[: place.read_into(name, offset, [piece])])
+    return hasher.hexdigest()
+
+
+def _bad_chunks(place: Place, layout: StoreLayout, record: ShardRecord, site_name: str) -> list[int]:
+    site = next(site for site in layout.sites if site.name == site_name)
+    array = layout.rows_array(site)
+    out = np.empty((layout.chunk_rows, site.width), dtype=array.dtype)
+    bad = []
+    for chunk in range(-(-(record.stop - record.start) // layout.chunk_rows)):
+        try:
+            read_chunks(place, array, record.shard, chunk, out)
+        except UserError:
+            bad.append(chunk)
+    return bad

@@ -1,0 +1,175 @@
+"""Collection and verification on real Dask workers: the same bytes as here, also when workers die."""
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from distributed import Client, LocalCluster
+
+from data.corpus import BundledText
+from data.language_model import LanguageModel
+from data.model_spec import Random
+from data.packing import pack_corpus
+from data.store import ActivationStore, SiteLayout, StoreLayout, StoreWriter
+from data.store.checks import verify_store
+from data.store.cluster import map_shards
+from data.store.cluster_collection import ModelChoice, ShardTask, collect_on_cluster, collect_task
+from data.store.collection import collect_shards
+from pipeline.run import RunContext
+from sae.errors import UserError
+
+pytestmark = pytest.mark.slow
+SPEC = Random(n_layers=2, d_model=16, n_heads=2, d_mlp=32)
+
+
+@dataclass(frozen=True)
+class Made:
+    model: LanguageModel
+    layout: StoreLayout
+    parts: list
+    documents: tuple
+    choice: ModelChoice
+
+
+@pytest.fixture(scope="module")
+def made():
+    model = LanguageModel.open(SPEC)
+    packed = pack_corpus(BundledText(), model.tokenizer, n_context=32, n_tokens=6000, seed=0, validation_fraction=0.2)
+    layout = StoreLayout(
+        sites=tuple(SiteLayout(name=site.name, width=16) for site in model.sites()),
+        dtype="bfloat16",
+        n_rows=packed.n_rows,
+        n_context=32,
+        shard_rows=1024,
+        chunk_rows=128,
+        validation_start=packed.validation_start,
+    )
+    table = packed.table()
+    parts = [(shard, table.part(*layout.rows_of_shard(shard))) for shard in range(layout.n_shards)]
+    choice = ModelChoice(spec=SPEC, dtype="bfloat16", device="cpu", fingerprint=model.fingerprint)
+    return Made(model=model, layout=layout, parts=parts, documents=table.documents, choice=choice)
+
+
+@pytest.fixture(scope="module")
+def here(made, tmp_path_factory):
+    url = tmp_path_factory.mktemp("here") / "store.zarr"
+    writer = StoreWriter.create(url, made.layout)
+    collect_shards(made.model, writer, made.parts, made.model.sites(), batch_rows=256, rows_done=lambda n: None)
+    writer.finish(made.documents)
+    return url
+
+
+@pytest.fixture(scope="module")
+def machines():
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        yield RunContext(scheduler=cluster.scheduler_address)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def collect(made, url, machines):
+    writer = StoreWriter.create(url, made.layout)
+    parts = [made.parts[shard] for shard in writer.missing_shards()]
+    done = collect_on_cluster(
+        writer, parts, model=made.choice, sites=made.model.sites(), batch_rows=256, machines=machines
+    )
+    shards = [each.shard for each in done]
+    writer.finish(made.documents)
+    return shards
+
+
+def test_workers_write_the_same_bytes_as_one_process(made, here, machines, tmp_path):
+    shards = collect(made, tmp_path / "store.zarr", machines)
+    assert sorted(shards) == list(range(made.layout.n_shards))
+    assert bytes_of(tmp_path / "store.zarr") == bytes_of(here)
+
+
+def test_a_cluster_verifies_and_computes_over_a_store(here, machines):
+    assert verify_store(here, full=True, context=machines).is_sound
+    store = ActivationStore.open(here)
+    site = store.sites[0]
+    with Client(machines.scheduler):
+        found = store.as_dask(site).mean(axis=0).compute()
+    assert np.allclose(found, store.read(site, 0, store.n_rows).mean(axis=0), atol=1e-5)
+
+
+def _die_once(task: ShardTask):
+    """Kills its own worker in the middle of a shard, the first time."""
+    marker = Path(task.url).parent / f"died-{task.shard}"
+    if task.shard == 1 and not marker.exists():
+        marker.touch()
+        writer = StoreWriter.attach(task.url)
+        with writer.open_shard(task.shard, task.tokens) as writing:
+            n = 300
+            writing.append({site.name: np.ones((n, site.width), np.float32) for site in writer.layout.sites})
+            os.kill(os.getpid(), signal.SIGKILL)
+    return collect_task(task)
+
+
+def test_a_worker_killed_in_a_shard_changes_nothing_in_the_end(made, here, machines, tmp_path):
+    url = tmp_path / "store.zarr"
+    writer = StoreWriter.create(url, made.layout)
+    tasks = [
+        ShardTask(
+            url=str(url),
+            shard=shard,
+            tokens=tokens,
+            model=made.choice,
+            sites=made.model.sites(),
+            batch_rows=256,
+            n_threads=1,
+            allow_non_finite=False,
+        )
+        for shard, tokens in made.parts
+    ]
+    assert len(list(map_shards(_die_once, tasks, machines))) == made.layout.n_shards
+    assert (tmp_path / "died-1").exists()
+    writer.finish(made.documents)
+    assert bytes_of(url) == bytes_of(here)
+
+
+def _always_die(task: int):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _complain(task: int):
+    if task == 2:
+        raise UserError("this cannot be", where=f"shard {task}", mend="nothing")
+    return task
+
+
+def test_a_user_error_of_a_worker_arrives_whole(machines):
+    with pytest.raises(UserError, match="this cannot be") as caught:
+        list(map_shards(_complain, [0, 1, 2], machines))
+    assert caught.value.mend == "nothing"
+    assert caught.value.problems[0].where == "shard 2"
+
+
+def test_workers_that_die_again_and_again_end_in_a_clear_error():
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        pytest.raises(UserError, match="died again and again"),
+    ):
+        list(map_shards(_always_die, [0], RunContext(scheduler=cluster.scheduler_address)))
+
+
+def test_another_model_on_a_worker_is_refused(made, machines, tmp_path):
+    writer = StoreWriter.create(tmp_path / "store.zarr", made.layout)
+    other = ModelChoice(spec=SPEC, dtype="bfloat16", device="cpu", fingerprint="another")
+    with pytest.raises(UserError, match="another model"):
+        list(
+            collect_on_cluster(
+                writer, made.parts, model=other, sites=made.model.sites(), batch_rows=256, machines=machines
+            )
+        )
+
+
+def test_a_scheduler_that_is_not_there_is_explained(monkeypatch):
+    monkeypatch.setattr("data.store.cluster._CONNECT_SECONDS", 1)
+    with pytest.raises(UserError, match="no Dask scheduler answers"):
+        list(map_shards(_complain, [0], RunContext(scheduler="tcp://127.0.0.1:9")))
