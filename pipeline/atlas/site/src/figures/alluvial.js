@@ -42,7 +42,8 @@ function draw(columns, ranked, ribbons, width) {
   const scale = (bottom - top - gap * ranked.length) / Math.max(1, most);
   const placed = columns.map((site, c) => stack(site, left + (c + 0.5) * step, ranked, { scale, gap, top, bottom }));
   const position = new Map(columns.map((site, c) => [site.i, c]));
-  const groups = ranked.map((item) => group(item, placed, ribbons, { position, scale, bar, columns }));
+  const labels = labelPlaces(ranked, placed, bar);
+  const groups = ranked.map((item) => group(item, placed, ribbons, { position, scale, bar, columns, labels }));
   const nth = everyNth(columns.length, right - left, 30);
   const marks = columns.map((site, c) => c % nth === 0 && text(left + (c + 0.5) * step, height - 6, site.layer, { anchor: "middle" }));
   return svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "group", "aria-label": "Communities through the layers", class: "alluvial" }, groups, marks);
@@ -62,15 +63,37 @@ function stack(site, x, ranked, { scale, gap, top, bottom }) {
   return bars;
 }
 
-function group(item, placed, ribbons, { position, scale, bar, columns }) {
+// A label stands beside the tallest bar of its community, where it runs into no other label.
+function labelPlaces(ranked, placed, bar) {
+  const taken = [];
+  const places = new Map();
+  const wanted = ranked.map((item) => ({ item, at: tallest(placed, item.id) })).filter(({ at }) => at && at.height > 11);
+  wanted.sort((a, b) => b.at.height - a.at.height);
+  for (const { item, at } of wanted) {
+    const name = clip(nameOf(item), 22);
+    const box = { x: at.x + bar / 2 + 4, y: at.y + at.height / 2, width: name.length * 6.4 + 4 };
+    if (taken.some((other) => Math.abs(other.y - box.y) < 12 && other.x < box.x + box.width && box.x < other.x + other.width)) continue;
+    taken.push(box);
+    places.set(item.id, { ...box, name });
+  }
+  return places;
+}
+
+const nameOf = (item) => visible(clip(item.label || `community ${item.id}`, 40));
+
+function tallest(placed, id) {
+  return placed.map((bars) => bars.get(id)).reduce((best, one) => ((one?.height ?? 0) > (best?.height ?? 0) ? one : best), null);
+}
+
+function group(item, placed, ribbons, { position, scale, bar, columns, labels }) {
   const own = ribbons.filter((ribbon) => ribbon.community === item.id && position.get(ribbon.target) === position.get(ribbon.source) + 1);
   const paths = own.map((ribbon) => ribbonPath(placed[position.get(ribbon.source)].get(item.id), placed[position.get(ribbon.target)].get(item.id), ribbon.n * scale, bar));
   const bars = placed.map((bars_) => bars_.get(item.id)).filter(Boolean);
   const rects = bars.map(({ x, y, height }) => svg("rect", { x: x - bar / 2, y, width: bar, height: Math.max(0.5, height), class: "community-bar" }));
-  const widest = bars.reduce((best, one) => (one.height > (best?.height ?? 0) ? one : best), null);
-  const name = visible(clip(item.label || `community ${item.id}`, 40));
-  const summary = `${name}: ${count(item.size)} features in ${bars.length} layers, most in ${columns[placed.findIndex((bars_) => bars_.get(item.id) === widest)]?.short ?? "none"}`;
-  const label = widest && widest.height > 13 && text(widest.x + bar / 2 + 4, widest.y + widest.height / 2 + 4, clip(name, 22), { className: "community-label" });
+  const top = placed.findIndex((stack_) => stack_.get(item.id) === tallest(placed, item.id));
+  const summary = `${nameOf(item)}: ${count(item.size)} features in ${bars.length} layers, most in ${columns[top]?.short ?? "none"}`;
+  const at = labels.get(item.id);
+  const label = at && text(at.x, at.y + 4, at.name, { className: "community-label" });
   return svg("a", { href: link(`community/${item.id}`), class: `community ${colourOf(item.rank)}`, "aria-label": summary }, svg("title", {}, summary), paths, rects, label);
 }
 

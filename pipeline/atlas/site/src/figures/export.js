@@ -5,20 +5,19 @@ import { h, wellFormed } from "../dom.js";
 const STYLES = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-opacity", "stroke-dasharray", "stroke-linecap", "font-size", "font-family", "font-weight", "opacity", "text-anchor", "dominant-baseline"];
 
 /** A figure element: the drawing, its caption, the buttons that save it and its table twin.
- *  `rows` is () => { head: [...], rows: [[...]] }; `name` starts the names of saved files. */
-export function figure({ name, title, drawing, caption, rows, open = false }) {
+ *  `rows` is () => { head: [...], rows: [[...]] }; `name` starts the names of saved files. A `list` is a table already. */
+export function figure({ name, title, drawing, list, caption, rows }) {
   const twin = h("div", { class: "twin" });
   const details = h("details", { class: "twin-details" }, h("summary", {}, "Table"), twin);
   details.addEventListener("toggle", () => details.open && !twin.firstChild && twin.append(plainTable(rows(), title)));
-  if (open) details.open = true;
   const picture = () => (drawing instanceof SVGElement ? drawing : drawing.querySelector("svg"));
   return h(
     "figure",
     { class: "figure" },
     h("div", { class: "figure-head" }, title && h("h3", {}, title), saveButtons({ name, picture: drawing && picture, rows })),
-    drawing && h("div", { class: "drawing" }, drawing),
+    drawing ? h("div", { class: "drawing" }, drawing) : list,
     caption && h("figcaption", {}, caption),
-    rows && details,
+    rows && drawing && details,
   );
 }
 

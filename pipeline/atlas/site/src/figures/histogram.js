@@ -14,7 +14,7 @@ export function activationHistogram(card, { log2_low, bins_per_octave }) {
 
   function draw(width) {
     const height = 150;
-    const [left, right, top, bottom] = [8, width - 8, 14, height - 34];
+    const [left, right, top, bottom] = [16, width - 16, 14, height - 34];
     const x = linear(edge(first), edge(last + 1), left, right);
     const most = Math.max(...card.histogram);
     const y = linear(0, most, bottom, top);

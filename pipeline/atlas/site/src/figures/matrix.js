@@ -76,7 +76,7 @@ export function linkMatrix(atlas, model) {
   const selector = choice({ label: "Show", value: state.measure, options: usable.map(([id, measure]) => [id, measure.name]), onchange: (id) => ((state.measure = id), box.redraw()) });
   show(detail, h("p", { class: "quiet" }, "Choose a cell to read its numbers and its null."));
   const key = h("span", { class: "shade-key", role: "img", "aria-label": "Shades from 0 to 1" }, "0", Array.from({ length: 9 }, (_, i) => h("span", { class: `swatch shade${i + 1}`, "aria-hidden": "true" })), "1");
-  return figure({ name: "link-matrix", title: "Links between layers", drawing: h("div", {}, h("div", { class: "controls" }, selector, key), box, detail), caption: "Rows: the layer a link starts from; columns: the layer it reaches. Pairs of neighbouring layers lie next to the diagonal.", rows: () => pairRows(atlas, model) });
+  return figure({ name: "link-matrix", title: "Links between layers", drawing: h("div", {}, h("div", { class: "controls" }, selector, key), h("div", { class: "matrix-box" }, box, detail)), caption: "Rows: the layer a link starts from; columns: the layer it reaches. Pairs of neighbouring layers lie next to the diagonal.", rows: () => pairRows(atlas, model) });
   function at2(i) {
     return sites.find((site) => site.i === i)?.short;
   }

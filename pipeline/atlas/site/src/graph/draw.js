@@ -29,7 +29,7 @@ export function drawGraph(picture, { width, chosen, onchoose, onopen, onmore }) 
 
 function place(picture, width) {
   const columns = columnsOf(picture);
-  const columnWidth = Math.max(128, Math.min(250, Math.floor((width - 16) / columns.list.length)));
+  const columnWidth = Math.max(162, Math.min(250, Math.floor((width - 16) / columns.list.length)));
   const index = new Map(picture.nodes.map((node, i) => [node.key, i]));
   const nodes = picture.nodes.map((node) => ({ column: columns.of.get(siteOf(node.key)) }));
   const edges = picture.edges.map((edge) => ({ a: index.get(edge.source), b: index.get(edge.target), weight: 0.05 + edge.strength ** 2 }));
@@ -89,7 +89,7 @@ function drawNode(node, { at, boxWidth }, picture) {
 const densityShare = (density) => Math.max(0, Math.min(1, (Math.log10(Math.max(density, 1e-9)) + 5) / 4));
 
 function stub(x, n, anchor) {
-  return svg("text", { x, y: BOX / 2 + 4, "text-anchor": anchor, class: "stub" }, `+${n > 99 ? "99" : n}`);
+  return svg("text", { x, y: BOX + 1, "text-anchor": anchor, class: "stub" }, `+${n > 99 ? "99" : n}`);
 }
 
 function listen(self) {

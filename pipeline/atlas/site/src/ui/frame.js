@@ -40,7 +40,7 @@ export function openFrame(root, atlas, live) {
     main,
   );
   addEventListener("keydown", (event) => shortcut(event, box));
-  let first = true;
+  let shown = 0;
   return {
     busy: (is) => show(progress, is ? h("span", {}, "Reading …") : null),
     show({ title, node, wide }, route) {
@@ -49,8 +49,8 @@ export function openFrame(root, atlas, live) {
       links.get(route.view)?.setAttribute("aria-current", "page");
       main.classList.toggle("wide", Boolean(wide));
       show(main, node);
-      if (!first) focusHeading(main);
-      first = false;
+      if (shown) focusHeading(main);
+      main.dataset.shown = ++shown;
     },
   };
 }

@@ -11,7 +11,7 @@ export function virtualTable({ columns, rows, link, label, sort, down = true, on
   let shown = rows;
   const body = h("div", { class: "v-body", role: "rowgroup" });
   const head = h("div", { class: "v-row v-head", role: "row", "aria-rowindex": 1 });
-  const scroller = h("div", { class: "v-scroll", tabindex: -1 }, h("div", { class: "v-table", role: "table", "aria-label": label }, h("div", { role: "rowgroup", class: "v-headgroup" }, head), body));
+  const scroller = h("div", { class: "v-scroll", tabindex: -1, style: { "--row": `${height}px` } }, h("div", { class: "v-table", role: "table", "aria-label": label }, h("div", { role: "rowgroup", class: "v-headgroup" }, head), body));
   const table = scroller.firstChild;
   let sorting = { name: sort, down };
 

@@ -70,7 +70,7 @@ function neverFired(view) {
 }
 
 function evidence(view) {
-  return h("div", { class: "card-grid" }, h("div", {}, labelTable(view), examplesSection(view)), h("div", {}, histogram(view), tokenTable(view, "token", "Fires on"), tokenTable(view, "previous", "After"), outputTables(view)));
+  return h("div", { class: "card-grid" }, h("div", {}, labelTable(view), examplesSection(view)), h("div", {}, histogram(view), tokenTable(view, "token", "Fires on"), tokenTable(view, "previous", "Fires after"), outputTables(view)));
 }
 
 function labelTable({ card, atlas }) {
@@ -130,8 +130,8 @@ function outputTables({ card, vocabulary }) {
 
 function places(view) {
   const { card, atlas, id } = view;
-  const figureOf = (name, title, rows) => rows.length > 1 && figure({ name: `${name}-${id.replace("/", "-")}`, title, drawing: name === "positions" ? rateBars(rows, title) : shareRows(rows), rows: () => ({ head: [name, "firings", "rate", "times the mean"], rows: rows.map((row) => [row.name, row.firings, row.rate, row.lift]) }) });
-  return h("section", {}, h("h2", {}, "Where it fires"), h("div", { class: "columns three" }, figureOf("positions", "Position in the context, relative to the mean", positionRows(card, atlas.manifest)), figureOf("sources", "Sources", sourceRows(card, atlas.manifest)), figureOf("topics", "Topics of documents", topicRows(card, atlas.manifest))));
+  const figureOf = (name, title, rows) => rows.length > 1 && figure({ name: `${name}-${id.replace("/", "-")}`, title, ...(name === "positions" ? { drawing: rateBars(rows, title), caption: "How often it fires there; the dashed line is its mean." } : { list: shareRows(rows) }), rows: () => ({ head: [name, "firings", "rate", "times the mean"], rows: rows.map((row) => [row.name, row.firings, row.rate, row.lift]) }) });
+  return h("section", {}, h("h2", {}, "Where it fires"), h("div", { class: "columns three" }, figureOf("positions", "Position in the context", positionRows(card, atlas.manifest)), figureOf("sources", "Sources", sourceRows(card, atlas.manifest)), figureOf("topics", "Topics of documents", topicRows(card, atlas.manifest))));
 }
 
 function shareRows(rows) {

@@ -10,7 +10,7 @@ import { drawGraph } from "../graph/draw.js";
 import { edgeRows, graphDocument } from "../graph/rows.js";
 import { select } from "../graph/select.js";
 import { link, parseFeature, remember } from "../route.js";
-import { checkbox, copyButton, empty, labelText, ownLabel, slider } from "../ui/parts.js";
+import { checkbox, CLASS_NAMES, copyButton, empty, labelText, ownLabel, slider } from "../ui/parts.js";
 import { nodePanel } from "./panel.js";
 import { labelsOf } from "./search.js";
 
@@ -33,9 +33,9 @@ export async function graph({ atlas, key, options, alive }) {
     head,
     controls(view),
     status,
-    h("div", { class: "graph-columns" }, figure({ name: `flow-${atlas.id(key).replace("/", "-")}`, drawing: stage, caption: "Link: wider and darker is stronger above chance; solid: each is the other’s best; dashed: one way. ◆ removing the source silenced the target in most trials; ◇ tested, mostly not. Keys: arrows walk, Enter opens the card, + shows more links.", rows: twin.rows }), panel),
+    h("div", { class: "graph-columns" }, figure({ name: `flow-${atlas.id(key).replace("/", "-")}`, drawing: h("div", {}, legend(), stage), caption: "A link is wider and more opaque the further it is above chance; solid: each is the other’s best; dashed: one way. ◆ removing the source silenced the target in most trials; ◇ tested, mostly not. “+3”: links not shown. Keys: arrows walk, Enter opens the card, + shows more links.", rows: twin.rows }), panel),
   );
-  await redraw(view);
+  requestAnimationFrame(() => watchWidth(view)); // the page is in the document then, and has a width
   return { title: `Flow of ${atlas.id(key)}`, node, wide: true };
 }
 
@@ -46,6 +46,12 @@ function readState(atlas, options) {
   };
   const opened = (options.get("x") ?? "").split(",").filter(Boolean).map((id) => atlas.key(parseFeature(id)));
   return { b: number("b", 0, 40), f: number("f", 0, 40), k: number("k", 1, 8), t: number("t", 0, 1), n: number("n", 5, 300), m: number("m", 0, 1), opened: new Set(opened.filter((key) => key !== null)), chosen: atlas.key(parseFeature(options.get("s") ?? "")) };
+}
+
+function legend() {
+  const strokes = ["residual", "MLP", "attention"].map((name) => h("li", {}, h("span", { class: `stroke ${name.toLowerCase()}`, "aria-hidden": "true" }), name));
+  const classes = ["translated", "processed", "newborn", "unexplained"].map((name) => h("li", {}, h("span", { class: `swatch class-${name}`, "aria-hidden": "true" }), CLASS_NAMES[name]));
+  return h("ul", { class: "legend" }, strokes, classes, h("li", {}, "● how often it fires"));
 }
 
 async function heading(atlas, key) {
@@ -75,6 +81,15 @@ function controls(view) {
     copyButton(() => location.href, "Copy link"),
     h("button", { type: "button", class: "action", onclick: () => saveText(`flow-${atlas.id(view.key).replace("/", "-")}.json`, JSON.stringify(graphDocument(view.picture), null, 1), "application/json") }, "Save JSON"),
   );
+}
+
+function watchWidth(view) {
+  let width = 0;
+  new ResizeObserver(() => {
+    if (Math.abs(view.stage.clientWidth - width) < 4) return;
+    width = view.stage.clientWidth;
+    redraw(view).catch((error) => show(view.stage, h("p", { class: "warning", role: "alert" }, error.message)));
+  }).observe(view.stage);
 }
 
 async function redraw(view) {

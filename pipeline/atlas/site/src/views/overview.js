@@ -24,8 +24,7 @@ export async function overview({ atlas }) {
     h("p", { class: "lead" }, describe(atlas)),
     headline(atlas.manifest.headline ?? {}),
     stripFigure(atlas),
-    atlas.has.flow && matrixFigures(atlas, model),
-    beginnings(atlas, trunks, steering),
+    atlas.has.flow ? matrixFigures(atlas, model, beginnings(atlas, trunks, steering)) : beginnings(atlas, trunks, steering),
     sitesFigure(atlas),
   );
   return { title: "Overview", node };
@@ -51,18 +50,23 @@ function stripFigure(atlas) {
   return figure({ name: "layers", title: "What happens to features, layer by layer", drawing: box, caption, rows });
 }
 
-function matrixFigures(atlas, model) {
+function matrixFigures(atlas, model, begin) {
   return h(
     "div",
     { class: "columns" },
     linkMatrix(atlas, model),
-    figure({
-      name: "links-and-null",
-      title: "Links of neighbouring layers against chance",
-      drawing: nullFigure(atlas, model),
-      caption: "Median cosine of a feature with its best predecessor one layer earlier, against the same number for a null model of the pair. The dashed line is the acceptance threshold.",
-      rows: () => pairRows(atlas, model),
-    }),
+    h(
+      "div",
+      {},
+      figure({
+        name: "links-and-null",
+        title: "Links of neighbouring layers against chance",
+        drawing: nullFigure(atlas, model),
+        caption: "Median cosine of a feature with its best predecessor one layer earlier, against the same number for a null model of the pair. The dashed line is the acceptance threshold.",
+        rows: () => pairRows(atlas, model),
+      }),
+      begin,
+    ),
   );
 }
 
@@ -78,7 +82,7 @@ function beginnings(atlas, trunks, steering) {
     h("h2", {}, "Where to begin"),
     h(
       "div",
-      { class: "columns" },
+      {},
       labelled.length > 0 && h("div", {}, h("h3", {}, "Features that run through many layers"), h("ul", { class: "links" }, labelled.map((trunk) => item(trunk.features[Math.floor(trunk.features.length / 2)], trunk.label, `${trunk.features.length} layers`))), h("p", {}, h("a", { href: link("trunks") }, "All trunks"))),
       steered.length > 0 && h("div", {}, h("h3", {}, "Features the model was steered with"), h("ul", { class: "links" }, steered.map((id) => item(id, labelOf.get(id))))),
     ),
@@ -92,11 +96,10 @@ function sitesFigure(atlas) {
   return h(
     "section",
     {},
-    figure({ name: "dictionaries", title: "Dictionaries", rows: () => ({ head, rows: atlas.sites.map(cells) }) }),
-    h(
+    figure({ name: "dictionaries", title: "Dictionaries", rows: () => ({ head, rows: atlas.sites.map(cells) }), list: h(
       "div",
       { class: "scroll tall", tabindex: 0, role: "region", "aria-label": "Dictionaries" },
       h("table", { class: "plain" }, h("thead", {}, h("tr", {}, head.map((name, i) => h("th", { scope: "col", class: i ? "number" : null }, name)))), h("tbody", {}, shown.map((row) => h("tr", {}, row.map((cell, i) => h(i ? "td" : "th", { scope: i ? null : "row", class: i ? "number" : null }, cell)))))),
-    ),
+    ) }),
   );
 }

@@ -12,13 +12,13 @@ import { tokenChip, visible } from "../ui/tokens.js";
 import { virtualTable } from "../ui/virtual.js";
 
 const MOST = 5000;
-const MOST_TOKENS = 12;
+const MOST_TOKENS = 8;
 
 export async function search({ atlas, options, alive }) {
   const query = options.get("q") ?? "";
   const state = { site: options.get("site") ?? "", run: 0 };
   const [labels, tokens, status] = [h("div", {}), h("div", {}), h("p", { class: "quiet", role: "status" })];
-  const input = h("input", { type: "search", value: query, placeholder: "Words of a label, a token, or L12/402", "aria-label": "Search labels and tokens", class: "large", autofocus: true });
+  const input = h("input", { type: "search", value: query, placeholder: "Words of a label, a token, or L12/402", "aria-label": "Search labels and tokens", class: "large" });
   let timer;
   const later = () => {
     clearTimeout(timer);
@@ -127,7 +127,7 @@ export async function labelsOf(atlas, keys) {
 }
 
 function tokenGroup(atlas, vocabulary, token, list, names) {
-  const rows = (kind) => list.filter((entry) => entry.kind === kind).slice(0, 12);
+  const rows = (kind) => list.filter((entry) => entry.kind === kind).slice(0, 6);
   const group = (kind, title) => rows(kind).length > 0 && [h("h4", {}, title), h("ul", { class: "ranked" }, rows(kind).map((entry) => h("li", {}, featureLink(atlas.id(entry.key)), " ", labelText(names.get(entry.key) ?? "", 70), kind === 0 && shareBar(entry.weight / 255, percent(entry.weight / 255)))))];
   return h("div", { class: "token-group" }, h("h3", {}, tokenChip(vocabulary.text(token)), h("span", { class: "quiet" }, ` token ${token}`)), group(0, "fire on it (share of their activation)"), group(1, "promote it"));
 }

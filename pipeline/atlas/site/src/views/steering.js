@@ -70,7 +70,7 @@ function effectPlot(rows, name) {
     },
     { label: name },
   );
-  return h("div", {}, legend, plot);
+  return h("div", { class: "effect-box" }, legend, plot);
 }
 
 // Live: unsteered and steered samples side by side as the server writes them.
