@@ -15,8 +15,8 @@ their codes, and the table of edges. Sources: Feature Flow (arXiv 2502.03032) §
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, assert_never
 
 import numpy as np
@@ -26,21 +26,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data.sites import Site
-from pipeline.flow.directions import Directions, directions_of
+from data.store.cluster import Machines, map_shards
 from pipeline.flow.edges import EdgeColumns, edges_of
-from pipeline.flow.functional import FEW_FIRINGS, Codes, Cofiring, compare_firing, encode_tokens
+from pipeline.flow.functional import FEW_FIRINGS, Cofiring, compare_firing
 from pipeline.flow.match import match
 from pipeline.flow.nodes import Side, node_table
-from pipeline.flow.null import FarLayers, NullSample, NullSampler, Rotation, mirrored
+from pipeline.flow.null import DirectionNull, FarLayers, NullSample, NullSampler, Rotation, mirrored
 from pipeline.flow.options import Automatic, Calibrated, Fixed, LinkOptions
 from pipeline.flow.pair_report import edge_table, pair_row
 from pipeline.flow.pairing import Pair, Pairing, Relation, StartRelation, far_site, pair_sites, start_relation
+from pipeline.flow.shelf import HeldOut, Shelf
 from pipeline.flow.significance import p_values, q_values
+from pipeline.flow.sources import facts_of
 from sae import Sae
 from sae.report import Progress, silent
-
-HeldOut = Callable[[Site], Iterable[Float[Tensor, "token d_in"]]]
-"""Batches of held-out activations at a site; every site must give the same tokens in the same order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,6 @@ class PairLinks:
     """One pair of dictionaries, linked."""
 
     pair: Pair
-    columns: EdgeColumns
     edges: pd.DataFrame
     report: dict[str, Any]
 
@@ -73,6 +71,30 @@ class Evidence:
     q: Float[np.ndarray, "edge"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """Neighbouring pairs that one worker links, and all it needs for that. Travels between processes."""
+
+    pairs: tuple[Pair, ...]
+    dictionaries: Mapping[Site, Sae]
+    facts: Mapping[Site, Mapping[str, Any]]
+    options: LinkOptions
+    held_out: HeldOut | None
+    start_nulls: Mapping[Relation, NullSample]
+    projections: Mapping[Site, Tensor]
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StretchLinks:
+    """What came of a stretch."""
+
+    pairs: tuple[Pair, ...]
+    linked: list[PairLinks]
+    sides: dict[Site, Side]
+    warnings: list[str]
+
+
 def link_dictionaries(
     dictionaries: Mapping[Site, Sae],
     *,
@@ -82,93 +104,74 @@ def link_dictionaries(
     projections: Mapping[Site, Float[Tensor, "d_out d_model"]] | None = None,
     device: str = "cpu",
     progress: Progress = silent,
+    machines: Machines | None = None,
 ) -> Links:
     """Link all neighbouring dictionaries. Needs only decoders; with `held_out` links carry firing evidence and latents
     that never fire are left out. `start_nulls` are samples of the best cosines that inertia alone leaves between
     dictionaries of one start (start_null.py), by relation. A mapping that loads on access keeps memory at a few
-    dictionaries. Raises UserError."""
+    dictionaries. `machines` with a Dask scheduler spreads the pairs over its workers. Raises UserError."""
     settings = options or LinkOptions()
+    facts = facts_of(dictionaries)
     pairing = pair_sites(dictionaries)
-    shelf = _Shelf(dictionaries=dictionaries, held_out=held_out, projections=projections or {}, device=device)
-    linked = []
-    for done, pair in enumerate(pairing.pairs):
-        progress("link pairs", done, len(pairing.pairs))
-        linked.append(_link_pair(pair, shelf, settings, (start_nulls or {}).get(pair.relation)))
-    progress("link pairs", len(pairing.pairs), len(pairing.pairs))
-    return _assembled(linked, shelf, pairing, settings)
-
-
-@dataclass(kw_only=True)
-class _Shelf:
-    """Directions and codes of the sites in use; the last few are kept, since pairs come in order of depth."""
-
-    dictionaries: Mapping[Site, Sae]
-    held_out: HeldOut | None
-    projections: Mapping[Site, Tensor]
-    device: str
-    n_kept: int = 5
-    warnings: list[str] = field(default_factory=list)
-    sides: dict[Site, Side] = field(default_factory=dict)
-    _recent: dict[Site, tuple[Directions, Codes | None, Mapping[str, Any]]] = field(default_factory=dict)
-
-    def at(self, site: Site) -> tuple[Directions, Codes | None, Mapping[str, Any]]:
-        if site not in self._recent:
-            while len(self._recent) >= self.n_kept:
-                self._recent.pop(next(iter(self._recent)))
-            self._recent[site] = self._read(site)
-        return self._recent[site]
-
-    def _read(self, site: Site) -> tuple[Directions, Codes | None, Mapping[str, Any]]:
-        sae = self.dictionaries[site]
-        whole = directions_of(sae.W_dec, name=site.short, projection=self.projections.get(site), device=self.device)
-        codes = None if self.held_out is None else encode_tokens(sae, self.held_out(site))
-        alive = (
-            whole.usable
-            if codes is None
-            else whole.usable & torch.from_numpy(codes.n_fired > 0).to(whole.usable.device)
-        )
-        if site not in self.sides:
-            self.warnings.extend(whole.warnings)
-            self.sides[site] = _side(site, whole, alive, codes)
-            if silent_latents := int((whole.usable & ~alive).sum()):
-                self.warnings.append(
-                    f"{site.short}: {silent_latents} latents never fired on the held-out tokens; left out"
-                )
-            if not bool(alive.any()):
-                self.warnings.append(f"{site.short}: no latent is alive; the site has no links")
-        return whole.restricted(alive), codes, sae.metadata
-
-
-def _side(site: Site, whole: Directions, alive: Tensor, codes: Codes | None) -> Side:
-    return Side(
-        site=site,
-        alive=alive.cpu().numpy(),
-        n_fired=None if codes is None else codes.n_fired,
-        n_tokens=0 if codes is None else codes.n_tokens,
-        mean_share=whole.mean_share,
-        n_duplicates=whole.n_duplicates,
+    whole = Stretch(
+        pairs=pairing.pairs,
+        dictionaries=dictionaries,
+        facts=facts,
+        options=settings,
+        held_out=held_out,
+        start_nulls=start_nulls or {},
+        projections=projections or {},
+        device=device,
     )
+    if machines is None or machines.scheduler is None:
+        done = [link_stretch(whole, progress)]
+    else:
+        done = list(map_shards(link_stretch, _cut(whole, 2 * max(1, machines.n_workers)), machines))
+    return _assembled(done, dictionaries, pairing, settings)
 
 
-def _link_pair(pair: Pair, shelf: _Shelf, options: LinkOptions, start_null: NullSample | None) -> PairLinks:
-    source, source_codes, source_facts = shelf.at(pair.source)
-    target, target_codes, target_facts = shelf.at(pair.target)
-    start = start_relation(source_facts, target_facts)
-    found = match(source, target, k=max(options.top_k, 2), tile=options.tile)
+def link_stretch(stretch: Stretch, progress: Progress = silent) -> StretchLinks:
+    """Link the pairs of one stretch, in order of depth."""
+    shelf = Shelf(
+        dictionaries=stretch.dictionaries,
+        held_out=stretch.held_out,
+        projections=stretch.projections,
+        device=stretch.device,
+    )
+    linked = []
+    for place, pair in enumerate(stretch.pairs):
+        progress("link pairs", place, len(stretch.pairs))
+        linked.append(_link_pair(pair, shelf, stretch))
+    progress("link pairs", len(stretch.pairs), len(stretch.pairs))
+    return StretchLinks(pairs=stretch.pairs, linked=linked, sides=shelf.sides, warnings=shelf.warnings)
+
+
+def _cut(whole: Stretch, n: int) -> list[Stretch]:
+    """At most `n` stretches of neighbouring pairs."""
+    parts = np.array_split(np.arange(len(whole.pairs)), min(n, len(whole.pairs)))
+    return [replace(whole, pairs=tuple(whole.pairs[i] for i in part)) for part in parts]
+
+
+def _link_pair(pair: Pair, shelf: Shelf, stretch: Stretch) -> PairLinks:
+    options = stretch.options
+    source, target = shelf.at(pair.source), shelf.at(pair.target)
+    start = start_relation(stretch.facts[pair.source], stretch.facts[pair.target])
+    found = match(source.directions, target.directions, k=max(options.top_k, 2), tile=options.tile)
     columns = edges_of(found, top_k=options.top_k)
-    nulls = _null_samples(pair, shelf, options, start, start_null)
-    rng = np.random.default_rng([options.seed, *_numbers(pair)])
+    nulls = _null_samples(pair, shelf, stretch, start)
     cofiring = None
-    if source_codes is not None and target_codes is not None:
-        cofiring = compare_firing(
-            source_codes, target_codes, (columns.source, columns.target), rng=rng, n_chance=options.n_null
-        )
+    if source.codes is not None and target.codes is not None:
+        rng = np.random.default_rng([options.seed, *_numbers(pair)])
+        links = (columns.source, columns.target)
+        cofiring = compare_firing(source.codes, target.codes, links, rng=rng, n_chance=options.n_null)
     evidence = _judge(columns, nulls, cofiring, must_fire=start == "same_start")
     kept = _kept(columns, evidence, pair, options)
+    few = None if target.codes is None else target.codes.n_fired < FEW_FIRINGS
+    fdr = options.thresholds.fdr if isinstance(options.thresholds, Calibrated) else Calibrated().fdr
+    names = [site.short for site in stretch.facts]
     return PairLinks(
         pair=pair,
-        columns=columns,
-        edges=edge_table(pair, columns, evidence, cofiring, kept, sites=[site.short for site in shelf.dictionaries]),
+        edges=edge_table(pair, columns, evidence, cofiring, kept, sites=names),
         report=pair_row(
             pair,
             columns,
@@ -177,28 +180,23 @@ def _link_pair(pair: Pair, shelf: _Shelf, options: LinkOptions, start_null: Null
             kept,
             start=start,
             nulls=nulls,
-            n_sources=source.n_latents,
-            few=None if target_codes is None else target_codes.n_fired < FEW_FIRINGS,
-            fdr=options.thresholds.fdr if isinstance(options.thresholds, Calibrated) else Calibrated().fdr,
+            n_sources=source.directions.n_latents,
+            few=few,
+            fdr=fdr,
         ),
     )
 
 
-def _null_samples(
-    pair: Pair, shelf: _Shelf, options: LinkOptions, start: StartRelation, start_null: NullSample | None
-) -> list[NullSample]:
-    source, target = shelf.at(pair.source)[0], shelf.at(pair.target)[0]
-    if not bool(source.usable.any()) or not bool(target.usable.any()):
+def _null_samples(pair: Pair, shelf: Shelf, stretch: Stretch, start: StartRelation) -> list[NullSample]:
+    """The nulls that apply to a pair; none when one side is dead."""
+    options = stretch.options
+    if not all(bool(shelf.at(site).directions.usable.any()) for site in (pair.source, pair.target)):
         return []
-    entropy = np.random.SeedSequence([options.seed, *_numbers(pair)])
-    generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
     match options.null:
         case Automatic():
-            samples = [
-                NullSampler(choice=Rotation(), n=options.n_null, tile=options.tile).sample(source, target, generator)
-            ]
+            samples = [_drawn(Rotation(), pair, shelf, options)]
             if start == "same_start":
-                inertia = start_null or _far_sample(pair, shelf, None)
+                inertia = stretch.start_nulls.get(pair.relation) or _far_sample(pair, shelf, None)
                 samples += [inertia] if inertia is not None else []
                 if inertia is None:
                     shelf.warnings.append(
@@ -209,26 +207,25 @@ def _null_samples(
             sample = _far_sample(pair, shelf, distance)
             if sample is None:
                 shelf.warnings.append(f"{pair}: no dictionary is far enough for the far-layer null; rotation used")
-                return [
-                    NullSampler(choice=Rotation(), n=options.n_null, tile=options.tile).sample(
-                        source, target, generator
-                    )
-                ]
-            return [sample]
+            return [sample or _drawn(Rotation(), pair, shelf, options)]
         case choice:
-            return [NullSampler(choice=choice, n=options.n_null, tile=options.tile).sample(source, target, generator)]
+            return [_drawn(choice, pair, shelf, options)]
 
 
-def _far_sample(pair: Pair, shelf: _Shelf, min_distance: int | None) -> NullSample | None:
+def _drawn(choice: DirectionNull, pair: Pair, shelf: Shelf, options: LinkOptions) -> NullSample:
+    entropy = np.random.SeedSequence([options.seed, *_numbers(pair)])
+    generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
+    sampler = NullSampler(choice=choice, n=options.n_null, tile=options.tile)
+    return sampler.sample(shelf.at(pair.source).directions, shelf.at(pair.target).directions, generator)
+
+
+def _far_sample(pair: Pair, shelf: Shelf, min_distance: int | None) -> NullSample | None:
     far = far_site(pair, list(shelf.dictionaries), min_distance)
-    if far is None:
+    if far is None or not bool(shelf.at(far).directions.usable.any()):
         return None
-    target = shelf.at(pair.target)[0]
-    other = shelf.at(far)[0]
-    if not bool(other.usable.any()):
-        return None
-    best = match(other, target, k=1).predecessors.cosine[target.usable, 0].cpu().numpy()
-    return NullSample(name=f"far layers ({far.short})", best_cosine=mirrored(best))
+    target = shelf.at(pair.target).directions
+    best = match(shelf.at(far).directions, target, k=1).predecessors.cosine[target.usable, 0]
+    return NullSample(name=f"far layers ({far.short})", best_cosine=mirrored(best.cpu().numpy()))
 
 
 def _judge(columns: EdgeColumns, nulls: list[NullSample], cofiring: Cofiring | None, *, must_fire: bool) -> Evidence:
@@ -255,14 +252,21 @@ def _numbers(pair: Pair) -> tuple[int, ...]:
     return (pair.source.layer, len(pair.source.kind), pair.target.layer, len(pair.target.kind))
 
 
-def _assembled(linked: list[PairLinks], shelf: _Shelf, pairing: Pairing, options: LinkOptions) -> Links:
+def _assembled(
+    done: list[StretchLinks], dictionaries: Mapping[Site, Sae], pairing: Pairing, options: LinkOptions
+) -> Links:
+    done = sorted(done, key=lambda part: pairing.pairs.index(part.pairs[0]))
+    linked = [pair for part in done for pair in part.linked]
+    sides = {site: side for part in done for site, side in part.sides.items()}
+    warnings = dict.fromkeys([*pairing.warnings, *(text for part in done for text in part.warnings)])
+    alone = Shelf(dictionaries=dictionaries)
+    for site in dictionaries:
+        if site not in sides:  # a module without a residual site: its features are nodes without links
+            alone.at(site)
     edges = pd.concat([pair.edges for pair in linked], ignore_index=True)
-    for site in shelf.dictionaries:
-        if site not in shelf.sides:  # a module without a residual site: its features are nodes without links
-            shelf.at(site)
     return Links(
-        nodes=node_table(shelf.sides, edges, seed=options.seed),
+        nodes=node_table(sides | alone.sides, edges, seed=options.seed),
         edges=edges,
         pairs=pd.DataFrame([pair.report for pair in linked]),
-        warnings=(*pairing.warnings, *shelf.warnings),
+        warnings=tuple(warnings),
     )

@@ -27,6 +27,7 @@ from pipeline.flow.directions import directions_of
 from pipeline.flow.match import best_cosines
 from pipeline.flow.null import NullSample, Spectrum, rotated_within
 from pipeline.flow.pairing import Pair, Relation, pair_sites, start_relation
+from pipeline.flow.sources import facts_of
 from sae import Sae
 from sae.architectures import AnyArchitecture, Architecture
 from sae.batches import InMemoryBatches
@@ -81,7 +82,7 @@ class Plan:
 def plan_nulls(dictionaries: Mapping[Site, Sae], n_per_relation: int) -> list[Plan]:
     """Which same-start pairs get a null of their own: `n_per_relation`, spread over the depth."""
     plans: dict[Relation, list[Plan]] = {}
-    facts = {site: dictionaries[site].metadata for site in dictionaries}
+    facts = facts_of(dictionaries)
     for pair in pair_sites(dictionaries).pairs:
         plan = _plan_of(pair, facts)
         if plan is not None:

@@ -32,7 +32,7 @@ from pipeline.flow.link import Links, link_dictionaries
 from pipeline.flow.null import NullSample
 from pipeline.flow.options import Automatic, Calibrated, LinkOptions, NullChoice, Thresholds
 from pipeline.flow.pairing import Relation
-from pipeline.flow.sources import DictionaryFolder, held_out_from
+from pipeline.flow.sources import DictionaryFolder, HeldOutRows
 from pipeline.flow.start_null import plan_nulls, pooled, start_sample
 from pipeline.flow.tables import write_tables
 from pipeline.flow.validation import TOP_1, ValidatedLinks, Validation, attach_evidence, validate_links
@@ -103,7 +103,7 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
 def _linked(config: Config, dictionaries: DictionaryFolder, store: ActivationStore, context: RunContext) -> Links:
     names = ("top_k", "null", "n_null", "thresholds", "seed")
     options = LinkOptions(**{name: getattr(config, name) for name in names})
-    held_out = held_out_from(store, config.functional_tokens) if config.functional_tokens else None
+    held_out = HeldOutRows.of(store, config.functional_tokens) if config.functional_tokens else None
     return link_dictionaries(
         dictionaries,
         options=options,
@@ -111,6 +111,7 @@ def _linked(config: Config, dictionaries: DictionaryFolder, store: ActivationSto
         start_nulls=_start_nulls(config, dictionaries, store, context),
         device=context.device,
         progress=context.progress,
+        machines=context,
     )
 
 

@@ -1,0 +1,78 @@
+"""Dictionaries in use → their directions and codes, read when first needed, a few kept.
+
+Pairs are linked in order of depth, so that each dictionary is read once or twice and no more than `n_kept` are held.
+What is learnt about a dictionary on the way (who is alive, what is odd) is kept for the node table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from data.sites import Site
+from pipeline.flow.directions import Directions, directions_of
+from pipeline.flow.functional import Codes, encode_tokens
+from pipeline.flow.nodes import Side
+from sae import Sae
+
+HeldOut = Callable[[Site], Iterable[Float[Tensor, "token d_in"]]]
+"""Batches of held-out activations at a site; every site must give the same tokens in the same order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One dictionary as linking sees it: living directions, and codes of the held-out tokens (None without tokens)."""
+
+    directions: Directions
+    codes: Codes | None
+
+
+@dataclass(kw_only=True)
+class Shelf:
+    """The dictionaries of a run. `sides` and `warnings` grow as dictionaries are read."""
+
+    dictionaries: Mapping[Site, Sae]
+    held_out: HeldOut | None = None
+    projections: Mapping[Site, Tensor] = field(default_factory=dict)
+    device: str = "cpu"
+    n_kept: int = 5
+    warnings: list[str] = field(default_factory=list)
+    sides: dict[Site, Side] = field(default_factory=dict)
+    _recent: dict[Site, Entry] = field(default_factory=dict)
+
+    def at(self, site: Site) -> Entry:
+        """The dictionary at a site; read again only if several others were asked for since."""
+        entry = self._recent.pop(site, None) or self._read(site)
+        while len(self._recent) >= self.n_kept:
+            self._recent.pop(next(iter(self._recent)))
+        self._recent[site] = entry
+        return entry
+
+    def _read(self, site: Site) -> Entry:
+        sae = self.dictionaries[site]
+        whole = directions_of(sae.W_dec, name=site.short, projection=self.projections.get(site), device=self.device)
+        codes = None if self.held_out is None else encode_tokens(sae, self.held_out(site))
+        fired = whole.usable if codes is None else torch.from_numpy(codes.n_fired > 0).to(whole.usable.device)
+        living = whole.restricted(fired)
+        if site not in self.sides:
+            self._note(site, whole, living, codes)
+        return Entry(directions=living, codes=codes)
+
+    def _note(self, site: Site, whole: Directions, living: Directions, codes: Codes | None) -> None:
+        self.sides[site] = Side(
+            site=site,
+            alive=living.usable.cpu().numpy(),
+            n_fired=None if codes is None else codes.n_fired,
+            n_tokens=0 if codes is None else codes.n_tokens,
+            mean_share=whole.mean_share,
+            n_duplicates=whole.n_duplicates,
+        )
+        self.warnings.extend(whole.warnings)
+        if n_silent := int((whole.usable & ~living.usable).sum()):
+            self.warnings.append(f"{site.short}: {n_silent} latents never fired on the held-out tokens; left out")
+        if not bool(living.usable.any()):
+            self.warnings.append(f"{site.short}: no latent is alive; the site has no links")
