@@ -126,7 +126,17 @@ def _make_world(sizes: Sizes) -> _World:
             sites += [(layer, "attn_out"), (layer, "mlp_out")]
         sites.append((layer, "resid_post"))
     words = [f" {w}{suffix}" for w in _WORDS for suffix in ("", "s", "ed", "ing", "ly", " of", "'s", "-like")]
-    vocabulary = [b"<|endoftext|>", b"\n", b".", b",", b"\xe2", b"\x80\x99", b"\xff\xfe", b"", *(w.encode() for w in words)]
+    vocabulary = [
+        b"<|endoftext|>",
+        b"\n",
+        b".",
+        b",",
+        b"\xe2",
+        b"\x80\x99",
+        b"\xff\xfe",
+        b"",
+        *(w.encode() for w in words),
+    ]
     if sizes.hostile:
         vocabulary += [text.encode("utf-8", "surrogatepass") for text in HOSTILE_TEXTS]
         vocabulary += [b"lone\xed\xa0\x80surrogate", b"x" * sizes.huge_token]
@@ -148,7 +158,9 @@ def _write_texts(folder: Path, world: _World) -> None:
         part = world.tokens[shard * sizes.rows_per_shard : (shard + 1) * sizes.rows_per_shard]
         _shard(folder, f"corpus/{shard:03d}", {}, token=part)
     documents = np.arange(sizes.n_documents)
-    titles = [HOSTILE_TEXTS[d % len(HOSTILE_TEXTS)] if d % 9 == 0 and sizes.hostile else f"Document {d}" for d in documents]
+    titles = [
+        HOSTILE_TEXTS[d % len(HOSTILE_TEXTS)] if d % 9 == 0 and sizes.hostile else f"Document {d}" for d in documents
+    ]
     _shard(
         folder,
         "corpus/documents",
@@ -191,7 +203,9 @@ def _make_links(world: _World) -> dict[int, np.ndarray]:
                 if (layer, module) in world.sites:
                     fed = np.flatnonzero(rng.random(n) < 0.3)
                     strength = np.clip(rng.normal(0.6, 0.12, len(fed)), 0.1, 0.99)
-                    world.links[site].append((world.index(layer, module), fed, rng.integers(0, n - 1, len(fed)), strength, 0))
+                    world.links[site].append(
+                        (world.index(layer, module), fed, rng.integers(0, n - 1, len(fed)), strength, 0)
+                    )
         chains[site] = identity
     return chains
 
@@ -302,7 +316,12 @@ def _write_cards(folder: Path, world: _World, site: int, name: str, density: np.
         latents = np.arange(first, min(first + 256, n))
         labels = [_card_labels(world, site, int(latent)) for latent in latents]
         document = {"first": first, "n": len(latents), "labels": labels}
-        _shard(folder, f"{name}/cards/{first // 256:03d}", document, **_card_columns(world, site, latents, density[latents]))
+        _shard(
+            folder,
+            f"{name}/cards/{first // 256:03d}",
+            document,
+            **_card_columns(world, site, latents, density[latents]),
+        )
 
 
 def _repad(payload: bytes, end: int) -> bytes:
@@ -316,7 +335,11 @@ def _card_labels(world: _World, site: int, latent: int) -> list[dict[str, Any]]:
     base = {"score": 0.81, "low": 0.74, "high": 0.87, "n": 210, "precision": 0.9, "recall": 0.75, "near_miss": 0.8}
     inherited = {"text": "days of the week", "method": 2, "from": "L0/3", "cosine": 0.93, "accepted": True, **base}
     if text in ("", "no simple rule"):
-        return [] if not text else [{"text": text, "method": 0, "score": None, "n": 0, "accepted": False, "from": None}, inherited]
+        return (
+            []
+            if not text
+            else [{"text": text, "method": 0, "score": None, "n": 0, "accepted": False, "from": None}, inherited]
+        )
     return [{"text": text, "method": latent % 3, "accepted": True, "from": None, **base}, inherited]
 
 
@@ -411,7 +434,9 @@ def _write_flow(folder: Path, world: _World) -> None:
             mine = [(t, c) for s, t, _, c, r in parts if s == source and r == 0]
             n = sum(len(t) for t, _ in mine)
             relation = {"resid_post": "residual", "mlp_out": "mlp", "attn_out": "attention"}[world.sites[source][1]]
-            pairs.append(_pair(source, target, relation, n, world, float(np.median(np.concatenate([c for _, c in mine])))))
+            pairs.append(
+                _pair(source, target, relation, n, world, float(np.median(np.concatenate([c for _, c in mine]))))
+            )
     residual = [i for i, (_, kind) in enumerate(world.sites) if kind == "resid_post"]
     for a, source in enumerate(residual):
         for target in residual[a + 2 :: 4]:
@@ -427,11 +452,23 @@ def _write_flow(folder: Path, world: _World) -> None:
         n_by_site = [int(40 - c + 20 * np.sin((i + c) / 6)) if world.sites[i][1] == "resid_post" else 0 for i in sites]
         n_by_site = [max(0, n) for n in n_by_site]
         communities.append(
-            {"id": c, "label": label, "size": sum(n_by_site), "n_by_site": n_by_site, "features": [f"L{c % world.sizes.n_layers}/{c}"], "tokens": tokens}
+            {
+                "id": c,
+                "label": label,
+                "size": sum(n_by_site),
+                "n_by_site": n_by_site,
+                "features": [f"L{c % world.sizes.n_layers}/{c}"],
+                "tokens": tokens,
+            }
         )
     communities.sort(key=lambda item: -item["size"])
     ribbons = [
-        {"source": a, "target": b, "community": item["id"], "n": int(0.8 * min(item["n_by_site"][a], item["n_by_site"][b]))}
+        {
+            "source": a,
+            "target": b,
+            "community": item["id"],
+            "n": int(0.8 * min(item["n_by_site"][a], item["n_by_site"][b])),
+        }
         for a, b in zip(residual, residual[1:], strict=False)
         for item in communities
     ]
@@ -453,7 +490,9 @@ def _trunk(world: _World, k: int) -> dict[str, Any]:
     length = max(2, int(world.sizes.n_layers * (1 - k / 2200)))
     first = int(rng.integers(0, world.sizes.n_layers - length + 1))
     cosine = np.clip(rng.normal(0.9, 0.06, length - 1), 0.3, 1)
-    label = HOSTILE_TEXTS[k] if world.sizes.hostile and k < len(HOSTILE_TEXTS) else f"fires on {_WORDS[k % len(_WORDS)]}"
+    label = (
+        HOSTILE_TEXTS[k] if world.sizes.hostile and k < len(HOSTILE_TEXTS) else f"fires on {_WORDS[k % len(_WORDS)]}"
+    )
     return {
         "features": [f"L{layer}/{int(rng.integers(0, n - 1))}" for layer in range(first, first + length)],
         "cosine": [round(float(c), 4) for c in cosine],

@@ -1,0 +1,213 @@
+"""The pages, from disk: nothing complains, nothing leaves the folder, every view is reached, numbers are those stored."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.browser
+
+ROUTES = (
+    "", "flow", "community/3", "trunks", "site/L2", "site/L1.mlp", "L3/30", "L3/3", "L1.mlp/7", "L5/299", "graph/L3/30",
+    "graph/L3/30?b=5&f=5&k=3&n=120", "search", "search?q=river", "search?q=script", "compare", "compare?f=L3/3,L4/6,L5/9",
+    "notes", "about", "try", "nothing/here", "L99/1",
+)  # fmt: skip
+
+
+def read_shard(world: Any, folder: Path, key: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A slow reader of the format, for comparison with what pages show."""
+    import base64
+    import gzip
+    import json
+
+    raw = gzip.decompress(base64.b64decode((folder / f"{key}.js").read_text().split('"')[3]))
+    (length,) = struct.unpack("<I", raw[4:8])
+    header = json.loads(raw[8 : 8 + length])
+    columns = {}
+    for entry in header["columns"]:
+        count = math.prod(entry["shape"])
+        dtype = np.dtype(entry["dtype"][0] + str(int(entry["dtype"][1:]) // 8))
+        columns[entry["name"]] = np.frombuffer(raw, dtype, count, 8 + length + entry["offset"]).reshape(entry["shape"])
+    return header["json"], columns
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_every_view_opens_from_disk_without_a_complaint_or_a_foreign_request_or_overflow(page: Any, width: int) -> None:
+    page.load(width=width)
+    for route in ROUTES:
+        page.go(route)
+        shown, room = page.js("return [document.documentElement.scrollWidth, innerWidth]")
+        assert shown <= room, f"{route} is {shown} px wide on {width} px"
+        assert page.text("h1"), route
+    assert page.complaints() == []
+    root = page.folder.as_uri()
+    assert [url for url in page.requests() if not url.startswith((root, "data:", "blob:"))] == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1440])
+def test_axe_finds_no_violation(page: Any, axe: str, width: int, dark: bool) -> None:
+    page.load(width=width, dark=dark)
+    page.js(axe)
+    found = []
+    for route in ROUTES:
+        page.go(route)
+        result = page.driver.execute_async_script(
+            "const done = arguments[arguments.length - 1];"
+            "axe.run(document, {resultTypes: ['violations']}).then((r) => done(r.violations), (e) => done([{id: String(e), nodes: []}]))"
+        )
+        found += [(route, item["id"], [node["html"][:160] for node in item["nodes"][:3]]) for item in result]
+    assert found == []
+
+
+def test_a_person_clicks_through_every_view(page: Any) -> None:
+    page.load()
+    page.js("document.querySelector('a.strip-column').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
+    page.wait("return location.hash === '#/site/L0'")
+    page.settle()
+    page.click(".v-body a")
+    assert page.js("return /^#\\/L0\\/\\d+$/.test(location.hash)")
+    page.click("[role=tab][id$=decile]")
+    assert "of firings" in page.text(".examples-section")
+    page.click(".action.primary")
+    page.wait("return document.querySelector('svg.graph .node')")
+    page.settle()
+    others = page.js("return [...document.querySelectorAll('.node:not(.focus)')].map((n) => n.dataset.feature)")
+    page.js("document.querySelector('.node:not(.focus)').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
+    page.wait("return document.querySelector('.graph-panel h2')?.textContent.includes(arguments[0])", others[0])
+    page.js("[...document.querySelectorAll('.graph-panel button')].find((b) => b.textContent.includes('compare')).click()")
+    page.click("nav a[href='#/compare']")
+    assert page.texts(".compare-column h2 a") == [others[0]]
+    page.click("nav a[href='#/flow']")
+    page.click(".communities a")
+    assert page.texts(".v-body .v-row")
+    page.click("nav a[href='#/trunks']")
+    page.click(".v-body a")
+    page.wait("return document.querySelector('svg.graph .node')")
+    page.click("nav a[href='#/about']")
+    assert "synthetic-model" in page.text("main")
+    assert page.complaints() == []
+
+
+def test_the_card_shows_the_stored_numbers(page: Any, world: Any) -> None:
+    latent = 30
+    document, card = read_shard(world, page.folder, "sites/L3/cards/000")
+    _, vocabulary = read_shard(world, page.folder, "vocab")
+    _, corpus = read_shard(world, page.folder, "corpus/000")
+    page.load(f"L3/{latent}")
+    assert f"{card['count'][latent]} firings" in page.text(".facts-line")
+    label = document["labels"][latent][0]
+    assert label["text"] in page.text("table.labels")
+    shares = page.texts(".token-table:first-of-type .share-number")
+    expected = [s for s, n, t in zip(card["token_share"][latent], card["token_count"][latent], card["token"][latent], strict=True) if n and t != 0xFFFFFFFF]  # fmt: skip
+    assert len(shares) == len(expected)
+    for text, share in zip(shares, expected, strict=True):
+        assert float(text.split()[0]) == pytest.approx(100 * share, rel=0.06)
+    first = int(card["example_offset"][latent])
+    row = int(card["example_row"][first])
+    if row < len(corpus["token"]):
+        token = int(corpus["token"][row])
+        data = bytes(vocabulary["bytes"][vocabulary["offset"][token] : vocabulary["offset"][token + 1]])
+        peak = page.text(".example .peak")
+        assert token in (4, 5, 6, 7) or peak.strip() == data.decode().strip().replace("\n", "↵") or len(data) > 60
+    assert page.js("return document.querySelector('.example .peak').className.includes('a9')")
+
+
+def test_the_strip_and_its_table_twin_agree(page: Any, sizes: Any) -> None:
+    page.load()
+    page.click(".figure details.twin-details summary")
+    rows = page.js("return document.querySelector('.twin table tbody').rows.length")
+    assert rows == sizes.n_layers + 2 * len(range(1, sizes.n_layers, sizes.module_every))
+    assert len(page.texts("a.strip-column")) == sizes.n_layers
+
+
+def test_a_dead_latent_is_an_honest_empty_state(page: Any, sizes: Any) -> None:
+    page.load(f"L2/{sizes.n_latents - 1}")
+    assert "never fired" in page.text("main")
+    assert page.complaints() == []
+
+
+def test_search_finds_labels_and_tokens(page: Any) -> None:
+    page.load("search?q=harbour")
+    page.wait("return document.querySelector('.search-results .v-body a')")
+    assert all("harbour" in text for text in page.texts(".search-results .v-body .v-row .label"))
+    assert any("harbour" in text for text in page.texts(".token-group h3"))
+    page.js("const i = document.querySelector('.search-box input'); i.value = 'L4/17'; i.form.requestSubmit()")
+    page.wait("return location.hash === '#/L4/17'")
+
+
+def test_arrow_keys_walk_a_long_list_beyond_what_is_drawn(page: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    page.load("site/L2")
+    page.js("document.querySelector('.v-body a').focus()")
+    first = page.js("return document.activeElement.textContent")
+    for _ in range(60):
+        page.driver.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
+    assert page.js("return document.activeElement.closest('.v-row').getAttribute('aria-rowindex')") == "62"
+    assert page.js("return document.activeElement.textContent") != first
+    assert page.js("return document.querySelectorAll('.v-body .v-row').length") < 80
+
+
+@pytest.mark.parametrize(
+    ("key", "route", "said"),
+    [
+        ("manifest", "", "no atlas beside this page"),
+        ("sites/L3/cards/000", "L3/3", "sites/L3/cards/000.js is missing"),
+        ("flow/trunks", "trunks", "flow/trunks.js is missing"),
+    ],
+)
+def test_a_missing_file_is_named(page_of: Any, atlas_folder: Path, tmp_path: Path, key: str, route: str, said: str) -> None:
+    folder = shutil.copytree(atlas_folder, tmp_path / "atlas")
+    (folder / f"{key}.js").unlink()
+    page = page_of(folder)
+    page.load(route)
+    assert said in page.text(".error")
+
+
+def test_damaged_and_foreign_payloads_are_named(page_of: Any, world: Any, atlas_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(atlas_folder, tmp_path / "atlas")
+    (folder / "sites/L3/labels.js").write_text('FF("sites/L3/labels","AAAA")\n')
+    world._shard(folder, "sites/L2/labels", {"labels": []}, score=np.zeros(3, np.uint8))
+    path = folder / "sites/L4/overview.js"
+    path.write_text(path.read_text()[: path.stat().st_size // 2] + '")\n')
+    page = page_of(folder)
+    page.load("L3/3")
+    assert "cannot be unpacked" in page.text(".error")
+    page.go("site/L4")
+    assert page.text(".error")
+
+
+def test_an_atlas_of_another_version_is_refused_with_a_sentence(page_of: Any, world: Any, atlas_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(atlas_folder, tmp_path / "atlas")
+    document, _ = read_shard(world, folder, "manifest")
+    world._shard(folder, "manifest", {**document, "version": 2})
+    page = page_of(folder)
+    page.load()
+    assert "version 2" in page.text(".error")
+    assert "reads version 1" in page.text(".error")
+
+
+def test_an_atlas_without_a_flow_graph_says_so(page_of: Any, world: Any, atlas_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(atlas_folder, tmp_path / "atlas")
+    document, _ = read_shard(world, folder, "manifest")
+    for site in document["sites"]:
+        site["classes"] = {}
+    world._shard(folder, "manifest", {**document, "has": {"flow": False, "communities": False, "trunks": False}})
+    shutil.rmtree(folder / "flow")
+    for path in folder.glob("sites/*/flow.js"):
+        path.unlink()
+    page = page_of(folder)
+    page.load()
+    for route in ("", "flow", "trunks", "L3/30", "graph/L3/30", "compare?f=L3/3,L4/6"):
+        page.go(route)
+        assert page.text("h1") or page.text(".empty"), route
+        assert not page.texts(".error"), route
+    assert page.complaints() == []
+    assert not [url for url in page.requests() if "/flow" in url.split("#")[0] or url.startswith("failed")]
