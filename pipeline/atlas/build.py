@@ -80,7 +80,8 @@ def prepare(shop: Workshop, model: ModelFacts) -> None:
 
 
 def each_site(job: Callable[[Workshop, str], str], shop: Workshop, context: RunContext, verb: str) -> None:
-    """Run a job for every site: here, in processes, or on the workers of a Dask scheduler. The first failure is raised."""
+    """Run a job for every site: here, in processes, or on the workers of a Dask scheduler. The first failure is
+    raised."""
     n_done = 0
     context.progress(verb, 0, len(shop.sites))
     with _runner(context, len(shop.sites)) as run:

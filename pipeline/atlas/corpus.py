@@ -195,7 +195,7 @@ def mix(x: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
 def _is_held_out(n_documents: int, holdout: float, seed: int) -> Bool[np.ndarray, "document"]:
     """A fixed choice by hash; with few documents still at least one on each side, so that a score exists."""
     with np.errstate(over="ignore"):
-        priority = mix(np.arange(n_documents, dtype=np.uint64) + mix(np.uint64([seed + 1]))[0])
+        priority = mix(np.arange(n_documents, dtype=np.uint64) + mix(np.array([seed + 1], dtype=np.uint64)))
     n_held = int(np.clip(round(holdout * n_documents), min(1, n_documents - 1), max(n_documents - 1, 0)))
     held = np.zeros(n_documents, dtype=bool)
     held[np.argsort(priority, kind="stable")[:n_held]] = True

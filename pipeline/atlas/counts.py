@@ -7,8 +7,8 @@ scores. Per (latent, value) there are five numbers, all additive:
     n_held, mass_held         the same on held-out documents
     near_held                 near-misses on held-out documents
 
-`Counts` is sparse: sorted unique keys `latent · n_values + value`. Adding entries costs one sort of them; two tables merge
-by the same sum, so chunks, workers and machines may be joined in any order.
+`Counts` is sparse: sorted unique keys `latent · n_values + value`. Adding entries costs one sort of them; two
+tables merge by the same sum, so chunks, workers and machines may be joined in any order.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def _token_columns(table: Counts, corpus: Corpus, attribute: str, name: str, n: 
     total = np.bincount(table.latent, weights=mass, minlength=table.n_latents)
     place, rows = largest_places(table.latent, mass, n)
     latent, value = table.latent[rows], table.value[rows]
-    base = sum(corpus.totals(attribute))
+    base = np.sum(corpus.totals(attribute), axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         share = mass[rows] / total[latent]
         lift = np.log(share / (base[value] / base.sum()))
@@ -116,7 +116,8 @@ def _token_columns(table: Counts, corpus: Corpus, attribute: str, name: str, n: 
 def largest_places(
     latent: Int64[np.ndarray, "pair"], weight: Float64[np.ndarray, "pair"], n: int
 ) -> tuple[Int64[np.ndarray, "kept"], Int64[np.ndarray, "kept"]]:
-    """The n heaviest pairs of every latent, heaviest first: the place of each, and its index. Weights of 0 are left out."""
+    """The n heaviest pairs of every latent, heaviest first: the place of each, and its index. Weights of 0 are left
+    out."""
     order = np.lexsort((-weight, latent))
     order = order[weight[order] > 0]
     owner = latent[order]

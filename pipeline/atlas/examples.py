@@ -6,7 +6,8 @@
 3. *uniform*: firings drawn uniformly;
 4. *near_miss*: tokens where the latent almost fired.
 
-Quantiles are exact while the uniform sample holds every firing; otherwise they come from the histogram, whose bins are a
+Quantiles are exact while the uniform sample holds every firing; otherwise they come from the histogram, whose bins
+are a
 quarter of an octave wide, by interpolation in log a.
 """
 
@@ -44,7 +45,8 @@ PROFILES = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Examples:
-    """Examples of all latents of a site; those of latent f are `offset[f] … offset[f + 1]`, in tab order. `act_*` are the
+    """Examples of all latents of a site; those of latent f are `offset[f] … offset[f + 1]`, in tab order. `act_*` are
+    the
     latent's firings around each peak: `act_offset[e] … act_offset[e + 1]`."""
 
     offset: Int64[np.ndarray, "latent_and_one"]

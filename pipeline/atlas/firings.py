@@ -1,6 +1,7 @@
 """Firings of a dictionary on some rows: which latent, at which row, how strongly; and those that nearly fired.
 
-1. pre-activations of a block of rows: `(x − b_in) W_encᵀ + b_enc`; the product may run in bfloat16 (four times faster on
+1. pre-activations of a block of rows: `(x − b_in) W_encᵀ + b_enc`; the product may run in bfloat16 (four times faster
+   on
    CPUs that have it; activations are then exact to about 0.4 %), the rest in float32;
 2. TopK: one partial sort gives the k largest and the few below them, which are the near-misses.
    Thresholds: everything above `theta` fires, what lies within `_NEAR` of it nearly fired. ReLU and gated dictionaries
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple, assert_never
 
 import numpy as np
 import torch
@@ -34,14 +35,21 @@ _BLOCK = 4096
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Firings:
-    """Entries sorted by latent, then row. `row` counts in the corpus; `gap` is given for near-misses only: how far
-    below what firing takes, as a share of it."""
+    """Entries sorted by latent, then row. `row` counts in the corpus; `gap` says of near-misses how far they stayed
+    below
+    what firing takes, as a share of it, and is NaN for firings."""
 
     latent: Int32[np.ndarray, "entry"]
     row: Int64[np.ndarray, "entry"]
     value: Float32[np.ndarray, "entry"]
-    gap: Float32[np.ndarray, "entry"] | None
+    gap: Float32[np.ndarray, "entry"]
     n_latents: int
+
+    @classmethod
+    def none(cls, n_latents: int) -> Firings:
+        """No entries."""
+        whole, real = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        return cls(latent=whole.astype(np.int32), row=whole, value=real, gap=real, n_latents=n_latents)
 
     def __len__(self) -> int:
         return len(self.row)
@@ -78,12 +86,11 @@ class Encoder:
     def firings(self, x: Float32[np.ndarray, "row d_in"], rows: Int64[np.ndarray, "row"]) -> tuple[Firings, Firings]:
         """What fires and what nearly fires; `rows` are the corpus rows of `x`, ascending."""
         parts = [self._block(torch.from_numpy(x[a:b]), rows[a:b]) for a, b in _blocks(len(x))]
-        fired = [[p[0][i] for p in parts] for i in range(3)]
-        near = [[p[1][i] for p in parts] for i in range(4)]
-        n = self.sae.n_latents
-        return _sorted(*map(_join, fired), None, n), _sorted(*map(_join, near), n)
+        return _sorted([fired for fired, _ in parts], self.sae.n_latents), _sorted(
+            [near for _, near in parts], self.sae.n_latents
+        )
 
-    def _block(self, x: Tensor, rows: Int64[np.ndarray, "row"]) -> tuple[tuple, tuple]:
+    def _block(self, x: Tensor, rows: Int64[np.ndarray, "row"]) -> tuple[_Entries, _Entries]:
         pre = self.pre_activations(x)
         match self.sae.activation:
             case TopKActivation(k=k):
@@ -93,10 +100,18 @@ class Encoder:
             case Relu() | Gated():
                 value = activate(self.sae.activation, pre).numpy()
                 row, latent = np.nonzero(value)
-                empty = np.zeros(0, dtype=np.float32)
-                return (rows[row], latent, value[row, latent]), (rows[:0], latent[:0], empty, empty)
+                return _Entries(rows[row], latent, value[row, latent]), _Entries(rows[:0], latent[:0], value[:0, 0])
             case other:
-                raise TypeError(f"no way to encode {other}")
+                assert_never(other)
+
+
+class _Entries(NamedTuple):
+    """Entries of a block in any order; `gap` only for near-misses."""
+
+    row: np.ndarray
+    latent: np.ndarray
+    value: np.ndarray
+    gap: np.ndarray | None = None
 
 
 def threshold_of(sae: Sae) -> Float32[np.ndarray, "latent"]:
@@ -106,7 +121,9 @@ def threshold_of(sae: Sae) -> Float32[np.ndarray, "latent"]:
     return np.full(sae.n_latents, np.nan, dtype=np.float32)
 
 
-def _top_k(pre: Float32[np.ndarray, "row latent"], rows: Int64[np.ndarray, "row"], k: int, n_near: int) -> tuple:
+def _top_k(
+    pre: Float32[np.ndarray, "row latent"], rows: Int64[np.ndarray, "row"], k: int, n_near: int
+) -> tuple[_Entries, _Entries]:
     """The k largest fire where positive; of the next `n_near`, the positive ones nearly did. The last one that fires
     says what firing took."""
     n = pre.shape[1]
@@ -118,37 +135,41 @@ def _top_k(pre: Float32[np.ndarray, "row latent"], rows: Int64[np.ndarray, "row"
     edge = np.maximum(value[:, k - 1 : k], 0)
     gap = np.divide(edge - value, edge, out=np.zeros_like(value), where=edge > 0)
     row = np.broadcast_to(rows[:, None], index.shape)
-    fires = np.zeros(value.shape, dtype=bool)
-    fires[:, :k] = value[:, :k] > 0
-    near = ~fires & (value > 0)
-    near[:, :k] = False
-    return (row[fires], index[fires], value[fires]), (row[near], index[near], value[near], gap[near])
+    fires = value > 0
+    near = fires.copy()
+    fires[:, k:], near[:, :k] = False, False
+    return _Entries(row[fires], index[fires], value[fires]), _Entries(row[near], index[near], value[near], gap[near])
 
 
-def _above(pre: Float32[np.ndarray, "row latent"], rows: Int64[np.ndarray, "row"], theta: np.ndarray) -> tuple:
+def _above(
+    pre: Float32[np.ndarray, "row latent"], rows: Int64[np.ndarray, "row"], theta: Float32[np.ndarray, "latent"]
+) -> tuple[_Entries, _Entries]:
     """Above theta fires; within `_NEAR` below it nearly does (theta 0 has no near-misses)."""
     row, latent = np.nonzero((pre > theta) | ((pre > theta * (1 - _NEAR)) & (theta > 0)))
     value, edge = pre[row, latent], theta[latent]
     fires = value > edge
-    gap = np.divide(edge - value, edge, out=np.zeros_like(value), where=edge > 0)
     near = ~fires
-    return (rows[row[fires]], latent[fires], value[fires]), (rows[row[near]], latent[near], value[near], gap[near])
-
-
-def _sorted(row: np.ndarray, latent: np.ndarray, value: np.ndarray, gap: np.ndarray | None, n_latents: int) -> Firings:
-    narrow = latent.astype(np.uint16) if n_latents <= 0x10000 else latent
-    order = np.argsort(narrow, kind="stable")  # rows are ascending already; 16-bit keys take the radix sort
-    return Firings(
-        latent=latent[order].astype(np.int32),
-        row=row[order].astype(np.int64),
-        value=value[order].astype(np.float32),
-        gap=None if gap is None else gap[order].astype(np.float32),
-        n_latents=n_latents,
+    gap = np.divide(edge - value, edge, out=np.zeros_like(value), where=edge > 0)
+    return (
+        _Entries(rows[row[fires]], latent[fires], value[fires]),
+        _Entries(rows[row[near]], latent[near], value[near], gap[near]),
     )
 
 
-def _join(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.zeros(0)
+def _sorted(parts: list[_Entries], n_latents: int) -> Firings:
+    if not parts:
+        return Firings.none(n_latents)
+    latent = np.concatenate([p.latent for p in parts])
+    narrow = latent.astype(np.uint16) if n_latents <= 0x10000 else latent
+    order = np.argsort(narrow, kind="stable")  # rows are ascending already; 16-bit keys take the radix sort
+    gap = [np.full(len(p.row), np.nan, np.float32) if p.gap is None else p.gap for p in parts]
+    return Firings(
+        latent=latent[order].astype(np.int32),
+        row=np.concatenate([p.row for p in parts])[order].astype(np.int64),
+        value=np.concatenate([p.value for p in parts])[order].astype(np.float32),
+        gap=np.concatenate(gap)[order].astype(np.float32),
+        n_latents=n_latents,
+    )
 
 
 def _blocks(n: int) -> Iterator[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """The flow graph as the atlas shows it: links by target, the fate of every feature, communities, trunks, pairs.
 
-Read from the link artifact's `nodes.parquet`, `edges.parquet`, `pairs.parquet` (docs/formats.md, "Flow graph"); only kept
+Read from the link artifact's `nodes.parquet`, `edges.parquet`, `pairs.parquet` (docs/formats.md, "Flow graph"); only
+kept
 links are shown. A site of the atlas that the graph does not know simply has no links.
 
 1. links are grouped by target site and sorted by target and rank;
@@ -31,8 +32,9 @@ RELATIONS = ("residual", "mlp", "attention")
 N_COMMUNITIES, N_TRUNKS = 40, 2000
 _NODE_COLUMNS = ("site", "latent", "class", "birth_layer", "death_layer", "community")
 _EDGE_COLUMNS = (
-    "source_site", "source_latent", "target_site", "target_latent", "relation", "rank", "cosine", "q_value", "mutual", "kept",
-)  # fmt: skip
+    *("source_site", "source_latent", "target_site", "target_latent"),
+    *("relation", "rank", "cosine", "q_value", "mutual", "kept"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,7 +93,7 @@ class AtlasGraph:
 
     def feature(self, number: int) -> str:
         """The id of a feature by its number: `L12/402`."""
-        site = int(self.site_of(np.int64(number)))
+        site = int(np.searchsorted(self.start, number, side="right")) - 1
         return f"{self.sites[site].short}/{number - int(self.start[site])}"
 
     def column(self, name: str, missing: int) -> Int64[np.ndarray, "feature"]:
@@ -125,7 +127,8 @@ class AtlasGraph:
 
 
 def read_graph(folder: Path, sites: Sequence[Site], n_latents: Sequence[int]) -> AtlasGraph:
-    """Read the link artifact's tables. Raises UserError when a column is missing or a latent lies outside its dictionary."""
+    """Read the link artifact's tables. Raises UserError when a column is missing or a latent lies outside its
+    dictionary."""
     index = {site.short: i for i, site in enumerate(sites)}
     nodes = _read(folder / "nodes.parquet", _NODE_COLUMNS)
     edges = _read(folder / "edges.parquet", _EDGE_COLUMNS)

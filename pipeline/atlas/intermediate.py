@@ -33,9 +33,9 @@ def save_site(work: Path, short: str, columns: Columns, rules: SiteRules, tables
     partial = work / f"{short}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    np.savez(partial / "columns.npz", **columns)
-    np.savez(partial / "rules.npz", best=rules.best, **_rule_arrays(rules))
-    np.savez(partial / "held.npz", **_table_arrays(tables))
+    np.savez(partial / "columns.npz", allow_pickle=False, **columns)
+    np.savez(partial / "rules.npz", allow_pickle=False, best=rules.best, **_rule_arrays(rules))
+    np.savez(partial / "held.npz", allow_pickle=False, **_table_arrays(tables))
     partial.rename(work / short)
 
 

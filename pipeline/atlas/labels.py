@@ -1,9 +1,12 @@
 """Labels of a site: several per latent, each with how well it did on documents it was not made from.
 
 1. every kind of rule is proposed and scored (pipeline/atlas/rules.py); the best by its proposal is the latent's rule;
-2. tokens that are typical of the latent by log-odds (Monroe et al. 2008, Dirichlet prior) and by class-TF-IDF, and tokens
-   that its decoder promotes, are descriptions; they are scored as rules too ("fires on", "fires before"), and seldom pass;
-3. the rule of the best predecessor in the flow graph is scored on the latent itself: an inherited label with provenance;
+2. tokens that are typical of the latent by log-odds (Monroe et al. 2008, Dirichlet prior) and by class-TF-IDF, and
+   tokens
+   that its decoder promotes, are descriptions; they are scored as rules too ("fires on", "fires before"), and seldom
+   pass;
+3. the rule of the best predecessor in the flow graph is scored on the latent itself: an inherited label with
+   provenance;
 4. a rule is *accepted* from `min_f1` on, with at least `min_firings` held-out firings. Without an accepted rule the
    label is "no simple rule", with the score that the best rule reached.
 """
@@ -233,9 +236,12 @@ def _text(method: str, attribute: str, values: Int64[np.ndarray, "value"], corpu
 
 
 def _no_rule(latent: int, rules: SiteRules, bar: Bar) -> Label:
+    """Which of the two it is: no rule was good enough, or there is too little to say so."""
     best = int(rules.best[latent])
-    scores = rules.by_method[ATTRIBUTE_RULES[best].name].scores if best >= 0 else None
-    n = 0 if scores is None else int(scores.n[latent])
+    if best < 0:
+        return Label(text=TOO_RARE, method="none")
+    scores = rules.by_method[ATTRIBUTE_RULES[best].name].scores
+    n = int(scores.n[latent])
     if n < bar.min_firings:
         return Label(text=TOO_RARE, method="none", n=n)
     return Label(

@@ -1,6 +1,7 @@
 """The shards of one site: overview, labels, links, feature cards (docs/decisions/0003-atlas-shards.md).
 
-Every column of a card shard is a slice of the site's columns, so writing is slicing, gzip and base64: about 0.4 ms a feature.
+Every column of a card shard is a slice of the site's columns, so writing is slicing, gzip and base64: about 0.4 ms a
+feature.
 """
 
 from __future__ import annotations

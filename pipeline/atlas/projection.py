@@ -90,7 +90,8 @@ def _project_block(d: Float[Tensor, "latent d_model"], u: Unembedding) -> tuple[
 
 
 def _largest(logits: Float[Tensor, "latent vocab"]) -> Int64[Tensor, "latent candidate"]:
-    """Ids of the largest logits. The vocabulary is searched in stretches: the maxima of 64 first, which is much less to sort."""
+    """Ids of the largest logits. The vocabulary is searched in stretches: the maxima of 64 first, which is much less
+    to sort."""
     n = logits.shape[1]
     whole = n // 64 * 64
     if whole < 64 * _CANDIDATES:

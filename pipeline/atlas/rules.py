@@ -1,4 +1,5 @@
-"""Rule labels: "fires where the attribute of the token is one of these values", proposed and scored on different documents.
+"""Rule labels: "fires where the attribute of the token is one of these values", proposed and scored on different
+documents.
 
 Proposal, for every latent at once, from the counts of the documents for proposing:
 
@@ -111,7 +112,7 @@ def attribute_tables(tables: dict[str, Counts], corpus: Corpus) -> Iterator[Attr
             counts = counts.mapped(value_of, n)
             propose = np.bincount(value_of, weights=propose, minlength=n).astype(np.int64)
             held = np.bincount(value_of, weights=held, minlength=n).astype(np.int64)
-        if len(counts.key) and counts.n_values > 1:
+        if counts.n_values > 1:
             yield AttributeTable(rule=rule, counts=counts, n_propose=propose, n_held=held, totals=totals)
 
 

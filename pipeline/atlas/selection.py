@@ -76,7 +76,10 @@ class Selection:
     def merge(self, other: Selection, corpus: Corpus) -> Selection:
         """The selection over both sets of rows."""
         merged = Selection.empty(len(self.key), self.size, reach=self.around.shape[2] // 2, distinct=self.distinct)
-        picks = [(s, *np.nonzero(s.filled)) for s in (self, other)]
+        picks: list[tuple[Selection, np.ndarray, np.ndarray]] = []
+        for s in (self, other):
+            places = np.nonzero(s.filled)
+            picks.append((s, places[0], places[1]))
         latent = np.concatenate([p[1] for p in picks])
         row = np.concatenate([s.row[i, j] for s, i, j in picks])
         order = np.lexsort((row, np.concatenate([s.key[i, j] for s, i, j in picks]), latent))
@@ -116,8 +119,7 @@ class Selection:
         new = chosen[order[~stays] - len(old_latent)]
         target = (latent[order[~stays]], place[~stays])
         fresh.key[target], fresh.row[target], fresh.value[target] = key[new], entries.row[new], entries.value[new]
-        if entries.gap is not None:
-            fresh.gap[target] = entries.gap[new]
+        fresh.gap[target] = entries.gap[new]
         fresh.around[target] = activity_around(
             fired, entries.latent[new], entries.row[new], entries.value[new], corpus, reach=self.around.shape[2] // 2
         )

@@ -29,7 +29,7 @@ import numpy as np
 from sae.errors import UserError
 
 MAGIC = b"FFC1"
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "u8": np.dtype("<u1"),
     "u16": np.dtype("<u2"),
     "u32": np.dtype("<u4"),

@@ -1,4 +1,5 @@
-"""What the pages of all sites share: vocabulary, corpus, model-wide flow, token search, manifest, and the app's own files.
+"""What the pages of all sites share: vocabulary, corpus, model-wide flow, token search, manifest, and the app's own
+files.
 
 1. `vocab`, `corpus/…`: tokens as bytes, once; rows of the store; runs and documents
 2. `flow/model`, `flow/communities`, `flow/trunks`: the graph from afar
@@ -76,7 +77,8 @@ def write_flow(
     columns: Sequence[Columns],
     corpus: Corpus,
 ) -> int:
-    """The graph from afar; `shown[s][f]` is the label of a feature, `scores` its score (NaN none). Returns the trunks' number."""
+    """The graph from afar; `shown[s][f]` is the label of a feature, `scores` its score (NaN none). Returns the
+    trunks' number."""
     write_shard(site, "flow/model", Shard(json={"pairs": pairs_json(graph), "settings": {}}))
     density = np.concatenate([c["count"] for c in columns]) / max(1, corpus.n_kept)
     tokens = _community_tokens(graph, columns, corpus)

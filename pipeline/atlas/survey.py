@@ -2,14 +2,16 @@
 
 For every chunk of rows (cut where documents end):
 
-1. read the kept rows, encode them: firings and near-misses                                     pipeline/atlas/firings.py
+1. read the kept rows, encode them: firings and near-misses  pipeline/atlas/firings.py
 2. counts, Σa, Σa², maximum, documents; log₂ histogram (four bins an octave)
-3. top examples, near-misses just below the threshold, a uniform sample of firings              pipeline/atlas/selection.py
+3. top examples, near-misses just below the threshold, a uniform sample of firings  pipeline/atlas/selection.py
 4. firings by token, previous token, next token, position, source and topic                     pipeline/atlas/counts.py
 5. co-firing inside the dictionary, on a fixed random share of the rows
 
-State: latents × (places × (window + 20 B) + bins) plus the pairs (latent, token) seen, pruned beyond `MOST_PAIRS`. Surveys of
-disjoint rows merge, so a site may be spread over workers. Cost: about one product of `row × d_in × latent`; the bookkeeping is
+State: latents × (places × (window + 20 B) + bins) plus the pairs (latent, token) seen, pruned beyond `MOST_PAIRS`.
+Surveys of
+disjoint rows merge, so a site may be spread over workers. Cost: about one product of `row × d_in × latent`; the
+bookkeeping is
 a few sorts of the firings.
 """
 

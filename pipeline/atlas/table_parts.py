@@ -79,7 +79,7 @@ def labels_part(pages: SitePages) -> pa.Table:
 
 def examples_part(pages: SitePages) -> pa.Table:
     c, corpus = pages.columns, pages.corpus
-    latent = np.repeat(np.arange(pages.n_latents), np.diff(c["example_offset"].astype(np.int64)))
+    latent = np.repeat(np.arange(pages.n_latents), _lengths(c["example_offset"]))
     row = c["example_row"].astype(np.int64)
     return pa.table(
         {
@@ -95,6 +95,10 @@ def examples_part(pages: SitePages) -> pa.Table:
             "gap": pa.array(c["example_gap"], from_pandas=True),
         }
     )
+
+
+def _lengths(offset: np.ndarray) -> np.ndarray:
+    return offset[1:].astype(np.int64) - offset[:-1].astype(np.int64)
 
 
 def _known(values: np.ndarray, missing: int) -> pa.Array:

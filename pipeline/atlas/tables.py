@@ -1,4 +1,5 @@
-"""The atlas as tables for programs: the sites' parts joined into `tables/*.parquet`, and features and labels as CSV too.
+"""The atlas as tables for programs: the sites' parts joined into `tables/*.parquet`, and features and labels as CSV
+too.
 
     features.parquet labels.parquet examples.parquet     one row a latent, a label, an example
     edges.parquet                                         kept links of the flow graph

@@ -1,6 +1,7 @@
 """The vocabulary as the atlas needs it: bytes of every token, texts to show, and two groupings of tokens.
 
-1. a token is its bytes; text is made by joining bytes first and reading UTF-8 afterwards, so no `Ġ` and no half characters;
+1. a token is its bytes; text is made by joining bytes first and reading UTF-8 afterwards, so no `Ġ` and no half
+   characters;
 2. `families` groups tokens that differ in case, leading space or an English ending (" Run", "running" → run);
 3. `classes` puts each token into one class of characters (number, capitalised word, opening bracket, …).
 
@@ -13,6 +14,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +97,7 @@ class Vocabulary:
         with np.load(path, allow_pickle=False) as arrays:
             offset, blob = arrays["offset"], arrays["bytes"].tobytes()
             special = frozenset(int(t) for t in arrays["special"])
-        return cls(tokens=[blob[a:b] for a, b in zip(offset[:-1], offset[1:], strict=True)], special=special)
+        return cls(tokens=[blob[a:b] for a, b in pairwise(offset)], special=special)
 
     def _class_of(self, token: int) -> int:
         if token in self.special:

@@ -1,6 +1,6 @@
 """The two jobs per site, as functions of small picklable descriptions, so that processes or machines may run them.
 
-1. `survey_job`: pass over the store, cards' columns, rules; leaves `<work>/<short>/`        (heavy: the encoder's product)
+1. `survey_job`: pass over the store, cards' columns, rules; leaves `<work>/<short>/`  (heavy: the encoder's product)
 2. `write_job`: labels (with those inherited along the flow graph), shards and table parts    (light)
 
 `Workshop` says where everything lies. What the jobs of one process share (corpus, unembedding, graph) is opened once.
@@ -81,7 +81,8 @@ def survey_job(shop: Workshop, short: str) -> str:
 
 
 def write_job(shop: Workshop, short: str) -> str:
-    """Label one site's latents and write its shards and table parts; a summary is left in `<work>/<short>/summary.json`."""
+    """Label one site's latents and write its shards and table parts; a summary is left in
+    `<work>/<short>/summary.json`."""
     index = shop.sites.index(short)
     corpus, graph = corpus_for(shop), graph_for(shop)
     columns, rules = intermediate.load_columns(shop.work, short), intermediate.load_rules(shop.work, short)

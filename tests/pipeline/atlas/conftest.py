@@ -1,4 +1,5 @@
-"""A small atlas made by the real stages: a random model over the bundled text, planted dictionaries, links, the atlas."""
+"""A small atlas made by the real stages: a random model over the bundled text, planted dictionaries, links, the
+atlas."""
 
 from __future__ import annotations
 

@@ -1,0 +1,197 @@
+"""Labels say what was planted; their scores are what scikit-learn measures on held-out documents; they do not boast."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+from sklearn.metrics import f1_score, precision_score, recall_score
+
+from pipeline.atlas.corpus import Corpus
+from pipeline.atlas.firings import Firings
+from pipeline.atlas.labels import NO_RULE, TOO_RARE, Bar, labels_of, make_rules, shown_text
+from pipeline.atlas.rules import RuleSets, attribute_tables, propose, score, wilson
+from pipeline.atlas.survey import Survey, SurveyOptions
+from pipeline.atlas.vocabulary import CLASSES, Vocabulary
+from tests.pipeline.atlas.oracle import small_corpus
+
+BAR = Bar()
+
+
+def tables_of(corpus: Corpus, fires: list[np.ndarray], near: list[np.ndarray] | None = None) -> dict:
+    """Tables of latents that fire on the given masks of rows, all with activation 1."""
+
+    def firings(masks: list[np.ndarray], gap: float) -> Firings:
+        latent, row = np.nonzero(np.stack(masks) & corpus.kept)
+        one = np.ones(len(row), np.float32)
+        return Firings(
+            latent=latent.astype(np.int32), row=row, value=one, gap=one * np.float32(gap), n_latents=len(masks)
+        )
+
+    survey = Survey.empty(len(fires), corpus, SurveyOptions(n_top=2, n_near=2, n_uniform=4, cofiring_rows=0))
+    none = Firings.none(len(fires))
+    survey.add(firings(fires, np.nan), none if near is None else firings(near, 0.1), corpus)
+    return {table.rule.name: table for table in attribute_tables(survey.tables, corpus)}
+
+
+def label_of(corpus: Corpus, fires: np.ndarray):
+    rules = make_rules(tables_of(corpus, [fires]), None)
+    return labels_of(0, int(fires[corpus.kept].sum()), rules, None, corpus, BAR)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return small_corpus(n_documents=240)
+
+
+def test_a_latent_of_two_tokens_is_labelled_with_them(corpus):
+    label = label_of(corpus, np.isin(corpus.token, [3, 7]))[0]
+    assert (label.method, label.accepted, label.score) == ("token", True, 1.0)
+    assert label.text in ("fires on ‘ word3’, ‘ word7’", "fires on ‘ word7’, ‘ word3’")
+    assert label.low > 0.9
+    assert label.high == 1.0
+
+
+def test_a_latent_that_follows_a_token_is_labelled_so(corpus):
+    label = label_of(corpus, corpus.neighbour(-1) == 5)[0]
+    assert (label.method, label.text, label.accepted) == ("previous", "fires after ‘ word5’", True)
+
+
+def test_a_latent_that_precedes_a_token_is_labelled_so(corpus):
+    label = label_of(corpus, corpus.neighbour(1) == 9)[0]
+    assert (label.method, label.text) == ("next", "fires before ‘ word9’")
+
+
+def test_position_source_and_topic_are_found(corpus):
+    assert label_of(corpus, corpus.position == 2)[0].text == "fires at position 2"
+    assert label_of(corpus, corpus.document % 2 == 0)[0].text == "fires in a"
+    north = corpus.document_label[corpus.document] == corpus.labels.index("north")
+    assert label_of(corpus, north)[0].text == "fires in documents about north"
+
+
+def test_a_latent_that_fires_at_random_has_no_simple_rule(corpus):
+    fires = np.random.default_rng(3).random(len(corpus)) < 0.05
+    labels = label_of(corpus, fires)
+    assert labels[0].text == NO_RULE
+    assert not any(label.accepted for label in labels)
+    assert labels[0].score is not None
+    assert labels[0].score < 0.3
+    assert shown_text(labels).startswith(NO_RULE)
+
+
+def test_a_rule_that_only_held_where_it_was_proposed_is_not_accepted(corpus):
+    """Train/test overlap: fires on a token in the documents for proposing, on another one in the held-out ones."""
+    fires = np.where(corpus.held_out, corpus.token == 8, corpus.token == 3)
+    labels = label_of(corpus, fires)
+    assert labels[0].text == NO_RULE
+    assert labels[0].score == 0.0
+
+
+def test_proposals_never_look_at_held_out_documents(corpus):
+    fires = np.isin(corpus.token, [3, 7, 11])
+    other = fires & ~corpus.held_out
+    for name, table in tables_of(corpus, [fires]).items():
+        alone = tables_of(corpus, [other])[name]
+        assert propose(table).value.tolist() == propose(alone).value.tolist()
+
+
+def test_no_document_is_on_both_sides(corpus):
+    held = set(corpus.document[corpus.held_out].tolist())
+    assert held
+    assert held.isdisjoint(corpus.document[~corpus.held_out].tolist())
+    assert len(held) == pytest.approx(0.3 * 240, abs=1)
+
+
+def test_scores_are_those_of_scikit_learn_on_held_out_tokens(corpus):
+    rng = np.random.default_rng(5)
+    fires = np.isin(corpus.token, [3, 7]) & (rng.random(len(corpus)) < 0.7)
+    fires |= rng.random(len(corpus)) < 0.02
+    near = (corpus.token == 7) & ~fires
+    table = tables_of(corpus, [fires], [near])["token"]
+    rules = RuleSets(attribute="token", start=np.array([0, 2]), value=np.array([3, 7]), f1=np.zeros(1))
+    found = score(rules, table)
+    held = corpus.kept & corpus.held_out
+    truth, said = fires[held], np.isin(corpus.token[held], [3, 7])
+    assert found.f1[0] == pytest.approx(f1_score(truth, said))
+    assert found.precision[0] == pytest.approx(precision_score(truth, said))
+    assert found.recall[0] == pytest.approx(recall_score(truth, said))
+    assert found.n[0] == truth.sum()
+    assert found.near_miss[0] == 0.0  # every near-miss is on a token of the rule
+    assert found.low[0] < found.f1[0] < found.high[0]
+
+
+def test_the_proposed_set_has_the_best_f1_of_all_sets(corpus):
+    """Brute force over all sets of four tokens' power set, on the documents for proposing."""
+    rng = np.random.default_rng(6)
+    rate = {3: 0.9, 7: 0.6, 8: 0.3, 9: 0.05}
+    fires = np.zeros(len(corpus), bool)
+    for token, p in rate.items():
+        fires |= (corpus.token == token) & (rng.random(len(corpus)) < p)
+    rules = propose(tables_of(corpus, [fires])["token"])
+    part = corpus.kept & ~corpus.held_out
+    best = max(
+        f1_score(fires[part], np.isin(corpus.token[part], [t for i, t in enumerate(rate) if mask >> i & 1]))
+        for mask in range(1, 16)
+    )
+    assert rules.f1[0] == pytest.approx(best)
+    assert f1_score(fires[part], np.isin(corpus.token[part], rules.of(0))) == pytest.approx(best)
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 10), (10, 10), (57, 123)])
+def test_the_interval_is_wilsons(hits, n):
+    low, high = wilson(np.array([float(hits)]), np.array([float(n)]))
+    expected = binomtest(hits, n).proportion_ci(method="wilson")
+    assert (low[0], high[0]) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_a_latent_with_too_few_held_out_firings_is_too_rare_and_one_that_never_fired_is_blank(corpus):
+    few = np.zeros(len(corpus), bool)
+    few[np.flatnonzero(corpus.kept & ~corpus.held_out)[:4]] = True
+    assert label_of(corpus, few)[0].text == TOO_RARE
+    never = label_of(corpus, np.zeros(len(corpus), bool))
+    assert never == []
+    assert shown_text(never) == ""
+
+
+def test_rules_of_another_latent_are_taken_with_their_values():
+    rules = RuleSets(
+        attribute="token", start=np.array([0, 2, 2, 5]), value=np.array([1, 2, 6, 7, 8]), f1=np.array([0.5, 0.0, 0.9])
+    )
+    taken = rules.taken_from(np.array([2, -1, 0, 1]))
+    assert [taken.of(f).tolist() for f in range(4)] == [[6, 7, 8], [], [1, 2], []]
+    assert taken.f1.tolist() == [0.9, 0.0, 0.5, 0.0]
+
+
+def test_families_fold_case_space_and_endings_and_classes_tell_characters():
+    words = [
+        b"Run",
+        b" run",
+        b" running",
+        b"RUN",
+        b" nation",
+        b" nations",
+        b"7",
+        b" 42",
+        b"\n\n",
+        b" (",
+        b"\xe2\x80",
+        b".",
+    ]
+    vocabulary = Vocabulary(tokens=words, special=frozenset())
+    index, _ = vocabulary.families
+    assert index[0] == index[1] == index[3]
+    assert index[4] == index[5]
+    assert len(set(index[[0, 4, 6, 7]])) == 4
+    names = [CLASSES[c] for c in vocabulary.classes]
+    assert names[:4] == ["capitalised words", "lower-case words", "lower-case words", "words in capitals"]
+    assert names[6:] == [
+        "digits", "digits", "line breaks", "opening brackets and quotes", "parts of characters", "ends of sentences",
+    ]  # fmt: skip
+
+
+def test_tokens_are_decoded_by_bytes():
+    """The trap of byte-level pieces: a curly quote cut over two tokens is still one character."""
+    vocabulary = Vocabulary(tokens=[b"It", b"\xe2\x80", b"\x99s", b" caf\xc3", b"\xa9"], special=frozenset())
+    assert vocabulary.join([0, 1, 2, 3, 4]) == "It’s café"
+    assert "Ġ" not in vocabulary.quoted(3)
+    assert vocabulary.text(1) == "\\xe2\\x80"
