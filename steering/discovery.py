@@ -1,0 +1,146 @@
+"""Features and directions for a concept, from texts with it and texts of the same kind without it.
+
+1. `activations_on`: per text, the mean activation of every latent at a site over the text's tokens (first token left
+   out).
+2. `rank_features`: by AUROC (does the activation tell topical from contrast texts?) and by d′; features that fire on
+   fewer than `min_fire_rate` of the topical texts are left out.
+3. The best fifty by AUROC are then asked for their output side (steering/profile.py or token mass): a feature that
+   reads a topic need not make the model write it.
+4. `difference_of_means`: the mean vector of topical texts minus that of contrast texts, per site.
+
+Cost: one forward pass over the texts, one encoding a site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.stats import rankdata
+from torch import Tensor
+
+from data.sites import FeatureId, Site
+from sae.errors import UserError
+from steering.protocols import SteerableModel
+from steering.sequences import Batch, device_of, encoded, forward, in_batches, padded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """How one feature tells topical from contrast texts."""
+
+    feature: FeatureId
+    auroc: float
+    d_prime: float
+    fire_rate: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextStates:
+    """Per site: mean vector and, where a dictionary was given, mean activation of every latent, one row a text."""
+
+    vectors: Mapping[Site, Float[Tensor, "text d_model"]]
+    latents: Mapping[Site, Float[Tensor, "text latent"]]
+
+
+def read_texts(
+    model: SteerableModel,
+    saes: Mapping[Site, object],
+    texts: Sequence[str],
+    *,
+    n_tokens: int = 48,
+    batch_size: int = 32,
+) -> TextStates:
+    """Mean vectors and activations of every text at every site of `saes`."""
+    if not texts:
+        raise UserError("no texts to read", expected="at least one")
+    rows = [encoded(model, text)[:n_tokens] for text in texts]
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
+    vectors: dict[Site, list[Tensor]] = {site: [] for site in saes}
+    latents: dict[Site, list[Tensor]] = {site: [] for site in saes}
+    for block in in_batches(order, batch_size):
+        batch = padded([rows[place] for place in block], device=device_of(model))
+        for site, h in _recorded(model, tuple(saes), batch).items():
+            mask = (batch.real & (batch.positions() > 0)).float()
+            vectors[site].append(_masked_mean(h.float(), mask))
+            encode = getattr(saes[site], "encode", None)
+            if encode is not None:
+                latents[site].append(
+                    _masked_mean(encode(h.reshape(-1, h.shape[-1]).float()).view(*mask.shape, -1), mask)
+                )
+    back = torch.tensor(np.argsort(order))
+    return TextStates(
+        vectors={site: torch.cat(parts).cpu()[back] for site, parts in vectors.items()},
+        latents={site: torch.cat(parts).cpu()[back] for site, parts in latents.items() if parts},
+    )
+
+
+def rank_features(
+    states: TextStates, is_topic: Sequence[bool], *, min_fire_rate: float = 0.1, n_best: int = 50
+) -> list[Contrast]:
+    """The best features of all sites by AUROC, best first."""
+    topic = np.asarray(is_topic, dtype=bool)
+    if not topic.any() or topic.all():
+        raise UserError("a contrast needs texts of both kinds", found=f"{int(topic.sum())} of {len(topic)} are topical")
+    found = [
+        contrast
+        for site, latents in states.latents.items()
+        for contrast in _contrasts(site, latents.numpy(), topic, min_fire_rate)
+    ]
+    return sorted(found, key=lambda c: (-c.auroc, -c.d_prime, str(c.feature)))[:n_best]
+
+
+def difference_of_means(states: TextStates, is_topic: Sequence[bool]) -> dict[Site, Float[Tensor, "d_model"]]:
+    """Topical mean minus contrast mean, per site."""
+    topic = torch.as_tensor(list(is_topic), dtype=torch.bool)
+    return {site: rows[topic].mean(0) - rows[~topic].mean(0) for site, rows in states.vectors.items()}
+
+
+def auroc(values: Float[np.ndarray, "text feature"], is_topic: np.ndarray) -> Float[np.ndarray, "feature"]:
+    """P(a topical text has the larger value), ties half."""
+    ranks = rankdata(values, axis=0)
+    n_topic = int(is_topic.sum())
+    n_other = len(is_topic) - n_topic
+    return (ranks[is_topic].sum(0) - n_topic * (n_topic + 1) / 2) / (n_topic * n_other)
+
+
+def _contrasts(site: Site, latents: np.ndarray, topic: np.ndarray, min_fire_rate: float) -> list[Contrast]:
+    fire_rate = (latents[topic] > 0).mean(0)
+    kept = np.flatnonzero(fire_rate >= min_fire_rate)
+    if not len(kept):
+        return []
+    values = latents[:, kept]
+    score = auroc(values, topic)
+    spread = np.sqrt((values[topic].var(0) + values[~topic].var(0)) / 2)
+    d_prime = (values[topic].mean(0) - values[~topic].mean(0)) / np.maximum(spread, 1e-9)
+    return [
+        Contrast(
+            feature=FeatureId(site, int(latent)),
+            auroc=float(score[place]),
+            d_prime=float(d_prime[place]),
+            fire_rate=float(fire_rate[latent]),
+        )
+        for place, latent in enumerate(kept)
+    ]
+
+
+def _recorded(model: SteerableModel, sites: Sequence[Site], batch: Batch) -> dict[Site, Tensor]:
+    seen: dict[Site, Tensor] = {}
+
+    def keep(site: Site):  # type: ignore[no-untyped-def]
+        def edit(h: Tensor) -> Tensor:
+            seen[site] = h
+            return h
+
+        return edit
+
+    with model.edited({site: keep(site) for site in sites}):
+        forward(model, batch, n_last=1)
+    return seen
+
+
+def _masked_mean(values: Float[Tensor, "batch position n"], mask: Float[Tensor, "batch position"]) -> Tensor:
+    return torch.einsum("bpn,bp->bn", values, mask) / mask.sum(-1, keepdim=True).clamp(min=1)

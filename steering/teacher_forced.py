@@ -1,0 +1,143 @@
+"""Teacher-forced measures: what steering does to the probability of texts that other people wrote. Nothing is sampled.
+
+1. `log_likelihoods`: mean log p a token of each text, under the model as it is (steered or not).
+2. `selectivity`: S = ΔLL(topic) − ΔLL(contrast), where Δ is steered minus unsteered and the contrast is text of the
+   same register about other things. General damage cancels; what is left is the topic.
+3. `token_mass`: on neutral prompts, log-probability mass of a set of topic tokens at the next token, and how much of
+   the KL goes into moving mass between the set and the rest: KL = KL_between + disruption, share = KL_between / KL.
+
+Texts of topics have their feature active already; `lift` scores the first tokens of topical texts behind a neutral
+prefix. Cost: one forward pass over the texts per steering. Sources: ActAdd (effectiveness, disruption); the chain
+rule of KL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from data.sites import Site
+from sae.errors import UserError
+from steering.applied import applied
+from steering.plan import Plan
+from steering.protocols import Dictionary, SteerableModel
+from steering.sequences import device_of, encoded, forward, in_batches, padded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selectivity:
+    """Mean changes of log p a token on topical and contrast texts; per text in `topic` and `contrast`."""
+
+    topic: tuple[float, ...]
+    contrast: tuple[float, ...]
+
+    @property
+    def score(self) -> float:
+        return _mean(self.topic) - _mean(self.contrast)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenMass:
+    """Steering and the mass of a set of tokens at the next token, mean over prompts. KL in nats."""
+
+    before: float
+    after: float
+    effectiveness: float
+    kl: float
+    kl_between: float
+
+    @property
+    def on_target_share(self) -> float:
+        return self.kl_between / self.kl if self.kl > 0 else float("nan")
+
+
+def log_likelihoods(
+    model: SteerableModel, texts: Sequence[str], *, n_tokens: int = 48, prefix: str = "", batch_size: int = 32
+) -> list[float]:
+    """Mean log p a token of each text behind `prefix`, whose tokens are not scored. Edits in force apply."""
+    if not texts:
+        raise UserError("no texts to score", expected="at least one")
+    skipped = len(encoded(model, prefix)) if prefix else 1
+    rows = [encoded(model, f"{prefix} {text}" if prefix else text)[: skipped + n_tokens] for text in texts]
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
+    found = [0.0] * len(rows)
+    for block in in_batches(order, batch_size):
+        for place, value in zip(block, _scores(model, [rows[p] for p in block], skipped), strict=True):
+            found[place] = value
+    return found
+
+
+def selectivity(
+    model: SteerableModel,
+    saes: Mapping[Site, Dictionary],
+    plan: Plan,
+    topic_texts: Sequence[str],
+    contrast_texts: Sequence[str],
+    *,
+    unsteered: Sequence[float] | None = None,
+    prefix: str = "",
+    n_tokens: int = 48,
+) -> Selectivity:
+    """Changes on both sets of texts. `unsteered` may give the log-likelihoods of topic + contrast, to save a pass."""
+    texts = [*topic_texts, *contrast_texts]
+    before = unsteered or log_likelihoods(model, texts, prefix=prefix, n_tokens=n_tokens)
+    with applied(model, saes, plan):
+        after = log_likelihoods(model, texts, prefix=prefix, n_tokens=n_tokens)
+    change = [b - a for a, b in zip(before, after, strict=True)]
+    return Selectivity(topic=tuple(change[: len(topic_texts)]), contrast=tuple(change[len(topic_texts) :]))
+
+
+def token_mass(
+    model: SteerableModel,
+    saes: Mapping[Site, Dictionary],
+    plan: Plan,
+    prompts: Sequence[str],
+    tokens: Sequence[int],
+) -> TokenMass:
+    """What a plan does to the mass of `tokens` after each prompt."""
+    before = _next_log_probs(model, prompts)
+    with applied(model, saes, plan):
+        after = _next_log_probs(model, prompts)
+    inside = torch.zeros(before.shape[-1], dtype=torch.bool, device=before.device)
+    inside[list(tokens)] = True
+    log_in = [each[:, inside].logsumexp(-1).double() for each in (before, after)]
+    log_out = [each[:, ~inside].logsumexp(-1).double() for each in (before, after)]
+    between = log_in[1].exp() * (log_in[1] - log_in[0]) + log_out[1].exp() * (log_out[1] - log_out[0])
+    kl = (after.exp() * (after - before)).sum(-1).double()
+    return TokenMass(
+        before=float(log_in[0].exp().mean()),
+        after=float(log_in[1].exp().mean()),
+        effectiveness=float((log_in[1] - log_in[0]).mean()),
+        kl=float(kl.mean()),
+        kl_between=float(between.mean()),
+    )
+
+
+def lexicon_tokens(model: SteerableModel, words: Sequence[str] | frozenset[str]) -> list[int]:
+    """Token ids of the words that are one token, with a space before, capitalised or not."""
+    forms = {form for word in words for form in (f" {word}", f" {word.capitalize()}")}
+    ids = (model.tokenizer.encode(form) for form in sorted(forms))
+    return sorted({found[0] for found in map(list, ids) if len(found) == 1})
+
+
+def _scores(model: SteerableModel, rows: Sequence[Sequence[int]], skipped: int) -> list[float]:
+    batch = padded(rows, device=device_of(model))
+    logits = forward(model, batch)[:, :-1]
+    chosen = logits.gather(2, batch.ids[:, 1:, None]).squeeze(2).float()
+    log_probs = chosen - torch.stack([row.float().logsumexp(-1) for row in logits])
+    scored = (batch.real & (batch.positions() >= skipped))[:, 1:]
+    total = torch.where(scored, log_probs, 0.0).sum(-1)
+    return (total / scored.sum(-1).clamp(min=1)).tolist()
+
+
+def _next_log_probs(model: SteerableModel, prompts: Sequence[str]) -> Float[Tensor, "prompt vocab"]:
+    batch = padded([encoded(model, prompt) for prompt in prompts], device=device_of(model))
+    return forward(model, batch, n_last=1)[:, -1].float().log_softmax(-1)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
