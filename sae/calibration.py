@@ -1,7 +1,7 @@
 """The threshold that gives a requested L0: set after training, on activations that were not trained on.
 
     BatchTopK and its kin    one threshold θ for all latents: the (target × tokens)-th largest pre-activation
-    JumpReLU                 every latent keeps its own θ, all moved by one shift, chosen in the same way from pre − θ
+    JumpReLU, Gated, ReLU    every latent keeps its own edge; all are moved by one shift, chosen from pre − edge alike
 
 Both are exact on the held-out rows they use, up to ties. One encoder pass, in float32.
 """
@@ -27,9 +27,9 @@ def calibrated_threshold(
     """Weights and threshold that give `architecture.target_l0` on the normalised rows `x`; threshold 0 where the rows
     have fewer positive pre-activations than asked for."""
     centred = x - weights["b_dec"] if tied else x
-    if "theta" in weights:
-        shift = _shift(architecture.target_l0, weights, centred[: max(1, _MOST_ENTRIES // len(weights["theta"]))])
-        return weights | {"theta": (weights["theta"] + shift).clamp_min(0)}, 0.0
+    if architecture.raised(weights, 0.0) is not None:
+        shift = _shift(architecture.target_l0, weights, centred[: max(1, _MOST_ENTRIES // len(weights["b_enc"]))])
+        return architecture.raised(weights, shift) or weights, 0.0
     selection = WholeBatch(k=architecture.target_l0)
     codes = encode(centred, weights["W_enc"], weights["b_enc"], selection, "float32")
     if len(codes.value) < selection.count(len(x)):
@@ -38,7 +38,8 @@ def calibrated_threshold(
 
 
 def _shift(target_l0: float, weights: Weights, centred: Float[Tensor, "token d_in"]) -> float:
-    excess = (F.linear(centred, weights["W_enc"], weights["b_enc"]) - weights["theta"]).flatten().cpu().numpy()
+    pre = F.linear(centred, weights["W_enc"], weights["b_enc"])
+    excess = (pre - weights["theta"] if "theta" in weights else pre).flatten().cpu().numpy()
     rank = min(excess.size, max(1, round(target_l0 * len(centred))))
     return _just_below(float(np.partition(excess, excess.size - rank)[excess.size - rank]))
 

@@ -99,3 +99,7 @@ class Architecture(Protocol):
     def activation(self, weights: Weights, threshold: float) -> Activation:
         """In the normalised space; `threshold` is the calibrated one, where there is one for all latents."""
         ...
+
+    def raised(self, weights: Weights, by: float) -> Weights | None:
+        """Weights whose latents all need a pre-activation larger by `by` to fire; None where `threshold` decides."""
+        ...

@@ -54,3 +54,6 @@ class BatchTopK:
 
     def activation(self, weights: Weights, threshold: float) -> Activation:
         return Threshold(theta=torch.full_like(weights["b_enc"], threshold))
+
+    def raised(self, weights: Weights, by: float) -> None:
+        return None

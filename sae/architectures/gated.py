@@ -34,7 +34,7 @@ class GatedL1:
 
     unit_decoder = True
     closed_loop = True
-    calibrated = False
+    calibrated = True
 
     def problems(self, n_latents: int) -> list[str]:
         return [f"target_l0 = {self.target_l0} of {n_latents} latents"] if self.target_l0 > n_latents else []
@@ -65,3 +65,8 @@ class GatedL1:
 
     def activation(self, weights: Weights, threshold: float) -> Activation:
         return Gated(gain=weights["log_gain"].exp(), offset=weights["magnitude_bias"])
+
+    def raised(self, weights: Weights, by: float) -> Weights:
+        """The gate moves, magnitudes stay."""
+        kept = weights["magnitude_bias"] + weights["log_gain"].exp() * by
+        return weights | {"b_enc": weights["b_enc"] - by, "magnitude_bias": kept}

@@ -76,6 +76,9 @@ class JumpRelu:
     def activation(self, weights: Weights, threshold: float) -> Activation:
         return Threshold(theta=weights["theta"])
 
+    def raised(self, weights: Weights, by: float) -> Weights:
+        return weights | {"theta": (weights["theta"] + by).clamp_min(0)}
+
     def _sparsity(self, z: Tensor, fires: Tensor, W_dec: Tensor, now: Situation) -> Tensor:
         if self.sparsity == "quadratic":
             return self.penalty * (fires.sum(1).mean() / self.target_l0 - 1).square()

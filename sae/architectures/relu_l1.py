@@ -1,7 +1,8 @@
 """ReLU with an L1 penalty weighted by decoder norms (Anthropic, "Update on how we train SAEs", April 2024).
 
 Loss per token and channel: (‖e‖² + λ Σ_i z_i ‖W_dec[i]‖) / d with free decoder norms, folded to unit rows at the end. λ
-is warmed up over the first 5 % of the run, and a closed loop then moves it until L0 meets the target.
+is warmed up over the first 5 % of the run while a closed loop moves it until L0 meets the target; what is left to the
+target at the end, the encoder's biases take, all by one shift.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class ReluL1:
 
     unit_decoder = False
     closed_loop = True
-    calibrated = False
+    calibrated = True
 
     def problems(self, n_latents: int) -> list[str]:
         return [f"target_l0 = {self.target_l0} of {n_latents} latents"] if self.target_l0 > n_latents else []
@@ -55,3 +56,6 @@ class ReluL1:
 
     def activation(self, weights: Weights, threshold: float) -> Activation:
         return Relu()
+
+    def raised(self, weights: Weights, by: float) -> Weights:
+        return weights | {"b_enc": weights["b_enc"] - by}

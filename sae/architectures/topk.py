@@ -49,3 +49,6 @@ class TopK:
 
     def activation(self, weights: Weights, threshold: float) -> Activation:
         return TopKActivation(k=self.k)
+
+    def raised(self, weights: Weights, by: float) -> None:
+        return None
