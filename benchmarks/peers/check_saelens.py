@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from sae_lens import SAE, __version__
-from sae_lens.registry import get_sae_class
+from sae_lens.registry import get_sae_class, get_sae_training_class
 
 D_IN, D_SAE, D_OUT, K, TOKENS = 24, 96, 20, 5, 200
 ARCHITECTURES = {
@@ -49,6 +50,25 @@ def write(root: Path) -> None:
         sae.save_model(root / name)
         x = torch.randn(TOKENS, D_IN) + torch.randn(D_IN)
         save_case(sae, x, root / name)
+    for name in ("batchtopk", "matryoshka_batchtopk"):
+        write_checkpoint(name, root / f"{name}_checkpoint")
+
+
+def write_checkpoint(architecture: str, folder: Path) -> None:
+    """A training checkpoint, and what SAELens' own export of it for inference computes."""
+    settings = {"architecture": architecture, "d_in": D_IN, "d_sae": D_SAE, "k": float(K)}
+    if architecture == "matryoshka_batchtopk":
+        settings["matryoshka_widths"] = [16, 48, D_SAE]
+    sae_class, config_class = get_sae_training_class(architecture)
+    sae = sae_class(config_class.from_dict(settings))
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+        sae.topk_threshold.fill_(1.5)
+    sae.save_model(folder)
+    with tempfile.TemporaryDirectory() as exported:
+        sae.save_inference_model(exported)
+        save_case(SAE.load_from_disk(exported), torch.randn(TOKENS, D_IN), folder)
 
 
 def save_case(sae: SAE, x: torch.Tensor, folder: Path) -> None:

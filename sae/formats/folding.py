@@ -51,7 +51,7 @@ def fold(foreign: Foreign, *, unit_decoder: bool = True) -> Sae:
     """The inference form. With `unit_decoder=False` latents have the size the peer gives them; a peer that chooses by
     `n_i pre_i` gives them the size they have with unit rows."""
     W_dec = foreign.W_dec / foreign.output_scale
-    length = _lengths(W_dec)
+    length = row_lengths(W_dec)
     factor = _factor(foreign, length) if unit_decoder or foreign.select_by_norm else torch.ones_like(length)
     b_in = torch.zeros(foreign.W_enc.shape[1]) if foreign.b_in is None else foreign.b_in / foreign.input_scale
     W_enc, b_enc, activation = _scale_latents(
@@ -75,17 +75,18 @@ def full_like_latents(value: float, W_enc: Float[Tensor, "latent d_in"]) -> Floa
     return torch.full((W_enc.shape[0],), float(value))
 
 
+def row_lengths(W_dec: Float[Tensor, "latent d_out"]) -> Float[Tensor, "latent"]:
+    """The length of each decoder row; 1 for a row of zeros, which stays zero."""
+    length = W_dec.norm(dim=1)
+    return torch.where(length > 0, length, torch.ones_like(length))
+
+
 def _factor(foreign: Foreign, length: Float[Tensor, "latent"]) -> Float[Tensor, "latent"]:
     """By how much each latent grows when its decoder row gets unit length."""
     if not isinstance(foreign.activation, TopKActivation) or foreign.select_by_norm:
         return length
     spread = (length.max() - length.min()) / length.max()
     return torch.full_like(length, length.mean().item()) if spread < _SAME_LENGTH else torch.ones_like(length)
-
-
-def _lengths(W_dec: Float[Tensor, "latent d_out"]) -> Float[Tensor, "latent"]:
-    length = W_dec.norm(dim=1)
-    return torch.where(length > 0, length, torch.ones_like(length))  # a zero row stays zero
 
 
 def _scale_latents(

@@ -7,7 +7,7 @@ Reading, by architecture (`pre = (x − b_dec if apply_b_dec_to_input) W_enc + b
 | standard, transcoder, skip_transcoder | relu(pre) |
 | topk | topk(relu(pre)); with `rescale_acts_by_decoder_norm`, of pre · row length, decoded with rows of unit length |
 | jumprelu, jumprelu_transcoder, jumprelu_skip_transcoder | relu(pre) · (pre > threshold) |
-| batchtopk, matryoshka_batchtopk (training checkpoints) | relu(pre) · (pre > topk_threshold) |
+| batchtopk, matryoshka_batchtopk (checkpoints) | relu(pre) · (pre > topk_threshold), `pre` rescaled as for topk |
 | gated | (pre + b_gate > 0) · relu(exp(r_mag) pre + b_mag), no b_enc |
 
 Activations scaled by `expected_average_only_in` are folded when `activation_scaler.json` holds the scale; layer
@@ -32,7 +32,7 @@ from torch import Tensor
 from sae.activations import Activation, Gated, Relu, Threshold, TopKActivation
 from sae.dictionary import Sae
 from sae.errors import Problem, UserError
-from sae.formats.folding import Foreign, fold, full_like_latents
+from sae.formats.folding import Foreign, fold, full_like_latents, row_lengths
 from sae.formats.normalised import ConstantNorm, LayerNorm, Normalisation, NormalisedSae
 from sae.formats.tensors import Shape, checked, read_json, read_safetensors
 
@@ -72,7 +72,7 @@ def read_saelens(folder: Path, *, unit_decoder: bool = True) -> Sae:
         W_skip=found.get("W_skip"),
         input_scale=scale,
         output_scale=scale,
-        select_by_norm=bool(config.get("rescale_acts_by_decoder_norm")) and architecture == "topk",
+        select_by_norm=_selects_by_norm(config),
         metadata=_described(config),
     )
     sae = fold(foreign, unit_decoder=unit_decoder)
@@ -167,14 +167,21 @@ def _activation(config: Mapping[str, Any], found: Mapping[str, Tensor]) -> Activ
     if architecture in _JUMP:
         return Threshold(theta=found["threshold"].clamp_min(0))
     if architecture in _BATCH:
-        theta = float(found["topk_threshold"])
-        return Threshold(theta=full_like_latents(max(theta, 0.0), found["W_enc"].T))
+        theta = full_like_latents(max(float(found["topk_threshold"]), 0.0), found["W_enc"].T)
+        return Threshold(theta=theta / row_lengths(found["W_dec"]) if _selects_by_norm(config) else theta)
     if architecture == "topk":
         return TopKActivation(k=config["k"])
     if architecture == "gated":
         gain = found["r_mag"].exp()
         return Gated(gain=gain, offset=found["b_mag"] - gain * found["b_gate"])
     return Relu()
+
+
+def _selects_by_norm(config: Mapping[str, Any]) -> bool:
+    """Whether latents are chosen by pre-activation times decoder row length; absent, it is so while training only."""
+    if config["architecture"] not in ("topk", *_BATCH):
+        return False
+    return bool(config.get("rescale_acts_by_decoder_norm", config["architecture"] in _BATCH))
 
 
 def _shapes(architecture: str, config: Mapping[str, Any]) -> dict[str, Shape]:

@@ -123,17 +123,21 @@ def test_saelens_gated(tmp_path, parts):
     agrees(path, z, z @ parts["W_dec"] + parts["b_dec"], parts["x"])
 
 
-def test_saelens_batchtopk_checkpoint_with_its_input_scale(tmp_path, parts):
+@pytest.mark.parametrize("by_norm", [True, False])
+def test_saelens_batchtopk_checkpoint_with_its_input_scale(tmp_path, parts, by_norm):
     config = {"architecture": "batchtopk", "normalize_activations": "expected_average_only_in", "k": K}
+    config |= {"rescale_acts_by_decoder_norm": by_norm}
     path = saelens_folder(tmp_path, parts, config, topk_threshold=torch.tensor(0.7, dtype=torch.float64))
     (path / "activation_scaler.json").write_text('{"scaling_factor": 0.25}')
-    pre = (0.25 * parts["x"] - parts["b_dec"]) @ parts["W_enc"] + parts["b_enc"]
+    length = parts["W_dec"].norm(dim=1) if by_norm else torch.ones(N)
+    pre = ((0.25 * parts["x"] - parts["b_dec"]) @ parts["W_enc"] + parts["b_enc"]) * length
     z = pre.relu() * (pre > 0.7)
     assert (z > 0).any()
-    agrees_latents = read(path, unit_decoder=False)
-    torch.testing.assert_close(agrees_latents.encode(parts["x"]), z, rtol=1e-4, atol=1e-5)
-    expected = (z @ parts["W_dec"] + parts["b_dec"]) / 0.25
-    torch.testing.assert_close(read(path)(parts["x"]), expected, rtol=1e-4, atol=1e-4)
+    expected = ((z / length) @ parts["W_dec"] + parts["b_dec"]) / 0.25
+    for unit_decoder in (True, False):
+        sae = read(path, unit_decoder=unit_decoder)
+        torch.testing.assert_close(sae(parts["x"]), expected, rtol=1e-4, atol=1e-4)
+        assert ((sae.encode(parts["x"]) > 0) == (z > 0)).all()
 
 
 def test_saelens_scale_that_is_not_there_is_asked_for(tmp_path, parts):

@@ -46,7 +46,7 @@ def check_ours_reads(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("peer", "n_cases", "arguments"),
-    [("saelens", 12, ("write",)), ("sparsify", 4, ()), ("dictionary_learning", 7, ())],
+    [("saelens", 14, ("write",)), ("sparsify", 4, ()), ("dictionary_learning", 7, ())],
 )
 def test_what_the_peer_writes_means_the_same_here(tmp_path, peer, n_cases, arguments):
     run_peer(peer, *arguments, str(tmp_path))
