@@ -18,7 +18,10 @@ from types import FrameType
 
 import click
 
+from pipeline.cli.dictionaries import sae_commands
+from pipeline.cli.flow import flow_commands
 from pipeline.cli.stage_commands import STAGE_COMMANDS, recipes, run
+from pipeline.cli.store import store_commands
 from pipeline.console import complain
 from sae.errors import UserError
 
@@ -29,7 +32,7 @@ def app() -> None:
     """Find the features inside a language model, follow them from layer to layer, steer along their flow."""
 
 
-for _command in (run, *STAGE_COMMANDS.values(), recipes):
+for _command in (run, *STAGE_COMMANDS.values(), recipes, store_commands, flow_commands, sae_commands):
     app.add_command(_command)
 
 

@@ -1,0 +1,97 @@
+"""`featureflow flow`: ask the flow graph in the terminal, draw it, export it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.cli.options import artifacts_option, recipe_option
+from pipeline.console import say, show_number, table
+from sae.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.flow.graph import FlowGraph
+
+
+@click.group("flow", no_args_is_help=True)
+def flow_commands() -> None:
+    """Ask the flow graph: show a feature, draw it, list the longest flows, export."""
+
+
+@flow_commands.command()
+@click.argument("feature")
+@recipe_option
+@artifacts_option
+def show(feature: str, recipe: str, artifacts: Path) -> None:
+    """Print where FEATURE (such as L12/402) comes from, how long it lasts and where it goes."""
+    from pipeline.flow.describe import describe_flow
+
+    folder = _folder(recipe, artifacts)
+    say(describe_flow(_graph(folder), feature, label_of=_labels(folder)))
+
+
+@flow_commands.command()
+@click.argument("feature")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="picture to write: .png, .svg or .pdf")
+@click.option("--hops", default=3, show_default=True, help="links away from the feature that are shown")
+@recipe_option
+@artifacts_option
+def figure(feature: str, out: Path, hops: int, recipe: str, artifacts: Path) -> None:
+    """Draw the flow through FEATURE."""
+    from pipeline.flow.figures import draw_flow
+
+    folder = _folder(recipe, artifacts)
+    draw_flow(_graph(folder), feature, out, label_of=_labels(folder), max_hops=hops)
+    say(str(out))
+
+
+@flow_commands.command()
+@click.option("-n", "n", default=20, show_default=True, help="how many")
+@recipe_option
+@artifacts_option
+def trunks(n: int, recipe: str, artifacts: Path) -> None:
+    """List the longest strong flows of the graph."""
+    folder = _folder(recipe, artifacts)
+    label_of = _labels(folder) or (lambda name: "")
+    rows = []
+    for trunk in _graph(folder).trunks(n):
+        first, middle, last = (str(trunk.features[i]) for i in (0, trunk.length // 2, -1))
+        rows.append((f"{first} … {last}", f"{trunk.length} layers", show_number(trunk.weakest), label_of(middle)))
+    for line in table(rows):
+        say(line)
+
+
+@flow_commands.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--around", default=None, help="only the flow through this feature")
+@click.option("--hops", default=None, type=int, help="only so many links away from it")
+@recipe_option
+@artifacts_option
+def export(out: Path, around: str | None, hops: int | None, recipe: str, artifacts: Path) -> None:
+    """Write the graph to OUT: .graphml, .gexf, .cyjs (Cytoscape) or .json (attribution graph)."""
+    from pipeline.flow.exports import export_graph
+
+    say(str(export_graph(_graph(_folder(recipe, artifacts)), out, around=around, max_hops=hops)))
+
+
+def _folder(recipe: str, artifacts: Path) -> Path:
+    return artifacts / Path(recipe).stem
+
+
+def _graph(folder: Path) -> FlowGraph:
+    from pipeline.flow.graph import FlowGraph
+
+    return FlowGraph.open(folder / "link")
+
+
+def _labels(folder: Path) -> Callable[[str], str] | None:
+    """Labels of the atlas beside the graph, when there is one."""
+    from pipeline.atlas.opened import Atlas
+
+    try:
+        return Atlas.open(folder / "atlas").label_of
+    except UserError:
+        return None

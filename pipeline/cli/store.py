@@ -1,0 +1,63 @@
+"""`featureflow store`: look into an activation store, verify it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from pipeline.cli.options import machine_options, quiet_option, run_context
+from pipeline.console import complain, progress_bars, say, show_number, table
+
+
+@click.group("store", no_args_is_help=True)
+def store_commands() -> None:
+    """Look into an activation store, or verify it."""
+
+
+@store_commands.command()
+@click.argument("url")
+@click.option("--json", "as_json", is_flag=True, help="print everything as JSON")
+def info(url: str, as_json: bool) -> None:
+    """Say what the store at URL (a path, s3://…, gs://…) holds; also one that is not finished."""
+    from data.store.checks import describe_store
+
+    found = describe_store(url)
+    if as_json:
+        say(json.dumps(found, indent=1))
+        return
+    rows = [
+        (key.replace("_", " "), show_number(value))
+        for key, value in found.items()
+        if key not in ("sites", "provenance")
+    ]
+    rows += [(key.replace("_", " "), show_number(value)) for key, value in found["provenance"].items()]
+    for line in table(rows):
+        say(line)
+    say("sites")
+    for site in found["sites"]:
+        say("  " + (site if isinstance(site, str) else ", ".join(f"{k} {show_number(v)}" for k, v in site.items())))
+
+
+@store_commands.command()
+@click.argument("url")
+@click.option("--full", is_flag=True, help="also read every byte and compare checksums")
+@machine_options
+@quiet_option
+@click.pass_context
+def verify(ctx: click.Context, url: str, full: bool, quiet: bool, **machine: Any) -> None:
+    """Check the store at URL against its records; every damage is named, with the command that mends it."""
+    from data.store.checks import verify_store
+
+    with progress_bars(quiet=quiet) as progress:
+        report = verify_store(url, full, run_context(progress=progress, **machine))
+    say(f"{report.url}: {report.n_shards} shards, {report.n_files} files, {show_number(report.n_bytes / 1e9)} GB")
+    if report.is_sound:
+        say("sound" + ("" if full else " (names and sizes; --full reads every byte)"))
+        return
+    try:
+        report.raise_if_damaged()
+    except Exception as error:
+        complain(f"error: {error}")
+    ctx.exit(2)

@@ -1,0 +1,203 @@
+"""The whole pipeline on the recipe `tiny`, by the command a user types; then every artifact is opened and its meaning
+recomputed from what lies above it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from data.language_model import LanguageModel
+from data.sites import parse_site
+from data.store import ActivationStore
+from pipeline.artifact import Artifact
+from pipeline.cli import run_command
+from pipeline.dictionaries import read_dictionaries
+from pipeline.recipe import read_recipe
+from pipeline.stages import STAGES, StageName
+
+ROOT = Path(__file__).parents[2]
+RECIPE = str(ROOT / "configs" / "tiny.toml")
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifacts")
+    assert run_command(["run", "--recipe", RECIPE, "--artifacts", str(folder), "--threads", "1"]) == 0
+    return folder / "tiny"
+
+
+def opened(artifacts: Path, stage: str) -> Artifact:
+    module = StageName(stage).module
+    return Artifact.open(artifacts / stage, kind=module.KIND, schema=module.SCHEMA)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_artifact_is_complete_and_undamaged(artifacts: Path, stage: str) -> None:
+    artifact = opened(artifacts, stage)
+    artifact.verify()
+    assert artifact.summary, "every stage has headline numbers"
+    assert any(name.endswith(".png") for name in artifact.files), "every stage draws its figures"
+
+
+def test_stored_activations_are_those_of_the_model(artifacts: Path) -> None:
+    store = ActivationStore.open(artifacts / "collect" / "store.zarr")
+    model = LanguageModel.open(read_recipe(RECIPE, stages=("collect",)).configs["collect"].model, dtype="float32")
+    start = 3 * store.n_context
+    ids = store.tokens().id[start : start + store.n_context].astype(np.int64)
+    seen = model.activations(torch.from_numpy(ids)[None], store.sites)
+    for site in store.sites:
+        stored = store.read(site, start, start + store.n_context)
+        np.testing.assert_allclose(stored, seen[site][0].numpy(), rtol=0.01, atol=0.01)
+
+
+def test_dictionaries_explain_more_than_the_mean(artifacts: Path) -> None:
+    store = ActivationStore.open(artifacts / "collect" / "store.zarr")
+    dictionaries = read_dictionaries(opened(artifacts, "train"))
+    assert set(dictionaries) == set(store.sites)
+    rows = store.kept_rows("validation")
+    for site, sae in dictionaries.items():
+        x = torch.from_numpy(store.read(site, 0, store.n_rows)[rows])
+        unexplained = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
+        assert float(unexplained) < 0.95, site
+        assert int((sae.encode(x) > 0).sum(1).max()) <= 4
+
+
+def test_evaluation_is_what_a_slow_recount_gives(artifacts: Path) -> None:
+    table = pd.read_parquet(artifacts / "evaluate" / "metrics.parquet").set_index("site")
+    store = ActivationStore.open(artifacts / "collect" / "store.zarr")
+    dictionaries = read_dictionaries(opened(artifacts, "train"))
+    rows = store.kept_rows("validation")[:1024]
+    for site, sae in dictionaries.items():
+        x = torch.from_numpy(store.read(site, 0, store.n_rows)[rows]).double()
+        error = x - sae(x.float()).double()
+        fvu = float(error.square().sum() / (x - x.mean(0)).square().sum())
+        found = table.loc[site.short if site.short in table.index else site.name]
+        assert found["fvu"] == pytest.approx(fvu, rel=0.02)
+
+
+def test_best_links_are_the_largest_cosines(artifacts: Path) -> None:
+    edges = pd.read_parquet(artifacts / "link" / "edges.parquet")
+    dictionaries = read_dictionaries(opened(artifacts, "train"))
+    residual = edges[(edges["relation"] == "residual") & (edges["rank"] == 0)]
+    assert len(residual)
+    for (source, target), group in residual.groupby(["source_site", "target_site"], observed=True):
+        a, b = (dictionaries[parse_site(str(name))].W_dec for name in (source, target))
+        cosine = torch.nn.functional.normalize(b, dim=1) @ torch.nn.functional.normalize(a, dim=1).T
+        chosen = cosine[group["target_latent"].to_numpy(), group["source_latent"].to_numpy()]
+        np.testing.assert_allclose(group["cosine"], chosen, atol=1e-5)
+
+
+def test_the_graph_only_points_forward(artifacts: Path) -> None:
+    edges = pd.read_parquet(artifacts / "link" / "edges.parquet")
+    for source, target in edges[["source_site", "target_site"]].drop_duplicates().itertuples(index=False):
+        assert parse_site(str(source)).layer <= parse_site(str(target)).layer
+
+
+def test_the_atlas_has_a_page_and_rows_for_every_feature(artifacts: Path) -> None:
+    features = pd.read_parquet(artifacts / "atlas" / "tables" / "features.parquet")
+    n_expected = sum(sae.n_latents for sae in read_dictionaries(opened(artifacts, "train")).values())
+    assert len(features) == n_expected
+    assert (artifacts / "atlas" / "site" / "index.html").is_file()
+
+
+def test_steering_left_samples_with_the_unsteered_text_beside(artifacts: Path) -> None:
+    samples = pd.read_parquet(artifacts / "steer" / "samples.parquet")
+    assert "unsteered" in set(samples["arm"])
+    assert samples["arm"].nunique() > 2
+
+
+def test_the_front_page_links_to_what_is_there(artifacts: Path) -> None:
+    page = (artifacts / "index.html").read_text()
+    for stage in STAGES:
+        assert f'id="{stage}"' in page
+    for name in ("atlas/site/index.html",):
+        assert name in page
+        assert (artifacts / name).is_file()
+
+
+def test_a_second_run_does_nothing_and_prints_the_same_numbers(
+    artifacts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in artifacts.rglob("*") if path.name == "manifest.json"}
+    assert run_command(["run", "--recipe", RECIPE, "--artifacts", str(artifacts.parent)]) == 0
+    text = capsys.readouterr().out
+    assert text.count("up to date") == len(STAGES)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    summary = json.loads((artifacts / "collect" / "manifest.json").read_text())["summary"]
+    assert f"{summary['n_tokens']:,}" in text
+
+
+def test_a_changed_section_reruns_that_stage_and_nothing_above(
+    artifacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", "--recipe", RECIPE, "--artifacts", str(artifacts.parent), "--to", "evaluate"]
+    assert run_command([*command, "--evaluate.n_tokens", "512"]) == 0
+    text = capsys.readouterr().out
+    assert "collect: up to date" in text
+    assert "train: up to date" in text
+    assert "evaluate: done" in text
+    assert run_command(command) == 0, "and back, for the tests that follow"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--collect.sites", '["resid_post:9"]'], "resid_post:9"),
+        (["--collect.n_context", "100000", "--collect.shard_rows", "100000000"], "context"),
+        (["--train.n_latents", "0"], "greater than 0"),
+        (["--train.architecture.k", "1000"], "k"),
+        (["--collect.corpus", '{kind = "files", paths = ["no/such/file.txt"]}'], "no/such/file.txt"),
+        (["--collect.model", '{kind = "folder", path = "no/such/model"}'], "no/such/model"),
+    ],
+)
+def test_bad_input_is_explained_and_nothing_is_left(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["run", "--recipe", RECIPE, "--artifacts", str(tmp_path), "--to", "train", *arguments]) == 2
+    text = capsys.readouterr().err
+    assert message in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "tiny" / "train" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_with_the_same_dictionaries(artifacts: Path, tmp_path: Path) -> None:
+    """Kill -9 at growing moments until one run gets through; the weights are those of the undisturbed run."""
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "run",
+        "--recipe",
+        RECIPE,
+        "--artifacts",
+        str(tmp_path),
+        "--to",
+        "train",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for attempt in range(12):
+        with subprocess.Popen([*command, "--threads", "1"], env=environment, stdout=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 4 + 1.5 * attempt
+            while process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+        if process.returncode == 0:
+            break
+    else:
+        pytest.fail("never got through")
+    ours = read_dictionaries(opened(tmp_path / "tiny", "train"))
+    theirs = read_dictionaries(opened(artifacts, "train"))
+    for site, sae in ours.items():
+        assert torch.equal(sae.W_dec, theirs[site].W_dec), site
