@@ -29,7 +29,8 @@ from sae.kernels.select import Precision
 from sae.normalisation import Normalisation, fold
 from sae.optimizer import Adam
 
-_LOOP_GAIN = 0.02
+_LOOP_SPEED = 0.01
+_LOOP_START = 0.05
 _L0_MEMORY = 0.95
 
 
@@ -114,7 +115,7 @@ class Trainer:
         now = Situation(
             progress=self.step / self.schedule.steps,
             dead=self.silent_for >= self.schedule.dead_after,
-            pressure=self.pressure,
+            pressure=self.pressure * self._excess(),
             precision=self.precision,
         )
         seen = self.architecture.gradients(self.weights, x, y, now)
@@ -169,14 +170,21 @@ class Trainer:
             edge = float(seen.threshold)
             self.threshold = edge if self.step == 0 else 0.95 * self.threshold + 0.05 * edge
         if self.architecture.closed_loop:
-            excess = max(self.l0_average, 1e-3) / self.architecture.target_l0
-            self.pressure *= min(max(excess, 0.5), 2.0) ** _LOOP_GAIN
+            if self.step >= _LOOP_START * self.schedule.steps:
+                self.pressure *= self._excess() ** _LOOP_SPEED
         sums = self._sums
         sums.steps, sums.loss, sums.tokens = sums.steps + 1, sums.loss + loss, sums.tokens + n_tokens
         sums.error, sums.target = sums.error + float(seen.squared_error), sums.target + float(seen.squared_target)
         sums.active += float(seen.n_active)
         self.step += 1
         return self._record() if self.step % self.schedule.record_every == 0 or self.finished else None
+
+    def _excess(self) -> float:
+        """How many times too high L0 is, within a factor of 4. The coefficient follows it at once (the factor itself)
+        and for good (its slow accumulation in `pressure`); the first part without the second settles off the target."""
+        if not self.architecture.closed_loop or self.step == 0:
+            return 1.0
+        return min(max(self.l0_average / self.architecture.target_l0, 0.25), 4.0)
 
     def _record(self) -> dict[str, float]:
         sums, self._sums = self._sums, _Sums()

@@ -5,7 +5,7 @@ With one encoder product π = W_enc (x − b_dec) + b_enc (the gate's) and z = 1
     ‖x − x̂‖² + λ Σ max(π, 0) + ‖x − x̂(max(π, 0))‖²  over d, the last with the decoder held fixed
 
 where `b` holds b_mag − e^r b_gate of the paper, so that magnitudes are an affine map of the gate's pre-activations. λ
-is steered by a closed loop to the target L0.
+is steered by a closed loop to the target L0; one shift of all gates takes what is left to it.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ it: ∂H(pre − θ)/∂θ = −1[|pre − θ| < bandwidth/2] / bandwidth. θ is
 stored as a logarithm it hardly moves under Adam. Two penalties:
 
     quadratic    λ (L0 / target − 1)²                       (Gemma Scope 2); finds the target by itself
-    tanh         λ Σ tanh(4 z ‖W_dec‖) / d                  (Anthropic, January 2025); λ steered by a closed loop
+    tanh         0.1 λ Σ tanh(4 z ‖W_dec‖) / d              (Anthropic, January 2025); λ steered by a closed loop
 
 Training starts where about `target_l0` latents are active. At the end all thresholds move by one shift that gives the
 target on held-out rows.
@@ -83,7 +83,7 @@ class JumpRelu:
         if self.sparsity == "quadratic":
             return self.penalty * (fires.sum(1).mean() / self.target_l0 - 1).square()
         soft = torch.tanh(_TANH_SLOPE * z * W_dec.norm(dim=1))
-        return self.penalty * now.pressure * soft.sum(1).mean() / W_dec.shape[1]
+        return 0.1 * self.penalty * now.pressure * soft.sum(1).mean() / W_dec.shape[1]
 
 
 class _Step(torch.autograd.Function):

@@ -80,7 +80,7 @@ def test_the_requested_l0_is_met_on_held_out_rows(architecture: AnyArchitecture)
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES[4:], ids=_name)
 def test_a_closed_loop_steers_the_penalty_to_the_requested_l0(architecture: AnyArchitecture) -> None:
-    x = planted(n_directions=48, d=32, n_active=3, n_rows=8_000).x
+    x = planted(n_directions=48, d=32, n_active=4, n_rows=8_000).x
     trainer = _trainer(architecture, x, steps=500, n_latents=64)
     train(trainer, InMemoryBatches(x, batch_size=128, seed=0))
     assert trainer.l0_average == pytest.approx(4, rel=0.25)
