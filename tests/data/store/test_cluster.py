@@ -16,10 +16,11 @@ from data.packing import pack_corpus
 from data.store import ActivationStore, SiteLayout, StoreLayout, StoreWriter
 from data.store.checks import verify_store
 from data.store.cluster import map_shards
-from data.store.cluster_collection import ModelChoice, ShardTask, collect_on_cluster, collect_task
+from data.store.cluster_collection import ModelChoice, collect_on_cluster
 from data.store.collection import collect_shards
 from pipeline.run import RunContext
 from sae.errors import UserError
+from tests.data.store.made import make_store, planted_documents, planted_layout, planted_rows, planted_tokens
 
 pytestmark = pytest.mark.slow
 SPEC = Random(n_layers=2, d_model=16, n_heads=2, d_mlp=32)
@@ -98,39 +99,31 @@ def test_a_cluster_verifies_and_computes_over_a_store(here, machines):
     assert np.allclose(found, store.read(site, 0, store.n_rows).mean(axis=0), atol=1e-5)
 
 
-def _die_once(task: ShardTask):
-    """Kills its own worker in the middle of a shard, the first time."""
-    marker = Path(task.url).parent / f"died-{task.shard}"
-    if task.shard == 1 and not marker.exists():
-        marker.touch()
-        writer = StoreWriter.attach(task.url)
-        with writer.open_shard(task.shard, task.tokens) as writing:
-            n = 300
-            writing.append({site.name: np.ones((n, site.width), np.float32) for site in writer.layout.sites})
+def _write_or_die(task: tuple[str, int]) -> int:
+    """Writes a planted shard. Kills its own worker in the middle of shard 1, the first time."""
+    url, shard = task
+    writer = StoreWriter.attach(url)
+    start, stop = writer.layout.rows_of_shard(shard)
+    rows = {name: each[start:stop] for name, each in planted_rows().items()}
+    marker = Path(url).parent / "died"
+    with writer.open_shard(shard, planted_tokens(5000).part(start, stop)) as writing:
+        writing.append({name: each[:700] for name, each in rows.items()})
+        if shard == 1 and not marker.exists():
+            marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-    return collect_task(task)
+        writing.append({name: each[700:] for name, each in rows.items()})
+        writing.commit()
+    return shard
 
 
-def test_a_worker_killed_in_a_shard_changes_nothing_in_the_end(made, here, machines, tmp_path):
+def test_a_worker_killed_in_a_shard_changes_nothing_in_the_end(machines, tmp_path):
+    make_store(tmp_path / "undisturbed.zarr", planted_rows())
     url = tmp_path / "store.zarr"
-    writer = StoreWriter.create(url, made.layout)
-    tasks = [
-        ShardTask(
-            url=str(url),
-            shard=shard,
-            tokens=tokens,
-            model=made.choice,
-            sites=made.model.sites(),
-            batch_rows=256,
-            n_threads=1,
-            allow_non_finite=False,
-        )
-        for shard, tokens in made.parts
-    ]
-    assert len(list(map_shards(_die_once, tasks, machines))) == made.layout.n_shards
-    assert (tmp_path / "died-1").exists()
-    writer.finish(made.documents)
-    assert bytes_of(url) == bytes_of(here)
+    writer = StoreWriter.create(url, planted_layout(planted_rows()))
+    assert sorted(map_shards(_write_or_die, [(str(url), shard) for shard in range(3)], machines)) == [0, 1, 2]
+    assert (tmp_path / "died").exists()
+    writer.finish(planted_documents(5000))
+    assert bytes_of(url) == bytes_of(tmp_path / "undisturbed.zarr")
 
 
 def _always_die(task: int):

@@ -1,0 +1,107 @@
+"""Activations that others have stored, into a store: SAELens' cache, safetensors, .npy files, any Zarr array.
+
+A source is a folder or a file; what it is, is seen from what lies there:
+
+    SAELens     `*.arrow` files of a Hugging Face data set: a column of (context, d) arrays named as a hook, `token_ids`
+    safetensors `*.safetensors`; each tensor (row, d) or (context, position, d) is a site of that name
+    .npy        `<site>.npy` files of shape (row, d) or (context, position, d), read by memory map
+    Zarr        a folder with `zarr.json` whose arrays are (row, d) sites, read by zarr-python
+
+Several files of one site follow each other in the order of their names, numbers read as numbers. Nothing is unpickled.
+Rows are read a part at a time, so memory stays at one shard of every site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.store.checks import Report, verify_store
+from data.store.cluster import Machines
+from data.store.foreign import find_foreign
+from data.store.foreign_rows import ForeignRows
+from data.store.layout import SiteLayout, StoredDtype, StoreLayout
+from data.store.tokens import FLAG_BOS, DocumentRow, TokenTable
+from data.store.writer import write_activations
+from sae.errors import Problem, UserError
+
+_PART_ROWS = 8192
+
+
+def import_activations(
+    source: Path,
+    url: str | Path,
+    context: Machines,
+    *,
+    dtype: StoredDtype = "bfloat16",
+    rename: Mapping[str, str] | None = None,
+    n_context: int | None = None,
+    first_is_bos: bool = False,
+    validation_fraction: float = 0.05,
+    shard_rows: int = 65_536,
+    chunk_rows: int = 1024,
+    allow_non_finite: bool = False,
+) -> Report:
+    """Store what lies in `source` and verify it. `rename` maps names found there to sites, such as
+    `{"hidden_states": "L12"}`; `n_context` splits rows into contexts where the source does not say; each context counts
+    as a document, and the last ones are for validation. Raises UserError with all problems."""
+    found = find_foreign(Path(source), rename or {})
+    n_rows = _common_rows(found)
+    context_rows = n_context or next((each.n_context for each in found if each.n_context), None) or 1
+    shard_rows = _whole_shards(shard_rows, chunk_rows, context_rows, n_rows)
+    n_validation = round(validation_fraction * (n_rows // context_rows)) * context_rows
+    layout = StoreLayout(
+        sites=tuple(SiteLayout(name=each.name, width=each.width) for each in found),
+        dtype=dtype,
+        n_rows=n_rows,
+        n_context=context_rows,
+        shard_rows=shard_rows,
+        chunk_rows=chunk_rows,
+        validation_start=n_rows - n_validation,
+        provenance={"imported_from": Path(source).name, "format": found[0].format},
+    )
+    documents = [DocumentRow(source=Path(source).name)] * (-(-n_rows // context_rows))
+    write_activations(
+        url,
+        _iter_parts(found, n_rows, context_rows, first_is_bos, lambda n: context.progress("import", n, n_rows)),
+        layout=layout,
+        documents=documents,
+        allow_non_finite=allow_non_finite,
+    )
+    return verify_store(url, full=False, context=context)
+
+
+def _iter_parts(
+    found: Sequence[ForeignRows], n_rows: int, n_context: int, first_is_bos: bool, done: Callable[[int], None]
+) -> Iterator[tuple[dict[str, Any], TokenTable]]:
+    ids = next((each.token_ids for each in found if each.token_ids is not None), None)
+    for start in range(0, n_rows, _PART_ROWS):
+        stop = min(start + _PART_ROWS, n_rows)
+        rows = np.arange(start, stop)
+        position = (rows % n_context).astype(np.uint32)
+        flags = np.where(first_is_bos & (position == 0), FLAG_BOS, 0).astype(np.uint8)
+        tokens = TokenTable(
+            id=np.zeros(len(rows), np.uint32) if ids is None else ids(start, stop).astype(np.uint32),
+            document=(rows // n_context).astype(np.uint32),
+            position=position,
+            flags=flags,
+        )
+        yield {each.name: each.read(start, stop) for each in found}, tokens
+        done(stop)
+
+
+def _common_rows(found: Sequence[ForeignRows]) -> int:
+    lengths = {each.name: each.n_rows for each in found}
+    if len(set(lengths.values())) != 1:
+        problems = tuple(Problem(what=f"{n} rows", where=name) for name, n in lengths.items())
+        raise UserError("the sites differ in length: rows must be the same tokens at every site", problems=problems)
+    return next(iter(lengths.values()))
+
+
+def _whole_shards(shard_rows: int, chunk_rows: int, n_context: int, n_rows: int) -> int:
+    """The smallest multiple of chunk and context that is not less than asked for, or than all rows."""
+    unit = int(np.lcm(chunk_rows, n_context))
+    return -(-min(shard_rows, max(n_rows, 1)) // unit) * unit
