@@ -51,6 +51,9 @@ __all__ = [
 ]
 
 
+_NO_LIMIT = 2**31  # models without learned or rotary positions (BLOOM, MPT) take contexts of any length
+
+
 class _Finished(Exception):
     """Raised by a hook once everything wanted has been seen; never leaves this module."""
 
@@ -68,7 +71,7 @@ class LanguageModel:
         config = self.hf.config.get_text_config()
         self.n_layers: int = config.num_hidden_layers
         self.d_model: int = config.hidden_size
-        self.n_context: int = config.max_position_embeddings
+        self.n_context: int = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
         self.d_vocab: int = self.hf.get_output_embeddings().weight.shape[0]
         self.dtype: torch.dtype = next(self.hf.parameters()).dtype
         self.device: torch.device = next(self.hf.parameters()).device
@@ -197,7 +200,10 @@ class LanguageModel:
         length = n_before + ids.shape[1]
         if length > self.n_context:
             raise UserError(
-                "the context is longer than the model's", found=f"{length} tokens", expected=f"at most {self.n_context}"
+                "the context is longer than the model's",
+                found=f"{length} tokens",
+                expected=f"at most {self.n_context}",
+                mend=f"choose n_context = {self.n_context} or less",
             )
         if ids.numel() and (int(ids.max()) >= self.d_vocab or int(ids.min()) < 0):
             raise UserError(
@@ -270,9 +276,11 @@ def boot_bridge(model: LanguageModel) -> Any:
 
     with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
         model.tokenizer.save(Path(folder))
+        hf = copy.deepcopy(model.hf)
+        hf.config.architectures = [type(hf).__name__]
         return TransformerBridge.boot_transformers(
             model.name,
-            hf_model=copy.deepcopy(model.hf),
+            hf_model=hf,
             tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True),
             dtype=model.dtype,
             device=model.device,

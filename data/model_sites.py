@@ -20,6 +20,7 @@ Cost: one forward pass of four tokens; afterwards one Python call per wanted sit
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -113,13 +114,14 @@ class _BlockRecord:
     def _see_child(self, child: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         value = first_tensor(output)
         if value is not None:
-            self.calls.append(_Call(module=child, input=_first_input(args, kwargs), output=value))
+            self.calls.append(_Call(module=child, input=_first_input(args, kwargs), output=value.clone()))
 
     def solve(self) -> BlockSites:
         pre, post = self.before, self.after
         if pre is None or post is None or pre.shape != post.shape:
             return BlockSites(block=self.block, attention=None, mlp=None, is_sequential=False)
-        calls = [call for call in self.calls if call.output.shape == post.shape]
+        n_calls = Counter(id(call.module) for call in self.calls)  # a module used twice has no place of its own
+        calls = [call for call in self.calls if call.output.shape == post.shape and n_calls[id(call.module)] == 1]
         pair = self._pair_that_adds_up(calls, pre, post)
         if pair is None:
             return BlockSites(block=self.block, attention=None, mlp=None, is_sequential=False)
@@ -162,7 +164,7 @@ class _Tap:
                 raise ValueError(f"the edit at {site} turned shape {tuple(value.shape)} into {tuple(edited.shape)}")
             value = edited.to(value.dtype)
         for recorder in self.recorders:
-            recorder[site] = value
+            recorder[site] = value.clone()  # Falcon adds the attention's output into the MLP's in place
         return value
 
 
@@ -240,8 +242,8 @@ def _hook_input(module: nn.Module, see: Edit) -> RemovableHandle:
 
 def _hook_output(module: nn.Module, see: Edit) -> RemovableHandle:
     def hook(_: nn.Module, args: tuple, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (see(output[0]), *output[1:])
+        if isinstance(output, (tuple, list)):
+            return type(output)((see(output[0]), *output[1:]))
         return see(output)
 
     return module.register_forward_hook(hook)

@@ -3,8 +3,8 @@
 1. A spec is turned into a folder with config.json, *.safetensors and tokenizer files: a packaged model and a GGUF file
    are converted once into the cache, a Hub id is found or downloaded by the Hub's own client, a TransformerLens name
    is looked up for its Hub id. `Random` needs no folder.
-2. `load_folder` reads the folder: safetensors only, no code from the folder is run, scaled-dot-product attention
-   except where the model caps its attention logits (Gemma 2), which that kernel leaves out without a word.
+2. `load_folder` reads the folder: safetensors only, no code from the folder is run, fused attention except
+   where the model caps its attention logits (Gemma 2), which that kernel leaves out without a word.
 
 Cost: reading 270 MB of bf16 weights takes 2–3 s; a first conversion of SmolLM2 about 25 s of one core.
 """
@@ -104,10 +104,11 @@ def load_folder(folder: Path, dtype: torch.dtype) -> LoadedModel:
     return LoadedModel(hf=hf, tokenizer=Tokenizer(tokenizer), folder=folder)
 
 
-def attention_for(config: Any) -> str:
-    """Scaled-dot-product attention unless logits are capped: that kernel would leave the cap out."""
+def attention_for(config: Any) -> str | None:
+    """The library's choice (the fused kernel where the architecture has it), but not where attention logits are
+    capped: the fused kernel would leave the cap out."""
     text_config = config.get_text_config()
-    return "eager" if getattr(text_config, "attn_logit_softcapping", None) else "sdpa"
+    return "eager" if getattr(text_config, "attn_logit_softcapping", None) else None
 
 
 def build_random(spec: Random) -> LoadedModel:
@@ -126,7 +127,6 @@ def build_random(spec: Random) -> LoadedModel:
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.bos_id,
     )
-    config._attn_implementation = attention_for(config)
     with torch.device("meta"):
         hf = LlamaForCausalLM(config)
     hf = hf.to_empty(device="cpu")

@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 from data.language_model import LanguageModel, Packaged, Random, boot_bridge
 from data.model_sources import LoadedModel, attention_for, build_random
@@ -52,6 +63,30 @@ def random_pythia() -> LanguageModel:
     return _from_config(GPTNeoXForCausalLM, config)
 
 
+def random_phi() -> LanguageModel:
+    """One dropout module serves both sublayers of a block: it is neither's output."""
+    config = PhiConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return _from_config(PhiForCausalLM, config)
+
+
+def random_falcon() -> LanguageModel:
+    """The attention's output is added into the MLP's in place."""
+    config = FalconConfig(
+        vocab_size=512, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=0, eos_token_id=0
+    )
+    return _from_config(FalconForCausalLM, config)
+
+
 def _from_config(model_class: Any, config: Any) -> LanguageModel:
     config._attn_implementation = attention_for(config)
     hf = model_class(config)
@@ -69,6 +104,8 @@ BUILDERS: dict[str, Callable[[], LanguageModel]] = {
     "gpt2": random_gpt2,
     "gemma2": random_gemma2,
     "pythia": random_pythia,
+    "phi": random_phi,
+    "falcon": random_falcon,
 }
 
 
@@ -204,10 +241,12 @@ def test_unembedding_and_gain_reproduce_the_logits(model: LanguageModel) -> None
     last = Site(model.n_layers - 1, "resid_post")
     x = model.activations(IDS, [last])[last]
     bias = torch.zeros(model.d_model)
-    if "GPT" in model.name:
+    if any(name in model.name for name in ("GPT", "Phi", "Falcon")):
         x = x - x.mean(-1, keepdim=True)
         bias = model._final_norm().bias
     logits = (x / x.square().mean(-1, keepdim=True).sqrt() * gain + bias) @ weight.T
+    if model.hf.get_output_embeddings().bias is not None:
+        logits = logits + model.hf.get_output_embeddings().bias
     if "Gemma" in model.name:
         cap = model.hf.config.final_logit_softcapping
         logits = cap * torch.tanh(logits / cap)
