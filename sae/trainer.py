@@ -169,9 +169,8 @@ class Trainer:
         if seen.threshold is not None:
             edge = float(seen.threshold)
             self.threshold = edge if self.step == 0 else 0.95 * self.threshold + 0.05 * edge
-        if self.architecture.closed_loop:
-            if self.step >= _LOOP_START * self.schedule.steps:
-                self.pressure *= self._excess() ** _LOOP_SPEED
+        if self.architecture.closed_loop and self.step >= _LOOP_START * self.schedule.steps:
+            self.pressure *= self._excess() ** _LOOP_SPEED
         sums = self._sums
         sums.steps, sums.loss, sums.tokens = sums.steps + 1, sums.loss + loss, sums.tokens + n_tokens
         sums.error, sums.target = sums.error + float(seen.squared_error), sums.target + float(seen.squared_target)
