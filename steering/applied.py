@@ -119,7 +119,7 @@ class _Part:
         device = next(model.hf.parameters()).device
         self.site, self.nodes, self.number, self.plan, self.tracker = site, nodes, number, plan, tracker
         self.rows = None if row_plan.rows is None else torch.tensor(row_plan.rows, dtype=torch.long, device=device)
-        self.directions = torch.stack([_direction(node, plan, saes) for node in nodes]).float().to(device)
+        self.directions = torch.stack([direction_of_node(node, plan, saes) for node in nodes]).float().to(device)
         self.values = NodeValues(
             strength=torch.tensor([plan.strength * node.weight for node in nodes], device=device),
             scale=torch.tensor([node.scale for node in nodes], device=device),
@@ -202,7 +202,7 @@ def _site_edit(parts: Sequence[_Part], conditions: Sequence[_Condition]) -> Call
     return edit
 
 
-def _direction(node: Node, plan: Plan, saes: Mapping[Site, Dictionary]) -> Tensor:
+def direction_of_node(node: Node, plan: Plan, saes: Mapping[Site, Dictionary]) -> Tensor:
     if node.vector is not None:
         return plan.vectors[node.vector]
     feature = node.feature

@@ -131,10 +131,11 @@ def stream(
     *,
     seed: int = 0,
     sampling: Sampling = Sampling(),
+    reports: list[SteeringReport] | None = None,
 ) -> Iterator[Step]:
-    """One row a plan, token by token; a row ends at a stop token."""
+    """One row a plan, token by token; a row ends at a stop token. At the end `reports` gets what steering touched."""
     rows = [_Row(plan=p, prompt_index=0, sample=0, prompt=prompt) for p in range(len(plans))]
-    yield from _steps(model, saes, rows, plans, seed, sampling, [])
+    yield from _steps(model, saes, rows, plans, seed, sampling, [] if reports is None else reports)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +203,7 @@ def _steps(
     cache: Any = None
     with steering:
         run = steering.enter_context(applied(model, saes, row_plans)) if row_plans else None
+        steering.callback(lambda: reports.append(run.report() if run else SteeringReport(nodes=(), n_passes=0)))
         for _ in range(sampling.n_tokens):
             logits, cache = _next_logits(model, batch, cache)
             chosen, log_probs = _choose(logits.float(), noise.next().to(device), sampling)
@@ -211,7 +213,6 @@ def _steps(
             if not alive.any():
                 break
             batch = _extended(batch, chosen)
-    reports.append(run.report() if run is not None else SteeringReport(nodes=(), n_passes=0))
 
 
 def _next_logits(model: SteerableModel, batch: Batch, cache: Any) -> tuple[Float[Tensor, "batch vocab"], Any]:

@@ -1,0 +1,188 @@
+"""What leaves the project: files read back, wrappers that behave like the model, an endpoint that speaks the
+protocol.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.error
+import urllib.request
+from dataclasses import replace
+
+import pytest
+import torch
+
+from data.sites import Site
+from sae.errors import UserError
+from steering.applied import applied
+from steering.concept import Judge
+from steering.edits import Add, Floor
+from steering.exports import neuronpedia_request, read_gguf, read_vectors, write_gguf, write_vectors
+from steering.generation import Sampling, generate
+from steering.plan import Node, Plan
+from steering.plan_files import plan_document
+from steering.scopes import AfterToken
+from steering.serve import Endpoint, make_server
+from steering.wrapper import SteeredModel
+
+FLOW = Plan(
+    nodes=(Node(at="L1/3", scale=4.0, weight=0.5), Node(at="L2/5", scale=6.0, weight=0.5), Node(at="L2/7", scale=1.0)),
+    strength=1.5,
+    name="flow",
+)
+IDS = torch.tensor([[5, 9, 11, 9, 30, 7]])
+
+
+def test_a_control_vector_read_back_steers_like_the_plan(model, saes, tmp_path):
+    """Directions from the file, added by hand at the output of their blocks, against the plan itself."""
+    read = read_gguf(write_gguf(FLOW, saes, tmp_path / "flow.gguf", model_type="llama"))
+    assert sorted(read) == [1, 2]
+    handles = [
+        model.hf.base_model.layers[layer].register_forward_hook(
+            lambda module, inputs, out, v=vector: (out[0] + v, *out[1:]) if isinstance(out, tuple) else out + v
+        )
+        for layer, vector in read.items()
+    ]
+    with torch.no_grad():
+        by_hand = model.hf(input_ids=IDS).logits
+    for handle in handles:
+        handle.remove()
+    with torch.no_grad(), applied(model, saes, replace(FLOW, skip_first=0)):
+        torch.testing.assert_close(model.hf(input_ids=IDS).logits, by_hand, atol=1e-5, rtol=1e-4)
+
+
+def test_what_a_control_vector_cannot_hold_is_refused_with_the_reason(saes, tmp_path):
+    with pytest.raises(UserError, match="depends on the activation"):
+        write_gguf(replace(FLOW, edit=Floor()), saes, tmp_path / "a.gguf", model_type="llama")
+    early = replace(FLOW, nodes=(Node(at="L0/1"), *FLOW.nodes), scope=AfterToken(token=3))
+    with pytest.raises(UserError) as caught:
+        write_gguf(early, saes, tmp_path / "b.gguf", model_type="llama")
+    assert "block 0" in str(caught.value)
+    assert "every token" in str(caught.value)
+    (tmp_path / "c.gguf").write_bytes(b"junk")
+    with pytest.raises(UserError, match="not a GGUF"):
+        read_gguf(tmp_path / "c.gguf")
+
+
+def test_plain_vectors_carry_their_plan(saes, tmp_path):
+    vectors, document = read_vectors(write_vectors(FLOW, saes, tmp_path / "v.safetensors"))
+    expected = 1.5 * (0.5 * 6.0 * saes[Site(2, "resid_post")].W_dec[5] + saes[Site(2, "resid_post")].W_dec[7])
+    torch.testing.assert_close(vectors["blocks.2.hook_resid_post"], expected)
+    assert document["nodes"][0]["at"] == "L1/3"
+
+
+def test_neuronpedias_request_names_every_feature():
+    sources = {Site(1, "resid_post"): "1-res", Site(2, "resid_post"): "2-res"}
+    body = neuronpedia_request(FLOW, model_id="m", sources=sources, prompt="I think")
+    assert [(f["layer"], f["index"], f["strength"]) for f in body["features"]] == [
+        ("1-res", 3, 3.0),
+        ("2-res", 5, 4.5),
+        ("2-res", 7, 1.5),
+    ]
+    with pytest.raises(UserError, match="no source"):
+        neuronpedia_request(FLOW, model_id="m", sources={}, prompt="x")
+
+
+def test_a_steered_model_is_called_like_the_model(model, saes):
+    steered = SteeredModel(model, saes, FLOW)
+    with torch.no_grad():
+        plain = model.hf(input_ids=IDS).logits
+        got = steered(input_ids=IDS).logits
+        with applied(model, saes, FLOW):
+            expected = model.hf(input_ids=IDS).logits
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, plain)
+    assert steered.config is model.hf.config
+    with torch.no_grad():
+        assert torch.equal(model.hf(input_ids=IDS).logits, plain)
+
+
+def test_generate_of_the_wrapper_is_greedy_decoding_with_the_plan(model, saes):
+    """Against our own loop: the plan is applied at every decoding step, with the cache, under left padding."""
+    from steering.sequences import encoded, padded
+
+    prompts = ["I think that", "A"]
+    ours = generate(model, saes, prompts, [FLOW], sampling=Sampling(n_tokens=6, temperature=0))
+    batch = padded([encoded(model, prompt) for prompt in prompts])
+    out = SteeredModel(model, saes, FLOW).generate(
+        batch.ids, attention_mask=batch.real.long(), max_new_tokens=6, do_sample=False, pad_token_id=0
+    )
+    for row, sample in zip(out[:, batch.ids.shape[1] :].tolist(), ours.samples, strict=True):
+        assert tuple(row[: len(sample.ids)]) == sample.ids
+    with pytest.raises(UserError, match="beams"):
+        SteeredModel(model, saes, FLOW).generate(IDS, num_beams=2)
+
+
+@pytest.fixture(scope="module")
+def address(model, saes):
+    endpoint = Endpoint(
+        model=model, saes=saes, plans={"flow": FLOW, "idle": replace(FLOW, scope=AfterToken(token=499))}
+    )
+    server = make_server(endpoint, port=0)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def ask(url, body=None, headers=None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json", **(headers or {})})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.read().decode()
+
+
+def refused(url, body, headers=None):
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        ask(url, body, headers)
+    return caught.value.code, caught.value.read().decode()
+
+
+def test_the_endpoint_lists_plans_as_models(model, address):
+    names = [entry["id"] for entry in json.loads(ask(f"{address}/v1/models"))["data"]]
+    assert names == [model.name, f"{model.name}:flow", f"{model.name}:idle"]
+
+
+def test_the_endpoint_writes_what_the_library_writes(model, saes, address):
+    body = {"prompt": "I think", "max_tokens": 5, "temperature": 0, "logprobs": 1}
+    steered = json.loads(ask(f"{address}/v1/completions", {**body, "model": f"{model.name}:flow"}))
+    made = generate(model, saes, ["I think"], [FLOW], sampling=Sampling(n_tokens=5, temperature=0)).samples[0]
+    assert steered["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(list(made.log_probs), abs=1e-4)
+    assert steered["steering"]["tokens"] > 0
+    sent = {**body, "steering": {"document": plan_document(FLOW)}}
+    by_document = json.loads(ask(f"{address}/v1/completions", sent))
+    assert by_document["choices"][0]["text"] == steered["choices"][0]["text"]
+    events = ask(f"{address}/v1/completions", {**sent, "stream": True}).split("\n\n")
+    assert events[-2] == "data: [DONE]"
+    pieces = [json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events[:-2]]
+    assert steered["choices"][0]["text"].startswith("".join(pieces))
+
+
+def test_bad_requests_are_refused_with_the_reason(model, address):
+    url = f"{address}/v1/completions"
+    for body, word in (
+        ({"prompt": "a", "model": "m:none"}, "no plan"),
+        ({"prompt": ["a", "b"]}, "one prompt"),
+        ({"prompt": "a", "temperature": "hot"}, "number"),
+        ({"prompt": "a", "steering": {"document": {"schema": 1}}}, "nodes"),
+        ({"prompt": "a", "max_tokens": 3, "steering": {"plan": "idle"}}, "touched no token"),
+    ):
+        code, text = refused(url, body)
+        assert code == 400
+        assert word in text
+    assert refused(url, {"prompt": "a"}, {"Host": "evil.example"})[0] == 403
+
+
+def test_a_judge_that_answers_nonsense_is_an_error():
+    class Stub(Judge):
+        def _ask(self, question: str) -> str:
+            return self.key
+
+    good = Stub(url="http://localhost", model="m", key='{"concept": 2, "relevance": 1, "fluency": 2}')
+    assert good.rate(concept="c", prompt="p", text="t").harmonic_mean == pytest.approx(1.5)
+    for answer in ("no idea", '{"concept": 3, "relevance": 1, "fluency": 1}', '{"concept": 1}'):
+        with pytest.raises(UserError):
+            Stub(url="http://localhost", model="m", key=answer).rate(concept="c", prompt="p", text="t")
+    assert isinstance(FLOW.edit, Add)
