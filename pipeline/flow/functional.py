@@ -5,6 +5,7 @@
    only latents that ever fire together cost anything.
 3. Pearson correlation and Jaccard overlap follow for the links; per target also the best partner by correlation.
 4. Chance: each link's source is replaced by a source of similar density; the correlations of those pairs are the null.
+   A stronger null is the rival: the best correlation of the target with any source but the link's own.
 
 Memory: the codes (8 bytes a firing) and one block of the co-firing matrix. Source: Feature Flow appendix C.4 (Pearson);
 Balcells et al., arXiv 2410.08869 (Jaccard).
@@ -55,10 +56,16 @@ class Firing:
 
 @dataclass(frozen=True, kw_only=True)
 class BestByFiring:
-    """Per target, the source that correlates best: its index (-1: none fires with it) and the correlation."""
+    """Per target, the source that correlates best: its index (-1: none fires with it), its correlation, and that of the
+    runner-up (0 for none)."""
 
     index: Int64[np.ndarray, "target"]
     pearson: Float[np.ndarray, "target"]
+    runner_up: Float[np.ndarray, "target"]
+
+    def rival(self, source: Int64[np.ndarray, "link"], target: Int64[np.ndarray, "link"]) -> Float[np.ndarray, "link"]:
+        """For each link the largest correlation of its target with any source but the link's own."""
+        return np.where(self.index[target] == source, self.runner_up[target], self.pearson[target])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +120,7 @@ def compare_firing(
     asked_target = np.concatenate([links[1], chosen[1]])
     pearson, jaccard = np.zeros(len(asked_source)), np.zeros(len(asked_source))
     best_index = np.full(target.codes.shape[1], -1, dtype=np.int64)
-    best_pearson = np.zeros(target.codes.shape[1])
+    best_pearson, runner_up = np.zeros(target.codes.shape[1]), np.zeros(target.codes.shape[1])
     for start in range(0, target.codes.shape[1], _BLOCK):
         block = np.arange(start, min(start + _BLOCK, target.codes.shape[1]))
         here = np.flatnonzero((asked_target >= block[0]) & (asked_target <= block[-1]))
@@ -121,11 +128,11 @@ def compare_firing(
         pearson[here], jaccard[here] = _at(
             source, target, products, common, asked_source[here], asked_target[here], block[0]
         )
-        best_index[block], best_pearson[block] = _best(source, target, products, block)
+        best_index[block], best_pearson[block], runner_up[block] = _best(source, target, products, block)
     return Cofiring(
         links=Firing(pearson=pearson[:n_links], jaccard=jaccard[:n_links]),
         chance=Firing(pearson=pearson[n_links:], jaccard=jaccard[n_links:]),
-        best=BestByFiring(index=best_index, pearson=best_pearson),
+        best=BestByFiring(index=best_index, pearson=best_pearson, runner_up=runner_up),
     )
 
 
@@ -175,17 +182,23 @@ def _at(
 
 def _best(
     source: Codes, target: Codes, products: sparse.csc_matrix, block: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Index and correlation of the best source of each target of the block, and the correlation of the second best."""
     products.sort_indices()
     right = np.repeat(block, np.diff(products.indptr))
     pearson = _pearson(source, target, products.data.astype(np.float64), products.indices, right)
-    index, value = np.full(len(block), -1, dtype=np.int64), np.zeros(len(block))
+    index, best, second = np.full(len(block), -1, dtype=np.int64), np.zeros(len(block)), np.zeros(len(block))
     order = np.lexsort((products.indices, -pearson, right))
-    first = order[np.unique(right[order], return_index=True)[1]]
-    first = first[pearson[first] > 0]
-    index[right[first] - block[0]] = products.indices[first]
-    value[right[first] - block[0]] = pearson[first]
-    return index, value
+    order = order[pearson[order] > 0]
+    owner, place = np.unique(right[order], return_index=True)
+    first = order[place]
+    index[owner - block[0]], best[owner - block[0]] = products.indices[first], pearson[first]
+    after = place + 1
+    inside = after < len(order)
+    same = np.zeros(len(owner), dtype=bool)
+    same[inside] = right[order[after[inside]]] == owner[inside]
+    second[owner[same] - block[0]] = pearson[order[after[same]]]
+    return index, best, second
 
 
 def _pearson(source: Codes, target: Codes, total: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ For each pair that `pairing.py` finds, in order of depth:
 1. match      cosine of unit decoder rows, exact top-k both ways                                     match.py
 2. chance     the best cosines that a null model gives; for dictionaries of one start also what inertia leaves   null.py
 3. firing     correlation and overlap of firing on held-out tokens, with chance pairs beside         functional.py
-4. judge      p-value = the largest over the nulls that apply, q by Benjamini and Hochberg           significance.py
+4. judge      one p-value from all of it, q by Benjamini and Hochberg                               judge.py
 5. keep       by false-discovery rate, or by the paper's fixed cosines
 
 Then nodes get their classes, birth and death, and communities (nodes.py). Cost: one matrix product of
@@ -28,7 +28,8 @@ from torch import Tensor
 from data.sites import Site
 from data.store.cluster import Machines, map_shards
 from pipeline.flow.edges import EdgeColumns, edges_of
-from pipeline.flow.functional import FEW_FIRINGS, Cofiring, compare_firing
+from pipeline.flow.functional import FEW_FIRINGS, compare_firing
+from pipeline.flow.judge import Evidence, judge
 from pipeline.flow.match import match
 from pipeline.flow.nodes import Side, node_table
 from pipeline.flow.null import DirectionNull, FarLayers, NullSample, NullSampler, Rotation, mirrored
@@ -36,7 +37,6 @@ from pipeline.flow.options import Automatic, Calibrated, Fixed, LinkOptions
 from pipeline.flow.pair_report import edge_table, pair_row
 from pipeline.flow.pairing import Pair, Pairing, Relation, StartRelation, far_site, pair_sites, start_relation
 from pipeline.flow.shelf import HeldOut, Shelf
-from pipeline.flow.significance import p_values, q_values
 from pipeline.flow.sources import facts_of
 from sae import Sae
 from sae.report import Progress, silent
@@ -59,16 +59,6 @@ class PairLinks:
     pair: Pair
     edges: pd.DataFrame
     report: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """p-values of edges: `cosine` against the decoder nulls, `firing` against chance pairs, `joint` what is judged."""
-
-    cosine: Float[np.ndarray, "edge"]
-    firing: Float[np.ndarray, "edge"] | None
-    joint: Float[np.ndarray, "edge"]
-    q: Float[np.ndarray, "edge"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,9 +154,9 @@ def _link_pair(pair: Pair, shelf: Shelf, stretch: Stretch) -> PairLinks:
         rng = np.random.default_rng([options.seed, *_numbers(pair)])
         links = (columns.source, columns.target)
         cofiring = compare_firing(source.codes, target.codes, links, rng=rng, n_chance=options.n_null)
-    evidence = _judge(columns, nulls, cofiring, must_fire=start == "same_start")
-    kept = _kept(columns, evidence, pair, options)
     few = None if target.codes is None else target.codes.n_fired < FEW_FIRINGS
+    evidence = judge(columns, nulls, cofiring, few, same_start=start == "same_start")
+    kept = _kept(columns, evidence, pair, options)
     fdr = options.thresholds.fdr if isinstance(options.thresholds, Calibrated) else Calibrated().fdr
     names = [site.short for site in stretch.facts]
     return PairLinks(
@@ -196,7 +186,7 @@ def _null_samples(pair: Pair, shelf: Shelf, stretch: Stretch, start: StartRelati
         case Automatic():
             samples = [_drawn(Rotation(), pair, shelf, options)]
             if start == "same_start":
-                inertia = stretch.start_nulls.get(pair.relation) or _far_sample(pair, shelf, None)
+                inertia = stretch.start_nulls.get(pair.relation) or _far_sample(pair, shelf, stretch, None)
                 samples += [inertia] if inertia is not None else []
                 if inertia is None:
                     shelf.warnings.append(
@@ -204,7 +194,7 @@ def _null_samples(pair: Pair, shelf: Shelf, stretch: Stretch, start: StartRelati
                     )
             return samples
         case FarLayers(min_distance=distance):
-            sample = _far_sample(pair, shelf, distance)
+            sample = _far_sample(pair, shelf, stretch, distance)
             if sample is None:
                 shelf.warnings.append(f"{pair}: no dictionary is far enough for the far-layer null; rotation used")
             return [sample or _drawn(Rotation(), pair, shelf, options)]
@@ -219,23 +209,14 @@ def _drawn(choice: DirectionNull, pair: Pair, shelf: Shelf, options: LinkOptions
     return sampler.sample(shelf.at(pair.source).directions, shelf.at(pair.target).directions, generator)
 
 
-def _far_sample(pair: Pair, shelf: Shelf, min_distance: int | None) -> NullSample | None:
+def _far_sample(pair: Pair, shelf: Shelf, stretch: Stretch, min_distance: int | None) -> NullSample | None:
     far = far_site(pair, list(shelf.dictionaries), min_distance)
     if far is None or not bool(shelf.at(far).directions.usable.any()):
         return None
     target = shelf.at(pair.target).directions
     best = match(shelf.at(far).directions, target, k=1).predecessors.cosine[target.usable, 0]
-    return NullSample(name=f"far layers ({far.short})", best_cosine=mirrored(best.cpu().numpy()))
-
-
-def _judge(columns: EdgeColumns, nulls: list[NullSample], cofiring: Cofiring | None, *, must_fire: bool) -> Evidence:
-    if not nulls:
-        ones = np.ones(len(columns.source))
-        return Evidence(cosine=ones, firing=None, joint=ones, q=ones)
-    cosine = np.max([p_values(columns.cosine, null.best_cosine) for null in nulls], axis=0)
-    firing = None if cofiring is None else p_values(cofiring.links.pearson, cofiring.chance.pearson)
-    joint = np.maximum(cosine, firing) if must_fire and firing is not None else cosine
-    return Evidence(cosine=cosine, firing=firing, joint=joint, q=q_values(joint, joint[columns.top]))
+    same = start_relation(stretch.facts[far], stretch.facts[pair.target]) == "same_start"
+    return NullSample(name=f"far layers ({far.short})", best_cosine=mirrored(best.cpu().numpy()), of_start=same)
 
 
 def _kept(columns: EdgeColumns, evidence: Evidence, pair: Pair, options: LinkOptions) -> np.ndarray:

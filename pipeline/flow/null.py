@@ -69,10 +69,11 @@ DirectionNull = Rotation | Isotropic | Shuffled
 
 @dataclass(frozen=True, kw_only=True)
 class NullSample:
-    """Best cosines under one null, unsorted."""
+    """Best cosines under one null, unsorted. `of_start`: what a common start alone leaves."""
 
     name: str
     best_cosine: Float[np.ndarray, "sample"]
+    of_start: bool = False
 
     def quantile(self, share: float) -> float:
         return float(np.quantile(self.best_cosine, share))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from pipeline.flow.edges import EdgeColumns
 from pipeline.flow.functional import Cofiring
+from pipeline.flow.judge import Evidence
 from pipeline.flow.null import NullSample
 from pipeline.flow.pairing import RELATIONS, Pair, StartRelation
 from pipeline.flow.significance import cosine_at_rate, hubness
-
-if TYPE_CHECKING:
-    from pipeline.flow.link import Evidence
 
 HISTOGRAM_EDGES = np.linspace(0, 1, 101)
 """Bins of the cosine histograms in the pair table."""
@@ -50,6 +48,7 @@ def edge_table(
             "mutual": columns.mutual,
             "p_cosine": evidence.cosine.astype(np.float32),
             "p_firing": unknown if evidence.firing is None else evidence.firing.astype(np.float32),
+            "p_rival": unknown if evidence.rival is None else evidence.rival.astype(np.float32),
             "p_value": evidence.joint.astype(np.float32),
             "q_value": evidence.q.astype(np.float32),
             "kept": kept,

@@ -104,6 +104,7 @@ def pooled(samples: list[tuple[Relation, NullSample]]) -> dict[Relation, NullSam
         relation: NullSample(
             name=" and ".join(sample.name for sample in group),
             best_cosine=np.concatenate([sample.best_cosine for sample in group]),
+            of_start=True,
         )
         for relation, group in found.items()
     }
@@ -127,7 +128,8 @@ def start_sample(
     decoder, alive = _trained(plan.recipe, weights, turned.to(device), progress, f"null {plan.pair}")
     found = directions_of(decoder, name=plan.moved.short, device=device)
     best = best_cosines(found.unit[found.usable & alive.to(found.usable.device)], fixed)
-    return NullSample(name=f"same start ({plan.moved.short} on rotated activations)", best_cosine=best.cpu().numpy())
+    name = f"same start ({plan.moved.short} on rotated activations)"
+    return NullSample(name=name, best_cosine=best.cpu().numpy(), of_start=True)
 
 
 def rotated_activations(rows: Float[Tensor, "row d_model"], generator: torch.Generator) -> Float[Tensor, "row d_model"]:

@@ -53,6 +53,7 @@ EDGES = pa.schema(
         "mutual": pa.bool_(),
         "p_cosine": pa.float32(),
         "p_firing": pa.float32(),
+        "p_rival": pa.float32(),
         "p_value": pa.float32(),
         "q_value": pa.float32(),
         "kept": pa.bool_(),

@@ -38,6 +38,10 @@ def test_pearson_and_jaccard_equal_numpy(dense_pair, monkeypatch):
     np.testing.assert_allclose(found.links.jaccard, both / either, atol=1e-6)
     np.testing.assert_array_equal(found.best.index[:10], np.arange(5, 15))
     np.testing.assert_allclose(found.best.pearson[np.arange(30) != 11], whole.max(0).clip(min=0), atol=1e-5)
+    second = np.sort(whole, axis=0)[-2].clip(min=0)
+    np.testing.assert_allclose(found.best.runner_up[np.arange(30) != 11], second, atol=1e-5)
+    rivals = found.best.rival(np.array([5, 6]), np.array([0, 0]))
+    np.testing.assert_allclose(rivals, [second[0], whole[5, 0]], atol=1e-5)  # 5 is its best source, 6 is not
     assert found.best.index[11] == -1, "a latent that never fires has no partner"
     assert np.isfinite(found.chance.pearson).all()
 

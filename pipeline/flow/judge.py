@@ -1,0 +1,82 @@
+"""Cosines, nulls and firing of a pair of dictionaries → one p-value and one q-value for every edge.
+
+For dictionaries of different starts the decoder is the evidence: p is that of the cosine, the largest over the nulls.
+Firing stands beside it and decides nothing.
+
+Dictionaries of one start may be alike because neither moved, so a cosine above chance is not enough. There a link must
+fulfil all of
+
+    p_chance      the cosine beats the null that knows nothing of starts (rotation)
+    p_firing      the two fire together more than a source of the same density would
+    p_beyond      the cosine beats what inertia leaves, or the link fires together more than any rival source does:
+                  2 · min(p_inertia, p_rival), at most 1 (Bonferroni)
+
+and p is the largest of the three. The second half of p_beyond is what remains when training was so short that inertia
+explains every cosine; without held-out activations only p_chance and p_inertia are left. q is Benjamini and Hochberg's
+over the best link of each target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from pipeline.flow.edges import EdgeColumns
+from pipeline.flow.functional import Cofiring
+from pipeline.flow.null import NullSample
+from pipeline.flow.significance import p_values, q_values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """p-values of the edges of one pair. `cosine`: the largest over all decoder nulls; `firing` and `rival`: None
+    without held-out activations; `joint` is what is judged, `q` its false-discovery rate."""
+
+    cosine: Float[np.ndarray, "edge"]
+    firing: Float[np.ndarray, "edge"] | None
+    rival: Float[np.ndarray, "edge"] | None
+    joint: Float[np.ndarray, "edge"]
+    q: Float[np.ndarray, "edge"]
+
+
+def judge(
+    columns: EdgeColumns,
+    nulls: Sequence[NullSample],
+    cofiring: Cofiring | None,
+    few: Bool[np.ndarray, "target"] | None,
+    *,
+    same_start: bool,
+) -> Evidence:
+    """`few` marks targets that fired too seldom for their rivals to say anything. No nulls: nothing is significant."""
+    ones = np.ones(len(columns.source))
+    if not nulls:
+        return Evidence(cosine=ones, firing=None, rival=None, joint=ones, q=ones)
+    chance = _largest(columns, [null for null in nulls if not null.of_start])
+    inertia = _largest(columns, [null for null in nulls if null.of_start])
+    cosine = np.max([p for p in (chance, inertia) if p is not None], axis=0)
+    firing = rival = None
+    if cofiring is not None and few is not None:
+        firing = p_values(cofiring.links.pearson, cofiring.chance.pearson)
+        rival = _beyond_rivals(columns, cofiring, few)
+    joint = cosine
+    if same_start and firing is not None and rival is not None:
+        beyond = rival if inertia is None else np.minimum(1.0, 2 * np.minimum(inertia, rival))
+        joint = np.max([p for p in (chance, firing, beyond) if p is not None], axis=0)
+    return Evidence(cosine=cosine, firing=firing, rival=rival, joint=joint, q=q_values(joint, joint[columns.top]))
+
+
+def _largest(columns: EdgeColumns, nulls: Sequence[NullSample]) -> Float[np.ndarray, "edge"] | None:
+    found = [p_values(columns.cosine, null.best_cosine) for null in nulls]
+    return np.max(found, axis=0) if found else None
+
+
+def _beyond_rivals(
+    columns: EdgeColumns, cofiring: Cofiring, few: Bool[np.ndarray, "target"]
+) -> Float[np.ndarray, "edge"]:
+    """How often the best source other than the linked one correlates as well, over the targets of the pair."""
+    known = columns.top & ~few[columns.target]
+    rivals = cofiring.best.rival(columns.source[known], columns.target[known])
+    return p_values(cofiring.links.pearson, rivals)

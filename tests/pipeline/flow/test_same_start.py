@@ -1,0 +1,146 @@
+"""Dictionaries really trained from a common start: features born at a layer must still come out as newborn.
+
+Two layers of planted activations: 60 directions are carried, 20 die, 20 are born (and lie in the MLP's output). The
+null that knows nothing of starts takes what inertia leaves for flow; the null trained from the same start does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from data.sites import Site
+from pipeline.flow.link import link_dictionaries
+from pipeline.flow.options import LinkOptions, Rotation
+from pipeline.flow.start_null import Recipe, plan_nulls, pooled, rotated_activations, start_sample
+from sae.architectures import TopK
+from sae.batches import Batch, InMemoryBatches
+from sae.normalisation import normalisation_of_rows, unfold
+from sae.trainer import Schedule, Trainer, random_start, train
+
+BEFORE, AFTER, MLP = Site(0, "resid_post"), Site(1, "resid_post"), Site(1, "mlp_out")
+D, N_CARRIED, N_DIED, N_BORN, N_LATENTS, K, N_TRAIN = 48, 60, 20, 20, 112, 3, 12_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class World:
+    """Activations at the three sites, and the directions in them."""
+
+    rows: dict
+    carried: torch.Tensor
+    born: torch.Tensor
+
+    def normalisations(self) -> dict:
+        return {site: normalisation_of_rows(rows[:N_TRAIN]) for site, rows in self.rows.items()}
+
+    def held_out(self, site):
+        return self.rows[site][N_TRAIN:].split(1000)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    generator = torch.Generator().manual_seed(0)
+
+    def directions(n):
+        return torch.nn.functional.normalize(torch.randn(n, D, generator=generator), dim=1)
+
+    def latents(n):
+        on = torch.rand(N_TRAIN + 4000, n, generator=generator) < K / (N_CARRIED + N_DIED)
+        return on * (0.5 + torch.rand(on.shape, generator=generator))
+
+    def noise(scale):
+        return scale * torch.randn(N_TRAIN + 4000, D, generator=generator)
+
+    carried, died, born = directions(N_CARRIED), directions(N_DIED), directions(N_BORN)
+    kept, module = latents(N_CARRIED), latents(N_BORN) @ born
+    rows = {
+        BEFORE: kept @ carried + latents(N_DIED) @ died + noise(0.05),
+        MLP: module + noise(0.02),
+        AFTER: kept @ carried + module + noise(0.05),
+    }
+    return World(rows=rows, carried=carried, born=born)
+
+
+def fit(world, site, weights, *, steps, kind, parent=None, group="one start", seed=5):
+    trainer = Trainer(
+        architecture=TopK(k=K),
+        schedule=Schedule(steps=steps, learning_rate=3e-3, warmup_steps=20, dead_after=30 * 256),
+        weights=weights,
+        source=world.normalisations()[site],
+    )
+    train(trainer, InMemoryBatches(world.rows[site][:N_TRAIN], batch_size=256, seed=seed))
+    metadata = {
+        "site": site.name,
+        "architecture": dataclasses.asdict(TopK(k=K)),
+        "initialisation": {"kind": kind, "group": group, "parent": parent and parent.short, "seed": seed},
+        "steps": steps,
+        "batch_size": 256,
+        "learning_rate": 3e-3,
+    }
+    return trainer.finish(Batch(x=world.rows[site][N_TRAIN:]), metadata)
+
+
+@pytest.fixture(scope="module", params=["shared", "chain"])
+def trained(world, request):
+    before = fit(world, BEFORE, random_start(N_LATENTS, D, seed=5), steps=400, kind=request.param)
+    if request.param == "shared":
+        after = fit(world, AFTER, random_start(N_LATENTS, D, seed=5), steps=400, kind="shared")
+    else:
+        start = unfold(before, world.normalisations()[BEFORE])
+        after = fit(world, AFTER, start, steps=200, kind="chain", parent=BEFORE)
+    module = fit(world, MLP, random_start(32, D, seed=9), steps=200, kind="independent", group="another", seed=9)
+    return {BEFORE: before, AFTER: after, MLP: module}
+
+
+def nulls_of(world, dictionaries):
+    plans = plan_nulls(dictionaries, 1)
+    assert [plan.pair.relation for plan in plans] == ["residual"], "the MLP's dictionary has a start of its own"
+    rows = world.rows[plans[0].moved][:N_TRAIN]
+    return pooled([("residual", start_sample(plans[0], dictionaries, rows, world.normalisations(), seed=3))])
+
+
+def slots(dictionaries, directions) -> np.ndarray:
+    """Latents after the layer whose row is one of `directions`."""
+    return np.flatnonzero((dictionaries[AFTER].W_dec @ directions.T).amax(1).numpy() > 0.85)
+
+
+def test_newborn_features_stay_newborn_and_carried_ones_are_carried(world, trained):
+    nulls = nulls_of(world, trained)
+    links = link_dictionaries(
+        trained, options=LinkOptions(n_null=4096), held_out=world.held_out, start_nulls=nulls
+    )  # fmt: skip
+    assert "same start" in str(links.pairs.loc[links.pairs["relation"] == "residual", "null"].iloc[0])
+    after = links.nodes[(links.nodes["site"] == "L1")].reset_index(drop=True)
+    born, carried = slots(trained, world.born), slots(trained, world.carried)
+    assert len(born) >= 10
+    assert len(carried) >= 40
+    newborn = after.loc[born][after.loc[born, "alive"]]
+    assert (newborn["class"] == "newborn").mean() >= 0.95
+    flowing = after.loc[carried][after.loc[carried, "alive"]]
+    assert flowing["class"].isin(["translated", "processed"]).mean() >= 0.95
+
+
+def test_inertia_alone_reaches_above_the_null_that_knows_nothing_of_starts(world, trained):
+    inertia = nulls_of(world, trained)["residual"]
+    links = link_dictionaries(trained, options=LinkOptions(null=Rotation(), n_null=4096))
+    rotation = links.pairs.loc[links.pairs["relation"] == "residual", "null_p99"].iloc[0]
+    assert inertia.quantile(0.99) > rotation + 0.03
+
+
+def test_what_was_learnt_from_metadata(trained):
+    recipe = Recipe.of(trained[AFTER].metadata)
+    assert (recipe.architecture, recipe.batch_size) == (TopK(k=K), 256)
+    assert Recipe.of({"site": "blocks.1.hook_resid_post"}) is None
+    assert Recipe.of({**trained[AFTER].metadata, "architecture": {"kind": "unheard of"}}) is None
+
+
+def test_rotated_activations_keep_their_spectrum_and_nothing_else():
+    rows = torch.randn(3000, 32, generator=torch.Generator().manual_seed(0)) * torch.linspace(3, 0.1, 32)
+    turned = rotated_activations(rows, torch.Generator().manual_seed(1))
+    before, after = torch.linalg.svdvals(rows), torch.linalg.svdvals(turned)
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-2)
+    cosines = torch.nn.functional.cosine_similarity(rows, turned)
+    assert cosines.mean() < 0.4
