@@ -28,6 +28,8 @@ _TENSORS_OF_KIND = {"relu": (), "topk": (), "threshold": ("theta",), "gated": ("
 
 def save_sae(sae: Sae, folder: str | Path) -> None:
     """Write `sae` into `folder`, which is made. Each file is written beside and renamed, the description last."""
+    if type(sae) is not Sae:
+        raise UserError(f"the native form cannot hold a {type(sae).__name__}", expected="a dictionary that is plain")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: getattr(sae, name) for name in _ALWAYS}

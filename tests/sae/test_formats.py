@@ -335,6 +335,9 @@ def test_openai_v5_normalises_every_token(tmp_path, parts):
     sae = read(tmp_path / "6.pt", unit_decoder=False)
     torch.testing.assert_close(sae.encode_selected(x, [4, 1]), z[:, [4, 1]], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sae.encode_sparse(x).dense(), z, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="cannot hold"):
+        save_sae(sae, tmp_path / "native")
+    assert not (tmp_path / "native").exists()
 
 
 def our_dictionary(activation, *, d_out=D, skip=False):
