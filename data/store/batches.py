@@ -258,7 +258,6 @@ class _Pipeline:
                 for index, start, stop in plan.spans_of(batch):
                     window = loaded.window(index)
                     self._buffers.gather(staged, window.rows, window.slots[start:stop])
-                self._buffers.complete(staged)
                 after = (epoch, batch + 1) if batch + 1 < plan.n_batches else (epoch + 1, 0)
                 if not self._put((after, staged)):
                     loaded.drain()

@@ -16,13 +16,13 @@ from torch import Tensor
 from data.store.layout import SiteLayout
 
 _GPU_RING = 4
+_PIECE_ROWS = 256  # gathered and widened while they are in the cache: a third faster than a whole batch
 
 
 @dataclass(kw_only=True)
 class Staged:
-    """One batch in the making: `rows` are gathered rows, `values` the float32 batches (CPU only)."""
+    """One batch in the making: `values` are float32 batches for a CPU, `pinned` rows on their way to a GPU."""
 
-    rows: list[np.ndarray]
     values: list[Tensor] = field(default_factory=list)
     pinned: list[Tensor] = field(default_factory=list)
     n: int = 0
@@ -30,7 +30,7 @@ class Staged:
 
 
 class StagingBuffers:
-    """Buffers of one pipeline. `begin`, `gather` …, `complete` run in its thread, `delivered` in the consumer's."""
+    """Buffers of one pipeline. `begin` and `gather` run in its thread, `delivered` in the consumer's."""
 
     def __init__(
         self, sites: Sequence[SiteLayout], dtype: str, batch_size: int, device: torch.device, ring: int
@@ -41,7 +41,7 @@ class StagingBuffers:
         self._batch_size = batch_size
         self._device = device
         self._on_gpu = device.type == "cuda"
-        self._stage = [] if self._on_gpu else [self._plain(width) for width in self._widths]
+        self._pieces = [] if self._on_gpu else [self._piece(width) for width in self._widths]
         n_ring = max(ring, _GPU_RING) if self._on_gpu else ring
         self._ring = [self._fresh() for _ in range(n_ring)]
         self._turn = 0
@@ -58,18 +58,17 @@ class StagingBuffers:
         return staged
 
     def gather(self, staged: Staged, windows: Sequence[np.ndarray], slots: np.ndarray) -> None:
-        """Add the rows at `slots` of each site's window."""
+        """Add the rows at `slots` of each site's window, widened unless they go to a GPU."""
         part = slice(staged.n, staged.n + len(slots))
-        for window, rows in zip(windows, staged.rows, strict=True):
-            np.take(window, slots, axis=0, out=rows[part], mode="clip")  # mode="clip": no second buffer inside numpy
+        for k, window in enumerate(windows):
+            if self._on_gpu:
+                _take(window, slots, self._as_numpy(staged.pinned[k])[part])
+            else:
+                self._gather_widened(window, slots, staged.values[k].numpy()[part], self._pieces[k])
         staged.n += len(slots)
 
-    def complete(self, staged: Staged) -> None:
-        """Widen on the CPU; on a GPU this is left to `delivered`."""
-        for rows, values in zip(staged.rows, staged.values, strict=False):
-            self._widen(rows, values.numpy())
-
     def delivered(self, staged: Staged) -> list[Tensor]:
+        """The batch on its device, float32."""
         if not self._on_gpu:
             return staged.values
         moved = [each.to(self._device, non_blocking=True).to(torch.float32) for each in staged.pinned]
@@ -77,21 +76,28 @@ class StagingBuffers:
         staged.copied.record()
         return moved
 
+    def _gather_widened(self, window: np.ndarray, slots: np.ndarray, values: np.ndarray, piece: np.ndarray) -> None:
+        for start in range(0, len(slots), _PIECE_ROWS):
+            some = slots[start : start + _PIECE_ROWS]
+            rows = piece[: len(some)]
+            _take(window, some, rows)
+            if self._is_bfloat16:
+                np.left_shift(rows, 16, out=values.view(np.uint32)[start : start + len(some)], dtype=np.uint32)
+            else:
+                values[start : start + len(some)] = rows
+
     def _fresh(self) -> Staged:
+        shapes = [(self._batch_size, width) for width in self._widths]
         if self._on_gpu:
-            shapes = [(self._batch_size, width) for width in self._widths]
-            pinned = [torch.empty(shape, dtype=self._torch_dtype, pin_memory=True) for shape in shapes]
-            rows = [each.view(torch.uint16).numpy() if self._is_bfloat16 else each.numpy() for each in pinned]
-            return Staged(rows=rows, pinned=pinned)
-        values = [torch.empty((self._batch_size, width), dtype=torch.float32) for width in self._widths]
-        return Staged(rows=self._stage, values=values)
+            return Staged(pinned=[torch.empty(shape, dtype=self._torch_dtype, pin_memory=True) for shape in shapes])
+        return Staged(values=[torch.empty(shape, dtype=torch.float32) for shape in shapes])
 
-    def _plain(self, width: int) -> np.ndarray:
-        dtype = np.uint16 if self._is_bfloat16 else torch.empty(0, dtype=self._torch_dtype).numpy().dtype
-        return np.empty((self._batch_size, width), dtype=dtype)
+    def _piece(self, width: int) -> np.ndarray:
+        return self._as_numpy(torch.empty((_PIECE_ROWS, width), dtype=self._torch_dtype))
 
-    def _widen(self, rows: np.ndarray, values: np.ndarray) -> None:
-        if self._is_bfloat16:
-            np.left_shift(rows, 16, out=values.view(np.uint32), dtype=np.uint32)
-        else:
-            values[...] = rows
+    def _as_numpy(self, tensor: Tensor) -> np.ndarray:
+        return tensor.view(torch.uint16).numpy() if self._is_bfloat16 else tensor.numpy()
+
+
+def _take(window: np.ndarray, slots: np.ndarray, out: np.ndarray) -> None:
+    np.take(window, slots, axis=0, out=out, mode="clip")  # mode="clip": no second buffer inside numpy
