@@ -76,17 +76,18 @@ def measure_deactivation(
     predecessors: Mapping[str, Int64[np.ndarray, "target_latent candidate"]],
     contexts: Contexts,
     options: DeactivationOptions,
+    recorded: Mapping[Site, Float[Tensor, "context position d_model"]] | None = None,
     progress: Progress = silent,
 ) -> pd.DataFrame:
     """One row per target and strategy: `source, target, strategy, document, context, position, target_latent,
     predecessor` (the first removed, −1 if none fired), `n_removed, before, after, change, success`.
 
     `predecessors[strategy][target_latent]` lists candidate latents of `source`, −1 for none. A row with `n_removed` 0
-    is a target whose candidates were silent; it was not run again.
+    is a target whose candidates were silent; it was not run again. `recorded` is what `record_clean` gave for the sites
+    of `sites_to_record`, to share one undisturbed run among many pairs.
     """
     generator = np.random.default_rng(options.seed)
-    start = _start_layer(source)
-    clean = _run_clean(model, contexts, start, source, target)
+    clean = _clean_of(recorded or record_clean(model, contexts, sites_to_record(source, target)), source, target)
     codes_source = dictionaries[source].encode_sparse(clean.source)
     codes_target = dictionaries[target].encode_sparse(clean.target)
     targets = _draw_targets(codes_target, contexts, options, generator)
@@ -119,19 +120,36 @@ class _Edit:
     values: Float[np.ndarray, "removed"]
 
 
-def _start_layer(source: Site) -> int:
-    """The layer whose output the edited run starts from: the source itself, or the one below a module's."""
-    return source.layer if source.kind == "resid_post" else source.layer - 1
+def sites_to_record(source: Site, target: Site) -> tuple[Site, ...]:
+    """The sites that testing a pair needs to see undisturbed: both, and the stream that edited runs go on from."""
+    return tuple(dict.fromkeys((_start_site(source), source, target)))
 
 
-def _run_clean(model: LanguageModel, contexts: Contexts, start: int, source: Site, target: Site) -> _Clean:
-    below = Site(start, "resid_post") if start >= 0 else Site(0, "resid_pre")
-    parts: dict[Site, list[Tensor]] = {site: [] for site in (below, source, target)}
+def record_clean(
+    model: LanguageModel, contexts: Contexts, sites: Sequence[Site]
+) -> dict[Site, Float[Tensor, "context position d_model"]]:
+    """One undisturbed run over all contexts: float32 activations at `sites`, kept in memory."""
+    parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
     for ids in torch.from_numpy(contexts.ids).split(16):
         for site, value in model.activations(ids, tuple(parts)).items():
             parts[site].append(value.float())
-    joined = {site: torch.cat(values) for site, values in parts.items()}
-    return _Clean(start=joined[below], source=joined[source], target=joined[target], start_layer=start)
+    return {site: torch.cat(values) for site, values in parts.items()}
+
+
+def _clean_of(recorded: Mapping[Site, Tensor], source: Site, target: Site) -> _Clean:
+    start = _start_site(source)
+    return _Clean(
+        start=recorded[start],
+        source=recorded[source],
+        target=recorded[target],
+        start_layer=start.layer if start.kind == "resid_post" else -1,
+    )
+
+
+def _start_site(source: Site) -> Site:
+    """Where an edited run starts from: the source itself, or the stream below a module's layer."""
+    layer = source.layer if source.kind == "resid_post" else source.layer - 1
+    return Site(layer, "resid_post") if layer >= 0 else Site(0, "resid_pre")
 
 
 def _draw_targets(

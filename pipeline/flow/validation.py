@@ -29,6 +29,8 @@ from pipeline.flow.causal import (
     DeactivationOptions,
     evidence_of_edges,
     measure_deactivation,
+    record_clean,
+    sites_to_record,
     summarise_deactivation,
 )
 from sae import Sae
@@ -73,9 +75,12 @@ def validate_links(
 ) -> ValidatedLinks:
     """Test links on held-out documents of the store the dictionaries were trained on. Raises UserError when the model
     is another one or no document is held out."""
-    contexts = held_out_contexts(model, store, n_contexts=-(-options.n_targets // options.n_targets_per_context) * 2)
+    contexts = held_out_contexts(model, store, n_contexts=-(-options.n_targets // options.n_targets_per_context) + 2)
+    pairs = chosen_pairs(edges, options)
+    needed = {site: None for source, target, _ in pairs for site in sites_to_record(source, target)}
+    recorded = record_clean(model, contexts, tuple(needed)) if needed else {}
     tables = []
-    for source, target, relation in chosen_pairs(edges, options):
+    for source, target, relation in pairs:
         between = edges[(edges["source_site"] == source.short) & (edges["target_site"] == target.short)]
         n_targets = dictionaries[target].n_latents
         trials = measure_deactivation(
@@ -92,6 +97,7 @@ def validate_links(
                 scale=options.scale,
                 seed=options.seed + target.layer,
             ),
+            recorded=recorded,
             progress=progress,
         )
         tables.append(trials.assign(relation=relation))
