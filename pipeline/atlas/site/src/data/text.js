@@ -39,7 +39,9 @@ export class Vocabulary {
 
   closingToken(ids, from) {
     for (let to = from + 2; to <= Math.min(ids.length, from + 4); to++) {
-      if (ids[to - 1] < this.size && !isOpen(this.joined(ids, from, to))) return to;
+      const next = ids[to - 1] < this.size ? this.slice(ids[to - 1])[0] : 0;
+      if ((next & 0xc0) !== 0x80) break; // not the rest of a character
+      if (!isOpen(this.joined(ids, from, to))) return to;
     }
     return from + 1;
   }

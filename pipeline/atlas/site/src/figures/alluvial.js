@@ -94,7 +94,7 @@ function group(item, placed, ribbons, { position, scale, bar, columns, labels })
   const summary = `${nameOf(item)}: ${count(item.size)} features in ${bars.length} layers, most in ${columns[top]?.short ?? "none"}`;
   const at = labels.get(item.id);
   const label = at && text(at.x, at.y + 4, at.name, { className: "community-label" });
-  return svg("a", { href: link(`community/${item.id}`), class: `community ${colourOf(item.rank)}`, "aria-label": summary }, svg("title", {}, summary), paths, rects, label);
+  return svg("a", { href: link(`community/${item.id}`), class: `community ${colourOf(item.rank)}` }, svg("title", {}, summary), paths, rects, label);
 }
 
 function ribbonPath(from, to, size, bar) {

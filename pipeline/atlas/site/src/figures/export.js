@@ -14,7 +14,7 @@ export function figure({ name, title, drawing, list, caption, rows }) {
   return h(
     "figure",
     { class: "figure" },
-    h("div", { class: "figure-head" }, title && h("h3", {}, title), saveButtons({ name, picture: drawing && picture, rows })),
+    h("div", { class: "figure-head" }, title && h("h2", { class: "figure-title" }, title), saveButtons({ name, picture: drawing && picture, rows })),
     drawing ? h("div", { class: "drawing" }, drawing) : list,
     caption && h("figcaption", {}, caption),
     rows && drawing && details,

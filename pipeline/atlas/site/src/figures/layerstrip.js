@@ -67,5 +67,5 @@ function column(site, x, step, y, labelled, height) {
   if (site.n_dying) bars.push(svg("rect", { x: x + gap, width: wide, y: y(0) + 1, height: Math.max(0, y(-site.n_dying) - y(0) - 1), class: "dying" }));
   const said = Object.entries(kinds).map(([name, n]) => `${count(n)} ${CLASS_NAMES[name] ?? name}`);
   const summary = `${site.short}: ${count(site.n_alive)} alive; ${said.join(", ")}${site.n_dying ? `; ${count(site.n_dying)} without a link onward` : ""}`;
-  return svg("a", { href: link(`site/${site.short}`), "aria-label": summary, class: "strip-column" }, svg("title", {}, summary), svg("rect", { x, y: 0, width: step, height: height - 16, class: "hit" }), bars, labelled && text(x + step / 2, height - 6, site.layer, { anchor: "middle" }));
+  return svg("a", { href: link(`site/${site.short}`), class: "strip-column" }, svg("title", {}, summary), svg("rect", { x, y: 0, width: step, height: height - 16, class: "hit" }), bars, labelled && text(x + step / 2, height - 6, site.layer, { anchor: "middle" }));
 }

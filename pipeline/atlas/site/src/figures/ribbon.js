@@ -28,5 +28,5 @@ export function chainRibbon(atlas, chain, { key, labels, classes, feeds }) {
 function dot(atlas, key, { x, y, own, label, kind, feeds }) {
   const said = `${atlas.id(key)}: ${visible(clip(label || "never fired", 80))}`;
   const marks = feeds.map((feed, i) => svg("line", { x1: x, x2: x - 6 + 0, y1: y + 8, y2: y + 20 + 6 * i, class: feed.relation === 1 ? "feed mlp" : "feed attention", "stroke-width": (1 + 3 * feed.strength).toFixed(1) }, svg("title", {}, `from ${atlas.id(feed.source)}, cosine ${fixed(feed.cosine)}`)));
-  return svg("a", { href: link(atlas.id(key)), "aria-label": said, class: `ribbon-node class-${kind}`, "aria-current": own ? "page" : null }, svg("title", {}, said), marks, own && svg("circle", { cx: x, cy: y, r: 9, class: "ring" }), svg("circle", { cx: x, cy: y, r: own ? 5.5 : 4.5, class: "bead" }), own && text(x, 16, String(latentOf(key)), { anchor: "middle", className: "tick strong" }));
+  return svg("a", { href: link(atlas.id(key)), class: `ribbon-node class-${kind}`, "aria-current": own ? "page" : null }, svg("title", {}, said), marks, own && svg("circle", { cx: x, cy: y, r: 9, class: "ring" }), svg("circle", { cx: x, cy: y, r: own ? 5.5 : 4.5, class: "bead" }), own && text(x, 16, String(latentOf(key)), { anchor: "middle", className: "tick strong" }));
 }

@@ -73,7 +73,7 @@ function drawNode(node, { at, boxWidth }, picture) {
   const focus = node.key === picture.focus;
   return svg(
     "g",
-    { class: `node class-${node.class}${focus ? " focus" : ""}`, role: "button", tabindex: -1, "aria-label": said, "data-key": node.key, "data-feature": node.id, transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})` },
+    { class: `node class-${node.class}${focus ? " focus" : ""}`, role: "button", tabindex: -1, "data-key": node.key, "data-feature": node.id, transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})` },
     svg("title", {}, said),
     svg("rect", { width: boxWidth, height: BOX, rx: 3, class: "box" }),
     svg("rect", { width: 4, height: BOX, class: "class-edge" }),

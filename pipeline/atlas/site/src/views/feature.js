@@ -124,8 +124,8 @@ function scored(card, name, vocabulary) {
 function outputTables({ card, vocabulary }) {
   const [up, down] = [scored(card, "promotes", vocabulary), scored(card, "suppresses", vocabulary)];
   if (!up.length && !down.length) return null;
-  const list = (title, rows) => h("div", {}, h("h4", {}, title), h("ul", { class: "ranked tight" }, rows.map((row) => h("li", {}, tokenChip(vocabulary.text(row.token)), h("span", { class: "number quiet" }, short(row.score))))));
-  return h("section", {}, h("h3", {}, "Writes towards the output"), h("div", { class: "columns half" }, list("promotes", up), list("suppresses", down)), h("p", { class: "quiet small" }, `Its decoder direction through the unembedding, in standard deviations over the vocabulary. Excess kurtosis ${short(card.output_kurtosis)}: ${card.output_kurtosis > 3 ? "a few tokens stand out" : "no token stands out much"}.`));
+  const list = (title, rows) => h("div", {}, h("h3", { class: "minor" }, title), h("ul", { class: "ranked tight" }, rows.map((row) => h("li", {}, tokenChip(vocabulary.text(row.token)), h("span", { class: "number quiet" }, short(row.score))))));
+  return h("section", {}, h("h2", { class: "figure-title" }, "Writes towards the output"), h("div", { class: "columns half" }, list("promotes", up), list("suppresses", down)), h("p", { class: "quiet small" }, `Its decoder direction through the unembedding, in standard deviations over the vocabulary. Excess kurtosis ${short(card.output_kurtosis)}: ${card.output_kurtosis > 3 ? "a few tokens stand out" : "no token stands out much"}.`));
 }
 
 function places(view) {

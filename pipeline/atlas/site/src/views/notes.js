@@ -37,13 +37,14 @@ function table(entries) {
 async function read(input, atlas, report) {
   const file = input.files[0];
   if (!file) return;
+  const content = await file.text();
+  input.value = ""; // so that the same file can be chosen again
   let document;
   try {
-    document = JSON.parse(await file.text());
+    document = JSON.parse(content);
   } catch {
     return void show(report, h("p", { class: "warning" }, `${file.name} is not JSON.`));
   }
   const { added, problems } = importNotes(document, (id) => atlas.key(parseFeature(id)) !== null);
   show(report, h("p", {}, `${added} notes read.`), problems.length > 0 && h("ul", { class: "warning" }, problems.slice(0, 20).map((text) => h("li", {}, visible(text)))));
-  input.value = "";
 }

@@ -38,7 +38,7 @@ function sampleViewer(samples) {
 }
 
 function pair(sample) {
-  const side = (name, body, value) => h("div", { class: "side" }, h("h4", {}, name, value !== undefined && h("span", { class: "quiet" }, ` ${sample.measure.name}: ${short(value)}`)), h("blockquote", { dir: "auto" }, h("span", { class: "quiet" }, visible(sample.prompt)), h("span", {}, visible(body))));
+  const side = (name, body, value) => h("div", { class: "side" }, h("h3", { class: "minor" }, name, value !== undefined && h("span", { class: "quiet" }, ` ${sample.measure.name}: ${short(value)}`)), h("blockquote", { dir: "auto" }, h("span", { class: "quiet" }, visible(sample.prompt)), h("span", {}, visible(body))));
   return h("div", { class: "sample" }, side("unsteered", sample.unsteered, sample.measure?.unsteered), side("steered", sample.steered, sample.measure?.steered));
 }
 
@@ -91,5 +91,5 @@ function liveBox(view) {
       show(status, error.message);
     }
   };
-  return h("form", { class: "live", onsubmit: run }, h("div", { class: "controls" }, prompt, dose, h("button", { class: "action primary" }, "Steer"), h("button", { type: "button", class: "action", onclick: cancel }, "Stop")), status, h("div", { class: "sample" }, h("div", { class: "side" }, h("h4", {}, "unsteered"), out.unsteered), h("div", { class: "side" }, h("h4", {}, "steered"), out.steered)));
+  return h("form", { class: "live", onsubmit: run }, h("div", { class: "controls" }, prompt, dose, h("button", { class: "action primary" }, "Steer"), h("button", { type: "button", class: "action", onclick: cancel }, "Stop")), status, h("div", { class: "sample" }, h("div", { class: "side" }, h("h3", { class: "minor" }, "unsteered"), out.unsteered), h("div", { class: "side" }, h("h3", { class: "minor" }, "steered"), out.steered)));
 }
