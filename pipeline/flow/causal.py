@@ -126,11 +126,12 @@ def sites_to_record(source: Site, target: Site) -> tuple[Site, ...]:
 
 
 def record_clean(
-    model: LanguageModel, contexts: Contexts, sites: Sequence[Site]
+    model: LanguageModel, contexts: Contexts, sites: Sequence[Site], *, progress: Progress = silent
 ) -> dict[Site, Float[Tensor, "context position d_model"]]:
     """One undisturbed run over all contexts: float32 activations at `sites`, kept in memory."""
     parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    for ids in torch.from_numpy(contexts.ids).split(16):
+    for done, ids in enumerate(torch.from_numpy(contexts.ids).split(8)):
+        progress("run the model undisturbed", 8 * done, len(contexts.ids))
         for site, value in model.activations(ids, tuple(parts)).items():
             parts[site].append(value.float())
     return {site: torch.cat(values) for site, values in parts.items()}

@@ -78,7 +78,7 @@ def validate_links(
     contexts = held_out_contexts(model, store, n_contexts=-(-options.n_targets // options.n_targets_per_context) + 2)
     pairs = chosen_pairs(edges, options)
     needed = {site: None for source, target, _ in pairs for site in sites_to_record(source, target)}
-    recorded = record_clean(model, contexts, tuple(needed)) if needed else {}
+    recorded = record_clean(model, contexts, tuple(needed), progress=progress) if needed else {}
     tables = []
     for source, target, relation in pairs:
         between = edges[(edges["source_site"] == source.short) & (edges["target_site"] == target.short)]
