@@ -5,6 +5,7 @@ Runs in a peer's environment with numpy and torch only. Every trainer sees the s
 taken from the training rows, so that the mean square of a dimension is 1 (or of a row, where the peer asks for that).
 
     --activations FILE.npy   float32 [row, d]; the last --held-out rows are not trained on
+    --save FOLDER            the dictionary in the peer's own format, and normalisation.npz (mean, scale of the rows)
     prints one JSON line: times of whole steps in milliseconds, and FVU, L0 and dead latents on the held-out rows
 """
 
@@ -39,6 +40,9 @@ class Task:
     aux_coefficient: float
     seed: int
     device: str
+    mean: torch.Tensor
+    scale: float
+    save: Path | None
 
     @property
     def d(self) -> int:
@@ -70,10 +74,13 @@ def read_task(architectures: tuple[str, ...], *, row_norm_one: bool = False) -> 
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--save", type=Path)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
-    train, held_out = prepared(np.load(a.activations, mmap_mode="r"), a.held_out, row_norm_one=row_norm_one)
+    rows = torch.from_numpy(np.load(a.activations, mmap_mode="c"))
+    mean, scale = normalisation(rows[: -a.held_out], row_norm_one=row_norm_one)
+    train, held_out = (rows[: -a.held_out] - mean) / scale, (rows[-a.held_out :] - mean) / scale
     return Task(
         train=train,
         held_out=held_out,
@@ -89,27 +96,32 @@ def read_task(architectures: tuple[str, ...], *, row_norm_one: bool = False) -> 
         aux_coefficient=a.aux_coefficient,
         seed=a.seed,
         device=a.device,
+        mean=mean,
+        scale=scale,
+        save=a.save,
     )
 
 
-def prepared(rows: np.ndarray, n_held_out: int, *, row_norm_one: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training and held-out rows, centred and scaled by the training rows."""
-    everything = torch.from_numpy(np.array(rows, dtype=np.float32))
-    train, held_out = everything[:-n_held_out], everything[-n_held_out:]
-    mean = train.double().mean(0).float()
-    scale = (train - mean).square().double().mean().sqrt().float()
-    if row_norm_one:
-        scale = scale * train.shape[1] ** 0.5
-    return (train - mean) / scale, (held_out - mean) / scale
+def normalisation(train: torch.Tensor, *, row_norm_one: bool) -> tuple[torch.Tensor, float]:
+    """What is subtracted from every row, and by what it is divided then; summed in float64, block by block."""
+    total, squares = torch.zeros(train.shape[1], dtype=torch.float64), 0.0
+    for block in train.split(65536):
+        total += block.double().sum(0)
+    mean = total / len(train)
+    for block in train.split(65536):
+        squares += (block.double() - mean).square().sum().item()
+    per_row = squares / len(train)
+    return mean.float(), (per_row if row_norm_one else per_row / train.shape[1]) ** 0.5
 
 
 def run(
     task: Task,
     step: Callable[[int, torch.Tensor], object],
     reconstruct: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    save: Callable[[Path], object],
     **about: object,
 ) -> None:
-    """Train, timing every step; then judge. `reconstruct` gives latents and reconstruction of some rows."""
+    """Train, timing every step; judge; save. `reconstruct` gives latents and reconstruction of some rows."""
     seconds = []
     batches = task.batches()
     for index in range(task.steps):
@@ -139,6 +151,10 @@ def run(
         "seconds": round(float(sum(seconds)), 2),
         **judged(task, reconstruct),
     }
+    if task.save is not None:
+        task.save.mkdir(parents=True, exist_ok=True)
+        save(task.save)
+        np.savez(task.save / "normalisation.npz", mean=task.mean.numpy(), scale=np.float64(task.scale))
     print(json.dumps(record), flush=True)
 
 

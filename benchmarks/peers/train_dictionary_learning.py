@@ -7,7 +7,9 @@ batches, as for the others, so that the auxiliary loss takes part in short runs 
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
@@ -41,7 +43,12 @@ def main() -> None:
         latents = trainer.ae.encode(rows)
         return latents, trainer.ae.decode(latents)
 
-    run(task, trainer.update, reconstruct, peer="dictionary_learning", version=version("dictionary-learning"))
+    def save(folder: Path) -> None:
+        torch.save(trainer.ae.state_dict(), folder / "ae.pt")
+        config = {"trainer": {"dict_class": type(trainer.ae).__name__, "activation_dim": task.d}, "buffer": {}}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    run(task, trainer.update, reconstruct, save, peer="dictionary_learning", version=version("dictionary-learning"))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main() -> None:
             return latents, sae.decode(latents)
         return with_threshold(sae, rows)
 
-    run(task, step, reconstruct, peer="saelens", version=__version__)
+    run(task, step, reconstruct, sae.save_inference_model, peer="saelens", version=__version__)
 
 
 def with_threshold(sae: torch.nn.Module, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,7 +57,7 @@ def main() -> None:
         latents = torch.zeros(len(rows), task.n_latents, device=rows.device).scatter_(1, indices, values)
         return latents, coder.decode(values, indices)
 
-    run(task, step, reconstruct, peer="sparsify", version=version("eai-sparsify"))
+    run(task, step, reconstruct, coder.save_to_disk, peer="sparsify", version=version("eai-sparsify"))
 
 
 if __name__ == "__main__":

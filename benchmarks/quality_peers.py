@@ -1,0 +1,202 @@
+"""The same stored activations, width, L0 and token budget: what do SAELens, dictionary_learning and we make of them?
+
+    python -m benchmarks.quality_peers --collect ARTIFACT --peers FOLDER --out FOLDER [--site L15] [--steps 500] …
+
+1. Write the site's ordinary training rows, then its held-out rows, to one `.npy` file.
+2. For every seed train ours (the train stage, independent start) and each peer (its own step in its own environment,
+   benchmarks/peers), same rows, batch size, steps, learning rate and auxiliary coefficient.
+3. Turn the peers' files into dictionaries over raw activations (they were given centred and scaled rows) and let the
+   evaluate stage measure all of them on the same held-out rows and contexts.
+
+Prints one JSON line per dictionary and one per trainer (mean, lowest and highest seed); `OUT/evaluate` has the figures.
+Cost at 1 M tokens, d=576, N=4,096: about 10 minutes per peer run on two quiet cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from data.sites import Site, parse_site
+from data.store import ActivationStore
+from pipeline.artifact import Artifact
+from pipeline.run import RunContext
+from pipeline.stages import collect, evaluate, train
+from pipeline.training.plan import Independent
+from sae import Sae, save_sae
+from sae.architectures import BatchTopK, TopK
+from sae.formats import read
+
+PEERS = {"topk": ("saelens", "sparsify", "dictionary_learning"), "batchtopk": ("saelens", "dictionary_learning")}
+SCRIPTS = Path(__file__).parent / "peers"
+NUMBERS = ("fvu", "l0", "dead_fraction", "ce_recovered_zero", "ce_recovered_mean", "kl_recovered_zero", "pca_fvu")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    out, site = arguments.out, parse_site(arguments.site)
+    collected = Artifact.open(arguments.collect, kind=collect.KIND, schema=collect.SCHEMA)
+    rows = out / "rows.npy"
+    n_held_out = export_rows(ActivationStore.open(collected.path / collect.STORE), site, rows)
+    for seed in arguments.seeds:
+        train_ours(arguments, collected, site, seed, out)
+        for peer in PEERS[arguments.architecture]:
+            if (arguments.peers / peer / "bin" / "python").is_file():
+                train_peer(arguments, peer, site, seed, rows, n_held_out)
+    first = Artifact.open(out / "train" / f"seed{arguments.seeds[0]}", kind=train.KIND, schema=train.SCHEMA)
+    settings = evaluate.Config(
+        n_tokens=arguments.eval_tokens,
+        ce_tokens=arguments.ce_tokens,
+        ce_sites=(site.short,),
+        others=(str(out / "dictionaries"),),
+    )
+    inputs = evaluate.Inputs(collect=collected, train=first)
+    evaluated = evaluate.run(settings, inputs, out / "evaluate", RunContext())
+    report(pd.read_parquet(evaluated.path / "metrics.parquet"))
+
+
+def export_rows(store: ActivationStore, site: Site, file: Path) -> int:
+    """Training rows, then held-out rows, float32; returns how many were held out."""
+    parts = [store.kept_rows(split) for split in ("train", "validation")]
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shape = (sum(map(len, parts)), store.width(site))
+        array = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+        filled = 0
+        for rows in parts:
+            for block in np.array_split(rows, max(1, len(rows) // 65536)):
+                start = int(block[0])
+                values = store.read(site, start, int(block[-1]) + 1)[block - start]
+                array[filled : filled + len(block)] = values
+                filled += len(block)
+        array.flush()
+    return len(parts[1])
+
+
+def train_ours(arguments: argparse.Namespace, collected: Artifact, site: Site, seed: int, out: Path) -> None:
+    kind = TopK if arguments.architecture == "topk" else BatchTopK
+    config = train.Config(
+        architecture=kind(k=arguments.k),
+        n_latents=arguments.n_latents,
+        sites=(site.short,),
+        initialisation=Independent(),
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        seed=seed,
+    )
+    trained = train.run(config, train.Inputs(collect=collected), out / "train" / f"seed{seed}", RunContext())
+    target = out / "dictionaries" / "featureflow" / f"seed{seed}"
+    shutil.copytree(trained.path / "dictionaries" / site.short, target, dirs_exist_ok=True)
+
+
+def train_peer(
+    arguments: argparse.Namespace, peer: str, site: Site, seed: int, rows: Path, n_held_out: int
+) -> dict[str, Any]:
+    """Train in the peer's environment, then save its dictionary over raw activations in our form."""
+    raw = arguments.out / "peers" / peer / f"seed{seed}"
+    options = {
+        "activations": rows,
+        "architecture": arguments.architecture,
+        "n-latents": arguments.n_latents,
+        "k": arguments.k,
+        "batch-size": arguments.batch_size,
+        "steps": arguments.steps,
+        "learning-rate": arguments.learning_rate,
+        "held-out": n_held_out,
+        "threads": arguments.threads,
+        "seed": seed,
+        "save": raw,
+    }
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    python = arguments.peers / peer / "bin" / "python"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    done = subprocess.run(
+        [str(python), str(SCRIPTS / f"train_{peer}.py"), *flags],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"{peer} failed:\n{done.stderr[-3000:]}")
+    record = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(record), flush=True)
+    with np.load(raw / "normalisation.npz") as normalisation:
+        sae = over_raw_rows(read(raw), torch.from_numpy(normalisation["mean"]), float(normalisation["scale"]))
+    sae.metadata.update(site=site.name, architecture=arguments.architecture)
+    save_sae(sae, arguments.out / "dictionaries" / peer / f"seed{seed}")
+    return record
+
+
+def over_raw_rows(sae: Sae, mean: torch.Tensor, scale: float) -> Sae:
+    """The dictionary over x when `sae` is one over (x − mean) / scale; latents grow by `scale`."""
+    from sae.formats.folding import Foreign, fold
+
+    foreign = Foreign(
+        W_enc=sae.W_enc,
+        b_enc=sae.b_enc,
+        W_dec=sae.W_dec,
+        b_dec=sae.b_dec + mean / scale,
+        b_in=sae.b_in + mean / scale,
+        activation=sae.activation,
+        input_scale=1 / scale,
+        output_scale=1 / scale,
+        metadata=dict(sae.metadata),
+    )
+    return fold(foreign)
+
+
+def report(rows: pd.DataFrame) -> None:
+    measured = rows[rows["source"].str.startswith("dictionaries/")].copy()
+    measured["trainer"] = measured["source"].str.split("/").str[1]
+    for record in measured.to_dict(orient="records"):
+        intervals = {f"fvu_{side}": _rounded(record[f"fvu_{side}"]) for side in ("low", "high")}
+        print(json.dumps({"dictionary": record["source"], **_numbers(record), **intervals}), flush=True)
+    for trainer, part in measured.groupby("trainer"):
+        spread = {
+            name: [_rounded(part[name].min()), _rounded(part[name].max())]
+            for name in ("fvu", "ce_recovered_zero", "dead_fraction")
+        }
+        means = _numbers(part[list(NUMBERS)].mean().to_dict())
+        print(json.dumps({"trainer": trainer, "seeds": len(part), **means, "spread": spread}), flush=True)
+
+
+def _numbers(record: dict[str, Any]) -> dict[str, float | None]:
+    return {name: _rounded(record[name]) for name in NUMBERS}
+
+
+def _rounded(value: Any) -> float | None:
+    return None if pd.isna(value) else round(float(value), 5)
+
+
+def parsed(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--collect", type=Path, required=True, help="a collect artifact")
+    parser.add_argument("--peers", type=Path, required=True, help="folder made by peers/make_environments.sh")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--site", default="L15")
+    parser.add_argument("--architecture", choices=tuple(PEERS), default="topk")
+    parser.add_argument("--n-latents", type=int, default=4096)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--learning-rate", type=float, default=5.7e-4)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--eval-tokens", type=int, default=16384)
+    parser.add_argument("--ce-tokens", type=int, default=8192)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main(parsed(sys.argv[1:]))
