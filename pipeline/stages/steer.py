@@ -22,19 +22,13 @@ from typing import Annotated, Any
 
 import pandas as pd
 from annotated_types import Ge, Gt, Le, MinLen
-from pydantic import TypeAdapter
 from typing_extensions import Doc
 
 from data.concepts.prompts import read_prompts
-from data.language_model import LanguageModel
-from data.model_spec import ModelSpec
-from data.sites import Site
-from data.store import ActivationStore
 from pipeline.artifact import Artifact, Draft
-from pipeline.flow.graph import FlowGraph
-from pipeline.flow.sources import DictionaryFolder
 from pipeline.run import RunContext
 from pipeline.steer_selection import Chosen, SelectionOptions, Sources, choose_features
+from pipeline.steer_session import SteerSession
 from pipeline.steer_tables import (
     atlas_document,
     atlas_labels,
@@ -47,8 +41,6 @@ from pipeline.steer_tables import (
     sample_table,
     side_by_side,
 )
-from sae import Sae
-from sae.errors import UserError
 from steering.arms import ARMS
 from steering.dose import NeutralText
 from steering.generation import Generation, Sampling, generate
@@ -114,7 +106,9 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
     """Steer and measure. Raises UserError."""
     digests = {f.name: getattr(inputs, f.name).digest for f in dataclasses.fields(inputs)}
     with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=digests) as draft:
-        sources = _open(inputs, context)
+        sources = SteerSession.of_artifacts(
+            inputs.collect, inputs.train, inputs.link, device=context.device, progress=context.progress
+        ).sources
         chosen, remarks = choose_features(sources, _selection(config))
         found = _steer_all(config, sources, chosen, context)
         _write(config, inputs, draft, chosen, found, remarks, sources.model.tokenizer.decode)
@@ -129,30 +123,6 @@ class Found:
     arm_doses: list[ArmDose]
     twins: list[Twin]
     effects: list[Effect]
-
-
-def _open(inputs: Inputs, context: RunContext) -> Sources:
-    spec: Any = TypeAdapter(ModelSpec).validate_python(inputs.collect.config["model"])
-    model = LanguageModel.open(
-        spec, dtype=inputs.collect.config["model_dtype"], device=context.device, progress=context.progress
-    )
-    return Sources(
-        graph=FlowGraph.open(inputs.link.path),
-        store=ActivationStore.open(inputs.collect.path / "store.zarr"),
-        saes=_dictionaries(inputs.train.path / "dictionaries", context.device),
-        model=model,
-    )
-
-
-def _dictionaries(folder: Path, device: str) -> dict[Site, Sae]:
-    """The residual dictionaries; flows run through them only."""
-    stored = DictionaryFolder(folder)
-    found = {site: stored[site].to(device) for site in stored if site.kind == "resid_post"}
-    if not found:
-        raise UserError(
-            "there is no dictionary of a residual site", where=str(folder), mend="add resid_post to collect.sites"
-        )
-    return found
 
 
 def _selection(config: Config) -> SelectionOptions:
