@@ -154,7 +154,9 @@ class _Original:
         with model.recorded(tuple(dict.fromkeys([*sites, *before, *reads]))) as seen:
             self.logits = model.logits(batch.ids)
         self.seen = dict(seen)
-        self.log_p = self._counted_log_p(self.logits)
+        self.original_logits = self._counted(self.logits)
+        self.log_sum = self.original_logits.logsumexp(-1)
+        self.p = (self.original_logits - self.log_sum[:, None]).exp_()
 
     def replaced(self, site: Site, value: Tensor) -> _Losses:
         """Losses when `value` stands at the spliced positions of `site`."""
@@ -165,13 +167,15 @@ class _Original:
         return self.losses(logits_with(self.model, self.batch.ids, site, spliced, before))
 
     def losses(self, logits: Float[Tensor, "batch position vocab"]) -> _Losses:
-        log_q = self.log_p if logits is self.logits else self._counted_log_p(logits)
-        ce = -log_q.gather(1, self.batch.targets[:, None].to(log_q.device))[:, 0]
-        kl = (self.log_p.exp() * (self.log_p - log_q)).sum(-1)
-        return _Losses(ce=ce.double().cpu().numpy(), kl=kl.double().cpu().numpy())
+        """CE and KL without the log-probabilities of all tokens: both follow from the logits and their log-sum."""
+        q = self._counted(logits)
+        log_sum = q.logsumexp(-1)
+        ce = log_sum - q.gather(1, self.batch.targets[:, None].to(q.device))[:, 0]
+        kl = torch.linalg.vecdot(self.p, self.original_logits - q) + log_sum - self.log_sum
+        return _Losses(ce=ce.double().cpu().numpy(), kl=kl.clamp_min(0).double().cpu().numpy())
 
-    def _counted_log_p(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, "counted vocab"]:
-        return logits[self.batch.counted.to(logits.device)].float().log_softmax(-1)
+    def _counted(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, "counted vocab"]:
+        return logits[self.batch.counted.to(logits.device)].float()
 
 
 @dataclass
