@@ -50,7 +50,8 @@ def draw_by_layer(rows: pd.DataFrame, path: Path) -> None:
     for axis in (fvu, l0, dead, recovered):
         axis.title.set_fontsize(9)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    fvu.legend(frameon=False, fontsize=8)
+    l0.set_ylim(0, 1.15 * rows["l0"].max())
+    fvu.legend(frameon=False, fontsize=8, ncols=3, loc="lower center")
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
