@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.kernels import gpu
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Codes:
@@ -52,6 +54,8 @@ class ByLatent:
 
 def decode(codes: Codes, W: Float[Tensor, "latent d"]) -> Float[Tensor, "row d"]:
     """Each row's weighted sum of dictionary rows."""
+    if W.is_cuda and gpu.is_available():
+        return gpu.decode_gpu(codes.start, codes.latent, codes.value, W.contiguous())
     return F.embedding_bag(
         codes.latent, W, codes.start, per_sample_weights=codes.value, mode="sum", include_last_offset=True
     )
@@ -59,6 +63,8 @@ def decode(codes: Codes, W: Float[Tensor, "latent d"]) -> Float[Tensor, "row d"]
 
 def products_at(codes: Codes, A: Float[Tensor, "row d"], W: Float[Tensor, "latent d"]) -> Float[Tensor, "entry"]:
     """`A Wᵀ` at the selected entries only."""
+    if W.is_cuda and gpu.is_available():
+        return gpu.products_at_gpu(codes.row(), codes.latent, A.contiguous(), W.contiguous())
     silence_csr_warning()
     shape = (codes.n_rows, W.shape[0])
     pattern = torch.sparse_csr_tensor(
@@ -81,13 +87,20 @@ def summed_by_latent(
 ) -> Float[Tensor, "latent d"]:
     """`Cᵀ A` where C holds `weight` at the entries. `row` (already in the groups' order) names other rows of A."""
     rows = groups.row if row is None else row
+    if A.is_cuda and gpu.is_available():
+        return gpu.summed_by_latent_gpu(groups.start, rows, weight[groups.order].contiguous(), A.contiguous())
     return F.embedding_bag(
         rows, A, groups.start, per_sample_weights=weight[groups.order], mode="sum", include_last_offset=True
     )
 
 
-def totals_by_latent(codes: Codes, weight: Float[Tensor, "entry"], n_latents: int) -> Float[Tensor, "latent"]:
+def totals_by_latent(codes: Codes, groups: ByLatent, weight: Float[Tensor, "entry"]) -> Float[Tensor, "latent"]:
     """The sum of `weight` over each latent's entries."""
+    if weight.is_cuda and gpu.is_available():
+        one = torch.ones(1, 1, device=weight.device)
+        in_order = weight[groups.order].contiguous()
+        return gpu.summed_by_latent_gpu(groups.start, torch.zeros_like(groups.order), in_order, one).flatten()
+    n_latents = len(groups.start) - 1
     return torch.bincount(codes.latent, weights=weight.double(), minlength=n_latents).to(weight.dtype)
 
 

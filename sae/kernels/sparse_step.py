@@ -74,7 +74,7 @@ def sparse_step(
     gradients = {
         "W_dec": summed_by_latent(by_latent, codes.value, seen),
         "W_enc": summed_by_latent(by_latent, at_z, centred, row=token),
-        "b_enc": totals_by_latent(codes, at_z, len(W_enc)),
+        "b_enc": totals_by_latent(codes, by_latent, at_z),
         "b_dec": slope.sum((0, 1)),
     }
     if "W_skip" in weights:
