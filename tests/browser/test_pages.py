@@ -50,8 +50,7 @@ def test_every_view_opens_from_disk_without_a_complaint_or_a_foreign_request_or_
     assert [url for url in page.requests() if not url.startswith((root, "data:", "blob:"))] == []
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1440, False)], ids=["phone-dark", "wide-light"])
 def test_axe_finds_no_violation(page: Any, axe: str, width: int, dark: bool) -> None:
     page.load(width=width, dark=dark)
     page.js(axe)
