@@ -25,17 +25,15 @@ import pandas as pd
 import torch
 from annotated_types import Ge
 from jaxtyping import Int
-from pydantic import TypeAdapter
 from typing_extensions import Doc
 
-from data.language_model import LanguageModel
-from data.model_spec import ModelSpec
 from data.sites import Site, parse_site
 from data.store import ActivationStore
 from data.store.provenance import digest_of_file
 from data.store.store import Split
 from data.store.tokens import RowFilters
 from pipeline.artifact import Artifact, Draft, write_text_atomically
+from pipeline.collected import open_collected_model
 from pipeline.evaluation.candidates import TRAINED, Candidate, find_candidates
 from pipeline.evaluation.figures import draw_by_layer, draw_frontier
 from pipeline.evaluation.held_out import choose_contexts, choose_rows
@@ -154,33 +152,6 @@ def _with_the_model(
     return measure_recovery(
         model, subjects, contexts, n_resamples=config.n_resamples, seed=config.seed, progress=context.progress
     )
-
-
-def open_collected_model(collect: Artifact, store: ActivationStore, context: RunContext) -> LanguageModel:
-    """The model that the activations were collected from. Raises UserError if its weights are others now."""
-    if "model" not in collect.config:
-        raise UserError(
-            "the activations do not say which model they are from",
-            where=str(collect.path),
-            mend="set evaluate.ce_tokens to 0",
-        )
-    spec: ModelSpec = TypeAdapter(ModelSpec).validate_python(collect.config["model"])
-    model = LanguageModel.open(
-        spec,
-        dtype=collect.config.get("model_dtype", "bfloat16"),
-        device=context.device,
-        progress=context.progress,
-    )
-    expected = store.provenance.get("model_fingerprint")
-    if expected is not None and expected != model.fingerprint:
-        raise UserError(
-            f"{model.name} is not the model that the activations were collected from",
-            where=store.url,
-            expected=f"fingerprint {expected[:12]}",
-            found=f"fingerprint {model.fingerprint[:12]}",
-            mend="featureflow collect",
-        )
-    return model
 
 
 def _ce_sites(config: Config, candidates: Sequence[Candidate]) -> set[Site]:

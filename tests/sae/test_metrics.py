@@ -96,7 +96,7 @@ def test_a_large_mean_costs_no_accuracy_with_a_centre():
 
 
 def test_the_interval_is_the_spread_of_resampled_documents():
-    x, y, active, documents = random_case(seed=3, n=400)
+    x, y, active, documents = random_case(seed=3, n=400, offset=2.0)
     meter = measured(x, y, active, documents % 40)
     interval = meter.fvu_interval(n_resamples=2000, seed=0)
     rng = np.random.default_rng(7)
