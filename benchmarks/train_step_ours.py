@@ -1,0 +1,76 @@
+"""Our whole training step, timed by the same clock on the same rows as the peers' (benchmarks/peers/timing.py).
+
+    python -m benchmarks.train_step_ours --precision bfloat16 --activations FILE.npy [--architecture batchtopk] …
+
+The step is `Trainer.train_on`: normalisation, forward, auxiliary loss, backward, clipping, Adam, unit rows, firing
+counts. Further options and the output are those of the peers' scripts.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from benchmarks.peers.timing import Task, read_task, run
+from sae import Sae, save_sae
+from sae.architectures import BatchTopK, TopK
+from sae.batches import Batch
+from sae.kernels.select import Precision
+from sae.normalisation import Normalisation
+from sae.trainer import Schedule, Trainer, random_start
+
+
+def main() -> None:
+    precision = _take_precision()
+    task = read_task(("topk", "batchtopk"))
+    trainer = trainer_of(task, precision)
+    finished: list[Sae] = []
+
+    def sae() -> Sae:
+        if not finished:
+            finished.append(trainer.finish(Batch(x=task.train[:16384].to(task.device)), {}))
+        return finished[0]
+
+    def reconstruct(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        latents = sae().encode(rows.cpu())
+        return latents, sae().decode(latents)
+
+    def step(index: int, batch: torch.Tensor) -> object:
+        return trainer.train_on(Batch(x=batch))
+
+    run(task, step, reconstruct, lambda folder: save_sae(sae(), folder), peer=f"featureflow {precision}")
+
+
+def trainer_of(task: Task, precision: Precision) -> Trainer:
+    """The trainer for rows that are centred and scaled already."""
+    choice = TopK if task.architecture == "topk" else BatchTopK
+    weights = random_start(task.n_latents, task.d, seed=task.seed)
+    return Trainer(
+        architecture=choice(k=task.k, auxk_weight=task.aux_coefficient),
+        schedule=Schedule(
+            steps=task.steps,
+            learning_rate=task.learning_rate,
+            warmup_steps=task.lr_warmup_steps,
+            decay_fraction=task.lr_decay_steps / task.steps,
+            dead_after=30 * task.batch_size,
+        ),
+        weights={name: weight.to(task.device) for name, weight in weights.items()},
+        source=Normalisation(mean=torch.zeros(task.d, device=task.device), scale=1.0),
+        precision=precision,
+    )
+
+
+def _take_precision() -> Precision:
+    if "--precision" not in sys.argv:
+        return "float32"
+    place = sys.argv.index("--precision")
+    value = sys.argv[place + 1]
+    del sys.argv[place : place + 2]
+    if value == "bfloat16":
+        return "bfloat16"
+    return "float32"
+
+
+if __name__ == "__main__":
+    main()
