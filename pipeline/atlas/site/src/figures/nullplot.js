@@ -27,7 +27,7 @@ function draw(atlas, pairs, width) {
   const [left, right, top, bottom] = [38, width - 6, 8, height - 36];
   const x = linear(0, Math.max(1, pairs.length - 1), left + 6, right - 6);
   const y = linear(0, 1, bottom, top);
-  const series = (name) => pairs.map((pair, i) => [x(i), pair[name] === null || pair[name] === undefined ? NaN : y(pair[name])]);
+  const series = (name) => pairs.map((pair, i) => [x(i), pair[name] === null || pair[name] === undefined ? NaN : y(Math.min(1, Math.max(0, pair[name])))]);
   const [low, high] = [series("null_median"), series("null_p99")];
   const band = [...high, ...low.slice().reverse()].filter(([, value]) => Number.isFinite(value)).map(([a, b]) => `${a.toFixed(1)},${b.toFixed(1)}`);
   const nth = everyNth(pairs.length, right - left, 30);

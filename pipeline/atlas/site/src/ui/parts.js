@@ -22,10 +22,12 @@ export function featureLink(id, text) {
   return h("a", { href: link(id), class: "feature", "data-feature": id }, text ?? id);
 }
 
+/** Whether a label says that no rule was found; it may go on with typical tokens. */
+export const isNoRule = (label) => label === "" || label.startsWith("no simple rule");
+
 /** A label as text: quiet where it is not a real label. */
 export function labelText(label, limit = 160) {
-  const own = label === "" || label === "no simple rule";
-  return h("span", { class: own ? "label quiet" : "label", title: label.length > limit ? `${label.length} characters` : null }, label === "" ? "never fired" : visible(clip(label, limit)));
+  return h("span", { class: isNoRule(label) ? "label quiet" : "label", title: label.length > limit ? `${label.length} characters` : null }, label === "" ? "never fired" : visible(clip(label, limit)));
 }
 
 /** Someone's own note on a feature wins over the measured label in lists. */

@@ -17,7 +17,7 @@ export async function about({ atlas }) {
     section("Profile", { profile: manifest.profile, "examples around a firing": `± ${manifest.window ?? 24} tokens`, "cards per file": manifest.cards_per_shard }),
     h("h2", {}, "Labels"),
     h("p", {}, "Every label was scored on documents that were not used to make it. An interval is 95 %. “No simple rule” means that no rule reached the accepted score: it is an answer, not a gap."),
-    h("dl", { class: "wide-facts" }, (manifest.label_methods ?? []).map((method) => h("div", {}, h("dt", {}, `${method.name} (${method.kind})`), h("dd", {}, method.about)))),
+    h("dl", { class: "wide-facts" }, (manifest.label_methods ?? []).map((method) => h("div", {}, h("dt", {}, `${method.name.replaceAll("_", " ")} (${method.kind})`), h("dd", {}, method.about)))),
     h("h2", {}, "Classes of features"),
     h("dl", { class: "wide-facts" }, Object.entries(CLASS_ABOUT).map(([name, meaning]) => h("div", {}, h("dt", {}, CLASS_NAMES[name]), h("dd", {}, meaning)))),
     h("h2", {}, "Keys"),
@@ -32,4 +32,4 @@ function section(title, facts) {
   return [h("h2", {}, title), h("dl", { class: "wide-facts" }, known.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value)))))];
 }
 
-const list = (object) => Object.entries(object ?? {}).map(([name, value]) => (value === true ? name.replaceAll("_", " ") : value === false ? null : `${name.replaceAll("_", " ")} ${value}`)).filter(Boolean).join(", ");
+const list = (object) => Object.entries(object ?? {}).map(([name, value]) => (value === true ? name.replaceAll("_", " ") : !value ? null : `${name.replaceAll("_", " ")} ${value}`)).filter(Boolean).join(", ");

@@ -80,7 +80,7 @@ function labelTable({ card, atlas }) {
       "tr",
       { class: label.accepted ? "" : "rejected" },
       h("td", {}, labelText(label.text, 300), label.from && h("span", { class: "quiet" }, " from ", featureLink(label.from), Number.isFinite(label.cosine) && ` cosine ${short(label.cosine)}`)),
-      h("td", { title: atlas.method(label.method)?.about }, atlas.method(label.method)?.name ?? "–"),
+      h("td", { title: atlas.method(label.method)?.about }, (atlas.method(label.method)?.name ?? "–").replaceAll("_", " ")),
       h("td", {}, scoreBar(label.score, label.low, label.high)),
       h("td", { class: "number" }, Number.isFinite(label.n) ? count(label.n) : "–"),
       h("td", { class: "number" }, numbers(label.precision)),

@@ -8,10 +8,10 @@ import { layerStrip, stripRows } from "../figures/layerstrip.js";
 import { linkMatrix } from "../figures/matrix.js";
 import { nullFigure, pairRows } from "../figures/nullplot.js";
 import { link } from "../route.js";
-import { featureLink, labelText } from "../ui/parts.js";
+import { featureLink, isNoRule, labelText } from "../ui/parts.js";
 
 const HEADLINES = {
-  n_features: "features", n_alive: "alive", n_labelled: "with an accepted label", n_links: "links kept", fvu_median: "variance unexplained, median",
+  n_sites: "dictionaries", n_features: "features", n_alive: "alive", n_labelled: "with an accepted label", labelled_share: "of the living have a label", n_links: "links kept", fvu_median: "variance unexplained, median",
   links_mutual: "mutual links", n_trunks: "trunks", n_communities: "communities", l0_median: "active per token, median",
 };
 
@@ -38,7 +38,7 @@ function describe({ manifest, sites }) {
 
 function headline(numbers) {
   const items = Object.entries(numbers).filter(([, value]) => value !== null && typeof value !== "object");
-  const shown = ([name, value]) => (typeof value !== "number" ? String(value) : Number.isInteger(value) ? count(value) : short(value));
+  const shown = ([name, value]) => (typeof value !== "number" ? String(value) : /share|fvu/.test(name) ? percent(value) : Number.isInteger(value) ? count(value) : short(value));
   return h("dl", { class: "headline" }, items.map(([name, value]) => h("div", {}, h("dt", {}, HEADLINES[name] ?? name.replaceAll("_", " ")), h("dd", {}, shown([name, value])))));
 }
 
@@ -73,7 +73,7 @@ function matrixFigures(atlas, model, begin) {
 function beginnings(atlas, trunks, steering) {
   const steered = [...new Set((steering.samples ?? []).map((sample) => sample.feature))].slice(0, 6);
   const labelOf = new Map((steering.samples ?? []).map((sample) => [sample.feature, sample.label]));
-  const labelled = (trunks ?? []).filter((trunk) => trunk.label && trunk.label !== "no simple rule").slice(0, 6);
+  const labelled = (trunks ?? []).filter((trunk) => !isNoRule(trunk.label ?? "")).slice(0, 6);
   if (!steered.length && !labelled.length) return null;
   const item = (id, label, note) => h("li", {}, featureLink(id), " ", labelText(label ?? "", 80), note && h("span", { class: "quiet" }, ` ${note}`));
   return h(

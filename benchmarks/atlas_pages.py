@@ -1,0 +1,123 @@
+"""How fast the atlas' pages open: a synthetic atlas in headless Chromium, from disk.
+
+1. write a synthetic site of the wanted size (tests/browser/synthetic.py; links, labels and cards of every feature);
+2. open it, then cards, dictionaries, flow graphs and searches; each time runs from the change of address to the frame
+   after everything is drawn, examples included;
+3. print one JSON line: milliseconds as median and largest, the folder's size, the machine's load.
+
+Needs Chromium with its driver. Cost: a few minutes and about 0.7 GB of disk for 30 x 16,384, mostly writing.
+
+    python benchmarks/atlas_pages.py --layers 30 --latents 16384
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_DRAWN = """
+const [hash, ready, done] = arguments;
+const started = performance.now();
+location.hash = hash;
+const test = new Function(`return ${ready}`);
+const look = () => (document.querySelector('main').dataset.shown !== before && test())
+  ? requestAnimationFrame(() => done(performance.now() - started)) : setTimeout(look, 1);
+const before = document.querySelector('main').dataset.shown;
+look();
+"""
+_CARD = "!document.querySelector('.examples > .example:not(:has(.example-text))')"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--latents", type=int, default=16_384)
+    parser.add_argument("--cards", type=int, default=24)
+    parser.add_argument("--folder", type=Path, help="keep the synthetic site here and use it again")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.folder or Path(scratch) / "site"
+        if not (folder / "manifest.js").is_file():
+            synthetic = load_synthetic()
+            synthetic.write_atlas(
+                folder,
+                synthetic.Sizes(n_layers=options.layers, n_latents=options.latents, module_every=1000, full_cards=False),
+            )
+        print(json.dumps(measure(folder, options)))
+
+
+def load_synthetic() -> ModuleType:
+    path = Path(__file__).parents[1] / "tests" / "browser" / "synthetic.py"
+    spec = importlib.util.spec_from_file_location("synthetic_atlas", path)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{path} is missing")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    driver = open_browser()
+    try:
+        opened = [open_index(driver, folder) for _ in range(5)]
+        # one card per shard and layer, so that every one is read from disk
+        cards = [f"L{(7 * i) % options.layers}/{(257 * i + 3) % (options.latents - 1)}" for i in range(options.cards)]
+        cold = [draw(driver, f"#/{card}", _CARD) for card in cards]
+        warm = [draw(driver, f"#/{card}", _CARD) for card in cards[-8:-1]]
+        middle = options.layers // 2
+        return {
+            "benchmark": "atlas_pages", "layers": options.layers, "latents": options.latents,
+            "index_ms": spread(opened), "card_cold_ms": spread(cold), "card_warm_ms": spread(warm),
+            "dictionary_ms": spread([draw(driver, f"#/site/L{layer}") for layer in range(0, options.layers, 5)]),
+            "graph_ms": spread([draw(driver, f"#/graph/L{middle}/{i}", "!!document.querySelector('.node')") for i in range(5)]),
+            "search_all_labels_ms": spread([draw(driver, f"#/search?q={word}", "/labels? match/.test(document.querySelector('main').innerText)") for word in ("harbour", "silver river", "chess")]),
+            "folder_mb": round(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6, 1),
+            "n_files": sum(1 for p in folder.rglob("*") if p.is_file()),
+            "load_average": os.getloadavg()[0], "browser": driver.capabilities["browserVersion"],
+        }  # fmt: skip
+    finally:
+        driver.quit()
+
+
+def open_browser() -> Any:
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-sync"):
+        options.add_argument(f"--{flag}")
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+
+
+def open_index(driver: Any, folder: Path) -> float:
+    """Milliseconds from the start of navigation until the overview is drawn."""
+    driver.get("about:blank")
+    driver.get((folder / "index.html").as_uri())
+    script = "return document.querySelector('.strip-column') ? performance.now() : null"
+    while (drawn := driver.execute_script(script)) is None:
+        time.sleep(0.005)
+    return float(drawn)
+
+
+def draw(driver: Any, address: str, ready: str = "true") -> float:
+    """Milliseconds from the change of address to the frame in which the page stands."""
+    return float(driver.execute_async_script(_DRAWN, address, ready))
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": round(statistics.median(values), 1), "max": round(max(values), 1), "n": len(values)}
+
+
+if __name__ == "__main__":
+    main()
