@@ -34,6 +34,9 @@ from pipeline.atlas.vocabulary import Vocabulary
 from pipeline.atlas.workshop import UNEMBEDDING, VOCABULARY, Workshop, corpus_for, graph_for, survey_job, write_job
 from pipeline.run import RunContext
 
+Run = Callable[[Callable[[Workshop, str], str], Workshop], Iterator[str]]
+"""Runs a job for every site of a workshop and yields as they finish."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModelFacts:
@@ -60,8 +63,9 @@ def build_atlas(
 ) -> dict[str, Any]:
     """Make `shop.site_folder` and `tables`; returns the headline numbers."""
     prepare(shop, model)
-    each_site(survey_job, shop, context, "survey")
-    each_site(write_job, shop, context, "write")
+    with _runner(context, len(shop.sites)) as run:
+        each_site(run, survey_job, shop, context, "survey")
+        each_site(run, write_job, shop, context, "write")
     headline = finish(shop, model, facts, tables)
     shutil.rmtree(shop.work)
     return headline
@@ -79,15 +83,11 @@ def prepare(shop: Workshop, model: ModelFacts) -> None:
         )  # fmt: skip
 
 
-def each_site(job: Callable[[Workshop, str], str], shop: Workshop, context: RunContext, verb: str) -> None:
-    """Run a job for every site: here, in processes, or on the workers of a Dask scheduler. The first failure is
-    raised."""
-    n_done = 0
+def each_site(run: Run, job: Callable[[Workshop, str], str], shop: Workshop, context: RunContext, verb: str) -> None:
+    """Run a job for every site, as many at a time as the runner does. The first failure is raised."""
     context.progress(verb, 0, len(shop.sites))
-    with _runner(context, len(shop.sites)) as run:
-        for _ in run(job, shop):
-            n_done += 1
-            context.progress(verb, n_done, len(shop.sites))
+    for i, _ in enumerate(run(job, shop)):
+        context.progress(verb, i + 1, len(shop.sites))
 
 
 def finish(shop: Workshop, model: ModelFacts, facts: AtlasFacts, tables: Path) -> dict[str, Any]:
@@ -151,12 +151,9 @@ def _filters_of(shop: Workshop) -> dict[str, Any]:
             "min_position": f.min_position, "max_position": f.max_position}  # fmt: skip
 
 
-Run = Callable[[Callable[[Workshop, str], str], Workshop], Iterator[str]]
-
-
 @contextmanager
 def _runner(context: RunContext, n_sites: int) -> Iterator[Run]:
-    """How jobs are run, by what the context offers."""
+    """How jobs are run, by what the context offers: here, in processes, or on the workers of a Dask scheduler."""
     if context.scheduler not in (None, "local"):
         from distributed import Client
         from distributed import as_completed as completed

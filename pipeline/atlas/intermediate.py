@@ -61,7 +61,7 @@ def load_tables(work: Path, short: str, n_latents: int) -> dict[str, Counts]:
                 n_latents=n_latents,
                 n_values=int(arrays[f"{name}/n_values"]),
                 key=arrays[f"{name}/key"].astype(np.int64),
-                columns=np.concatenate([np.zeros((len(held), 2)), held], axis=1),
+                columns=np.concatenate([np.zeros((len(held), 3)), held], axis=1),
             )
     return tables
 
@@ -69,7 +69,7 @@ def load_tables(work: Path, short: str, n_latents: int) -> dict[str, Counts]:
 def _rule_arrays(rules: SiteRules) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     for method, scored in rules.by_method.items():
-        arrays[f"{method}/attribute"] = np.array(scored.rules.attribute)
+        arrays[f"{method}/attribute"] = np.array([scored.rules.attribute, scored.rules.target])
         arrays |= {f"{method}/{name}": getattr(scored.rules, name) for name in ("start", "value")}
         arrays[f"{method}/proposed"] = scored.rules.f1
         arrays |= {f"{method}/{name}": getattr(scored.scores, name) for name in _SCORES}
@@ -79,7 +79,8 @@ def _rule_arrays(rules: SiteRules) -> dict[str, np.ndarray]:
 def _scored(arrays: Mapping[str, np.ndarray], method: str) -> Scored:
     return Scored(
         rules=RuleSets(
-            attribute=str(arrays[f"{method}/attribute"]),
+            attribute=str(arrays[f"{method}/attribute"][0]),
+            target="strong" if arrays[f"{method}/attribute"][1] == "strong" else "all",
             start=arrays[f"{method}/start"],
             value=arrays[f"{method}/value"],
             f1=arrays[f"{method}/proposed"],
@@ -93,6 +94,6 @@ def _table_arrays(tables: Mapping[str, Counts]) -> dict[str, np.ndarray]:
     for name, table in tables.items():
         held = restricted(table)
         arrays[f"{name}/key"] = held.key.astype(np.uint32 if held.n_latents * held.n_values < 1 << 32 else np.int64)
-        arrays[f"{name}/columns"] = held.columns[:, 2:].astype(np.float32)
+        arrays[f"{name}/columns"] = held.columns[:, 3:].astype(np.float32)
         arrays[f"{name}/n_values"] = np.array(held.n_values)
     return arrays

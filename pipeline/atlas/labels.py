@@ -21,9 +21,18 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from pipeline.atlas.corpus import Corpus
-from pipeline.atlas.counts import Counts
+from pipeline.atlas.counts import PROPOSE, Counts
 from pipeline.atlas.describe import largest_places
-from pipeline.atlas.rules import ATTRIBUTE_RULES, AttributeTable, RuleScores, RuleSets, describe_rule, propose, score
+from pipeline.atlas.rules import (
+    METHOD_RULES,
+    TARGETS,
+    AttributeTable,
+    RuleScores,
+    RuleSets,
+    describe_rule,
+    propose,
+    score,
+)
 
 NO_RULE = "no simple rule"
 TOO_RARE = "too rare to label"
@@ -44,9 +53,12 @@ class Method:
 
 
 METHODS: tuple[Method, ...] = (
-    *(Method(name=r.name, kind="rule", about=r.about) for r in ATTRIBUTE_RULES),
-    Method(name="log_odds", kind="tokens", about="tokens typical of it by log-odds with a Dirichlet prior"),
-    Method(name="ctfidf", kind="tokens", about="tokens typical of it by class-TF-IDF"),
+    *(
+        Method(name=name, kind="rule", about=r.about.replace("fires", "fires strongly") if name != r.name else r.about)
+        for name, r in METHOD_RULES.items()
+    ),
+    Method(name="log_odds", kind="tokens", about="tokens typical of its strong firings by log-odds, Dirichlet prior"),
+    Method(name="ctfidf", kind="tokens", about="tokens typical of its strong firings by class-TF-IDF"),
     Method(name="promotes", kind="output", about="tokens its decoder direction promotes; scored as: fires before them"),
     Method(name="inherited", kind="flow", about="the rule of its best predecessor, scored on this feature"),
     Method(name="none", kind="none", about="no rule reached the bar; the score is that of the best one"),
@@ -54,6 +66,7 @@ METHODS: tuple[Method, ...] = (
     Method(name="human", kind="human", about="written by a person"),
     Method(name="imported", kind="human", about="imported from another atlas or site"),
 )
+RULE_METHODS = tuple(METHOD_RULES)
 METHOD_INDEX = {method.name: i for i, method in enumerate(METHODS)}
 
 
@@ -94,17 +107,20 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SiteRules:
-    """All rules of one site by method, and which kind of rule is each latent's best (−1: none was proposed)."""
+    """All rules of one site by method, and which method is each latent's best for either target (index into
+    RULE_METHODS; −1: none was proposed)."""
 
     by_method: Mapping[str, Scored]
-    best: Int64[np.ndarray, "latent"]
+    best: Int64[np.ndarray, "target latent"]
 
-    def accepted(self, bar: Bar) -> np.ndarray:
-        """Whether each latent's best rule passes."""
-        out = np.zeros(len(self.best), dtype=bool)
-        for i, rule in enumerate(ATTRIBUTE_RULES):
-            if rule.name in self.by_method:
-                out |= (self.best == i) & passes(self.by_method[rule.name].scores, bar)
+    def accepted(self, bar: Bar) -> Int64[np.ndarray, "latent"]:
+        """The method whose rule is each latent's best and passes: about all firings if one does, else about strong
+        ones; −1 for none."""
+        out = np.full(self.best.shape[1], -1, dtype=np.int64)
+        for best in self.best[::-1]:
+            for i, name in enumerate(RULE_METHODS):
+                if name in self.by_method:
+                    out[(best == i) & passes(self.by_method[name].scores, bar)] = i
         return out
 
 
@@ -120,13 +136,15 @@ class Inherited:
 def make_rules(tables: Mapping[str, AttributeTable], promotes: Int64[np.ndarray, "latent ten"] | None) -> SiteRules:
     """Propose and score every kind of rule and description."""
     by_method = {name: scored(propose(table), table) for name, table in tables.items()}
-    if token := tables.get("token"):
+    if token := tables.get("strong_token"):
         by_method["log_odds"] = scored(typical_tokens(token, _log_odds), token)
         by_method["ctfidf"] = scored(typical_tokens(token, _class_tf_idf), token)
     if promotes is not None and (following := tables.get("next")):
         listed = promotes[:, :N_TYPICAL]
         start = np.arange(len(listed) + 1) * listed.shape[1]
-        rules = RuleSets(attribute="next", start=start, value=listed.ravel().astype(np.int64), f1=np.zeros(len(listed)))
+        rules = RuleSets(
+            attribute="next", target="all", start=start, value=listed.ravel().astype(np.int64), f1=np.zeros(len(listed))
+        )
         by_method["promotes"] = scored(rules, following)
     return SiteRules(by_method=by_method, best=_best(by_method))
 
@@ -138,7 +156,7 @@ def passes(scores: RuleScores, bar: Bar) -> np.ndarray:
 
 def typical_tokens(table: AttributeTable, weigh: Weigh) -> RuleSets:
     """The few tokens with the largest positive weight for every latent, on the documents for proposing."""
-    usable = np.flatnonzero(table.counts.column("n_propose") >= 2)
+    usable = np.flatnonzero(table.counts.columns[:, PROPOSE] >= 1)
     weight = np.maximum(weigh(table, usable), 0)
     place, rows = largest_places(table.counts.latent[usable], weight, N_TYPICAL)
     latent = table.counts.latent[usable][rows]
@@ -146,6 +164,7 @@ def typical_tokens(table: AttributeTable, weigh: Weigh) -> RuleSets:
     order = np.lexsort((place, latent))
     return RuleSets(
         attribute="token",
+        target=table.target,
         start=np.concatenate([[0], length.cumsum()]),
         value=table.counts.value[usable][rows][order],
         f1=np.zeros(table.counts.n_latents),
@@ -177,10 +196,10 @@ def shown_text(labels: list[Label]) -> str:
 def _candidates(
     latent: int, rules: SiteRules, inherited: Inherited | None, corpus: Corpus, bar: Bar
 ) -> Iterator[Label | None]:
-    best = int(rules.best[latent])
-    if best >= 0:
-        name = ATTRIBUTE_RULES[best].name
-        yield _label(latent, name, rules.by_method[name], corpus, bar)
+    for best in rules.best[:, latent]:
+        if best >= 0:
+            name = RULE_METHODS[best]
+            yield _label(latent, name, rules.by_method[name], corpus, bar)
     if inherited is not None and inherited.origin[latent] is not None:
         for rule in inherited.by_attribute.values():
             yield _label(
@@ -213,7 +232,7 @@ def _label(
     s = rule.scores
     f1, n = _number(s.f1[latent]), int(s.n[latent])
     return Label(
-        text=_text(method, rule.rules.attribute, values, corpus),
+        text=_text(method, rule.rules, values, corpus),
         method=method,
         accepted=f1 is not None and f1 >= bar.min_f1 and n >= bar.min_firings and method not in _DESCRIPTIONS,
         score=f1,
@@ -228,19 +247,19 @@ _MEASURES = ("low", "high", "precision", "recall", "mass_recall", "near_miss")
 _DESCRIPTIONS = ("log_odds", "ctfidf", "promotes")
 
 
-def _text(method: str, attribute: str, values: Int64[np.ndarray, "value"], corpus: Corpus) -> str:
+def _text(method: str, rules: RuleSets, values: Int64[np.ndarray, "value"], corpus: Corpus) -> str:
     if method in _DESCRIPTIONS:
         listed = ", ".join(corpus.vocabulary.quoted(int(v)) for v in values[:N_TYPICAL])
-        return f"promotes {listed}" if method == "promotes" else f"often {listed}"
-    return describe_rule(attribute, values.tolist(), corpus)
+        return f"promotes {listed}" if method == "promotes" else f"strongest on {listed}"
+    return describe_rule(rules.attribute, rules.target, values.tolist(), corpus)
 
 
 def _no_rule(latent: int, rules: SiteRules, bar: Bar) -> Label:
     """Which of the two it is: no rule was good enough, or there is too little to say so."""
-    best = int(rules.best[latent])
+    best = int(rules.best[0, latent])
     if best < 0:
         return Label(text=TOO_RARE, method="none")
-    scores = rules.by_method[ATTRIBUTE_RULES[best].name].scores
+    scores = rules.by_method[RULE_METHODS[best]].scores
     n = int(scores.n[latent])
     if n < bar.min_firings:
         return Label(text=TOO_RARE, method="none", n=n)
@@ -254,14 +273,17 @@ def _no_rule(latent: int, rules: SiteRules, bar: Bar) -> Label:
     )
 
 
-def _best(by_method: Mapping[str, Scored]) -> Int64[np.ndarray, "latent"]:
-    """The kind of rule with the best F1 on its proposal; of near equals (0.02) the earlier, plainer kind."""
+def _best(by_method: Mapping[str, Scored]) -> Int64[np.ndarray, "target latent"]:
+    """For either target the method with the best F1 on its proposal; of near equals (0.02) the earlier, plainer one."""
     n = len(next(iter(by_method.values())).rules.f1)
-    best, f1 = np.full(n, -1, dtype=np.int64), np.zeros(n)
-    for i, rule in enumerate(ATTRIBUTE_RULES):
-        if rule.name in by_method:
-            better = by_method[rule.name].rules.f1 > f1 + (0.02 if i else 0.0)
-            best[better], f1[better] = i, by_method[rule.name].rules.f1[better]
+    best = np.full((len(TARGETS), n), -1, dtype=np.int64)
+    for row, target in enumerate(TARGETS):
+        f1 = np.zeros(n)
+        for i, name in enumerate(RULE_METHODS):
+            if name in by_method and by_method[name].rules.target == target:
+                proposed = by_method[name].rules.f1
+                better = proposed > np.where(f1 > 0, f1 + 0.02, 0.0)
+                best[row, better], f1[better] = i, proposed[better]
     return best
 
 
@@ -272,9 +294,9 @@ def scored(rules: RuleSets, table: AttributeTable) -> Scored:
 
 def _log_odds(table: AttributeTable, pairs: Int64[np.ndarray, "usable"]) -> Float64[np.ndarray, "usable"]:
     """z of the log-odds of a token among firings against the rest of the text; the prior is the corpus itself."""
-    y = table.counts.column("n_propose")[pairs]
+    y = table.counts.columns[pairs, PROPOSE]
     latent, value = table.counts.latent[pairs], table.counts.value[pairs]
-    n = table.totals[latent, 0]
+    n = table.totals[latent, PROPOSE]
     all_n, all_y = float(table.n_propose.sum()), table.n_propose[value].astype(float)
     prior = _PRIOR * (all_y + 0.5) / all_n
     rest_y, rest_n = np.maximum(all_y - y, 0), np.maximum(all_n - n, 1)
@@ -286,14 +308,13 @@ def _log_odds(table: AttributeTable, pairs: Int64[np.ndarray, "usable"]) -> Floa
 
 
 def _class_tf_idf(table: AttributeTable, pairs: Int64[np.ndarray, "usable"]) -> Float64[np.ndarray, "usable"]:
-    """p_f(t) · ln(1 + A / Σ_f n_f(t)), with p_f the share of Σa and A the mean number of firings of a latent."""
-    mass = table.counts.column("mass_propose")[pairs]
+    """p_f(t) · ln(1 + A / Σ_f n_f(t)), with p_f the share of firings and A the mean number of firings of a latent."""
+    fired = table.counts.columns[:, PROPOSE]
     latent, value = table.counts.latent[pairs], table.counts.value[pairs]
-    everywhere = np.bincount(
-        table.counts.value, weights=table.counts.column("n_propose"), minlength=table.counts.n_values
-    )
-    mean = max(table.totals[:, 0].mean(), 1e-12)
-    return mass / np.maximum(table.totals[latent, 1], 1e-12) * np.log1p(mean / np.maximum(everywhere[value], 1e-12))
+    everywhere = np.bincount(table.counts.value, weights=fired, minlength=table.counts.n_values)
+    mean = max(table.totals[:, PROPOSE].mean(), 1e-12)
+    share = fired[pairs] / np.maximum(table.totals[latent, PROPOSE], 1e-12)
+    return share * np.log1p(mean / np.maximum(everywhere[value], 1e-12))
 
 
 def _number(value: float) -> float | None:
@@ -303,7 +324,7 @@ def _number(value: float) -> float | None:
 
 def restricted(counts: Counts) -> Counts:
     """What scoring needs of a table: pairs with something on held-out documents."""
-    held = counts.columns[:, 2:].any(axis=1)
+    held = counts.columns[:, 3:].any(axis=1)
     return Counts(
         n_latents=counts.n_latents, n_values=counts.n_values, key=counts.key[held], columns=counts.columns[held]
     )

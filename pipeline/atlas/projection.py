@@ -3,8 +3,9 @@
     scores = (W_U − mean over the vocabulary) · (gain ⊙ d),   in standard deviations over the vocabulary
 
 The final norm's gain is folded in and W_U is centred, since a constant added to all logits changes nothing. The ten
-largest are what the latent promotes, the ten smallest what it suppresses. Excess kurtosis over the vocabulary tells
-whether few tokens stand out, which is the mark of an output feature. (Gur-Arieh et al. 2025, "VocabProj".)
+largest are what the latent promotes, the ten smallest what it suppresses; only tokens that the corpus uses are listed,
+since the others are mostly ones the model hardly learned. Excess kurtosis over the vocabulary tells whether few tokens
+stand out, which is the mark of an output feature. (Gur-Arieh et al. 2025, "VocabProj".)
 
 Cost: one product of `latent × d_model × vocab`; with bfloat16 the candidates come from the fast product and the scores
 shown are recomputed in float32.
@@ -29,7 +30,7 @@ _BLOCK = 256
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Unembedding:
-    """The vocabulary matrix with gain folded in and the mean removed. `words` restricts what may be shown."""
+    """The vocabulary matrix with gain folded in and the mean removed. Ids in `hidden` are never listed."""
 
     matrix: Float[Tensor, "vocab d_model"]
     fast: Float[Tensor, "vocab d_model"]
@@ -82,10 +83,11 @@ def _project_block(d: Float[Tensor, "latent d_model"], u: Unembedding) -> tuple[
     moments = logits.float().square_()
     variance = moments.mean(dim=1)
     kurtosis = moments.square_().mean(dim=1) / variance.square().clamp_min(1e-30) - 3
-    logits[:, u.hidden] = 0
     std = variance.sqrt().clamp_min(1e-12)
+    logits[:, u.hidden] = -torch.inf
     up = _exact(_largest(logits), d, std, u, descending=True)
-    down = _exact(_largest(logits.neg_()), d, std, u, descending=False)
+    logits.neg_()[:, u.hidden] = -torch.inf
+    down = _exact(_largest(logits), d, std, u, descending=False)
     return *up, *down, kurtosis
 
 

@@ -1,6 +1,9 @@
 """Rule labels: "fires where the attribute of the token is one of these values", proposed and scored on different
 documents.
 
+Rules are about all firings of a latent, or about its strong ones (the strongest tenth), which say more of a feature
+that fires weakly on many things.
+
 Proposal, for every latent at once, from the counts of the documents for proposing:
 
 1. sort an attribute's values by how often the latent fires given the value;
@@ -18,14 +21,14 @@ Tokens of one document are not independent: read the interval as the narrowest t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
 from pipeline.atlas.corpus import Corpus
-from pipeline.atlas.counts import Counts
+from pipeline.atlas.counts import HELD, MASS, NEGATIVE, PROPOSE, Counts, Target
 from pipeline.atlas.vocabulary import CLASSES, Vocabulary
 
 
@@ -49,7 +52,17 @@ ATTRIBUTE_RULES: tuple[AttributeRule, ...] = (
     AttributeRule(name="source", table="source", most=2, about="fires in text from these sources"),
     AttributeRule(name="topic", table="topic", most=2, about="fires in documents about these topics"),
 )
+TARGETS: tuple[Target, ...] = ("all", "strong")
 _Z = 1.959963984540054
+
+
+def method_name(rule: str, target: Target) -> str:
+    """`token`, or `strong_token` for a rule about strong firings."""
+    return rule if target == "all" else f"strong_{rule}"
+
+
+METHOD_RULES = {method_name(r.name, target): r for target in TARGETS for r in ATTRIBUTE_RULES}
+"""The methods that make rules, in the order of preference within each target."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,6 +71,7 @@ class RuleSets:
     `f1` is the F1 on the documents it was proposed on; it serves to choose among rules, never as a score."""
 
     attribute: str
+    target: Target
     start: Int64[np.ndarray, "latent_and_one"]
     value: Int64[np.ndarray, "member"]
     f1: Float64[np.ndarray, "latent"]
@@ -72,7 +86,7 @@ class RuleSets:
         owner = np.repeat(np.arange(len(parents)), lengths)
         member = np.arange(len(owner)) - start[owner] + self.start[parents[owner]]
         f1 = np.where(parents >= 0, self.f1[np.maximum(parents, 0)], 0.0)
-        return RuleSets(attribute=self.attribute, start=start, value=self.value[member], f1=f1)
+        return RuleSets(attribute=self.attribute, target=self.target, start=start, value=self.value[member], f1=f1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,19 +105,21 @@ class RuleScores:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttributeTable:
-    """Counts of one attribute, the totals of the corpus per value, and the totals of each latent over all rows (also
-    those where the attribute has no value): what proposing and scoring need."""
+    """Counts of one attribute about one target, the totals of the corpus per value, and the totals of each latent over
+    all rows (also those where the attribute has no value): what proposing and scoring need."""
 
     rule: AttributeRule
     counts: Counts
+    target: Target
     n_propose: Int64[np.ndarray, "value"]
     n_held: Int64[np.ndarray, "value"]
     totals: Float64[np.ndarray, "latent five"]
 
 
-def attribute_tables(tables: dict[str, Counts], corpus: Corpus) -> Iterator[AttributeTable]:
-    """One table for every kind of rule; families and classes are groupings of the token table."""
-    totals = tables["token"].totals()
+def attribute_tables(tables: Mapping[str, Counts], corpus: Corpus) -> dict[str, AttributeTable]:
+    """One table for every method of METHOD_RULES; families and classes are groupings of the token table."""
+    out: dict[str, AttributeTable] = {}
+    totals = {target: tables["token"].about(target).totals() for target in TARGETS}
     for rule in ATTRIBUTE_RULES:
         counts = tables[rule.table]
         propose, held = corpus.totals(rule.table)
@@ -113,15 +129,25 @@ def attribute_tables(tables: dict[str, Counts], corpus: Corpus) -> Iterator[Attr
             propose = np.bincount(value_of, weights=propose, minlength=n).astype(np.int64)
             held = np.bincount(value_of, weights=held, minlength=n).astype(np.int64)
         if counts.n_values > 1:
-            yield AttributeTable(rule=rule, counts=counts, n_propose=propose, n_held=held, totals=totals)
+            for target in TARGETS:
+                out[method_name(rule.name, target)] = AttributeTable(
+                    rule=rule,
+                    counts=counts.about(target),
+                    target=target,
+                    n_propose=propose,
+                    n_held=held,
+                    totals=totals[target],
+                )
+    return out
 
 
-def propose(table: AttributeTable, *, min_firings: int = 2) -> RuleSets:
-    """The set of values with the best F1 for every latent, on the documents for proposing."""
+def propose(table: AttributeTable, *, min_firings: int = 2, min_share: float = 0.01) -> RuleSets:
+    """The set of values with the best F1 for every latent, on the documents for proposing. Values with fewer than
+    `min_firings` firings, or less than `min_share` of them, are not worth naming. Members are ordered by firings."""
     counts, n_latents = table.counts, table.counts.n_latents
-    fired = counts.column("n_propose")
-    n_fired = table.totals[:, 0]
-    usable = np.flatnonzero(fired >= min_firings)
+    fired = counts.columns[:, PROPOSE]
+    n_fired = table.totals[:, PROPOSE]
+    usable = np.flatnonzero(fired >= np.maximum(min_firings, min_share * n_fired[counts.latent]))
     latent, value = counts.latent[usable], counts.value[usable]
     fired, seen = fired[usable], table.n_propose[value]
     order = np.lexsort((value, -fired / (seen + 1.0), latent))
@@ -133,7 +159,8 @@ def propose(table: AttributeTable, *, min_firings: int = 2) -> RuleSets:
     length, best = _best_prefix(f1, place, first)
     start = np.concatenate([[0], length.cumsum()])
     member = np.arange(start[-1]) - np.repeat(start[:-1], length) + np.repeat(first[:-1], length)
-    return RuleSets(attribute=table.rule.name, start=start, value=value[member], f1=best)
+    order = np.lexsort((value[member], -fired[member], latent[member]))
+    return RuleSets(attribute=table.rule.name, target=table.target, start=start, value=value[member][order], f1=best)
 
 
 def score(rules: RuleSets, table: AttributeTable) -> RuleScores:
@@ -145,9 +172,9 @@ def score(rules: RuleSets, table: AttributeTable) -> RuleScores:
     def total(column: np.ndarray, of: np.ndarray) -> Float64[np.ndarray, "latent"]:
         return np.bincount(of, weights=column, minlength=n_latents).astype(np.float64)
 
-    tp, mass, near = (total(on_set[:, i], owner) for i in (2, 3, 4))
+    tp, mass, near = (total(on_set[:, i], owner) for i in (HELD, MASS, NEGATIVE))
     m = total(table.n_held[rules.value].astype(float), owner)
-    n, all_mass, all_near = table.totals[:, 2], table.totals[:, 3], table.totals[:, 4]
+    n, all_mass, all_near = table.totals[:, HELD], table.totals[:, MASS], table.totals[:, NEGATIVE]
     union = n + m - tp
     low, high = wilson(tp, union)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -178,19 +205,20 @@ def wilson(
     return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
 
 
-def describe_rule(attribute: str, values: Sequence[int], corpus: Corpus) -> str:
+def describe_rule(attribute: str, target: Target, values: Sequence[int], corpus: Corpus) -> str:
     """The rule in words, at most six of its values."""
+    fires = "fires" if target == "all" else "fires strongly"
     names = [_value_name(attribute, int(v), corpus) for v in values[:6]]
     listed = ", ".join(names) + (f" and {len(values) - 6} more" if len(values) > 6 else "")
     return {
-        "token": f"fires on {listed}",
-        "family": f"fires on forms of {listed}",
-        "class": f"fires on {listed}",
-        "previous": f"fires after {listed}",
-        "next": f"fires before {listed}",
-        "position": f"fires at position {listed}",
-        "source": f"fires in {listed}",
-        "topic": f"fires in documents about {listed}",
+        "token": f"{fires} on {listed}",
+        "family": f"{fires} on forms of {listed}",
+        "class": f"{fires} on {listed}",
+        "previous": f"{fires} after {listed}",
+        "next": f"{fires} before {listed}",
+        "position": f"{fires} at position {listed}",
+        "source": f"{fires} in {listed}",
+        "topic": f"{fires} in documents about {listed}",
     }[attribute]
 
 

@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import scipy.sparse as sp
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 
 from pipeline.atlas.corpus import ATTRIBUTES, Corpus, mix
-from pipeline.atlas.counts import Counts, count
+from pipeline.atlas.counts import Counts, Entries, count
 from pipeline.atlas.firings import Encoder, Firings
 from pipeline.atlas.selection import Selection, falling, random_key
 from sae.report import Progress, silent
@@ -34,6 +34,7 @@ LOG2_LOW, BINS_PER_OCTAVE, N_BINS = -16, 4, 128
 MOST_PAIRS = 24_000_000
 PRUNED_VALUES = 512
 CHUNK_ROWS = 32768
+PILOT_ROWS = 8192
 REACH = 24
 
 Rows = Callable[[int, int], Float32[np.ndarray, "row d_in"]]
@@ -68,18 +69,24 @@ class Survey:
     near: Selection
     uniform: Selection
     tables: dict[str, Counts]
+    strong: Float32[np.ndarray, "latent"]
     cofiring: sp.csr_matrix
     cofiring_count: Int64[np.ndarray, "latent"]
     pruned: list[str] = field(default_factory=list)
 
     @classmethod
-    def empty(cls, n_latents: int, corpus: Corpus, options: SurveyOptions) -> Survey:
+    def empty(
+        cls, n_latents: int, corpus: Corpus, options: SurveyOptions, strong: Float32[np.ndarray, "latent"] | None = None
+    ) -> Survey:
+        """Nothing seen yet. `strong` is from where on each latent's firing counts as strong; None: always."""
+
         def selection(size: int, distinct: bool) -> Selection:
             return Selection.empty(n_latents, size, reach=REACH, distinct=distinct)
 
         return cls(
             options=options,
             n_latents=n_latents,
+            strong=np.zeros(n_latents, np.float32) if strong is None else strong,
             count=np.zeros(n_latents, np.int64),
             total=np.zeros(n_latents),
             squares=np.zeros(n_latents),
@@ -100,8 +107,7 @@ class Survey:
         self.top.offer(fired, falling(fired.value), corpus, fired)
         self.uniform.offer(fired, random_key(fired, self.options.seed), corpus, fired)
         self.near.offer(near, falling(1.0 - near.gap), corpus, fired)  # the closest to firing first
-        for name in ATTRIBUTES:
-            self._grow(name, _table(name, fired, near, corpus, self.n_latents))
+        self._add_counts(fired, near, corpus)
         self._add_cofiring(fired, corpus)
 
     def merge(self, other: Survey, corpus: Corpus) -> Survey:
@@ -110,6 +116,7 @@ class Survey:
             options=self.options,
             n_latents=self.n_latents,
             n_rows=self.n_rows + other.n_rows,
+            strong=self.strong,
             largest=np.maximum(self.largest, other.largest),
             cofiring=(self.cofiring + other.cofiring).tocsr(),
             pruned=sorted({*self.pruned, *other.pruned}),
@@ -140,6 +147,21 @@ class Survey:
         self.cofiring = (self.cofiring + pattern @ pattern.T).tocsr()
         self.cofiring_count += np.bincount(latent, minlength=self.n_latents)
 
+    def _add_counts(self, fired: Firings, near: Firings, corpus: Corpus) -> None:
+        rows, latent = np.concatenate([fired.row, near.row]), np.concatenate([fired.latent, near.latent])
+        mass = np.concatenate([fired.value, near.value])
+        entries = Entries(
+            mass=mass,
+            held=corpus.held_out[rows],
+            near=np.arange(len(rows)) >= len(fired),
+            strong=mass >= self.strong[latent],
+        )
+        for name in ATTRIBUTES:
+            value, n_values = corpus.attribute(name)[rows], corpus.n_values(name)
+            self._grow(
+                name, count(latent=latent, value=value, entries=entries, n_latents=self.n_latents, n_values=n_values)
+            )
+
     def _grow(self, name: str, table: Counts) -> None:
         grown = self.tables[name].plus(table) if len(self.tables[name].key) else table
         if len(grown.key) > MOST_PAIRS:
@@ -161,7 +183,8 @@ def survey_site(
     label: str = "survey",
 ) -> Survey:
     """Survey every kept row of the corpus, chunk by chunk."""
-    survey = Survey.empty(encoder.sae.n_latents, corpus, options)
+    strong = strong_from(rows, encoder, corpus)
+    survey = Survey.empty(encoder.sae.n_latents, corpus, options, strong)
     for start, stop in corpus.chunks(CHUNK_ROWS):
         add_rows(survey, rows, encoder, corpus, start, stop)
         progress(label, stop, len(corpus))
@@ -179,21 +202,28 @@ def add_rows(survey: Survey, rows: Rows, encoder: Encoder, corpus: Corpus, start
     survey.n_rows += len(kept)
 
 
+def strong_from(rows: Rows, encoder: Encoder, corpus: Corpus) -> Float32[np.ndarray, "latent"]:
+    """From where on a firing is among its latent's strongest tenth, estimated on PILOT_ROWS rows spread over the corpus
+    before the pass; 0, so that every firing counts, for a latent that did not fire there."""
+    n_parts = 8
+    parts = []
+    for part in range(n_parts):
+        start = part * len(corpus) // n_parts
+        stop = min(start + PILOT_ROWS // n_parts, (part + 1) * len(corpus) // n_parts)
+        kept = start + np.flatnonzero(corpus.kept[start:stop])
+        parts.append(encoder.firings(rows(start, stop)[kept - start], kept)[0])
+    latent = np.concatenate([p.latent for p in parts])
+    value = np.concatenate([p.value for p in parts])
+    order = np.lexsort((value, latent))
+    first = np.searchsorted(latent[order], np.arange(encoder.sae.n_latents + 1))
+    n = np.diff(first)
+    place = first[:-1] + np.maximum(np.floor(0.9 * n).astype(np.int64), 0)
+    strong = np.zeros(len(n), np.float32)
+    strong[n > 0] = value[order][place[n > 0]]
+    return strong
+
+
 def bin_of(value: Float32[np.ndarray, "entry"]) -> Int64[np.ndarray, "entry"]:
     """The histogram bin of each positive value; the end bins are open."""
     bins = np.floor((np.log2(np.maximum(value, 1e-30)) - LOG2_LOW) * BINS_PER_OCTAVE)
     return np.clip(bins, 0, N_BINS - 1).astype(np.int64)
-
-
-def _table(name: str, fired: Firings, near: Firings, corpus: Corpus, n_latents: int) -> Counts:
-    rows = np.concatenate([fired.row, near.row])
-    is_near: Bool[np.ndarray, "entry"] = np.arange(len(rows)) >= len(fired)
-    return count(
-        latent=np.concatenate([fired.latent, near.latent]),
-        value=corpus.attribute(name)[rows],
-        mass=np.concatenate([fired.value, near.value]),
-        held=corpus.held_out[rows],
-        near=is_near,
-        n_latents=n_latents,
-        n_values=corpus.n_values(name),
-    )

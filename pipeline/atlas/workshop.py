@@ -25,16 +25,17 @@ from pipeline.atlas.describe import describe_site
 from pipeline.atlas.examples import PROFILES
 from pipeline.atlas.firings import Encoder, Precision
 from pipeline.atlas.graph import AtlasGraph, read_graph, trunks
-from pipeline.atlas.labels import Bar, Inherited, SiteRules, labels_of, make_rules, scored
+from pipeline.atlas.labels import RULE_METHODS, Bar, Inherited, SiteRules, labels_of, make_rules, scored
 from pipeline.atlas.pages import SitePages, write_site
 from pipeline.atlas.projection import Unembedding, project
-from pipeline.atlas.rules import ATTRIBUTE_RULES, attribute_tables
+from pipeline.atlas.rules import attribute_tables
 from pipeline.atlas.survey import SurveyOptions, survey_site
 from pipeline.atlas.table_parts import write_parts
 from pipeline.atlas.vocabulary import Vocabulary
 from sae import Sae, load_sae
 from sae.errors import UserError
 
+FEWEST_LISTED = 1000
 VOCABULARY, UNEMBEDDING = "vocabulary.npz", "unembedding.npz"
 
 
@@ -74,7 +75,7 @@ def survey_job(shop: Workshop, short: str) -> str:
         fits = unembedding is not None and sae.d_out == unembedding.matrix.shape[1]
         projection = project(sae.W_dec, unembedding) if fits and unembedding is not None else None
         columns = describe_site(survey, sae, corpus, projection, profile)
-        tables = {table.rule.name: table for table in attribute_tables(survey.tables, corpus)}
+        tables = attribute_tables(survey.tables, corpus)
         rules = make_rules(tables, None if projection is None else projection.promotes)
         intermediate.save_site(shop.work, short, columns, rules, survey.tables)
     return short
@@ -130,6 +131,9 @@ def unembedding_for(shop: Workshop) -> Unembedding | None:
         return None
     with np.load(path, allow_pickle=False) as arrays:
         weight, gain, hidden = (arrays[name] for name in ("weight", "gain", "hidden"))
+    seen = np.bincount(corpus_for(shop).token, minlength=len(weight)) > 0
+    if seen.sum() >= FEWEST_LISTED:  # words that the text never uses are mostly ones the model hardly learned
+        hidden = np.union1d(hidden, np.flatnonzero(~seen))
     return Unembedding.of(
         torch.from_numpy(weight), torch.from_numpy(gain), hidden=hidden.tolist(), precision=shop.precision
     )
@@ -167,13 +171,13 @@ def _inherited(shop: Workshop, index: int, corpus: Corpus, graph: AtlasGraph) ->
     parent, cosine = (a[here] for a in graph.parent)
     origins = np.where(parent >= 0, graph.site_of(np.maximum(parent, 0)), -1)
     held = intermediate.load_tables(shop.work, shop.sites[index], shop.n_latents[index])
-    tables = {table.rule.name: table for table in attribute_tables(held, corpus)}
+    tables = attribute_tables(held, corpus)
     named: list[str | None] = [None] * len(parent)
     found: dict[str, Any] = {}
     for site in np.unique(origins[origins >= 0]):
         rules = intermediate.load_rules(shop.work, shop.sites[site])
         local = np.where(origins == site, parent - graph.start[site], -1)
-        for name, chosen in _by_attribute(rules, local, shop.bar):
+        for name, chosen in _by_method(rules, local, shop.bar):
             if name in tables:
                 found[f"{site}/{name}"] = scored(rules.by_method[name].rules.taken_from(chosen), tables[name])
                 for latent in np.flatnonzero(chosen >= 0):
@@ -181,14 +185,14 @@ def _inherited(shop: Workshop, index: int, corpus: Corpus, graph: AtlasGraph) ->
     return Inherited(origin=named, cosine=cosine, by_attribute=found) if found else None
 
 
-def _by_attribute(rules: SiteRules, parents: np.ndarray, bar: Bar) -> list[tuple[str, np.ndarray]]:
-    """Parents whose accepted rule is of each kind; −1 elsewhere."""
+def _by_method(rules: SiteRules, parents: np.ndarray, bar: Bar) -> list[tuple[str, np.ndarray]]:
+    """Parents whose accepted rule was made by each method; −1 elsewhere."""
     accepted, some = rules.accepted(bar), np.maximum(parents, 0)
     out = []
-    for i, rule in enumerate(ATTRIBUTE_RULES):
-        chosen = np.where((parents >= 0) & accepted[some] & (rules.best[some] == i), parents, -1)
+    for i, name in enumerate(RULE_METHODS):
+        chosen = np.where((parents >= 0) & (accepted[some] == i), parents, -1)
         if (chosen >= 0).any():
-            out.append((rule.name, chosen))
+            out.append((name, chosen))
     return out
 
 

@@ -31,7 +31,7 @@ def tables_of(corpus: Corpus, fires: list[np.ndarray], near: list[np.ndarray] | 
     survey = Survey.empty(len(fires), corpus, SurveyOptions(n_top=2, n_near=2, n_uniform=4, cofiring_rows=0))
     none = Firings.none(len(fires))
     survey.add(firings(fires, np.nan), none if near is None else firings(near, 0.1), corpus)
-    return {table.rule.name: table for table in attribute_tables(survey.tables, corpus)}
+    return attribute_tables(survey.tables, corpus)
 
 
 def label_of(corpus: Corpus, fires: np.ndarray):
@@ -108,7 +108,7 @@ def test_scores_are_those_of_scikit_learn_on_held_out_tokens(corpus):
     fires |= rng.random(len(corpus)) < 0.02
     near = (corpus.token == 7) & ~fires
     table = tables_of(corpus, [fires], [near])["token"]
-    rules = RuleSets(attribute="token", start=np.array([0, 2]), value=np.array([3, 7]), f1=np.zeros(1))
+    rules = RuleSets(attribute="token", target="all", start=np.array([0, 2]), value=np.array([3, 7]), f1=np.zeros(1))
     found = score(rules, table)
     held = corpus.kept & corpus.held_out
     truth, said = fires[held], np.isin(corpus.token[held], [3, 7])
@@ -155,7 +155,11 @@ def test_a_latent_with_too_few_held_out_firings_is_too_rare_and_one_that_never_f
 
 def test_rules_of_another_latent_are_taken_with_their_values():
     rules = RuleSets(
-        attribute="token", start=np.array([0, 2, 2, 5]), value=np.array([1, 2, 6, 7, 8]), f1=np.array([0.5, 0.0, 0.9])
+        attribute="token",
+        target="all",
+        start=np.array([0, 2, 2, 5]),
+        value=np.array([1, 2, 6, 7, 8]),
+        f1=np.array([0.5, 0.0, 0.9]),
     )
     taken = rules.taken_from(np.array([2, -1, 0, 1]))
     assert [taken.of(f).tolist() for f in range(4)] == [[6, 7, 8], [], [1, 2], []]

@@ -56,7 +56,7 @@ def test_top_examples_are_the_strongest_of_each_document_without_repeated_text(c
 def test_every_attribute_is_counted_apart_on_the_two_parts_of_the_documents(case):
     _, _, _, slow, survey = case
     for name, table in survey.tables.items():
-        firings = table.columns[:, :4]
+        firings = np.stack([table.column(c) for c in ("n_propose", "mass_propose", "n_held", "mass_held")], axis=1)
         found = {
             (int(f), int(v)): row for f, v, row in zip(table.latent, table.value, firings, strict=True) if row.any()
         }
@@ -119,7 +119,7 @@ def test_surveys_of_two_halves_merge_to_the_survey_of_all(case):
     cut = int(corpus.run_start[17])
     parts = []
     for start, stop in ((0, cut), (cut, len(corpus))):
-        part = Survey.empty(sae.n_latents, corpus, OPTIONS)
+        part = Survey.empty(sae.n_latents, corpus, OPTIONS, whole.strong)
         add_rows(part, lambda a, b: x[a:b], Encoder.of(sae, "float32"), corpus, start, stop)
         parts.append(part)
     assert_same(parts[0].merge(parts[1], corpus), whole)
