@@ -3,7 +3,7 @@
     python benchmarks/store_collection.py [--layers 0] [--contexts 64] [--pairs 5] [--random] [--sites resid_post …]
 
 The control runs the model's blocks over the same batches; the candidate also reads the sites, encodes, counts, checks
-and writes them, flushed to disk.
+and writes them, flushed to disk. A run is one shard; the metadata of the store, written once, is made before.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from data.language_model import LanguageModel
 from data.model_spec import Packaged, Random
 from data.store import SiteLayout, StoreLayout, StoreWriter, TokenTable
 from data.store.collection import collect_shards
+from data.store.layout import record_name
 from data.store.patterns import parse_sites
 
 
@@ -65,12 +66,12 @@ def measure(model: LanguageModel, options: argparse.Namespace, folder: Path) -> 
             with torch.no_grad():
                 model.hf.base_model(ids[start : start + options.batch].to(options.device), use_cache=False)
 
+    writer = StoreWriter.create(folder / "store.zarr", layout)
+
     def collected() -> None:
-        place = Path(tempfile.mkdtemp(dir=folder)) / "store.zarr"
-        writer = StoreWriter.create(place, layout)
+        writer.place.remove(record_name(0))
         batch_rows = options.batch * options.length
         collect_shards(model, writer, [(0, tokens)], sites, batch_rows=batch_rows, rows_done=lambda n: None)
-        shutil.rmtree(place)
 
     compare(
         "collection / bare forward pass",

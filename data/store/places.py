@@ -70,6 +70,20 @@ def _read_pointer(path: Path) -> str:
     return url
 
 
+@contextmanager
+def explained_writes(url: str) -> Iterator[None]:
+    """A full disk, a read-only folder or a quota as UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            "cannot write here",
+            where=error.filename or url,
+            found=error.strerror or str(error),
+            mend="free space, or choose another folder or its permissions; what is finished is kept",
+        ) from error
+
+
 def write_bytes(place: Place, name: str, content: bytes) -> None:
     """Publish a small file: built beside, flushed, then visible at once."""
     temporary = place.temporary(name)
@@ -126,10 +140,7 @@ class LocalPlace:
     def temporary(self, name: str) -> Path:
         """A new name beside `name`, so that publishing is a rename on one file system."""
         path = self.root / f"{name}.{os.getpid()}-{next(_COUNTER)}.partial"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _cannot_write(path.parent, error) from error
+        path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def publish(self, temporary: Path, name: str) -> None:
@@ -234,12 +245,3 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(
-        "cannot write here",
-        where=str(path),
-        found=str(error),
-        mend="free space, or choose another folder or its permissions",
-    )

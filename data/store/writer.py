@@ -24,7 +24,7 @@ from torch import Tensor
 
 from data.store.chunks import ChunkStatistics, ShardChunks
 from data.store.layout import COMPLETE, DOCUMENTS, MEND_DAMAGE, TOKEN_COLUMNS, StoreLayout, parse_layout, record_name
-from data.store.places import LocalPlace, Place, open_place, write_bytes
+from data.store.places import LocalPlace, Place, explained_writes, open_place, write_bytes
 from data.store.records import Completion, ShardRecord, iter_problems_of_record, read_completion, read_record, sum_of
 from data.store.shards import FileSum, write_chunk_file
 from data.store.tokens import DocumentRow, TokenTable
@@ -101,7 +101,8 @@ class StoreWriter:
             self.layout = replace(self.layout, validation_start=validation_start)
         self._write_metadata()
         content = _documents_parquet(documents)
-        write_bytes(self.place, DOCUMENTS, content)
+        with explained_writes(self.place.url):
+            write_bytes(self.place, DOCUMENTS, content)
         completion = Completion(
             identity=self.layout.identity,
             n_rows=self.layout.n_rows or 0,
@@ -137,8 +138,9 @@ class StoreWriter:
         return None
 
     def _write_metadata(self) -> None:
-        for name, text in self.layout.iter_metadata():
-            write_bytes(self.place, name, text.encode())
+        with explained_writes(self.place.url):
+            for name, text in self.layout.iter_metadata():
+                write_bytes(self.place, name, text.encode())
 
     def _remove_locks(self) -> None:
         for name in self.place.sizes("locks"):
@@ -157,19 +159,20 @@ class ShardWriter:
         self._tokens = tokens
         self._claim = store.place.claimed(f"locks/{shard:06d}")
         self._chunks: ShardChunks | None = None
-        self._done = False
 
     def __enter__(self) -> ShardWriter:
-        if not self._claim.__enter__():
+        with explained_writes(self._store.place.url):
+            held = self._claim.__enter__()
+        if not held:
             self._claim.__exit__(None, None, None)
             raise UserError(
                 "another process is writing this shard",
                 where=f"{self._store.place.url} (shard {self._shard})",
                 mend="wait for it, or stop it; a process that died holds nothing",
             )
-        self._done = self._store.is_done(self._shard)
-        if not self._done:
-            self._begin()
+        if not self._store.is_done(self._shard):
+            with explained_writes(self._store.place.url):
+                self._begin()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -180,17 +183,23 @@ class ShardWriter:
     def append(self, rows: Rows) -> None:
         """Add the next rows, the same ones for every site; any number of them."""
         if self._chunks is not None:
-            self._chunks.append(rows)
+            with explained_writes(self._store.place.url):
+                self._chunks.append(rows)
 
     def commit(self) -> ShardRecord:
         """Complete every file, then write the record."""
-        place, layout = self._store.place, self._store.layout
+        place = self._store.place
         if self._chunks is None:
             record = read_record(place, self._shard)
             if record is not None:
                 return record
             raise UserError("the shard was never begun", where=f"{place.url} (shard {self._shard})")
-        files, statistics = self._chunks.finish()
+        with explained_writes(place.url):
+            return self._commit(self._chunks)
+
+    def _commit(self, chunks: ShardChunks) -> ShardRecord:
+        place, layout = self._store.place, self._store.layout
+        files, statistics = chunks.finish()
         start = self._shard * layout.shard_rows
         for column in TOKEN_COLUMNS:
             values = statistics.flags if column == "flags" else getattr(self._tokens, column)
