@@ -63,6 +63,7 @@ def _dose_row(chosen: Chosen, each: ArmDose) -> dict[str, Any]:
         "delta_ce": measured.delta_ce,
         "n_touched": measured.report.n_touched(),
         "relative_size": sum(node.relative_size for node in nodes) / len(nodes),
+        "persistence": each.persistence,
         "n_evaluations": each.outcome.n_evaluations,
     }
 

@@ -101,6 +101,14 @@ def measure(model: SteerableModel, saes: Mapping[Site, Dictionary], plan: Plan, 
     )
 
 
+def persistence(steered: SteeringReport, unsteered: SteeringReport) -> float | None:
+    """Does the push survive? Mean over the nodes after the first of (activation as it arrives, steered) / (the same,
+    unsteered): 1 is a push that is gone at the next node. None where activations are not known or never present."""
+    pairs = zip(steered.nodes[1:], unsteered.nodes[1:], strict=True)
+    ratios = [s.mean_before / u.mean_before for s, u in pairs if u.mean_before and s.mean_before is not None]
+    return sum(ratios) / len(ratios) if ratios else None
+
+
 def calibrate(
     model: SteerableModel,
     saes: Mapping[Site, Dictionary],

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from data.sites import Site
 from sae.report import Progress, silent
 from steering.arms import Flow, Scales, plans_of, with_whole_budget
-from steering.dose import Calibrated, NeutralText, calibrate, measure
+from steering.dose import Calibrated, Dose, NeutralText, calibrate, measure, persistence
 from steering.generation import Generation, Sample, Sampling, generate
 from steering.plan import Plan
 from steering.protocols import Dictionary, SteerableModel
@@ -36,6 +36,7 @@ class ArmDose:
     target: float
     plan: Plan
     outcome: Calibrated
+    persistence: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +81,15 @@ def calibrated_arms(
     found: list[ArmDose] = []
     for done, (arm, plan) in enumerate(plans.items()):
         progress(f"calibrate {flow.seed}", done, len(plans))
-        found += [_arm_dose(arm, plan, outcome) for outcome in calibrate(model, saes, plan, neutral, sorted(doses))]
+        base = measure(model, saes, plan.with_strength(0.0), neutral)
+        outcomes = calibrate(model, saes, plan, neutral, sorted(doses))
+        found += [_arm_dose(arm, plan, outcome, base) for outcome in outcomes]
     if "single_budget" in arms:
         for each in [each for each in found if each.arm == "flow"]:
             plan = with_whole_budget(flow, scales, each.plan)
             measured = measure(model, saes, plan, neutral)
             outcome = Calibrated(target=each.target, measured=measured, reached=True, n_evaluations=1)
-            found.append(_arm_dose("single_budget", plan, outcome))
+            found.append(_arm_dose("single_budget", plan, outcome, measured))
     progress(f"calibrate {flow.seed}", len(plans), len(plans))
     return found
 
@@ -169,10 +172,11 @@ def _effect(arm: str, dose: float, name: str, members: Sequence[Twin], limits: C
     )
 
 
-def _arm_dose(arm: str, plan: Plan, outcome: Calibrated) -> ArmDose:
+def _arm_dose(arm: str, plan: Plan, outcome: Calibrated, base: Dose) -> ArmDose:
     return ArmDose(
         arm=arm,
         target=outcome.target,
         plan=plan.with_strength(outcome.strength, dose=outcome.measured.kl),
         outcome=outcome,
+        persistence=persistence(outcome.measured.report, base.report),
     )
