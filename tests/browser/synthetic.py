@@ -38,10 +38,41 @@ HOSTILE_TEXTS = (
     "__proto__",
     "𝒳 👩‍👩‍👧 e\u0301\u0301\u0301\u0301",
 )
-_WORDS = (
-    "river stone number seven Monday physics proof garden engine music winter law market cell matrix story colour north "
-    "harbour treaty verb syntax planet protein chess export quarter bridge silver ocean thread archive lantern"
-).split()
+_WORDS = [
+    "river",
+    "stone",
+    "number",
+    "seven",
+    "Monday",
+    "physics",
+    "proof",
+    "garden",
+    "engine",
+    "music",
+    "winter",
+    "law",
+    "market",
+    "cell",
+    "matrix",
+    "story",
+    "colour",
+    "north",
+    "harbour",
+    "treaty",
+    "verb",
+    "syntax",
+    "planet",
+    "protein",
+    "chess",
+    "export",
+    "quarter",
+    "bridge",
+    "silver",
+    "ocean",
+    "thread",
+    "archive",
+    "lantern",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +98,7 @@ class _World:
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint16))
     alive: dict[int, np.ndarray] = field(default_factory=dict)
     links: dict[int, list[tuple[int, np.ndarray, np.ndarray, np.ndarray, int]]] = field(default_factory=dict)
+    first_card: bytes = b""
 
     def short(self, site: int) -> str:
         layer, kind = self.sites[site]
@@ -76,7 +108,7 @@ class _World:
         return self.sites.index((layer, kind))
 
 
-def write_atlas(folder: Path, sizes: Sizes = Sizes(), *, app: Path = DIST) -> Path:  # noqa: B008  # frozen
+def write_atlas(folder: Path, sizes: Sizes = Sizes(), *, app: Path = DIST) -> Path:  # frozen
     """Write a whole site; returns the path of its index.html."""
     shutil.copytree(app, folder, dirs_exist_ok=True)
     world = _make_world(sizes)
@@ -306,8 +338,7 @@ def _write_cards(folder: Path, world: _World, site: int, name: str, density: np.
     n = world.sizes.n_latents
     for first in range(0, n, 256):
         if first and not world.sizes.full_cards:
-            source = folder / f"{name}/cards/000.js"  # the same columns again; only for timings
-            raw = gzip.decompress(base64.b64decode(source.read_text().split('"')[3]))
+            raw = world.first_card  # the same columns again; only for timings
             payload = raw.replace(b'"first": 0,', b'"first": %d,' % first, 1)
             width = 8 + int.from_bytes(raw[4:8], "little")
             payload = _repad(payload, width - len(raw) + len(payload))
@@ -316,12 +347,9 @@ def _write_cards(folder: Path, world: _World, site: int, name: str, density: np.
         latents = np.arange(first, min(first + 256, n))
         labels = [_card_labels(world, site, int(latent)) for latent in latents]
         document = {"first": first, "n": len(latents), "labels": labels}
-        _shard(
-            folder,
-            f"{name}/cards/{first // 256:03d}",
-            document,
-            **_card_columns(world, site, latents, density[latents]),
-        )
+        payload = container(document, **_card_columns(world, site, latents, density[latents]))
+        world.first_card = payload if first == 0 else world.first_card
+        _write_payload(folder, f"{name}/cards/{first // 256:03d}", payload)
 
 
 def _repad(payload: bytes, end: int) -> bytes:

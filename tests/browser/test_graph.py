@@ -46,12 +46,16 @@ def graph(page: Any, route: str) -> tuple[set[str], set[tuple[str, str]]]:
     page.wait("return document.querySelector('svg.graph .node')")
     page.settle()
     page.click(".graph-page details.twin-details summary")
-    rows = page.js("return [...document.querySelectorAll('.twin tbody tr')].map((r) => [r.cells[0].textContent, r.cells[2].textContent])")
+    rows = page.js(
+        "return [...document.querySelectorAll('.twin tbody tr')].map((r) => [r.cells[0].textContent, r.cells[2].textContent])"
+    )
     nodes = page.js("return [...document.querySelectorAll('.node')].map((n) => n.dataset.feature)")
     return set(nodes), {tuple(row) for row in rows}
 
 
-def test_shown_links_are_planted_links_and_all_strong_ones_between_shown_features_are_shown(page: Any, planted: dict[tuple[str, str], float], focus: str) -> None:
+def test_shown_links_are_planted_links_and_all_strong_ones_between_shown_features_are_shown(
+    page: Any, planted: dict[tuple[str, str], float], focus: str
+) -> None:
     nodes, links = graph(page, f"graph/{focus}?b=3&f=2&k=3&t=0")
     assert len(nodes) > 5
     assert links == {pair for pair in planted if set(pair) <= nodes}
@@ -72,10 +76,17 @@ def test_limits_hold(page: Any, planted: dict[tuple[str, str], float], focus: st
     assert all((planted[pair] - 0.2) / 0.8 >= 0.6 - 1e-3 for pair in links)
     _, mutual = graph(page, f"graph/{focus}?b=3&f=3&m=1")
     assert mutual <= set(planted)
-    assert all(text == "yes" for text in page.js("return [...document.querySelectorAll('.twin tbody tr')].map((r) => r.cells[10].textContent)"))
+    assert all(
+        text == "yes"
+        for text in page.js(
+            "return [...document.querySelectorAll('.twin tbody tr')].map((r) => r.cells[10].textContent)"
+        )
+    )
 
 
-def test_keys_walk_along_links_and_enter_opens_the_card(page: Any, planted: dict[tuple[str, str], float], focus: str) -> None:
+def test_keys_walk_along_links_and_enter_opens_the_card(
+    page: Any, planted: dict[tuple[str, str], float], focus: str
+) -> None:
     from selenium.webdriver.common.keys import Keys
 
     graph(page, f"graph/{focus}?b=2&f=2&k=3&t=0")
@@ -113,16 +124,27 @@ def test_the_address_alone_brings_the_same_graph_back(page: Any, focus: str) -> 
     page.wait("return location.hash.includes('k=3')")
     page.settle()
     address = page.js("return location.hash")
-    shown = page.js("return [...document.querySelectorAll('.node')].map((n) => [n.dataset.feature, n.getAttribute('transform')])")
+    shown = page.js(
+        "return [...document.querySelectorAll('.node')].map((n) => [n.dataset.feature, n.getAttribute('transform')])"
+    )
     page.load(address.removeprefix("#/"))
     page.wait("return document.querySelector('svg.graph .node')")
     page.settle()
-    assert page.js("return [...document.querySelectorAll('.node')].map((n) => [n.dataset.feature, n.getAttribute('transform')])") == shown
+    assert (
+        page.js(
+            "return [...document.querySelectorAll('.node')].map((n) => [n.dataset.feature, n.getAttribute('transform')])"
+        )
+        == shown
+    )
 
 
-def test_hovering_lights_the_paths_through_a_feature(page: Any, planted: dict[tuple[str, str], float], focus: str) -> None:
+def test_hovering_lights_the_paths_through_a_feature(
+    page: Any, planted: dict[tuple[str, str], float], focus: str
+) -> None:
     nodes, links = graph(page, f"graph/{focus}?b=3&f=2&k=3&t=0")
-    page.js("document.querySelector('.node.focus rect').dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))")
+    page.js(
+        "document.querySelector('.node.focus rect').dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))"
+    )
     lit = set(page.js("return [...document.querySelectorAll('.node.on')].map((n) => n.dataset.feature)"))
     back, onward = {focus}, {focus}
     for _ in range(10):

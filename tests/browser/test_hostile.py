@@ -13,7 +13,10 @@ pytestmark = pytest.mark.browser
 
 def assert_unharmed(page: Any, route: str) -> None:
     assert page.js("return window.hacked") is None, route
-    assert page.js("return document.querySelectorAll('main script, main img, main [onerror], main [onmouseover]').length") == 0, route
+    assert (
+        page.js("return document.querySelectorAll('main script, main img, main [onerror], main [onmouseover]').length")
+        == 0
+    ), route
     assert page.complaints() == [], route
 
 
@@ -24,9 +27,19 @@ def test_hostile_labels_tokens_and_titles_are_shown_as_text(page: Any, world: An
         if text.isprintable() and "\u202e" not in text:
             assert text in page.text("h1")
         assert_unharmed(page, f"L2/{latent}")
-    for route in ("flow", "trunks", "site/L2", "graph/L2/1", "compare?f=L2/0,L2/1,L2/2", "search?q=script", "community/0"):
+    for route in (
+        "flow",
+        "trunks",
+        "site/L2",
+        "graph/L2/1",
+        "compare?f=L2/0,L2/1,L2/2",
+        "search?q=script",
+        "community/0",
+    ):
         page.go(route)
-        page.js("for (const e of document.querySelectorAll('main *')) e.dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))")
+        page.js(
+            "for (const e of document.querySelectorAll('main *')) e.dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))"
+        )
         assert_unharmed(page, route)
 
 
@@ -52,7 +65,12 @@ def test_a_megabyte_token_does_not_reach_the_page(page: Any, world: Any) -> None
     page.go("L2/0")  # its strongest token is the last of the vocabulary: a million letters
     assert "xxxx" in page.text(".token-table")
     assert page.js("return document.body.innerText.length") < 60_000
-    assert page.js("return Math.max(...[...document.querySelectorAll('main *')].map((e) => Math.max(0, ...[...e.attributes].map((a) => a.value.length))))") < 5000
+    assert (
+        page.js(
+            "return Math.max(...[...document.querySelectorAll('main *')].map((e) => Math.max(0, ...[...e.attributes].map((a) => a.value.length))))"
+        )
+        < 5000
+    )
 
 
 def test_bytes_of_one_character_are_joined_and_broken_ones_are_named(page: Any) -> None:
@@ -96,7 +114,11 @@ def test_notes_go_out_to_a_file_and_come_back(page: Any) -> None:
     )
     page.go("notes")
     assert "<b>mine</b>" in page.text("main")
-    path = page.download(lambda: page.js("[...document.querySelectorAll('button')].find((b) => b.textContent.startsWith('Save notes')).click()"))
+    path = page.download(
+        lambda: page.js(
+            "[...document.querySelectorAll('button')].find((b) => b.textContent.startsWith('Save notes')).click()"
+        )
+    )
     saved = json.loads(path.read_text("utf-8"))
     assert [(note["feature"], note["label"]) for note in saved["notes"]] == [("L2/1", "<b>mine</b>")]
     page.js("localStorage.clear()")

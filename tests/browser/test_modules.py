@@ -39,7 +39,9 @@ def test_the_built_app_is_small_classic_and_closed() -> None:
     script = (SITE / "dist" / "app.js").read_text()
     page = (SITE / "dist" / "index.html").read_text()
     assert len(script.encode()) <= BUDGET
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|\bimport\(", script)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|\bimport\(", script
+    )
     addresses = set(re.findall(r"https?://[^\"'`\s)]+", script + page + (SITE / "dist" / "app.css").read_text()))
     assert addresses <= {"http://www.w3.org/2000/svg"}
     assert "default-src 'none'" in page

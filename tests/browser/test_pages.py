@@ -80,7 +80,9 @@ def test_a_person_clicks_through_every_view(page: Any) -> None:
     others = page.js("return [...document.querySelectorAll('.node:not(.focus)')].map((n) => n.dataset.feature)")
     page.js("document.querySelector('.node:not(.focus)').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
     page.wait("return document.querySelector('.graph-panel h2')?.textContent.includes(arguments[0])", others[0])
-    page.js("[...document.querySelectorAll('.graph-panel button')].find((b) => b.textContent.includes('compare')).click()")
+    page.js(
+        "[...document.querySelectorAll('.graph-panel button')].find((b) => b.textContent.includes('compare')).click()"
+    )
     page.click("nav a[href='#/compare']")
     assert page.texts(".compare-column h2 a") == [others[0]]
     page.click("nav a[href='#/flow']")
@@ -162,7 +164,9 @@ def test_arrow_keys_walk_a_long_list_beyond_what_is_drawn(page: Any) -> None:
         ("flow/trunks", "trunks", "flow/trunks.js is missing"),
     ],
 )
-def test_a_missing_file_is_named(page_of: Any, atlas_folder: Path, tmp_path: Path, key: str, route: str, said: str) -> None:
+def test_a_missing_file_is_named(
+    page_of: Any, atlas_folder: Path, tmp_path: Path, key: str, route: str, said: str
+) -> None:
     folder = shutil.copytree(atlas_folder, tmp_path / "atlas")
     (folder / f"{key}.js").unlink()
     page = page_of(folder)
@@ -183,7 +187,9 @@ def test_damaged_and_foreign_payloads_are_named(page_of: Any, world: Any, atlas_
     assert page.text(".error")
 
 
-def test_an_atlas_of_another_version_is_refused_with_a_sentence(page_of: Any, world: Any, atlas_folder: Path, tmp_path: Path) -> None:
+def test_an_atlas_of_another_version_is_refused_with_a_sentence(
+    page_of: Any, world: Any, atlas_folder: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(atlas_folder, tmp_path / "atlas")
     document, _ = read_shard(world, folder, "manifest")
     world._shard(folder, "manifest", {**document, "version": 2})
