@@ -1,8 +1,8 @@
 """Labels from elsewhere: the notes a person wrote on the pages, and Neuronpedia's explanations.
 
 `import_notes` reads the JSON that the site's notes page exports; `import_neuronpedia` reads
-`explanations/batch-N.jsonl(.gz)` or a saved upload batch. `attach_labels` writes the atlas' label table with them added as
-human or imported labels: they carry no held-out score, so they never displace measured ones.
+`explanations/batch-N.jsonl(.gz)` or a saved upload batch. `attach_labels` writes the atlas' label table with them
+added as human or imported labels: they carry no held-out score, so they never displace measured ones.
 """
 
 from __future__ import annotations
