@@ -50,6 +50,7 @@ def collected(tmp_path_factory) -> Artifact:
         sites=SITES,
         n_context=32,
         n_tokens=4096,
+        max_document_tokens=150,
         validation_fraction=0.25,
         model_dtype="float32",
         dtype="float32",
@@ -119,6 +120,18 @@ def test_rows_come_from_held_out_documents_only_and_as_many_as_asked(collected):
         assert (store.tokens().flags[rows] == 0).all()
     everything = np.concatenate(choose_rows(store, "validation", 10**9, filters=RowFilters(), seed=3))
     assert (everything == store.kept_rows("validation")).all()
+
+
+def test_loss_is_counted_where_an_ordinary_token_follows_a_spliced_one(collected):
+    store = ActivationStore.open(collected.path / "store.zarr")
+    contexts = choose_contexts(store, 10**9, filters=RowFilters(), seed=0)
+    special = torch.tensor(sorted(LanguageModel.open(MODEL).tokenizer.special_ids))
+    before, following = contexts.spliced[:, :-1], torch.isin(contexts.ids[:, 1:], special)
+    assert (before & following).any()
+    assert (contexts.counted[:, :-1] == before & ~following).all()
+    assert not contexts.counted[:, -1].any()
+    assert not contexts.spliced[:, 0].any()  # the BOS keeps its activation
+    assert contexts.ids.numel() == store.n_rows - store.validation_start
 
 
 @pytest.mark.parametrize("site", ["L0", "L1", "L2", "L1.mlp", "L0.attn", "L1.pre", "L2.mid"])

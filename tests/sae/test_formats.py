@@ -85,6 +85,7 @@ def test_saelens_topk_keeps_unequal_rows_because_rescaling_them_would_choose_oth
     z = topk((parts["x"] - parts["b_dec"]) @ parts["W_enc"] + parts["b_enc"])
     sae = agrees(path, z, z @ parts["W_dec"] + parts["b_dec"], parts["x"])
     assert sae.metadata["unit_decoder"] is False
+    torch.testing.assert_close(sae.W_dec, parts["W_dec"])
 
 
 def test_saelens_topk_that_chooses_by_decoder_norm(tmp_path, parts):
