@@ -3,7 +3,8 @@
 1. Candidates: living residual features of middle layers that flow through several layers and fire neither too seldom
    nor on more than `max_density` of the tokens.
 2. Input side: their own tokens and purity, from activations in the store; the purest stay.
-3. Output side: what steering makes the model write next; ranked by the probability their own tokens gain.
+3. Output side: what steering makes the model write next; ranked by the probability their own tokens gain, features
+   with a label that passed its test before all others.
 4. The best are taken, no two of one chain or with the same tokens. Each gets its flow (the chain around it, without
    steps that never fired), units, and a placebo: another feature of its site with like density and a flow over the
    same layers.
@@ -13,7 +14,7 @@ Features named in the config skip 1–3. When too few candidates meet the condit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +74,7 @@ class Sources:
     store: ActivationStore
     saes: Mapping[Site, Sae]
     model: LanguageModel
+    has_label: Callable[[FeatureId], bool] = lambda feature: True
 
     def blocks(self, site: Site, n_rows: int) -> Iterator[Tensor]:
         """Activations of the first kept training rows, in blocks."""
@@ -136,7 +138,8 @@ def _ranked_candidates(
     profiles = sources.profiles(candidates, options.n_rows).values()
     usable = [p for p in profiles if p.own_tokens and 0 < p.density <= options.max_density]
     purest = sorted(usable, key=lambda p: (-p.purity * min(len(p.own_tokens), 4), str(p.feature)))[:_N_SCORED]
-    return sorted(_scored(sources, purest), key=lambda pair: -pair[1].gain)
+    scored = _scored(sources, purest)
+    return sorted(scored, key=lambda pair: (not sources.has_label(pair[0].feature), -pair[1].gain))
 
 
 def candidate_features(nodes: pd.DataFrame, options: SelectionOptions, remarks: list[str]) -> list[FeatureId]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from data.sites import FeatureId
 from pipeline.steer_selection import Chosen
 from steering.figures import draw_dose_response, draw_forest, draw_tradeoff
 from steering.trial import ArmDose, Effect, Twin
@@ -191,6 +192,15 @@ def atlas_labels(folder: Path, chosen: Sequence[Chosen]) -> dict[str, str]:
 
     atlas = Atlas.open(folder)
     return {str(each.flow.seed): atlas.label_of(str(each.flow.seed)) for each in chosen}
+
+
+def labelled_by_atlas(folder: Path) -> Callable[[FeatureId], bool]:
+    """Whether the atlas has a label for a feature that held on documents it was not made from."""
+    from pipeline.atlas import Atlas
+    from pipeline.atlas.labels import NO_RULE, TOO_RARE
+
+    atlas = Atlas.open(folder)
+    return lambda feature: bool(label := atlas.label_of(feature)) and not label.startswith((NO_RULE, TOO_RARE))
 
 
 def hand_to_atlas(folder: Path, document: Mapping[str, Any]) -> None:

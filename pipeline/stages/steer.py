@@ -38,6 +38,7 @@ from pipeline.steer_tables import (
     feature_records,
     hand_to_atlas,
     headline,
+    labelled_by_atlas,
     sample_table,
     side_by_side,
 )
@@ -106,9 +107,10 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
     """Steer and measure. Raises UserError."""
     digests = {f.name: getattr(inputs, f.name).digest for f in dataclasses.fields(inputs)}
     with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=digests) as draft:
-        sources = SteerSession.of_artifacts(
+        session = SteerSession.of_artifacts(
             inputs.collect, inputs.train, inputs.link, device=context.device, progress=context.progress
-        ).sources
+        )
+        sources = dataclasses.replace(session.sources, has_label=labelled_by_atlas(inputs.atlas.path))
         chosen, remarks = choose_features(sources, _selection(config))
         found = _steer_all(config, sources, chosen, context)
         _write(config, inputs, draft, chosen, found, remarks, sources.model.tokenizer.decode)

@@ -70,6 +70,7 @@ def handed(monkeypatch) -> list:
     given: list = []
     monkeypatch.setattr(steer, "atlas_labels", lambda folder, chosen: {str(c.flow.seed): "a label" for c in chosen})
     monkeypatch.setattr(steer, "hand_to_atlas", lambda folder, document: given.append(document))
+    monkeypatch.setattr(steer, "labelled_by_atlas", lambda folder: lambda feature: True)
     return given
 
 
@@ -78,6 +79,7 @@ def finished(inputs, tmp_path_factory) -> Artifact:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steer, "atlas_labels", lambda folder, chosen: {})
         patch.setattr(steer, "hand_to_atlas", lambda folder, document: None)
+        patch.setattr(steer, "labelled_by_atlas", lambda folder: lambda feature: True)
         return steer.run(CONFIG, inputs, tmp_path_factory.mktemp("steer") / "steer", RunContext(n_threads=1))
 
 
