@@ -1,0 +1,181 @@
+"""`featureflow atlas serve`: the site over http on this machine, with "test this text" and live steering.
+
+Only localhost names are answered (a page elsewhere cannot reach it by renaming itself), the model only with the token,
+one request at a time; bodies, texts and samples have limits. Answers are lines of JSON, sent as they are made; when the
+reader goes away, or asks for `/api/cancel`, the work stops after its current step. Nothing outside the site folder is
+served.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from pipeline.atlas.live import MAX_NEW_TOKENS, MAX_SAMPLES, MAX_TOKENS, LiveAtlas, Record
+from sae.errors import UserError
+
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".json": "application/json",
+    ".txt": "text/plain; charset=utf-8",
+}
+_LOCAL = ("127.0.0.1", "localhost", "[::1]")
+_MAX_BODY = 64 << 10
+
+
+def make_server(live: LiveAtlas, *, port: int = 8765, token: str | None = None) -> tuple[ThreadingHTTPServer, str]:
+    """A server on 127.0.0.1, not yet running, and the address to open (with its token). Port 0 takes a free one."""
+    token = token or secrets.token_urlsafe(24)
+    handler = type("Handler", (_Handler,), {"live": live, "token": token, "lock": threading.Lock()})
+    server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+    return server, f"http://127.0.0.1:{server.server_address[1]}/?token={token}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    live: LiveAtlas
+    token: str
+    lock: threading.Lock
+    protocol_version = "HTTP/1.0"
+
+    def do_GET(self) -> None:
+        if not self._is_local():
+            return
+        path = unquote(urlsplit(self.path).path)
+        if path == "/api/health":
+            if self._has_token():
+                self._json(self._health())
+            return
+        self._file(path.lstrip("/") or "index.html")
+
+    def do_POST(self) -> None:
+        if not self._is_local() or not self._has_token():
+            return
+        path = urlsplit(self.path).path
+        if path == "/api/cancel":
+            self.live.stop()
+            return self._json({"stopped": True})
+        makers = {"/api/text": self._text, "/api/steer": self._steer}
+        if path not in makers:
+            return self._error(HTTPStatus.NOT_FOUND, "there is /api/text, /api/steer and /api/cancel")
+        try:
+            body = self._body()
+        except UserError as error:
+            return self._error(HTTPStatus.BAD_REQUEST, str(error))
+        if not self.lock.acquire(blocking=False):
+            return self._error(HTTPStatus.TOO_MANY_REQUESTS, "another request is running")
+        try:
+            self._stream(lambda: makers[path](body))
+        finally:
+            self.lock.release()
+        return None
+
+    def _text(self, body: Mapping[str, Any]) -> Iterator[Record]:
+        return self.live.read_text(_typed(body, "text", str))
+
+    def _steer(self, body: Mapping[str, Any]) -> Iterator[Record]:
+        features = _typed(body, "features", list)
+        return self.live.steer(
+            [str(f) for f in features],
+            _typed(body, "prompt", str),
+            dose=float(_typed(body, "dose", int | float, 0.2)),
+            n_samples=_typed(body, "n_samples", int, 1),
+            n_new_tokens=_typed(body, "n_new_tokens", int, 60),
+            seed=_typed(body, "seed", int, 0),
+        )
+
+    def _stream(self, make: Callable[[], Iterator[Record]]) -> None:
+        """Send records as they come. An error before the first is an answer of its own, later one is a record."""
+        started = False
+        try:
+            for record in make():
+                if not started:
+                    self._head(HTTPStatus.OK, "application/x-ndjson")
+                    started = True
+                self.wfile.write(json.dumps(record, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n")
+                self.wfile.flush()
+        except (BrokenPipeError, ConnectionResetError):
+            self.live.stop()
+        except UserError as error:
+            if started:
+                self.wfile.write(json.dumps({"error": str(error)}).encode() + b"\n")
+            else:
+                self._error(HTTPStatus.BAD_REQUEST, str(error))
+
+    def _health(self) -> Record:
+        limits = {"max_tokens": MAX_TOKENS, "max_new_tokens": MAX_NEW_TOKENS, "max_samples": MAX_SAMPLES}
+        return {"live": True, "model": self.live.model.name, "limits": limits, "steering": True}
+
+    def _file(self, name: str) -> None:
+        root: Path = self.live.cards.folder.resolve()
+        path = (root / name).resolve()
+        if not path.is_relative_to(root) or not path.is_file() or path.suffix not in _TYPES:
+            return self._error(HTTPStatus.NOT_FOUND, "no such file in the atlas")
+        content = path.read_bytes()
+        self._head(HTTPStatus.OK, _TYPES[path.suffix], len(content))
+        self.wfile.write(content)
+        return None
+
+    def _body(self) -> dict[str, Any]:
+        text = self.headers.get("Content-Length") or "0"
+        length = int(text) if text.isdecimal() else 0
+        if not 0 < length <= _MAX_BODY:
+            raise UserError("the body is missing or too large", expected=f"1 … {_MAX_BODY} bytes", found=text)
+        try:
+            document = json.loads(self.rfile.read(length))
+        except ValueError as error:
+            raise UserError("the body is not JSON", found=str(error)) from error
+        if not isinstance(document, dict):
+            raise UserError("the body is not an object", found=type(document).__name__)
+        return document
+
+    def _is_local(self) -> bool:
+        host = (self.headers.get("Host") or "").rsplit(":", 1)[0]
+        if host not in _LOCAL:
+            self._error(HTTPStatus.FORBIDDEN, "this atlas answers on localhost only")
+        return host in _LOCAL
+
+    def _has_token(self) -> bool:
+        given = (self.headers.get("X-Atlas-Token") or "").encode("utf-8", errors="replace")
+        allowed = hmac.compare_digest(given, self.token.encode())
+        if not allowed:
+            self._error(HTTPStatus.UNAUTHORIZED, "the token is missing or wrong; open the address that was printed")
+        return allowed
+
+    def _json(self, document: Record) -> None:
+        content = json.dumps(document).encode()
+        self._head(HTTPStatus.OK, "application/json", len(content))
+        self.wfile.write(content)
+
+    def _error(self, status: HTTPStatus, message: str) -> None:
+        content = message.encode("utf-8", errors="replace")
+        self._head(status, "text/plain; charset=utf-8", len(content))
+        self.wfile.write(content)
+
+    def _head(self, status: HTTPStatus, content_type: str, length: int | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Referrer-Policy", "no-referrer")
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet: the caller of `make_server` decides what is shown."""
+
+
+def _typed(body: Mapping[str, Any], name: str, kind: Any, otherwise: Any = None) -> Any:
+    value = body.get(name, otherwise)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError("a field is missing or of the wrong type", where=name, found=type(value).__name__)
+    return value

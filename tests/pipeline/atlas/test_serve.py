@@ -1,0 +1,151 @@
+"""The live server: what it says of a typed text is what the dictionaries do; and what it refuses."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+
+import pytest
+import torch
+
+from data.sites import parse_site
+from pipeline.atlas.live import MAX_TOKENS, LiveAtlas
+from pipeline.atlas.opened import Atlas
+from pipeline.atlas.serve import make_server
+from sae import load_sae
+
+TEXT = "The river runs to the sea."
+
+
+@pytest.fixture(scope="module")
+def live(small_run) -> LiveAtlas:
+    return LiveAtlas.open(small_run.atlas.path.parent)
+
+
+@pytest.fixture
+def server(live):
+    made, address = make_server(live, port=0)
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    yield made.server_address[1], address.split("token=")[1]
+    made.shutdown()
+    made.server_close()
+
+
+def ask(server, method: str, path: str, body: object = None, **headers: str) -> tuple[int, str]:
+    port, token = server
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    text = body if isinstance(body, str) or body is None else json.dumps(body)
+    connection.request(
+        method, path, text, {"X-Atlas-Token": token, **{k.replace("_", "-"): v for k, v in headers.items()}}
+    )
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def test_a_typed_text_is_answered_with_what_every_dictionary_does_on_it(small_run, live, server):
+    status, text = ask(server, "POST", "/api/text", {"text": TEXT})
+    records = [json.loads(line) for line in text.splitlines()]
+    assert status == 200
+    ids = records[0]["tokens"]
+    assert ids == [live.model.tokenizer.bos_id, *live.model.tokenizer.encode(TEXT)]
+    assert records[-1] == {"done": True}
+    for record in (r for r in records if "site" in r):
+        site = parse_site(list(live.cards.sites)[record["site"]])
+        z = load_sae(small_run.train.path / "dictionaries" / site.short).encode(
+            live.model.activations(torch.tensor([ids]), [site])[site][0].float()
+        )
+        found = torch.zeros_like(z)
+        found[record["at"], record["latent"]] = torch.tensor(record["value"])
+        z[0] = 0
+        assert torch.allclose(found, z, atol=1e-3)
+
+
+def test_a_link_is_live_where_both_its_ends_fire(small_run, live, server):
+    _, text = ask(server, "POST", "/api/text", {"text": TEXT})
+    records = [json.loads(line) for line in text.splitlines()]
+    shorts = list(live.cards.sites)
+    fires = {(r["site"], f, t) for r in records if "site" in r for f, t in zip(r["latent"], r["at"], strict=True)}
+    edges = Atlas.open(small_run.atlas.path).edges
+    known = set(zip(edges["source"], edges["target"], strict=True))
+    expected = {
+        (source, target, t)
+        for (s, f, t) in fires
+        for (s2, g, t2) in fires
+        if t == t2 and (source := f"{shorts[s]}/{f}", target := f"{shorts[s2]}/{g}") in known
+    }
+    links = next(r["links"] for r in records if "links" in r)
+    assert {(f"{shorts[s]}/{f}", f"{shorts[t]}/{g}", at) for t, g, s, f, at in links} == expected
+    assert expected
+
+
+def test_steering_streams_both_arms_and_leaves_the_model_as_it_was(live, server):
+    body = {"features": ["L1/3"], "prompt": "A", "dose": 0.01, "n_new_tokens": 4}
+    before = live.model.logits(torch.tensor([[0, 5, 6]]))
+    status, text = ask(server, "POST", "/api/steer", body)
+    records = [json.loads(line) for line in text.splitlines()]
+    assert status == 200, text
+    assert {r["arm"] for r in records if "arm" in r} == {"unsteered", "steered"}
+    assert records[-1] == {"done": True}
+    assert torch.equal(live.model.logits(torch.tensor([[0, 5, 6]])), before)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/api/text", {"text": ""}, 400),
+        ("/api/text", {"text": "word " * 2 * MAX_TOKENS}, 400),
+        ("/api/text", {"text": 5}, 400),
+        ("/api/text", "not json", 400),
+        ("/api/text", "[]", 400),
+        ("/api/text", '"' + "x" * 70_000 + '"', 400),
+        ("/api/steer", {"features": ["L9/1"], "prompt": "A"}, 400),
+        ("/api/steer", {"features": [], "prompt": "A"}, 400),
+        ("/api/steer", {"features": ["L1/3"], "prompt": "A", "n_new_tokens": 10**6}, 400),
+        ("/api/other", {}, 404),
+    ],
+)
+def test_bad_requests_are_answered_with_a_sentence(server, path, body, status):
+    found, text = ask(server, "POST", path, body)
+    assert found == status
+    assert len(text) > 5
+    assert "Traceback" not in text
+
+
+def test_strangers_are_refused(server):
+    assert ask(server, "GET", "/api/health", X_Atlas_Token="wrong")[0] == 401
+    assert ask(server, "POST", "/api/text", {"text": "a"}, X_Atlas_Token="")[0] == 401
+    assert ask(server, "GET", "/index.html", Host="evil.example")[0] == 403
+    assert ask(server, "GET", "/api/health")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/../manifest.json", "/%2e%2e/manifest.json", "/..%2f..%2fetc/passwd", "//etc/passwd", "/sites"]
+)
+def test_no_path_leaves_the_site_folder(server, path):
+    assert ask(server, "GET", path)[0] == 404
+
+
+def test_the_site_is_served(server):
+    status, text = ask(server, "GET", "/manifest.js")
+    assert status == 200
+    assert text.startswith('FF("manifest"')
+
+
+def test_one_request_at_a_time(live, server, monkeypatch):
+    entered, release = threading.Event(), threading.Event()
+
+    def slow(text: str):
+        entered.set()
+        release.wait(20)
+        yield {"done": True}
+
+    monkeypatch.setattr(live, "read_text", slow)
+    first = threading.Thread(target=ask, args=(server, "POST", "/api/text", {"text": "a"}))
+    first.start()
+    assert entered.wait(20)
+    assert ask(server, "POST", "/api/text", {"text": "b"})[0] == 429
+    release.set()
+    first.join()
+    assert ask(server, "POST", "/api/text", {"text": "c"})[0] == 200
