@@ -35,6 +35,9 @@ const look = () => (document.querySelector('main').dataset.shown !== before && t
 const before = document.querySelector('main').dataset.shown;
 look();
 """
+_NODE = "!!document.querySelector('.node')"
+_FOUND = "/labels? match/.test(document.querySelector('main').innerText)"
+_WORDS = ("harbour", "silver river", "chess")
 _CARD = "!document.querySelector('.examples > .example:not(:has(.example-text))')"
 
 
@@ -49,12 +52,8 @@ def main() -> None:
         folder = options.folder or Path(scratch) / "site"
         if not (folder / "manifest.js").is_file():
             synthetic = load_synthetic()
-            synthetic.write_atlas(
-                folder,
-                synthetic.Sizes(
-                    n_layers=options.layers, n_latents=options.latents, module_every=1000, full_cards=False
-                ),
-            )
+            sizes = {"n_layers": options.layers, "n_latents": options.latents, "module_every": 1000}
+            synthetic.write_atlas(folder, synthetic.Sizes(**sizes, full_cards=False))
         print(json.dumps(measure(folder, options)))
 
 
@@ -82,8 +81,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             "benchmark": "atlas_pages", "layers": options.layers, "latents": options.latents,
             "index_ms": spread(opened), "card_cold_ms": spread(cold), "card_warm_ms": spread(warm),
             "dictionary_ms": spread([draw(driver, f"#/site/L{layer}") for layer in range(0, options.layers, 5)]),
-            "graph_ms": spread([draw(driver, f"#/graph/L{middle}/{i}", "!!document.querySelector('.node')") for i in range(5)]),
-            "search_all_labels_ms": spread([draw(driver, f"#/search?q={word}", "/labels? match/.test(document.querySelector('main').innerText)") for word in ("harbour", "silver river", "chess")]),
+            "graph_ms": spread([draw(driver, f"#/graph/L{middle}/{i}", _NODE) for i in range(5)]),
+            "search_all_labels_ms": spread([draw(driver, f"#/search?q={word}", _FOUND) for word in _WORDS]),
             "folder_mb": round(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6, 1),
             "n_files": sum(1 for p in folder.rglob("*") if p.is_file()),
             "load_average": os.getloadavg()[0], "browser": driver.capabilities["browserVersion"],

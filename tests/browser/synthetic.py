@@ -9,10 +9,13 @@ Seed and sizes -> a `site/` folder with planted structure, so that the pages can
 Cost: about two seconds for 30 x 2048. It does not import the package's writer: the two are checks on one another.
 """
 
+# ruff: noqa: E501  (scripts for the page, and rows of tables, stand on one line)
+
 from __future__ import annotations
 
 import base64
 import gzip
+import itertools
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -38,41 +41,12 @@ HOSTILE_TEXTS = (
     "__proto__",
     "𝒳 👩‍👩‍👧 e\u0301\u0301\u0301\u0301",
 )
-_WORDS = [
-    "river",
-    "stone",
-    "number",
-    "seven",
-    "Monday",
-    "physics",
-    "proof",
-    "garden",
-    "engine",
-    "music",
-    "winter",
-    "law",
-    "market",
-    "cell",
-    "matrix",
-    "story",
-    "colour",
-    "north",
-    "harbour",
-    "treaty",
-    "verb",
-    "syntax",
-    "planet",
-    "protein",
-    "chess",
-    "export",
-    "quarter",
-    "bridge",
-    "silver",
-    "ocean",
-    "thread",
-    "archive",
-    "lantern",
-]
+_WORDS = tuple(
+    (
+        "river stone number seven Monday physics proof garden engine music winter law market cell matrix story colour "
+        "north harbour treaty verb syntax planet protein chess export quarter bridge silver ocean thread archive lantern"
+    ).split()
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,9 +182,9 @@ def _write_texts(folder: Path, world: _World) -> None:
 def _make_links(world: _World) -> dict[int, np.ndarray]:
     """Residual links along permutations (top-1 strong, top-2 and top-3 weak), modules into some latents.
 
-    Returns, per residual site, the identity of each latent's chain (the latent where it was born, layer * 2^20 + latent).
+    Returns, per residual site, the identity of each latent's chain: the latent where it was born, layer * 2^20 + latent.
     """
-    sizes, rng, n = world.sizes, world.rng, world.sizes.n_latents
+    rng, n = world.rng, world.sizes.n_latents
     chains: dict[int, np.ndarray] = {}
     for site, (layer, kind) in enumerate(world.sites):
         world.alive[site] = np.ones(n, bool)
@@ -497,7 +471,7 @@ def _write_flow(folder: Path, world: _World) -> None:
             "community": item["id"],
             "n": int(0.8 * min(item["n_by_site"][a], item["n_by_site"][b])),
         }
-        for a, b in zip(residual, residual[1:], strict=False)
+        for a, b in itertools.pairwise(residual)
         for item in communities
     ]
     other = {"size": 900, "n_by_site": [30 if i in residual else 0 for i in sites]}

@@ -1,5 +1,7 @@
 """The focus graph shows what was planted, walks by keyboard, and lives in its address."""
 
+# ruff: noqa: E501  (scripts for the page, and rows of tables, stand on one line)
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,7 @@
 """Every token, title, label and note is data: it is shown as text and executes nothing."""
 
+# ruff: noqa: E501  (scripts for the page, and rows of tables, stand on one line)
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,7 @@
 """The app's pure modules under Node, and the built files: in step with their sources, small, without foreign addresses."""
 
+# ruff: noqa: E501  (scripts for the page, and rows of tables, stand on one line)
+
 from __future__ import annotations
 
 import re

@@ -1,5 +1,7 @@
 """The pages, from disk: nothing complains, nothing leaves the folder, every view is reached, numbers are those stored."""
 
+# ruff: noqa: E501  (scripts for the page, and rows of tables, stand on one line)
+
 from __future__ import annotations
 
 import math
