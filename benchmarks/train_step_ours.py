@@ -45,9 +45,10 @@ def main() -> None:
 def trainer_of(task: Task, precision: Precision) -> Trainer:
     """The trainer for rows that are centred and scaled already."""
     choice = TopK if task.architecture == "topk" else BatchTopK
-    weights = random_start(task.n_latents, task.d, seed=task.seed)
+    architecture = choice(k=task.k, auxk_weight=task.aux_coefficient)
+    weights = architecture.prepared(random_start(task.n_latents, task.d, seed=task.seed))
     return Trainer(
-        architecture=choice(k=task.k, auxk_weight=task.aux_coefficient),
+        architecture=architecture,
         schedule=Schedule(
             steps=task.steps,
             learning_rate=task.learning_rate,

@@ -1,7 +1,8 @@
 """Activations → dictionaries: train one sparse autoencoder per site of the store, all sites in one run.
 
 1. Plan the jobs: which site starts from which (pipeline/training/plan.py), and whether memory suffices.
-2. Train the sites over the cores; every site resumes where it was killed (pipeline/training/site.py).
+2. Train the sites over the cores, or over a Dask cluster; every site resumes where it was killed
+   (pipeline/training/site.py).
 3. Write the curves of all sites to `metrics.jsonl`, and the figures.
 
 Output: `dictionaries/<site>/sae.safetensors, sae.json, training.jsonl`; `metrics.jsonl`; `figures/`. Cost of a step of
@@ -22,12 +23,14 @@ from typing_extensions import Doc
 
 from data.sites import Site
 from data.store import ActivationStore
+from data.store.cluster import connected, threads_of_worker
 from data.store.patterns import parse_sites
 from data.store.tokens import RowFilters
 from pipeline.artifact import Artifact, Draft, write_text_atomically
 from pipeline.dictionaries import FOLDER
 from pipeline.run import RunContext
 from pipeline.stages.collect import STORE
+from pipeline.training.cluster import run_jobs_on_cluster
 from pipeline.training.figures import draw_curves, draw_layers
 from pipeline.training.memory import check_memory
 from pipeline.training.plan import Chain, Initialisation, Override, SiteJob, plan_jobs
@@ -133,7 +136,14 @@ def _train_all(
     def work(job: SiteJob, stopping: Callable[[], bool]) -> dict[str, Any]:
         return train_site(job, store, options, folder, progress=context.progress, metrics=metrics, stopping=stopping)
 
-    done = run_jobs(jobs, work, n_workers=n_workers, n_threads=context.n_threads)
+    with connected(context) as client:
+        if client is None:
+            done = run_jobs(jobs, work, n_workers=n_workers, n_threads=context.n_threads)
+        else:
+            threads = threads_of_worker(context)
+            done = run_jobs_on_cluster(
+                client, jobs, store, options, folder, n_threads=threads, progress=context.progress
+            )
     return {job.site: done[job.site] for job in sorted(jobs, key=lambda job: job.site)}
 
 

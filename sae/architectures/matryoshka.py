@@ -20,6 +20,7 @@ from sae.activations import Activation, Threshold
 from sae.architectures.base import Pass, Situation, Weights
 from sae.kernels.select import WholeBatch
 from sae.kernels.sparse_step import AuxK, sparse_step
+from sae.kernels.start import length_matched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class MatryoshkaBatchTopK:
         return {}
 
     def prepared(self, weights: Weights) -> Weights:
-        return weights
+        return length_matched(weights, self.k)
 
     def gradients(
         self, weights: Weights, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"] | None, now: Situation

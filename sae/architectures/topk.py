@@ -14,6 +14,7 @@ from sae.activations import Activation, TopKActivation
 from sae.architectures.base import Pass, Situation, Weights
 from sae.kernels.select import PerRow
 from sae.kernels.sparse_step import AuxK, sparse_step
+from sae.kernels.start import length_matched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class TopK:
         return {}
 
     def prepared(self, weights: Weights) -> Weights:
-        return weights
+        return length_matched(weights, self.k)
 
     def gradients(
         self, weights: Weights, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"] | None, now: Situation

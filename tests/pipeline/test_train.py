@@ -120,6 +120,15 @@ def test_two_threads_end_with_the_same_dictionaries(trained: Artifact, collected
         torch.testing.assert_close(sae.W_dec, read_dictionaries(trained)[site].W_dec, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_cluster_ends_with_the_same_dictionaries(trained: Artifact, collected: Artifact, tmp_path: Path) -> None:
+    context = RunContext(scheduler="local", n_workers=2, n_threads=2)
+    again = train.run(CONFIG, train.Inputs(collect=collected), tmp_path / "train", context)
+    for name in trained.files:
+        if name.endswith(("sae.safetensors", ".jsonl")):
+            assert (again.path / name).read_bytes() == (trained.path / name).read_bytes(), name
+
+
 @pytest.mark.parametrize("initialisation", [Independent(), Shared()])
 def test_starts_are_shared_or_not(collected: Artifact, tmp_path: Path, initialisation: Independent | Shared) -> None:
     config = replace(CONFIG, initialisation=initialisation, steps=2, warmup_steps=0, learning_rate=1e-9)
