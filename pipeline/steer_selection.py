@@ -120,7 +120,14 @@ def choose_features(sources: Sources, options: SelectionOptions) -> tuple[list[C
         )
     if len(taken) < options.n_features and not options.features:
         remarks.append(f"only {len(taken)} of {options.n_features} features found that differ in tokens and chain")
-    return [_with_flow(sources, profile, score, options, taken) for profile, score in taken], remarks
+    windows = [window_of_chain(sources, p.feature, options.n_before, options.n_after) for p, _ in taken]
+    profiles = sources.profiles([feature for steps in windows for feature, _ in steps], options.n_rows)
+    seeds_taken = {profile.feature for profile, _ in taken}
+    chosen = [
+        _with_flow(sources, profile, score, steps, profiles, options, seeds_taken)
+        for (profile, score), steps in zip(taken, windows, strict=True)
+    ]
+    return chosen, remarks
 
 
 def _checked(sources: Sources, name: str) -> FeatureId:
@@ -190,14 +197,14 @@ def _with_flow(
     sources: Sources,
     profile: Profile,
     score: OutputScore,
+    steps: Sequence[tuple[FeatureId, float]],
+    profiles: Mapping[FeatureId, Profile],
     options: SelectionOptions,
-    taken: Sequence[tuple[Profile, OutputScore]],
+    taken: set[FeatureId],
 ) -> Chosen:
     seed = profile.feature
-    steps = window_of_chain(sources, seed, options.n_before, options.n_after)
-    profiles = sources.profiles([feature for feature, _ in steps], options.n_rows)
     firing = [step for step in steps if profiles[step[0]].strong > 0 or step[0] == seed]
-    placebo = _placebo(sources, seed, [f.site for f, _ in firing], {p.feature for p, _ in taken}, options)
+    placebo = _placebo(sources, seed, [f.site for f, _ in firing], taken, options)
     sites = {feature.site for feature, _ in (*firing, *placebo.steps)}
     strong = {feature: profiles[feature].strong or 1.0 for feature, _ in firing}
     return Chosen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,8 @@ def atlas_document(
         "samples": [_atlas_sample(row, labels, schedule, seed) for row in shown.to_dict(orient="records")],
         "effects": [_atlas_effect(row) for row in effects.to_dict(orient="records")],
         "commands": {
-            feature: f'featureflow steer --steer.features ["{feature}"]' for feature in samples["feature"].unique()
+            feature: f"featureflow steer --steer.features '{json.dumps([feature])}'"
+            for feature in samples["feature"].unique()
         },
     }
 

@@ -76,12 +76,12 @@ class Config:
     max_density: Annotated[float, Gt(0), Le(1), Doc("a chosen feature fires on at most this share of tokens")] = 0.05
     min_persistence: Annotated[int, Ge(1), Doc("layers that a chosen feature lasts at least")] = 6
     n_rows: Annotated[int, Ge(64), Doc("tokens of the store that features are described from")] = 8192
-    n_prompts: Annotated[int, Ge(1), Doc("neutral prompts that text is generated from")] = 8
+    n_prompts: Annotated[int, Ge(1), Doc("neutral prompts that text is generated from")] = 6
     n_samples: Annotated[int, Ge(1), Doc("samples a prompt")] = 2
-    n_new_tokens: Annotated[int, Ge(1), Doc("tokens generated a sample")] = 32
+    n_new_tokens: Annotated[int, Ge(1), Doc("tokens generated a sample")] = 28
     temperature: Annotated[float, Ge(0), Doc("of sampling; 0 takes the likeliest token")] = 0.8
     n_neutral_texts: Annotated[int, Ge(1), Doc("neutral texts that doses are measured on")] = 8
-    batch_size: Annotated[int, Ge(1), Doc("samples generated at once")] = 48
+    batch_size: Annotated[int, Ge(1), Doc("samples generated at once")] = 72
     seed: Annotated[int, Ge(0), Doc("of sampling, placebos and intervals")] = 0
 
     def __post_init__(self) -> None:
