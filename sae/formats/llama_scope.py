@@ -8,8 +8,8 @@ made with runs them on activations scaled to norm √d on average and then rewri
 2. decoder rows get unit length, the encoder takes their lengths (`sparsity_include_decoder_norm`);
 3. only then is `pre` compared with the scalar `jump_relu_threshold`, which therefore is in units of the raw activation.
 
-So the threshold must not be scaled and must be applied after step 2; loaders that swap the order find ten times the
-L0. Paper: arXiv 2410.20526. Cost: one pass over the tensors.
+So the threshold is not scaled and is applied after step 2. Order matters: users of one dictionary reported a mean L0 of
+1,089, 42 and 29 under three readings (Llamascopium issue 128). Paper: arXiv 2410.20526. Cost: one pass over the tensors.
 """
 
 from __future__ import annotations

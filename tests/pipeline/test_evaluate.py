@@ -60,6 +60,11 @@ def collected(tmp_path_factory) -> Artifact:
     return collect.run(config, collect.Inputs(), tmp_path_factory.mktemp("collect") / "collect", RunContext())
 
 
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel.open(MODEL, dtype="float32")
+
+
 def train_artifact(folder: Path, dictionaries: dict[str, Sae]) -> Artifact:
     with Artifact.create(folder, kind="train", schema=1, config={}, inputs={}) as draft:
         for name, sae in dictionaries.items():
@@ -122,10 +127,10 @@ def test_rows_come_from_held_out_documents_only_and_as_many_as_asked(collected):
     assert (everything == store.kept_rows("validation")).all()
 
 
-def test_loss_is_counted_where_an_ordinary_token_follows_a_spliced_one(collected):
+def test_loss_is_counted_where_an_ordinary_token_follows_a_spliced_one(collected, model):
     store = ActivationStore.open(collected.path / "store.zarr")
     contexts = choose_contexts(store, 10**9, filters=RowFilters(), seed=0)
-    special = torch.tensor(sorted(LanguageModel.open(MODEL).tokenizer.special_ids))
+    special = torch.tensor(sorted(model.tokenizer.special_ids))
     before, following = contexts.spliced[:, :-1], torch.isin(contexts.ids[:, 1:], special)
     assert (before & following).any()
     assert (contexts.counted[:, :-1] == before & ~following).all()
@@ -135,11 +140,10 @@ def test_loss_is_counted_where_an_ordinary_token_follows_a_spliced_one(collected
 
 
 @pytest.mark.parametrize("site", ["L0", "L1", "L2", "L1.mlp", "L0.attn", "L1.pre", "L2.mid"])
-def test_recovery_equals_a_plain_loop_over_whole_forward_passes(collected, site):
+def test_recovery_equals_a_plain_loop_over_whole_forward_passes(collected, model, site):
     """The oracle edits the running model from the first block on, one context at a time, and counts by hand."""
-    model = LanguageModel.open(MODEL, dtype="float32")
     store = ActivationStore.open(collected.path / "store.zarr")
-    contexts = choose_contexts(store, 150, filters=RowFilters(), seed=1)
+    contexts = choose_contexts(store, 90, filters=RowFilters(), seed=1)
     place, sae, mean = parse_site(site), rough(5), torch.randn(D)
     found = measure_recovery(
         model, [Subject(name="x", site=place, sae=sae, mean=mean)], contexts, n_resamples=20, seed=0
