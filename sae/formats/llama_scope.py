@@ -9,7 +9,7 @@ made with runs them on activations scaled to norm √d on average and then rewri
 3. only then is `pre` compared with the scalar `jump_relu_threshold`, which therefore is in units of the raw activation.
 
 So the threshold is not scaled and is applied after step 2. Order matters: users of one dictionary reported a mean L0 of
-1,089, 42 and 29 under three readings (Llamascopium issue 128). Paper: arXiv 2410.20526. Cost: one pass over the tensors.
+1,089, 42 and 29 under three readings (Llamascopium issue 128). Paper: arXiv 2410.20526. Cost: one pass over the file.
 """
 
 from __future__ import annotations
