@@ -7,8 +7,9 @@ Two dictionaries trained from a common start may look alike because neither move
 2. Train from the younger one's start, for its number of steps, at its rate, on those.
 3. The best cosines between the result's living latents and the older dictionary are the null of the pair.
 
-One such null stands for all same-start pairs of its relation. Measured on SmolLM2 (docs/flow.md): medians of 0.4 and
-more, which any null without a start calls significant. Cost: one more training of one site for each null.
+One such null stands for all same-start pairs of its relation. A prototype on SmolLM2-135M (a shared start, 400 steps)
+found a median of 0.41 and a 99th percentile of 0.62, where rotated decoders give 0.21 and 0.29: without this null,
+standing still would count as flow. Cost: one more training of one site for each null.
 """
 
 from __future__ import annotations

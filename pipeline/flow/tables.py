@@ -133,6 +133,9 @@ def read_tables(folder: Path) -> FlowTables:
 def _read(path: Path, schema: pa.Schema, name: str, problems: list[Problem]) -> pd.DataFrame:
     try:
         table = parquet.read_table(path)
+    except FileNotFoundError:
+        problems.append(Problem(what="file missing", where=str(path)))
+        return pd.DataFrame()
     except (OSError, pa.ArrowInvalid) as error:
         problems.append(Problem(what="cannot be read", where=str(path), found=str(error).splitlines()[0]))
         return pd.DataFrame()

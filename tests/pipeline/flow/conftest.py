@@ -27,7 +27,7 @@ def dictionary(rows: Tensor, k: int = 4, metadata: dict | None = None) -> Sae:
     n, d = rows.shape
     return Sae(
         W_enc=rows.clone(), b_enc=torch.zeros(n), W_dec=rows, b_dec=torch.zeros(d), b_in=torch.zeros(d),
-        activation=TopKActivation(k=k), metadata=metadata or {},
+        activation=TopKActivation(k=min(k, n)), metadata=metadata or {},
     )  # fmt: skip
 
 
