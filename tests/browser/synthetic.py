@@ -9,7 +9,7 @@ Seed and sizes -> a `site/` folder with planted structure, so that the pages can
 Cost: about two seconds for 30 x 2048. It does not import the package's writer: the two are checks on one another.
 """
 
-# ruff: noqa: E501  (scripts for the page, and rows of tables, stand on one line)
+# ruff: noqa: E501  (rows of tables stand on one line)
 
 from __future__ import annotations
 
@@ -41,12 +41,11 @@ HOSTILE_TEXTS = (
     "__proto__",
     "𝒳 👩‍👩‍👧 e\u0301\u0301\u0301\u0301",
 )
-_WORDS = tuple(
-    (
-        "river stone number seven Monday physics proof garden engine music winter law market cell matrix story colour "
-        "north harbour treaty verb syntax planet protein chess export quarter bridge silver ocean thread archive lantern"
-    ).split()
-)
+_WORDS = (
+    "river", "stone", "number", "seven", "Monday", "physics", "proof", "garden", "engine", "music", "winter", "law",
+    "market", "cell", "matrix", "story", "colour", "north", "harbour", "treaty", "verb", "syntax", "planet",
+    "protein", "chess", "export", "quarter", "bridge", "silver", "ocean", "thread", "archive", "lantern",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,7 +143,7 @@ def test_the_address_alone_brings_the_same_graph_back(page: Any, focus: str) -> 
 def test_hovering_lights_the_paths_through_a_feature(
     page: Any, planted: dict[tuple[str, str], float], focus: str
 ) -> None:
-    nodes, links = graph(page, f"graph/{focus}?b=3&f=2&k=3&t=0")
+    _, links = graph(page, f"graph/{focus}?b=3&f=2&k=3&t=0")
     page.js(
         "document.querySelector('.node.focus rect').dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))"
     )
