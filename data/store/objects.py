@@ -91,6 +91,9 @@ class ObjectPlace:
     def sweep(self, names: list[str]) -> None:
         """Nothing to do: an upload that was cut off leaves no object."""
 
+    def sweep_all(self) -> None:
+        """Nothing to do, as above."""
+
     @contextmanager
     def claimed(self, name: str) -> Iterator[bool]:
         """Hold a claim; yields False if a living writer holds it."""

@@ -39,6 +39,7 @@ class Place(Protocol):
     def create(self, name: str, content: bytes) -> bool: ...
     def remove(self, name: str) -> None: ...
     def sweep(self, names: list[str]) -> None: ...
+    def sweep_all(self) -> None: ...
     def claimed(self, name: str) -> AbstractContextManager[bool]: ...
 
 
@@ -177,6 +178,11 @@ class LocalPlace:
             if target.parent.is_dir():
                 for leftover in target.parent.glob(f"{target.name}.*.partial"):
                     leftover.unlink(missing_ok=True)
+
+    def sweep_all(self) -> None:
+        """Remove what killed writers left anywhere."""
+        for leftover in self.root.rglob("*.partial"):
+            leftover.unlink(missing_ok=True)
 
     @contextmanager
     def claimed(self, name: str) -> Iterator[bool]:

@@ -94,26 +94,21 @@ class StoreWriter:
         return ShardWriter(self, shard, tokens)
 
     def finish(self, documents: Sequence[DocumentRow] = (), *, validation_start: int | None = None) -> None:
-        """Write the document table, the final metadata and the completion record. Refused while shards are missing."""
+        """Write the document table, the final metadata and the completion record, and remove what killed writers left.
+        Refused while shards are missing, or while another process is at it."""
         if missing := self.missing_shards():
             raise UserError("shards are missing", where=self.place.url, found=", ".join(map(str, missing[:20])))
         if validation_start is not None:
             self.layout = replace(self.layout, validation_start=validation_start)
-        self._write_metadata()
-        content = _documents_parquet(documents)
-        with explained_writes(self.place.url):
+        with explained_writes(self.place.url), self.place.claimed("locks/finish") as held:
+            if not held:
+                raise UserError("another process is finishing this store", where=self.place.url, mend="wait for it")
+            self.place.remove(COMPLETE)
+            self.place.sweep_all()
+            self._write_metadata()
+            content = _documents_parquet(documents)
             write_bytes(self.place, DOCUMENTS, content)
-        completion = Completion(
-            identity=self.layout.identity,
-            n_rows=self.layout.n_rows or 0,
-            validation_start=self.layout.validation_start,
-            records={
-                shard: xxhash.xxh3_128_hexdigest(self.place.read(record_name(shard)))
-                for shard in range(self.layout.n_shards)
-            },
-            documents=sum_of(content),
-        )
-        write_bytes(self.place, COMPLETE, completion.to_json())
+            write_bytes(self.place, COMPLETE, self._completion(content).to_json())
         self._remove_locks()
 
     def extend_to(self, n_rows: int) -> None:
@@ -136,6 +131,18 @@ class StoreWriter:
         with suppress(UserError):
             return read_record(self.place, shard)
         return None
+
+    def _completion(self, documents: bytes) -> Completion:
+        return Completion(
+            identity=self.layout.identity,
+            n_rows=self.layout.n_rows or 0,
+            validation_start=self.layout.validation_start,
+            records={
+                shard: xxhash.xxh3_128_hexdigest(self.place.read(record_name(shard)))
+                for shard in range(self.layout.n_shards)
+            },
+            documents=sum_of(documents),
+        )
 
     def _write_metadata(self) -> None:
         with explained_writes(self.place.url):

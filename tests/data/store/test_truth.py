@@ -209,3 +209,21 @@ def test_a_place_that_cannot_be_written_is_explained(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(UserError, match="cannot write here"):
         StoreWriter.create(tmp_path / "locked" / "store.zarr", planted_layout(planted_rows()))
+
+
+def test_what_killed_writers_left_is_gone_when_the_store_is_finished(tmp_path):
+    folder = tmp_path / "store.zarr"
+    rows = planted_rows()
+    writer = StoreWriter.create(folder, planted_layout(rows))
+    leftovers = [
+        folder / "zarr.json.123-0.partial",
+        folder / "records" / "000000.json.123-1.partial",
+        folder / "sites" / MLP / "rows" / "c" / "1" / "0.123-2.partial",
+    ]
+    for path in leftovers:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    fill_shards(writer, rows, planted_tokens(5000))
+    writer.finish()
+    assert not list(folder.rglob("*.partial"))
+    assert not (folder / "locks").exists()
