@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/atlas_generation.py --tokens 131072 --latents 2048 --k 32
 
-One process, one thread; each line of JSON is one step: seconds of CPU and wall, and what they are per feature. `pages_bytes`
-is the size of the site's shards per feature. Synthetic: tokens with a Zipf law, a vector a token plus noise, a random tied
-TopK dictionary; real features are sparser in tokens, so tables are smaller and labels longer there.
+One process, one thread; each line of JSON is one step: seconds of CPU and wall. `pages_bytes` is the size of the site's
+shards per feature. Synthetic: tokens with a Zipf law, a vector a token plus noise, a random tied TopK dictionary; real
+features are sparser in tokens, so tables are smaller and labels longer there.
 """
 
 from __future__ import annotations

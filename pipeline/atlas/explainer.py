@@ -1,0 +1,118 @@
+"""Labels written by a language model behind an OpenAI-compatible address; off unless an address is given.
+
+1. *explain*: examples with the activating tokens between << >>; the answer must be one short line, or it is refused
+   (scratch text does not become a label);
+2. *detect*: held-out windows, firing ones and near-misses mixed, five at a time; the model says 1 or 0 for each, and
+   the balanced accuracy is the label's score, with Wilson's interval over windows.
+
+Nothing is sent anywhere but to the address given. Tested against a local stand-in server.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.atlas.rules import wilson
+from sae.errors import UserError
+
+_LONGEST = 160
+_PER_QUESTION = 5
+_EXPLAIN = (
+    "Below are excerpts from text. In each, the tokens on which one feature of a language model is active stand between "
+    "<< and >>. Answer with one short phrase, at most fifteen words, saying what those tokens have in common. "
+    "Answer with the phrase alone.\n\n{examples}"
+)
+_DETECT = (
+    "A feature of a language model is described as: {label}\nFor each excerpt below, answer 1 if the feature is active "
+    "somewhere in it and 0 if not. Answer with a JSON list of {n} numbers and nothing else.\n\n{examples}"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatModel:
+    """An OpenAI-compatible chat endpoint: `url` ends before `/chat/completions`."""
+
+    url: str
+    model: str
+    key: str = ""
+    timeout_s: float = 60.0
+
+    def ask(self, question: str, *, max_tokens: int = 64) -> str:
+        """One question, one answer, temperature 0. Raises UserError when the address does not answer as expected."""
+        body = {
+            "model": self.model, "temperature": 0, "max_tokens": max_tokens,
+            "messages": [{"role": "user", "content": question}],
+        }  # fmt: skip
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        address = f"{self.url.rstrip('/')}/chat/completions"
+        if not address.startswith(("http://", "https://")):
+            raise UserError("not an http address", where=self.url, expected="http://127.0.0.1:8000/v1")
+        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
+                return str(json.load(answer)["choices"][0]["message"]["content"])
+        except (urllib.error.URLError, TimeoutError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise UserError("the language model did not answer", where=address, found=str(error)) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detection:
+    """How well a label tells firing windows from others: balanced accuracy, its interval, how many windows."""
+
+    score: float
+    low: float
+    high: float
+    n: int
+
+
+def explain(chat: ChatModel, examples: Sequence[str]) -> str | None:
+    """A label for marked examples; None when the answer is no short single line."""
+    answer = chat.ask(_EXPLAIN.format(examples=_numbered(examples))).strip()
+    answer = re.sub(r"^(label|answer|explanation)\s*:\s*", "", answer, flags=re.IGNORECASE).strip().strip("\"'")
+    sound = 0 < len(answer) <= _LONGEST and "\n" not in answer and "<<" not in answer
+    return answer if sound else None
+
+
+def detect(
+    chat: ChatModel, label: str, firing: Sequence[str], other: Sequence[str], *, seed: int = 0
+) -> Detection | None:
+    """The label's score on held-out windows; None when no answer could be read. Unreadable answers do not count."""
+    windows = [(text, True) for text in firing] + [(text, False) for text in other]
+    order = np.random.default_rng(seed).permutation(len(windows))
+    hits = {True: 0, False: 0}
+    n = {True: 0, False: 0}
+    for start in range(0, len(order), _PER_QUESTION):
+        block = [windows[i] for i in order[start : start + _PER_QUESTION]]
+        question = _DETECT.format(label=label, n=len(block), examples=_numbered([text for text, _ in block]))
+        for said, (_, fires) in zip(_bits(chat.ask(question), len(block)), block, strict=False):
+            n[fires] += 1
+            hits[fires] += said == fires
+    if not n[True] or not n[False]:
+        return None
+    balanced = (hits[True] / n[True] + hits[False] / n[False]) / 2
+    total = n[True] + n[False]
+    low, high = wilson(np.array([balanced * total]), np.array([float(total)]))
+    return Detection(score=round(balanced, 4), low=round(float(low[0]), 4), high=round(float(high[0]), 4), n=total)
+
+
+def marked(pieces: Sequence[str], values: Sequence[float]) -> str:
+    """A window with its firing tokens between << >>."""
+    return "".join(f"<<{piece}>>" if value > 0 else piece for piece, value in zip(pieces, values, strict=True))
+
+
+def _bits(answer: str, n: int) -> list[bool]:
+    """The list of 0 and 1 in an answer; nothing when it has another length."""
+    found = re.search(r"\[([01,\s]*)\]", answer)
+    bits = re.findall(r"[01]", found[1]) if found else []
+    return [bit == "1" for bit in bits] if len(bits) == n else []
+
+
+def _numbered(texts: Sequence[str]) -> str:
+    return "\n".join(f"{i}. {text}" for i, text in enumerate(texts, 1))
