@@ -25,8 +25,8 @@ from sae.errors import UserError
 _LONGEST = 160
 _PER_QUESTION = 5
 _EXPLAIN = (
-    "Below are excerpts from text. In each, the tokens on which one feature of a language model is active stand between "
-    "<< and >>. Answer with one short phrase, at most fifteen words, saying what those tokens have in common. "
+    "Below are excerpts from text. In each, the tokens on which one feature of a language model is active stand "
+    "between << and >>. Answer with one short phrase, at most fifteen words, saying what those tokens have in common. "
     "Answer with the phrase alone.\n\n{examples}"
 )
 _DETECT = (

@@ -117,9 +117,8 @@ class AtlasGraph:
         links = self.links
         onward = np.zeros(self.start[-1], dtype=bool)
         onward[(self.start[links.source_site] + links.source)[links.relation == 0]] = True
-        residual = [
-            i for i, site in enumerate(self.sites) if site.kind == "resid_post" and i in set(self.nodes["site_index"])
-        ]
+        linked = set(self.nodes["site_index"])
+        residual = [i for i, site in enumerate(self.sites) if site.kind == "resid_post" and i in linked]
         out = np.zeros(self.start[-1], dtype=bool)
         for site in residual[:-1]:
             out[self.start[site] : self.start[site + 1]] = ~onward[self.start[site] : self.start[site + 1]]

@@ -198,6 +198,8 @@ def _community_tokens(graph: AtlasGraph, columns: Sequence[Columns], corpus: Cor
     share = np.concatenate([c["token_share"] for c in columns]).astype(np.float64)
     member = (community[:, None] >= 0) & (token != PAD)
     key = (community[:, None] * len(corpus.vocabulary) + token)[member]
+    if not len(key):
+        return {}
     pairs, inverse = np.unique(key, return_inverse=True)
     weight = np.bincount(inverse, weights=share[member])
     of, value = pairs // len(corpus.vocabulary), pairs % len(corpus.vocabulary)
