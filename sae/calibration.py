@@ -27,9 +27,9 @@ def calibrated_threshold(
     """Weights and threshold that give `architecture.target_l0` on the normalised rows `x`; threshold 0 where the rows
     have fewer positive pre-activations than asked for."""
     centred = x - weights["b_dec"] if tied else x
-    if architecture.raised(weights, 0.0) is not None:
-        shift = _shift(architecture.target_l0, weights, centred[: max(1, _MOST_ENTRIES // len(weights["b_enc"]))])
-        return architecture.raised(weights, shift) or weights, 0.0
+    if (edges := architecture.edges(weights)) is not None:
+        rows = centred[:: 1 + len(centred) * len(edges) // _MOST_ENTRIES]
+        return architecture.raised(weights, _shift(architecture.target_l0, weights, edges, rows)), 0.0
     selection = WholeBatch(k=architecture.target_l0)
     codes = encode(centred, weights["W_enc"], weights["b_enc"], selection, "float32")
     if len(codes.value) < selection.count(len(x)):
@@ -37,9 +37,8 @@ def calibrated_threshold(
     return weights, _just_below(float(codes.value.min()))
 
 
-def _shift(target_l0: float, weights: Weights, centred: Float[Tensor, "token d_in"]) -> float:
-    pre = F.linear(centred, weights["W_enc"], weights["b_enc"])
-    excess = (pre - weights["theta"] if "theta" in weights else pre).flatten().cpu().numpy()
+def _shift(target_l0: float, weights: Weights, edges: Tensor, centred: Float[Tensor, "token d_in"]) -> float:
+    excess = (F.linear(centred, weights["W_enc"], weights["b_enc"]) - edges).flatten().cpu().numpy()
     rank = min(excess.size, max(1, round(target_l0 * len(centred))))
     return _just_below(float(np.partition(excess, excess.size - rank)[excess.size - rank]))
 

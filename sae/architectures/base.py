@@ -100,6 +100,10 @@ class Architecture(Protocol):
         """In the normalised space; `threshold` is the calibrated one, where there is one for all latents."""
         ...
 
-    def raised(self, weights: Weights, by: float) -> Weights | None:
-        """Weights whose latents all need a pre-activation larger by `by` to fire; None where `threshold` decides."""
+    def edges(self, weights: Weights) -> Float[Tensor, "latent"] | None:
+        """The pre-activation above which each latent fires; None where `threshold` or other latents decide."""
+        ...
+
+    def raised(self, weights: Weights, by: float) -> Weights:
+        """Weights whose latents all need a pre-activation larger by `by` to fire."""
         ...

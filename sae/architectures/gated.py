@@ -5,7 +5,7 @@ With one encoder product π = W_enc (x − b_dec) + b_enc (the gate's) and z = 1
     ‖x − x̂‖² + λ Σ max(π, 0) + ‖x − x̂(max(π, 0))‖²  over d, the last with the decoder held fixed
 
 where `b` holds b_mag − e^r b_gate of the paper, so that magnitudes are an affine map of the gate's pre-activations. λ
-is steered by a closed loop to the target L0; one shift of all gates takes what is left to it.
+is steered by a closed loop to the target L0; one shift of all biases takes what is left to it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class GatedL1:
     def activation(self, weights: Weights, threshold: float) -> Activation:
         return Gated(gain=weights["log_gain"].exp(), offset=weights["magnitude_bias"])
 
+    def edges(self, weights: Weights) -> Tensor:
+        """Where both the gate and the magnitude are above 0."""
+        return (-weights["magnitude_bias"] / weights["log_gain"].exp()).relu()
+
     def raised(self, weights: Weights, by: float) -> Weights:
-        """The gate moves, magnitudes stay."""
-        kept = weights["magnitude_bias"] + weights["log_gain"].exp() * by
-        return weights | {"b_enc": weights["b_enc"] - by, "magnitude_bias": kept}
+        return weights | {"b_enc": weights["b_enc"] - by}

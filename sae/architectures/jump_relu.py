@@ -76,6 +76,9 @@ class JumpRelu:
     def activation(self, weights: Weights, threshold: float) -> Activation:
         return Threshold(theta=weights["theta"])
 
+    def edges(self, weights: Weights) -> Tensor:
+        return weights["theta"]
+
     def raised(self, weights: Weights, by: float) -> Weights:
         return weights | {"theta": (weights["theta"] + by).clamp_min(0)}
 

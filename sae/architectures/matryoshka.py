@@ -80,5 +80,8 @@ class MatryoshkaBatchTopK:
     def activation(self, weights: Weights, threshold: float) -> Activation:
         return Threshold(theta=torch.full_like(weights["b_enc"], threshold))
 
-    def raised(self, weights: Weights, by: float) -> None:
+    def edges(self, weights: Weights) -> None:
         return None
+
+    def raised(self, weights: Weights, by: float) -> Weights:
+        return weights

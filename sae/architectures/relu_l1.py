@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import torch
 from annotated_types import Gt
 from jaxtyping import Float
 from torch import Tensor
@@ -56,6 +57,9 @@ class ReluL1:
 
     def activation(self, weights: Weights, threshold: float) -> Activation:
         return Relu()
+
+    def edges(self, weights: Weights) -> Tensor:
+        return torch.zeros_like(weights["b_enc"])
 
     def raised(self, weights: Weights, by: float) -> Weights:
         return weights | {"b_enc": weights["b_enc"] - by}

@@ -51,5 +51,8 @@ class TopK:
     def activation(self, weights: Weights, threshold: float) -> Activation:
         return TopKActivation(k=self.k)
 
-    def raised(self, weights: Weights, by: float) -> None:
+    def edges(self, weights: Weights) -> None:
         return None
+
+    def raised(self, weights: Weights, by: float) -> Weights:
+        return weights
