@@ -92,7 +92,7 @@ def _dictionaries(model: LanguageModel, n_latents: int, k: int) -> dict[Site, Sa
     for layer in range(model.n_layers):
         rows = torch.randn(n_latents, model.d_model, generator=torch.Generator().manual_seed(layer))
         rows = rows / rows.norm(dim=-1, keepdim=True)
-        activation = TopKActivation(k) if k else Threshold(torch.full((n_latents,), 0.5))
+        activation = TopKActivation(k=k) if k else Threshold(theta=torch.full((n_latents,), 0.5))
         zeros = torch.zeros(model.d_model)
         found[Site(layer, "resid_post")] = Sae(
             W_enc=rows, b_enc=torch.zeros(n_latents), W_dec=rows, b_dec=zeros, b_in=zeros, activation=activation

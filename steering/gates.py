@@ -33,7 +33,9 @@ def with_threshold_gate(sae: Sae, x: Float[Tensor, "token d_in"]) -> Sae:
         raise UserError("a threshold needs activations", expected="at least one token")
     smallest_kept = sae.pre_activations(x).topk(sae.activation.k, dim=-1).values[:, -1]
     theta = float(smallest_kept.mean().clamp(min=0))
-    return sae.replace(activation=Threshold(torch.full((sae.n_latents,), theta, device=sae.device, dtype=sae.dtype)))
+    return sae.replace(
+        activation=Threshold(theta=torch.full((sae.n_latents,), theta, device=sae.device, dtype=sae.dtype))
+    )
 
 
 def agreement(exact: Sae, gated: Sae, x: Float[Tensor, "token d_in"]) -> GateAgreement:

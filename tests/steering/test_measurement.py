@@ -140,7 +140,7 @@ def test_profiles_by_hand():
         W_dec=row,
         b_dec=torch.zeros(2),
         b_in=torch.zeros(2),
-        activation=TopKActivation(1),
+        activation=TopKActivation(k=1),
     )
     x = torch.tensor([[4.0, 0], [2.0, 0], [0, 1], [0, 1], [1.0, 0], [0, 3]])
     (found,) = profile_features(sae, L1, [x[:3], x[3:]], np.array([7, 7, 9, 9, 9, 5]), [0], max_frequency=1.0)
@@ -208,7 +208,7 @@ def test_the_classifier_and_the_lexicon_tell_topics_apart():
 
 
 def test_the_threshold_gate_agrees_with_topk_on_the_mean(saes):
-    exact = saes[L1].replace(activation=TopKActivation(5))
+    exact = saes[L1].replace(activation=TopKActivation(k=5))
     x = torch.randn(400, 32, generator=torch.Generator().manual_seed(1))
     found = agreement(exact, with_threshold_gate(exact, x), x)
     assert found.recall > 0.7
