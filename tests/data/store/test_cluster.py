@@ -1,7 +1,5 @@
 """Collection and verification on real Dask workers: the same bytes as here, also when workers die."""
 
-import os
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +18,8 @@ from data.store.cluster_collection import ModelChoice, collect_on_cluster
 from data.store.collection import collect_shards
 from pipeline.run import RunContext
 from sae.errors import UserError
-from tests.data.store.made import make_store, planted_documents, planted_layout, planted_rows, planted_tokens
+from tests.data.store.cluster_tasks import always_die, complain, write_or_die
+from tests.data.store.made import make_store, planted_documents, planted_layout, planted_rows
 
 pytestmark = pytest.mark.slow
 SPEC = Random(n_layers=2, d_model=16, n_heads=2, d_mlp=32)
@@ -99,46 +98,19 @@ def test_a_cluster_verifies_and_computes_over_a_store(here, machines):
     assert np.allclose(found, store.read(site, 0, store.n_rows).mean(axis=0), atol=1e-5)
 
 
-def _write_or_die(task: tuple[str, int]) -> int:
-    """Writes a planted shard. Kills its own worker in the middle of shard 1, the first time."""
-    url, shard = task
-    writer = StoreWriter.attach(url)
-    start, stop = writer.layout.rows_of_shard(shard)
-    rows = {name: each[start:stop] for name, each in planted_rows().items()}
-    marker = Path(url).parent / "died"
-    with writer.open_shard(shard, planted_tokens(5000).part(start, stop)) as writing:
-        writing.append({name: each[:700] for name, each in rows.items()})
-        if shard == 1 and not marker.exists():
-            marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        writing.append({name: each[700:] for name, each in rows.items()})
-        writing.commit()
-    return shard
-
-
 def test_a_worker_killed_in_a_shard_changes_nothing_in_the_end(machines, tmp_path):
     make_store(tmp_path / "undisturbed.zarr", planted_rows())
     url = tmp_path / "store.zarr"
     writer = StoreWriter.create(url, planted_layout(planted_rows()))
-    assert sorted(map_shards(_write_or_die, [(str(url), shard) for shard in range(3)], machines)) == [0, 1, 2]
+    assert sorted(map_shards(write_or_die, [(str(url), shard) for shard in range(3)], machines)) == [0, 1, 2]
     assert (tmp_path / "died").exists()
     writer.finish(planted_documents(5000))
     assert bytes_of(url) == bytes_of(tmp_path / "undisturbed.zarr")
 
 
-def _always_die(task: int):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _complain(task: int):
-    if task == 2:
-        raise UserError("this cannot be", where=f"shard {task}", mend="nothing")
-    return task
-
-
 def test_a_user_error_of_a_worker_arrives_whole(machines):
     with pytest.raises(UserError, match="this cannot be") as caught:
-        list(map_shards(_complain, [0, 1, 2], machines))
+        list(map_shards(complain, [0, 1, 2], machines))
     assert caught.value.mend == "nothing"
     assert caught.value.problems[0].where == "shard 2"
 
@@ -148,7 +120,7 @@ def test_workers_that_die_again_and_again_end_in_a_clear_error():
         LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
         pytest.raises(UserError, match="died again and again"),
     ):
-        list(map_shards(_always_die, [0], RunContext(scheduler=cluster.scheduler_address)))
+        list(map_shards(always_die, [0], RunContext(scheduler=cluster.scheduler_address)))
 
 
 def test_another_model_on_a_worker_is_refused(made, machines, tmp_path):
@@ -165,4 +137,4 @@ def test_another_model_on_a_worker_is_refused(made, machines, tmp_path):
 def test_a_scheduler_that_is_not_there_is_explained(monkeypatch):
     monkeypatch.setattr("data.store.cluster._CONNECT_SECONDS", 1)
     with pytest.raises(UserError, match="no Dask scheduler answers"):
-        list(map_shards(_complain, [0], RunContext(scheduler="tcp://127.0.0.1:9")))
+        list(map_shards(complain, [0], RunContext(scheduler="tcp://127.0.0.1:9")))
