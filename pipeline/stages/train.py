@@ -32,6 +32,7 @@ from pipeline.run import RunContext
 from pipeline.stages.collect import STORE
 from pipeline.training.cluster import run_jobs_on_cluster
 from pipeline.training.figures import draw_curves, draw_layers
+from pipeline.training.imported import Imported, identity_of_imported, import_dictionaries
 from pipeline.training.memory import check_memory
 from pipeline.training.plan import Chain, Initialisation, Override, SiteJob, plan_jobs
 from pipeline.training.schedule import run_jobs, widest
@@ -70,6 +71,9 @@ class Config:
     record_every: Annotated[int, Gt(0), Doc("steps between two points of a curve")] = 25
     checkpoint_every: Annotated[int, Gt(0), Doc("steps between two checkpoints of a site")] = 500
     seed: Annotated[int, Ge(0), Lt(2**31), Doc("of random starts and of the order of rows")] = 0
+    imported: Annotated[
+        Imported | None, Doc("dictionaries that others trained, read instead of training; all else is ignored then")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +83,16 @@ class Inputs:
     collect: Artifact
 
 
+def outside_digests(config: Config) -> dict[str, str]:
+    """What the result depends on besides config and activations: the files of imported dictionaries."""
+    return {} if config.imported is None else {"imported": identity_of_imported(config.imported)}
+
+
 def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artifact:
     """Train every site. Raises UserError before anything is written if a choice is impossible."""
     store = ActivationStore.open(inputs.collect.path / STORE)
+    if config.imported is not None:
+        return _run_import(config, config.imported, inputs, store, out, context)
     jobs = jobs_of(config, store)
     options = options_of(config, context.device)
     n_workers = 1 if context.device != "cpu" else max(1, min(context.n_threads, widest(jobs)))
@@ -93,6 +104,18 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
         described = _train_all(jobs, store, options, draft, context, n_workers)
         _describe(draft, described)
         draft.summary["seconds"] = round(time.monotonic() - started, 1)
+    return Artifact.open(out, kind=KIND, schema=SCHEMA)
+
+
+def _run_import(
+    config: Config, choice: Imported, inputs: Inputs, store: ActivationStore, out: Path, context: RunContext
+) -> Artifact:
+    """Read the dictionaries instead of training; the figure shows what they are."""
+    digests = {"collect": inputs.collect.digest, **outside_digests(config)}
+    with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=digests) as draft:
+        described = import_dictionaries(choice, store, draft.path / FOLDER, progress=context.progress)
+        draft.summary["n_dictionaries"] = len(described)
+        draft.summary["imported"] = True
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
 
 
