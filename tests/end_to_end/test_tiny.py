@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +150,24 @@ def test_a_changed_section_reruns_that_stage_and_nothing_above(
     assert "train: up to date" in text
     assert "evaluate: done" in text
     assert run_command(command) == 0, "and back, for the tests that follow"
+
+
+def test_every_block_of_the_tutorial_runs(artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in one folder, the commands as a user's shell has them and the Python in one session."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    shutil.copytree(artifacts, tmp_path / "artifacts" / "tiny", symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    session: dict[str, object] = {}
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 10
+    for language, text in blocks:
+        if language == "python":
+            exec(compile(text, "docs/tutorial.md", "exec"), session)
+            continue
+        for line in text.strip().splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "featureflow"
+            assert run_command(arguments) == 0, line
 
 
 @pytest.mark.parametrize(
