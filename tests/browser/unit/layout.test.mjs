@@ -106,6 +106,7 @@ test("a container is read by its own header, and a cut one is refused", () => {
   const { json, columns } = parseContainer(bytes, "k");
   assert.deepEqual([json, [...columns.x], columns.x.shape, columns["__proto__"][0]], [{ a: 1 }, [-1, 2, 3, -4], [2, 2], 0.5]);
   assert.throws(() => parseContainer(bytes.subarray(0, 10 + padded.length), "k"), DamagedShard);
+  assert.throws(() => parseContainer(bytes.subarray(0, 20), "k"), DamagedShard);
   assert.throws(() => parseContainer(Uint8Array.of(1, 2, 3), "k"), DamagedShard);
 });
 
