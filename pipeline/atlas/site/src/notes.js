@@ -35,7 +35,7 @@ export function toggleCompared(id) {
   return next;
 }
 
-/** The document that `featureflow atlas import-labels` reads. */
+/** The document that `pipeline.atlas.imports.import_notes` reads. */
 export function exportNotes(atlas) {
   const notes = Object.entries(allNotes()).map(([feature, note]) => ({ feature, ...note }));
   return { kind: "featureflow-notes", schema: 1, atlas: atlas.digest, model: atlas.model, notes };
