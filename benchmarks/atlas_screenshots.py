@@ -1,0 +1,70 @@
+"""Pictures of an atlas' pages for the documentation: a site folder and a feature -> docs/images/atlas-*.png.
+
+    python benchmarks/atlas_screenshots.py artifacts/laptop/atlas/site --feature L12/402
+
+Needs Chromium with its driver. Each page is taken at 1440 and at 390 pixels. Cost: seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import time
+from pathlib import Path
+from typing import Any
+
+_SETTLED = (
+    "return document.querySelector('main')?.dataset.shown && !document.querySelector('.progress span') "
+    "&& !document.querySelector('.examples > .example:not(:has(.example-text))')"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("site", type=Path)
+    parser.add_argument("--feature", required=True)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "images")
+    options = parser.parse_args()
+    pages = {"overview": "", "flow": "flow", "trunks": "trunks", "card": options.feature}
+    pages["graph"] = f"graph/{options.feature}?b=4&f=4"
+    options.out.mkdir(parents=True, exist_ok=True)
+    driver = open_browser()
+    try:
+        for width in (1440, 390):
+            for name, route in pages.items():
+                driver.get("about:blank")
+                take(driver, f"{options.site.resolve().as_uri()}/index.html#/{route}", width)
+                driver.save_screenshot(str(options.out / f"atlas-{name}-{width}.png"))
+    finally:
+        driver.quit()
+
+
+def open_browser() -> Any:
+    path = Path(__file__).with_name("atlas_pages.py")
+    spec = importlib.util.spec_from_file_location("atlas_pages", path)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{path} is missing")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.open_browser()
+
+
+def take(driver: Any, address: str, width: int) -> None:
+    """Open a page and make the window as high as the page, at most 1800 pixels."""
+    resize(driver, width, 900)
+    driver.get(address)
+    end = time.monotonic() + 30
+    while not driver.execute_script(_SETTLED) and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    resize(driver, width, min(1800, driver.execute_script("return document.documentElement.scrollHeight")))
+    time.sleep(0.3)
+
+
+def resize(driver: Any, width: int, height: int) -> None:
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+if __name__ == "__main__":
+    main()
