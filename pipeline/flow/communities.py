@@ -1,6 +1,7 @@
 """Kept links → communities of features, by label propagation (Raghavan et al. 2007, arXiv 0709.2938).
 
-1. Every node starts with a label of its own.
+1. Every node starts with a label of its own, or with that of the chain it belongs to: on bare chains propagation alone
+   stops at pairs.
 2. In each round half of the nodes, drawn at random, take the label with the largest summed weight among their
    neighbours (both directions); ties go to the smallest label. Half at a time: all at once oscillates on chains.
 3. Stops when nobody changes. Labels are then numbered by size, largest first; nodes without links get -1.
@@ -21,14 +22,15 @@ def communities_of(
     weight: Float[np.ndarray, "link"],
     *,
     seed: int,
+    start: Int64[np.ndarray, "node"] | None = None,
     max_rounds: int = 60,
 ) -> Int64[np.ndarray, "node"]:
-    """The community of each node; -1 for a node without links."""
+    """The community of each node; -1 for a node without links. `start` gives nodes that belong together one label."""
     node = np.concatenate([source, target])
     neighbour = np.concatenate([target, source])
     both = np.concatenate([weight, weight])
     rng = np.random.default_rng(seed)
-    label = np.arange(n_nodes)
+    label = np.arange(n_nodes) if start is None else start
     for _ in range(max_rounds):
         wanted = _strongest_label(label, node, neighbour, both)
         differs = wanted != label

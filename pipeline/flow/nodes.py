@@ -55,7 +55,9 @@ def node_table(sides: Mapping[Site, Side], edges: pd.DataFrame, *, seed: int) ->
     nodes["birth_layer"], nodes["death_layer"] = _life(nodes, edges, source, target)
     nodes["persistence"] = nodes["death_layer"] - nodes["birth_layer"] + 1
     weight = edges["cosine"].to_numpy()[kept]
-    nodes["community"] = communities_of(len(nodes), source[kept], target[kept], weight, seed=seed)
+    nodes["community"] = communities_of(
+        len(nodes), source[kept], target[kept], weight, seed=seed, start=_chains(nodes, edges, source, target)
+    )
     return nodes
 
 
@@ -130,6 +132,15 @@ def _life(
     for rows in reversed(_groups_by_target(edges, ahead)):
         death[source[rows]] = death[target[rows]]
     return birth, death
+
+
+def _chains(nodes: pd.DataFrame, edges: pd.DataFrame, source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """For every node the first node of its chain of kept residual links that are first choice both ways."""
+    first = np.arange(len(nodes))
+    chosen = ((edges["relation"] == "residual") & edges["kept"] & edges["mutual"]).to_numpy(bool)
+    for rows in _groups_by_target(edges, chosen):
+        first[target[rows]] = first[source[rows]]
+    return first
 
 
 def _groups_by_target(edges: pd.DataFrame, chosen: np.ndarray) -> list[np.ndarray]:

@@ -49,7 +49,9 @@ def tables() -> FlowTables:
         split = edges.pop(end).str.split("/", expand=True)
         edges[f"{end}_site"], edges[f"{end}_latent"] = split[0], split[1].astype(int)
     edges["mutual"] = (edges["rank"] == 0) & (edges["forward_rank"] == 0)
-    edges = edges.assign(margin=0.1, p_cosine=0.001, p_value=0.001, p_firing=None, pearson=None, jaccard=None)
+    edges = edges.assign(
+        margin=0.1, p_cosine=0.001, p_value=0.001, p_firing=None, p_rival=None, pearson=None, jaccard=None
+    )
     widths = {Site(0, "resid_post"): 2, Site(1, "mlp_out"): 1, Site(1, "resid_post"): 2, Site(2, "resid_post"): 3}
     sides = {site: whole_side(site, n) for site, n in widths.items()}
     return FlowTables(nodes=node_table(sides, edges, seed=0), edges=edges, pairs=pd.DataFrame(), warnings=("a",))
