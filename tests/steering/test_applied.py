@@ -109,7 +109,7 @@ def test_left_padding_moves_no_scope(model, saes):
         with applied(model, saes, plan_of(Add(), scope=scope)) as padding:
             both = logits(model, padded, attention_mask=mask, position_ids=place)
         torch.testing.assert_close(both[:, 2:], single, atol=1e-5, rtol=1e-4)
-        assert alone.report().n_touched() == padding.report().n_touched()
+        assert alone.report().n_touched() == padding.report().n_touched() > 0
 
 
 SCOPES = (
