@@ -5,8 +5,9 @@ How dictionaries relate decides whether neighbouring layers line up (docs/traini
     Independent    every site starts from random directions of its own
     Shared         every site of one width starts from the same random directions
     Chain          the residual site in the middle trains long; its neighbours start from it and train briefly, and
-                   so on outward, both ways at once; MLP and attention sites start from the residual dictionary of
-                   their layer, or from the chain's random start
+                   so on outward, both ways at once; MLP and attention sites have one random start of their own, or
+                   start from the residual dictionary of their layer (measured: then what looks like a link from an
+                   MLP is inertia, docs/flow.md)
 
 A job's `group` names the random start that it goes back to: two dictionaries of one group are alike from the start,
 which the linker's idea of chance has to know.
@@ -52,8 +53,10 @@ class Chain:
     next_steps: Annotated[int, Gt(0), Doc("optimizer steps of a residual site that starts from its neighbour")] = 200
     modules: Annotated[
         Literal["residual", "random"],
-        Doc("what MLP and attention sites start from: their layer's residual dictionary, or the chain's random start"),
-    ] = "residual"
+        Doc(
+            "what MLP and attention sites start from: their layer's residual dictionary, or random directions of theirs"
+        ),
+    ] = "random"
     module_steps: Annotated[int, Gt(0), Doc("optimizer steps of an MLP or attention site")] = 600
     kind: Literal["chain"] = "chain"
 
@@ -108,7 +111,7 @@ def plan_jobs(
             n_latents=n_latents,
             steps=_steps(site, parent, steps, initialisation),
             learning_rate=0.0,
-            seed=seed if not isinstance(initialisation, Independent) else seed + 1 + _depth(site),
+            seed=seed + _seed_offset(site, initialisation),
             kind=initialisation.kind,
             group="",
             parent=parent,
@@ -162,6 +165,17 @@ def _steps(site: Site, parent: Site | None, steps: int, initialisation: Initiali
     if isinstance(initialisation, Chain) and site.kind in _MODULES:
         return initialisation.module_steps
     return initialisation.next_steps if isinstance(initialisation, Chain) and parent is not None else steps
+
+
+def _seed_offset(site: Site, initialisation: Initialisation) -> int:
+    """0 for the start that most sites share; modules of a chain share another, independent sites have one each."""
+    match initialisation:
+        case Independent():
+            return 1 + _depth(site)
+        case Chain(modules="random") if site.kind in _MODULES:
+            return 1
+        case _:
+            return 0
 
 
 def _overridden(
