@@ -62,8 +62,16 @@ def here(made, tmp_path_factory):
     return url
 
 
+@pytest.fixture(scope="module", autouse=True)
+def importable_tests():
+    """Workers are new processes: they find this package of tests by PYTHONPATH alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+        yield
+
+
 @pytest.fixture(scope="module")
-def machines():
+def machines(importable_tests):
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         yield RunContext(scheduler=cluster.scheduler_address)
 
