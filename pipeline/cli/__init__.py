@@ -18,11 +18,14 @@ from types import FrameType
 
 import click
 
+from pipeline.cli.atlas import ATLAS_TOOLS
 from pipeline.cli.dictionaries import sae_commands
 from pipeline.cli.flow import flow_commands
-from pipeline.cli.stage_commands import STAGE_COMMANDS, recipes, run
+from pipeline.cli.stage_commands import recipes, run, stage_command
+from pipeline.cli.steer import STEER_TOOLS, serve
 from pipeline.cli.store import store_commands
 from pipeline.console import complain
+from pipeline.stages import STAGES
 from sae.errors import UserError
 
 
@@ -32,7 +35,9 @@ def app() -> None:
     """Find the features inside a language model, follow them from layer to layer, steer along their flow."""
 
 
-for _command in (run, *STAGE_COMMANDS.values(), recipes, store_commands, flow_commands, sae_commands):
+_TOOLS = {"atlas": ATLAS_TOOLS, "steer": STEER_TOOLS}
+_STAGE_COMMANDS = [stage_command(stage, _TOOLS.get(stage, ())) for stage in STAGES]
+for _command in (run, *_STAGE_COMMANDS, recipes, serve, store_commands, flow_commands, sae_commands):
     app.add_command(_command)
 
 

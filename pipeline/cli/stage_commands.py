@@ -23,8 +23,6 @@ from pipeline.cli.options import (
 from pipeline.console import progress_bars, say, show_number, table
 from pipeline.stages import STAGES, TITLES
 
-_WITH_TOOLS = ("atlas", "steer")
-
 
 @click.command(cls=StageCommand, context_settings=TAKES_OVERRIDES)
 @recipe_option
@@ -81,7 +79,9 @@ def _summary_lines(artifact: Any) -> list[str]:
     return table([(key.replace("_", " "), show_number(value)) for key, value in artifact.summary.items()])
 
 
-def _stage_command(stage: str) -> click.Command:
+def stage_command(stage: str, tools: Sequence[click.Command] = ()) -> click.Command:
+    """The command of a stage; with tools it is a group that they belong to."""
+
     @recipe_option
     @click.option("--force", is_flag=True, help="run although the artifact is up to date")
     @artifacts_option
@@ -105,10 +105,13 @@ def _stage_command(stage: str) -> click.Command:
         say(f"  {result.artifact.path}")
 
     command.__doc__ = f"{TITLES[stage].capitalize()} (this stage alone; its inputs must be up to date)."
-    if stage in _WITH_TOOLS:
-        return click.group(stage, cls=StageGroup, invoke_without_command=True, context_settings=TAKES_OVERRIDES)(
+    if tools:
+        group = click.group(stage, cls=StageGroup, invoke_without_command=True, context_settings=TAKES_OVERRIDES)(
             command
         )
+        for tool in tools:
+            group.add_command(tool)
+        return group
     return click.command(stage, cls=StageCommand, context_settings=TAKES_OVERRIDES)(command)
 
 
@@ -121,6 +124,3 @@ def recipes() -> None:
             found.setdefault(path.stem, tomllib.loads(path.read_text(encoding="utf-8")).get("description", ""))
     for line in table([*found.items()]):
         say(line)
-
-
-STAGE_COMMANDS = {stage: _stage_command(stage) for stage in STAGES}

@@ -1,0 +1,126 @@
+"""`featureflow atlas …`: serve an atlas live, validate it, export it for other viewers, take labels in, compare two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline.cli.options import artifacts_option, recipe_option
+from pipeline.console import say, show_number, table
+
+
+@click.command()
+@click.option("--port", default=8765, show_default=True, help="port on this machine; 0 takes a free one")
+@click.option("--device", default="cpu", show_default=True, help="torch device of the model")
+@recipe_option
+@artifacts_option
+def serve(port: int, device: str, recipe: str, artifacts: Path) -> None:
+    """Serve the atlas on this machine with a live model: try a text, steer, side by side. Ctrl-C ends it."""
+    from pipeline.atlas.live import LiveAtlas
+    from pipeline.atlas.serve import make_server
+
+    live = LiveAtlas.open(artifacts / Path(recipe).stem, device=device)
+    server, address = make_server(live, port=port)
+    say(f"open {address}")
+    try:
+        server.serve_forever()
+    finally:
+        server.server_close()
+
+
+@click.command()
+@recipe_option
+@artifacts_option
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
+def validate(folder: Path | None, recipe: str, artifacts: Path) -> None:
+    """Check every file of an atlas (FOLDER, or that of the recipe) against its schemas and checksums."""
+    from pipeline.atlas.validate import validate_atlas
+
+    place = folder or artifacts / Path(recipe).stem / "atlas"
+    counts = validate_atlas(place)
+    say(f"{place}: sound; " + ", ".join(f"{show_number(n)} {what.replace('_', ' ')}" for what, n in counts.items()))
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    type=click.Choice(["neuronpedia", "neuronpedia-upload", "attribution-graph", "gexf", "graphml", "embedding-atlas"]),
+    required=True,
+    help="whose format to write",
+)
+@click.option("--feature", default=None, help="feature in the middle of an attribution graph, such as L12/402")
+@click.option("--site", "short", default=None, help="site to export for Neuronpedia, such as L12")
+@recipe_option
+@artifacts_option
+def export(out: Path, to: str, feature: str | None, short: str | None, recipe: str, artifacts: Path) -> None:
+    """Write the atlas to OUT in the format of another viewer."""
+    from pipeline.artifact import Artifact
+    from pipeline.atlas import Atlas, exports
+    from pipeline.atlas.cards import Cards
+    from pipeline.dictionaries import read_dictionaries
+
+    root = artifacts / Path(recipe).stem
+    atlas = Atlas.open(root / "atlas")
+    match to:
+        case "attribution-graph":
+            if feature is None:
+                raise click.UsageError("--to attribution-graph needs --feature")
+            written = [exports.export_attribution_graph(atlas, feature, out)]
+        case "gexf":
+            written = [exports.export_gexf(atlas, out)]
+        case "graphml":
+            written = [exports.export_graphml(atlas, out)]
+        case "embedding-atlas":
+            saes = read_dictionaries(Artifact.open(root / "train", kind="train", schema=1))
+            written = [exports.export_embedding_atlas(atlas, saes, out)]
+        case _:
+            if short is None:
+                raise click.UsageError(f"--to {to} needs --site")
+            cards = Cards.open(root / "atlas" / "site")
+            write = exports.export_bulk if to == "neuronpedia" else exports.export_upload_batches
+            written = write(
+                cards, short, out, model_id=str(cards.manifest["model"]["name"]), source=f"{short}-featureflow"
+            )
+    for path in written:
+        say(str(path))
+
+
+@click.command("import-labels")
+@click.argument("notes", type=click.Path(path_type=Path, exists=True))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--site", "short", default=None, help="NOTES are Neuronpedia explanations of this site")
+@recipe_option
+@artifacts_option
+def import_labels(notes: Path, out: Path, short: str | None, recipe: str, artifacts: Path) -> None:
+    """Read labels from NOTES (the notes page's, or Neuronpedia's) and write the label table with them to OUT."""
+    from data.sites import parse_site
+    from pipeline.atlas import Atlas
+    from pipeline.atlas.imports import attach_labels, import_neuronpedia, import_notes
+
+    labels = import_notes(notes) if short is None else import_neuronpedia([notes], parse_site(short))
+    atlas = Atlas.open(artifacts / Path(recipe).stem / "atlas")
+    say(f"{attach_labels(atlas, labels, out)}: {len(labels)} labels added")
+
+
+@click.command()
+@click.argument("before", type=click.Path(path_type=Path, exists=True))
+@click.argument("after", type=click.Path(path_type=Path, exists=True))
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Parquet file for the whole table")
+def diff(before: Path, after: Path, out: Path | None) -> None:
+    """Compare the atlases of two runs (folders such as artifacts/laptop): features kept, gone and new."""
+    from pipeline.artifact import Artifact
+    from pipeline.atlas import Atlas, diff_atlases
+    from pipeline.dictionaries import read_dictionaries
+
+    saes = [read_dictionaries(Artifact.open(root / "train", kind="train", schema=1)) for root in (before, after)]
+    found = diff_atlases(Atlas.open(before / "atlas"), Atlas.open(after / "atlas"), *saes)
+    for line in table([(str(status), show_number(int(n))) for status, n in found["status"].value_counts().items()]):
+        say(line)
+    if out is not None:
+        found.to_parquet(out, index=False)
+        say(str(out))
+
+
+ATLAS_TOOLS = (serve, validate, export, import_labels, diff)
