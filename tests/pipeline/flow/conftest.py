@@ -35,7 +35,8 @@ def plant(*, d: int, n: int = 480, n_layers: int = 4, noise: float = 0.25, seed:
     """Residual dictionaries of `n` latents at each layer and MLP dictionaries holding what is newborn there.
 
     Of each layer's latents: 60 % carried, 10 % rotated to a cosine of 0.75, 4 % in pairs split from one, 3 % merged
-    from two, the rest newborn. Every latent's row is moved by `noise` (relative norm) before normalising, as training would.
+    from two, the rest newborn. Every latent's row is moved by `noise` (relative norm) before normalising, as training
+    would.
     """
     generator = torch.Generator().manual_seed(seed)
 
