@@ -13,7 +13,7 @@ RUN := $(BIN)/featureflow run --recipe $(RECIPE) --artifacts $(ARTIFACTS)
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help demo install test check lint types layers format bench bench-train bench-quality faults steering-study browser clean clean-artifacts collect train evaluate link atlas steer
+.PHONY: help demo install test check lint types layers format bench peers bench-train bench-quality faults steering-study browser clean clean-artifacts collect train evaluate link atlas steer
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -66,8 +66,30 @@ format: install
 
 # --- measurements ----------------------------------------------------------------------------------------------------------
 
-bench: install  ## every benchmark at its default size; results in benchmarks/results, table in docs/benchmarks.md
+PEERS ?= .peers
+RUN_FOLDER := $(ARTIFACTS)/$(RECIPE)
+
+bench: install  ## benchmarks that need no other tool; results in benchmarks/results, page docs/benchmarks.md
 	$(BIN)/python -m benchmarks $(ARGS)
+
+peers: install  ## environments of SAELens, sparsify and dictionary_learning, in PEERS (large)
+	benchmarks/peers/make_environments.sh $(PEERS)
+
+bench-train: install  ## a whole training step against the peers', side by side (needs make peers)
+	@mkdir -p benchmarks/results
+	$(BIN)/python -m benchmarks.train_speed --peers $(PEERS) --out $(ARTIFACTS)/bench-train $(ARGS) | tee benchmarks/results/train_speed.jsonl
+
+bench-quality: install  ## dictionaries of equal size and budget against the peers', and starts against each other (needs make peers, collect)
+	@mkdir -p benchmarks/results
+	$(BIN)/python -m benchmarks.quality_peers --collect $(RUN_FOLDER)/collect --peers $(PEERS) --out $(ARTIFACTS)/bench-quality $(ARGS) | tee benchmarks/results/quality_peers.jsonl
+	$(BIN)/python -m benchmarks.quality_starts --collect $(RUN_FOLDER)/collect --out $(ARTIFACTS)/bench-starts | tee benchmarks/results/quality_starts.jsonl
+
+faults: install  ## 100 kills and every corruption of the store, at full size; the table goes into docs/store-faults.md
+	$(BIN)/python benchmarks/store_faults.py --markdown docs/store-faults.md $(ARGS)
+
+steering-study: install  ## does steering along the flow help? The full protocol, resumable; report in docs/steering-study.md
+	$(RUN) --to link
+	$(BIN)/python -m benchmarks.steering_study $(RUN_FOLDER) $(ARGS)
 
 # --- cleaning --------------------------------------------------------------------------------------------------------------
 
