@@ -16,7 +16,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .PHONY: help demo install test check lint types layers format bench peers bench-train bench-quality faults steering-study browser clean clean-artifacts collect train evaluate link atlas steer
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z -]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  make %-24s %s\n", $$1, $$2}'
 	@echo "  variables: RECIPE=$(RECIPE) ARTIFACTS=$(ARTIFACTS) ARGS='--train.steps 500'"
 
 demo: install  ## the main job: text -> activations -> dictionaries -> flow graph -> atlas -> steering

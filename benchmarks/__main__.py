@@ -4,7 +4,7 @@
     python -m benchmarks store_write     run some
     python -m benchmarks --report        only write the page
 
-Each benchmark is a program of its own that prints JSON lines; they are kept in `benchmarks/results/<name>.jsonl`, one run
+Each benchmark is a program of its own that prints JSON lines, kept in `benchmarks/results/<name>.jsonl`, one run
 replacing the last. A quiet machine is needed for numbers worth keeping; the load is recorded with them.
 """
 
