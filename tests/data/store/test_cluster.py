@@ -64,9 +64,9 @@ def here(made, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def importable_tests():
-    """Workers are new processes: they find this package of tests by PYTHONPATH alone."""
+    """Workers are new processes that get this one's search path: it must lead to this package of tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+        patch.syspath_prepend(str(Path(__file__).parents[3]))
         yield
 
 
