@@ -4,12 +4,15 @@ An artifact is a folder with `manifest.json`. The manifest is written last and t
 
 1. `Artifact.create(out, …)` works in `<out>.partial`, beside the final place; the previous artifact stays whole;
 2. on success it writes the manifest (with size and checksum of every file) and renames; on failure the partial folder
-   stays, and a later `create` with the same digest finds it and resumes, with another digest it is swept;
+   stays, and a later `create` with the same digest finds it and resumes, with another digest it is swept; while one
+   process makes it, another that wants the same place is refused;
 3. `Artifact.open(path, kind=…)` reads the manifest, checks kind, schema and the size of every file, and refuses
    anything else with every problem at once. "The folder exists" never means "complete".
 
 The digest names what an artifact *should* contain: `sha256` over the canonical JSON of kind, schema, config and the
-digests of its inputs. It is known before the work is done; equal digests mean the stage has nothing to do.
+digests of its inputs. It is known before the work is done; equal digests mean the stage has nothing to do. The code is
+not in it (`SCHEMA` is raised when a stage's meaning changes), but `made_by.code` says which code wrote the artifact and
+`made_by.resumed_from` which other code an earlier, killed run had (docs/decisions/0002-artifacts-and-digests.md).
 """
 
 from __future__ import annotations
@@ -18,23 +21,19 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline.made_by import code_digest, made_by
 from sae.errors import Problem, UserError
 
 MANIFEST = "manifest.json"
-_PACKAGES = ("torch", "transformer-lens", "transformers", "zarr", "dask", "numpy", "safetensors", "pyarrow")
+MARKER = ".digest"
 
 
 def canonical_json(value: object) -> str:
@@ -93,9 +92,9 @@ class Artifact:
         """Whether a complete artifact with this digest lies at `path`. Never raises."""
         try:
             document = _read_manifest(Path(path), "")
-        except UserError:
+            return document.get("digest") == digest and not _problems_of_files(Path(path), document.get("files", {}))
+        except (UserError, AttributeError, OSError):  # no manifest, one with another shape, or one that cannot be read
             return False
-        return document.get("digest") == digest and not _problems_of_files(Path(path), document.get("files", {}))
 
     @classmethod
     @contextmanager
@@ -103,9 +102,18 @@ class Artifact:
         """Make an artifact: yield a Draft to fill, then write the manifest and rename. After an exception nothing at
         `out` has changed and the partial folder waits for a resume."""
         out = Path(out)
-        draft = Draft._begin(out, kind=kind, schema=schema, config=config, inputs=inputs)
-        yield draft
-        draft._finish(out)
+        with _only_maker(_partial_of(out)):
+            draft = Draft._begin(out, kind=kind, schema=schema, config=config, inputs=inputs)
+            yield draft
+            draft._finish(out)
+
+    @classmethod
+    def discard_partial(cls, out: Path) -> None:
+        """Forget what an earlier, killed run left, so that the next `create` starts anew."""
+        partial = _partial_of(Path(out))
+        if partial.is_dir():
+            with _only_maker(partial):
+                _empty(partial)
 
     def verify(self) -> None:
         """Recompute every checksum. Raises UserError naming each damaged file."""
@@ -135,6 +143,7 @@ class Draft:
     inputs: Mapping[str, str]
     summary: dict[str, Any] = field(default_factory=dict)
     externally_checked: tuple[str, ...] = ()
+    resumed_from: tuple[str, ...] = ()
     started: float = field(default_factory=time.time)
 
     @property
@@ -149,24 +158,19 @@ class Draft:
     @classmethod
     def _begin(cls, out: Path, *, kind: str, schema: int, config: object, inputs: Mapping[str, str]) -> Draft:
         digest = digest_of(kind, schema, config, inputs)
-        partial = out.with_name(out.name + ".partial")
-        marker = partial / ".digest"
-        try:
-            if partial.exists() and (not marker.is_file() or marker.read_text() != digest):
-                shutil.rmtree(partial)
-            partial.mkdir(parents=True, exist_ok=True)
-            marker.write_text(digest)
-        except OSError as error:
-            raise UserError(
-                "cannot write here",
-                where=str(partial),
-                found=str(error),
-                mend="free space or choose another --artifacts folder",
-            ) from error
-        return cls(path=partial, kind=kind, schema=schema, digest=digest, config=_plain(config), inputs=dict(inputs))
+        partial = _partial_of(out)
+        with _explained(partial):
+            earlier = _read_marker(partial)
+            if earlier[:1] != [digest]:
+                _empty(partial)
+                earlier = [digest]
+            codes = [*earlier[1:], *([] if code_digest() in earlier[1:] else [code_digest()])]
+            write_text_atomically(partial / MARKER, "\n".join([digest, *codes]))
+        draft = cls(path=partial, kind=kind, schema=schema, digest=digest, config=_plain(config), inputs=dict(inputs))
+        draft.resumed_from = tuple(code for code in codes if code != code_digest())
+        return draft
 
     def _finish(self, out: Path) -> None:
-        (self.path / ".digest").unlink(missing_ok=True)
         (self.path / MANIFEST).unlink(missing_ok=True)
         document = {
             "kind": self.kind,
@@ -176,10 +180,77 @@ class Draft:
             "inputs": self.inputs,
             "summary": _plain(self.summary),
             "files": _record_files(self.path, self.externally_checked),
-            "made_by": {**_made_by(), "seconds": round(time.time() - self.started, 3)},
+            "made_by": {
+                **made_by(),
+                "resumed_from": list(self.resumed_from),
+                "seconds": round(time.time() - self.started, 3),
+            },
         }
         write_text_atomically(self.path / MANIFEST, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
         _replace_folder(self.path, out)
+        (out / MARKER).unlink(missing_ok=True)  # last: a kill before the rename must find it
+
+
+def _partial_of(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+@contextmanager
+def _explained(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        mend = "free space or choose another --artifacts folder"
+        raise UserError("cannot write here", where=str(place), found=str(error), mend=mend) from error
+
+
+@contextmanager
+def _only_maker(partial: Path) -> Iterator[None]:
+    """Hold the partial folder, made if need be, for this process. A kill lets go of it; where folders cannot be locked
+    (Windows, some network disks) nothing is held."""
+    with _explained(partial):
+        partial.mkdir(parents=True, exist_ok=True)
+        try:
+            held = os.open(partial, os.O_RDONLY)
+        except PermissionError:
+            held = None
+    try:
+        if held is not None and not _locked(held):
+            mend = "wait for it, end it, or choose another --artifacts folder"
+            raise UserError("another process is making this artifact", where=str(partial), mend=mend)
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _locked(folder: int) -> bool:
+    try:
+        import fcntl
+
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return True
+    return True
+
+
+def _empty(folder: Path) -> None:
+    """Remove what is in the folder, the folder itself stays: it is what is locked. The marker goes first, so that a
+    kill half-way leaves nothing that looks like a draft to resume."""
+    (folder / MARKER).unlink(missing_ok=True)
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _read_marker(partial: Path) -> list[str]:
+    """The digest that the partial folder is for, then the code of every run that worked on it; empty for none."""
+    marker = partial / MARKER
+    return marker.read_text(encoding="utf-8").split() if marker.is_file() else []
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -264,7 +335,7 @@ def _record_files(root: Path, externally_checked: tuple[str, ...]) -> dict[str, 
     files = {}
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         name = path.relative_to(root).as_posix()
-        if name == MANIFEST or name.endswith(".tmp"):
+        if name in (MANIFEST, MARKER) or name.endswith(".tmp"):
             continue
         external = any(name == prefix or name.startswith(prefix.rstrip("/") + "/") for prefix in externally_checked)
         files[name] = {"size": path.stat().st_size, "sha256": None if external else _sha256(path)}
@@ -274,37 +345,6 @@ def _record_files(root: Path, externally_checked: tuple[str, ...]) -> dict[str, 
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@cache
-def _made_by() -> dict[str, Any]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "versions": versions,
-        "commit": _commit(),
-        "command": " ".join(Path(a).name for a in sys.argv[:1]),
-        "machine": platform.machine(),
-    }
-
-
-def _commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def _plain(value: object) -> Any:

@@ -2,7 +2,8 @@
 
 1. a stage's inputs are the fields of its `Inputs`; following them gives the stages above it;
 2. its digest follows from its config, the digests of its inputs and what `outside_digests` says of the world;
-3. an artifact on disk with that digest is current and its stage returns at once; otherwise the stage runs.
+3. an artifact on disk with that digest is current and its stage returns at once; otherwise the stage runs, and goes on
+   with what a killed run of the same digest left, unless it is forced: then it starts anew.
 
 A changed section of a recipe therefore reruns that stage and what lies below it, and nothing above.
 """
@@ -115,6 +116,8 @@ def _run_stage(
     if not force and Artifact.is_current(out, _digest(module, config, available)):
         artifact = Artifact.open(out, kind=module.KIND, schema=module.SCHEMA)
         return StageResult(stage=stage, artifact=artifact, was_current=True, seconds=0.0)
+    if force:
+        Artifact.discard_partial(out)
     events.started(stage)
     started = time.monotonic()
     inputs = module.Inputs(**{name: available[name] for name in _input_names(module) if name in available})

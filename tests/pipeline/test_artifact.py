@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pipeline.artifact
 from pipeline.artifact import Artifact, canonical_json, digest_of
 from sae.errors import UserError
 
@@ -131,3 +134,69 @@ def test_an_unwritable_place_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         make(tmp_path / "file" / "toy")
+
+
+def killed(out: Path, *, text: str = "half") -> None:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Artifact.create(out, kind="toy", schema=1, config=Config(), inputs={"above": "d1"}) as draft,
+    ):
+        (draft.path / "half.txt").write_text(text)
+        raise KeyboardInterrupt
+
+
+def test_a_kill_just_before_the_rename_loses_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(new: Path, place: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pipeline.artifact, "_replace_folder", kill)
+        make(tmp_path / "toy", "long work")
+    with Artifact.create(tmp_path / "toy", kind="toy", schema=1, config=Config(), inputs={"above": "d1"}) as draft:
+        assert (draft.path / "sub" / "data.txt").read_text() == "long work"
+    artifact = Artifact.open(tmp_path / "toy", kind="toy", schema=1)
+    assert sorted(artifact.files) == ["sub/data.txt"]
+    assert not (artifact.path / ".digest").exists()
+
+
+def test_two_processes_cannot_make_one_artifact_at_once(tmp_path: Path) -> None:
+    other = (
+        "from tests.pipeline.test_artifact import make; from pathlib import Path; import sys; make(Path(sys.argv[1]))"
+    )
+    with Artifact.create(tmp_path / "toy", kind="toy", schema=1, config=Config(steps=9), inputs={}) as draft:
+        (draft.path / "mine.txt").write_text("mine")
+        done = subprocess.run(
+            [sys.executable, "-c", other, str(tmp_path / "toy")],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[2],
+            check=False,
+        )
+        assert "another process is making this artifact" in done.stderr
+        assert (draft.path / "mine.txt").read_text() == "mine"
+    make(tmp_path / "toy")
+
+
+def test_the_manifest_says_which_other_code_a_resumed_artifact_was_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.artifact, "code_digest", lambda: "old")
+    killed(tmp_path / "toy")
+    monkeypatch.setattr(pipeline.artifact, "code_digest", lambda: "new")
+    assert make(tmp_path / "toy").made_by["resumed_from"] == ["old"]
+    killed(tmp_path / "toy")
+    assert make(tmp_path / "toy").made_by["resumed_from"] == []
+
+
+def test_a_discarded_draft_is_not_resumed(tmp_path: Path) -> None:
+    killed(tmp_path / "toy")
+    Artifact.discard_partial(tmp_path / "toy")
+    assert sorted(make(tmp_path / "toy").files) == ["sub/data.txt"]
+
+
+@pytest.mark.parametrize("files", [[], {"a": 3}, None])
+def test_is_current_says_no_to_a_manifest_of_another_shape(tmp_path: Path, files: object) -> None:
+    artifact = make(tmp_path / "toy")
+    manifest = json.loads((artifact.path / "manifest.json").read_text()) | {"files": files}
+    (artifact.path / "manifest.json").write_text(json.dumps(manifest))
+    assert not Artifact.is_current(artifact.path, artifact.digest)

@@ -136,3 +136,18 @@ def test_force_runs_a_current_stage(tmp_path: Path, log: list[str]) -> None:
     log.clear()
     run_recipe(recipe(), to="train", root=tmp_path, context_of=lambda stage: RunContext(), force=("train",))
     assert log == ["train"]
+
+
+def test_force_does_not_go_on_with_what_a_killed_run_left(tmp_path: Path, log: list[str]) -> None:
+    bring(tmp_path, "collect")
+    config = recipe().configs["collect"]
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Artifact.create(tmp_path / "collect", kind="collect", schema=1, config=config, inputs=WORLD) as draft,
+    ):
+        (draft.path / "half.txt").write_text("half")
+        raise KeyboardInterrupt
+    [forced] = run_recipe(
+        recipe(), to="collect", root=tmp_path, context_of=lambda stage: RunContext(), force=("collect",)
+    )
+    assert "half.txt" not in forced.artifact.files
