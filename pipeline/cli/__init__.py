@@ -21,6 +21,7 @@ import click
 from pipeline.cli.atlas import ATLAS_TOOLS
 from pipeline.cli.dictionaries import sae_commands
 from pipeline.cli.flow import flow_commands
+from pipeline.cli.paper import paper_commands
 from pipeline.cli.stage_commands import recipes, run, stage_command
 from pipeline.cli.steer import STEER_TOOLS, serve
 from pipeline.cli.store import store_commands
@@ -37,7 +38,7 @@ def app() -> None:
 
 _TOOLS = {"atlas": ATLAS_TOOLS, "steer": STEER_TOOLS}
 _STAGE_COMMANDS = [stage_command(stage, _TOOLS.get(stage, ())) for stage in STAGES]
-for _command in (run, *_STAGE_COMMANDS, recipes, serve, store_commands, flow_commands, sae_commands):
+for _command in (run, *_STAGE_COMMANDS, recipes, serve, store_commands, flow_commands, paper_commands, sae_commands):
     app.add_command(_command)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Literal, TypeVar, assert_never
 
 import numpy as np
 import pandas as pd
@@ -42,6 +42,7 @@ from sae.report import Progress, silent
 Weights = Literal["dec-dec", "enc-enc", "dec-enc", "dec-dec+enc-enc"]
 WEIGHTS: tuple[Weights, ...] = ("dec-dec", "enc-enc", "dec-enc", "dec-dec+enc-enc")
 _BLOCK_ROWS = 512
+Given = TypeVar("Given")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +118,11 @@ def skipping(source: Sae, target: Sae, matrix: sparse.csr_matrix) -> Sae:
 
 
 def explained_variance(
-    predict: Callable[[Float[Tensor, "token d_in"]], Float[Tensor, "token d_out"]],
-    batches: Iterable[tuple[Float[Tensor, "token d_in"], Float[Tensor, "token d_out"]]],
+    predict: Callable[[Given], Float[Tensor, "token d_out"]],
+    batches: Iterable[tuple[Given, Float[Tensor, "token d_out"]]],
 ) -> float:
-    """1 − Σ‖x̂ − x‖² / Σ‖x − mean‖² over pairs of (source, target) activations, in one pass; nan without variance."""
+    """1 − Σ‖x̂ − x‖² / Σ‖x − mean‖², in one pass; nan without variance. A batch holds what `predict` takes (source
+    activations or their codes) and the target's activations of the same tokens."""
     error, square, n = 0.0, 0.0, 0
     total: Tensor | None = None
     for given, wanted in batches:
