@@ -3,8 +3,8 @@
 1. Candidates: living residual features of middle layers that flow through several layers and fire neither too seldom
    nor on more than `max_density` of the tokens.
 2. Input side: their own tokens and purity, from activations in the store; the purest stay.
-3. Output side: what steering makes the model write next; ranked by the probability their own tokens gain, features
-   with a label that passed its test before all others.
+3. Output side: what steering makes the model write next; ranked by how likely their own tokens become that were not
+   likely before, features with a label that passed its test before all others.
 4. The best are taken, no two of one chain or with the same tokens. Each gets its flow (the chain around it, without
    steps that never fired), units, and a placebo: another feature of its site with like density and a flow over the
    same layers.
@@ -34,8 +34,8 @@ from steering.profile import OutputScore, Profile, output_scores, profile_featur
 from steering.reading import Target
 
 _N_SITES = 5
-_PER_SITE = 256
-_N_SCORED = 40
+_PER_SITE = 2048
+_N_SCORED = 64
 _N_PLACEBO_DRAWS = 16
 
 
@@ -146,7 +146,7 @@ def _ranked_candidates(
     usable = [p for p in profiles if p.own_tokens and 0 < p.density <= options.max_density]
     purest = sorted(usable, key=lambda p: (-p.purity * min(len(p.own_tokens), 4), str(p.feature)))[:_N_SCORED]
     scored = _scored(sources, purest)
-    return sorted(scored, key=lambda pair: (not sources.has_label(pair[0].feature), -pair[1].gain))
+    return sorted(scored, key=lambda pair: (not sources.has_label(pair[0].feature), -pair[1].information))
 
 
 def candidate_features(nodes: pd.DataFrame, options: SelectionOptions, remarks: list[str]) -> list[FeatureId]:

@@ -16,6 +16,7 @@ Cost: one encoding of the text a site; one short forward pass a feature. Source:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ from steering.edits import Add
 from steering.plan import Node, Plan
 from steering.protocols import Dictionary, SteerableModel
 from steering.sequences import device_of, encoded, forward, in_batches, padded
+
+_RARE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,12 @@ class OutputScore:
     def gain(self) -> float:
         return self.after - self.before
 
+    @property
+    def information(self) -> float:
+        """`after · log(after / before)`, nats: large when the tokens become likely *and* were not so before, so that
+        function words, likely anyway, do not win."""
+        return self.after * math.log((self.after + _RARE) / (self.before + _RARE))
+
 
 def profile_features(
     sae: Dictionary,
@@ -64,7 +73,7 @@ def profile_features(
     latents: Sequence[int],
     *,
     min_rate: float = 0.3,
-    max_frequency: float = 0.01,
+    max_frequency: float = 0.002,
     n_own: int = 30,
 ) -> list[Profile]:
     """Profiles of `latents`; `ids` are the tokens of all blocks, in order."""
@@ -73,7 +82,7 @@ def profile_features(
     if len(activations) != len(ids) or not len(ids):
         raise UserError("tokens and activations differ in number", expected=str(len(ids)), found=str(len(activations)))
     tokens, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
-    usable = counts <= max(max_frequency * len(ids), 2)
+    usable = counts <= max(max_frequency * len(ids), 8)
     return [
         _profile(FeatureId(site, latent), activations[:, column], tokens, inverse, counts, usable, min_rate, n_own)
         for column, latent in enumerate(latents)

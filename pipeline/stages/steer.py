@@ -46,7 +46,7 @@ from steering.arms import ARMS
 from steering.dose import NeutralText
 from steering.generation import Generation, Sampling, generate
 from steering.plan_files import write_plan
-from steering.reading import Reading, coherence_limits, read_back
+from steering.reading import CoherenceLimits, Reading, coherence_limits, read_back
 from steering.schedules import Constant, Schedule
 from steering.trial import ArmDose, Effect, Twin, calibrated_arms, effects_of, run_trial
 
@@ -70,10 +70,10 @@ class Config:
     schedule: Annotated[Schedule, Doc("how the arm `flow` shares its strength among the layers")] = field(
         default_factory=Constant
     )
-    doses: Annotated[tuple[float, ...], MinLen(1), Doc("nats of KL a token on neutral text")] = (0.1, 0.3, 1.0)
+    doses: Annotated[tuple[float, ...], MinLen(1), Doc("nats of KL a token on neutral text")] = (0.3, 0.8, 2.0)
     n_before: Annotated[int, Ge(0), Doc("layers of the flow before the feature's own")] = 3
     n_after: Annotated[int, Ge(0), Doc("layers of the flow after the feature's own")] = 5
-    max_density: Annotated[float, Gt(0), Le(1), Doc("a chosen feature fires on at most this share of tokens")] = 0.05
+    max_density: Annotated[float, Gt(0), Le(1), Doc("a chosen feature fires on at most this share of tokens")] = 0.03
     min_persistence: Annotated[int, Ge(1), Doc("layers that a chosen feature lasts at least")] = 6
     n_rows: Annotated[int, Ge(64), Doc("tokens of the store that features are described from")] = 8192
     n_prompts: Annotated[int, Ge(1), Doc("neutral prompts that text is generated from")] = 6
@@ -148,11 +148,26 @@ def _steer_all(config: Config, sources: Sources, chosen: list[Chosen], context: 
         batch_size=config.batch_size,
     )
     readings = read_back(model, saes, unsteered.samples, [each.target for each in chosen])
+    limits = coherence_limits(_ordinary(config, sources, sampling))
     found = []
     for place, each in enumerate(chosen):
         before = [reading.of_target(place) for reading in readings]
-        found.append(_steer_one(config, sources, each, neutral, unsteered, before, prompts, sampling, context))
+        found.append(_steer_one(config, sources, each, neutral, unsteered, before, limits, prompts, sampling, context))
     return found
+
+
+def _ordinary(config: Config, sources: Sources, sampling: Sampling) -> list[Reading]:
+    """Unsteered text from other prompts: what coherence is judged by."""
+    made = generate(
+        sources.model,
+        sources.saes,
+        read_prompts().dev[: 4 * config.n_prompts],
+        [None],
+        seed=config.seed + 1,
+        sampling=sampling,
+        batch_size=config.batch_size,
+    )
+    return read_back(sources.model, sources.saes, made.samples, [])
 
 
 def _steer_one(
@@ -162,6 +177,7 @@ def _steer_one(
     neutral: NeutralText,
     unsteered: Generation,
     before: list[Reading],
+    limits: CoherenceLimits,
     prompts: tuple[str, ...],
     sampling: Sampling,
     context: RunContext,
@@ -193,7 +209,7 @@ def _steer_one(
         batch_size=config.batch_size,
         progress=context.progress,
     )
-    effects = effects_of(twins, coherence_limits(before), seed=config.seed)
+    effects = effects_of(twins, limits, seed=config.seed)
     return Found(chosen=chosen, arm_doses=arm_doses, twins=twins, effects=effects)
 
 
