@@ -21,7 +21,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Annotated, Literal, assert_never
+
+from typing_extensions import Doc
 
 from sae.errors import UserError
 from steering.choice import FromFile
@@ -36,13 +38,17 @@ class Constant(FromFile):
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(FromFile):
-    end: float = 0.0
+    """Falls or rises in a straight line along the flow."""
+
+    end: Annotated[float, Doc("weight at the last layer; the first has 1")] = 0.0
     kind: Literal["linear"] = "linear"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exponential(FromFile):
-    rate: float = -0.05
+    """The paper's: exponential in the number of the layer."""
+
+    rate: Annotated[float, Doc("of growth a layer; negative falls")] = -0.05
     kind: Literal["exponential"] = "exponential"
 
 
@@ -53,8 +59,10 @@ class CosineProduct(FromFile):
 
 @dataclass(frozen=True, kw_only=True)
 class Gaussian(FromFile):
-    width: float = 3.0
-    centre: float | None = None
+    """A bump over depth."""
+
+    width: Annotated[float, Doc("standard deviation, in layers")] = 3.0
+    centre: Annotated[float | None, Doc("layer of the peak; none: the seed's")] = None
     kind: Literal["gaussian"] = "gaussian"
 
 
