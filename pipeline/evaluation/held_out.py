@@ -9,7 +9,7 @@ Held-out documents are never in the train split (the store sees to it), so nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,10 +40,17 @@ class Contexts:
 
 
 def choose_rows(
-    store: ActivationStore, split: Split, n_tokens: int, *, filters: RowFilters, seed: int
+    store: ActivationStore,
+    split: Split,
+    n_tokens: int,
+    *,
+    filters: RowFilters,
+    seed: int,
+    sites: Sequence[Site] = (),
 ) -> list[Int[np.ndarray, "row"]]:
-    """Ascending blocks of kept rows, about `n_tokens` in all, fewer when the split has no more."""
-    kept = store.kept_rows(split, filters)
+    """Ascending blocks of kept rows, about `n_tokens` in all, fewer when the split has no more. `max_norm_ratio` of the
+    filters looks at the norms of `sites`."""
+    kept = store.kept_rows(split, filters, sites=sites)
     if not len(kept):
         raise UserError(
             f"the store has no {split} rows that pass the filters",

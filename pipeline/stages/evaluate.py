@@ -44,6 +44,7 @@ from sae.errors import UserError
 from sae.metrics import Interval
 
 KIND, SCHEMA = "evaluate", 1
+_KEPT = ".rows"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,7 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
             recoveries = _with_the_model(config, inputs.collect, store, candidates, context)
             rows = [row | _recovery_columns(recoveries.get(row["name"])) for row in rows]
         _write(draft, pd.DataFrame(rows), pd.DataFrame(curves))
+        shutil.rmtree(draft.path / _KEPT)
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
 
 
@@ -101,12 +103,13 @@ def _measure_all(
     config: Config, store: ActivationStore, candidates: Sequence[Candidate], draft: Draft, context: RunContext
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of metrics and of PCA curves; a site's numbers are kept in the draft, so that a killed run has them."""
-    kept = draft.path / ".rows"
+    kept = draft.path / _KEPT
     kept.mkdir(exist_ok=True)
-    chosen = _choose(config, store)
+    draft.metrics_path.unlink(missing_ok=True)  # a killed run's; every record is written again below
     bootstrap = Bootstrap(n_resamples=config.n_resamples, seed=config.seed)
     rows, curves = [], []
     sites = list(dict.fromkeys(candidate.site for candidate in candidates))
+    chosen = _choose(config, store, sites)
     for done, site in enumerate(sites):
         context.progress(f"evaluate {site.short}", done, len(sites))
         file = kept / f"{site.short}.json"
@@ -122,13 +125,14 @@ def _measure_all(
             draft.write_metrics(record)
             context.metrics(record)
     context.progress("evaluate", len(sites), len(sites))
-    shutil.rmtree(kept)
     return rows, curves
 
 
-def _choose(config: Config, store: ActivationStore) -> Rows:
+def _choose(config: Config, store: ActivationStore, sites: Sequence[Site]) -> Rows:
     def choose(split: Split, n_tokens: int) -> list[Int[np.ndarray, "row"]]:
-        return choose_rows(store, split, n_tokens, filters=config.filters, seed=config.seed) if n_tokens else []
+        if not n_tokens:
+            return []
+        return choose_rows(store, split, n_tokens, filters=config.filters, seed=config.seed, sites=sites)
 
     return Rows(held_out=choose("validation", config.n_tokens), train=choose("train", config.n_pca_tokens))
 

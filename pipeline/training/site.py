@@ -81,7 +81,7 @@ def train_site(
     batches = _batches(job, store, options)
     _resume(place / CHECKPOINT, trainer, batches)
     seconds = _run(job, trainer, batches, options, place, progress, metrics, stopping)
-    held_out = read_rows(store, job.site, store.kept_rows("validation", options.filters)[: options.held_out_rows])
+    held_out = read_rows(store, job.site, held_out_rows(job.site, store, options))
     on_device = Batch(x=held_out.to(options.device)) if len(held_out) else None
     sae = trainer.finish(on_device, {**_description(job, store, options), "held_out_rows": len(held_out)})
     sae.metadata.update(_measured(sae, held_out) | {"dead": trainer.records[-1]["dead"] / job.n_latents})
@@ -106,6 +106,11 @@ def read_rows(store: ActivationStore, site: Site, rows: Int64[np.ndarray, "row"]
             values = store.read(site, int(rows[begin]), int(rows[end - 1]) + 1)
             out[begin:end] = torch.from_numpy(values[rows[begin:end] - rows[begin]])
     return out
+
+
+def held_out_rows(site: Site, store: ActivationStore, options: TrainingOptions) -> Int64[np.ndarray, "row"]:
+    """The rows that set thresholds and measure FVU: the first of the held-out ones that training's filters keep."""
+    return store.kept_rows("validation", options.filters, sites=[site])[: options.held_out_rows]
 
 
 class _WindowBatches:

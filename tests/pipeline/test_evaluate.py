@@ -211,3 +211,28 @@ def test_a_second_run_of_the_same_config_gives_the_same_numbers(collected, tmp_p
     text = (first.path / "metrics.json").read_text()
     second = evaluated(collected, tmp_path / "again", {"L1": rough(1)})
     assert (second.path / "metrics.json").read_text() == text
+
+
+def test_a_limit_on_norms_holds_for_the_rows_measured_too(collected):
+    store = ActivationStore.open(collected.path / "store.zarr")
+    site, filters = Site(2, "resid_post"), RowFilters(max_norm_ratio=1.0)
+    rows = np.concatenate(choose_rows(store, "validation", 10**9, filters=filters, seed=0, sites=[site]))
+    norms = np.linalg.norm(store.read(site, 0, store.n_rows).astype(np.float64), axis=1)
+    median = np.median(norms[store.tokens().flags == 0])
+    ordinary = np.concatenate(choose_rows(store, "validation", 10**9, filters=RowFilters(), seed=0))
+    assert set(rows) == set(ordinary[norms[ordinary] <= median * 1.0001]) != set(ordinary)
+
+
+def test_a_run_killed_while_the_model_runs_keeps_its_rows_and_counts_nothing_twice(collected, tmp_path, monkeypatch):
+    def killed(*args, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(evaluate, "measure_recovery", killed)
+        evaluated(collected, tmp_path, {"L0": perfect()})
+    measured = []
+    measure_site = evaluate.measure_site
+    monkeypatch.setattr(evaluate, "measure_site", lambda *a, **b: measured.append(a) or measure_site(*a, **b))
+    found = evaluated(collected, tmp_path, {"L0": perfect()})
+    assert not measured, "what was measured before the kill is there"
+    assert len((found.path / "metrics.jsonl").read_text().splitlines()) == 1

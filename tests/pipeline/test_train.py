@@ -6,17 +6,20 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from data.corpus import BundledText
 from data.model_spec import Random
 from data.sites import parse_site
+from data.store import ActivationStore, RowFilters
 from pipeline.artifact import Artifact
 from pipeline.dictionaries import read_dictionaries
 from pipeline.run import RunContext
 from pipeline.stages import collect, train
 from pipeline.training.plan import Chain, Independent, Override, Shared
+from pipeline.training.site import held_out_rows
 from sae.architectures import BatchTopK, TopK
 from sae.errors import UserError
 
@@ -170,3 +173,14 @@ def test_impossible_choices_are_refused_together_and_nothing_is_written(collecte
     with pytest.raises(UserError):
         train.run(replace(CONFIG, sites=("L7",)), inputs, tmp_path / "train", RunContext())
     assert not (tmp_path / "train").exists()
+
+
+def test_the_rows_that_set_thresholds_pass_the_filters_of_training(collected: Artifact) -> None:
+    store = ActivationStore.open(collected.path / "store.zarr")
+    site = store.sites[-1]
+    config = train.Config(filters=RowFilters(max_norm_ratio=1.0))
+    rows = held_out_rows(site, store, train.options_of(config, "cpu"))
+    norms = np.linalg.norm(store.read(site, 0, store.n_rows).astype(np.float64), axis=1)
+    assert len(rows)
+    assert rows.min() >= store.validation_start
+    assert (norms[rows] <= np.median(norms[store.tokens().flags == 0]) * 1.01).all()
