@@ -2,7 +2,8 @@
 
 1. Candidates: living residual features of middle layers that flow through several layers and fire neither too seldom
    nor on more than `max_density` of the tokens.
-2. Input side: their own tokens and purity, from activations in the store; the purest stay.
+2. Input side: their own tokens and purity, from activations in the store; the purest stay, those whose own tokens are
+   mostly content words before all others.
 3. Output side: what steering makes the model write next; ranked by how likely their own tokens become that were not
    likely before, features with a label that passed its test before all others.
 4. The best are taken, no two of one chain or with the same tokens. Each gets its flow (the chain around it, without
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from torch import Tensor
 
 from data.concepts.prompts import read_prompts
@@ -36,6 +38,7 @@ from steering.reading import Target
 _N_SITES = 5
 _PER_SITE = 2048
 _N_SCORED = 64
+_CONTENT_SHARE = 0.6
 _N_PLACEBO_DRAWS = 16
 
 
@@ -144,9 +147,29 @@ def _ranked_candidates(
     candidates = candidate_features(sources.graph.nodes, options, remarks)
     profiles = sources.profiles(candidates, options.n_rows).values()
     usable = [p for p in profiles if p.own_tokens and 0 < p.density <= options.max_density]
-    purest = sorted(usable, key=lambda p: (-p.purity * min(len(p.own_tokens), 4), str(p.feature)))[:_N_SCORED]
-    scored = _scored(sources, purest)
-    return sorted(scored, key=lambda pair: (not sources.has_label(pair[0].feature), -pair[1].information))
+    words = {p.feature: _content_share(sources, p.own_tokens) for p in usable}
+
+    def rank_of(profile: Profile) -> tuple[bool, float, str]:
+        is_about_something = words[profile.feature] >= _CONTENT_SHARE
+        return not is_about_something, -profile.purity * min(len(profile.own_tokens), 6), str(profile.feature)
+
+    scored = _scored(sources, sorted(usable, key=rank_of)[:_N_SCORED])
+    return sorted(
+        scored,
+        key=lambda pair: (
+            words[pair[0].feature] < _CONTENT_SHARE,
+            not sources.has_label(pair[0].feature),
+            -pair[1].information,
+        ),
+    )
+
+
+def _content_share(sources: Sources, tokens: Sequence[int]) -> float:
+    """The share of tokens that are content words: at least three letters, and no English function word. A reader can
+    tell whether a text turned to tomatoes, hardly whether it turned to ‘its’."""
+    texts = [sources.model.tokenizer.decode([token]).strip().lower() for token in tokens]
+    content = [len(text) >= 3 and text.isalpha() and text not in ENGLISH_STOP_WORDS for text in texts]
+    return sum(content) / max(len(content), 1)
 
 
 def candidate_features(nodes: pd.DataFrame, options: SelectionOptions, remarks: list[str]) -> list[FeatureId]:
