@@ -117,9 +117,14 @@ def run_context(*, device: str, threads: int, scheduler: str | None, workers: in
 
     from pipeline.run import RunContext
 
-    n_threads = threads or len(os.sched_getaffinity(0))
+    n_threads = threads or _n_cores()
     torch.set_num_threads(n_threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     where = scheduler or ("local" if workers else None)
     return RunContext(progress=progress, device=device, n_threads=n_threads, scheduler=where, n_workers=workers)
+
+
+def _n_cores() -> int:
+    """Cores this process may use; where the system does not say (macOS, Windows), all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

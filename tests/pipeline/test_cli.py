@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 import pytest
+import torch
 
 import pipeline.cli
 from pipeline.cli import run_command
-from pipeline.cli.options import parse_overrides
+from pipeline.cli.options import parse_overrides, run_context
 from pipeline.console import show_number, table
 from sae.errors import Problem, UserError
 
@@ -109,3 +112,10 @@ def test_numbers_read_as_people_write_them(value: object, text: str) -> None:
 
 def test_tables_align() -> None:
     assert table([("a", "1"), ("long", "2")]) == ["a     1", "long  2"]
+
+
+def test_cores_are_counted_where_the_system_has_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    found = run_context(device="cpu", threads=0, scheduler=None, workers=0, progress=None)
+    assert found.n_threads == os.cpu_count()
