@@ -1,8 +1,9 @@
-"""`featureflow store`: look into an activation store, verify it."""
+"""`featureflow store`: look into an activation store, verify it, import one."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,7 +14,7 @@ from pipeline.console import complain, progress_bars, say, show_number, table
 
 @click.group("store", no_args_is_help=True)
 def store_commands() -> None:
-    """Look into an activation store, or verify it."""
+    """Look into an activation store, verify it, or import one."""
 
 
 @store_commands.command()
@@ -61,3 +62,44 @@ def verify(ctx: click.Context, url: str, full: bool, quiet: bool, **machine: Any
     except Exception as error:
         complain(f"error: {error}")
     ctx.exit(2)
+
+
+@store_commands.command("import")
+@click.argument("source", type=click.Path(path_type=Path, exists=True))
+@click.argument("url")
+@click.option(
+    "--rename", multiple=True, metavar="NAME=SITE", help="name found in SOURCE and the site it is, e.g. acts=L12"
+)
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float16", "float32", "int8"]), default="bfloat16", show_default=True
+)
+@click.option("--context", "n_context", default=None, type=int, help="rows of one context, where SOURCE does not say")
+@click.option("--validation", default=0.05, show_default=True, help="share of the contexts set apart")
+@machine_options
+@quiet_option
+def import_(
+    source: Path,
+    url: str,
+    rename: tuple[str, ...],
+    dtype: Any,
+    n_context: int | None,
+    validation: float,
+    quiet: bool,
+    **machine: Any,
+) -> None:
+    """Store the activations in SOURCE (SAELens' cache, a folder of safetensors or .npy, a Zarr array) at URL."""
+    from data.store.importing import import_activations
+
+    if wrong := [pair for pair in rename if "=" not in pair]:
+        raise click.UsageError(f"--rename takes NAME=SITE, not {', '.join(wrong)}")
+    with progress_bars(quiet=quiet) as progress:
+        report = import_activations(
+            source,
+            url,
+            run_context(progress=progress, **machine),
+            dtype=dtype,
+            rename=dict(pair.split("=", 1) for pair in rename),
+            n_context=n_context,
+            validation_fraction=validation,
+        )
+    say(f"{report.url}: {report.n_shards} shards, {show_number(report.n_bytes / 1e9)} GB, sound")
