@@ -33,7 +33,7 @@ def encode(rows: Tensor | np.ndarray, dtype: StoredDtype) -> np.ndarray:
     if isinstance(rows, np.ndarray):
         if dtype != "bfloat16":
             return np.ascontiguousarray(rows, dtype=STORED_AS[dtype])
-        rows = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
+        rows = torch.from_numpy(np.require(rows, dtype=np.float32, requirements=["C", "W"]))
     rows = rows.detach().to(device="cpu", dtype=_TORCH[dtype]).contiguous()
     return rows.view(torch.uint16).numpy() if dtype == "bfloat16" else rows.numpy()
 
