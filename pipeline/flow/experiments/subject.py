@@ -60,12 +60,13 @@ class Subject:
         """Dictionaries with their codes of the held-out tokens, a few kept."""
         return Shelf(dictionaries=self.dictionaries, held_out=self.held_out)
 
-    def pair(self, source: Site, target: Site, *, even: bool | None = None) -> PairData:
-        """Two dictionaries and activations to match them by; of the even or the odd batches, or of all."""
+    def pair(self, source: Site, target: Site, *, half: int | None = None) -> PairData:
+        """Two dictionaries and activations to match them by: of all held-out tokens, or of the first (0) or second (1)
+        half of every batch, so that one half can judge what the other chose."""
         return PairData(
             source=self.dictionaries[source],
             target=self.dictionaries[target],
-            rows=lambda: _rows(self.held_out, source, target, even),
+            rows=lambda: _rows(self.held_out, source, target, half),
             n_candidates=_candidates(self.dictionaries[source], self.dictionaries[target]),
         )
 
@@ -155,10 +156,12 @@ def _best_link(edges: pd.DataFrame, n: int) -> BestLink:
     return BestLink(source=parse_site(str(edges["source_site"].iloc[0])), best=best, score=score)
 
 
-def _rows(held_out: HeldOut, source: Site, target: Site, even: bool | None) -> Iterator[tuple[Tensor, Tensor]]:
-    for number, batch in enumerate(zip(held_out(source), held_out(target), strict=True)):
-        if even is None or even == (number % 2 == 0):
-            yield batch
+def _rows(held_out: HeldOut, source: Site, target: Site, half: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    for left, right in zip(held_out(source), held_out(target), strict=True):
+        middle = (len(left) + 1) // 2
+        part = slice(None) if half is None else slice(middle) if half == 0 else slice(middle, None)
+        if len(left[part]):
+            yield left[part], right[part]
 
 
 def _candidates(source: Sae, target: Sae) -> int | None:

@@ -1,0 +1,186 @@
+"""The papers' experiments on a small random model: joint edits are real edits, every experiment gives its tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner
+
+from data.language_model import LanguageModel
+from data.model_spec import Random
+from data.sites import Site
+from pipeline.artifact import Artifact
+from pipeline.flow.activity import GROUPS, MEMBERS
+from pipeline.flow.causal import Contexts
+from pipeline.flow.experiments import EXPERIMENTS, FIGURE, REPORT, run_experiment, write_finding
+from pipeline.flow.experiments.firings import Change, clean_losses, draw_firings, prepare, run_changes
+from pipeline.flow.experiments.subject import Effort, Subject, fullest, layers_of, spread
+from pipeline.flow.link import link_dictionaries
+from pipeline.flow.options import LinkOptions
+from sae import Sae
+from sae.activations import TopKActivation
+from sae.errors import UserError
+
+D, N = 32, 48
+SITES = [Site(layer, "resid_post") for layer in range(3)] + [
+    Site(layer, kind) for layer in (1, 2) for kind in ("mlp_out", "attn_out")
+]
+EFFORT = Effort(n_pairs=2, n_targets=28, n_contexts=6, n_exhaustive=2)
+
+
+def random_sae(seed: int, k: int = 12) -> Sae:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.nn.functional.normalize(torch.randn(N, D, generator=generator), dim=1)
+    zeros = torch.zeros(D)
+    return Sae(W_enc=rows, b_enc=torch.zeros(N), W_dec=rows, b_dec=zeros, b_in=zeros, activation=TopKActivation(k=k))
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel.open(Random(n_layers=3, d_model=D, n_heads=4, d_mlp=64, seed=1), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def subject(model: LanguageModel) -> Subject:
+    dictionaries = {site: random_sae(seed) for seed, site in enumerate(SITES)}
+    rng = np.random.default_rng(0)
+    held_out = torch.from_numpy(rng.integers(0, 400, size=(24, 16)))
+    seen = {site: value.reshape(-1, D) for site, value in model.activations(held_out, SITES).items()}
+    ids = rng.integers(0, 400, size=(6, 16)).astype(np.int64)
+    usable = np.ones_like(ids, dtype=bool)
+    usable[:, 0] = False
+    contexts = Contexts(ids=ids, document=np.arange(6)[:, None].repeat(16, 1), usable=usable)
+
+    def batches(site: Site):
+        return seen[site].split(100)
+
+    links = link_dictionaries(dictionaries, options=LinkOptions(n_null=100), held_out=batches)
+    return Subject(
+        dictionaries=dictionaries, edges=links.edges, held_out=batches,
+        open_model=lambda: model, contexts=lambda _, n: contexts,
+    )  # fmt: skip
+
+
+def test_layers_hold_the_first_choice_of_every_relation(subject: Subject) -> None:
+    layers = layers_of(subject)
+    assert [layer.target for layer in layers] == SITES[1:3]
+    assert [set(layer.links) for layer in layers] == [{"residual", "mlp", "attention"}] * 2
+    link = layers[0].links["mlp"]
+    cosines = subject.dictionaries[SITES[1]].W_dec @ subject.dictionaries[link.source].W_dec.T
+    known = np.flatnonzero(link.best >= 0)
+    best = cosines.numpy()[known, link.best[known]]
+    np.testing.assert_allclose(link.score[known], best, atol=1e-6)
+    assert fullest(layers) == layers
+    assert spread(list(range(10)), 2) == [2, 7]
+
+
+def test_joint_edits_equal_full_runs_with_the_same_edits(model: LanguageModel, subject: Subject) -> None:
+    layer = layers_of(subject)[1]
+    stage = prepare(subject, model, layer, subject.contexts(model, 6))
+    firings = draw_firings(stage, n_per_group=3, rng=np.random.default_rng(0))
+    assert len(set(zip(firings.context, firings.position, strict=True))) == len(firings.latent), "one feature a token"
+    assert (firings.position > 0).all()
+    assert len(set(firings.group)) > 4
+    for relation in layer.links:
+        fires = np.array([relation in MEMBERS[GROUPS[group]] for group in firings.group])
+        np.testing.assert_array_equal(fires, firings.strength[relation] > 0)
+    changes = [Change(firing=i, relations=tuple(layer.links), scale=-0.5) for i in range(len(firings.latent))]
+    outcome = run_changes(stage, firings, changes, with_loss=True, batch_size=5)
+    short = run_changes(stage, firings, changes, batch_size=4)
+    np.testing.assert_allclose(short.after, outcome.after, atol=1e-4)
+    for i in range(len(changes)):
+        context, position = int(firings.context[i]), int(firings.position[i])
+        ids = torch.from_numpy(stage.contexts.ids[[context]])
+        clean = model.activations(ids, SITES)
+
+        def adding(site: Site, latent: int, clean=clean, position=position):
+            sae = subject.dictionaries[site]
+            amount = -1.5 * float(sae.encode(clean[site])[0, position, latent]) if latent >= 0 else 0.0
+
+            def add(value: torch.Tensor) -> torch.Tensor:
+                value = value.clone()
+                value[0, position] += amount * sae.W_dec[latent]
+                return value
+
+            return add
+
+        edits = {
+            link.source: adding(link.source, int(firings.predecessor[name][i])) for name, link in layer.links.items()
+        }
+        with model.edited(edits), model.recorded([layer.target]) as seen:
+            log_p = model.logits(ids).float().log_softmax(-1)
+        after = subject.dictionaries[layer.target].encode(seen[layer.target])[0, position, firings.latent[i]]
+        assert outcome.after[i] == pytest.approx(float(after), abs=1e-4)
+        loss = -log_p[0, :-1].gather(1, ids[0, 1:, None]).mean()
+        assert outcome.loss[i] == pytest.approx(float(loss), abs=1e-4)
+
+
+def test_scale_one_changes_neither_target_nor_loss(model: LanguageModel, subject: Subject) -> None:
+    stage = prepare(subject, model, layers_of(subject)[0], subject.contexts(model, 6))
+    firings = draw_firings(stage, n_per_group=2, rng=np.random.default_rng(0))
+    changes = [Change(firing=i, relations=("residual",), scale=1.0) for i in range(len(firings.latent))]
+    outcome = run_changes(stage, firings, changes, with_loss=True)
+    np.testing.assert_allclose(outcome.after, firings.before, rtol=1e-4)
+    np.testing.assert_allclose(outcome.loss, clean_losses(stage)[firings.context], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(EXPERIMENTS))
+def test_every_experiment_writes_tables_figure_and_text(name: str, subject: Subject, tmp_path: Path) -> None:
+    finding = run_experiment(name, subject, EFFORT)
+    write_finding(finding, tmp_path)
+    assert (tmp_path / FIGURE).stat().st_size > 2000
+    assert "What this model shows" in (tmp_path / REPORT).read_text()
+    for table in finding.tables:
+        assert len(pd.read_parquet(tmp_path / f"{table}.parquet"))
+
+
+def test_knockouts_remove_every_subset_of_what_fires(subject: Subject) -> None:
+    trials = run_experiment("knockouts", subject, EFFORT).tables["trials"]
+    assert "nowhere" not in set(trials["group"])
+    for key, group in trials.groupby(["target", "context", "position", "target_latent"]):
+        members = set(group["group"].iloc[0].split("&"))
+        assert len(group) == 2 ** len(members) - 1, key
+        assert all(set(removed.split("&")) <= members for removed in group["removed"])
+
+
+def test_a_dictionary_carried_onto_itself_is_explained_as_well_as_it_reconstructs(subject: Subject) -> None:
+    """Two sites with the same dictionary and the same activations: every sensible operator is the identity."""
+    first, second = SITES[:2]
+    twins = Subject(
+        dictionaries={first: subject.dictionaries[first], second: subject.dictionaries[first]},
+        edges=link_dictionaries(dict.fromkeys((first, second), subject.dictionaries[first])).edges,
+        held_out=lambda site: subject.held_out(first), open_model=subject.open_model, contexts=subject.contexts,
+    )  # fmt: skip
+    table = run_experiment("transitions", twins, EFFORT).tables["operators"].set_index(["operator", "inference"])
+    own = table.loc[("target's own reconstruction", "none"), "ev"]
+    for operator in ("permutation decoder", "permutation full", "top-1 dec-dec", "top-1 enc-enc"):
+        assert table.loc[(operator, "unscaled"), "ev"] == pytest.approx(own, abs=1e-6)
+        assert table.loc[(operator, "folded"), "score"] == 1.0
+    assert table.loc[("top-5 dec-dec", "unscaled"), "ev"] < own
+
+
+def test_an_unknown_experiment_lists_the_known_ones(subject: Subject) -> None:
+    with pytest.raises(UserError, match="no experiment") as caught:
+        run_experiment("figure-99", subject, EFFORT)
+    assert "sae-match" in str(caught.value)
+
+
+@pytest.mark.slow
+def test_the_command_makes_an_artifact_once(tmp_path: Path) -> None:
+    from pipeline.cli import app, run_command
+
+    common = ["--recipe", "tiny", "--artifacts", str(tmp_path), "--threads", "1", "-q"]
+    assert run_command(["run", "--to", "link", *common]) == 0
+    made = CliRunner().invoke(app, ["paper", "groups", *common])
+    assert made.exit_code == 0
+    assert "From nowhere" in made.output
+    out = tmp_path / "tiny" / "paper" / "groups"
+    Artifact.open(out, kind="paper-groups", schema=1).verify()
+    before = (out / "manifest.json").stat().st_mtime_ns
+    assert CliRunner().invoke(app, ["paper", "groups", *common]).exit_code == 0
+    assert (out / "manifest.json").stat().st_mtime_ns == before
+    assert run_command(["paper", "groups", "--tokens", "0", *common]) == 2
