@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pandas as pd
 from annotated_types import Ge, Gt, Le
 from pydantic import TypeAdapter
 from typing_extensions import Doc
@@ -26,6 +27,7 @@ from data.sites import Site, parse_site
 from data.store import ActivationStore, RowFilters
 from pipeline.artifact import Artifact, Draft
 from pipeline.atlas.build import AtlasFacts, ModelFacts, build_atlas
+from pipeline.atlas.figures import draw_atlas
 from pipeline.atlas.labels import Bar
 from pipeline.atlas.vocabulary import Vocabulary
 from pipeline.atlas.workshop import Workshop
@@ -80,6 +82,9 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
             provenance=_digests(inputs),
         )
         headline = build_atlas(shop, model, facts, draft.path / "tables", context)
+        (draft.path / "figures").mkdir(exist_ok=True)
+        features = pd.read_parquet(draft.path / "tables" / "features.parquet")
+        draw_atlas(features, draft.path / "figures" / "features_by_layer.png")
         draft.summary.update(headline)
         draft.write_metrics(headline)
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
@@ -137,8 +142,6 @@ def model_facts(collect: Artifact, store: ActivationStore, context: RunContext) 
 
 def read_metrics(folder: Path) -> dict[str, dict[str, Any]]:
     """Headline metrics by site from an evaluate artifact's `metrics.parquet`; those it does not have are left out."""
-    import pandas as pd
-
     path = folder / "metrics.parquet"
     if not path.is_file():
         return {}
