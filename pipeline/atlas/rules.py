@@ -119,7 +119,8 @@ class AttributeTable:
 def attribute_tables(tables: Mapping[str, Counts], corpus: Corpus) -> dict[str, AttributeTable]:
     """One table for every method of METHOD_RULES; families and classes are groupings of the token table."""
     out: dict[str, AttributeTable] = {}
-    totals = {target: tables["token"].about(target).totals() for target in TARGETS}
+    whole = tables["position"]  # every row has a position and there are few, so this table is never pruned
+    totals = {target: whole.about(target).totals() for target in TARGETS}
     for rule in ATTRIBUTE_RULES:
         counts = tables[rule.table]
         propose, held = corpus.totals(rule.table)

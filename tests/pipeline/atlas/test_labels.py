@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import binomtest
 from sklearn.metrics import f1_score, precision_score, recall_score
 
+import pipeline.atlas.survey
 from pipeline.atlas.corpus import Corpus
 from pipeline.atlas.firings import Firings
 from pipeline.atlas.labels import NO_RULE, TOO_RARE, Bar, labels_of, make_rules, shown_text
@@ -199,3 +200,19 @@ def test_tokens_are_decoded_by_bytes():
     assert vocabulary.join([0, 1, 2, 3, 4]) == "It’s café"
     assert "Ġ" not in vocabulary.quoted(3)
     assert vocabulary.text(1) == "\\xe2\\x80"
+
+
+def test_a_pruned_table_never_flatters_a_rule(corpus, monkeypatch):
+    """Firings on values that were pruned away are still firings: recall is of all of them."""
+    fires = np.isin(corpus.token, [3, 7]) | (np.random.default_rng(5).random(len(corpus)) < 0.3)
+    whole = tables_of(corpus, [fires])["token"]
+    monkeypatch.setattr(pipeline.atlas.survey, "MOST_PAIRS", 16)
+    monkeypatch.setattr(pipeline.atlas.survey, "PRUNED_VALUES", 2)
+    table = tables_of(corpus, [fires])["token"]
+    assert len(table.counts.key) == 2
+    np.testing.assert_array_equal(table.totals[:, :2], whole.totals[:, :2])
+    scores = score(propose(table), table)
+    held = corpus.kept & corpus.held_out
+    matches = np.isin(corpus.token, propose(table).of(0))
+    assert scores.recall[0] == pytest.approx(recall_score(fires[held], matches[held]))
+    assert scores.n[0] == (fires & held).sum()
