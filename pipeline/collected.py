@@ -34,6 +34,6 @@ def open_collected_model(collect: Artifact, store: ActivationStore, context: Run
             where=store.url,
             expected=f"fingerprint {expected[:12]}",
             found=f"fingerprint {model.fingerprint[:12]}",
-            mend="featureflow collect",
+            mend="featureflow collect --force, then the stages after it with --force",
         )
     return model
