@@ -61,8 +61,9 @@ def test_every_site_has_a_dictionary_that_says_where_it_comes_from(trained: Arti
     assert [site.short for site in dictionaries] == ["L0", "L1.mlp", "L1", "L2"]
     starts = {site.short: sae.metadata["initialisation"] for site, sae in dictionaries.items()}
     parents = {name: start["parent"] for name, start in starts.items()}
-    assert parents == {"L1": None, "L0": "L1", "L2": "L1", "L1.mlp": "L1"}
-    assert len({start["group"] for start in starts.values()}) == 1
+    assert parents == {"L1": None, "L0": "L1", "L2": "L1", "L1.mlp": None}
+    groups = {name: start["group"] for name, start in starts.items()}
+    assert groups["L0"] == groups["L1"] == groups["L2"] != groups["L1.mlp"], "a module has a start of its own"
     steps = {site.short: sae.metadata["steps"] for site, sae in dictionaries.items()}
     assert steps == {"L1": 60, "L0": 25, "L2": 25, "L1.mlp": 30}
     assert trained.summary["n_dictionaries"] == 4
