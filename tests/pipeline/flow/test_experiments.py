@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from data.language_model import LanguageModel
 from data.model_spec import Random
 from data.sites import Site
 from pipeline.artifact import Artifact
+from pipeline.cli.paper import paper_commands
 from pipeline.flow.activity import GROUPS, MEMBERS
 from pipeline.flow.causal import Contexts
 from pipeline.flow.experiments import EXPERIMENTS, FIGURE, REPORT, run_experiment, write_finding
@@ -167,6 +169,11 @@ def test_an_unknown_experiment_lists_the_known_ones(subject: Subject) -> None:
     with pytest.raises(UserError, match="no experiment") as caught:
         run_experiment("figure-99", subject, EFFORT)
     assert "sae-match" in str(caught.value)
+
+
+def test_the_commands_defaults_are_those_of_the_effort() -> None:
+    options = {option.name: option.default for option in paper_commands.commands["groups"].params}
+    assert {name: options[name] for name in dataclasses.asdict(Effort())} == dataclasses.asdict(Effort())
 
 
 @pytest.mark.slow
