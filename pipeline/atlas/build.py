@@ -167,8 +167,15 @@ def _runner(context: RunContext, n_sites: int) -> Iterator[Run]:
     if n_processes <= 1:
         yield lambda job, shop: (job(shop, short) for short in shop.sites)
         return
-    with ProcessPoolExecutor(n_processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+    pool = ProcessPoolExecutor(n_processes, mp_context=get_context("spawn"), initializer=_one_thread)
+    try:
         yield lambda job, shop: (f.result() for f in as_completed([pool.submit(job, shop, s) for s in shop.sites]))
+    except BaseException:  # an interrupt must not wait for sites that have not begun; finished ones are kept
+        for worker in list((pool._processes or {}).values()):
+            worker.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 def _one_thread() -> None:
