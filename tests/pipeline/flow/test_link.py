@@ -151,8 +151,9 @@ def test_the_stage_writes_a_graph_that_opens(made, tmp_path):
     assert {"figures/link_strength.png", "figures/classes_by_layer.png"} <= set(artifact.files)
     graph = FlowGraph.open(artifact.path)
     assert [site.short for site in graph.sites] == ["L0", "L1.mlp", "L1", "L2"]
-    assert set(graph.pairs["start"]) == {"same_start"}
-    assert graph.pairs["null"].str.contains("same start").all()
+    starts = dict(zip(graph.pairs["relation"], graph.pairs["start"], strict=True))
+    assert starts == {"residual": "same_start", "mlp": "independent"}
+    assert (graph.pairs["null"].str.contains("same start") == (graph.pairs["relation"] == "residual")).all()
     assert graph.edges["pearson"].notna().all()
     assert artifact.summary["n_links"] == int(graph.edges["kept"].sum())
     chosen = graph.edges[graph.edges["kept"]]
