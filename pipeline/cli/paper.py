@@ -15,7 +15,7 @@ from pipeline.flow.experiments import EXPERIMENTS, FIGURE, REPORT
 
 if TYPE_CHECKING:
     from pipeline.artifact import Artifact
-    from pipeline.flow.experiments.subject import Subject
+    from pipeline.flow.experiments.subject import Effort, Subject
     from pipeline.run import RunContext
 
 SCHEMA = 1
@@ -27,7 +27,7 @@ def paper_commands() -> None:
     """Rerun an experiment of the papers on a linked model: tables, a figure and a text in <recipe>/paper/."""
 
 
-def _effort_options(command: Callable[..., None]) -> Callable[..., None]:
+def _effort_options(command: Callable[..., None], left_out: tuple[str, ...]) -> Callable[..., None]:
     defaults = {"n_tokens": 8192, "n_pairs": 6, "n_targets": 150, "n_contexts": 32, "n_exhaustive": 20, "seed": 0}
     meaning = {
         "n_tokens": "held-out tokens on which firing is looked at",
@@ -38,44 +38,71 @@ def _effort_options(command: Callable[..., None]) -> Callable[..., None]:
         "seed": "of every choice",
     }
     for name, default in reversed(defaults.items()):
+        if name in left_out:
+            continue
         option = "--" + name.removeprefix("n_")
         command = click.option(option, name, default=default, show_default=True, help=meaning[name])(command)
     return command
 
 
+def _experiment_options(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """What every experiment takes: recipe, artifacts, effort (but for what is left out), force, machine."""
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        command = machine_options(quiet_option(command))
+        command = click.option("--force", is_flag=True, help="run although the result is there")(command)
+        return recipe_option(artifacts_option(_effort_options(command, left_out)))
+
+    return decorated
+
+
 def _command(name: str) -> click.Command:
-    @recipe_option
-    @artifacts_option
-    @_effort_options
-    @click.option("--force", is_flag=True, help="run although the result is there")
-    @machine_options
-    @quiet_option
+    @_experiment_options()
     def command(recipe: str, artifacts: Path, force: bool, quiet: bool, **others: Any) -> None:
-        machine = {key: others.pop(key) for key in ("device", "threads", "scheduler", "workers")}
-        with progress_bars(quiet=quiet) as progress:
-            context = run_context(progress=progress, **machine)
-            found = make(name, artifacts / Path(recipe).stem, others, context, force=force)
-        say(found.file(REPORT).read_text(encoding="utf-8"))
-        say(f"{found.path}  (figure: {FIGURE})")
+        def work(effort_fields: dict[str, int], context: RunContext) -> Artifact:
+            return make(name, artifacts / Path(recipe).stem, effort_fields, context, force=force)
+
+        _run(work, others, quiet)
 
     command.__doc__ = EXPERIMENTS[name][2].capitalize() + "."
     return click.command(name)(command)
 
 
+@paper_commands.command("starts")
+@_experiment_options("n_pairs", "n_exhaustive")
+@click.option("--layers", default=6, show_default=True, help="neighbouring layers, in the middle of the model")
+@click.option(
+    "--steps", default=800, show_default=True, help="optimizer steps a dictionary, on average over the layers"
+)
+def starts(recipe: str, artifacts: Path, force: bool, quiet: bool, layers: int, steps: int, **others: Any) -> None:
+    """Train independent, shared and chained dictionaries, compare their links by four matchers."""
+
+    def work(effort_fields: dict[str, int], context: RunContext) -> Artifact:
+        from pipeline.cli.paper_starts import make_starts
+
+        root = artifacts / Path(recipe).stem
+        inputs = {stage: opened(stage, root / stage) for stage in ("collect", "train")}
+        effort = _effort(effort_fields)
+        return make_starts(root, inputs, effort, context, n_layers=layers, steps=steps, force=force)
+
+    _run(work, others, quiet)
+
+
+def _run(work: Callable[[dict[str, int], RunContext], Artifact], others: dict[str, Any], quiet: bool) -> None:
+    machine = {key: others.pop(key) for key in ("device", "threads", "scheduler", "workers")}
+    with progress_bars(quiet=quiet) as progress:
+        found = work(others, run_context(progress=progress, **machine))
+    say(found.file(REPORT).read_text(encoding="utf-8"))
+    say(f"{found.path}  (figure: {FIGURE})")
+
+
 def make(name: str, root: Path, effort_fields: dict[str, int], context: RunContext, *, force: bool = False) -> Artifact:
     """The artifact of one experiment, made if it is not there. Raises UserError."""
-    from pydantic import TypeAdapter, ValidationError
-
     from pipeline.artifact import Artifact, digest_of
     from pipeline.flow.experiments import run_experiment, write_finding
-    from pipeline.flow.experiments.subject import Effort
-    from sae.errors import UserError
 
-    try:
-        effort = TypeAdapter(Effort).validate_python(effort_fields)
-    except ValidationError as error:
-        raise UserError("these numbers cannot be used", found=str(error)) from error
-    inputs = {stage: _opened(stage, root / stage) for stage in INPUTS}
+    effort = _effort(effort_fields)
+    inputs = {stage: opened(stage, root / stage) for stage in INPUTS}
     digests = {stage: artifact.digest for stage, artifact in inputs.items()}
     kind, out = f"paper-{name}", root / "paper" / name
     config = dataclasses.asdict(effort)
@@ -88,7 +115,20 @@ def make(name: str, root: Path, effort_fields: dict[str, int], context: RunConte
     return Artifact.open(out, kind=kind, schema=SCHEMA, mend=f"featureflow paper {name}")
 
 
-def _opened(stage: str, path: Path) -> Artifact:
+def _effort(fields: dict[str, int]) -> Effort:
+    from pydantic import TypeAdapter, ValidationError
+
+    from pipeline.flow.experiments.subject import Effort
+    from sae.errors import UserError
+
+    try:
+        return TypeAdapter(Effort).validate_python(fields)
+    except ValidationError as error:
+        raise UserError("these numbers cannot be used", found=str(error)) from error
+
+
+def opened(stage: str, path: Path) -> Artifact:
+    """The artifact of a stage. Raises UserError."""
     from pipeline.artifact import Artifact
     from pipeline.stages import StageName
 
@@ -96,48 +136,26 @@ def _opened(stage: str, path: Path) -> Artifact:
     return Artifact.open(path, kind=module.KIND, schema=module.SCHEMA)
 
 
-def _subject(inputs: dict[str, Artifact], effort: Any, context: RunContext) -> Subject:
-    """The linked model behind the artifacts. Tokens on which firing is looked at come after the contexts that targets
-    come from, so that matchers fitted on the former are tested on others."""
+def _subject(inputs: dict[str, Artifact], effort: Effort, context: RunContext) -> Subject:
+    """The linked model behind the artifacts."""
     from data.store import ActivationStore
+    from pipeline.cli.paper_tokens import contexts_of, rows_after_contexts
     from pipeline.collected import open_collected_model
     from pipeline.dictionaries import FOLDER
     from pipeline.flow.experiments.subject import Subject
     from pipeline.flow.sources import DictionaryFolder, HeldOutRows
     from pipeline.flow.tables import read_tables
-    from pipeline.flow.validation import held_out_contexts
     from pipeline.stages.collect import STORE
 
     store = ActivationStore.open(inputs["collect"].path / STORE)
     return Subject(
         dictionaries=DictionaryFolder(inputs["train"].path / FOLDER),
         edges=read_tables(inputs["link"].path).edges,
-        held_out=HeldOutRows(url=store.url, rows=_rows_after_contexts(store, effort)),
+        held_out=HeldOutRows(url=store.url, rows=rows_after_contexts(store, effort)),
         open_model=lambda: open_collected_model(inputs["collect"], store, context),
-        contexts=lambda model, n: held_out_contexts(model, store, n_contexts=min(n, _most_contexts(store))),
+        contexts=contexts_of(store),
         progress=context.progress,
     )
-
-
-def _rows_after_contexts(store: Any, effort: Any) -> Any:
-    from sae.errors import UserError
-
-    first = -(-store.validation_start // store.n_context) + min(effort.n_contexts, _most_contexts(store))
-    kept = store.kept_rows("validation")
-    rows = kept[kept >= first * store.n_context][: effort.n_tokens]
-    if not len(rows):
-        raise UserError(
-            "the store has too few held-out tokens",
-            where=store.url,
-            expected=f"more than {first * store.n_context - store.validation_start} held-out rows",
-            mend="raise collect.validation_fraction or collect.n_tokens",
-        )
-    return rows
-
-
-def _most_contexts(store: Any) -> int:
-    """At most half of the held-out contexts give targets."""
-    return max(1, (store.n_rows - store.validation_start) // store.n_context // 2)
 
 
 for _name in EXPERIMENTS:

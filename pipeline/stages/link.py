@@ -121,8 +121,15 @@ def _start_nulls(
     """What inertia leaves, by relation, for dictionaries of one start; empty when none are or the choice is another."""
     if not isinstance(config.null, Automatic) or not config.null.trained_pairs:
         return {}
+    return trained_start_nulls(dictionaries, store, context, n_per_relation=config.null.trained_pairs, seed=config.seed)
+
+
+def trained_start_nulls(
+    dictionaries: DictionaryFolder, store: ActivationStore, context: RunContext, *, n_per_relation: int, seed: int
+) -> dict[Relation, NullSample]:
+    """Train null dictionaries on the store's rows: what inertia leaves, by relation."""
     samples = []
-    for plan in plan_nulls(dictionaries, config.null.trained_pairs):
+    for plan in plan_nulls(dictionaries, n_per_relation):
         kept = store.kept_rows("train", sites=[plan.moved])
         n_rows = min(len(kept), plan.recipe.steps * plan.recipe.batch_size, MOST_NULL_ROWS)
         rows = read_rows(store, plan.moved, kept[:n_rows])
@@ -133,7 +140,7 @@ def _start_nulls(
             dictionaries,
             rows,
             normalisations,
-            seed=config.seed + NULL_SEED,
+            seed=seed + NULL_SEED,
             device=context.device,
             progress=context.progress,
         )

@@ -63,12 +63,7 @@ class Subject:
     def pair(self, source: Site, target: Site, *, half: int | None = None) -> PairData:
         """Two dictionaries and activations to match them by: of all held-out tokens, or of the first (0) or second (1)
         half of every batch, so that one half can judge what the other chose."""
-        return PairData(
-            source=self.dictionaries[source],
-            target=self.dictionaries[target],
-            rows=lambda: _rows(self.held_out, source, target, half),
-            n_candidates=_candidates(self.dictionaries[source], self.dictionaries[target]),
-        )
+        return pair_data(self.dictionaries, self.held_out, source, target, half=half)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +91,19 @@ class Layer:
 
     target: Site
     links: Mapping[Relation, BestLink]
+
+
+def pair_data(
+    dictionaries: Mapping[Site, Sae], held_out: HeldOut, source: Site, target: Site, *, half: int | None = None
+) -> PairData:
+    """Two dictionaries and held-out activations to match them by; `half` as in `Subject.pair`."""
+    left, right = dictionaries[source], dictionaries[target]
+    return PairData(
+        source=left,
+        target=right,
+        rows=lambda: _rows(held_out, source, target, half),
+        n_candidates=_candidates(left, right),
+    )
 
 
 def layers_of(subject: Subject) -> list[Layer]:

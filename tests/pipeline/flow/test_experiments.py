@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -176,12 +177,61 @@ def test_the_commands_defaults_are_those_of_the_effort() -> None:
     assert {name: options[name] for name in dataclasses.asdict(Effort())} == dataclasses.asdict(Effort())
 
 
+@pytest.fixture(scope="module")
+def linked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of artifacts with the tiny recipe run up to its links."""
+    from pipeline.cli import run_command
+
+    folder = tmp_path_factory.mktemp("artifacts")
+    assert run_command(["run", "--to", "link", *common_options(folder)]) == 0
+    return folder
+
+
+def common_options(folder: Path) -> list[str]:
+    return ["--recipe", "tiny", "--artifacts", str(folder), "--threads", "1", "-q"]
+
+
 @pytest.mark.slow
-def test_the_command_makes_an_artifact_once(tmp_path: Path) -> None:
+def test_starts_are_trained_once_and_compared(linked: Path) -> None:
+    from pipeline.cli import app, run_command
+    from pipeline.stages import train
+
+    command = ["paper", "starts", "--layers", "3", "--steps", "40", "--targets", "20", *common_options(linked)]
+    made = CliRunner().invoke(app, command)
+    assert made.exit_code == 0, made.output
+    folder = linked / "tiny" / "paper"
+    summary = pd.read_parquet(folder / "starts" / "summary.parquet").set_index(["start", "matcher"])
+    assert set(summary.index) == {
+        (start, way)
+        for start in ("independent", "shared", "chain")
+        for way in ("cosine", "permutation", "pearson", "transport", "random active", "strongest active")
+    }
+    by_pair = pd.read_parquet(folder / "starts" / "by_pair.parquet")
+    assert dict(by_pair.groupby("start")["relation"].first()) == {
+        "independent": "independent", "shared": "same_start", "chain": "same_start"
+    }  # fmt: skip
+    assert by_pair.groupby("start").size().tolist() == [8, 8, 8]
+    assert by_pair["above_null"].between(0, 1).all()
+    steps = {
+        start: sum(
+            json.loads(path.read_text())["metadata"]["steps"]
+            for path in (folder / "dictionaries" / start).rglob("sae.json")
+        )
+        for start in ("independent", "shared", "chain")
+    }
+    assert set(steps.values()) == {120}
+    trained = Artifact.open(folder / "dictionaries" / "chain", kind=train.KIND, schema=train.SCHEMA)
+    before = (trained.path / "manifest.json").stat().st_mtime_ns
+    assert run_command([*command, "--force"]) == 0
+    assert (trained.path / "manifest.json").stat().st_mtime_ns == before
+    assert run_command(["paper", "starts", "--layers", "9", *common_options(linked)]) == 2
+
+
+@pytest.mark.slow
+def test_the_command_makes_an_artifact_once(linked: Path) -> None:
     from pipeline.cli import app, run_command
 
-    common = ["--recipe", "tiny", "--artifacts", str(tmp_path), "--threads", "1", "-q"]
-    assert run_command(["run", "--to", "link", *common]) == 0
+    tmp_path, common = linked, common_options(linked)
     made = CliRunner().invoke(app, ["paper", "groups", *common])
     assert made.exit_code == 0
     assert "From nowhere" in made.output
