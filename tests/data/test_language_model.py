@@ -204,11 +204,15 @@ def test_recorders_see_edits_whatever_the_order(llama: LanguageModel) -> None:
 
 
 def test_hooks_are_removed_after_an_exception(model: LanguageModel) -> None:
-    before = model.logits(IDS)
+    before, hooks = model.logits(IDS), _n_hooks(model)
     with pytest.raises(ZeroDivisionError), model.edited({Site(0, "resid_post"): lambda x: x * (1 // 0)}):
         model.logits(IDS)
     assert torch.equal(model.logits(IDS), before)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.hf.modules())
+    assert _n_hooks(model) == hooks
+
+
+def _n_hooks(model: LanguageModel) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.hf.modules())
 
 
 def test_an_edit_that_changes_the_shape_is_refused(llama: LanguageModel) -> None:
