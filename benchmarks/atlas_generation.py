@@ -71,7 +71,7 @@ def run(options: argparse.Namespace, repeat: int) -> None:
     unembedding = Unembedding.of(W_U, torch.ones(options.width), hidden=[0], precision=options.precision)
     projection = timed("project", lambda: project(sae.W_dec, unembedding))
     columns = timed("describe", lambda: describe_site(survey, sae, corpus, projection, profile))
-    rules = timed("rules", lambda: make_rules(attribute_tables(survey.tables, corpus), projection.promotes))
+    rules = timed("rules", lambda: make_rules(attribute_tables(survey.tables(corpus), corpus), projection.promotes))
     labels = timed(
         "labels",
         lambda: [labels_of(f, int(n), rules, None, corpus, Bar()) for f, n in enumerate(columns["count"])],

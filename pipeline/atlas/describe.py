@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import scipy.sparse as sp
 import torch.nn.functional as F
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from pipeline.atlas.corpus import Corpus
@@ -30,15 +30,15 @@ Columns = dict[str, np.ndarray]
 
 def describe_site(survey: Survey, sae: Sae, corpus: Corpus, projection: Projection | None, profile: Profile) -> Columns:
     """All columns of the site's cards. `projection` is None where the decoder does not write to the residual stream."""
-    deciles = deciles_of(survey)
+    deciles, tables = deciles_of(survey), survey.tables(corpus)
     return {
         **_moments(survey),
         "decile": deciles,
         "threshold": threshold_of(sae),
         "histogram": _page_histogram(survey),
-        **_token_columns(survey.tables["token"], corpus, "token", "token", N_TOKENS),
-        **_token_columns(survey.tables["previous"], corpus, "previous", "previous", N_AROUND),
-        **{name: _dense(survey.tables[table]) for name, table in _DENSE_TABLES.items()},
+        **_token_columns(tables["token"], corpus, "token", "token", N_TOKENS),
+        **_token_columns(tables["previous"], corpus, "previous", "previous", N_AROUND),
+        **{name: _dense(tables[table]) for name, table in _DENSE_TABLES.items()},
         **_projection_columns(projection, sae.n_latents),
         **_cofiring_columns(survey.cofiring, survey.cofiring_count),
         **_similar_columns(sae.W_dec),
@@ -116,13 +116,25 @@ def _token_columns(table: Counts, corpus: Corpus, attribute: str, name: str, n: 
 def largest_places(
     latent: Int64[np.ndarray, "pair"], weight: Float64[np.ndarray, "pair"], n: int
 ) -> tuple[Int64[np.ndarray, "kept"], Int64[np.ndarray, "kept"]]:
-    """The n heaviest pairs of every latent, heaviest first: the place of each, and its index. Weights of 0 are left
-    out."""
-    order = np.lexsort((-weight, latent))
-    order = order[weight[order] > 0]
+    """The n heaviest pairs of every latent, heaviest first: the place of each, and its index. `latent` is ascending;
+    weights of 0 are left out."""
+    near = np.flatnonzero(weight >= _nth_largest(latent, weight, n)) if len(latent) else np.zeros(0, np.int64)
+    near = near[weight[near] > 0]
+    order = near[np.lexsort((-weight[near], latent[near]))]
     owner = latent[order]
     place = np.arange(len(order)) - np.searchsorted(owner, owner)
     return place[place < n], order[place < n]
+
+
+def _nth_largest(latent: np.ndarray, weight: np.ndarray, n: int) -> Float32[np.ndarray, "pair"]:
+    """For every pair a number just below its latent's n-th largest weight (or smallest, with fewer): the float32 bits
+    of weights that are not negative sort as they do, so one sort of whole numbers finds it."""
+    bits = np.nextafter(weight.astype(np.float32), np.float32(0)).view(np.uint32)
+    packed = (latent.astype(np.uint64) << np.uint64(32)) | ~bits
+    packed.sort()
+    start = np.searchsorted(latent, np.arange(int(latent[-1]) + 2))
+    nth = np.minimum(start[:-1] + n, start[1:]) - 1
+    return (~packed[np.maximum(nth, 0)].astype(np.uint32)).view(np.float32)[latent]
 
 
 def _projection_columns(projection: Projection | None, n_latents: int) -> Columns:

@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.atlas.counts import Counts
 from pipeline.atlas.describe import Columns
-from pipeline.atlas.labels import Scored, SiteRules, restricted
+from pipeline.atlas.labels import Scored, SiteRules
 from pipeline.atlas.rules import RuleScores, RuleSets
 
 _SCORES = tuple(f.name for f in dataclasses.fields(RuleScores))
@@ -57,11 +57,12 @@ def load_tables(work: Path, short: str, n_latents: int) -> dict[str, Counts]:
     with np.load(work / short / "held.npz", allow_pickle=False) as arrays:
         for name in sorted({n.split("/")[0] for n in arrays.files}):
             held = arrays[f"{name}/columns"].astype(np.float64)
+            nothing = np.zeros(held.shape[1])
             tables[name] = Counts(
                 n_latents=n_latents,
                 n_values=int(arrays[f"{name}/n_values"]),
                 key=arrays[f"{name}/key"].astype(np.int64),
-                columns=np.concatenate([np.zeros((len(held), 3)), held], axis=1),
+                columns=(nothing, nothing, nothing, *held),
             )
     return tables
 
@@ -92,8 +93,9 @@ def _scored(arrays: Mapping[str, np.ndarray], method: str) -> Scored:
 def _table_arrays(tables: Mapping[str, Counts]) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     for name, table in tables.items():
-        held = restricted(table)
-        arrays[f"{name}/key"] = held.key.astype(np.uint32 if held.n_latents * held.n_values < 1 << 32 else np.int64)
-        arrays[f"{name}/columns"] = held.columns[:, 3:].astype(np.float32)
-        arrays[f"{name}/n_values"] = np.array(held.n_values)
+        held = np.flatnonzero(table.column("n_held") + table.column("near_held"))  # scoring needs no other pairs
+        small = table.n_latents * table.n_values < 1 << 32
+        arrays[f"{name}/key"] = table.key[held].astype(np.uint32 if small else np.int64)
+        arrays[f"{name}/columns"] = np.stack([c[held].astype(np.float32) for c in table.columns[3:]])
+        arrays[f"{name}/n_values"] = np.array(table.n_values)
     return arrays

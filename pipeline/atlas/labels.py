@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from pipeline.atlas.corpus import Corpus
-from pipeline.atlas.counts import PROPOSE, Counts
+from pipeline.atlas.counts import PROPOSE
 from pipeline.atlas.describe import largest_places
 from pipeline.atlas.rules import (
     METHOD_RULES,
@@ -156,7 +156,7 @@ def passes(scores: RuleScores, bar: Bar) -> np.ndarray:
 
 def typical_tokens(table: AttributeTable, weigh: Weigh) -> RuleSets:
     """The few tokens with the largest positive weight for every latent, on the documents for proposing."""
-    usable = np.flatnonzero(table.counts.columns[:, PROPOSE] >= 1)
+    usable = np.flatnonzero(table.counts.columns[PROPOSE] >= 1)
     weight = np.maximum(weigh(table, usable), 0)
     place, rows = largest_places(table.counts.latent[usable], weight, N_TYPICAL)
     latent = table.counts.latent[usable][rows]
@@ -294,7 +294,7 @@ def scored(rules: RuleSets, table: AttributeTable) -> Scored:
 
 def _log_odds(table: AttributeTable, pairs: Int64[np.ndarray, "usable"]) -> Float64[np.ndarray, "usable"]:
     """z of the log-odds of a token among firings against the rest of the text; the prior is the corpus itself."""
-    y = table.counts.columns[pairs, PROPOSE]
+    y = table.counts.columns[PROPOSE][pairs]
     latent, value = table.counts.latent[pairs], table.counts.value[pairs]
     n = table.totals[latent, PROPOSE]
     all_n, all_y = float(table.n_propose.sum()), table.n_propose[value].astype(float)
@@ -309,7 +309,7 @@ def _log_odds(table: AttributeTable, pairs: Int64[np.ndarray, "usable"]) -> Floa
 
 def _class_tf_idf(table: AttributeTable, pairs: Int64[np.ndarray, "usable"]) -> Float64[np.ndarray, "usable"]:
     """p_f(t) · ln(1 + A / Σ_f n_f(t)), with p_f the share of firings and A the mean number of firings of a latent."""
-    fired = table.counts.columns[:, PROPOSE]
+    fired = table.counts.columns[PROPOSE]
     latent, value = table.counts.latent[pairs], table.counts.value[pairs]
     everywhere = np.bincount(table.counts.value, weights=fired, minlength=table.counts.n_values)
     mean = max(table.totals[:, PROPOSE].mean(), 1e-12)
@@ -320,11 +320,3 @@ def _class_tf_idf(table: AttributeTable, pairs: Int64[np.ndarray, "usable"]) -> 
 def _number(value: float) -> float | None:
     value = float(value)
     return None if math.isnan(value) else round(value, 4)
-
-
-def restricted(counts: Counts) -> Counts:
-    """What scoring needs of a table: pairs with something on held-out documents."""
-    held = counts.columns[:, 3:].any(axis=1)
-    return Counts(
-        n_latents=counts.n_latents, n_values=counts.n_values, key=counts.key[held], columns=counts.columns[held]
-    )

@@ -6,7 +6,7 @@ feature.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,8 @@ def card_shard(pages: SitePages, first: int) -> Shard:
 
 def label_json(label: Label) -> dict[str, Any]:
     """A label as a card holds it; `from` and `cosine` only for inherited ones."""
-    values = asdict(label)
-    out = {"text": label.text, "method": METHOD_INDEX[label.method], **{name: values[name] for name in _LABEL_FIELDS}}
+    values = {name: getattr(label, name) for name in _LABEL_FIELDS}
+    out = {"text": label.text, "method": METHOD_INDEX[label.method], **values}
     return out | ({} if label.origin is None else {"from": label.origin, "cosine": label.cosine})
 
 

@@ -25,16 +25,17 @@ from pipeline.atlas.firings import Precision
 
 N_SHOWN = 10
 _CANDIDATES = 16
-_BLOCK = 256
+_BLOCK, _TOKENS, _GROUP = 256, 2048, 64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Unembedding:
-    """The vocabulary matrix with gain folded in and the mean removed. Ids in `hidden` are never listed."""
+    """The vocabulary matrix with gain folded in and the mean removed. `fast` has it in the dtype of the product, the
+    rows of the ids that may be `listed` first."""
 
     matrix: Float[Tensor, "vocab d_model"]
     fast: Float[Tensor, "vocab d_model"]
-    hidden: Int64[Tensor, "hidden"]
+    listed: Int64[Tensor, "listed"]
 
     @classmethod
     def of(
@@ -48,9 +49,10 @@ class Unembedding:
         """`hidden` are ids that are never listed (special tokens, padding of the vocabulary)."""
         matrix = W_U.float() * gain.float()
         matrix = matrix - matrix.mean(dim=0)
-        return cls(
-            matrix=matrix, fast=matrix.to(getattr(torch, precision)), hidden=torch.tensor(hidden, dtype=torch.int64)
-        )
+        is_hidden = torch.zeros(len(matrix), dtype=torch.bool)
+        is_hidden[hidden] = True
+        listed, rest = torch.nonzero(~is_hidden)[:, 0], torch.nonzero(is_hidden)[:, 0]
+        return cls(matrix=matrix, fast=matrix[torch.cat([listed, rest])].to(getattr(torch, precision)), listed=listed)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,28 +81,34 @@ def project(W_dec: Float[Tensor, "latent d_model"], unembedding: Unembedding) ->
 
 
 def _project_block(d: Float[Tensor, "latent d_model"], u: Unembedding) -> tuple[Tensor, ...]:
-    logits = d.to(u.fast.dtype) @ u.fast.T
-    moments = logits.float().square_()
-    variance = moments.mean(dim=1)
-    kurtosis = moments.square_().mean(dim=1) / variance.square().clamp_min(1e-30) - 3
+    n_listed = len(u.listed)
+    logits = torch.empty(len(d), n_listed, dtype=u.fast.dtype)
+    squares, fourths = torch.zeros(len(d)), torch.zeros(len(d))
+    d_fast = d.to(u.fast.dtype)
+    for start in range(0, len(u.fast), _TOKENS):  # so few that one piece stays in the cache for all that is done to it
+        piece = d_fast @ u.fast[start : start + _TOKENS].T
+        logits[:, start : start + _TOKENS] = piece[:, : max(0, n_listed - start)]
+        moments = piece.float().square_()
+        squares += moments.sum(dim=1)
+        fourths += torch.linalg.vecdot(moments, moments)
+    variance = squares / len(u.fast)
+    kurtosis = fourths / len(u.fast) / variance.square().clamp_min(1e-30) - 3
     std = variance.sqrt().clamp_min(1e-12)
-    logits[:, u.hidden] = -torch.inf
-    up = _exact(_largest(logits), d, std, u, descending=True)
-    logits.neg_()[:, u.hidden] = -torch.inf
-    down = _exact(_largest(logits), d, std, u, descending=False)
+    up = _exact(u.listed[_largest(logits)], d, std, u, descending=True)
+    down = _exact(u.listed[_largest(logits.neg_())], d, std, u, descending=False)
     return *up, *down, kurtosis
 
 
 def _largest(logits: Float[Tensor, "latent vocab"]) -> Int64[Tensor, "latent candidate"]:
-    """Ids of the largest logits. The vocabulary is searched in stretches: the maxima of 64 first, which is much less
-    to sort."""
+    """Ids of the largest logits. The vocabulary is dealt into groups, of which only those with the largest maxima are
+    searched: much less to sort. (A group takes every n-th token, so that maxima are taken along whole vectors.)"""
     n = logits.shape[1]
-    whole = n // 64 * 64
-    if whole < 64 * _CANDIDATES:
+    n_groups = n // _GROUP
+    if n_groups < 2 * _CANDIDATES:
         return logits.topk(min(_CANDIDATES, n), dim=1).indices
-    stretches = logits[:, :whole].unflatten(1, (-1, 64))
-    best = stretches.amax(dim=2).topk(_CANDIDATES, dim=1).indices
-    ids = (best[:, :, None] * 64 + torch.arange(64)).flatten(1)
+    whole = n_groups * _GROUP
+    best = logits[:, :whole].unflatten(1, (_GROUP, n_groups)).amax(dim=1).topk(_CANDIDATES, dim=1).indices
+    ids = (best[:, :, None] + torch.arange(_GROUP) * n_groups).flatten(1)
     ids = torch.cat([ids, torch.arange(whole, n).expand(len(logits), -1)], dim=1)
     return ids.gather(1, logits.gather(1, ids).topk(_CANDIDATES, dim=1).indices)
 

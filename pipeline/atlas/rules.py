@@ -146,9 +146,10 @@ def propose(table: AttributeTable, *, min_firings: int = 2, min_share: float = 0
     """The set of values with the best F1 for every latent, on the documents for proposing. Values with fewer than
     `min_firings` firings, or less than `min_share` of them, are not worth naming. Members are ordered by firings."""
     counts, n_latents = table.counts, table.counts.n_latents
-    fired = counts.columns[:, PROPOSE]
+    fired = counts.columns[PROPOSE]
     n_fired = table.totals[:, PROPOSE]
-    usable = np.flatnonzero(fired >= np.maximum(min_firings, min_share * n_fired[counts.latent]))
+    usable = np.flatnonzero(fired >= min_firings)
+    usable = usable[fired[usable] >= min_share * n_fired[counts.latent[usable]]]
     latent, value = counts.latent[usable], counts.value[usable]
     fired, seen = fired[usable], table.n_propose[value]
     order = np.lexsort((value, -fired / (seen + 1.0), latent))
@@ -173,7 +174,7 @@ def score(rules: RuleSets, table: AttributeTable) -> RuleScores:
     def total(column: np.ndarray, of: np.ndarray) -> Float64[np.ndarray, "latent"]:
         return np.bincount(of, weights=column, minlength=n_latents).astype(np.float64)
 
-    tp, mass, near = (total(on_set[:, i], owner) for i in (HELD, MASS, NEGATIVE))
+    tp, mass, near = (total(on_set[i], owner) for i in (HELD, MASS, NEGATIVE))
     m = total(table.n_held[rules.value].astype(float), owner)
     n, all_mass, all_near = table.totals[:, HELD], table.totals[:, MASS], table.totals[:, NEGATIVE]
     union = n + m - tp

@@ -56,18 +56,22 @@ class Selection:
         return self.row >= 0
 
     def offer(self, entries: Firings, key: UInt32[np.ndarray, "entry"], corpus: Corpus, fired: Firings) -> None:
-        """Let `entries` compete for places. `fired` are the firings of the same rows, for the activity around."""
+        """Let `entries`, of later rows than those offered before, compete for places. `fired` are the firings of the
+        same rows, for the activity around."""
         chosen = np.flatnonzero(key < self._worst()[entries.latent])
         if self.distinct:
             chosen = chosen[
                 _best_of_document(entries.latent[chosen], corpus.document[entries.row[chosen]], key[chosen])
             ]
+        else:
+            chosen = chosen[_among_smallest(entries.latent[chosen], key[chosen], self.size)]
         latent, row = entries.latent[chosen], entries.row[chosen]
         old_latent, old_place = np.nonzero(self.filled)
         all_latent = np.concatenate([old_latent, latent])
         all_row = np.concatenate([self.row[old_latent, old_place], row])
         all_key = np.concatenate([self.key[old_latent, old_place], key[chosen]])
-        order = np.lexsort((all_row, all_key, all_latent))
+        # of equal keys the earlier row comes first, since rows are offered in their order
+        order = np.argsort((all_latent.astype(np.uint64) << np.uint64(32)) | all_key, kind="stable")
         if self.distinct:
             order = _distinct(order, all_latent, all_row, corpus)
         order, place = _first_places(order, all_latent, self.size)
@@ -189,11 +193,32 @@ def _distinct(
     return order[_first_of(digest[order])]
 
 
+def _among_smallest(
+    latent: Int32[np.ndarray, "entry"], key: UInt32[np.ndarray, "entry"], n: int
+) -> Bool[np.ndarray, "entry"]:
+    """Marks the n smallest keys of every latent, with all that equal the n-th: most entries need no further sorting.
+    `latent` is ascending."""
+    if not len(latent):
+        return np.zeros(0, dtype=bool)
+    packed = (latent.astype(np.uint64) << np.uint64(32)) | key
+    packed.sort()
+    start = np.searchsorted(latent, np.arange(int(latent[-1]) + 2))
+    nth = packed[np.maximum(np.minimum(start[:-1] + n, start[1:]) - 1, 0)].astype(np.uint32)
+    return key <= nth[latent]
+
+
 def _first_of(group: UInt64[np.ndarray, "entry"]) -> Bool[np.ndarray, "entry"]:
-    """Marks the first entry of every group, in the given order."""
-    order = np.argsort(group, kind="stable")
+    """Marks the first entry of every group, in the given order. Most groups have one entry: a sort of the plain numbers
+    finds the others, and only these are looked at by place."""
     first = np.ones(len(group), dtype=bool)
-    first[order[1:]] = np.diff(group[order]) != 0
+    ordered = np.sort(group)
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(repeated):
+        return first
+    place = np.minimum(np.searchsorted(repeated, group), len(repeated) - 1)
+    several = np.flatnonzero(repeated[place] == group)
+    order = np.argsort(place[several], kind="stable")
+    first[several[order[1:]]] = np.diff(place[several][order]) != 0
     return first
 
 
@@ -202,7 +227,7 @@ def _first_places(
 ) -> tuple[Int64[np.ndarray, "kept"], Int64[np.ndarray, "kept"]]:
     """The first `size` entries of every latent, and which place each takes. `order` is sorted by latent."""
     sorted_latent = latent[order]
-    starts = np.searchsorted(sorted_latent, sorted_latent)
-    place = np.arange(len(order)) - starts
+    start = np.searchsorted(sorted_latent, np.arange(int(sorted_latent[-1]) + 1 if len(order) else 0))
+    place = np.arange(len(order)) - start[sorted_latent]
     keep = place < size
     return order[keep], place[keep]

@@ -32,6 +32,7 @@ from sae.report import Progress, silent
 
 LOG2_LOW, BINS_PER_OCTAVE, N_BINS = -16, 4, 128
 MOST_PAIRS = 24_000_000
+COUNTED_AT_ONCE = 8_000_000
 PRUNED_VALUES = 512
 CHUNK_ROWS = 32768
 PILOT_ROWS = 8192
@@ -68,11 +69,12 @@ class Survey:
     top: Selection
     near: Selection
     uniform: Selection
-    tables: dict[str, Counts]
+    counted: dict[str, Counts]
     strong: Float32[np.ndarray, "latent"]
     cofiring: sp.csr_matrix
     cofiring_count: Int64[np.ndarray, "latent"]
     pruned: list[str] = field(default_factory=list)
+    _waiting: list[Entries] = field(default_factory=list)
 
     @classmethod
     def empty(
@@ -96,7 +98,7 @@ class Survey:
             top=selection(options.n_top, True),
             near=selection(options.n_near, True),
             uniform=selection(options.n_uniform, False),
-            tables={name: Counts.empty(n_latents, corpus.n_values(name)) for name in ATTRIBUTES},
+            counted={name: Counts.empty(n_latents, corpus.n_values(name)) for name in ATTRIBUTES},
             cofiring=sp.csr_matrix((n_latents, n_latents), dtype=np.float32),
             cofiring_count=np.zeros(n_latents, np.int64),
         )
@@ -112,6 +114,7 @@ class Survey:
 
     def merge(self, other: Survey, corpus: Corpus) -> Survey:
         """The survey over both sets of rows, which must be disjoint and cut between documents."""
+        theirs = other.tables(corpus)
         return Survey(
             options=self.options,
             n_latents=self.n_latents,
@@ -120,7 +123,7 @@ class Survey:
             largest=np.maximum(self.largest, other.largest),
             cofiring=(self.cofiring + other.cofiring).tocsr(),
             pruned=sorted({*self.pruned, *other.pruned}),
-            tables={name: table.plus(other.tables[name]) for name, table in self.tables.items()},
+            counted={name: table.plus(theirs[name]) for name, table in self.tables(corpus).items()},
             **{n: getattr(self, n) + getattr(other, n) for n in _SUMS},
             **{n: getattr(self, n).merge(getattr(other, n), corpus) for n in ("top", "near", "uniform")},
         )
@@ -130,7 +133,9 @@ class Survey:
         self.count += np.diff(fired.start)
         self.total += np.bincount(f, weights=a, minlength=self.n_latents)
         self.squares += np.bincount(f, weights=a * a, minlength=self.n_latents)
-        np.maximum.at(self.largest, f, fired.value)
+        busy = np.flatnonzero(np.diff(fired.start))
+        if len(busy):
+            self.largest[busy] = np.maximum(self.largest[busy], np.maximum.reduceat(fired.value, fired.start[busy]))
         bins = np.bincount(f.astype(np.int64) * N_BINS + bin_of(fired.value), minlength=self.n_latents * N_BINS)
         self.histogram += bins.reshape(self.n_latents, N_BINS)
         if len(fired):
@@ -147,27 +152,37 @@ class Survey:
         self.cofiring = (self.cofiring + pattern @ pattern.T).tocsr()
         self.cofiring_count += np.bincount(latent, minlength=self.n_latents)
 
+    def tables(self, corpus: Corpus) -> dict[str, Counts]:
+        """Firings by attribute. Entries that wait are counted first."""
+        if self._waiting:
+            entries = Entries.joined(self._waiting)
+            self._waiting.clear()
+            for name in ATTRIBUTES:
+                value = corpus.attribute(name)[entries.row]
+                self._grow(name, count(entries, value, n_latents=self.n_latents, n_values=corpus.n_values(name)))
+        return self.counted
+
     def _add_counts(self, fired: Firings, near: Firings, corpus: Corpus) -> None:
         rows, latent = np.concatenate([fired.row, near.row]), np.concatenate([fired.latent, near.latent])
         mass = np.concatenate([fired.value, near.value])
-        entries = Entries(
-            mass=mass,
+        entries = Entries.of(
+            latent,
+            rows,
+            mass,
             held=corpus.held_out[rows],
             near=np.arange(len(rows)) >= len(fired),
             strong=mass >= self.strong[latent],
         )
-        for name in ATTRIBUTES:
-            value, n_values = corpus.attribute(name)[rows], corpus.n_values(name)
-            self._grow(
-                name, count(latent=latent, value=value, entries=entries, n_latents=self.n_latents, n_values=n_values)
-            )
+        self._waiting.append(entries)
+        if sum(len(part) for part in self._waiting) > COUNTED_AT_ONCE:
+            self.tables(corpus)
 
     def _grow(self, name: str, table: Counts) -> None:
-        grown = self.tables[name].plus(table) if len(self.tables[name].key) else table
+        grown = self.counted[name].plus(table) if len(self.counted[name].key) else table
         if len(grown.key) > MOST_PAIRS:
             grown = grown.pruned(PRUNED_VALUES)
             self.pruned = sorted({*self.pruned, name})
-        self.tables[name] = grown
+        self.counted[name] = grown
 
 
 _SUMS = ("count", "total", "squares", "n_documents", "histogram", "cofiring_count")

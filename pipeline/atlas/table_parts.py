@@ -5,11 +5,14 @@ features   one row a latent        labels   one row a label        examples   on
 
 from __future__ import annotations
 
+import gzip
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from pipeline.atlas.examples import NO_DECILE, TABS
@@ -19,14 +22,41 @@ from pipeline.atlas.pages import SitePages, overview_shard
 from pipeline.atlas.shards import PAD
 
 PARTS = ("features", "labels", "examples")
+AS_CSV = ("features", "labels")
 _N_LISTED = 5
 
 
 def write_parts(folder: Path, pages: SitePages) -> None:
-    """Write `features.parquet`, `labels.parquet`, `examples.parquet` of one site into `folder`."""
+    """Write `features.parquet`, `labels.parquet`, `examples.parquet` of one site into `folder`, and the first two as
+    CSV, where the first site's part has the header."""
     made = {"features": features_part(pages), "labels": labels_part(pages), "examples": examples_part(pages)}
     for name, table in made.items():
         pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
+    for name in AS_CSV:
+        write_csv(made[name], folder / f"{name}.csv.gz", header=pages.index == 0)
+
+
+def write_csv(table: pa.Table, out: Path, *, header: bool) -> None:
+    """Lists become texts joined by spaces between bars, so that a spreadsheet shows them."""
+    table = table.cast(plain_schema(table.schema))
+    for i, field in enumerate(table.schema):
+        if pa.types.is_list(field.type):
+            joined = pc.binary_join(table.column(i).combine_chunks().cast(pa.list_(pa.string())), " | ")
+            table = table.set_column(i, field.name, joined)
+    with (
+        out.open("wb") as file,
+        gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=6, mtime=0) as stream,
+    ):
+        pacsv.write_csv(table, stream, pacsv.WriteOptions(include_header=header))
+
+
+def plain_schema(schema: pa.Schema) -> pa.Schema:
+    """Dictionary-encoded strings as plain ones (Parquet encodes them anyway), nulls typed."""
+    fields = []
+    for field in schema:
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        fields.append(pa.field(field.name, pa.float32() if pa.types.is_null(kind) else kind))
+    return pa.schema(fields)
 
 
 def features_part(pages: SitePages) -> pa.Table:

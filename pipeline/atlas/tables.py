@@ -11,21 +11,18 @@ Parts are streamed one by one, so memory stays at one site.
 
 from __future__ import annotations
 
-import gzip
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from pipeline.atlas.corpus import Corpus
 from pipeline.atlas.graph import RELATIONS, AtlasGraph
-from pipeline.atlas.table_parts import PARTS
-
-_AS_CSV = ("features", "labels")
+from pipeline.atlas.table_parts import AS_CSV, PARTS, plain_schema
 
 
 def write_tables(folder: Path, parts: Sequence[Path], corpus: Corpus, graph: AtlasGraph | None) -> None:
@@ -33,8 +30,8 @@ def write_tables(folder: Path, parts: Sequence[Path], corpus: Corpus, graph: Atl
     folder.mkdir(parents=True, exist_ok=True)
     for name in PARTS:
         join_parts([part / f"{name}.parquet" for part in parts], folder / f"{name}.parquet")
-    for name in _AS_CSV:
-        _write_csv(folder / f"{name}.parquet", folder / f"{name}.csv.gz")
+    for name in AS_CSV:
+        join_bytes([part / f"{name}.csv.gz" for part in parts], folder / f"{name}.csv.gz")
     if graph is not None:
         pq.write_table(edges_table(graph), folder / "edges.parquet", compression="zstd")
     _write_corpus(folder, corpus)
@@ -42,10 +39,18 @@ def write_tables(folder: Path, parts: Sequence[Path], corpus: Corpus, graph: Atl
 
 def join_parts(parts: Sequence[Path], out: Path) -> None:
     """Parquet files of one schema, one after the other, a row group each."""
-    schema = _plain_schema(pq.read_schema(parts[0]))
+    schema = plain_schema(pq.read_schema(parts[0]))
     with pq.ParquetWriter(out, schema, compression="zstd") as writer:
         for part in parts:
-            writer.write_table(_plain(pq.read_table(part), schema))
+            writer.write_table(pq.read_table(part).cast(schema))
+
+
+def join_bytes(parts: Sequence[Path], out: Path) -> None:
+    """Files one after the other; gzip files joined so are one gzip file."""
+    with out.open("wb") as stream:
+        for part in parts:
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, stream)
 
 
 def edges_table(graph: AtlasGraph) -> pa.Table:
@@ -85,27 +90,3 @@ def _write_corpus(folder: Path, corpus: Corpus) -> None:
         }
     )
     pq.write_table(words, folder / "vocabulary.parquet", compression="zstd")
-
-
-def _write_csv(source: Path, out: Path) -> None:
-    """Lists become texts joined by spaces between bars, so that a spreadsheet shows them."""
-    table = pq.read_table(source)
-    for i, field in enumerate(table.schema):
-        if pa.types.is_list(field.type):
-            joined = pc.binary_join(table.column(i).combine_chunks().cast(pa.list_(pa.string())), " | ")
-            table = table.set_column(i, field.name, joined)
-    with gzip.GzipFile(filename="", fileobj=out.open("wb"), mode="wb", mtime=0) as stream:
-        pacsv.write_csv(table, stream)
-
-
-def _plain_schema(schema: pa.Schema) -> pa.Schema:
-    """Dictionary-encoded strings as plain ones (Parquet encodes them anyway), nulls typed."""
-    fields = []
-    for field in schema:
-        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-        fields.append(pa.field(field.name, pa.float32() if pa.types.is_null(kind) else kind))
-    return pa.schema(fields)
-
-
-def _plain(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    return table.cast(schema)

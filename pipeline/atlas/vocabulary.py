@@ -11,7 +11,7 @@ Both groupings are partitions, so a rule over them is scored from the same count
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -85,19 +85,24 @@ class Vocabulary:
         return index, list(names)
 
     def save(self, path: Path) -> None:
-        """As one .npz of plain arrays."""
-        lengths = np.array([len(t) for t in self.tokens], dtype=np.int64)
-        blob = np.frombuffer(b"".join(self.tokens), dtype=np.uint8)
-        np.savez(
-            path, offset=np.concatenate([[0], lengths.cumsum()]), bytes=blob, special=np.array(sorted(self.special))
-        )
+        """As one .npz of plain arrays, groupings included, so that every process need not make them again."""
+        index, names = self.families
+        arrays: dict[str, np.ndarray] = {
+            **_packed_texts("token", self.tokens),
+            **_packed_texts("family", [name.encode() for name in names]),
+            "special": np.array(sorted(self.special)),
+            "classes": self.classes,
+            "families": index,
+        }
+        np.savez(path, allow_pickle=False, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
         with np.load(path, allow_pickle=False) as arrays:
-            offset, blob = arrays["offset"], arrays["bytes"].tobytes()
-            special = frozenset(int(t) for t in arrays["special"])
-        return cls(tokens=[blob[a:b] for a, b in pairwise(offset)], special=special)
+            made = cls(tokens=_unpacked_texts("token", arrays), special=frozenset(int(t) for t in arrays["special"]))
+            made.__dict__["classes"] = arrays["classes"]
+            made.__dict__["families"] = arrays["families"], [t.decode() for t in _unpacked_texts("family", arrays)]
+        return made
 
     def _class_of(self, token: int) -> int:
         if token in self.special:
@@ -107,6 +112,16 @@ class Vocabulary:
         except UnicodeDecodeError:
             return CLASSES.index("parts of characters")
         return CLASSES.index(_class_of_text(text))
+
+
+def _packed_texts(name: str, texts: Sequence[bytes]) -> dict[str, np.ndarray]:
+    offset = np.cumsum([0, *(len(t) for t in texts)])
+    return {f"{name}_offset": offset, f"{name}_bytes": np.frombuffer(b"".join(texts), dtype=np.uint8)}
+
+
+def _unpacked_texts(name: str, arrays: Mapping[str, np.ndarray]) -> list[bytes]:
+    offset, blob = arrays[f"{name}_offset"].tolist(), arrays[f"{name}_bytes"].tobytes()
+    return [blob[a:b] for a, b in pairwise(offset)]
 
 
 def _class_of_text(text: str) -> str:

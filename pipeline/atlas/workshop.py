@@ -75,9 +75,9 @@ def survey_job(shop: Workshop, short: str) -> str:
         fits = unembedding is not None and sae.d_out == unembedding.matrix.shape[1]
         projection = project(sae.W_dec, unembedding) if fits and unembedding is not None else None
         columns = describe_site(survey, sae, corpus, projection, profile)
-        tables = attribute_tables(survey.tables, corpus)
-        rules = make_rules(tables, None if projection is None else projection.promotes)
-        intermediate.save_site(shop.work, short, columns, rules, survey.tables)
+        tables = survey.tables(corpus)
+        rules = make_rules(attribute_tables(tables, corpus), None if projection is None else projection.promotes)
+        intermediate.save_site(shop.work, short, columns, rules, tables)
     return short
 
 

@@ -32,7 +32,7 @@ def tables_of(corpus: Corpus, fires: list[np.ndarray], near: list[np.ndarray] | 
     survey = Survey.empty(len(fires), corpus, SurveyOptions(n_top=2, n_near=2, n_uniform=4, cofiring_rows=0))
     none = Firings.none(len(fires))
     survey.add(firings(fires, np.nan), none if near is None else firings(near, 0.1), corpus)
-    return attribute_tables(survey.tables, corpus)
+    return attribute_tables(survey.tables(corpus), corpus)
 
 
 def label_of(corpus: Corpus, fires: np.ndarray):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.atlas import survey as survey_module
+from pipeline.atlas.corpus import Corpus
 from pipeline.atlas.examples import PROFILES, choose_examples, deciles_of
 from pipeline.atlas.firings import Encoder
 from pipeline.atlas.survey import Survey, SurveyOptions, add_rows, survey_site
@@ -54,8 +55,8 @@ def test_top_examples_are_the_strongest_of_each_document_without_repeated_text(c
 
 
 def test_every_attribute_is_counted_apart_on_the_two_parts_of_the_documents(case):
-    _, _, _, slow, survey = case
-    for name, table in survey.tables.items():
+    corpus, _, _, slow, survey = case
+    for name, table in survey.tables(corpus).items():
         firings = np.stack([table.column(c) for c in ("n_propose", "mass_propose", "n_held", "mass_held")], axis=1)
         found = {
             (int(f), int(v)): row for f, v, row in zip(table.latent, table.value, firings, strict=True) if row.any()
@@ -111,7 +112,7 @@ def test_co_firing_counts_the_tokens_on_which_two_latents_of_the_whole_dictionar
 def test_chunks_do_not_matter(case, chunk_rows, monkeypatch):
     corpus, sae, x, _, whole = case
     monkeypatch.setattr(survey_module, "CHUNK_ROWS", chunk_rows)
-    assert_same(run(corpus, sae, x), whole)
+    assert_same(run(corpus, sae, x), whole, corpus)
 
 
 def test_surveys_of_two_halves_merge_to_the_survey_of_all(case):
@@ -122,11 +123,11 @@ def test_surveys_of_two_halves_merge_to_the_survey_of_all(case):
         part = Survey.empty(sae.n_latents, corpus, OPTIONS, whole.strong)
         add_rows(part, lambda a, b: x[a:b], Encoder.of(sae, "float32"), corpus, start, stop)
         parts.append(part)
-    assert_same(parts[0].merge(parts[1], corpus), whole)
-    assert_same(parts[1].merge(parts[0], corpus), whole)
+    assert_same(parts[0].merge(parts[1], corpus), whole, corpus)
+    assert_same(parts[1].merge(parts[0], corpus), whole, corpus)
 
 
-def assert_same(a: Survey, b: Survey) -> None:
+def assert_same(a: Survey, b: Survey, corpus: Corpus) -> None:
     for name in ("count", "n_documents", "histogram", "cofiring_count", "largest", "n_rows"):
         assert np.array_equal(getattr(a, name), getattr(b, name)), name
     assert np.allclose(a.total, b.total)
@@ -134,9 +135,10 @@ def assert_same(a: Survey, b: Survey) -> None:
     for name in ("top", "near", "uniform"):
         for field in ("row", "key", "value", "around"):
             assert np.array_equal(getattr(getattr(a, name), field), getattr(getattr(b, name), field)), (name, field)
-    for name, table in a.tables.items():
-        assert np.array_equal(table.key, b.tables[name].key)
-        assert np.allclose(table.columns, b.tables[name].columns)
+    for name, table in a.tables(corpus).items():
+        other = b.tables(corpus)[name]
+        assert np.array_equal(table.key, other.key)
+        assert all(np.allclose(x, y) for x, y in zip(table.columns, other.columns, strict=True))
 
 
 def test_the_uniform_sample_is_uniform_over_firings():
