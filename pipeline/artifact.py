@@ -348,9 +348,11 @@ def _sha256(path: Path) -> str:
 
 
 def _plain(value: object) -> Any:
-    """Dataclasses, paths, mappings and sequences as JSON values; anything else that JSON lacks is an error."""
+    """Dataclasses, paths, mappings and sequences as JSON values; anything else that JSON lacks is an error. A field
+    whose metadata says `changes_no_result` is left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = (f for f in dataclasses.fields(value) if not f.metadata.get("changes_no_result"))
+        return {f.name: _plain(getattr(value, f.name)) for f in fields}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,6 +1,6 @@
 """What a person sees in the terminal: bars with an ETA while a stage works, one line when it is done, errors that help.
 
-Bars appear only on a terminal and only for work that takes longer than two seconds; piped output gets the plain lines.
+Bars appear only on a terminal and only for work that takes longer than two seconds; piped output gets plain lines.
 """
 
 from __future__ import annotations
@@ -23,32 +23,46 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from sae.report import DETAIL, silent
+
 _PATIENCE = 2.0
 
 
 @dataclass(kw_only=True)
 class Bars:
-    """A progress callback that draws one bar a label. A bar waits `_PATIENCE` seconds before it shows."""
+    """A progress callback that draws one bar a unit of work, its latest numbers before it, and leaves a line when a
+    unit with numbers ends. A bar waits `_PATIENCE` seconds before it shows."""
 
     progress: Progress
     _tasks: dict[str, TaskID] = field(default_factory=dict)
     _since: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, label: str, done: int, total: int) -> None:
-        since = self._since.setdefault(label, time.monotonic())
-        if label not in self._tasks:
+        unit, _, numbers = label.partition(DETAIL)
+        if numbers and done >= total:
+            self.progress.console.print(f"  {unit}  {numbers}", highlight=False, markup=False)
+        since = self._since.setdefault(unit, time.monotonic())
+        if unit not in self._tasks:
             if done >= total or time.monotonic() - since < _PATIENCE:
                 return
-            self._tasks[label] = self.progress.add_task(label, total=total)
-        self.progress.update(self._tasks[label], completed=done, total=total, visible=done < total)
+            self._tasks[unit] = self.progress.add_task(label, total=total)
+        task = self._tasks[unit]
+        self.progress.update(task, description=label, completed=done, total=total, visible=done < total)
+
+
+def tell_finished(label: str, done: int, total: int) -> None:
+    """The progress callback where there is no terminal: one line for each finished unit that has numbers to show."""
+    unit, detail, numbers = label.partition(DETAIL)
+    if detail and done >= total:
+        complain(f"  {unit}  {numbers}")
 
 
 @contextmanager
 def progress_bars(*, quiet: bool) -> Iterator[Any]:
-    """Yield a progress callback. Silent when quiet or when standard error is not a terminal."""
+    """Yield a progress callback. Silent when quiet; a line for what is finished when standard error is no terminal."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
-        yield lambda label, done, total: None
+        yield silent if quiet else tell_finished
         return
     columns = (
         TextColumn("  {task.description}"),

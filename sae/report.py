@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 Progress = Callable[[str, int, int], None]
-"""`progress(label, done, total)`; called often, cheap to call. `label` names the unit of work, e.g. ``"train L12"``."""
+"""`progress(label, done, total)`; called often, cheap to call. `label` names the unit of work, e.g. ``"train L12"``;
+what follows a `DETAIL` in it are the latest numbers of that unit, which may change from call to call."""
+
+DETAIL = " · "
 
 Metrics = Callable[[Mapping[str, float | int | str]], None]
 """`metrics(record)`; one flat record per call."""

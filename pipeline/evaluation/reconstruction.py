@@ -1,6 +1,7 @@
 """All dictionaries of one site on the same rows: encode, decode, measure; and the PCA of the same budget beside them.
 
-Each row is read once for all of them. Cost: one encoding per dictionary, two covariances and one eigendecomposition.
+A transcoder encodes the rows of the site it reads and is measured against the site's. Each row is read once for all.
+Cost: one encoding per dictionary, two covariances and one eigendecomposition.
 """
 
 from __future__ import annotations
@@ -51,15 +52,18 @@ def measure_site(
     """`rows`: one flat record a dictionary; `pca`: the PCA's FVU for 0, 1, … components. Plain JSON values."""
     centre = torch.from_numpy(store.statistics(site).mean)
     dictionaries = [(candidate, candidate.load(device)) for candidate in candidates]
-    _check_widths(dictionaries, store.width(site))
+    _check_widths(dictionaries, store)
     meters = [ReconstructionMeter(n_latents=sae.n_latents, d_out=sae.d_out, centre=centre) for _, sae in dictionaries]
     covariance = CovarianceMeter(centre=centre)
-    for x, documents in iter_rows(store, site, rows.held_out):
-        for (_, sae), meter in zip(dictionaries, meters, strict=True):
-            reconstruction, active = reconstruct(sae, x)
-            meter.update(x, reconstruction, active, documents)
+    sites = tuple(dict.fromkeys([site, *(candidate.reads or site for candidate in candidates)]))
+    for blocks in zip(*(iter_rows(store, other, rows.held_out) for other in sites), strict=True):
+        x = {other: values for other, (values, _) in zip(sites, blocks, strict=True)}
+        documents = blocks[0][1]
+        for (candidate, sae), meter in zip(dictionaries, meters, strict=True):
+            reconstruction, active = reconstruct(sae, x[candidate.reads or site])
+            meter.update(x[site], reconstruction, active, documents)
         if rows.train:
-            covariance.update(x)
+            covariance.update(x[site])
     curve = _pca_curve(store, site, rows.train, covariance)
     return {
         "rows": [
@@ -70,12 +74,14 @@ def measure_site(
     }
 
 
-def _check_widths(dictionaries: Sequence[tuple[Candidate, Sae]], width: int) -> None:
-    problems = [
-        Problem(what="width", where=str(c.path), expected=f"{width} in and out", found=f"{s.d_in} in, {s.d_out} out")
-        for c, s in dictionaries
-        if (s.d_in, s.d_out) != (width, width)
-    ]
+def _check_widths(dictionaries: Sequence[tuple[Candidate, Sae]], store: ActivationStore) -> None:
+    problems = []
+    for candidate, sae in dictionaries:
+        widths = store.width(candidate.reads or candidate.site), store.width(candidate.site)
+        if (sae.d_in, sae.d_out) != widths:
+            found = f"{sae.d_in} in, {sae.d_out} out"
+            expected = f"{widths[0]} in, {widths[1]} out"
+            problems.append(Problem(what="width", where=str(candidate.path), expected=expected, found=found))
     if problems:
         raise UserError("dictionaries of another width than their site", problems=tuple(problems))
 
@@ -119,6 +125,7 @@ def _row(
         "layer": candidate.site.layer,
         "kind": candidate.site.kind,
         "source": candidate.source,
+        "reads": None if candidate.reads is None else candidate.reads.short,
         "architecture": _architecture(sae),
         "d_in": sae.d_in,
         **asdict(result),

@@ -4,11 +4,11 @@
    docs/metrics.md), with intervals over documents, beside a PCA of as many components as latents are active.
 2. At some sites run the model with the reconstruction in place of the activation and compare with zero and mean
    ablation (pipeline/evaluation.py).
-3. Write one row a dictionary, the PCA curves and the figures.
+3. Write one row a dictionary, the PCA curves, the frontier of L0 and FVU where several share a site, and the figures.
 
-Output: `metrics.parquet`, `metrics.json` (the same rows), `pca.parquet`, `figures/`. A killed run keeps its rows.
-Cost: one encoding of `n_tokens` per dictionary, one d×d eigendecomposition per site; with the model, `ce_tokens` tokens
-through the blocks above the site, three times a site.
+Output: `metrics.parquet`, `metrics.json` (the same rows), `pca.parquet`, `frontier.parquet`, `figures/`. A killed run
+keeps its rows. Cost: one encoding of `n_tokens` per dictionary, one d×d eigendecomposition per site; with the model,
+`ce_tokens` tokens through the blocks above the site, three times a site.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from pipeline.artifact import Artifact, Draft, write_text_atomically
 from pipeline.collected import open_collected_model
 from pipeline.evaluation.candidates import TRAINED, Candidate, find_candidates
 from pipeline.evaluation.figures import draw_by_layer, draw_frontier
+from pipeline.evaluation.frontier import write_frontier
 from pipeline.evaluation.held_out import choose_contexts, choose_rows
 from pipeline.evaluation.reconstruction import Bootstrap, Rows, measure_site
 from pipeline.evaluation.recovery import Recovery, Subject, measure_recovery
@@ -148,6 +149,7 @@ def _with_the_model(
             site=candidate.site,
             sae=candidate.load(context.device),
             mean=torch.from_numpy(store.statistics(candidate.site).mean),
+            reads=candidate.reads,
         )
         for candidate in candidates
         if candidate.site in sites
@@ -200,12 +202,16 @@ def _write(draft: Draft, rows: pd.DataFrame, pca: pd.DataFrame) -> None:
     (draft.path / "metrics.json").write_text(rows.to_json(orient="records", indent=1, double_precision=10) + "\n")
     figures = draft.path / "figures"
     figures.mkdir(exist_ok=True)
-    draw_by_layer(
-        rows[rows["source"] == TRAINED] if (rows["source"] == TRAINED).any() else rows, figures / "by_layer.png"
-    )
+    draw_by_layer(_used(rows), figures / "by_layer.png")
     if rows["site"].duplicated().any():
+        write_frontier(rows, draft.path / "frontier.parquet")
         draw_frontier(rows, pca, figures / "frontier.png")
     draft.summary.update(summary_of(rows))
+
+
+def _used(rows: pd.DataFrame) -> pd.DataFrame:
+    used = rows["source"] == TRAINED
+    return rows[used] if used.any() else rows
 
 
 _RECOVERY_COLUMNS = tuple(
@@ -214,8 +220,10 @@ _RECOVERY_COLUMNS = tuple(
 
 
 def summary_of(rows: pd.DataFrame) -> dict[str, Any]:
-    """Headline numbers: medians over dictionaries, and how many explain more than a PCA of the same budget."""
+    """Headline numbers: medians over the dictionaries that later stages use (over all, where there are none of those),
+    and how many explain more than a PCA of the same budget."""
     numbers: dict[str, Any] = {"n_dictionaries": len(rows), "n_tokens": int(rows["n_tokens"].iloc[0])}
+    rows = _used(rows)
     medians = {
         "fvu_median": "fvu",
         "pca_fvu_median": "pca_fvu",

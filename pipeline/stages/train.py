@@ -1,20 +1,22 @@
 """Activations → dictionaries: train one sparse autoencoder per site of the store, all sites in one run.
 
-1. Plan the jobs: which site starts from which (pipeline/training/plan.py), and whether memory suffices.
-2. Train the sites over the cores, or over a Dask cluster; every site resumes where it was killed
-   (pipeline/training/site.py).
-3. Write the curves of all sites to `metrics.jsonl`, and the figures.
+1. Plan the jobs: which site starts from which (pipeline/training/plan.py), which variants of a sweep learn beside it
+   and which transcoders are wanted (pipeline/training/lessons.py), and whether memory suffices.
+2. Train the sites over the cores, or over a Dask cluster, each batch read once for all dictionaries of a site; every
+   site resumes where it was killed (pipeline/training/site.py).
+3. Write the curves of all dictionaries to `metrics.jsonl`, and the figures.
 
-Output: `dictionaries/<site>/sae.safetensors, sae.json, training.jsonl`; `metrics.jsonl`; `figures/`. Cost of a step of
-a TopK-like dictionary: one product of batch × d_model × n_latents, plus about k / n_latents of five more.
+Output: `dictionaries/<site>/sae.safetensors, sae.json, training.jsonl`, the same under `variants/<name>/<site>` and
+`transcoders/<site>`; `metrics.jsonl`; `figures/`. Cost of a step of a TopK-like dictionary: one product of
+batch × d_model × n_latents, plus about k / n_latents of five more.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,13 +32,16 @@ from pipeline.artifact import Artifact, Draft, write_text_atomically
 from pipeline.dictionaries import FOLDER
 from pipeline.run import RunContext
 from pipeline.stages.collect import STORE
-from pipeline.training.cluster import run_jobs_on_cluster
+from pipeline.training.cluster import Described, run_lessons_on_cluster
 from pipeline.training.figures import draw_curves, draw_layers
 from pipeline.training.imported import Imported, identity_of_imported, import_dictionaries
+from pipeline.training.lessons import BASE, DICTIONARIES, Lesson, Transcoders, Variant, lessons_of, transcoder_lessons
 from pipeline.training.memory import check_memory
 from pipeline.training.plan import Chain, Initialisation, Override, SiteJob, plan_jobs
+from pipeline.training.reading import TrainingOptions
 from pipeline.training.schedule import run_jobs, widest
-from pipeline.training.site import CURVE, TrainingOptions, train_site
+from pipeline.training.site import CURVE, train_lesson
+from pipeline.training.trackers import Tracker, check_trackers, tracked
 from sae.architectures import AnyArchitecture, TopK
 from sae.kernels.select import Precision, has_fast_bfloat16
 from sae.report import Metrics
@@ -66,11 +71,20 @@ class Config:
     ] = "auto"
     filters: Annotated[RowFilters, Doc("which rows are left out")] = field(default_factory=RowFilters)
     overrides: Annotated[tuple[Override, ...], Doc("choices that differ at some sites; later ones win")] = ()
+    sweep: Annotated[tuple[Variant, ...], Doc("more dictionaries at the same sites, trained on the same batches")] = ()
+    used: Annotated[str, Doc("the variant that the later stages see: base, or one of the sweep")] = BASE
+    transcoders: Annotated[Transcoders | None, Doc("dictionaries from an MLP's input to its output; none for none")] = (
+        None
+    )
     max_rows_in_memory: Annotated[int, Ge(0), Doc("sites with more rows are read in shuffled windows")] = 1_000_000
     held_out_rows: Annotated[int, Ge(0), Doc("held-out rows that set thresholds and measure FVU at the end")] = 16_384
     record_every: Annotated[int, Gt(0), Doc("steps between two points of a curve")] = 25
     checkpoint_every: Annotated[int, Gt(0), Doc("steps between two checkpoints of a site")] = 500
     seed: Annotated[int, Ge(0), Lt(2**31), Doc("of random starts and of the order of rows")] = 0
+    log_to: Annotated[
+        tuple[Tracker, ...],
+        Doc("experiment trackers that are told the curves: tensorboard, wandb; no part of the digest"),
+    ] = field(default=(), metadata={"changes_no_result": True})
     imported: Annotated[
         Imported | None, Doc("dictionaries that others trained, read instead of training; all else is ignored then")
     ] = None
@@ -93,15 +107,18 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
     store = ActivationStore.open(inputs.collect.path / STORE)
     if config.imported is not None:
         return _run_import(config, config.imported, inputs, store, out, context)
-    jobs = jobs_of(config, store)
+    parts = lessons_by_part(config, store)
+    check_trackers(config.log_to)
     options = options_of(config, context.device)
-    n_workers = 1 if context.device != "cpu" else max(1, min(context.n_threads, widest(jobs)))
-    check_memory(jobs, store, options, n_workers)
+    n_workers = 1 if context.device != "cpu" else max(1, min(context.n_threads, max(map(widest, map(_jobs, parts)))))
+    check_memory([lesson for part in parts for lesson in part.values()], store, options, n_workers)
     with Artifact.create(
         out, kind=KIND, schema=SCHEMA, config=config, inputs={"collect": inputs.collect.digest}
     ) as draft:
         started = time.monotonic()
-        described = _train_all(jobs, store, options, draft, context, n_workers)
+        with tracked(config.log_to, out.parent, draft.config) as trackers:
+            told = replace(context, metrics=_all([context.metrics, *trackers]))
+            described = _train_all(parts, store, options, draft, told, n_workers)
         _describe(draft, described)
         draft.summary["seconds"] = round(time.monotonic() - started, 1)
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
@@ -134,6 +151,30 @@ def jobs_of(config: Config, store: ActivationStore) -> tuple[SiteJob, ...]:
     )
 
 
+def lessons_by_part(config: Config, store: ActivationStore) -> list[dict[Site, Lesson]]:
+    """The lessons of a run, parents first: those of the plan with their variants, then those of transcoders. Raises
+    UserError."""
+    parts = [
+        lessons_of(
+            jobs_of(config, store),
+            config.sweep,
+            store,
+            used=config.used,
+            steps=config.steps,
+            learning_rate=config.learning_rate,
+        )
+    ]
+    if config.transcoders is not None:
+        choice = config.transcoders
+        parts.append(transcoder_lessons(choice, store, seed=config.seed, learning_rate=config.learning_rate))
+    return parts
+
+
+def _jobs(lessons: Mapping[Site, Lesson]) -> list[SiteJob]:
+    """One job a lesson, for the scheduler: that of the plan, whose parent all its learners wait for."""
+    return [lesson[0].job for lesson in lessons.values()]
+
+
 def options_of(config: Config, device: str) -> TrainingOptions:
     """What all sites share, with `auto` decided for this machine."""
     precision: Precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
@@ -147,47 +188,91 @@ def options_of(config: Config, device: str) -> TrainingOptions:
 
 
 def _train_all(
-    jobs: tuple[SiteJob, ...],
+    parts: Sequence[Mapping[Site, Lesson]],
     store: ActivationStore,
     options: TrainingOptions,
     draft: Draft,
     context: RunContext,
     n_workers: int,
-) -> dict[Site, dict[str, Any]]:
-    folder, metrics = draft.path / FOLDER, _both(draft.write_metrics, context.metrics)
-
-    def work(job: SiteJob, stopping: Callable[[], bool]) -> dict[str, Any]:
-        return train_site(job, store, options, folder, progress=context.progress, metrics=metrics, stopping=stopping)
-
+) -> dict[str, dict[Site, dict[str, Any]]]:
+    """What is known about every dictionary, by folder and site in the order of the model."""
+    found: dict[str, dict[Site, dict[str, Any]]] = {DICTIONARIES: {}}
     with connected(context) as client:
-        if client is None:
-            done = run_jobs(jobs, work, n_workers=n_workers, n_threads=context.n_threads)
-        else:
-            threads = threads_of_worker(context)
-            done = run_jobs_on_cluster(
-                client, jobs, store, options, folder, n_threads=threads, progress=context.progress
-            )
-    return {job.site: done[job.site] for job in sorted(jobs, key=lambda job: job.site)}
+        for lessons in parts:
+            if client is None:
+                done = _train_here(lessons, store, options, draft, context, n_workers)
+            else:
+                threads = threads_of_worker(context)
+                done = run_lessons_on_cluster(
+                    client, lessons, store, options, draft.path, n_threads=threads, progress=context.progress
+                )
+                _tell_curves(done, draft.path, context.metrics)
+            for site in sorted(done):
+                for folder, metadata in done[site].items():
+                    found.setdefault(folder, {})[site] = metadata
+    return found
 
 
-def _both(first: Metrics, second: Metrics) -> Metrics:
-    def write(record: Mapping[str, float | int | str]) -> None:
-        first(record)
-        second(record)
+def _train_here(
+    lessons: Mapping[Site, Lesson],
+    store: ActivationStore,
+    options: TrainingOptions,
+    draft: Draft,
+    context: RunContext,
+    n_workers: int,
+) -> dict[Site, Described]:
+    metrics = _all([draft.write_metrics, context.metrics])
 
-    return write
+    def work(job: SiteJob, stopping: Callable[[], bool]) -> Described:
+        lesson = lessons[job.site]
+        return train_lesson(
+            lesson, store, options, draft.path, progress=context.progress, metrics=metrics, stopping=stopping
+        )
+
+    return run_jobs(_jobs(lessons), work, n_workers=n_workers, n_threads=context.n_threads)
 
 
-def _describe(draft: Draft, described: Mapping[Site, Mapping[str, Any]]) -> None:
+def _all(callbacks: Sequence[Metrics]) -> Metrics:
+    def tell(record: Mapping[str, float | int | str]) -> None:
+        for callback in callbacks:
+            callback(record)
+
+    return tell
+
+
+def _tell_curves(done: Mapping[Site, Described], folder: Path, metrics: Metrics) -> None:
+    """The records of dictionaries that a cluster trained, which wrote them to files only."""
+    for site, described in done.items():
+        for name in described:
+            for record in _read_curve(folder / name / site.short / CURVE):
+                metrics({**_whose(name, site), **record})
+
+
+def _describe(draft: Draft, described: Mapping[str, Mapping[Site, Mapping[str, Any]]]) -> None:
     """The curves in the order of the sites, whatever the order they were trained in; figures; headline numbers."""
-    curves = {site: _read_curve(draft.path / FOLDER / site.short / CURVE) for site in described}
-    lines = [json.dumps({"site": site.short, **record}) for site, records in curves.items() for record in records]
+    curves = {
+        (folder, site): _read_curve(draft.path / folder / site.short / CURVE)
+        for folder, sites in described.items()
+        for site in sites
+    }
+    lines = [
+        json.dumps({**_whose(folder, site), **record})
+        for (folder, site), records in curves.items()
+        for record in records
+    ]
     write_text_atomically(draft.metrics_path, "\n".join(lines) + "\n")
     figures = draft.path / "figures"
     figures.mkdir(exist_ok=True)
-    draw_curves(curves, figures / "training.png")
-    draw_layers(described, figures / "layers.png")
-    draft.summary.update(_summary(described))
+    used = described[DICTIONARIES]
+    draw_curves({site: curves[DICTIONARIES, site] for site in used}, figures / "training.png")
+    draw_layers(used, figures / "layers.png")
+    draft.summary.update(_summary(used))
+    if others := {folder: len(sites) for folder, sites in described.items() if folder != DICTIONARIES}:
+        draft.summary["n_others"] = others
+
+
+def _whose(folder: str, site: Site) -> dict[str, str]:
+    return {"site": site.short} | ({} if folder == DICTIONARIES else {"of": folder})
 
 
 def _read_curve(path: Path) -> list[dict[str, float]]:

@@ -1,7 +1,8 @@
 """Whether a plan fits in memory, before anything is trained: bytes in use at the worst moment against what is free.
 
-Per worker: the site's rows (or two windows of them), weights, two moments, gradients and a rounded copy of the encoder;
-the batch's residuals; and for architectures that PyTorch differentiates, about six `batch × latent` matrices.
+Per worker: the lesson's rows (or two windows of them), once; for each of its dictionaries the weights, two moments,
+gradients and a rounded copy of the encoder; the batch's residuals and a block of pre-activations; and for architectures
+that PyTorch differentiates, about six `batch × latent` matrices.
 """
 
 from __future__ import annotations
@@ -12,45 +13,52 @@ import psutil
 import torch
 
 from data.store import ActivationStore
-from pipeline.training.plan import SiteJob
-from pipeline.training.site import TrainingOptions
+from pipeline.training.lessons import Learner, Lesson
+from pipeline.training.reading import TrainingOptions
 from sae.errors import UserError
+from sae.kernels.select import BLOCK_BYTES
 
 _SHARE_OF_FREE = 0.9
 _WINDOW_BYTES = 1 << 30
 _DENSE_KINDS = ("relu_l1", "gated", "jump_relu")
 
 
-def check_memory(jobs: Sequence[SiteJob], store: ActivationStore, options: TrainingOptions, n_workers: int) -> None:
+def check_memory(lessons: Sequence[Lesson], store: ActivationStore, options: TrainingOptions, n_workers: int) -> None:
     """Raises UserError with what would fit."""
     free = int(_free_bytes(options.device) * _SHARE_OF_FREE)
-    costs = sorted((_bytes(job, store, options) for job in jobs), reverse=True)
+    costs = sorted((_bytes(lesson, store, options) for lesson in lessons), reverse=True)
     needed = sum(costs[:n_workers])
     if needed <= free:
         return
     raise UserError(
         "training would need more memory than there is",
         expected=f"at most {free / 1e9:.1f} GB on {options.device}",
-        found=f"{needed / 1e9:.1f} GB for {min(n_workers, len(jobs))} sites at once",
-        mend=_what_fits(jobs, store, options, costs, free),
+        found=f"{needed / 1e9:.1f} GB for {min(n_workers, len(lessons))} sites at once",
+        mend=_what_fits(lessons, store, options, costs, free),
     )
 
 
-def _bytes(job: SiteJob, store: ActivationStore, options: TrainingOptions) -> int:
-    return _row_bytes(job, store, options) + job.n_latents * _bytes_per_latent(job, store, options)
+def _bytes(lesson: Lesson, store: ActivationStore, options: TrainingOptions) -> int:
+    latents = sum(learner.job.n_latents * _bytes_per_latent(learner, store, options) for learner in lesson)
+    return _row_bytes(lesson, store, options) + latents
 
 
-def _row_bytes(job: SiteJob, store: ActivationStore, options: TrainingOptions) -> int:
-    width = store.width(job.site)
+def _row_bytes(lesson: Lesson, store: ActivationStore, options: TrainingOptions) -> int:
+    width = _width(lesson, store)
     rows = min(store.n_rows, options.max_rows_in_memory)
     held = 4 * width * rows if store.n_rows <= options.max_rows_in_memory else _WINDOW_BYTES
-    return held + 4 * width * (options.held_out_rows + 4 * options.batch_size)
+    return held + 4 * width * (options.held_out_rows + 4 * options.batch_size) + BLOCK_BYTES
 
 
-def _bytes_per_latent(job: SiteJob, store: ActivationStore, options: TrainingOptions) -> int:
+def _width(lesson: Lesson, store: ActivationStore) -> int:
+    """Numbers of a row: those of both sites for a transcoder."""
+    return sum(store.width(site) for site in lesson[0].sites)
+
+
+def _bytes_per_latent(learner: Learner, store: ActivationStore, options: TrainingOptions) -> int:
     """Two matrices with two moments and a gradient each, a half-width copy, and dense latents where there are any."""
-    dense = 6 * 4 * options.batch_size if job.architecture.kind in _DENSE_KINDS else 0
-    return store.width(job.site) * (2 * 4 * 4 + 2) + dense
+    dense = 6 * 4 * options.batch_size if learner.job.architecture.kind in _DENSE_KINDS else 0
+    return store.width(learner.job.site) * (2 * 4 * 4 + 2) + dense
 
 
 def _free_bytes(device: str) -> int:
@@ -60,7 +68,7 @@ def _free_bytes(device: str) -> int:
 
 
 def _what_fits(
-    jobs: Sequence[SiteJob], store: ActivationStore, options: TrainingOptions, costs: Sequence[int], free: int
+    lessons: Sequence[Lesson], store: ActivationStore, options: TrainingOptions, costs: Sequence[int], free: int
 ) -> str:
     """Fewer workers if that is enough; else the most latents that fit beside the rows."""
     fitting = 0
@@ -68,9 +76,11 @@ def _what_fits(
         fitting += 1
     if fitting:
         return f"use --threads {fitting}"
-    worst = max(jobs, key=lambda job: _bytes(job, store, options))
+    worst = max(lessons, key=lambda lesson: _bytes(lesson, store, options))
     left = free - _row_bytes(worst, store, options)
     if left <= 0:
-        most = free // 2 // (4 * store.width(worst.site))
+        most = free // 2 // (4 * _width(worst, store))
         return f"set train.max_rows_in_memory = {most} (or fewer), so that rows are read in windows"
-    return f"set train.n_latents = {left // _bytes_per_latent(worst, store, options)} (or fewer), and use --threads 1"
+    most = left // sum(_bytes_per_latent(learner, store, options) for learner in worst)
+    shorter = ", or take variants out of train.sweep" if len(worst) > 1 else ""
+    return f"set train.n_latents = {most} (or fewer){shorter}, and use --threads 1"

@@ -1,10 +1,12 @@
-"""One site's dictionary: a job, the store and a folder in; `sae.safetensors`, `sae.json` and `training.jsonl` out.
+"""One lesson: learners with the same batches, the store and a folder in; their dictionaries and curves out.
 
-1. A finished folder is left as it is; a checkpoint is continued exactly where it was written.
-2. Read the site's training rows, into memory if there are at most `max_rows_in_memory`, else in shuffled windows.
-3. Start from random directions or from the parent's dictionary, in this site's own normalisation.
-4. Train; checkpoint now and then; calibrate thresholds and measure FVU and L0 on held-out rows.
-5. Write the curve, then the dictionary (its description last, which is what "finished" means), and drop the checkpoint.
+1. A finished dictionary is left as it is; a checkpoint is continued exactly where it was written.
+2. Read the lesson's training rows, into memory if there are at most `max_rows_in_memory`, else in shuffled windows.
+3. Each learner starts from random directions or from its parent's dictionary, in the site's own normalisation.
+4. Every batch is read once and given to all learners that need it; one that is further on, because its checkpoint was,
+   waits for the others. Checkpoint now and then.
+5. A learner that is through gets its thresholds, FVU and L0 from held-out rows. Write the curve, then the dictionary
+   (its description last, which is what "finished" means), and drop the checkpoint.
 """
 
 from __future__ import annotations
@@ -12,159 +14,102 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import Float, Int64
-from torch import Tensor
-
-from data.sites import Site
 from data.store import ActivationStore
-from data.store.tokens import RowFilters
 from pipeline.artifact import write_text_atomically
+from pipeline.training.lessons import DICTIONARIES, VARIANTS, Learner, Lesson
 from pipeline.training.plan import SiteJob
+from pipeline.training.reading import (
+    READ_ROWS,
+    TrainingOptions,
+    held_out_rows,
+    normalisation_at,
+    read_batch,
+    reading,
+)
 from sae import Sae, load_sae, save_sae
-from sae.batches import Batch, Batches, InMemoryBatches
+from sae.batches import Batch, Batches
 from sae.checkpoint import read_checkpoint, write_checkpoint
-from sae.kernels.select import Precision
-from sae.normalisation import Normalisation, normalisation_of, unfold
-from sae.report import Metrics, Progress, discard, silent
-from sae.trainer import Schedule, Trainer, dead_window, random_start, train
+from sae.normalisation import unfold
+from sae.report import DETAIL, Metrics, Progress, discard, silent
+from sae.trainer import Schedule, Trainer, dead_window, random_start
 
 CURVE, CHECKPOINT = "training.jsonl", "checkpoint.safetensors"
-_READ_ROWS = 8192
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """What all sites of a run share."""
-
-    batch_size: int
-    warmup_steps: int
-    decay_fraction: float
-    clip_norm: float
-    precision: Precision
-    filters: RowFilters
-    max_rows_in_memory: int
-    held_out_rows: int
-    record_every: int
-    checkpoint_every: int
-    device: str = "cpu"
 
 
 class Stopped(Exception):
     """Training was asked to stop; the last checkpoint stays."""
 
 
-def train_site(
-    job: SiteJob,
+def train_lesson(
+    lesson: Lesson,
     store: ActivationStore,
     options: TrainingOptions,
-    folder: Path,
+    root: Path,
     *,
     progress: Progress = silent,
     metrics: Metrics = discard,
     stopping: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
-    """Train, or find trained, the dictionary of `job.site` under `folder`; returns its description's metadata."""
-    place = folder / job.site.short
-    if (place / "sae.json").is_file():
-        return load_sae(place).metadata
+) -> dict[str, dict[str, Any]]:
+    """Train, or find trained, every dictionary of a lesson under `root`; returns their metadata by folder."""
     if stopping():
         raise Stopped
-    normalisation = normalisation_at(store, job.site).to(options.device)
-    trainer = _trainer(job, store, options, folder, normalisation)
-    batches = _batches(job, store, options)
-    _resume(place / CHECKPOINT, trainer, batches)
-    seconds = _run(job, trainer, batches, options, place, progress, metrics, stopping)
-    held_out = read_rows(store, job.site, held_out_rows(job.site, store, options))
-    on_device = Batch(x=held_out.to(options.device)) if len(held_out) else None
-    sae = trainer.finish(on_device, {**_description(job, store, options), "held_out_rows": len(held_out)})
-    sae.metadata.update(_measured(sae, held_out) | {"dead": trainer.records[-1]["dead"] / job.n_latents})
-    _write(place, sae, trainer.records)
-    metrics({"site": job.site.short, "seconds": seconds, **_headline(sae)})
-    return sae.metadata
+    courses = [_course(learner, store, options, root) for learner in lesson if not _is_finished(learner, root)]
+    if courses:
+        held_out = read_batch(store, lesson[0], held_out_rows(lesson[0].sites, store, options))
+        with reading(lesson[0], store, options) as batches:
+            _resume(courses, batches)
+            for course in _taught(courses, batches, options, progress, metrics, stopping):
+                _finish(course, store, options, held_out, metrics)
+    return {learner.folder: load_sae(_place(learner, root)).metadata for learner in lesson}
 
 
-def normalisation_at(store: ActivationStore, site: Site) -> Normalisation:
-    """The training space of a site, from the statistics kept in the store."""
-    statistics = store.statistics(site)
-    mean, variance = torch.from_numpy(np.array(statistics.mean)), torch.from_numpy(np.array(statistics.variance))
-    return normalisation_of(mean, variance)
+@dataclass(kw_only=True, eq=False)
+class _Course:
+    """A learner with its trainer; `place` is where its dictionary, curve and checkpoint go."""
+
+    learner: Learner
+    trainer: Trainer
+    place: Path
+    first_step: int = 0
+    seconds: float = 0.0
 
 
-def read_rows(store: ActivationStore, site: Site, rows: Int64[np.ndarray, "row"]) -> Float[Tensor, "row d_model"]:
-    """The given rows (ascending) of a site."""
-    out = torch.empty(len(rows), store.width(site))
-    for first in range(0, store.n_rows, _READ_ROWS):
-        begin, end = np.searchsorted(rows, (first, first + _READ_ROWS))
-        if end > begin:
-            values = store.read(site, int(rows[begin]), int(rows[end - 1]) + 1)
-            out[begin:end] = torch.from_numpy(values[rows[begin:end] - rows[begin]])
-    return out
+def _place(learner: Learner, root: Path) -> Path:
+    return root / learner.folder / learner.job.site.short
 
 
-def held_out_rows(site: Site, store: ActivationStore, options: TrainingOptions) -> Int64[np.ndarray, "row"]:
-    """The rows that set thresholds and measure FVU: the first of the held-out ones that training's filters keep."""
-    return store.kept_rows("validation", options.filters, sites=[site])[: options.held_out_rows]
+def _is_finished(learner: Learner, root: Path) -> bool:
+    return (_place(learner, root) / "sae.json").is_file()
 
 
-class _WindowBatches:
-    """Batches read from the store in shuffled windows, for sites that do not fit in memory."""
-
-    def __init__(self, store: ActivationStore, site: Site, options: TrainingOptions, seed: int) -> None:
-        self._site = site
-        self._reader = store.batches(
-            [site], batch_size=options.batch_size, seed=seed, filters=options.filters, device=options.device
-        )
-
-    def next_batch(self) -> Batch:
-        return Batch(x=next(self._reader)[self._site])
-
-    def state(self) -> dict[str, Any]:
-        return self._reader.state()
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self._reader.restore(state)
-
-    def locate(self, rows: Sequence[int]) -> str:
-        state = self._reader.state()
-        shard_rows = self._reader.store.shard_rows
-        if state["batch"] == 0:
-            return f"{self._site.short}, the last batch of epoch {state['epoch'] - 1}"
-        found = self._reader.rows_of(state["epoch"], state["batch"] - 1)[list(rows)]
-        return f"{self._site.short}, " + ", ".join(f"row {row} (shard {row // shard_rows})" for row in found)
-
-    def close(self) -> None:
-        self._reader.close()
-
-
-def _batches(job: SiteJob, store: ActivationStore, options: TrainingOptions) -> Batches:
-    rows = store.kept_rows("train", options.filters, sites=[job.site])
-    if len(rows) > options.max_rows_in_memory:
-        return _WindowBatches(store, job.site, options, job.seed)
-    x = read_rows(store, job.site, rows).to(options.device)
-    name, shard_rows = job.site.short, store.shard_rows
-    return InMemoryBatches(
-        x,
-        batch_size=options.batch_size,
-        seed=job.seed,
-        name_of_row=lambda row: f"{name} row {rows[row]} (shard {rows[row] // shard_rows})",
-    )
-
-
-def _trainer(
-    job: SiteJob, store: ActivationStore, options: TrainingOptions, folder: Path, normalisation: Normalisation
-) -> Trainer:
-    if job.parent is None:
-        weights = job.architecture.prepared(random_start(job.n_latents, store.width(job.site), seed=job.seed))
+def _course(learner: Learner, store: ActivationStore, options: TrainingOptions, root: Path) -> _Course:
+    job = learner.job
+    source, target = learner.sites[0], job.site if learner.reads else None
+    if job.parent is not None:
+        weights = unfold(load_sae(root / learner.folder / job.parent.short), normalisation_at(store, job.parent))
+    elif target is not None:
+        width = store.width(target)
+        weights = random_start(job.n_latents, store.width(source), seed=job.seed, d_out=width, skip=learner.skip)
     else:
-        weights = unfold(load_sae(folder / job.parent.short), normalisation_at(store, job.parent))
-    schedule = Schedule(
+        weights = job.architecture.prepared(random_start(job.n_latents, store.width(source), seed=job.seed))
+    trainer = Trainer(
+        architecture=job.architecture,
+        schedule=_schedule(job, options),
+        weights={name: weight.to(options.device) for name, weight in weights.items()},
+        source=normalisation_at(store, source).to(options.device),
+        target=None if target is None else normalisation_at(store, target).to(options.device),
+        precision=options.precision,
+    )
+    return _Course(learner=learner, trainer=trainer, place=_place(learner, root))
+
+
+def _schedule(job: SiteJob, options: TrainingOptions) -> Schedule:
+    return Schedule(
         steps=job.steps,
         learning_rate=job.learning_rate,
         warmup_steps=min(options.warmup_steps, job.steps // 2),
@@ -173,66 +118,100 @@ def _trainer(
         dead_after=dead_window(job.steps, options.batch_size),
         record_every=options.record_every,
     )
-    return Trainer(
-        architecture=job.architecture,
-        schedule=schedule,
-        weights={name: weight.to(options.device) for name, weight in weights.items()},
-        source=normalisation,
-        precision=options.precision,
-    )
 
 
-def _resume(path: Path, trainer: Trainer, batches: Batches) -> None:
-    if path.is_file():
-        tensors, state = read_checkpoint(path)
-        trainer.restore(tensors, state["trainer"])
-        batches.restore(state["batches"])
+def _resume(courses: Sequence[_Course], batches: Batches) -> None:
+    """Every trainer at its own checkpoint, the reader at that of the one furthest behind."""
+    positions: dict[int, Mapping[str, Any]] = {}
+    for course in courses:
+        if (course.place / CHECKPOINT).is_file():
+            tensors, state = read_checkpoint(course.place / CHECKPOINT)
+            course.trainer.restore(tensors, state["trainer"])
+            positions[course.trainer.step] = state["batches"]
+        course.first_step = course.trainer.step
+    behind = min(course.trainer.step for course in courses)
+    if behind:
+        batches.restore(positions[behind])
 
 
-def _run(
-    job: SiteJob,
-    trainer: Trainer,
+def _taught(
+    courses: Sequence[_Course],
     batches: Batches,
     options: TrainingOptions,
-    place: Path,
     progress: Progress,
     metrics: Metrics,
     stopping: Callable[[], bool],
-) -> float:
-    """Train to the end; returns the seconds it took."""
-    label, first, started = f"train {job.site.short}", trainer.step, time.monotonic()
-
-    def each_step(step: int) -> None:
-        progress(label, step, job.steps)
-        if stopping():
-            raise Stopped
-
-    def each_record(record: dict[str, float]) -> None:
-        speed = (trainer.step - first) * options.batch_size / (time.monotonic() - started)
-        metrics({"site": job.site.short, **record, "tokens_per_second": round(speed)})
-
-    def checkpoint() -> None:
-        tensors, numbers = trainer.state()
-        write_checkpoint(place / CHECKPOINT, tensors, {"trainer": numbers, "batches": batches.state()})
-
-    try:
-        train(
-            trainer,
-            batches,
-            each_step=each_step,
-            each_record=each_record,
-            checkpoint=checkpoint,
-            checkpoint_every=options.checkpoint_every,
-        )
-    finally:
-        if isinstance(batches, _WindowBatches):
-            batches.close()
-    return round(time.monotonic() - started, 3)
+) -> Iterator[_Course]:
+    """Yield each course as it ends. Batch n is for the trainers that have seen n batches."""
+    left = list(courses)
+    while left:
+        n_seen = min(course.trainer.step for course in left)
+        started = time.monotonic()
+        batch = batches.next_batch()
+        waited = time.monotonic() - started
+        for course in [course for course in left if course.trainer.step == n_seen]:
+            course.seconds += waited
+            _learn(course, batch, batches, options, progress, metrics)
+            if course.trainer.finished:
+                left.remove(course)
+                yield course
+            elif course.trainer.step % options.checkpoint_every == 0:
+                tensors, numbers = course.trainer.state()
+                state = {"trainer": numbers, "batches": batches.state()}
+                write_checkpoint(course.place / CHECKPOINT, tensors, state)
+            if stopping():
+                raise Stopped
 
 
-def _description(job: SiteJob, store: ActivationStore, options: TrainingOptions) -> dict[str, Any]:
+def _learn(
+    course: _Course, batch: Batch, batches: Batches, options: TrainingOptions, progress: Progress, metrics: Metrics
+) -> None:
+    """One step of one learner, timed and told."""
+    started = time.monotonic()
+    record = course.trainer.train_on(batch, batches)
+    course.seconds += time.monotonic() - started
+    job, step = course.learner.job, course.trainer.step
+    speed = (step - course.first_step) * options.batch_size / max(course.seconds, 1e-9)
+    if record is not None:
+        metrics({**_who(course.learner), **record, "tokens_per_second": round(speed)})
+    progress(f"train {course.learner.label}{_numbers(course.trainer, speed)}", step, job.steps)
+
+
+def _who(learner: Learner) -> dict[str, str]:
+    return {"site": learner.job.site.short} | ({} if learner.folder == DICTIONARIES else {"of": learner.folder})
+
+
+def _numbers(trainer: Trainer, speed: float) -> str:
+    """What the progress line adds to the label, from the last record of the curve."""
+    if not trainer.records:
+        return ""
+    last = trainer.records[-1]
+    numbers = f"loss {last['loss']:.3g}  FVU {last['fvu']:.3f}  L0 {last['l0']:.1f}  dead {last['dead']:.0f}"
+    return f"{DETAIL}{numbers}  {speed:,.0f} tokens/s"
+
+
+def _finish(
+    course: _Course, store: ActivationStore, options: TrainingOptions, held_out: Batch, metrics: Metrics
+) -> None:
+    learner, trainer = course.learner, course.trainer
+    n_rows = len(held_out.x)
+    y = None if held_out.y is None else held_out.y.to(options.device)
+    on_device = Batch(x=held_out.x.to(options.device), y=y) if n_rows else None
+    sae = trainer.finish(on_device, {**_description(learner, store, options), "held_out_rows": n_rows})
+    sae.metadata.update(_measured(sae, held_out) | {"dead": trainer.records[-1]["dead"] / learner.job.n_latents})
+    _write(course.place, sae, trainer.records)
+    seconds = round(course.seconds, 3)
+    metrics({**_who(learner), "step": trainer.step, "seconds": seconds, **_headline(sae)})
+
+
+def _description(learner: Learner, store: ActivationStore, options: TrainingOptions) -> dict[str, Any]:
+    job = learner.job
+    reads = {} if learner.reads is None else {"reads": learner.reads.name, "skip": learner.skip}
+    variant = {"variant": learner.folder.removeprefix(f"{VARIANTS}/")} if learner.folder.startswith(VARIANTS) else {}
     return {
         "site": job.site.name,
+        **reads,
+        **variant,
         "model": store.provenance.get("model"),
         "model_fingerprint": store.provenance.get("model_fingerprint"),
         "architecture": dataclasses.asdict(job.architecture),
@@ -250,18 +229,20 @@ def _description(job: SiteJob, store: ActivationStore, options: TrainingOptions)
     }
 
 
-def _measured(sae: Sae, held_out: Float[Tensor, "row d_model"]) -> dict[str, Any]:
-    """FVU against the held-out mean, and L0, in float64 sums."""
-    if not len(held_out):
+def _measured(sae: Sae, held_out: Batch) -> dict[str, Any]:
+    """FVU against the held-out mean of what is predicted, and L0, in float64 sums."""
+    wanted = held_out.x if held_out.y is None else held_out.y
+    if not len(wanted):
         return {"held_out_fvu": None, "held_out_l0": None}
     error = total = active = 0.0
-    mean = held_out.double().mean(0)
-    for block in held_out.split(_READ_ROWS):
-        codes = sae.encode_sparse(block)
-        error += float((sae.decode(codes).double() - block.double()).square().sum())
-        total += float((block.double() - mean).square().sum())
+    mean = wanted.double().mean(0)
+    for x, y in zip(held_out.x.split(READ_ROWS), wanted.split(READ_ROWS), strict=True):
+        codes = sae.encode_sparse(x)
+        out = sae.decode(codes) if sae.W_skip is None else sae.decode(codes) + x @ sae.W_skip.T
+        error += float((out.double() - y.double()).square().sum())
+        total += float((y.double() - mean).square().sum())
         active += float((codes.value > 0).sum())
-    return {"held_out_fvu": error / max(total, 1e-300), "held_out_l0": active / len(held_out)}
+    return {"held_out_fvu": error / max(total, 1e-300), "held_out_l0": active / len(wanted)}
 
 
 def _headline(sae: Sae) -> dict[str, float]:

@@ -19,7 +19,7 @@ from pipeline.dictionaries import read_dictionaries
 from pipeline.run import RunContext
 from pipeline.stages import collect, train
 from pipeline.training.plan import Chain, Independent, Override, Shared
-from pipeline.training.site import held_out_rows
+from pipeline.training.reading import held_out_rows
 from sae.architectures import BatchTopK, TopK
 from sae.errors import UserError
 
@@ -180,7 +180,7 @@ def test_the_rows_that_set_thresholds_pass_the_filters_of_training(collected: Ar
     store = ActivationStore.open(collected.path / "store.zarr")
     site = store.sites[-1]
     config = train.Config(filters=RowFilters(max_norm_ratio=1.0))
-    rows = held_out_rows(site, store, train.options_of(config, "cpu"))
+    rows = held_out_rows([site], store, train.options_of(config, "cpu"))
     norms = np.linalg.norm(store.read(site, 0, store.n_rows).astype(np.float64), axis=1)
     assert len(rows)
     assert rows.min() >= store.validation_start
