@@ -39,7 +39,7 @@ from pipeline.flow.validation import TOP_1, ValidatedLinks, Validation, attach_e
 from pipeline.run import RunContext
 from pipeline.stages.collect import STORE
 from pipeline.stages.evaluate import open_collected_model
-from pipeline.training.site import normalisation_at, read_rows
+from pipeline.training.reading import normalisation_at, read_rows
 
 KIND, SCHEMA = "link", 1
 MOST_NULL_ROWS = 65_536
