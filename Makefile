@@ -78,14 +78,17 @@ bench: install  ## benchmarks that need no other tool; results in benchmarks/res
 peers: install  ## environments of SAELens, sparsify and dictionary_learning, in PEERS (large)
 	benchmarks/peers/make_environments.sh $(PEERS)
 
-bench-train: install  ## a whole training step against the peers', side by side (needs make peers)
+bench-train: install  ## a whole training step against the peers', side by side (needs make peers, a quiet machine)
 	@mkdir -p benchmarks/results
 	$(BIN)/python -m benchmarks.train_speed --peers $(PEERS) --out $(ARTIFACTS)/bench-train $(ARGS) | tee benchmarks/results/train_speed.jsonl
+	$(BIN)/python -m benchmarks --report
 
-bench-quality: install  ## dictionaries of equal size and budget against the peers', and starts against each other (needs make peers, collect)
+bench-quality: install  ## dictionaries of equal size and budget against the peers', and starts against each other (needs make peers)
 	@mkdir -p benchmarks/results
-	$(BIN)/python -m benchmarks.quality_peers --collect $(RUN_FOLDER)/collect --peers $(PEERS) --out $(ARTIFACTS)/bench-quality $(ARGS) | tee benchmarks/results/quality_peers.jsonl
-	$(BIN)/python -m benchmarks.quality_starts --collect $(RUN_FOLDER)/collect --out $(ARTIFACTS)/bench-starts | tee benchmarks/results/quality_starts.jsonl
+	$(BIN)/featureflow run --recipe benchmarks/quality.toml --artifacts $(ARTIFACTS) --to collect
+	$(BIN)/python -m benchmarks.quality_peers --collect $(ARTIFACTS)/quality/collect --peers $(PEERS) --out $(ARTIFACTS)/bench-quality $(ARGS) | tee benchmarks/results/quality_peers.jsonl
+	$(BIN)/python -m benchmarks.quality_starts --collect $(ARTIFACTS)/quality/collect --out $(ARTIFACTS)/bench-starts | tee benchmarks/results/quality_starts.jsonl
+	$(BIN)/python -m benchmarks --report
 
 faults: install  ## 100 kills and every corruption of the store, at full size; the table goes into docs/store-faults.md
 	$(BIN)/python benchmarks/store_faults.py --markdown docs/store-faults.md $(ARGS)

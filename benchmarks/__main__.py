@@ -56,8 +56,8 @@ def main() -> None:
 
 def run(name: str) -> None:
     """One benchmark, its lines shown as they come and kept when it ends well."""
-    load = os.getloadavg()[0]
-    print(f"{name} (load {load:.1f})", flush=True)
+    before = head()
+    print(f"{name} (load {before['load_before']})", flush=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT.parent), str(ROOT)])}
     done = subprocess.run(
         [sys.executable, *COMMANDS[name]],
@@ -68,11 +68,16 @@ def run(name: str) -> None:
         check=True,
     )
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    head = {"measured": date.today().isoformat(), "load_before": round(load, 1), "machine": _machine()}
-    lines = [json.dumps(head), *map(json.dumps, records)]
+    lines = [json.dumps(before), *map(json.dumps, records)]
     (RESULTS / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for record in records:
         print("  " + json.dumps(record), flush=True)
+
+
+def head() -> dict[str, object]:
+    """The first line of a results file: when, on what machine, how busy."""
+    load = round(os.getloadavg()[0], 1)
+    return {"measured": date.today().isoformat(), "load_before": load, "machine": _machine()}
 
 
 def report() -> str:
@@ -85,9 +90,9 @@ def report() -> str:
     ]
     for path in sorted(RESULTS.glob("*.jsonl")):
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        head = records.pop(0) if records and "measured" in records[0] else {}
+        first = records.pop(0) if records and "measured" in records[0] else {}
         command = "python " + " ".join(COMMANDS[path.stem]) if path.stem in COMMANDS else ELSEWHERE.get(path.stem, "")
-        facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in head.items())
+        facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in first.items())
         parts += ["", f"## {path.stem.replace('_', ' ')}", "", f"`{command}`" + (f" ({facts})" if facts else ""), ""]
         parts += _tables(records)
     return "\n".join(parts) + "\n"

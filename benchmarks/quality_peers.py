@@ -1,15 +1,18 @@
 """The same stored activations, width, L0 and token budget: what do SAELens, dictionary_learning and we make of them?
 
-    python -m benchmarks.quality_peers --collect ARTIFACT --peers FOLDER --out FOLDER [--site L15] [--steps 500] …
+    python -m benchmarks.quality_peers --collect ARTIFACT --peers FOLDER --out FOLDER [--site L15] [--n-latents 2048] …
 
 1. Write the site's ordinary training rows, then its held-out rows, to one `.npy` file.
 2. For every seed train ours (the train stage, independent start) and each peer (its own step in its own environment,
-   benchmarks/peers), same rows, batch size, steps, learning rate and auxiliary coefficient.
+   benchmarks/peers), same rows, batch size, steps (one pass unless `--steps` says otherwise), learning rate and
+   auxiliary coefficient. A dictionary that is there already is not trained again, so a stopped run goes on, and
+   `--trainers saelens --seeds 1 --train-only` makes one of them.
 3. Turn the peers' files into dictionaries over raw activations (they were given centred and scaled rows) and let the
    evaluate stage measure all of them on the same held-out rows and contexts.
 
-Prints one JSON line per dictionary and one per trainer (mean, lowest and highest seed); `OUT/evaluate` has the figures.
-Cost at 1 M tokens, d=576, N=4,096: about 10 minutes per peer run on two quiet cores.
+Prints one JSON line per dictionary, one per trainer (mean over seeds, lowest and highest), and one per peer and number:
+ours minus theirs, with a 95 % interval over seeds (Welch). `OUT/evaluate` has the figures. Cost at 1 M tokens, d=576,
+N=2,048: about 10 minutes per peer run on one core.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 
+from benchmarks.__main__ import head
 from data.sites import Site, parse_site
 from data.store import ActivationStore
 from pipeline.artifact import Artifact
@@ -38,7 +43,9 @@ from sae.architectures import BatchTopK, TopK
 from sae.formats import read
 
 PEERS = {"topk": ("saelens", "sparsify", "dictionary_learning"), "batchtopk": ("saelens", "dictionary_learning")}
+COMPARED = ("fvu", "ce_recovered_zero", "ce_recovered_mean", "dead_fraction")
 SCRIPTS = Path(__file__).parent / "peers"
+OURS = "featureflow"
 NUMBERS = ("fvu", "l0", "dead_fraction", "ce_recovered_zero", "ce_recovered_mean", "kl_recovered_zero", "pca_fvu")
 
 
@@ -46,12 +53,20 @@ def main(arguments: argparse.Namespace) -> None:
     out, site = arguments.out, parse_site(arguments.site)
     collected = Artifact.open(arguments.collect, kind=collect.KIND, schema=collect.SCHEMA)
     rows = out / "rows.npy"
-    n_held_out = export_rows(ActivationStore.open(collected.path / collect.STORE), site, rows)
+    n_train, n_held_out = export_rows(ActivationStore.open(collected.path / collect.STORE), site, rows)
+    arguments.steps = arguments.steps or n_train // arguments.batch_size
     for seed in arguments.seeds:
-        train_ours(arguments, collected, site, seed, out)
-        for peer in PEERS[arguments.architecture]:
-            if (arguments.peers / peer / "bin" / "python").is_file():
-                train_peer(arguments, peer, site, seed, rows, n_held_out)
+        for trainer in arguments.trainers:
+            place = out / "dictionaries" / trainer / f"seed{seed}"
+            if (place / "sae.json").is_file():
+                continue
+            if trainer == OURS:
+                train_ours(arguments, collected, site, seed, out)
+            elif trainer in PEERS[arguments.architecture] and (arguments.peers / trainer / "bin" / "python").is_file():
+                train_peer(arguments, trainer, site, seed, rows, n_held_out)
+    if arguments.train_only:
+        return
+    print(json.dumps(head() | {"n_train_rows": n_train, "n_held_out_rows": n_held_out, "steps": arguments.steps}))
     first = Artifact.open(out / "train" / f"seed{arguments.seeds[0]}", kind=train.KIND, schema=train.SCHEMA)
     settings = evaluate.Config(
         n_tokens=arguments.eval_tokens,
@@ -64,13 +79,14 @@ def main(arguments: argparse.Namespace) -> None:
     report(pd.read_parquet(evaluated.path / "metrics.parquet"))
 
 
-def export_rows(store: ActivationStore, site: Site, file: Path) -> int:
-    """Training rows, then held-out rows, float32; returns how many were held out."""
+def export_rows(store: ActivationStore, site: Site, file: Path) -> tuple[int, int]:
+    """Training rows, then held-out rows, float32; returns how many of each."""
     parts = [store.kept_rows(split) for split in ("train", "validation")]
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         shape = (sum(map(len, parts)), store.width(site))
-        array = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        array = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=shape)
         filled = 0
         for rows in parts:
             for block in np.array_split(rows, max(1, len(rows) // 65536)):
@@ -79,7 +95,8 @@ def export_rows(store: ActivationStore, site: Site, file: Path) -> int:
                 array[filled : filled + len(block)] = values
                 filled += len(block)
         array.flush()
-    return len(parts[1])
+        unfinished.rename(file)
+    return len(parts[0]), len(parts[1])
 
 
 def train_ours(arguments: argparse.Namespace, collected: Artifact, site: Site, seed: int, out: Path) -> None:
@@ -94,8 +111,10 @@ def train_ours(arguments: argparse.Namespace, collected: Artifact, site: Site, s
         learning_rate=arguments.learning_rate,
         seed=seed,
     )
-    trained = train.run(config, train.Inputs(collect=collected), out / "train" / f"seed{seed}", RunContext())
-    target = out / "dictionaries" / "featureflow" / f"seed{seed}"
+    trained = train.run(
+        config, train.Inputs(collect=collected), out / "train" / f"seed{seed}", RunContext(n_threads=arguments.threads)
+    )
+    target = out / "dictionaries" / OURS / f"seed{seed}"
     shutil.copytree(trained.path / "dictionaries" / site.short, target, dirs_exist_ok=True)
 
 
@@ -160,15 +179,40 @@ def report(rows: pd.DataFrame) -> None:
     measured = rows[rows["source"].str.startswith("dictionaries/")].copy()
     measured["trainer"] = measured["source"].str.split("/").str[1]
     for record in measured.to_dict(orient="records"):
-        intervals = {f"fvu_{side}": _rounded(record[f"fvu_{side}"]) for side in ("low", "high")}
-        print(json.dumps({"dictionary": record["source"], **_numbers(record), **intervals}), flush=True)
-    for trainer, part in measured.groupby("trainer"):
-        spread = {
-            name: [_rounded(part[name].min()), _rounded(part[name].max())]
-            for name in ("fvu", "ce_recovered_zero", "dead_fraction")
+        intervals = {
+            name: [_rounded(record[f"{name}_{side}"]) for side in ("low", "high")]
+            for name in ("fvu", "ce_recovered_zero", "ce_recovered_mean")
         }
+        line = {"dictionary": record["source"], **_numbers(record)}
+        print(json.dumps(line | {f"{name}_95": pair for name, pair in intervals.items()}), flush=True)
+    for trainer, part in measured.groupby("trainer"):
+        spread = {f"{name}_seeds": [_rounded(part[name].min()), _rounded(part[name].max())] for name in COMPARED}
         means = _numbers(part[list(NUMBERS)].mean().to_dict())
-        print(json.dumps({"trainer": trainer, "seeds": len(part), **means, "spread": spread}), flush=True)
+        print(json.dumps({"trainer": trainer, "seeds": len(part), **means, **spread}), flush=True)
+    for trainer, part in measured.groupby("trainer"):
+        for name in COMPARED if trainer != OURS else ():
+            print(json.dumps(difference(measured[measured["trainer"] == OURS][name], part[name], trainer)), flush=True)
+
+
+def difference(ours: pd.Series, theirs: pd.Series, trainer: str) -> dict[str, Any]:
+    """Ours minus theirs, with Welch's 95 % interval over seeds; `better` is none where it holds 0."""
+    mean = float(ours.mean() - theirs.mean())
+    variances = ours.var() / len(ours), theirs.var() / len(theirs)
+    if min(len(ours), len(theirs)) < 2 or sum(variances) == 0:
+        return {"compared_with": trainer, "number": ours.name, "ours_minus_theirs": _rounded(mean)}
+    freedom = sum(variances) ** 2 / sum(
+        variance**2 / (len(part) - 1) for variance, part in zip(variances, (ours, theirs), strict=True)
+    )
+    half = float(stats.t.ppf(0.975, freedom) * sum(variances) ** 0.5)
+    lower_is_better = ours.name in ("fvu", "dead_fraction")
+    who = None if abs(mean) <= half else OURS if (mean < 0) == lower_is_better else trainer
+    return {
+        "compared_with": trainer,
+        "number": ours.name,
+        "ours_minus_theirs": _rounded(mean),
+        "interval_95": [_rounded(mean - half), _rounded(mean + half)],
+        "better": who,
+    }
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float | None]:
@@ -186,14 +230,16 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--site", default="L15")
     parser.add_argument("--architecture", choices=tuple(PEERS), default="topk")
-    parser.add_argument("--n-latents", type=int, default=4096)
+    parser.add_argument("--n-latents", type=int, default=2048)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--learning-rate", type=float, default=5.7e-4)
+    parser.add_argument("--steps", type=int, default=0, help="0 for one pass over the rows")
+    parser.add_argument("--learning-rate", type=float, default=8e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--eval-tokens", type=int, default=16384)
+    parser.add_argument("--eval-tokens", type=int, default=49152)
     parser.add_argument("--ce-tokens", type=int, default=8192)
+    parser.add_argument("--trainers", nargs="+", default=[OURS, *PEERS["topk"]], choices=[OURS, *PEERS["topk"]])
+    parser.add_argument("--train-only", action="store_true", help="leave out the evaluation")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args(argv)
 

@@ -1,22 +1,29 @@
 """Independent, shared and chained starts over adjacent layers: quality, cost, and how well the layers line up.
 
-    python -m benchmarks.quality_starts --collect ARTIFACT --out FOLDER [--layers 10 11 12 13 14 15] …
+    python -m benchmarks.quality_starts --collect ARTIFACT --out FOLDER [--layers 12 13 14 15 16 17] [--seeds 0 1 2] …
 
-For each start: the train stage, the evaluate stage with the model at every layer, the link stage. Prints one JSON line
-per start and seed: FVU, CE recovered, dead latents, seconds of training, links above the null, and the Pearson
-correlation of linked pairs on held-out tokens. Chained dictionaries train `--next-steps` steps, all others `--steps`.
+For each start: the train stage, the evaluate stage with the model at every layer, the link stage. Independent and
+shared dictionaries train one pass over the rows (or `--steps`), so does the first of a chain; the others of a chain
+`--next-steps`. Prints one JSON line per start and seed, and one per start (mean over seeds, lowest and highest): FVU,
+CE recovered, dead latents, seconds of training on `--threads` cores, links above the null at a 5 % false-discovery
+rate, and the Pearson correlation of linked pairs on held-out tokens. What is made already is not made again.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
-import time
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pandas as pd
 
+from benchmarks.__main__ import head
+from data.sites import parse_site
+from data.store import ActivationStore
 from pipeline.artifact import Artifact
 from pipeline.run import RunContext
 from pipeline.stages import collect, evaluate, link, train
@@ -24,27 +31,46 @@ from pipeline.training.plan import Chain, Independent, Initialisation, Shared
 from sae.architectures import TopK
 
 STARTS: dict[str, type[Initialisation]] = {"independent": Independent, "shared": Shared, "chain": Chain}
+QUALITY = ("fvu", "l0", "dead_fraction", "ce_recovered_zero", "ce_recovered_mean", "pca_fvu")
+LINKS = ("carried_share", "residual_cosine_median", "residual_null_p99", "residual_pearson_median")
+LINKS += ("residual_pearson_best_median", "residual_agreement")
 
 
 def main(arguments: argparse.Namespace) -> None:
     collected = Artifact.open(arguments.collect, kind=collect.KIND, schema=collect.SCHEMA)
-    context = RunContext(n_threads=arguments.threads)
+    store = ActivationStore.open(collected.path / collect.STORE)
+    n_rows = len(store.kept_rows("train", sites=[parse_site(f"L{layer}") for layer in arguments.layers]))
+    arguments.steps = arguments.steps or n_rows // arguments.batch_size
+    print(json.dumps(head() | {"n_train_rows": n_rows, "threads": arguments.threads}), flush=True)
+    records = []
     for seed in arguments.seeds:
         for name in arguments.starts:
-            folder = arguments.out / f"{name}-seed{seed}"
-            started = time.monotonic()
-            trained = train.run(
-                train_config(arguments, name, seed), train.Inputs(collect=collected), folder / "train", context
-            )
-            seconds = time.monotonic() - started
-            sites = tuple(f"L{layer}" for layer in arguments.layers)
-            settings = evaluate.Config(
-                n_tokens=arguments.eval_tokens, ce_tokens=arguments.ce_tokens, ce_sites=sites, seed=0
-            )
-            inputs = evaluate.Inputs(collect=collected, train=trained)
-            evaluated = evaluate.run(settings, inputs, folder / "evaluate", context)
-            linked = link.run(link.Config(), link.Inputs(collect=collected, train=trained), folder / "link", context)
-            print(json.dumps(record(name, seed, seconds, evaluated, linked)), flush=True)
+            evaluated, linked, trained = made(arguments, collected, name, seed)
+            records.append(record(arguments, name, seed, trained, evaluated, linked))
+            print(json.dumps(records[-1]), flush=True)
+    for line in means(records):
+        print(json.dumps(line), flush=True)
+
+
+def made(arguments: argparse.Namespace, collected: Artifact, start: str, seed: int) -> tuple[Artifact, ...]:
+    """The three artifacts of a start: evaluation, links, dictionaries."""
+    folder = arguments.out / f"{start}-seed{seed}"
+    trained = stage(arguments, train, train_config(arguments, start, seed), folder, collect=collected)
+    sites = tuple(f"L{layer}" for layer in arguments.layers)
+    measured = evaluate.Config(n_tokens=arguments.eval_tokens, ce_tokens=arguments.ce_tokens, ce_sites=sites, seed=0)
+    evaluated = stage(arguments, evaluate, measured, folder, collect=collected, train=trained)
+    return evaluated, stage(arguments, link, link.Config(), folder, collect=collected, train=trained), trained
+
+
+def stage(arguments: argparse.Namespace, module: ModuleType, config: Any, folder: Path, **inputs: Artifact) -> Artifact:
+    """The stage's artifact in `folder`: found, where it was made with this config, or made."""
+    out = folder / module.KIND
+    wanted = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    if (out / "manifest.json").is_file():
+        artifact = Artifact.open(out, kind=module.KIND, schema=module.SCHEMA)
+        if all(artifact.config.get(name, value) == value for name, value in wanted.items()):
+            return artifact
+    return module.run(config, module.Inputs(**inputs), out, RunContext(n_threads=arguments.threads))
 
 
 def train_config(arguments: argparse.Namespace, start: str, seed: int) -> train.Config:
@@ -60,16 +86,35 @@ def train_config(arguments: argparse.Namespace, start: str, seed: int) -> train.
     )
 
 
-def record(start: str, seed: int, seconds: float, evaluated: Artifact, linked: Artifact) -> dict[str, object]:
+def record(
+    arguments: argparse.Namespace, start: str, seed: int, trained: Artifact, evaluated: Artifact, linked: Artifact
+) -> dict[str, Any]:
     rows = pd.read_parquet(evaluated.path / "metrics.parquet")
-    numbers = ("fvu", "l0", "dead_fraction", "ce_recovered_zero", "ce_recovered_mean", "pca_fvu")
+    n_steps = sum(
+        json.loads(file.read_text(encoding="utf-8"))["metadata"]["steps"]
+        for file in trained.path.glob("dictionaries/*/sae.json")
+    )
     return {
         "start": start,
         "seed": seed,
-        "train_seconds": round(seconds, 1),
-        **{name: None if rows[name].isna().all() else round(float(rows[name].mean()), 5) for name in numbers},
-        **{f"link_{name}": value for name, value in linked.summary.items()},
+        "layers": f"{arguments.layers[0]}–{arguments.layers[-1]}",
+        "steps_altogether": n_steps,
+        "train_seconds": trained.summary["seconds"],
+        **{name: None if rows[name].isna().all() else round(float(rows[name].mean()), 5) for name in QUALITY},
+        **{name.removeprefix("residual_"): linked.summary[name] for name in LINKS},
     }
+
+
+def means(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line a start: means over seeds, and the range of what is compared."""
+    lines = []
+    for start, part in pd.DataFrame(records).groupby("start", sort=False):
+        numbers = part.drop(columns=["start", "seed", "layers"]).astype(float)
+        compared = ("fvu", "ce_recovered_zero", "carried_share", "pearson_median")
+        spread = {f"{name}_seeds": [float(numbers[name].min()), float(numbers[name].max())] for name in compared}
+        mean = {name: round(float(value), 5) for name, value in numbers.mean().items()}
+        lines.append({"start": start, "seeds": len(part), **mean, **spread})
+    return lines
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
@@ -78,16 +123,16 @@ def parsed(argv: list[str]) -> argparse.Namespace:
         "--collect", type=Path, required=True, help="a collect artifact with the layers' residual sites"
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layers", type=int, nargs="+", default=[10, 11, 12, 13, 14, 15])
+    parser.add_argument("--layers", type=int, nargs="+", default=[12, 13, 14, 15, 16, 17])
     parser.add_argument("--starts", choices=tuple(STARTS), nargs="+", default=list(STARTS))
     parser.add_argument("--n-latents", type=int, default=2048)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=0, help="0 for one pass over the rows")
     parser.add_argument("--next-steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--eval-tokens", type=int, default=8192)
-    parser.add_argument("--ce-tokens", type=int, default=4096)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--eval-tokens", type=int, default=16384)
+    parser.add_argument("--ce-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args(argv)
 
