@@ -130,6 +130,19 @@ def test_the_front_page_links_to_what_is_there(artifacts: Path) -> None:
         assert (artifacts / name).is_file()
 
 
+def test_the_readme_s_table_is_made_of_the_artifacts(artifacts: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.headline", str(artifacts)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = pd.read_parquet(artifacts / "evaluate" / "metrics.parquet")
+    assert f"**{np.median(metrics.fvu):.3f}**" in done.stdout
+    causal = json.loads((artifacts / "link" / "manifest.json").read_text())["summary"]
+    assert f"**{causal['causal_success']:.2f} [" in done.stdout
+    chosen = json.loads((artifacts / "steer" / "features.json").read_text())["features"]
+    assert all(f"`{each['feature']}`" in done.stdout for each in chosen)
+
+
 def test_a_second_run_does_nothing_and_prints_the_same_numbers(
     artifacts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

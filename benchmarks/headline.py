@@ -1,0 +1,172 @@
+"""A run's artifacts in, the README's table of measured results out: nothing in that table is typed by hand.
+
+    python -m benchmarks.headline artifacts/laptop            print the table
+    python -m benchmarks.headline artifacts/laptop --write    put it into README.md between its two marks
+
+Every number is read from a manifest or a table of the run. Figures of the papers that stand beside them are constants
+with their source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from pipeline.artifact import Artifact
+from pipeline.stages import STAGES, StageName
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- measured: begin (python -m benchmarks.headline) -->", "<!-- measured: end -->"
+PAPER_SUCCESS, PAPER_CHANGE = 0.65, 0.75  # arXiv 2502.03032, Table 1, Gemma-2-2B
+Row = tuple[str, str, str, str]
+
+
+def main() -> None:
+    """Print the table, or write it into the README."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    parser.add_argument("--write", action="store_true", help="replace the table in README.md")
+    options = parser.parse_args()
+    text = report(options.run)
+    if not options.write:
+        print(text)
+        return
+    page = README.read_text(encoding="utf-8")
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        parser.error(f"README.md must hold {BEGIN} and {END} once each")
+    README.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{text}\n{END}", page, flags=re.S))
+
+
+def report(run: Path) -> str:
+    """The times of all stages in a sentence, then the table."""
+    seconds = {stage: float(_open(run, stage).made_by["seconds"]) for stage in STAGES}
+    times = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
+    size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) / 1e9
+    lines = [f"{times}: {sum(seconds.values()) / 60:.1f} minutes altogether; {size:.1f} GB of disk.", ""]
+    lines += ["| what | here | baseline | command |", "|---|---|---|---|"]
+    lines += [f"| {what} | {here} | {baseline} | `{command}` |" for what, here, baseline, command in rows(run)]
+    return "\n".join(lines)
+
+
+def rows(run: Path) -> Iterator[Row]:
+    """The rows of the table, stage by stage."""
+    yield from _evaluate_rows(run)
+    yield from _link_rows(run)
+    yield from _causal_rows(run)
+    atlas = _open(run, "atlas").summary
+    yield (
+        "Living features with a label that held on other documents (F1 ≥ 0.6)",
+        f"**{atlas['n_labelled'] / atlas['n_alive']:.0%}**",
+        "the others are called “no simple rule”",
+        "make atlas",
+    )
+    yield from _steer_rows(run)
+
+
+def _evaluate_rows(run: Path) -> Iterator[Row]:
+    metrics = pd.read_parquet(run / "evaluate" / "metrics.parquet")
+    better = int((metrics.fvu < metrics.pca_fvu).sum())
+    yield (
+        f"Variance unexplained (FVU) at {metrics.l0.median():.0f} latents a token, median of {len(metrics)} "
+        "dictionaries, held-out documents",
+        f"**{metrics.fvu.median():.3f}**",
+        f"PCA with as many components: {metrics.pca_fvu.median():.3f}; better at {better} of {len(metrics)} sites",
+        "make evaluate",
+    )
+    spliced = metrics.dropna(subset=["ce_recovered_zero"])
+    yield (
+        f"Next-token loss recovered when the model reads the reconstruction, median of {len(spliced)} sites",
+        f"**{spliced.ce_recovered_zero.median():.3f}** against zero ablation, "
+        f"{spliced.ce_recovered_mean.median():.3f} against mean",
+        "0 and 1 by definition",
+        "make evaluate",
+    )
+
+
+def _link_rows(run: Path) -> Iterator[Row]:
+    pairs = pd.read_parquet(run / "link" / "pairs.parquet")
+    residual = pairs[pairs.relation == "residual"]
+    yield (
+        "Firing of linked neighbours, correlation on held-out tokens, median",
+        f"**{residual.pearson_median.median():.2f}**",
+        f"best partner by correlation: {residual.pearson_best_median.median():.2f}; "
+        f"chance, 99th percentile: {residual.pearson_chance_p99.median():.2f}",
+        "make link",
+    )
+    kept = pairs.groupby("relation")[["n_targets", "n_links", "n_above_fixed"]].sum()
+    share, fixed = kept.n_links / kept.n_targets, kept.n_above_fixed / kept.n_targets
+    yield (
+        "Residual features carried from the layer before, 5 % false-discovery rate",
+        f"**{share['residual']:.0%}**",
+        f"the paper's cosine ≥ 0.5 would pass {fixed['residual']:.2%}, inertia of the common start included",
+        "make link",
+    )
+    if {"mlp", "attention"} <= set(share.index):
+        yield (
+            "Residual features with a predecessor in their layer's MLP / attention, 5 % false-discovery rate",
+            f"**{share['mlp']:.0%} / {share['attention']:.0%}**",
+            f"the paper's cosine ≥ 0.15 would pass {fixed['mlp']:.0%} / {fixed['attention']:.0%}",
+            "make link",
+        )
+
+
+def _causal_rows(run: Path) -> Iterator[Row]:
+    table = pd.read_parquet(run / "link" / "causal_summary.parquet")
+    by = table[table.relation == "residual"].set_index("strategy")
+    by_pair = pd.read_parquet(run / "link" / "causal_by_pair.parquet")
+    n_pairs = by_pair[by_pair.relation == "residual"].target.nunique()
+
+    def interval(strategy: str, what: str) -> str:
+        row = by.loc[strategy]
+        return f"{row[what]:.2f} [{row[what + '_low']:.2f}, {row[what + '_high']:.2f}]"
+
+    others = {name: by.loc[name] for name in ("random active", "strongest active")}
+    yield (
+        f"Removing the top-1 predecessor silences the target ({n_pairs} layer pairs over the depth, "
+        f"{int(by.loc['top-1'].n)} tests, 95 % interval over documents)",
+        f"**{interval('top-1', 'success')}**; links kept: {interval('kept link', 'success')}",
+        f"another active latent: {others['random active'].success:.2f}; the strongest: "
+        f"{others['strongest active'].success:.2f}; the paper, Gemma-2-2B: {PAPER_SUCCESS}",
+        "make link",
+    )
+    yield (
+        "… and lowers its activation by",
+        f"**{interval('top-1', 'change')}**; links kept: {interval('kept link', 'change')}",
+        f"{others['random active'].change:.2f}; {others['strongest active'].change:.2f}; the paper: {PAPER_CHANGE}",
+        "make link",
+    )
+
+
+def _steer_rows(run: Path) -> Iterator[Row]:
+    """One row a feature at the middle dose, every feature the stage chose: none is left out."""
+    effects = pd.read_parquet(run / "steer" / "effects.parquet")
+    doses = sorted(effects.target.unique())
+    at_dose = effects[effects.target == doses[len(doses) // 2]].set_index(["feature", "arm", "measure"]).sort_index()
+    for feature in effects.feature.unique():
+
+        def shown(arm: str, measure: str, chosen: str = feature) -> str:
+            row = at_dose.loc[(chosen, arm, measure)]
+            return f"{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]"
+
+        coherent = at_dose.loc[(feature, "flow", "coherent")]
+        yield (
+            f"Steering `{feature}` along its flow at {doses[len(doses) // 2]:g} nats: its own words in 100 tokens of "
+            "continuations of neutral prompts, against the unsteered twins",
+            f"**{shown('flow', 'own_tokens')}**; coherent {coherent.steered:.0%} (unsteered {coherent.unsteered:.0%})",
+            f"one layer, same dose: {shown('single', 'own_tokens')}; a random feature's flow: "
+            f"{shown('random_flow', 'own_tokens')}",
+            "make steer",
+        )
+
+
+def _open(run: Path, stage: str) -> Artifact:
+    """A stage's artifact, refused if it is incomplete or of another schema."""
+    return Artifact.open(run / stage, kind=stage, schema=StageName(stage).module.SCHEMA)
+
+
+if __name__ == "__main__":
+    main()
