@@ -17,7 +17,6 @@ from data.concepts.topics import read_topics
 from pipeline.steer_session import SteerSession
 from steering.study import Study, StudyOptions, cost_of
 from steering.study_report import write_report
-from steering.study_topic import World
 
 
 def main() -> None:
@@ -38,15 +37,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     session = SteerSession.open(arguments.artifacts, device=arguments.device)
     study = Study(
-        world=World(
-            model=session.model,
-            saes=session.saes,
-            norms=session.norms,
-            chain=lambda feature: session.window(feature, n_before=3, n_after=5),
-            random_like=session.random_like,
-        ),
+        world=session.world(),
         options=options,
-        folder=arguments.artifacts / "steering-study",
+        folder=arguments.folder or arguments.artifacts / "steering-study",
         progress=lambda label, done, total: print(f"{time.strftime('%H:%M:%S')} {label} {done}/{total}", flush=True),
     )
     study.develop()
@@ -60,13 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifacts", type=Path, help="folder of a finished run, with collect, train and link")
     parser.add_argument("--topics", type=int, default=14, help="how many topics")
-    parser.add_argument("--dev-prompts", type=int, default=24)
-    parser.add_argument("--test-prompts", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=40, help="tokens a sample")
+    parser.add_argument("--dev-prompts", type=int, default=12)
+    parser.add_argument("--test-prompts", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=24, help="tokens a sample")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--report", type=Path, default=Path("docs/steering-study.md"))
+    parser.add_argument("--folder", type=Path, help="results; default: <artifacts>/steering-study")
     parser.add_argument("--estimate", action="store_true", help="only print the cost")
     return parser
 

@@ -2,15 +2,17 @@
 
 1. Candidates: living residual features of middle layers that flow through several layers and fire neither too seldom
    nor on more than `max_density` of the tokens.
-2. Input side: their own tokens and purity, from activations in the store; the purest stay, those whose own tokens are
-   mostly content words before all others.
-3. Output side: what steering makes the model write next; ranked by how likely their own tokens become that were not
-   likely before, features with a label that passed its test before all others.
-4. The best are taken, no two of one chain or with the same tokens. Each gets its flow (the chain around it, without
-   steps that never fired), units, and a placebo: another feature of its site with like density and a flow over the
-   same layers.
+2. Input side: their own tokens and purity, from activations in the store. Those whose own tokens are mostly content
+   words come before all others, those with a label that passed its test before those without, and then those whose
+   direction at the end of the flow points at their own tokens' unembeddings (`reach`, free of forward passes).
+3. Output side: what steering along the flow makes the model write on neutral text; ranked by the share of the KL that
+   moves probability to their own tokens.
+4. Audition (pipeline/steer_audition.py): the best dozen, no two of one chain or with the same tokens, continue
+   development prompts at the middle dose; those that write their own words and stay coherent are taken.
+5. Each gets its flow (the chain around it, without steps that never fired), units, and a placebo: another feature of
+   its site with like density and a flow over the same layers.
 
-Features named in the config skip 1–3. When too few candidates meet the conditions, these are relaxed, and that is said.
+Features named in the config skip 1–4. When too few candidates meet the conditions, these are relaxed, and that is said.
 """
 
 from __future__ import annotations
@@ -29,15 +31,21 @@ from data.language_model import LanguageModel
 from data.sites import FeatureId, Site, parse_feature, parse_site
 from data.store import ActivationStore
 from pipeline.flow.graph import FlowGraph
+from pipeline.steer_audition import Audition, AuditionOptions, auditioned
 from sae import Sae
 from sae.errors import UserError
-from steering.arms import Flow, Scales
+from steering.arms import Flow, Scales, flow_additive
+from steering.dose import NeutralText
 from steering.profile import OutputScore, Profile, output_scores, profile_features
 from steering.reading import Target
 
 _N_SITES = 5
 _PER_SITE = 2048
-_N_SCORED = 64
+_N_SCORED = 72
+_N_AUDITIONED = 12
+_SCORING_STRENGTH = 0.25
+_N_NEUTRAL = 4
+_LEAST_PURITY = 0.4
 _CONTENT_SHARE = 0.6
 _N_PLACEBO_DRAWS = 16
 
@@ -54,6 +62,7 @@ class SelectionOptions:
     n_after: int
     n_rows: int
     seed: int
+    audition: AuditionOptions | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +75,7 @@ class Chosen:
     target: Target
     profile: Profile
     score: OutputScore
+    audition: Audition | None
     n_silent_steps: int
 
 
@@ -111,10 +121,14 @@ def choose_features(sources: Sources, options: SelectionOptions) -> tuple[list[C
     if options.features:
         seeds = [_checked(sources, name) for name in options.features]
         profiles = sources.profiles(seeds, options.n_rows)
-        ranked = _scored(sources, [profiles[seed] for seed in seeds])
+        ranked = _scored(sources, [profiles[seed] for seed in seeds], options)
     else:
         ranked = _ranked_candidates(sources, options, remarks)
-    taken = ranked if options.features else _different(sources.graph, ranked, options.n_features)
+    taken: list[tuple[Profile, OutputScore, Audition | None]]
+    if options.features:
+        taken = [(profile, score, None) for profile, score in ranked]
+    else:
+        taken = _auditioned(sources, _different(sources.graph, ranked, _n_heard(options)), options)
     if not taken:
         raise UserError(
             "no feature can be steered with",
@@ -123,12 +137,12 @@ def choose_features(sources: Sources, options: SelectionOptions) -> tuple[list[C
         )
     if len(taken) < options.n_features and not options.features:
         remarks.append(f"only {len(taken)} of {options.n_features} features found that differ in tokens and chain")
-    windows = [window_of_chain(sources, p.feature, options.n_before, options.n_after) for p, _ in taken]
+    windows = [window_of_chain(sources, p.feature, options.n_before, options.n_after) for p, _, _ in taken]
     profiles = sources.profiles([feature for steps in windows for feature, _ in steps], options.n_rows)
-    seeds_taken = {profile.feature for profile, _ in taken}
+    seeds_taken = {profile.feature for profile, _, _ in taken}
     chosen = [
-        _with_flow(sources, profile, score, steps, profiles, options, seeds_taken)
-        for (profile, score), steps in zip(taken, windows, strict=True)
+        _with_flow(sources, profile, score, audition, steps, profiles, options, seeds_taken)
+        for (profile, score, audition), steps in zip(taken, windows, strict=True)
     ]
     return chosen, remarks
 
@@ -149,19 +163,34 @@ def _ranked_candidates(
     usable = [p for p in profiles if p.own_tokens and 0 < p.density <= options.max_density]
     words = {p.feature: _content_share(sources, p.own_tokens) for p in usable}
 
-    def rank_of(profile: Profile) -> tuple[bool, float, str]:
-        is_about_something = words[profile.feature] >= _CONTENT_SHARE
-        return not is_about_something, -profile.purity * min(len(profile.own_tokens), 6), str(profile.feature)
+    reaches = reach(sources, usable, options)
 
-    scored = _scored(sources, sorted(usable, key=rank_of)[:_N_SCORED])
-    return sorted(
-        scored,
-        key=lambda pair: (
-            words[pair[0].feature] < _CONTENT_SHARE,
-            not sources.has_label(pair[0].feature),
-            -pair[1].information,
-        ),
-    )
+    def rank_of(profile: Profile) -> tuple[bool, bool, bool, float, str]:
+        return (
+            words[profile.feature] < _CONTENT_SHARE,
+            profile.purity < _LEAST_PURITY,
+            not sources.has_label(profile.feature),
+            -reaches[profile.feature],
+            str(profile.feature),
+        )
+
+    scored = _scored(sources, sorted(usable, key=rank_of)[:_N_SCORED], options)
+    return sorted(scored, key=lambda pair: (*rank_of(pair[0])[:3], -pair[1].on_target_share))
+
+
+def reach(sources: Sources, profiles: Sequence[Profile], options: SelectionOptions) -> dict[FeatureId, float]:
+    """How far the direction at the end of each feature's flow points at its own tokens: their mean logit for it, in
+    standard deviations over the vocabulary. No forward pass; it misses what later blocks would do."""
+    unembedding, gain = (tensor.float() for tensor in sources.model.unembedding())
+    centred = unembedding - unembedding.mean(0)
+    second_moment = centred.T @ centred / len(centred)
+    found = {}
+    for profile in profiles:
+        end = window_of_chain(sources, profile.feature, 0, options.n_after)[-1][0]
+        direction = sources.saes[end.site].W_dec[end.latent].float() * gain
+        spread = (direction @ second_moment @ direction).clamp(min=1e-12).sqrt()
+        found[profile.feature] = float((centred[list(profile.own_tokens)] @ direction).mean() / spread)
+    return found
 
 
 def _content_share(sources: Sources, tokens: Sequence[int]) -> float:
@@ -194,9 +223,15 @@ def candidate_features(nodes: pd.DataFrame, options: SelectionOptions, remarks: 
     return [FeatureId(parse_site(row.site), int(row.latent)) for row in top.itertuples()]
 
 
-def _scored(sources: Sources, profiles: Sequence[Profile]) -> list[tuple[Profile, OutputScore]]:
-    norms = {site: _norm(sources, site) for site in {p.feature.site for p in profiles}}
-    scores = output_scores(sources.model, sources.saes, profiles, norms, read_prompts().dev[:6])
+def _scored(
+    sources: Sources, profiles: Sequence[Profile], options: SelectionOptions
+) -> list[tuple[Profile, OutputScore]]:
+    flows = [_living_flow(sources, profile.feature, options) for profile in profiles]
+    norms = {site: _norm(sources, site) for site in {site for flow in flows for site in flow.sites}}
+    scales = Scales(norms=norms, activations={})
+    neutral = NeutralText.prepare(sources.model, read_prompts().neutral_texts[-_N_NEUTRAL:], n_tokens=32)
+    plans = [flow_additive(flow, scales, strength=_SCORING_STRENGTH) for flow in flows]
+    scores = output_scores(sources.model, sources.saes, profiles, plans, neutral)
     return list(zip(profiles, scores, strict=True))
 
 
@@ -216,10 +251,35 @@ def _different(
     return taken
 
 
+def _n_heard(options: SelectionOptions) -> int:
+    """How many are auditioned; without an audition, no more than are wanted."""
+    return options.n_features if options.audition is None else max(_N_AUDITIONED, options.n_features)
+
+
+def _auditioned(
+    sources: Sources, pairs: Sequence[tuple[Profile, OutputScore]], options: SelectionOptions
+) -> list[tuple[Profile, OutputScore, Audition | None]]:
+    """The best of the audition, best first."""
+    if options.audition is None or not pairs:
+        return [(profile, score, None) for profile, score in pairs]
+    flows = [_living_flow(sources, profile.feature, options) for profile, _ in pairs]
+    norms = {site: _norm(sources, site) for flow in flows for site in flow.sites}
+    candidates = [(flow, frozenset(p.own_tokens)) for flow, (p, _) in zip(flows, pairs, strict=True)]
+    heard = auditioned(sources.model, sources.saes, norms, candidates, options.audition)
+    ranked = sorted(zip(pairs, heard, strict=True), key=lambda item: item[1].merit, reverse=True)
+    return [(profile, score, audition) for (profile, score), audition in ranked[: options.n_features]]
+
+
+def _living_flow(sources: Sources, seed: FeatureId, options: SelectionOptions) -> Flow:
+    steps = window_of_chain(sources, seed, options.n_before, options.n_after)
+    return Flow(seed=seed, steps=tuple(s for s in steps if s[0] == seed or sources.graph.node(s[0])["alive"]))
+
+
 def _with_flow(
     sources: Sources,
     profile: Profile,
     score: OutputScore,
+    audition: Audition | None,
     steps: Sequence[tuple[FeatureId, float]],
     profiles: Mapping[FeatureId, Profile],
     options: SelectionOptions,
@@ -237,6 +297,7 @@ def _with_flow(
         target=Target(feature=seed, scale=profile.strong or 1.0, own_tokens=frozenset(profile.own_tokens)),
         profile=profile,
         score=score,
+        audition=audition,
         n_silent_steps=len(steps) - len(firing),
     )
 

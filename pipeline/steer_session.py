@@ -38,6 +38,7 @@ from steering.edits import Add, Cap, Edit, Floor
 from steering.generation import Sample, Sampling, generate
 from steering.plan import Plan
 from steering.schedules import Constant, Schedule
+from steering.study_topic import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,16 @@ class SteerSession:
     def window(self, feature: FeatureId, *, n_before: int, n_after: int) -> list[tuple[FeatureId, float]]:
         """The steps of the flow through a feature."""
         return window_of_chain(self.sources, feature, n_before, n_after)
+
+    def world(self, *, n_before: int = 3, n_after: int = 5) -> World:
+        """The same, as the study and the paper's experiments see it."""
+        return World(
+            model=self.model,
+            saes=self.saes,
+            norms=self.norms,
+            chain=lambda feature: self.window(feature, n_before=n_before, n_after=n_after),
+            random_like=self.random_like,
+        )
 
     def plan_along_flow(
         self,

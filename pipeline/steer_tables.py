@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -101,6 +102,7 @@ def feature_records(chosen: Sequence[Chosen], labels: Mapping[str, str], decode:
             "own_tokens": [decode([token]) for token in each.profile.own_tokens],
             "purity": each.profile.purity,
             "own_token_probability": {"unsteered": each.score.before, "steered": each.score.after},
+            "audition": None if each.audition is None else dataclasses.asdict(each.audition),
             "flow": [{"feature": str(feature), "cosine": cosine} for feature, cosine in each.flow.steps],
             "placebo": [str(feature) for feature, _ in each.placebo.steps],
             "n_silent_steps": each.n_silent_steps,

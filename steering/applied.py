@@ -135,14 +135,8 @@ class _Part:
         self.tally = Tally.zeros(len(nodes), device)
 
     def change(self, h: Float[Tensor, "batch position d_model"]) -> tuple[Tensor, Tensor]:
-        """(change, which tokens it touches) for the whole batch; zero outside the plan's rows."""
-        own = h if self.rows is None else h[self.rows]
-        delta, touched = self._change_of_rows(own)
-        if self.rows is None:
-            return delta, touched
-        whole = torch.zeros(h.shape, dtype=delta.dtype, device=h.device)
-        some = torch.zeros(h.shape[:-1], dtype=torch.bool, device=h.device)
-        return whole.index_copy_(0, self.rows, delta), some.index_copy_(0, self.rows, touched)
+        """(change, which tokens it touches) of the plan's rows."""
+        return self._change_of_rows(h if self.rows is None else h[self.rows])
 
     def _change_of_rows(self, h: Tensor) -> tuple[Tensor, Tensor]:
         flat = h.reshape(-1, h.shape[-1]).float()
@@ -162,7 +156,7 @@ class _Part:
 
     def _mask(self, h: Tensor, a: Tensor | None) -> Bool[Tensor, "token node"]:
         window = self.tracker.window
-        mask = scope_mask(self.plan.scope, window) & (window.position() >= self.plan.skip_first)
+        mask = scope_mask(self.plan.scope, window) & (window.position >= self.plan.skip_first)
         if self.condition is not None and self.condition.activation is not None:
             mask = mask & (self.condition.activation > self.plan.scope.above)  # type: ignore[union-attr]  # WhereActive
         mask = (mask if self.rows is None else mask[self.rows]).reshape(-1, 1)
@@ -194,9 +188,15 @@ def _site_edit(parts: Sequence[_Part], conditions: Sequence[_Condition]) -> Call
             condition(h)
         if not parts:
             return h
-        changes = [part.change(h) for part in parts]
-        total = torch.stack([delta for delta, _ in changes]).sum(0) if len(changes) > 1 else changes[0][0]
-        touched = torch.stack([some for _, some in changes]).any(0) if len(changes) > 1 else changes[0][1]
+        total = torch.zeros(h.shape, device=h.device)
+        touched = torch.zeros(h.shape[:-1], dtype=torch.bool, device=h.device)
+        for part in parts:
+            delta, some = part.change(h)
+            if part.rows is None:
+                total, touched = total + delta, touched | some
+            else:
+                total.index_add_(0, part.rows, delta)
+                touched[part.rows] |= some
         return torch.where(touched[..., None], (h.float() + total).to(h.dtype), h)
 
     return edit

@@ -10,8 +10,8 @@ dose.
    `reached=False`.
 
 A raw strength means nothing across features (the best one varies a hundredfold); doses are comparable. Cost: one
-forward pass over the neutral text an evaluation, 2–4 evaluations a target. Source: steering-lite's iso-KL
-calibration.
+forward pass over the neutral text an evaluation, from the first edited block on; 2–4 evaluations a target. Source:
+steering-lite's iso-KL calibration.
 """
 
 from __future__ import annotations
@@ -19,28 +19,32 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from data.sites import Site
+from data.sites import Site, parse_feature
 from sae.errors import UserError
 from steering.applied import SteeringReport, applied
 from steering.plan import Plan
 from steering.protocols import Dictionary, SteerableModel
-from steering.sequences import Batch, device_of, encoded, forward, padded
+from steering.scopes import WhereActive
+from steering.sequences import Batch, block_outputs, device_of, encoded, forward, padded, resumed
 
 _LEAST_KL = 1e-7
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NeutralText:
-    """Neutral text and what the unsteered model thinks of it. Scored: every real token but the first of each row."""
+    """Neutral text and what the unsteered model thinks of it. Scored: every real token but the first of each row.
+    `blocks` are the outputs of its blocks: a steered pass starts at the first edited one."""
 
     batch: Batch
     log_probs: Float[Tensor, "token vocab"]
     next_ids: Int[Tensor, "token"]
+    blocks: Sequence[Any] = ()
 
     @classmethod
     def prepare(cls, model: SteerableModel, texts: Sequence[str], *, n_tokens: int = 64) -> NeutralText:
@@ -48,9 +52,10 @@ class NeutralText:
         if not texts:
             raise UserError("a dose needs neutral text", expected="at least one text")
         batch = padded([encoded(model, text)[:n_tokens] for text in texts], device=device_of(model))
-        log_probs = _scored(forward(model, batch), batch).float().log_softmax(-1)
+        with block_outputs(model) as blocks:
+            log_probs = _scored(forward(model, batch), batch).float().log_softmax(-1)
         following = batch.ids.roll(-1, dims=1)
-        return cls(batch=batch, log_probs=log_probs, next_ids=_scored(following, batch))
+        return cls(batch=batch, log_probs=log_probs, next_ids=_scored(following, batch), blocks=blocks)
 
     @property
     def n_tokens(self) -> int:
@@ -83,11 +88,18 @@ class Calibrated:
         return self.measured.strength
 
 
-def measure(model: SteerableModel, saes: Mapping[Site, Dictionary], plan: Plan, neutral: NeutralText) -> Dose:
-    """The dose of the plan as it stands."""
-    with applied(model, saes, plan, monitor=True) as run:
-        steered = _scored(forward(model, neutral.batch), neutral.batch).float().log_softmax(-1)
-    kl = (steered.exp() * (steered - neutral.log_probs)).sum(-1).double().clamp(min=0)
+def measure(
+    model: SteerableModel,
+    saes: Mapping[Site, Dictionary],
+    plan: Plan,
+    neutral: NeutralText,
+    *,
+    monitor: bool = True,
+) -> Dose:
+    """The dose of the plan as it stands. Without `monitor` the report has no activations where the edit reads none."""
+    with applied(model, saes, plan, monitor=monitor) as run:
+        steered = _steered(model, plan, neutral)
+    kl = torch.linalg.vecdot(steered.exp(), steered - neutral.log_probs).double().clamp(min=0)
     rows = torch.arange(neutral.n_tokens, device=kl.device)
     has_next = neutral.next_ids >= 0
     rise = neutral.log_probs[rows, neutral.next_ids.clamp(min=0)] - steered[rows, neutral.next_ids.clamp(min=0)]
@@ -99,6 +111,28 @@ def measure(model: SteerableModel, saes: Mapping[Site, Dictionary], plan: Plan, 
         delta_ce=float(rise[has_next].double().mean()) if has_next.any() else 0.0,
         report=run.report(),
     )
+
+
+def steered_log_probs(
+    model: SteerableModel, saes: Mapping[Site, Dictionary], plan: Plan, neutral: NeutralText
+) -> Float[Tensor, "token vocab"]:
+    """What `neutral.log_probs` become under the plan."""
+    with applied(model, saes, plan):
+        return _steered(model, plan, neutral)
+
+
+def _steered(model: SteerableModel, plan: Plan, neutral: NeutralText) -> Float[Tensor, "token vocab"]:
+    with resumed(model, neutral.blocks, _first_edited(plan)):
+        return _scored(forward(model, neutral.batch), neutral.batch).float().log_softmax(-1)
+
+
+def _first_edited(plan: Plan) -> int:
+    """The first block that must be computed: everything before it is as in the unsteered model. A condition's feature
+    must be read too."""
+    sites = [node.site for node in plan.nodes]
+    if isinstance(plan.scope, WhereActive) and plan.scope.feature is not None:
+        sites.append(parse_feature(plan.scope.feature).site)
+    return min(site.layer for site in sites)
 
 
 def persistence(steered: SteeringReport, unsteered: SteeringReport) -> float | None:
@@ -119,6 +153,7 @@ def calibrate(
     tolerance: float = 0.05,
     max_evaluations: int = 8,
     max_strength: float = 1e4,
+    monitor: bool = True,
 ) -> list[Calibrated]:
     """The strength for each dose, to a relative error. The plan's own strength is the first guess."""
     if any(dose <= 0 or not math.isfinite(dose) for dose in doses):
@@ -127,7 +162,7 @@ def calibrate(
 
     def at(strength: float) -> float:
         if strength not in measured:
-            measured[strength] = measure(model, saes, plan.with_strength(strength), neutral)
+            measured[strength] = measure(model, saes, plan.with_strength(strength), neutral, monitor=monitor)
         return measured[strength].kl
 
     guess = abs(plan.strength) or 1.0

@@ -7,11 +7,13 @@ Input side (`profile_features`), from activations at a site and the tokens there
    mass.
 3. `purity`: the share of its activation mass that falls on them. 1 is a feature of a few words.
 
-Output side (`output_scores`): add the feature's direction to neutral prompts and see how much probability its own
-tokens gain at the next token. A feature that reads a word does not always make the model write it; both are needed to
-steer.
+Output side (`output_scores`): steer neutral text with the feature and see how much probability its own tokens gain,
+over all positions: after an opener alone, few nouns could come next whatever is pushed. `on_target_share` is how much
+of the change of the output, in nats, moves probability to those tokens; the rest is disruption. A feature that reads a
+word does not always make the model write it; both are needed to steer.
 
-Cost: one encoding of the text a site; one short forward pass a feature. Source: Arad et al., input and output scores.
+Cost: one encoding of the text a site; one short forward pass a feature. Sources: Arad et al., input and output scores;
+ActAdd's effectiveness and disruption.
 """
 
 from __future__ import annotations
@@ -21,18 +23,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from data.sites import FeatureId, Site
 from sae.errors import UserError
-from steering.applied import RowPlan, applied
-from steering.edits import Add
-from steering.plan import Node, Plan
+from steering.dose import NeutralText, steered_log_probs
+from steering.plan import Plan
 from steering.protocols import Dictionary, SteerableModel
-from steering.sequences import device_of, encoded, forward, in_batches, padded
 
-_RARE = 1e-6
+_RARE = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,21 +49,23 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputScore:
-    """The output side: probability of the feature's own tokens next, unsteered and steered, mean over prompts."""
+    """The output side: probability of the feature's own tokens unsteered and steered, mean over positions; the KL of
+    the steered from the unsteered output, and the part of it between own and other tokens, nats a token."""
 
     feature: FeatureId
     before: float
     after: float
+    kl: float
+    kl_between: float
 
     @property
     def gain(self) -> float:
         return self.after - self.before
 
     @property
-    def information(self) -> float:
-        """`after · log(after / before)`, nats: large when the tokens become likely *and* were not so before, so that
-        function words, likely anyway, do not win."""
-        return self.after * math.log((self.after + _RARE) / (self.before + _RARE))
+    def on_target_share(self) -> float:
+        """Of the KL; negative when the own tokens become less likely."""
+        return math.copysign(self.kl_between, self.gain) / self.kl if self.kl > 0 else 0.0
 
 
 def profile_features(
@@ -117,42 +120,25 @@ def output_scores(
     model: SteerableModel,
     saes: Mapping[Site, Dictionary],
     profiles: Sequence[Profile],
-    norms: Mapping[Site, float],
-    prompts: Sequence[str],
-    *,
-    strength: float = 0.5,
-    batch_size: int = 64,
+    plans: Sequence[Plan],
+    neutral: NeutralText,
 ) -> list[OutputScore]:
-    """One score a profile: its direction is added at its site, `strength` × the median norm there."""
-    rows = [encoded(model, prompt) for prompt in prompts]
-    base = _next_probabilities(model, rows)
-    per_batch = max(1, batch_size // len(rows))
-    scores: list[OutputScore] = []
-    for block in in_batches(profiles, per_batch):
-        plans = [
-            RowPlan(
-                plan=Plan(nodes=(Node(at=str(p.feature), scale=norms[p.feature.site]),), edit=Add(), strength=strength),
-                rows=tuple(range(k * len(rows), (k + 1) * len(rows))),
-            )
-            for k, p in enumerate(block)
-        ]
-        with applied(model, saes, plans):
-            steered = _next_probabilities(model, rows * len(block))
-        scores += [_score(p, base, part) for p, part in zip(block, steered.split(len(rows)), strict=True)]
+    """One score a profile, steered by the plan of its place."""
+    scores = []
+    for profile, plan in zip(profiles, plans, strict=True):
+        steered = steered_log_probs(model, saes, plan, neutral)
+        scores.append(_score(profile, neutral.log_probs, steered))
     return scores
 
 
-def _score(
-    profile: Profile, base: Float[Tensor, "prompt vocab"], steered: Float[Tensor, "prompt vocab"]
-) -> OutputScore:
+def _score(profile: Profile, base: Float[Tensor, "token vocab"], steered: Float[Tensor, "token vocab"]) -> OutputScore:
     own = list(profile.own_tokens)
+    before, after = (each[:, own].exp().sum(-1).double().clamp(_RARE, 1 - _RARE) for each in (base, steered))
+    between = after * (after / before).log() + (1 - after) * ((1 - after) / (1 - before)).log()
     return OutputScore(
         feature=profile.feature,
-        before=float(base[:, own].sum(-1).mean()) if own else 0.0,
-        after=float(steered[:, own].sum(-1).mean()) if own else 0.0,
+        before=float(before.mean()),
+        after=float(after.mean()),
+        kl=float(torch.linalg.vecdot(steered.exp(), steered - base).double().clamp(min=0).mean()),
+        kl_between=float(between.mean()),
     )
-
-
-def _next_probabilities(model: SteerableModel, rows: Sequence[Sequence[int]]) -> Float[Tensor, "row vocab"]:
-    batch = padded(rows, device=device_of(model))
-    return forward(model, batch, n_last=1)[:, -1].float().softmax(-1)

@@ -82,7 +82,7 @@ def scope_mask(scope: Scope, window: Window) -> Bool[Tensor, "batch position"]:
         case Positions(positions=positions):
             return here & _is_one_of(positions, window)
         case FirstTokens(n=n):
-            return here & (window.position() < n)
+            return here & (window.position < n)
         case AfterToken(token=token):
             found = (window.ids == token) & window.real
             before = found.long().cumsum(dim=-1) - found.long()
@@ -92,7 +92,7 @@ def scope_mask(scope: Scope, window: Window) -> Bool[Tensor, "batch position"]:
 
 
 def _is_one_of(positions: tuple[int, ...], window: Window) -> Bool[Tensor, "batch position"]:
-    place = window.position()
+    place = window.position
     wanted = torch.zeros_like(place, dtype=torch.bool)
     for position in positions:
         wanted |= place == (position if position >= 0 else window.prompt_length() + position)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,37 @@ def forward(model: SteerableModel, batch: Batch, *, n_last: int = 0) -> Float[Te
     kwargs = forward_arguments(model, mask=batch.real, positions=batch.positions(), n_last=n_last)
     with torch.no_grad():
         return model.hf(input_ids=batch.ids, use_cache=False, **kwargs).logits[:, -n_last:]
+
+
+@contextmanager
+def block_outputs(model: SteerableModel) -> Iterator[list[Any]]:
+    """Filled with what each transformer block gives in the forward pass made inside; stays empty for a model that does
+    not say which its blocks are."""
+    found: list[Any] = []
+    handles = [block.register_forward_hook(lambda *seen: found.append(seen[-1])) for block in _blocks(model)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def resumed(model: SteerableModel, outputs: Sequence[Any], n_blocks: int) -> Iterator[None]:
+    """Inside, the first `n_blocks` blocks are not computed but give `outputs`, recorded on the same batch. Edits at the
+    last of them and later still act; the rest of the pass is the same to the bit."""
+    skipped = list(zip(_blocks(model), outputs, strict=False))[:n_blocks]
+    try:
+        for block, output in skipped:
+            block.forward = lambda *_, known=output, **__: known
+        yield
+    finally:
+        for block, _ in skipped:
+            vars(block).pop("forward", None)
+
+
+def _blocks(model: SteerableModel) -> list[torch.nn.Module]:
+    return [entry.block for entry in getattr(model, "blocks", ())]
 
 
 def forward_arguments(

@@ -1,59 +1,55 @@
 """The steering study: does steering along the flow beat its controls at equal dose? Development, lock, test, resumable.
 
-1. `develop`: per topic and arm, calibrate to every dose on neutral text, screen all doses teacher-forced (selectivity
-   on `dev` texts), generate from `dev` prompts at the screen's best dose and its neighbours. Every result is a file;
-   a second run goes on where the first stopped.
+1. `develop`: per topic and arm, calibrate to every dose, score `dev` texts teacher-forced (selectivity) and generate
+   from `dev` prompts at every dose. Every result is a file; a second run goes on where the first stopped. Doses of
+   activation are nats on neutral text; those of suppression, which does nothing there, are nats on the topic's texts.
 2. `lock`: per topic and arm take the dose with the largest share of samples that succeed and stay coherent, among
-   doses whose samples stay coherent at least `min_coherent` of the time (ties: lower dose). None: the arm is vacuous
-   there and counts as unsteered. Plans, thresholds and limits go into one file with its own checksum.
+   doses whose samples are coherent at least `min_coherent` as often as unsteered ones (ties: lower dose). None: the arm
+   is vacuous there and counts as unsteered. Plans, thresholds and limits go into one file with its own checksum.
 3. `test`: refuses to run without an intact lock; generates from `test` prompts and scores `test` texts with what the
    lock says, nothing else. Suppression runs on topical prompts.
 
-Arms and texts: steering/study_topic.py. Statistics and report: steering/study_report.py. Cost: `cost_of` says before.
+Sizes: steering/study_options.py; arms and texts: study_topic.py; samples and records: study_bench.py; the choice:
+study_choice.py; statistics and report: study_report.py. Cost: `cost_of` says before.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.concepts.prompts import read_prompts
-from data.concepts.topics import contrast_texts, topic_named
 from sae.errors import UserError
 from sae.report import Progress, silent
-from steering.concept import lexicon_hits
-from steering.dose import NeutralText, calibrate
-from steering.generation import Sample, Sampling, generate
+from steering.dose import Calibrated, NeutralText, calibrate, measure
 from steering.plan import Plan
 from steering.plan_files import plan_document, plan_of_document
-from steering.reading import CoherenceLimits, Reading, coherence_limits, is_coherent, read_back
-from steering.study_topic import ACTIVATION_ARMS, SUPPRESSION_ARMS, TopicSetup, World, set_up_topic
+from steering.reading import CoherenceLimits, coherence_limits
+from steering.study_bench import Bench
+from steering.study_choice import checksum, choose_dose, with_whole_budget
+from steering.study_options import (
+    ACTIVATION_ARMS,
+    ARMS,
+    N_NEUTRAL_TEXTS,
+    N_NEUTRAL_TOKENS,
+    PROMPTED,
+    SUPPRESSION_ARMS,
+    UNSTEERED,
+    WHOLE_BUDGET,
+    StudyOptions,
+    cost_of,
+)
+from steering.study_topic import TopicSetup, World, set_up_topic
 from steering.teacher_forced import log_likelihoods, selectivity
 
-UNSTEERED, PROMPTED, WHOLE_BUDGET = "unsteered", "prompt", "single_budget"
-SCHEMA = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyOptions:
-    """Sizes of a study. A claim needs twelve topics; four show that it runs."""
-
-    topics: tuple[str, ...]
-    doses: tuple[float, ...] = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0)
-    n_dev_prompts: int = 24
-    n_test_prompts: int = 64
-    n_samples: int = 1
-    n_texts: int = 30
-    n_tokens: int = 40
-    min_coherent: float = 0.8
-    batch_size: int = 48
-    seed: int = 0
+__all__ = ["Study", "StudyOptions", "choose_dose", "cost_of", "with_whole_budget"]
+SCHEMA = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,24 +65,43 @@ class Study:
     def lock_path(self) -> Path:
         return self.folder / "lock.json"
 
+    @cached_property
+    def bench(self) -> Bench:
+        return Bench(world=self.world, options=self.options)
+
+    @cached_property
+    def _setups(self) -> dict[str, TopicSetup]:
+        return {}
+
+    def _setup(self, topic: str) -> TopicSetup:
+        if topic not in self._setups:
+            self._setups[topic] = set_up_topic(self.world, topic, seed=self.options.seed)
+        return self._setups[topic]
+
+    @cached_property
+    def neutral(self) -> NeutralText:
+        texts = read_prompts().neutral_texts[:N_NEUTRAL_TEXTS]
+        return NeutralText.prepare(self.world.model, texts, n_tokens=N_NEUTRAL_TOKENS)
+
     def develop(self) -> None:
         """Stage 1. Results go to `dev/<topic>/<arm>.json`."""
-        neutral = NeutralText.prepare(self.world.model, read_prompts().neutral_texts, n_tokens=32)
         for done, topic in enumerate(self.options.topics):
             self.progress("develop", done, len(self.options.topics))
-            if all(self._path("dev", topic, arm).is_file() for arm in (UNSTEERED, *ACTIVATION_ARMS, *SUPPRESSION_ARMS)):
+            if not self._missing("dev", topic, (UNSTEERED, *ARMS)):
                 continue
-            setup = set_up_topic(self.world, topic, seed=self.options.seed)
+            setup = self._setup(topic)
             self._write("dev", topic, "setup", describe_setup(setup))
-            base = self._once("dev", topic, UNSTEERED, lambda s=setup: self._unsteered(s, read_prompts().dev))
-            for arm in (*ACTIVATION_ARMS, *SUPPRESSION_ARMS):
-                self._once("dev", topic, arm, lambda s=setup, a=arm, b=base: self._develop_arm(s, a, b, neutral))
+            base = self._once("dev", topic, UNSTEERED, lambda s=setup: self._unsteered(s))
+            self._develop_arms(setup, ACTIVATION_ARMS, base, self.neutral)
+            on_topic = self.bench.texts(topic, "dev")[0]
+            topical = NeutralText.prepare(self.world.model, on_topic, n_tokens=N_NEUTRAL_TOKENS)
+            self._develop_arms(setup, SUPPRESSION_ARMS, base, topical)
 
     def lock(self) -> dict[str, Any]:
         """Stage 2. Writes and returns the lock."""
         chosen = {topic: self._locked_topic(topic) for topic in self.options.topics}
         content = {"schema": SCHEMA, "options": asdict(self.options), "topics": chosen}
-        document = {**content, "sha256": _checksum(content)}
+        document = {**content, "sha256": checksum(content)}
         self.lock_path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         return document
 
@@ -96,7 +111,7 @@ class Study:
             raise UserError("nothing is locked yet", where=str(self.lock_path), mend="run the development part first")
         document = json.loads(self.lock_path.read_text(encoding="utf-8"))
         content = {key: value for key, value in document.items() if key != "sha256"}
-        if document.get("sha256") != _checksum(content):
+        if document.get("sha256") != checksum(content):
             raise UserError("the lock was changed after it was made", where=str(self.lock_path), mend="lock again")
         return document
 
@@ -105,152 +120,114 @@ class Study:
         lock = self.read_lock()
         for done, (topic, locked) in enumerate(lock["topics"].items()):
             self.progress("test", done, len(lock["topics"]))
-            arms = (*ACTIVATION_ARMS, *SUPPRESSION_ARMS)
-            if all(self._path("test", topic, arm).is_file() for arm in (UNSTEERED, PROMPTED, WHOLE_BUDGET, *arms)):
+            if not self._missing("test", topic, (UNSTEERED, PROMPTED, WHOLE_BUDGET, *ARMS)):
                 continue
-            setup = set_up_topic(self.world, topic, seed=self.options.seed)
+            setup = self._setup(topic)
             self._once("test", topic, UNSTEERED, lambda s=setup, k=locked: self._test_unsteered(s, k))
             self._once("test", topic, PROMPTED, lambda s=setup, k=locked: self._test_prompt(s, k))
-            for arm in arms:
-                self._once("test", topic, arm, lambda s=setup, k=locked, a=arm: self._test_arm(s, k, a))
-            whole = with_whole_budget(locked)
-            self._once("test", topic, WHOLE_BUDGET, lambda s=setup, k=whole: self._test_arm(s, k, "single"))
+            self._test_arms(setup, locked, (*ACTIVATION_ARMS, WHOLE_BUDGET))
+            self._test_arms(setup, locked, SUPPRESSION_ARMS)
 
-    def _develop_arm(
-        self, setup: TopicSetup, arm: str, base: Mapping[str, Any], neutral: NeutralText
-    ) -> dict[str, Any]:
-        world, options = self.world, self.options
-        outcomes = calibrate(world.model, world.saes, setup.plans[arm], neutral, options.doses)
-        texts = self._texts(setup.topic, "dev")
-        before = log_likelihoods(world.model, [*texts[0], *texts[1]])
-        entries: list[dict[str, Any]] = []
-        for outcome in outcomes:
-            plan = setup.plans[arm].with_strength(outcome.strength, dose=outcome.measured.kl)
-            changed = selectivity(world.model, world.saes, plan, *texts, unsteered=before)
-            entries.append(
-                {
-                    "dose": outcome.target,
-                    "kl": outcome.measured.kl,
-                    "reached": outcome.reached,
-                    "strength": outcome.strength,
-                    "selectivity": changed.score,
-                }
-            )
-        sign = -1 if arm in SUPPRESSION_ARMS else 1
-        best = int(np.argmax([sign * entry["selectivity"] for entry in entries]))
-        prompts = self._prompts(arm, setup.topic, "dev")
-        limits, threshold = CoherenceLimits(**base["limits"]), base["threshold"]
-        for place in range(max(0, best - 1), min(len(entries), best + 2)):
-            plan = setup.plans[arm].with_strength(entries[place]["strength"])
-            samples = self._samples(prompts, plan)
-            entries[place]["records"] = self._records(setup, samples, limits, threshold)
-        return {"arm": arm, "plan": plan_document(setup.plans[arm]), "doses": entries}
+    def _develop_arms(
+        self, setup: TopicSetup, arms: Sequence[str], base: Mapping[str, Any], scale: NeutralText
+    ) -> None:
+        """Calibrate and screen the arms that have no result yet, then generate all their doses at once."""
+        missing = self._missing("dev", setup.topic, arms)
+        if not missing:
+            return
+        topical, contrast = self.bench.texts(setup.topic, "dev")
+        before = log_likelihoods(self.world.model, [*topical, *contrast])
+        screened = {arm: self._screened(setup, arm, scale, before) for arm in missing}
+        plans = [
+            setup.plans[arm].with_strength(entry["strength"]) for arm, entries in screened.items() for entry in entries
+        ]
+        made = iter(self.bench.samples(arms[0], setup.topic, "dev", plans))
+        limits = CoherenceLimits(**base["limits"])
+        for arm, entries in screened.items():
+            for entry in entries:
+                entry["records"] = self.bench.records(setup, next(made), limits, base["threshold"])
+            document = {"arm": arm, "plan": plan_document(setup.plans[arm]), "doses": entries}
+            self._write("dev", setup.topic, arm, document)
 
-    def _unsteered(self, setup: TopicSetup, prompts: Sequence[str]) -> dict[str, Any]:
+    def _screened(
+        self, setup: TopicSetup, arm: str, scale: NeutralText, before: Sequence[float]
+    ) -> list[dict[str, Any]]:
+        world, plan = self.world, setup.plans[arm]
+        outcomes = calibrate(
+            world.model, world.saes, plan, scale, self.options.doses, tolerance=self.options.dose_tolerance,
+            max_evaluations=5, monitor=False,
+        )  # fmt: skip
+        texts = self.bench.texts(setup.topic, "dev")
+        return [
+            _entry(outcome, selectivity(world.model, world.saes, _at(plan, outcome), *texts, unsteered=before).score)
+            for outcome in outcomes
+        ]
+
+    def _unsteered(self, setup: TopicSetup) -> dict[str, Any]:
         """Unsteered samples: success threshold and coherence limits, and the noise floor from a second seed."""
-        made = self._samples(prompts[: self.options.n_dev_prompts], None)
-        again = self._samples(prompts[: self.options.n_dev_prompts], None, seed_shift=1)
-        limits = coherence_limits(self._read(made))
+        made, again = self.bench.unsteered("dev"), self.bench.unsteered("dev", seed_shift=1)
+        limits = coherence_limits(self.bench.read(made))
         threshold = setup.classifier.threshold_on([sample.text for sample in (*made, *again)])
         return {
             "limits": asdict(limits),
             "threshold": threshold,
-            "records": self._records(setup, made, limits, threshold),
-            "noise_floor": self._records(setup, again, limits, threshold),
+            "records": self.bench.records(setup, made, limits, threshold),
+            "noise_floor": self.bench.records(setup, again, limits, threshold),
         }
 
     def _locked_topic(self, topic: str) -> dict[str, Any]:
         base = self._read_json("dev", topic, UNSTEERED)
+        usual = float(np.mean([record["coherent"] for record in base.get("noise_floor", [{"coherent": True}])]))
         arms = {}
-        for arm in (*ACTIVATION_ARMS, *SUPPRESSION_ARMS):
+        for arm in ARMS:
             found = self._read_json("dev", topic, arm)
-            arms[arm] = {"plan": found["plan"], "choice": choose_dose(found["doses"], arm, self.options.min_coherent)}
+            choice = choose_dose(found["doses"], arm, self.options.min_coherent, usual=usual)
+            arms[arm] = {"plan": found["plan"], "choice": choice}
         return {"limits": base["limits"], "threshold": base["threshold"], "arms": arms}
 
     def _test_unsteered(self, setup: TopicSetup, locked: Mapping[str, Any]) -> dict[str, Any]:
         limits, threshold = CoherenceLimits(**locked["limits"]), locked["threshold"]
-        topical = self._samples(self._prompts("suppress_flow", setup.topic, "test"), None)
-        neutral = self._samples(self._prompts("flow", setup.topic, "test"), None)
+        (topical,) = self.bench.samples(SUPPRESSION_ARMS[0], setup.topic, "test", [None])
         return {
-            "records": self._records(setup, neutral, limits, threshold),
-            "topical_records": self._records(setup, topical, limits, threshold),
+            "records": self.bench.records(setup, self.bench.unsteered("test"), limits, threshold),
+            "topical_records": self.bench.records(setup, topical, limits, threshold),
         }
 
     def _test_prompt(self, setup: TopicSetup, locked: Mapping[str, Any]) -> dict[str, Any]:
         """The arm that only asks: a sentence about the topic before every prompt."""
         prefix = f"This text is about {setup.topic}. "
-        prompts = [prefix + prompt for prompt in self._prompts("flow", setup.topic, "test")]
+        prompts = [prefix + prompt for prompt in self.bench.prompts("flow", setup.topic, "test")]
+        (made,) = self.bench.generated(prompts, [None], n_samples=self.options.n_samples)
         limits = CoherenceLimits(**locked["limits"])
-        return {"records": self._records(setup, self._samples(prompts, None), limits, locked["threshold"])}
+        return {"records": self.bench.records(setup, made, limits, locked["threshold"])}
 
-    def _test_arm(self, setup: TopicSetup, locked: Mapping[str, Any], arm: str) -> dict[str, Any]:
-        choice = locked["arms"][arm]["choice"]
-        if choice is None:
-            return {"vacuous": True}
-        plan = plan_of_document(locked["arms"][arm]["plan"], vectors=setup.plans[arm].vectors)
-        plan = plan.with_strength(choice["strength"], dose=choice["kl"])
-        changed = selectivity(self.world.model, self.world.saes, plan, *self._texts(setup.topic, "test"))
-        samples = self._samples(self._prompts(arm, setup.topic, "test"), plan)
+    def _test_arms(self, setup: TopicSetup, locked: Mapping[str, Any], arms: Sequence[str]) -> None:
+        """All arms that have no result yet, generated at once."""
+        whole = with_whole_budget(locked)
+        chosen: dict[str, Plan] = {}
+        for arm in self._missing("test", setup.topic, arms):
+            plan = _locked_plan(setup, whole if arm == WHOLE_BUDGET else locked, arm)
+            if plan is None:
+                self._write("test", setup.topic, arm, {"vacuous": True})
+            else:
+                chosen[arm] = plan
+        made = self.bench.samples(arms[0], setup.topic, "test", list(chosen.values()))
         limits = CoherenceLimits(**locked["limits"])
-        return {
-            "vacuous": False,
-            "dose": choice["dose"],
-            "kl": choice["kl"],
-            "selectivity": changed.score,
-            "records": self._records(setup, samples, limits, locked["threshold"]),
-        }
+        for (arm, plan), samples in zip(chosen.items(), made, strict=True):
+            records = self.bench.records(setup, samples, limits, locked["threshold"])
+            self._write("test", setup.topic, arm, {**self._tested(setup, locked, arm, plan), "records": records})
 
-    def _texts(self, topic: str, split: str) -> tuple[list[str], list[str]]:
-        n = self.options.n_texts
-        return topic_named(topic).texts(split)[:n], contrast_texts(topic, split)[:n]  # type: ignore[arg-type]
+    def _tested(self, setup: TopicSetup, locked: Mapping[str, Any], arm: str, plan: Plan) -> dict[str, Any]:
+        world = self.world
+        changed = selectivity(world.model, world.saes, plan, *self.bench.texts(setup.topic, "test"))
+        named = locked["arms"]["flow" if arm == WHOLE_BUDGET else arm]["choice"]
+        kl = measure(world.model, world.saes, plan, self.neutral, monitor=False).kl
+        return {"vacuous": False, "dose": named["dose"], "kl": kl, "selectivity": changed.score}
 
-    def _prompts(self, arm: str, topic: str, split: str) -> Sequence[str]:
-        if arm in SUPPRESSION_ARMS:
-            own = read_prompts().topical[topic]
-            n = (self.options.n_dev_prompts if split == "dev" else self.options.n_test_prompts) // len(own)
-            return own * max(1, n)
-        prompts = read_prompts()
-        return (
-            prompts.dev[: self.options.n_dev_prompts] if split == "dev" else prompts.test[: self.options.n_test_prompts]
-        )
+    def _missing(self, part: str, topic: str, arms: Sequence[str]) -> list[str]:
+        return [arm for arm in arms if not self._path(part, topic, arm).is_file()]
 
-    def _samples(self, prompts: Sequence[str], plan: Plan | None, *, seed_shift: int = 0) -> tuple[Sample, ...]:
-        """A prompt given several times gets as many samples."""
-        counts = {prompt: list(prompts).count(prompt) for prompt in prompts}
-        repeats = max(counts.values())
-        return generate(
-            self.world.model,
-            self.world.saes,
-            list(counts),
-            [plan],
-            n_samples=self.options.n_samples * repeats,
-            seed=self.options.seed + seed_shift,
-            sampling=Sampling(n_tokens=self.options.n_tokens),
-            batch_size=self.options.batch_size,
-        ).samples
-
-    def _read(self, samples: Sequence[Sample]) -> list[Reading]:
-        return read_back(self.world.model, self.world.saes, samples, [])
-
-    def _records(
-        self, setup: TopicSetup, samples: Sequence[Sample], limits: CoherenceLimits, threshold: float
-    ) -> list[dict[str, Any]]:
-        probability = setup.classifier.probability([sample.text for sample in samples])
-        return [
-            {
-                "prompt": sample.prompt,
-                "sample": sample.sample,
-                "text": sample.text,
-                "probability": float(p),
-                "success": bool(p >= threshold),
-                "coherent": is_coherent(reading, limits),
-                "nll": reading.nll,
-                "lexicon_rate": lexicon_hits(sample.text, setup.lexicon).rate,
-            }
-            for sample, p, reading in zip(samples, probability, self._read(samples), strict=True)
-        ]
-
-    def _once(self, part: str, topic: str, arm: str, make: Any) -> dict[str, Any]:
+    def _once(self, part: str, topic: str, arm: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result on disk, or a new one put there; the file appears only when it is whole."""
         if not self._path(part, topic, arm).is_file():
             self._write(part, topic, arm, make())
@@ -273,30 +250,28 @@ class Study:
         return self.folder / part / topic / f"{arm}.json"
 
 
-def choose_dose(entries: Sequence[Mapping[str, Any]], arm: str, min_coherent: float) -> dict[str, Any] | None:
-    """The dose to test: most coherent successes (for suppression: fewest successes), ties to the lower dose."""
-    admissible = [
-        entry
-        for entry in entries
-        if entry.get("records") and np.mean([record["coherent"] for record in entry["records"]]) >= min_coherent
-    ]
-    if not admissible:
+def _at(plan: Plan, outcome: Calibrated) -> Plan:
+    return plan.with_strength(outcome.strength, dose=outcome.measured.kl)
+
+
+def _entry(outcome: Calibrated, score: float) -> dict[str, Any]:
+    return {
+        "dose": outcome.target,
+        "kl": outcome.measured.kl,
+        "reached": outcome.reached,
+        "strength": outcome.strength,
+        "selectivity": score,
+    }
+
+
+def _locked_plan(setup: TopicSetup, locked: Mapping[str, Any], arm: str) -> Plan | None:
+    """The arm's plan at the strength that was locked; None where the arm is vacuous."""
+    name = "single" if arm == WHOLE_BUDGET else arm
+    choice = locked["arms"][name]["choice"]
+    if choice is None:
         return None
-    sign = -1 if arm in SUPPRESSION_ARMS else 1
-
-    def merit(entry: Mapping[str, Any]) -> tuple[float, float]:
-        hits = [record["success"] and (record["coherent"] or sign < 0) for record in entry["records"]]
-        return sign * float(np.mean(hits)), -entry["dose"]
-
-    best = max(admissible, key=merit)
-    return {name: best[name] for name in ("dose", "kl", "strength", "reached")}
-
-
-def with_whole_budget(locked: Mapping[str, Any]) -> dict[str, Any]:
-    """The lock of a topic with the single-layer arm at the flow's whole coefficient (whose weights add up to 1)."""
-    flow, arms = locked["arms"]["flow"]["choice"], dict(locked["arms"])
-    arms["single"] = {**arms["single"], "choice": None if flow is None else {**flow, "kl": None}}
-    return {**locked, "arms": arms}
+    plan = plan_of_document(locked["arms"][name]["plan"], vectors=setup.plans[name].vectors)
+    return plan.with_strength(choice["strength"], dose=choice["kl"])
 
 
 def describe_setup(setup: TopicSetup) -> dict[str, Any]:
@@ -304,23 +279,8 @@ def describe_setup(setup: TopicSetup) -> dict[str, Any]:
         "topic": setup.topic,
         "seed": str(setup.seed.feature),
         "auroc": setup.seed.auroc,
-        "output_gain": setup.output_gain,
+        "on_target_share": setup.output.on_target_share,
         "flow": [[str(feature), cosine] for feature, cosine in setup.flow.steps],
         "placebo": [str(feature) for feature, _ in setup.placebo.steps],
         "classifier_auroc": setup.classifier_auroc,
     }
-
-
-def cost_of(options: StudyOptions) -> dict[str, int]:
-    """Tokens that a study generates and scores, roughly: for an estimate of its time before it starts."""
-    n_arms, n_doses, n_topics = len(ACTIVATION_ARMS) + len(SUPPRESSION_ARMS), len(options.doses), len(options.topics)
-    dev = 3 * options.n_dev_prompts * options.n_samples * options.n_tokens
-    test = options.n_test_prompts * options.n_samples * options.n_tokens
-    generated = n_topics * (n_arms * (dev + test) + 3 * test)
-    calibration = n_topics * n_arms * n_doses * 3 * 24 * 32
-    screening = n_topics * n_arms * n_doses * 2 * options.n_texts * 24
-    return {"generated": generated, "scored": calibration + screening + 2 * generated}
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

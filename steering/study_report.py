@@ -4,7 +4,8 @@ The unit is the topic. Per topic and arm: the share of test samples that succeed
 vacuous arm counts as unsteered. An arm's gain over a control is the mean over topics of paired differences, with a
 bootstrap over topics, prompts and samples; p by sign flips of topics, Holm over the arms compared; equivalence by two
 one-sided tests at ±0.05. "Flow helps" means: the best flow arm beats the *best* of single, single_budget and copied.
-Suppression is apart: success on topical prompts should fall while text stays coherent.
+Suppression is apart: on topical prompts a sample should be coherent and no longer about the topic.
+Figures and the table of development doses: steering/study_figures.py.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import pandas as pd
 
 from sae.errors import UserError
 from steering.statistics import Interval, bootstrap_mean, equivalent, holm, sign_flip_p
-from steering.study import UNSTEERED
-from steering.study_topic import SUPPRESSION_ARMS
+from steering.study_options import SUPPRESSION_ARMS, UNSTEERED
 
 CONTROLS = ("single", "single_budget", "copied")
 FLOWS = ("flow", "flow_exponential", "flow_cosines", "flow_closed_loop")
+SUPPRESSION_CONTROLS = ("suppress_single", "suppress_random_flow")
 MARGIN = 0.05
+N_FOR_A_CLAIM = 12
 _N_SHOWN = 5
 
 
@@ -53,15 +55,17 @@ def read_records(folder: Path, part: str = "test") -> pd.DataFrame:
     if not rows:
         raise UserError("the study has no results here", where=str(folder / part), mend="run the study's test part")
     table = pd.DataFrame(rows)
-    return table.assign(hit=table["success"] & table["coherent"])
+    return table.assign(hit=table["success"] & table["coherent"], removed=~table["success"] & table["coherent"])
 
 
-def compare(records: pd.DataFrame, arms: Sequence[str], controls: Sequence[str], *, seed: int = 0) -> list[Comparison]:
+def compare(
+    records: pd.DataFrame, arms: Sequence[str], controls: Sequence[str], *, seed: int = 0, value: str = "hit"
+) -> list[Comparison]:
     """Every arm against the control that is best on these records, Holm over arms."""
     present = [control for control in controls if (records["arm"] == control).any()]
-    means = {control: _topic_means(records, control).mean() for control in present}
+    means = {control: topic_means(records, control, value).mean() for control in present}
     best = max(means, key=lambda control: means[control])
-    found = [(arm, _paired(records, arm, best)) for arm in arms if (records["arm"] == arm).any()]
+    found = [(arm, paired(records, arm, best, value)) for arm in arms if (records["arm"] == arm).any()]
     p_values = [sign_flip_p(table.groupby("topic")["difference"].mean().tolist(), seed=seed) for _, table in found]
     adjusted = holm(p_values)
     return [
@@ -106,18 +110,31 @@ def arm_table(folder: Path, records: pd.DataFrame, *, seed: int = 0) -> pd.DataF
 
 
 def write_report(folder: Path, out: Path, *, seed: int = 0, about: str = "") -> Path:
-    """The page in Markdown. Returns its path."""
+    """The page in Markdown, figures in `images/<name of the page>` beside it. Returns its path."""
+    from steering.study_figures import developed_doses, draw_study
+
     records = read_records(folder)
     arms = arm_table(folder, records, seed=seed)
     against_controls = compare(records, FLOWS, CONTROLS, seed=seed)
     against_unsteered = compare(records, sorted(set(arms["arm"]) - _not_activation()), (UNSTEERED,), seed=seed)
+    suppressed = _compared_suppression(records, seed)
+    doses = developed_doses(folder)
+    pictures = draw_study(records, doses, out.parent / "images" / out.stem, against_controls, seed=seed)
     lines = [
         "# Steering study",
         "",
         about,
         "",
-        f"{records['topic'].nunique()} topics. SuccCoh: share of samples that the topic's classifier accepts (5 % of "
-        "unsteered development text passes) and that stay coherent. Vacuous arms count as unsteered.",
+        f"{records['topic'].nunique()} topics ({N_FOR_A_CLAIM} are needed for a claim). SuccCoh: share of samples "
+        "that the topic's classifier accepts (5 % of unsteered development text passes) and that stay coherent. "
+        "Vacuous arms (no dose left development text coherent) count as unsteered.",
+        "",
+        f"- Activation: {verdict(against_controls)}",
+        f"- Suppression: {verdict(suppressed)}",
+        "",
+        *(f"![{name}](images/{out.stem}/{name}.png)" for name in pictures),
+        "",
+        "## Arms, on test prompts at the doses that development chose",
         "",
         *_markdown(arms),
         "",
@@ -125,7 +142,14 @@ def write_report(folder: Path, out: Path, *, seed: int = 0, about: str = "") -> 
         "",
         *_markdown(_comparison_table(against_controls)),
         "",
-        verdict(against_controls),
+        *_markdown(_topic_table(records, against_controls)),
+        "",
+        "## At which dose? Development prompts, all doses",
+        "",
+        *_markdown(doses.pivot_table(index="arm", columns="target", values="succ_coh", sort=False).reset_index()),
+        "",
+        "SuccCoh by arm and dose (nats; of suppression: share of samples coherent and off topic). Exploratory: the "
+        "lock was chosen on these samples.",
         "",
         "## Each arm against unsteered text",
         "",
@@ -135,12 +159,27 @@ def write_report(folder: Path, out: Path, *, seed: int = 0, about: str = "") -> 
         "",
         *_markdown(_suppression_table(records, seed)),
         "",
+        *_markdown(_comparison_table(suppressed)),
+        "",
         "## Samples, drawn at random",
         "",
         *_samples(records, seed),
     ]
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return out
+
+
+def _compared_suppression(records: pd.DataFrame, seed: int) -> list[Comparison]:
+    if not (records["arm"] == SUPPRESSION_CONTROLS[0]).any():
+        return []
+    return compare(records, ("suppress_flow",), SUPPRESSION_CONTROLS, seed=seed, value="removed")
+
+
+def _topic_table(records: pd.DataFrame, comparisons: Sequence[Comparison]) -> pd.DataFrame:
+    """SuccCoh of every flow arm and control, a row a topic."""
+    shown = [arm for arm in (UNSTEERED, *CONTROLS, *FLOWS) if (records["arm"] == arm).any()]
+    table = pd.DataFrame({arm: topic_means(records, arm) for arm in shown})
+    return table.reset_index(names="topic")
 
 
 def verdict(comparisons: Sequence[Comparison]) -> str:
@@ -153,6 +192,8 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
         return f"The arm {best.arm} beats {best.control}: {change}."
     if best.is_equivalent:
         return f"The best flow arm, {best.arm}, and {best.control} are equivalent within ±{MARGIN}: {change}."
+    if best.difference.high < 0:
+        return f"Every flow arm is worse than {best.control}; the best is {best.arm}: {change}."
     return f"No flow arm beats {best.control}; the best is {best.arm}: {change}. Neither is equivalence shown."
 
 
@@ -163,15 +204,15 @@ def _as_unsteered(path: Path) -> list[dict[str, Any]]:
     return [{"topic": path.parent.name, "arm": path.stem, **record} for record in base[key]]
 
 
-def _paired(records: pd.DataFrame, arm: str, control: str) -> pd.DataFrame:
+def paired(records: pd.DataFrame, arm: str, control: str, value: str = "hit") -> pd.DataFrame:
     """Differences by topic and place; prompts are matched by their place, since one arm puts a sentence before them."""
     sides = []
     for name in (arm, control):
         part = records[records["arm"] == name].copy()
         part["place"] = part.groupby("topic").cumcount()
         sides.append(part.set_index(["topic", "place"]))
-    both = sides[0].join(sides[1][["hit"]], rsuffix="_control", how="inner").reset_index()
-    return both.assign(difference=both["hit"].astype(float) - both["hit_control"].astype(float))
+    both = sides[0].join(sides[1][[value]], rsuffix="_control", how="inner").reset_index()
+    return both.assign(difference=both[value].astype(float) - both[f"{value}_control"].astype(float))
 
 
 def _interval(table: pd.DataFrame, seed: int, *, level: float = 0.95) -> Interval:
@@ -179,8 +220,8 @@ def _interval(table: pd.DataFrame, seed: int, *, level: float = 0.95) -> Interva
     return bootstrap_mean(table["difference"].tolist(), keys, seed=seed, level=level, n=2000)
 
 
-def _topic_means(records: pd.DataFrame, arm: str) -> pd.Series:
-    return records[records["arm"] == arm].groupby("topic")["hit"].mean()
+def topic_means(records: pd.DataFrame, arm: str, value: str = "hit") -> pd.Series:
+    return records[records["arm"] == arm].groupby("topic")[value].mean()
 
 
 def _suppression_table(records: pd.DataFrame, seed: int) -> pd.DataFrame:

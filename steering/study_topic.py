@@ -22,20 +22,18 @@ from sae.errors import UserError
 from steering.arms import Flow, Scales, copied, difference, flow_additive, flow_levels, random_direction, single
 from steering.concept import ConceptClassifier
 from steering.discovery import Contrast, difference_of_means, rank_features, read_texts
-from steering.edits import Cap
+from steering.dose import NeutralText
+from steering.edits import Add, Cap, Floor
 from steering.plan import Plan
-from steering.profile import Profile, output_scores
+from steering.profile import OutputScore, Profile, output_scores
 from steering.protocols import SteerableModel
 from steering.schedules import CosineProduct, Exponential
 from steering.teacher_forced import lexicon_tokens
 
-ACTIVATION_ARMS = (
-    "difference_single", "difference_flow", "random_direction", "random_flow", "single", "copied",
-    "flow", "flow_exponential", "flow_cosines", "flow_closed_loop",
-)  # fmt: skip
-SUPPRESSION_ARMS = ("suppress_single", "suppress_flow", "suppress_random_flow")
 _N_TEXTS = 80
-_N_SCORED = 24
+_N_SCORED = 32
+_SCORING_STRENGTH = 0.15
+_N_NEUTRAL = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +54,8 @@ class TopicSetup:
 
     topic: str
     seed: Contrast
-    output_gain: float
+    contrasts: tuple[Contrast, ...]
+    output: OutputScore
     flow: Flow
     placebo: Flow
     scales: Scales
@@ -72,10 +71,11 @@ def set_up_topic(world: World, topic: str, *, seed: int) -> TopicSetup:
     other = contrast_texts(topic, "discover")[: len(topical)]
     states = read_texts(world.model, world.saes, [*topical, *other])
     is_topic = [True] * len(topical) + [False] * len(other)
-    contrasts = rank_features(states, is_topic)
+    contrasts = rank_features(states, is_topic, n_best=200)
     if not contrasts:
         raise UserError(f"no feature tells {topic} from other topics", expected="a feature active on its texts")
-    best, gain = _best_output(world, contrasts[:_N_SCORED], topic)
+    inside = [contrast for contrast in contrasts if _has_a_flow(contrast.feature, world)] or contrasts
+    best, output = _best_output(world, inside[:_N_SCORED], topic)
     flow = Flow(seed=best.feature, steps=tuple(world.chain(best.feature)))
     placebo_seed = world.random_like(best.feature, seed)
     kept = set(flow.sites)
@@ -90,7 +90,8 @@ def set_up_topic(world: World, topic: str, *, seed: int) -> TopicSetup:
     return TopicSetup(
         topic=topic,
         seed=best,
-        output_gain=gain,
+        contrasts=tuple(inside),
+        output=output,
         flow=flow,
         placebo=placebo,
         scales=scales,
@@ -98,21 +99,32 @@ def set_up_topic(world: World, topic: str, *, seed: int) -> TopicSetup:
         classifier_auroc=held_out,
         lexicon=empath_lexicon(topic) if installed()["empath"] else topic_named(topic).lexicon,
         plans={
-            name: replace(plan, name=f"{topic} {name}")
+            name: replace(plan, name=f"{topic} {name}", strength=_first_guess(plan))
             for name, plan in _plans(world, flow, placebo, scales, vectors, seed).items()
         },
     )
 
 
-def _best_output(world: World, contrasts: Sequence[Contrast], topic: str) -> tuple[Contrast, float]:
-    """Of the features that read the topic, the one that makes the model write most of its words."""
+def _has_a_flow(feature: FeatureId, world: World) -> bool:
+    """From 20 % to 80 % of the depth: features nearer to either end have no layers to flow through on that side."""
+    depth = feature.site.layer / max(world.model.n_layers - 1, 1)
+    return 0.2 <= depth <= 0.8
+
+
+def _best_output(world: World, contrasts: Sequence[Contrast], topic: str) -> tuple[Contrast, OutputScore]:
+    """Of the features that read the topic, the one whose push at its own layer goes most into the topic's words."""
     tokens = tuple(lexicon_tokens(world.model, topic_named(topic).lexicon))
     profiles = [
         Profile(feature=c.feature, density=c.fire_rate, strong=1.0, own_tokens=tokens, purity=1.0) for c in contrasts
     ]
-    scores = output_scores(world.model, world.saes, profiles, world.norms, read_prompts().dev[:6])
-    place = int(np.argmax([score.gain for score in scores]))
-    return contrasts[place], scores[place].gain
+    neutral = NeutralText.prepare(world.model, read_prompts().neutral_texts[-_N_NEUTRAL:], n_tokens=32)
+    scales = Scales(norms=world.norms, activations={})
+    plans = [
+        single(Flow(seed=c.feature, steps=((c.feature, 1.0),)), scales, strength=_SCORING_STRENGTH) for c in contrasts
+    ]
+    scores = output_scores(world.model, world.saes, profiles, plans, neutral)
+    place = int(np.argmax([score.on_target_share for score in scores]))
+    return contrasts[place], scores[place]
 
 
 def _strong(activations: np.ndarray, is_topic: Sequence[bool]) -> float:
@@ -128,6 +140,11 @@ def _classifier(topic: str, seed: int) -> tuple[ConceptClassifier, float]:
         other = other + [text for name in read_topics() if name != topic for text in wiki_texts(name, n=30)]
     made = ConceptClassifier.train(own, other, seed=seed)
     return made, made.auroc(topic_named(topic).texts("dev"), contrast_texts(topic, "dev"))
+
+
+def _first_guess(plan: Plan) -> float:
+    """Near the strengths that the study's doses take, so that calibration needs few evaluations."""
+    return 0.15 if isinstance(plan.edit, Add) else 0.4 if isinstance(plan.edit, Floor) else plan.strength
 
 
 def _plans(

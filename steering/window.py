@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,8 +36,9 @@ class Window:
     start: int
     prompt_columns: int
 
+    @cached_property
     def position(self) -> Int[Tensor, "batch position"]:
-        """0 for the first real token of each row; negative on padding."""
+        """0 for the first real token of each row; negative on padding. Asked by every plan at every site of a pass."""
         return (self.real.long().cumsum(dim=-1) - 1)[:, self.start :].masked_fill(~self.here(), -1)
 
     def here(self) -> Bool[Tensor, "batch position"]:

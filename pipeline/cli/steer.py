@@ -126,4 +126,39 @@ def serve(
         server.server_close()
 
 
-STEER_TOOLS = (plan, generate, export)
+@click.command()
+@click.option("--topics", default=4, show_default=True, help="how many of the bundled topics")
+@click.option("--seeds", default=10, show_default=True, help="features a topic whose flows are deactivated")
+@click.option("--texts", default=24, show_default=True, help="topical and as many other texts a topic")
+@click.option("--out", type=click.Path(path_type=Path), help="folder; default: <recipe>/steer-paper")
+@_device
+@recipe_option
+@artifacts_option
+def paper(topics: int, seeds: int, texts: int, out: Path | None, device: str, recipe: str, artifacts: Path) -> None:
+    """Rerun Feature Flow's steering experiments, with controls: tables, figures and a text in <recipe>/steer-paper."""
+    from data.concepts.topics import read_topics
+    from pipeline.console import progress_bars
+    from pipeline.steer_session import SteerSession
+    from steering.paper_report import write_paper_report
+    from steering.paper_runs import Paper, PaperOptions, neutral_text, run_paper
+    from steering.study_bench import Bench
+    from steering.study_options import StudyOptions
+
+    folder = artifacts / Path(recipe).stem
+    session = SteerSession.open(folder, device=device)
+    chosen = tuple(read_topics())[:topics]
+    bench = Bench(world=session.world(), options=StudyOptions(topics=chosen, n_texts=texts))
+    with progress_bars(quiet=False) as progress:
+        subject = Paper(
+            bench=bench,
+            neutral=neutral_text(session.model),
+            options=PaperOptions(n_seeds=seeds),
+            progress=progress,
+        )
+        found = run_paper(subject, chosen)
+    path = write_paper_report(*found, out or folder / "steer-paper")
+    say(path.read_text(encoding="utf-8"))
+    say(str(path.parent))
+
+
+STEER_TOOLS = (plan, generate, export, paper)

@@ -8,7 +8,7 @@
 
 The headline is fixed beforehand: arm `flow` at the middle dose, measured by the feature's own tokens and by how often
 the feature fires when the unsteered model reads the text. Output: `plans/*.toml`, `samples.parquet`, `samples.json`,
-`doses.parquet`, `effects.parquet`, `features.json`, `figures/`. Cost: almost all of it is generation.
+`doses.parquet`, `effects.parquet`, `features.json`, `figures/`, `report.html`. Cost: almost all of it is generation.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from typing_extensions import Doc
 from data.concepts.prompts import read_prompts
 from pipeline.artifact import Artifact, Draft
 from pipeline.run import RunContext
+from pipeline.steer_audition import AuditionOptions
+from pipeline.steer_report import write_steer_report
 from pipeline.steer_selection import Chosen, SelectionOptions, Sources, choose_features
 from pipeline.steer_session import SteerSession
 from pipeline.steer_tables import (
@@ -129,13 +131,20 @@ class Found:
 
 def _selection(config: Config) -> SelectionOptions:
     names = [f.name for f in dataclasses.fields(SelectionOptions)]
-    return SelectionOptions(**{name: getattr(config, name) for name in names})
+    audition = AuditionOptions(
+        dose=middle_dose(config), schedule=config.schedule, sampling=_sampling(config), seed=config.seed
+    )
+    return SelectionOptions(**{name: getattr(config, name) for name in names if name != "audition"}, audition=audition)
+
+
+def _sampling(config: Config) -> Sampling:
+    return Sampling(n_tokens=config.n_new_tokens, temperature=config.temperature)
 
 
 def _steer_all(config: Config, sources: Sources, chosen: list[Chosen], context: RunContext) -> list[Found]:
     model, saes = sources.model, sources.saes
     prompts = read_prompts().test[: config.n_prompts]
-    sampling = Sampling(n_tokens=config.n_new_tokens, temperature=config.temperature)
+    sampling = _sampling(config)
     neutral = NeutralText.prepare(model, read_prompts().neutral_texts[: config.n_neutral_texts], n_tokens=32)
     unsteered = generate(
         model,
@@ -233,7 +242,8 @@ def _write(
         table.to_parquet(draft.path / f"{name}.parquet", index=False)
     _write_plans(draft.path / "plans", inputs, found)
     labels = atlas_labels(inputs.atlas.path, chosen)
-    _write_json(draft.path / "features.json", {"features": feature_records(chosen, labels, decode), "remarks": remarks})
+    records = feature_records(chosen, labels, decode)
+    _write_json(draft.path / "features.json", {"features": records, "remarks": remarks})
     _write_json(draft.path / "samples.json", side_by_side(tables["samples"]))
     shown = atlas_document(
         tables["samples"], tables["effects"], labels, schedule=config.schedule.kind, seed=config.seed
@@ -242,7 +252,12 @@ def _write(
     draw_figures(tables["effects"], draft.path / "figures", middle_dose(config))
     for record in tables["effects"].to_dict(orient="records"):
         draft.write_metrics({str(name): value for name, value in record.items()})
-    draft.summary.update(headline(tables["effects"], tables["doses"], middle_dose(config)))
+    numbers = headline(tables["effects"], tables["doses"], middle_dose(config))
+    draft.summary.update(numbers)
+    write_steer_report(
+        draft.path, tables["samples"], tables["effects"], records, remarks, numbers,
+        middle=middle_dose(config), seed=config.seed,
+    )  # fmt: skip
 
 
 def _write_json(path: Path, document: Any) -> None:

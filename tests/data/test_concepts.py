@@ -37,6 +37,42 @@ def test_a_synset_is_read_as_wndb_5_says(tmp_path):
     assert synset.definition == "rich cake covered with cream"
 
 
+def test_the_whole_build_on_a_database_written_by_hand(tmp_path, monkeypatch):
+    """Food by file, law by topic domain, ships below a root; a synset of two topics is in neither; short definitions
+    are left out; a lexicon takes words whose first sense is in the topic."""
+    long = "a thing that is told of here in some words"
+    synsets = [
+        ("00000001", 13, ["pie", "tart"], "", long),
+        ("00000002", 9, ["verdict"], ";c 00000003 n 0000", long + " too"),
+        ("00000003", 9, ["law"], "", "short one"),
+        ("00000004", 6, ["vessel"], "", long + " again"),
+        ("00000005", 6, ["brig"], "@ 00000004 n 0000", long + "; then more"),
+        ("00000006", 13, ["tart"], ";c 00000003 n 0000", long + " twice"),
+    ]
+    lines = []
+    for offset, file, words, pointer, definition in synsets:
+        named = " ".join(f"{word} 0" for word in words)
+        pointers = f"001 {pointer}" if pointer else "000"
+        lines.append(f"{offset} {file:02d} n {len(words):02x} {named} {pointers} | {definition}  \n")
+    (tmp_path / "data.noun").write_text("".join(lines), encoding="latin-1")
+    senses = {"pie": "00000001", "tart": "00000006 00000001", "verdict": "00000002", "law": "00000003",
+              "vessel": "00000004", "brig": "00000005"}  # fmt: skip
+    index = "".join(f"{word} n {len(found.split())} 0 1 0 {found}\n" for word, found in senses.items())
+    (tmp_path / "index.noun").write_text(index, encoding="latin-1")
+    rules = {
+        "food": build_topics.Rule(files=(13,)),
+        "law": build_topics.Rule(domains=("law#1",)),
+        "sea": build_topics.Rule(roots=("vessel#1",)),
+    }
+    monkeypatch.setattr(build_topics, "RULES", rules)
+    built = build_topics.build(tmp_path)
+    words = {(record["topic"], record["word"], record["definition"]) for record in built if "word" in record}
+    assert words == {("food", "pie", long), ("law", "verdict", long + " too"), ("sea", "vessel", long + " again"),
+                     ("sea", "brig", long)}  # fmt: skip
+    lexicons = {record["topic"]: record["lexicon"] for record in built if "lexicon" in record}
+    assert lexicons == {"food": ["pie"], "law": ["verdict"], "sea": ["brig", "vessel"]}
+
+
 def test_a_folder_without_wordnet_is_explained(tmp_path):
     with pytest.raises(UserError, match="no WordNet"):
         build_topics.build(tmp_path)
@@ -87,7 +123,11 @@ def test_prompts_are_disjoint_and_enough():
     prompts = read_prompts()
     assert (len(prompts.dev), len(prompts.test)) == (64, 128)
     assert not set(prompts.dev) & set(prompts.test)
-    assert sum(map(len, prompts.topical.values())) >= 40
+    assert set(prompts.topical) == set(prompts.topical_test) >= set(read_topics())
+    for topic, own in prompts.topical.items():
+        assert len(own) >= 4
+        assert len(prompts.topical_test[topic]) >= 8
+        assert not set(own) & set(prompts.topical_test[topic])
     assert len(prompts.neutral_texts) >= 24
 
 

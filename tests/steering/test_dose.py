@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -34,6 +35,17 @@ def test_kl_is_the_definition_token_by_token(model, saes, neutral):
         expected.append((steered * (steered / base).log()).sum(-1))
     found = measure(model, saes, plan, neutral)
     assert found.kl == pytest.approx(float(torch.cat(expected).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("at", ["L0/3", "L2/3", "L3/3"])
+@pytest.mark.parametrize("edit", [Add(), Cap()])
+def test_starting_at_the_first_edited_block_changes_no_bit(model, saes, neutral, at, edit):
+    plan = Plan(nodes=(Node(at=at, scale=2.0), Node(at="L3/5", scale=2.0)), edit=edit)
+    whole = measure(model, saes, plan, dataclasses.replace(neutral, blocks=()))
+    assert len(neutral.blocks) == model.n_layers
+    assert measure(model, saes, plan, neutral) == whole
+    assert whole.kl > 0
+    assert not any("forward" in vars(entry.block) for entry in model.blocks)
 
 
 def test_strength_zero_has_dose_zero(model, saes, neutral):

@@ -15,6 +15,7 @@ from sae.errors import UserError
 from steering.applied import applied
 from steering.concept import ConceptClassifier, lexicon_hits
 from steering.discovery import TextStates, auroc, difference_of_means, rank_features, read_texts
+from steering.dose import NeutralText
 from steering.gates import agreement, with_threshold_gate
 from steering.generation import Sampling, generate
 from steering.plan import Node, Plan
@@ -159,13 +160,24 @@ def test_output_scores_are_probabilities_after_steering(model, saes):
         [3],
         max_frequency=1,
     )
-    (found,) = output_scores(model, saes, [profile], {L1: 8.0}, ["I think", "The house"], strength=0.5)
-    mass = []
-    for prompt in ("I think", "The house"):
-        with torch.no_grad(), applied(model, saes, Plan(nodes=(Node(at="L1/3", scale=8.0),), strength=0.5)):
-            p = model.hf(input_ids=torch.tensor([encoded(model, prompt)])).logits[0, -1].softmax(-1)
-        mass.append(float(p[list(profile.own_tokens)].sum()))
-    assert found.after == pytest.approx(np.mean(mass), rel=1e-3)
+    texts = ["I think it rains", "The house"]
+    neutral = NeutralText.prepare(model, texts)
+    plan = Plan(nodes=(Node(at="L1/3", scale=8.0),), strength=0.5)
+    (found,) = output_scores(model, saes, [profile], [plan], neutral)
+    before, after, kl, between = [], [], [], []
+    for text in texts:
+        ids = torch.tensor([encoded(model, text)])
+        with torch.no_grad():
+            p = model.hf(input_ids=ids).logits[0, 1:].double().softmax(-1)
+            with applied(model, saes, plan):
+                q = model.hf(input_ids=ids).logits[0, 1:].double().softmax(-1)
+        own = [each[:, list(profile.own_tokens)].sum(-1) for each in (p, q)]
+        before.append(own[0]), after.append(own[1]), kl.append((q * (q / p).log()).sum(-1))
+        parts = [torch.stack([mass, 1 - mass]) for mass in own]
+        between.append((parts[1] * (parts[1] / parts[0]).log()).sum(0))
+    for name, values in (("before", before), ("after", after), ("kl", kl), ("kl_between", between)):
+        assert getattr(found, name) == pytest.approx(float(torch.cat(values).mean()), rel=2e-3)
+    assert abs(found.on_target_share) == pytest.approx(found.kl_between / found.kl)
 
 
 def test_auroc_counts_pairs():

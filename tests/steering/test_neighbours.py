@@ -114,6 +114,39 @@ def test_generate_of_the_wrapper_is_greedy_decoding_with_the_plan(model, saes):
         SteeredModel(model, saes, FLOW).generate(IDS, num_beams=2)
 
 
+def test_an_evaluation_harness_scores_and_continues_with_the_steered_model(model, saes):
+    """The two requests of lm-evaluation-harness, as its Hugging Face adapter makes them: log-likelihoods of
+    continuations from one right-padded batch (mask and cache left to the model), and left-padded greedy continuation
+    until a stop. Against our own passes with the plan applied, one sequence at a time."""
+    steered = SteeredModel(model, saes, FLOW).eval()
+    pairs = [([5, 6, 7], [8, 9]), ([11], [12, 13, 14])]
+    width = max(len(context) + len(continuation) for context, continuation in pairs) - 1
+    rows = [(context + continuation)[:-1] for context, continuation in pairs]
+    batch = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=steered.device)
+    with torch.no_grad():
+        log_probs = steered(batch).logits.log_softmax(-1)
+    for row, (context, continuation) in enumerate(pairs):
+        end = len(context) + len(continuation) - 1
+        got = log_probs[row, end - len(continuation) : end].gather(1, torch.tensor(continuation)[:, None]).sum()
+        with torch.no_grad(), applied(model, saes, FLOW):
+            alone = model.hf(input_ids=torch.tensor([context + continuation])).logits[0].log_softmax(-1)
+        expected = alone[len(context) - 1 : -1].gather(1, torch.tensor(continuation)[:, None]).sum()
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    contexts = torch.tensor([[5, 6, 7], [0, 0, 11]])
+    made = steered.generate(
+        input_ids=contexts, attention_mask=torch.tensor([[1, 1, 1], [0, 0, 1]]), max_length=7, do_sample=False,
+        pad_token_id=0, use_cache=True,
+    )  # fmt: skip
+    assert made.shape[1] <= 7
+    for row, context in zip(made.tolist(), ([5, 6, 7], [11]), strict=True):
+        ids = list(context)
+        for token in row[3:]:
+            with torch.no_grad(), applied(model, saes, FLOW) as run:
+                run.expect_prompt(len(context))
+                assert int(model.hf(input_ids=torch.tensor([ids])).logits[0, -1].argmax()) == token
+            ids.append(token)
+
+
 @pytest.fixture(scope="module")
 def address(model, saes):
     endpoint = Endpoint(

@@ -12,8 +12,9 @@ import pytest
 from data.sites import FeatureId
 from sae.errors import UserError
 from steering.study import Study, StudyOptions, choose_dose, cost_of, with_whole_budget
+from steering.study_options import ACTIVATION_ARMS, SUPPRESSION_ARMS
 from steering.study_report import CONTROLS, FLOWS, compare, read_records, verdict, write_report
-from steering.study_topic import ACTIVATION_ARMS, SUPPRESSION_ARMS, World
+from steering.study_topic import World
 
 
 def records(n_success, n_coherent, n=10):

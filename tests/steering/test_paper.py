@@ -1,0 +1,134 @@
+"""The paper's experiments on a small random model: their modes and formulas against hooks written by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from data.sites import FeatureId, Site
+from steering.arms import Flow, Scales
+from steering.concept import ConceptClassifier
+from steering.discovery import Contrast
+from steering.paper_report import write_paper_report
+from steering.paper_runs import Paper, PaperOptions, activation, deactivation, neutral_text, seeds_of
+from steering.profile import OutputScore
+from steering.study_bench import Bench
+from steering.study_options import StudyOptions
+from steering.study_topic import TopicSetup, World
+from steering.teacher_forced import log_likelihoods
+
+TOPICS = ("food", "law")
+OPTIONS = PaperOptions(remaining=(0.5, 0.0, -4.0), strengths=(0.05, 0.2), n_layers=4, n_prompts=2)
+
+
+def world_of(model, saes, cosines=(0.9, 0.9, 0.9, 0.9)) -> World:
+    return World(
+        model=model,
+        saes=saes,
+        norms=dict.fromkeys(saes, 6.0),
+        chain=lambda feature: [(FeatureId(s, feature.latent), c) for s, c in zip(saes, cosines, strict=True)],
+        random_like=lambda feature, seed: FeatureId(feature.site, (feature.latent + 1 + seed) % 24),
+    )
+
+
+def setup_of(world: World, topic: str) -> TopicSetup:
+    seed = FeatureId(Site(1, "resid_post"), 3)
+    contrast = Contrast(feature=seed, auroc=0.9, d_prime=1.0, fire_rate=0.5)
+    classifier = ConceptClassifier.train(["bread and butter", "bread again"] * 2, ["a court case", "a court rule"] * 2)
+    flow = Flow(seed=seed, steps=tuple(world.chain(seed)))
+    return TopicSetup(
+        topic=topic,
+        seed=contrast,
+        contrasts=(contrast,),
+        output=OutputScore(feature=seed, before=0.1, after=0.2, kl=0.1, kl_between=0.05),
+        flow=flow,
+        placebo=Flow(seed=FeatureId(seed.site, 9), steps=tuple(world.chain(FeatureId(seed.site, 9)))),
+        scales=Scales(norms=world.norms, activations={feature: 1.0 for feature, _ in flow.steps}),
+        classifier=classifier,
+        classifier_auroc=1.0,
+        lexicon=frozenset({"bread"}),
+        plans={},
+    )
+
+
+@pytest.fixture(scope="module")
+def paper(model, saes) -> Paper:
+    options = StudyOptions(topics=TOPICS, n_texts=3, n_tokens=8, n_dev_prompts=2, n_test_prompts=2)
+    bench = Bench(world=world_of(model, saes), options=options)
+    return Paper(bench=bench, neutral=neutral_text(model), options=OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def tables(paper):
+    setups = [setup_of(paper.world, topic) for topic in TOPICS]
+    off = [deactivation(paper, setup, [setup.seed.feature]) for setup in setups]
+    on = [activation(paper, setup) for setup in setups]
+    return off, on
+
+
+def test_removing_a_feature_is_the_hook_written_by_hand(paper, tables, model, saes):
+    table = tables[0][0]
+    site, latent, r = Site(1, "resid_post"), 3, -4.0
+    sae = saes[site]
+
+    def hook(h):
+        a = sae.encode(h.reshape(-1, h.shape[-1]).float())[:, latent].view(h.shape[:-1])
+        changed = h + (r - 1) * a[..., None] * sae.W_dec[latent]
+        changed[:, 0] = h[:, 0]
+        return changed
+
+    texts = paper.bench.texts("food", "test")[0]
+    before = log_likelihoods(model, texts)
+    with model.edited({site: hook}):
+        after = [log_likelihoods(model, [text])[0] for text in texts]
+    row = table[(table["mode"] == "seeds") & (table["r"] == r)].iloc[0]
+    assert row["removed"] == pytest.approx(np.mean(before) - np.mean(after), abs=1e-5)
+    assert abs(row["removed"]) > 1e-4
+
+
+def test_layers_up_to_the_last_are_the_whole_flow(tables):
+    off, on = tables[0][0], tables[1][0]
+    last = off[(off["mode"] == "up to") & (off["layer"] == 3)].set_index("r")["removed"]
+    whole = off[off["mode"] == "whole flow"].set_index("r")["removed"]
+    np.testing.assert_allclose(last[whole.index], whole)
+    last = on[(on["mode"] == "up to") & (on["layer"] == 3)].set_index("s")["kl"]
+    whole = on[(on["mode"] == "whole flow") & (on["schedule"] == "constant")].set_index("s")["kl"]
+    np.testing.assert_allclose(last[whole.index], whole)
+    first = on[(on["mode"] == "layer") & (on["layer"] == 1)].set_index("s")["kl"]
+    seeds = on[on["mode"] == "seeds"].set_index("s")["kl"]
+    np.testing.assert_allclose(first[seeds.index], seeds)
+
+
+def test_only_whole_flows_are_sampled_and_pushes_grow_with_s(tables):
+    on = tables[1][0]
+    assert on["success"].notna().equals(on["layer"].isna())
+    for (_, _), part in on[on["layer"].isna()].groupby(["mode", "schedule"]):
+        assert part.sort_values("s")["kl"].is_monotonic_increasing
+
+
+def test_a_flow_is_cut_at_a_weak_link_and_seeds_share_no_flow(model, saes):
+    world = world_of(model, saes, cosines=(1.0, 0.9, 0.3, 0.9))
+    setup = setup_of(world, "food")
+    same_flow, other = FeatureId(Site(0, "resid_post"), 3), FeatureId(Site(2, "resid_post"), 3)
+    assert seeds_of(world, setup, [same_flow, other], 5) == [setup.seed.feature, other]
+
+
+def test_the_text_sets_what_the_paper_saw_beside_what_was_found(tables, tmp_path):
+    import pandas as pd
+
+    off, on = (pd.concat(parts, ignore_index=True) for parts in tables)
+    text = write_paper_report(off, on, tmp_path / "paper").read_text()
+    assert "| the paper saw | this model shows |" in text
+    removed = off[(off["r"] == 0.0) & (off["mode"] == "whole flow")]["removed"].mean()
+    assert f"| {removed:.3f} |" in text
+    for name in ("deactivation", "activation", "layers"):
+        assert (tmp_path / "paper" / f"{name}.png").stat().st_size > 2000
+    again = pd.read_parquet(tmp_path / "paper" / "activation.parquet")
+    pd.testing.assert_frame_equal(again, on)
+
+
+def test_random_controls_are_none_of_the_flow(tables, paper):
+    row = tables[0][0].query("mode == 'random'").iloc[0]
+    assert row["n_nodes"] == 4
+    assert not torch.isnan(torch.tensor(row["removed"]))
