@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=576, help="dimension of the residual stream")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--k", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     found = rate(options) if options.what == "rate" else graph(options)

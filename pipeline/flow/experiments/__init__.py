@@ -25,6 +25,11 @@ EXPERIMENTS: dict[str, tuple[str, str, str]] = {
     "deactivation": ("interventions", "deactivation", "remove predecessors (Feature Flow, Fig. 6, Table 1)"),
     "rescaling": ("interventions", "rescaling", "rescale predecessors, read the loss (Feature Flow, Fig. 7)"),
     "knockouts": ("interventions", "knockouts", "remove every subset of predecessors (Feature Flow, Fig. 8 and 15)"),
+    "remainder": (
+        "remainder",
+        "remainder",
+        "what keeps targets alive whose predecessor was removed (in neither paper)",
+    ),
     "chains": ("chains", "chains", "remove ancestors, hold the chain between (indirect effects; in neither paper)"),
     "transitions": ("operators", "transitions", "carry latents by operators (Feature Flow, Fig. 23 and 24)"),
     "sae-match": ("operators", "sae_match", "permutations, skipped layers, compositions (SAE Match, Fig. 3, 7, 8, 10)"),

@@ -17,7 +17,10 @@ _DPI = 130
 
 
 def draw_group_shares(table: pd.DataFrame, path: Path) -> None:
-    """One line a group over the layers."""
+    """One line a group over the layers that have the most groups: where a module has no dictionary, its firings are
+    counted elsewhere, and shares cannot be compared."""
+    n_possible = table.groupby("layer")["possible"].transform("sum")
+    table = table[n_possible == n_possible.max()]
     figure = Figure(figsize=(7.5, 3.6), layout="constrained")
     axis = figure.subplots()
     for colour, group in zip(_COLOURS, GROUPS, strict=True):

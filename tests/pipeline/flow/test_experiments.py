@@ -21,6 +21,7 @@ from pipeline.flow.activity import GROUPS, MEMBERS
 from pipeline.flow.causal import Contexts
 from pipeline.flow.experiments import EXPERIMENTS, FIGURE, REPORT, run_experiment, write_finding
 from pipeline.flow.experiments.firings import Change, clean_losses, draw_firings, prepare, run_changes
+from pipeline.flow.experiments.remainder import PARTS, remainder
 from pipeline.flow.experiments.subject import Effort, Subject, fullest, layers_of, spread
 from pipeline.flow.link import link_dictionaries
 from pipeline.flow.options import LinkOptions
@@ -32,7 +33,7 @@ D, N = 32, 48
 SITES = [Site(layer, "resid_post") for layer in range(3)] + [
     Site(layer, kind) for layer in (1, 2) for kind in ("mlp_out", "attn_out")
 ]
-EFFORT = Effort(n_pairs=2, n_targets=28, n_contexts=6, n_exhaustive=2)
+EFFORT = Effort(n_pairs=2, n_targets=28, n_contexts=6, n_exhaustive=12)
 
 
 def random_sae(seed: int, k: int = 12) -> Sae:
@@ -148,6 +149,44 @@ def test_knockouts_remove_every_subset_of_what_fires(subject: Subject) -> None:
         members = set(group["group"].iloc[0].split("&"))
         assert len(group) == 2 ** len(members) - 1, key
         assert all(set(removed.split("&")) <= members for removed in group["removed"])
+
+
+def test_parts_of_a_reading_add_up_and_are_the_models_own(model: LanguageModel, subject: Subject) -> None:
+    found = remainder(subject, EFFORT)
+    parts = found.tables["parts"]
+    assert len(parts) > 10
+    total = parts[list(PARTS[:-1])].sum(axis=1)
+    np.testing.assert_allclose(total, 1.0, atol=1e-6)
+    contexts = subject.contexts(model, 6)
+    for row in parts.head(8).itertuples():
+        before, after = (Site(int(name[1:]), "resid_post") for name in (row.source, row.target))
+        seen = model.activations(torch.from_numpy(contexts.ids[[row.context]]), SITES)
+        low, high = seen[before][0, row.position], seen[after][0, row.position]
+        reader = subject.dictionaries[after].W_enc[row.target_latent]
+        writer = subject.dictionaries[before]
+        z = writer.encode(low)
+        assert row.layer * row.before == pytest.approx(float(reader @ (high - low)), abs=1e-4)
+        assert row.error * row.before == pytest.approx(float(reader @ (low - writer(low))), abs=1e-4)
+        own = z[row.predecessor_latent] * writer.W_dec[row.predecessor_latent]
+        assert row.predecessor * row.before == pytest.approx(float(reader @ own), abs=1e-4)
+        edited = low - own
+        if not row.success:
+
+            def put(value: torch.Tensor, row=row, edited=edited) -> torch.Tensor:
+                value = value.clone()
+                value[0, row.position] = edited
+                return value
+
+            with model.edited({before: put}):
+                changed = model.activations(torch.from_numpy(contexts.ids[[row.context]]), (after,))[after]
+            added = changed[0, row.position] - edited
+            assert row.layer_after * row.before == pytest.approx(float(reader @ added), abs=1e-3)
+
+
+def test_the_best_of_all_is_at_least_as_good_on_every_target(subject: Subject) -> None:
+    both = remainder(subject, EFFORT).tables["same_targets"]
+    assert len(both)
+    assert (both["change_best"] >= both["change_top_1"] - 1e-5).all()
 
 
 def test_a_dictionary_carried_onto_itself_is_explained_as_well_as_it_reconstructs(subject: Subject) -> None:
