@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data.store.layout import STORED_AS, SiteLayout, canonical_json
 from data.store.plans import EpochPlan, ShuffleChoices
-from data.store.staging import StagingBuffers
+from data.store.staging import StagingBuffers, in_one_thread
 from data.store.tokens import RowFilters
 from sae.errors import Problem, UserError
 
@@ -241,7 +241,7 @@ class _Pipeline:
 
     def _run(self, position: tuple[int, int]) -> None:
         try:
-            with ThreadPoolExecutor(1, thread_name_prefix="store-reader") as ahead:
+            with in_one_thread(), ThreadPoolExecutor(1, thread_name_prefix="store-reader") as ahead:
                 self._produce(position, ahead)
             self._put(None)
         except BaseException as error:  # handed to the consumer, who raises it

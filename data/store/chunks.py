@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from data.store.statistics import N_BINS, Moments, empty_moments, histogram_of, 
 from data.store.tokens import FLAG_NON_FINITE, FLAG_SINK, TokenTable
 from sae.errors import Problem, UserError
 
+_FLUSHES = 8  # at a time: one after the other, three files a site wait for the disk longer than they take to write
 _RESIDUAL = ("resid_post", "resid_pre", "resid_mid")
 
 
@@ -70,8 +72,9 @@ class ShardChunks:
             )
         kept = self._flags == 0
         files: dict[str, FileSum] = {}
-        for each in self._sites:
-            files.update(each.finish())
+        with ThreadPoolExecutor(_FLUSHES, thread_name_prefix="store-flush") as flushes:
+            for finished in flushes.map(_SiteChunks.finish, self._sites):
+                files.update(finished)
         statistics = ChunkStatistics(
             flags=self._flags,
             n_kept=int(kept.sum()),

@@ -6,6 +6,7 @@ line; activations go from the model straight to the store, which every worker mu
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,10 @@ from sae.errors import UserError
 
 if TYPE_CHECKING:
     from data.language_model import LanguageModel
+
+
+_ONE_SHARD = threading.Lock()
+"""A worker has one model, whose hooks serve one shard at a time, whatever its --nthreads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,11 @@ def collect_on_cluster(
 
 def collect_task(task: ShardTask) -> CollectedShard:
     """Runs on a worker."""
+    with _ONE_SHARD:
+        return _collect(task)
+
+
+def _collect(task: ShardTask) -> CollectedShard:
     import torch
 
     if task.n_threads is not None:

@@ -194,20 +194,31 @@ class ActivationStore:
         array = self.layout.norm_array(self.site_layout(site))
         return self._column([read_chunk_file(self.place, array, shard) for shard in range(self.layout.n_shards)])
 
+    def norms_of_shard(self, site: SiteLayout, shard: int) -> Float[np.ndarray, "row"]:
+        """The stored norms of one shard's rows."""
+        start, stop = self.layout.rows_of_shard(shard)
+        return read_chunk_file(self.place, self.layout.norm_array(site), shard)[: stop - start]
+
     def statistics(self, site: Site | str) -> SiteStatistics:
         """Statistics over rows with flags = 0, from what was gathered while writing. Reads no activations."""
         layout = self.site_layout(site)
-        moments = self._moments(layout)
-        kept = self.norms(site)[self.tokens().flags == 0]
-        quantiles = np.quantile(kept, _QUANTILES) if len(kept) else np.full(len(_QUANTILES), np.nan)
         histogram = np.zeros(N_BINS, dtype=np.int64)
         for record in self.records:
             histogram += np.asarray(record.histograms[layout.name], dtype=np.int64)
+        n_non_finite = sum(record.n_non_finite[layout.name] for record in self.records)
+        return self.statistics_from(layout, self._moments(layout), histogram, n_non_finite)
+
+    def statistics_from(
+        self, site: SiteLayout, moments: Moments, histogram: np.ndarray, n_non_finite: int
+    ) -> SiteStatistics:
+        """The statistics that these counts and the stored norms make."""
+        kept = self.norms(site.name)[self.tokens().flags == 0]
+        quantiles = np.quantile(kept, _QUANTILES) if len(kept) else np.full(len(_QUANTILES), np.nan)
         return SiteStatistics(
             n=moments.n,
             mean=moments.mean.astype(np.float32),
             variance=moments.variance.astype(np.float32),
-            n_non_finite=sum(record.n_non_finite[layout.name] for record in self.records),
+            n_non_finite=n_non_finite,
             median_norm=float(quantiles[_QUANTILES.index(0.5)]),
             norm_quantiles=dict(zip(_QUANTILES, quantiles.tolist(), strict=True)),
             norm_histogram=histogram,

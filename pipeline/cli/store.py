@@ -1,4 +1,4 @@
-"""`featureflow store`: look into an activation store, verify it, import one."""
+"""`featureflow store`: look into an activation store, verify it, measure it again, import one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.console import complain, progress_bars, say, show_number, table
 
 @click.group("store", no_args_is_help=True)
 def store_commands() -> None:
-    """Look into an activation store, verify it, or import one."""
+    """Look into an activation store, verify it, measure it again, or import one."""
 
 
 @store_commands.command()
@@ -62,6 +62,40 @@ def verify(ctx: click.Context, url: str, full: bool, quiet: bool, **machine: Any
     except Exception as error:
         complain(f"error: {error}")
     ctx.exit(2)
+
+
+@store_commands.command()
+@click.argument("url")
+@click.option("--json", "as_json", is_flag=True, help="print everything as JSON")
+@machine_options
+@quiet_option
+@click.pass_context
+def statistics(ctx: click.Context, url: str, as_json: bool, quiet: bool, **machine: Any) -> None:
+    """Measure every site of the store at URL again from its rows, and compare with what was gathered while writing."""
+    from data.store.recount import recount_store
+
+    with progress_bars(quiet=quiet) as progress:
+        found = recount_store(url, run_context(progress=progress, **machine))
+    rows = [
+        {
+            "site": name,
+            "n": each.n,
+            "median_norm": each.median_norm,
+            "total_variance": each.total_variance,
+            "n_non_finite": each.n_non_finite,
+        }
+        for name, each in found.statistics.items()
+    ]
+    if as_json:
+        say(json.dumps({"sites": rows, "as_gathered": not found.problems}, indent=1))
+    else:
+        for row in rows:
+            say("  " + ", ".join(f"{key.replace('_', ' ')} {show_number(value)}" for key, value in row.items()))
+    if found.problems:
+        complain("error: " + "; ".join(f"{each.where}: {each.what}" for each in found.problems))
+        ctx.exit(2)
+    if not as_json:
+        say("the same as gathered while writing")
 
 
 @store_commands.command("import")

@@ -96,9 +96,8 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
     """Collect activations. Raises UserError; a later run with the same config goes on where this one stopped."""
     with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=outside_digests(config)) as draft:
         draft.externally_checked = (STORE,)
-        model = LanguageModel.open(
-            config.model, dtype=config.model_dtype, device=context.device, progress=context.progress
-        )
+        here = context.device if context.scheduler is None else "cpu"  # with a scheduler only its workers run the model
+        model = LanguageModel.open(config.model, dtype=config.model_dtype, device=here, progress=context.progress)
         sites = parse_sites(config.sites, model.sites())
         packed = pack_corpus(
             config.corpus,

@@ -42,12 +42,17 @@ def planted_tokens(n: int) -> TokenTable:
 
 def planted_layout(rows: dict[str, Tensor], **choices: object) -> StoreLayout:
     n = len(next(iter(rows.values())))
-    defaults = {"dtype": "bfloat16", "shard_rows": 2048, "chunk_rows": 256, "validation_start": 4096}
+    defaults = {
+        "dtype": "bfloat16",
+        "shard_rows": 2048,
+        "chunk_rows": 256,
+        "validation_start": 4096,
+        "provenance": {"corpus": "planted"},
+    }
     return StoreLayout(
         sites=tuple(SiteLayout(name=name, width=each.shape[1]) for name, each in rows.items()),
         n_rows=n,
         n_context=N_CONTEXT,
-        provenance={"corpus": "planted"},
         **{**defaults, **choices},
     )
 

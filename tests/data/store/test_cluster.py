@@ -1,8 +1,16 @@
 """Collection and verification on real Dask workers: the same bytes as here, also when workers die."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import dask
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
@@ -14,7 +22,7 @@ from data.packing import pack_corpus
 from data.store import ActivationStore, SiteLayout, StoreLayout, StoreWriter
 from data.store.checks import verify_store
 from data.store.cluster import map_shards
-from data.store.cluster_collection import ModelChoice, collect_on_cluster
+from data.store.cluster_collection import ModelChoice, ShardTask, collect_on_cluster, collect_task
 from data.store.collection import collect_shards
 from pipeline.run import RunContext
 from sae.errors import UserError
@@ -97,6 +105,20 @@ def test_workers_write_the_same_bytes_as_one_process(made, here, machines, tmp_p
     assert bytes_of(tmp_path / "store.zarr") == bytes_of(here)
 
 
+def test_a_worker_with_several_threads_collects_one_shard_at_a_time(made, here, tmp_path):
+    """The threads of one worker share its model, whose hooks see whatever forward pass is running."""
+    writer = StoreWriter.create(tmp_path / "store.zarr", made.layout)
+    common = {"model": made.choice, "sites": made.model.sites(), "batch_rows": 64, "n_threads": None}
+    tasks = [
+        ShardTask(url=writer.place.url, shard=shard, tokens=tokens, allow_non_finite=False, **common)
+        for shard, tokens in made.parts
+    ]
+    with ThreadPoolExecutor(3) as threads:
+        assert [each.shard for each in threads.map(collect_task, tasks)] == list(range(made.layout.n_shards))
+    writer.finish(made.documents)
+    assert bytes_of(tmp_path / "store.zarr") == bytes_of(here)
+
+
 def test_a_cluster_verifies_and_computes_over_a_store(here, machines):
     assert verify_store(here, full=True, context=machines).is_sound
     store = ActivationStore.open(here)
@@ -146,3 +168,67 @@ def test_a_scheduler_that_is_not_there_is_explained(monkeypatch):
     monkeypatch.setattr("data.store.cluster._CONNECT_SECONDS", 1)
     with pytest.raises(UserError, match="no Dask scheduler answers"):
         list(map_shards(complain, [0], RunContext(scheduler="tcp://127.0.0.1:9")))
+
+
+@contextmanager
+def real_cluster(folder: Path, port: int):
+    """A scheduler and a worker, each a process of its own as on a cluster; yields the scheduler's process."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    address = f"tcp://127.0.0.1:{port}"
+    scheduler_command = ["scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard", "--no-show"]
+    worker_command = ["worker", address, "--nthreads", "1", "--no-dashboard", "--death-timeout", "30"]
+    with ExitStack() as stack:
+        processes = []
+        for name, command in (("scheduler", scheduler_command), ("worker", worker_command)):
+            log = stack.enter_context((folder / f"{name}-{len(list(folder.iterdir()))}.log").open("wb"))
+            process = subprocess.Popen(
+                [sys.executable, "-m", "dask", *command],
+                cwd=folder,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+            stack.callback(end_group, process)
+            processes.append(process)
+        with Client(address, timeout=60) as client:
+            client.wait_for_workers(1, timeout=60)
+        yield processes[0]
+
+
+def end_group(process: subprocess.Popen) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.timeout(180)
+def test_a_scheduler_that_dies_in_a_collection_ends_in_a_clear_error_and_the_next_run_resumes(made, here, tmp_path):
+    url, port, done = tmp_path / "store.zarr", free_port(), []
+    machines = RunContext(scheduler=f"tcp://127.0.0.1:{port}")
+    writer = StoreWriter.create(url, made.layout)
+    with (
+        real_cluster(tmp_path, port) as scheduler,
+        dask.config.set({"distributed.comm.timeouts.connect": "3s"}),
+        pytest.raises(UserError, match="scheduler is gone") as caught,
+    ):
+        for each in collect_on_cluster(
+            writer, made.parts, model=made.choice, sites=made.model.sites(), batch_rows=256, machines=machines
+        ):
+            done.append(each.shard)
+            end_group(scheduler)
+    assert "run again" in caught.value.mend
+    assert done
+    assert len(done) < made.layout.n_shards
+    with pytest.raises(UserError, match="not finished"):
+        ActivationStore.open(url)
+    with real_cluster(tmp_path, port):
+        resumed = collect(made, url, machines)
+    assert not set(resumed) & set(done)
+    assert bytes_of(url) == bytes_of(here)
