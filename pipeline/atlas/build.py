@@ -103,7 +103,7 @@ def finish(shop: Workshop, model: ModelFacts, facts: AtlasFacts, tables: Path) -
         shown = [shard.json["labels"] for shard in shards]
         scores = [np.where(s.columns["score"] == 255, np.nan, s.columns["score"] / 254.0) for s in shards]
         n_trunks = site_folder.write_flow(site, graph, shown, scores, columns, corpus)
-    site_folder.write_steering(site, site_folder.NO_STEERING)
+    site_folder.write_attached(site)
     site_folder.copy_app(site)
     summaries = [json.loads((shop.work / short / "summary.json").read_text(encoding="utf-8")) for short in shop.sites]
     headline = _headline(summaries, None if graph is None else len(graph.links), n_trunks)

@@ -2,7 +2,8 @@
 
 1. rows come from the store's token table; filters say which are `kept` (BOS, special tokens and sinks are not);
 2. consecutive rows of one document inside one context form a *run*; no window leaves its run;
-3. documents are dealt once into a part where labels are proposed and a held-out part where they are scored;
+3. documents are dealt once into three parts: labels are proposed on the first, the second decides which one a feature
+   gets, and on the held-out third it is scored;
 4. every row has a digest of the tokens around it, so that repeated text gives one example.
 
 Everything is O(rows), a few bytes each.
@@ -10,32 +11,37 @@ Everything is O(rows), a few bytes each.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, UInt64
+from jaxtyping import Bool, Int32, Int64, UInt8, UInt64
 
 from data.store import RowFilters, TokenTable
-from pipeline.atlas.vocabulary import Vocabulary
+from pipeline.atlas.vocabulary import CLASSES, Vocabulary
 from sae.errors import UserError
 
 ATTRIBUTES = ("token", "previous", "next", "position", "source", "topic")
+PARTS = ("proposing", "choosing", "held out")
+PROPOSING, CHOOSING, HELD_OUT = range(3)
 DIGEST_REACH = 8
+_ROWS_WITH_PARTS = 20_000
 POSITION_EDGES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
 _LARGEST_LABELS, _LARGEST_SOURCES = 64, 32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
-    """Per row: token, document, position, kept, held_out. Per document: title, source, label (index or −1)."""
+    """Per row: token, document, position, kept, and which of PARTS its document is of. Per document: title, source,
+    label (index or −1)."""
 
     token: Int32[np.ndarray, "row"]
     document: Int32[np.ndarray, "row"]
     position: Int32[np.ndarray, "row"]
     kept: Bool[np.ndarray, "row"]
-    held_out: Bool[np.ndarray, "row"]
+    part: UInt8[np.ndarray, "row"]
     titles: tuple[str, ...]
     document_source: Int32[np.ndarray, "document"]
     document_label: Int32[np.ndarray, "document"]
@@ -51,6 +57,11 @@ class Corpus:
     @property
     def n_kept(self) -> int:
         return int(self.kept.sum())
+
+    @property
+    def held_out(self) -> Bool[np.ndarray, "row"]:
+        """Rows of documents on which labels are scored."""
+        return self.part == HELD_OUT
 
     @cached_property
     def position_edges(self) -> tuple[int, ...]:
@@ -112,14 +123,58 @@ class Corpus:
             case _:
                 return len(self.vocabulary)
 
-    def totals(self, name: str) -> tuple[Int64[np.ndarray, "value"], Int64[np.ndarray, "value"]]:
-        """Kept rows with each value of an attribute: on the documents for proposing, and on the held-out ones."""
+    def totals(self, name: str) -> Int64[np.ndarray, "part value"]:
+        """Kept rows with each value of an attribute, in each of PARTS."""
         values, n = self.attribute(name), self.n_values(name)
         usable = self.kept & (values >= 0)
-        return (
-            np.bincount(values[usable & ~self.held_out], minlength=n),
-            np.bincount(values[usable & self.held_out], minlength=n),
-        )
+        parts = [np.bincount(values[usable & (self.part == part)], minlength=n) for part in range(len(PARTS))]
+        return np.stack(parts)
+
+    def quoted(self, token: int) -> str:
+        """A token in quotes; for part of a character also the character."""
+        whole = self.characters.get(token)
+        return self.vocabulary.quoted(token) + ("" if whole is None else f" of ‘{whole}’")
+
+    @cached_property
+    def characters(self) -> dict[int, str]:
+        """For tokens that are only part of a character: the one they are most often part of in this text."""
+        is_part = self.vocabulary.classes == CLASSES.index("parts of characters")
+        found: dict[int, Counter[str]] = {}
+        rows = np.flatnonzero(is_part[self.token])
+        for row in rows[:: max(1, len(rows) // _ROWS_WITH_PARTS)].tolist():
+            if character := self._character_at(row):
+                found.setdefault(int(self.token[row]), Counter())[character] += 1
+        return {token: counted.most_common(1)[0][0] for token, counted in sorted(found.items())}
+
+    def _character_at(self, row: int) -> str | None:
+        """What the shortest stretch of tokens around a row reads that is whole UTF-8, if four suffice."""
+        for length in (2, 3, 4):
+            for start in range(max(0, row - length + 1), min(row, len(self) - length) + 1):
+                if self.run[start] == self.run[start + length - 1]:
+                    try:
+                        tokens = self.token[start : start + length]
+                        return b"".join(self.vocabulary.tokens[t] for t in tokens).decode("utf-8").strip() or None
+                    except UnicodeDecodeError:
+                        continue
+        return None
+
+    def pieces(self, row: int, *, before: int, after: int) -> tuple[str, str, str]:
+        """The text before a row's token, of the token, and after it, inside its run; a character cut over tokens is
+        read whole, with the token."""
+        run = int(self.run[row])
+        last = int(self.run_start[run + 1]) if run + 1 < len(self.run_start) else len(self)
+        is_part = self.vocabulary.classes == CLASSES.index("parts of characters")
+        start, stop = row, row + 1
+        while is_part[self.token[row]] and start > self.run_start[run] and is_part[self.token[start - 1]]:
+            start -= 1
+        while is_part[self.token[row]] and stop < last and is_part[self.token[stop]]:
+            stop += 1
+        low, high = max(int(self.run_start[run]), start - before), min(last, stop + after)
+        return self._text(low, start), self._text(start, stop), self._text(stop, high)
+
+    def _text(self, start: int, stop: int) -> str:
+        """What the tokens of some rows read that are text."""
+        return self.vocabulary.join([t for t in self.token[start:stop].tolist() if t not in self.vocabulary.special])
 
     def chunks(self, size: int) -> Iterator[tuple[int, int]]:
         """Row ranges of about `size` that end where a document ends, or at least a run, so that no window is cut."""
@@ -153,8 +208,11 @@ class Corpus:
                 raise ValueError(f"{name!r} is not one of {', '.join(ATTRIBUTES)}")
 
 
-def corpus_of(table: TokenTable, vocabulary: Vocabulary, *, filters: RowFilters, holdout: float, seed: int) -> Corpus:
-    """The corpus of a store's token table. Raises UserError when nothing is left to describe."""
+def corpus_of(
+    table: TokenTable, vocabulary: Vocabulary, *, filters: RowFilters, holdout: float, choice: float, seed: int
+) -> Corpus:
+    """The corpus of a store's token table; `holdout` and `choice` are shares of its documents. Raises UserError when
+    nothing is left to describe."""
     kept = filters.keeps(table)
     if not len(table) or not kept.any():
         raise UserError(
@@ -174,7 +232,7 @@ def corpus_of(table: TokenTable, vocabulary: Vocabulary, *, filters: RowFilters,
         document=document,
         position=table.position.astype(np.int32),
         kept=kept,
-        held_out=_is_held_out(n_documents, holdout, seed)[document],
+        part=_dealt(n_documents, holdout, choice, seed)[document],
         titles=tuple(r.title for r in rows) + ("",) * (n_documents - len(rows)),
         document_source=np.maximum(source, 0),
         document_label=label,
@@ -192,14 +250,18 @@ def mix(x: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
         return x ^ (x >> np.uint64(31))
 
 
-def _is_held_out(n_documents: int, holdout: float, seed: int) -> Bool[np.ndarray, "document"]:
-    """A fixed choice by hash; with few documents still at least one on each side, so that a score exists."""
+def _dealt(n_documents: int, holdout: float, choice: float, seed: int) -> UInt8[np.ndarray, "document"]:
+    """A fixed choice by hash; with few documents still at least one in each part if there are three, so that a score
+    exists."""
     with np.errstate(over="ignore"):
         priority = mix(np.arange(n_documents, dtype=np.uint64) + mix(np.array([seed + 1], dtype=np.uint64)))
     n_held = int(np.clip(round(holdout * n_documents), min(1, n_documents - 1), max(n_documents - 1, 0)))
-    held = np.zeros(n_documents, dtype=bool)
-    held[np.argsort(priority, kind="stable")[:n_held]] = True
-    return held
+    n_rest = n_documents - n_held
+    n_choosing = int(np.clip(round(choice * n_documents), min(1, max(n_rest - 1, 0)), max(n_rest - 1, 0)))
+    part = np.full(n_documents, PROPOSING, dtype=np.uint8)
+    order = np.argsort(priority, kind="stable")
+    part[order[:n_held]], part[order[n_held : n_held + n_choosing]] = HELD_OUT, CHOOSING
+    return part
 
 
 def _index(values: list[str], n: int, largest: int) -> tuple[Int32[np.ndarray, "document"], tuple[str, ...]]:

@@ -86,18 +86,17 @@ def _page_histogram(survey: Survey) -> np.ndarray:
 def _dense(table: Counts) -> np.ndarray:
     """Firings per latent and value."""
     out = np.zeros(table.n_latents * table.n_values, dtype=np.uint32)
-    out[table.key] = (table.column("n_propose") + table.column("n_held")).astype(np.uint32)
+    out[table.key] = table.n.astype(np.uint32)
     return out.reshape(table.n_latents, table.n_values)
 
 
 def _token_columns(table: Counts, corpus: Corpus, attribute: str, name: str, n: int) -> Columns:
     """The n values with the largest share of Σa, with their lift over the corpus."""
-    mass = table.column("mass_propose") + table.column("mass_held")
-    fired = table.column("n_propose") + table.column("n_held")
+    mass, fired = table.mass, table.n
     total = np.bincount(table.latent, weights=mass, minlength=table.n_latents)
     place, rows = largest_places(table.latent, mass, n)
     latent, value = table.latent[rows], table.value[rows]
-    base = np.sum(corpus.totals(attribute), axis=0)
+    base = corpus.totals(attribute).sum(axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         share = mass[rows] / total[latent]
         lift = np.log(share / (base[value] / base.sum()))

@@ -2,7 +2,8 @@
 
     <work>/<short>/columns.npz   the cards' columns                      pipeline/atlas/describe.py
     <work>/<short>/rules.npz     every rule with its scores              pipeline/atlas/labels.py
-    <work>/<short>/held.npz      held-out counts, so that the rules of other sites can be scored here
+    <work>/<short>/held.npz      counts on choosing and held-out documents, so that rules of other sites can be
+                                 judged here
 
 The folder is renamed into place when it is whole, so a killed run goes on with the sites it had finished.
 """
@@ -16,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.atlas.counts import Counts
+from pipeline.atlas.counts import COLUMNS, Counts
 from pipeline.atlas.describe import Columns
 from pipeline.atlas.labels import Scored, SiteRules
 from pipeline.atlas.rules import RuleScores, RuleSets
 
+_KEPT = ("n_choose", "strong_choose", "n_held", "strong_held", "mass_held", "near_held")
 _SCORES = tuple(f.name for f in dataclasses.fields(RuleScores))
 
 
@@ -52,17 +54,17 @@ def load_rules(work: Path, short: str) -> SiteRules:
 
 
 def load_tables(work: Path, short: str, n_latents: int) -> dict[str, Counts]:
-    """The held-out part of the tables; the columns for proposing are zeros."""
+    """What scoring needs of the tables; the columns for proposing are zeros."""
     tables = {}
     with np.load(work / short / "held.npz", allow_pickle=False) as arrays:
         for name in sorted({n.split("/")[0] for n in arrays.files}):
-            held = arrays[f"{name}/columns"].astype(np.float64)
-            nothing = np.zeros(held.shape[1])
+            kept = dict(zip(_KEPT, arrays[f"{name}/columns"].astype(np.float64), strict=True))
+            nothing = np.zeros(len(arrays[f"{name}/key"]))
             tables[name] = Counts(
                 n_latents=n_latents,
                 n_values=int(arrays[f"{name}/n_values"]),
                 key=arrays[f"{name}/key"].astype(np.int64),
-                columns=(nothing, nothing, nothing, *held),
+                columns=tuple(kept.get(column, nothing) for column in COLUMNS),
             )
     return tables
 
@@ -93,9 +95,9 @@ def _scored(arrays: Mapping[str, np.ndarray], method: str) -> Scored:
 def _table_arrays(tables: Mapping[str, Counts]) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     for name, table in tables.items():
-        held = np.flatnonzero(table.column("n_held") + table.column("near_held"))  # scoring needs no other pairs
+        needed = np.flatnonzero(table.column("n_choose") + table.column("n_held") + table.column("near_held"))
         small = table.n_latents * table.n_values < 1 << 32
-        arrays[f"{name}/key"] = table.key[held].astype(np.uint32 if small else np.int64)
-        arrays[f"{name}/columns"] = np.stack([c[held].astype(np.float32) for c in table.columns[3:]])
+        arrays[f"{name}/key"] = table.key[needed].astype(np.uint32 if small else np.int64)
+        arrays[f"{name}/columns"] = np.stack([table.column(c)[needed].astype(np.float32) for c in _KEPT])
         arrays[f"{name}/n_values"] = np.array(table.n_values)
     return arrays

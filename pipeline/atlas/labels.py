@@ -1,14 +1,16 @@
 """Labels of a site: several per latent, each with how well it did on documents it was not made from.
 
-1. every kind of rule is proposed and scored (pipeline/atlas/rules.py); the best by its proposal is the latent's rule;
+1. every kind of rule is proposed, and judged on documents of their own (pipeline/atlas/rules.py): the one that did best
+   there is the latent's rule, about all firings and about strong ones;
 2. tokens that are typical of the latent by log-odds (Monroe et al. 2008, Dirichlet prior) and by class-TF-IDF, and
    tokens
    that its decoder promotes, are descriptions; they are scored as rules too ("fires on", "fires before"), and seldom
    pass;
 3. the rule of the best predecessor in the flow graph is scored on the latent itself: an inherited label with
    provenance;
-4. a rule is *accepted* from `min_f1` on, with at least `min_firings` held-out firings. Without an accepted rule the
-   label is "no simple rule", with the score that the best rule reached.
+4. a rule is *accepted* from `min_f1` on those choosing documents, with at least `min_firings` held-out firings. The
+   score comes from the held-out documents, which chose nothing, so it may lie below the bar. Without an accepted rule
+   the label is "no simple rule", with the score that the best rule reached.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from pipeline.atlas.corpus import Corpus
+from pipeline.atlas.corpus import PROPOSING, Corpus
 from pipeline.atlas.counts import PROPOSE
 from pipeline.atlas.describe import largest_places
 from pipeline.atlas.rules import (
@@ -36,8 +38,10 @@ from pipeline.atlas.rules import (
 
 NO_RULE = "no simple rule"
 TOO_RARE = "too rare to label"
+DESCRIPTIONS = ("log_odds", "ctfidf", "promotes")
 N_TYPICAL = 5
 _PRIOR = 1000.0
+_SAYS_SOMETHING = 0.1
 
 Weigh = Callable[[AttributeTable, Int64[np.ndarray, "usable"]], Float64[np.ndarray, "usable"]]
 """How typical each usable (latent, token) pair is."""
@@ -72,7 +76,8 @@ METHOD_INDEX = {method.name: i for i, method in enumerate(METHODS)}
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """What a rule must reach on held-out documents to be accepted."""
+    """What a rule must reach on the choosing documents to be accepted, and how many held-out firings its score takes
+    (half as many on the choosing documents, of which there are fewer)."""
 
     min_f1: float = 0.6
     min_firings: int = 5
@@ -80,7 +85,8 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
-    """One label of one latent. Scores are None where nothing could be measured. `origin` is a feature id."""
+    """One label of one latent. Scores are None where nothing could be measured; `choice` is the F1 on the documents
+    that decided. `origin` is a feature id."""
 
     text: str
     method: str
@@ -93,16 +99,23 @@ class Label:
     recall: float | None = None
     mass_recall: float | None = None
     near_miss: float | None = None
+    choice: float | None = None
     origin: str | None = None
     cosine: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scored:
-    """A rule per latent with its scores; `attribute` is what the rule is about."""
+    """A rule per latent with its scores."""
 
     rules: RuleSets
     scores: RuleScores
+
+    def passes(self, latent: int, bar: Bar) -> bool:
+        """Whether one latent's rule reaches the bar."""
+        s = self.scores
+        enough = s.n[latent] >= bar.min_firings and 2 * s.n_choice[latent] >= bar.min_firings
+        return bool(s.choice[latent] >= bar.min_f1 and enough)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -151,7 +164,8 @@ def make_rules(tables: Mapping[str, AttributeTable], promotes: Int64[np.ndarray,
 
 def passes(scores: RuleScores, bar: Bar) -> np.ndarray:
     """Which latents' rules reach the bar."""
-    return (np.nan_to_num(scores.f1) >= bar.min_f1) & (scores.n >= bar.min_firings)
+    enough = (scores.n >= bar.min_firings) & (2 * scores.n_choice >= bar.min_firings)
+    return (np.nan_to_num(scores.choice) >= bar.min_f1) & enough
 
 
 def typical_tokens(table: AttributeTable, weigh: Weigh) -> RuleSets:
@@ -178,19 +192,26 @@ def labels_of(
     if not count:
         return []
     made = [label for label in _candidates(latent, rules, inherited, corpus, bar) if label is not None]
-    accepted = sorted((x for x in made if x.accepted), key=lambda x: -(x.score or 0))
-    rest = [x for x in made if not x.accepted and x.method in ("log_odds", "promotes", "inherited")]
+    accepted = sorted((x for x in made if x.accepted), key=lambda x: -(x.choice or 0))
+    rest = [x for x in made if not x.accepted and (x.method in ("log_odds", "inherited") or _holds(x))]
     return [*accepted, *([] if accepted else [_no_rule(latent, rules, bar)]), *rest]
 
 
-def shown_text(labels: list[Label]) -> str:
-    """The one line for lists and search: the best label; after "no simple rule", what the feature is often seen on."""
+def shown_text(labels: list[Label], example: str = "") -> str:
+    """The one line for lists and search: the best label; after "no simple rule", what the feature is strongest on if
+    that held on other documents too, else an example."""
     if not labels:
         return ""
     if labels[0].accepted:
         return labels[0].text
-    often = next((label.text for label in labels if label.method == "log_odds"), None)
-    return labels[0].text if often is None else f"{labels[0].text} · {often}"
+    often = next((label.text for label in labels if label.method == "log_odds" and _holds(label)), None)
+    more = often or (f"as in “{example}”" if example else "")
+    return f"{labels[0].text} · {more}" if more else labels[0].text
+
+
+def _holds(label: Label) -> bool:
+    """Whether a description says something of other documents at all."""
+    return label.method in DESCRIPTIONS and (label.score or 0) >= _SAYS_SOMETHING
 
 
 def _candidates(
@@ -230,26 +251,24 @@ def _label(
     if not len(values):
         return None
     s = rule.scores
-    f1, n = _number(s.f1[latent]), int(s.n[latent])
     return Label(
         text=_text(method, rule.rules, values, corpus),
         method=method,
-        accepted=f1 is not None and f1 >= bar.min_f1 and n >= bar.min_firings and method not in _DESCRIPTIONS,
-        score=f1,
-        n=n,
+        accepted=method not in DESCRIPTIONS and rule.passes(latent, bar),
+        score=_number(s.f1[latent]),
+        n=int(s.n[latent]),
         **{name: _number(getattr(s, name)[latent]) for name in _MEASURES},
         origin=origin,
         cosine=cosine,
     )
 
 
-_MEASURES = ("low", "high", "precision", "recall", "mass_recall", "near_miss")
-_DESCRIPTIONS = ("log_odds", "ctfidf", "promotes")
+_MEASURES = ("low", "high", "precision", "recall", "mass_recall", "near_miss", "choice")
 
 
 def _text(method: str, rules: RuleSets, values: Int64[np.ndarray, "value"], corpus: Corpus) -> str:
-    if method in _DESCRIPTIONS:
-        listed = ", ".join(corpus.vocabulary.quoted(int(v)) for v in values[:N_TYPICAL])
+    if method in DESCRIPTIONS:
+        listed = ", ".join(corpus.quoted(int(v)) for v in values[:N_TYPICAL])
         return f"promotes {listed}" if method == "promotes" else f"strongest on {listed}"
     return describe_rule(rules.attribute, rules.target, values.tolist(), corpus)
 
@@ -274,16 +293,18 @@ def _no_rule(latent: int, rules: SiteRules, bar: Bar) -> Label:
 
 
 def _best(by_method: Mapping[str, Scored]) -> Int64[np.ndarray, "target latent"]:
-    """For either target the method with the best F1 on its proposal; of near equals (0.02) the earlier, plainer one."""
+    """For either target the method with the best F1 on the choosing documents; of near equals (0.02) the earlier,
+    plainer one. What was proposed but never right there still counts as proposed."""
     n = len(next(iter(by_method.values())).rules.f1)
     best = np.full((len(TARGETS), n), -1, dtype=np.int64)
     for row, target in enumerate(TARGETS):
         f1 = np.zeros(n)
         for i, name in enumerate(RULE_METHODS):
             if name in by_method and by_method[name].rules.target == target:
-                proposed = by_method[name].rules.f1
-                better = proposed > np.where(f1 > 0, f1 + 0.02, 0.0)
-                best[row, better], f1[better] = i, proposed[better]
+                proposed = 1e-6 * (by_method[name].rules.f1 > 0)
+                choice = np.maximum(np.nan_to_num(by_method[name].scores.choice), proposed)
+                better = choice > np.where(f1 > 0, f1 + 0.02, 0.0)
+                best[row, better], f1[better] = i, choice[better]
     return best
 
 
@@ -297,7 +318,8 @@ def _log_odds(table: AttributeTable, pairs: Int64[np.ndarray, "usable"]) -> Floa
     y = table.counts.columns[PROPOSE][pairs]
     latent, value = table.counts.latent[pairs], table.counts.value[pairs]
     n = table.totals[latent, PROPOSE]
-    all_n, all_y = float(table.n_propose.sum()), table.n_propose[value].astype(float)
+    seen = table.seen[PROPOSING]
+    all_n, all_y = float(seen.sum()), seen[value].astype(float)
     prior = _PRIOR * (all_y + 0.5) / all_n
     rest_y, rest_n = np.maximum(all_y - y, 0), np.maximum(all_n - n, 1)
     with np.errstate(divide="ignore", invalid="ignore"):

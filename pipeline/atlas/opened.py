@@ -118,7 +118,7 @@ class Atlas:
 
     def _window(self, row: int, reach: int) -> tuple[str, str, str]:
         low, high = max(0, row - reach), min(len(self._token), row + reach + 1)
-        run = self._run
+        run = self.runs
         rows = np.arange(low, high)
         rows = rows[run[rows] == run[row]]
         before, after = rows[rows < row], rows[rows > row]
@@ -130,7 +130,8 @@ class Atlas:
         return self.tokens["token"].to_numpy()
 
     @cached_property
-    def _run(self) -> np.ndarray:
+    def runs(self) -> np.ndarray:
+        """For every row of `tokens`, the run of consecutive rows of one document that it is in."""
         document, position = self.tokens["document"].to_numpy(), self.tokens["position"].to_numpy()
         change = (np.diff(document) != 0) | (np.diff(position) != 1)
         return np.concatenate([[0], change.cumsum()])

@@ -7,6 +7,7 @@ feature.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,23 @@ class SitePages:
     @property
     def n_latents(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def shown(self) -> list[str]:
+        """The one line of every latent."""
+        return [
+            shown_text(labels, "" if not labels or labels[0].accepted else self._example(latent))
+            for latent, labels in enumerate(self.labels)
+        ]
+
+    def _example(self, latent: int) -> str:
+        """The strongest example as a short text, its token between « »."""
+        first, corpus = int(self.columns["example_offset"][latent]), self.corpus
+        if first == int(self.columns["example_offset"][latent + 1]):
+            return ""
+        row = int(self.columns["example_row"][first])
+        before, peak, after = corpus.pieces(row, before=6, after=3)
+        return " ".join(f"{before}«{peak}»{after}".split())
 
 
 def write_site(folder: Path, pages: SitePages) -> dict[str, Any]:
@@ -85,7 +103,7 @@ def labels_shard(pages: SitePages) -> Shard:
     method = [255 if label is None else METHOD_INDEX[label.method] for label in best]
     score = [255 if label is None or label.score is None else round(label.score * 254) for label in best]
     return Shard(
-        json={"labels": [shown_text(labels) for labels in pages.labels]},
+        json={"labels": pages.shown},
         columns={"method": np.array(method, dtype=np.uint8), "score": np.array(score, dtype=np.uint8)},
     )
 

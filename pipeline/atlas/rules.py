@@ -1,5 +1,5 @@
-"""Rule labels: "fires where the attribute of the token is one of these values", proposed and scored on different
-documents.
+"""Rule labels: "fires where the attribute of the token is one of these values", proposed, chosen and scored on
+different documents.
 
 Rules are about all firings of a latent, or about its strong ones (the strongest tenth), which say more of a feature
 that fires weakly on many things.
@@ -9,6 +9,8 @@ Proposal, for every latent at once, from the counts of the documents for proposi
 1. sort an attribute's values by how often the latent fires given the value;
 2. the set with the best F1 is a beginning of that list (a value helps while its precision exceeds half the best F1), so
    one cumulative sum finds it; sets are cut at `ATTRIBUTE_RULES[…].most` values, since a long list is no rule.
+
+Choice: F1 on documents of their own says which rule is taken, so that the score is not the best of several.
 
 Score, from the counts of the held-out documents, with TP = firings on the set, n = firings, m = tokens on the set:
 
@@ -27,8 +29,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from pipeline.atlas.corpus import Corpus
-from pipeline.atlas.counts import HELD, MASS, NEGATIVE, PROPOSE, Counts, Target
+from pipeline.atlas.corpus import CHOOSING, HELD_OUT, PROPOSING, Corpus
+from pipeline.atlas.counts import CHOOSE, HELD, MASS, NEGATIVE, PROPOSE, Counts, Target
 from pipeline.atlas.vocabulary import CLASSES, Vocabulary
 
 
@@ -91,7 +93,8 @@ class RuleSets:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RuleScores:
-    """Held-out scores per latent. NaN where nothing could be measured (the latent never fired there)."""
+    """Held-out scores per latent, and `choice`, the F1 on the documents that decide which rule is taken. NaN where
+    nothing could be measured (the latent never fired there)."""
 
     f1: Float64[np.ndarray, "latent"]
     low: Float64[np.ndarray, "latent"]
@@ -101,6 +104,8 @@ class RuleScores:
     mass_recall: Float64[np.ndarray, "latent"]
     near_miss: Float64[np.ndarray, "latent"]
     n: Int64[np.ndarray, "latent"]
+    choice: Float64[np.ndarray, "latent"]
+    n_choice: Int64[np.ndarray, "latent"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,8 +116,7 @@ class AttributeTable:
     rule: AttributeRule
     counts: Counts
     target: Target
-    n_propose: Int64[np.ndarray, "value"]
-    n_held: Int64[np.ndarray, "value"]
+    seen: Int64[np.ndarray, "part value"]
     totals: Float64[np.ndarray, "latent five"]
 
 
@@ -123,20 +127,18 @@ def attribute_tables(tables: Mapping[str, Counts], corpus: Corpus) -> dict[str, 
     totals = {target: whole.about(target).totals() for target in TARGETS}
     for rule in ATTRIBUTE_RULES:
         counts = tables[rule.table]
-        propose, held = corpus.totals(rule.table)
+        seen = corpus.totals(rule.table)
         if rule.name in ("family", "class"):
             value_of, n = _grouping(rule.name, corpus.vocabulary)
             counts = counts.mapped(value_of, n)
-            propose = np.bincount(value_of, weights=propose, minlength=n).astype(np.int64)
-            held = np.bincount(value_of, weights=held, minlength=n).astype(np.int64)
+            seen = np.stack([np.bincount(value_of, weights=part, minlength=n).astype(np.int64) for part in seen])
         if counts.n_values > 1:
             for target in TARGETS:
                 out[method_name(rule.name, target)] = AttributeTable(
                     rule=rule,
                     counts=counts.about(target),
                     target=target,
-                    n_propose=propose,
-                    n_held=held,
+                    seen=seen,
                     totals=totals[target],
                 )
     return out
@@ -151,7 +153,7 @@ def propose(table: AttributeTable, *, min_firings: int = 2, min_share: float = 0
     usable = np.flatnonzero(fired >= min_firings)
     usable = usable[fired[usable] >= min_share * n_fired[counts.latent[usable]]]
     latent, value = counts.latent[usable], counts.value[usable]
-    fired, seen = fired[usable], table.n_propose[value]
+    fired, seen = fired[usable], table.seen[PROPOSING][value]
     order = np.lexsort((value, -fired / (seen + 1.0), latent))
     latent, value, fired, seen = latent[order], value[order], fired[order], seen[order]
     first = np.searchsorted(latent, np.arange(n_latents + 1))
@@ -166,7 +168,7 @@ def propose(table: AttributeTable, *, min_firings: int = 2, min_share: float = 0
 
 
 def score(rules: RuleSets, table: AttributeTable) -> RuleScores:
-    """Measure rules on the held-out documents."""
+    """Measure rules on the choosing and the held-out documents."""
     counts, n_latents = table.counts, table.counts.n_latents
     owner = np.repeat(np.arange(n_latents), np.diff(rules.start))
     on_set = counts.at(owner, rules.value)
@@ -174,14 +176,16 @@ def score(rules: RuleSets, table: AttributeTable) -> RuleScores:
     def total(column: np.ndarray, of: np.ndarray) -> Float64[np.ndarray, "latent"]:
         return np.bincount(of, weights=column, minlength=n_latents).astype(np.float64)
 
-    tp, mass, near = (total(on_set[i], owner) for i in (HELD, MASS, NEGATIVE))
-    m = total(table.n_held[rules.value].astype(float), owner)
+    tp, mass, near, chosen_tp = (total(on_set[i], owner) for i in (HELD, MASS, NEGATIVE, CHOOSE))
+    m, chosen_m = (total(table.seen[part][rules.value].astype(float), owner) for part in (HELD_OUT, CHOOSING))
     n, all_mass, all_near = table.totals[:, HELD], table.totals[:, MASS], table.totals[:, NEGATIVE]
+    chosen_n, proposed = table.totals[:, CHOOSE], np.diff(rules.start) > 0
     union = n + m - tp
     low, high = wilson(tp, union)
     with np.errstate(divide="ignore", invalid="ignore"):
         jaccard = tp / union
-        known = (n > 0) & (np.diff(rules.start) > 0)
+        choice = np.where((chosen_n > 0) & proposed, 2 * chosen_tp / (chosen_n + chosen_m), np.nan)
+        known = (n > 0) & proposed
         values = {
             "f1": 2 * jaccard / (1 + jaccard),
             "low": 2 * low / (1 + low),
@@ -192,7 +196,10 @@ def score(rules: RuleSets, table: AttributeTable) -> RuleScores:
             "near_miss": 1 - near / all_near,
         }
     return RuleScores(
-        n=n.astype(np.int64), **{k: np.where(known & np.isfinite(v), v, np.nan) for k, v in values.items()}
+        n=n.astype(np.int64),
+        choice=choice,
+        n_choice=chosen_n.astype(np.int64),
+        **{k: np.where(known & np.isfinite(v), v, np.nan) for k, v in values.items()},
     )
 
 
@@ -241,7 +248,7 @@ def _value_name(attribute: str, value: int, corpus: Corpus) -> str:
         case "topic":
             return corpus.labels[value]
         case _:
-            return corpus.vocabulary.quoted(value)
+            return corpus.quoted(value)
 
 
 def _grouping(name: str, vocabulary: Vocabulary) -> tuple[np.ndarray, int]:

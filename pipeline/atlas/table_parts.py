@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.atlas.examples import NO_DECILE, TABS
 from pipeline.atlas.graph import CLASSES
-from pipeline.atlas.labels import Label, shown_text
+from pipeline.atlas.labels import Label
 from pipeline.atlas.pages import SitePages, overview_shard
 from pipeline.atlas.shards import PAD
 
@@ -68,7 +68,7 @@ def features_part(pages: SitePages) -> pa.Table:
             "feature": [f"{pages.short}/{f}" for f in range(n)],
             "site": pa.array([pages.short] * n).dictionary_encode(),
             "latent": np.arange(n, dtype=np.int32),
-            "label": [shown_text(labels) for labels in pages.labels],
+            "label": pages.shown,
             "label_accepted": [label is not None and label.accepted for label in best],
             "label_method": pa.array([None if label is None else label.method for label in best]).dictionary_encode(),
             "label_score": pa.array([None if label is None else label.score for label in best], pa.float32()),

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.atlas.corpus import PARTS as DOCUMENT_PARTS
 from pipeline.atlas.corpus import Corpus
 from pipeline.atlas.graph import RELATIONS, AtlasGraph
 from pipeline.atlas.table_parts import AS_CSV, PARTS, plain_schema
@@ -73,6 +74,7 @@ def edges_table(graph: AtlasGraph) -> pa.Table:
 def _write_corpus(folder: Path, corpus: Corpus) -> None:
     tokens = pa.table(
         {"token": corpus.token, "document": corpus.document, "position": corpus.position, "kept": corpus.kept,
+         "part": pa.DictionaryArray.from_arrays(pa.array(corpus.part, pa.int8()), list(DOCUMENT_PARTS)),
          "held_out": corpus.held_out}
     )  # fmt: skip
     pq.write_table(tokens, folder / "tokens.parquet", compression="zstd")

@@ -68,7 +68,7 @@ def _listing_problems(site: Path, listing: Mapping[str, Mapping[str, Any]]) -> I
             yield Problem(what="shard missing", where=f"{key}.js")
         elif (found := hashlib.sha256(path.read_bytes()).hexdigest()) != entry["sha256"]:
             yield Problem(what="checksum differs", where=f"{key}.js", expected=entry["sha256"], found=found)
-    known = {f"{key}.js" for key in listing} | {"attached/steering.js", *APP_FILES}
+    known = {f"{key}.js" for key in listing} | {"attached/steering.js", "attached/scores.js", *APP_FILES}
     for path in sorted(p for p in site.rglob("*") if p.is_file()):
         if path.relative_to(site).as_posix() not in known:
             yield Problem(what="a file that does not belong here", where=path.relative_to(site).as_posix())
@@ -121,6 +121,7 @@ def _checks(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             lambda shard, _v, _r: _csr(shard, "offset", size, ("site", "latent", "kind", "weight")),
         )
     yield "attached/steering", lambda shard, _v, _r: [] if "samples" in shard.json else ["samples missing"]
+    yield "attached/scores", lambda shard, _v, _r: [] if "features" in shard.json else ["features missing"]
 
 
 def _card_problems(shard: Shard, n_tokens: int, n_rows: int, n_latents: int) -> list[str]:

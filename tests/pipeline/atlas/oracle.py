@@ -35,7 +35,7 @@ def small_corpus(seed: int = 0, *, n_documents: int = 30, length: int = 20) -> C
         ],
     )
     vocabulary = Vocabulary(tokens=[w.encode() for w in words], special=frozenset({0}))
-    return corpus_of(table, vocabulary, filters=RowFilters(), holdout=0.3, seed=0)
+    return corpus_of(table, vocabulary, filters=RowFilters(), holdout=0.3, choice=0.2, seed=0)
 
 
 def small_dictionary(seed: int = 0, activation: Activation | None = None) -> Sae:
@@ -67,7 +67,7 @@ class Slow:
     pre: np.ndarray
     count: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     values: dict[int, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
-    pairs: dict[tuple[str, int, int], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 4))
+    pairs: dict[tuple[str, int, int], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 5))
 
 
 def slow_survey(x: np.ndarray, sae: Sae, corpus: Corpus) -> Slow:
@@ -88,9 +88,8 @@ def slow_survey(x: np.ndarray, sae: Sae, corpus: Corpus) -> Slow:
                 value = int(corpus.attribute(attribute)[row])
                 if value >= 0:
                     pair = slow.pairs[attribute, latent, value]
-                    shift = 2 * int(corpus.held_out[row])
-                    pair[shift] += 1
-                    pair[shift + 1] += a
+                    pair[int(corpus.part[row])] += 1
+                    pair[3 + int(corpus.held_out[row])] += a
     return slow
 
 

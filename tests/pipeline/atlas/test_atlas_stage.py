@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from importlib import resources
+from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import numpy as np
@@ -15,10 +18,13 @@ from data.sites import parse_site
 from data.store import ActivationStore
 from pipeline.artifact import Artifact
 from pipeline.atlas import Atlas, attach_steering, diff_atlases
+from pipeline.atlas.attach import attach_scores, carry_over, read_scores
+from pipeline.atlas.build import prepare
 from pipeline.atlas.cards import Cards
 from pipeline.atlas.labels import METHODS
 from pipeline.atlas.shards import Shard, read_shard, write_shard
 from pipeline.atlas.validate import validate_atlas
+from pipeline.atlas.workshop import corpus_for
 from pipeline.run import RunContext
 from pipeline.stages import atlas as stage
 from sae import load_sae, save_sae
@@ -265,6 +271,43 @@ def test_steering_samples_are_attached_as_data_and_the_atlas_still_opens(small_r
         attach_steering(folder, {"samples": [{**sample, "steered": None}]})
     with pytest.raises(UserError, match="no atlas here"):
         attach_steering(tmp_path / "nowhere", document)
+
+
+def test_what_was_attached_stays_when_the_atlas_is_made_again_from_the_same_dictionaries(small_run, tmp_path):
+    out = Path(shutil.copytree(small_run.atlas.path, tmp_path / "atlas"))
+    sample = {"feature": "L2/3", "arm": "flow", "dose": 0.2, "prompt": "A", "unsteered": "B", "steered": "C"}
+    attach_steering(out, {"samples": [sample]})
+    attach_scores(out, {"L2/3": {"examples_score": 0.9}})
+    again = stage.run(stage.Config(precision="float32", seed=1), inputs_of(small_run), out, RunContext(n_threads=1))
+    again.verify()
+    assert read_shard(out / "site", "attached/steering").json["samples"] == [sample]
+    assert read_scores(out) == {"L2/3": {"examples_score": 0.9}}
+    assert not carry_over(out, tmp_path / "other" / "site", train="another digest")
+    assert not carry_over(tmp_path / "nowhere", tmp_path / "other" / "site", train=small_run.train.digest)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_process_forgets_a_corpus_when_the_store_was_made_anew_in_its_place(small_run, tmp_path):
+    """Paths alone would give a worker that outlives an atlas the old text."""
+    config = stage.Config()
+    shop = stage.workshop_of(config, inputs_of(small_run), SimpleNamespace(path=tmp_path))
+    store = ActivationStore.open(shop.store)
+    prepare(shop, stage.model_facts(small_run.collect, store, RunContext(n_threads=1)))
+    assert corpus_for(shop) is corpus_for(shop)
+    assert corpus_for(replace(shop, made_from=(("collect", "new"),))) is not corpus_for(shop)
+
+
+def test_workers_of_a_cluster_make_the_same_atlas_byte_for_byte(small_run, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, protocol="tcp"
+    ) as cluster:
+        context = RunContext(n_threads=1, scheduler=cluster.scheduler_address)
+        config = stage.Config(precision="float32", min_f1=0.3)
+        made = stage.run(config, inputs_of(small_run), tmp_path / "atlas", context)
+    differ = [n for n, e in made.files.items() if e["sha256"] != small_run.atlas.files[n]["sha256"]]
+    assert differ == []
+    assert made.files.keys() == small_run.atlas.files.keys()
 
 
 def test_an_atlas_of_an_older_format_is_refused_with_what_to_do(site_copy):

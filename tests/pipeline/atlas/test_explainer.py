@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
+from data.sites import parse_site
+from data.store import ActivationStore
+from pipeline.artifact import Artifact
+from pipeline.atlas import Atlas
+from pipeline.atlas.attach import attach_scores, read_scores
+from pipeline.atlas.corpus import HELD_OUT, PARTS
+from pipeline.atlas.explain import REACH, Evidence, Windows, sentence_scores
 from pipeline.atlas.explainer import ChatModel, detect, explain, marked
 from pipeline.atlas.sentences import SentenceModel, embedding_score, example_embedding_score
+from pipeline.atlas.validate import validate_atlas
+from pipeline.cli import run_command
+from sae import load_sae
 from sae.errors import UserError
 
 
@@ -115,3 +127,69 @@ def test_the_packaged_sentence_model_knows_kittens():
         pytest.skip("no sentence model installed")
     cat, kitten, stock = model.encode(["a cat", "a kitten", "the stock market"])
     assert cat @ kitten > cat @ stock + 0.3
+
+
+def busiest(atlas: Atlas) -> str:
+    features = atlas.features[atlas.features["site"] == "L2"]
+    return str(features.loc[features["n_documents"].idxmax(), "feature"])
+
+
+def test_windows_with_a_feature_fire_and_those_without_are_silent_and_both_are_held_out(small_run):
+    """Against a dense pass over the whole store."""
+    root = small_run.atlas.path.parent
+    evidence = Evidence(root)
+    feature = busiest(evidence.atlas)
+    latent = int(feature.split("/")[1])
+    store = ActivationStore.open(root / "collect" / "store.zarr")
+    x = torch.from_numpy(store.read(parse_site("L2"), 0, store.n_rows))
+    tokens = evidence.atlas.tokens
+    fires = (load_sae(root / "train" / "dictionaries" / "L2").encode(x)[:, latent] > 0).numpy() & tokens["kept"]
+    held = (tokens["part"] == PARTS[HELD_OUT]).to_numpy()
+    with_it, without_it = set(), set()
+    for row in np.flatnonzero(held & tokens["kept"]):
+        near = [r for r in range(max(0, row - REACH), min(len(tokens), row + REACH + 1))
+                if tokens["document"][r] == tokens["document"][row]
+                and tokens["position"][r] - tokens["position"][row] == r - row]  # fmt: skip
+        text = evidence.atlas.vocabulary.join(
+            [int(t) for t in tokens["token"][near] if int(t) not in evidence.atlas.vocabulary.special]
+        ).strip()
+        (with_it if fires[near].any() else without_it).add(text)
+    windows = evidence.windows(feature)
+    assert windows.firing
+    assert windows.silent
+    assert windows.shown
+    assert all("<<" in text for text in windows.shown)
+    assert set(windows.firing) <= with_it
+    assert set(windows.silent) <= without_it
+
+
+def says_yes_to_all(question: str) -> str:
+    return "rare words" if "have in common" in question else says_yes_to_monday(question).replace("0", "1")
+
+
+@pytest.mark.parametrize("chat", [says_yes_to_all], indirect=True)
+def test_the_command_asks_the_endpoint_and_the_answer_is_attached(small_run, chat, tmp_path):
+    root = shutil.copytree(small_run.atlas.path.parent, tmp_path / "run")
+    feature = busiest(Atlas.open(root / "atlas"))
+    where = ["--artifacts", str(tmp_path), "--recipe", "run"]
+    assert run_command(["atlas", "explain", feature, "--endpoint", chat.url, "--model", "stub", *where]) == 0
+    label = read_scores(root / "atlas")[feature]["labels"][0]
+    assert (label["text"], label["model"], label["score"]) == ("rare words", "stub", 0.5)
+    attach_scores(root / "atlas", {feature: {"examples_score": 0.9}})
+    assert read_scores(root / "atlas")[feature] == {"labels": [label], "examples_score": 0.9}
+    Artifact.open(root / "atlas", kind="atlas", schema=1).verify()
+    validate_atlas(root / "atlas")
+    assert run_command(["atlas", "explain", feature, *where]) == 2  # nobody to ask
+
+
+def test_a_sentence_model_tells_texts_that_belong_together():
+    try:
+        model = SentenceModel.packaged()
+    except UserError:
+        pytest.skip("no sentence model is installed")
+    food = ("Add the butter and stir until golden.", "Bake the cake for an hour.", "Season the soup with salt.")
+    rest = ("The court rejected the appeal.", "Stars fuse hydrogen in their cores.", "The king died without an heir.")
+    found = sentence_scores(model, Windows(shown=(), firing=food, silent=rest), "instructions in recipes")
+    assert found["examples_score"] > 0.9
+    assert found["label_score"] > 0.9
+    assert sentence_scores(model, Windows(shown=(), firing=food[:1], silent=rest), None)["examples_score"] is None

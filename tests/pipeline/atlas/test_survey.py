@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pipeline.atlas import counts as counts_module
 from pipeline.atlas import survey as survey_module
 from pipeline.atlas.corpus import Corpus
 from pipeline.atlas.examples import PROFILES, choose_examples, deciles_of
@@ -54,10 +55,11 @@ def test_top_examples_are_the_strongest_of_each_document_without_repeated_text(c
         assert rows.tolist() == slow_top(slow, corpus, latent, OPTIONS.n_top)
 
 
-def test_every_attribute_is_counted_apart_on_the_two_parts_of_the_documents(case):
+def test_every_attribute_is_counted_apart_on_the_three_parts_of_the_documents(case):
     corpus, _, _, slow, survey = case
     for name, table in survey.tables(corpus).items():
-        firings = np.stack([table.column(c) for c in ("n_propose", "mass_propose", "n_held", "mass_held")], axis=1)
+        names = ("n_propose", "n_choose", "n_held", "mass_rest", "mass_held")
+        firings = np.stack([table.column(c) for c in names], axis=1)
         found = {
             (int(f), int(v)): row for f, v, row in zip(table.latent, table.value, firings, strict=True) if row.any()
         }
@@ -112,6 +114,15 @@ def test_co_firing_counts_the_tokens_on_which_two_latents_of_the_whole_dictionar
 def test_chunks_do_not_matter(case, chunk_rows, monkeypatch):
     corpus, sae, x, _, whole = case
     monkeypatch.setattr(survey_module, "CHUNK_ROWS", chunk_rows)
+    assert_same(run(corpus, sae, x), whole, corpus)
+
+
+@pytest.mark.parametrize("dense", [0, 1 << 21])
+def test_ranges_of_latents_and_the_way_of_counting_do_not_matter(case, dense, monkeypatch):
+    corpus, sae, x, _, whole = case
+    monkeypatch.setattr(counts_module, "_AT_ONCE", 40)
+    monkeypatch.setattr(counts_module, "_DENSE", dense)
+    monkeypatch.setattr(survey_module, "COUNTED_AT_ONCE", 500)
     assert_same(run(corpus, sae, x), whole, corpus)
 
 
