@@ -23,19 +23,23 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 PAGE = ROOT.parent / "docs" / "benchmarks.md"
 COMMANDS: dict[str, list[str]] = {
-    "store_write": ["benchmarks/store_write.py"],
-    "store_read": ["benchmarks/store_read.py"],
-    "store_collection": ["benchmarks/store_collection.py"],
+    "store_write": ["-m", "benchmarks.store_write"],
+    "store_read": ["-m", "benchmarks.store_read"],
+    "store_collection": ["-m", "benchmarks.store_collection"],
     "link_rate": ["benchmarks/link_speed.py", "rate", "--n", "16384", "--d", "576"],
     "atlas_generation": ["benchmarks/atlas_generation.py"],
     "steering_speed": ["-m", "benchmarks.steering_speed"],
 }
 ELSEWHERE = {
+    "store_saelens": "python -m benchmarks.store_saelens --peers <folder>",
+    "store_shuffle": "python -m benchmarks.store_shuffle --store artifacts/laptop/collect/store.zarr",
     "train_speed": "make bench-train PEERS=<folder>",
     "quality_peers": "make bench-quality PEERS=<folder>",
     "quality_starts": "make bench-quality PEERS=<folder>",
     "link_graph": "python benchmarks/link_speed.py graph --layers 30 --n 16384",
-    "atlas_pages": "python benchmarks/atlas_pages.py --layers 30 --latents 16384",
+    "atlas_pages": "python -m benchmarks.atlas_pages --layers 30 --latents 16384 --site artifacts/laptop/atlas/site",
+    "atlas_peer": "python -m benchmarks.atlas_peer --artifacts artifacts/laptop --peers <folder>",
+    "atlas_sizes": "python benchmarks/atlas_generation.py --latents 16384 --repeats 1 --profile <name>",
 }
 
 

@@ -1,6 +1,7 @@
 """How long the atlas takes to make: survey, description, labels and pages of one site, on synthetic activations.
 
-    .venv/bin/python benchmarks/atlas_generation.py --tokens 131072 --latents 2048 --k 32
+    python benchmarks/atlas_generation.py --tokens 131072 --latents 2048 --k 32
+    python benchmarks/atlas_generation.py --latents 16384 --profile full --repeats 1     of a large atlas
 
 One process, one thread; each line of JSON is one step: seconds of CPU and wall. `pages_bytes` is the size of the site's
 shards per feature. Synthetic: tokens with a Zipf law, a vector a token plus noise, a random tied TopK dictionary; real
@@ -42,6 +43,7 @@ def main() -> None:
     for name, default in (("tokens", 131072), ("latents", 2048), ("width", 576), ("k", 32), ("vocab", 49152)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--profile", choices=tuple(PROFILES), default="standard")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -54,7 +56,8 @@ def run(options: argparse.Namespace, repeat: int) -> None:
     corpus = synthetic_corpus(options.tokens, options.vocab, rng)
     x = synthetic_activations(corpus, options.vocab, options.width, rng)
     sae = random_dictionary(options.latents, options.width, options.k)
-    facts = {"repeat": repeat, "latents": options.latents, "tokens": options.tokens, "precision": options.precision}
+    facts = {"repeat": repeat, "latents": options.latents, "tokens": options.tokens, "precision": options.precision,
+             "profile": options.profile}  # fmt: skip
 
     def timed(step: str, make: Callable[[], T], **more: object) -> T:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -64,7 +67,7 @@ def run(options: argparse.Namespace, repeat: int) -> None:
         return made
 
     encoder = Encoder.of(sae, options.precision)
-    profile = PROFILES["standard"]
+    profile = PROFILES[options.profile]
     survey_options = SurveyOptions(n_top=profile.n_top, n_near=profile.n_near, n_uniform=profile.n_reservoir)
     survey = timed("survey", lambda: survey_site(lambda a, b: x[a:b], encoder, corpus, survey_options))
     W_U = torch.from_numpy(rng.standard_normal((options.vocab, options.width)).astype(np.float32))
@@ -82,7 +85,8 @@ def run(options: argparse.Namespace, repeat: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         timed("pages", lambda: write_site(Path(folder), pages))
         size = sum(path.stat().st_size for path in Path(folder).rglob("*.js"))
-    print(json.dumps({"step": "size", **facts, "pages_bytes": round(size / options.latents, 1)}), flush=True)
+    line = {"pages_bytes": round(size / options.latents, 1), "site_of_30_layers_mb": round(30 * size / 1e6, 1)}
+    print(json.dumps({"step": "size", **facts, **line}), flush=True)
 
 
 def synthetic_corpus(n: int, n_vocab: int, rng: np.random.Generator) -> Corpus:
@@ -96,7 +100,7 @@ def synthetic_corpus(n: int, n_vocab: int, rng: np.random.Generator) -> Corpus:
         documents=[DocumentRow(source="ab"[i % 2], label=f"topic {i % 11}") for i in range(int(document[-1]) + 1)],
     )
     words = Vocabulary(tokens=[f" word{i}".encode() for i in range(n_vocab)], special=frozenset({0}))
-    return corpus_of(table, words, filters=RowFilters(), holdout=0.33, seed=0)
+    return corpus_of(table, words, filters=RowFilters(), holdout=0.33, choice=0.17, seed=0)
 
 
 def synthetic_activations(corpus: Corpus, n_vocab: int, width: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,29 +1,31 @@
 """How fast the atlas' pages open: a synthetic atlas in headless Chromium, from disk.
 
-1. write a synthetic site of the wanted size (tests/browser/synthetic.py; links, labels and cards of every feature);
+1. write a synthetic site of the wanted size (tests/browser/synthetic; links, labels and cards of every feature);
 2. open it, then cards, dictionaries, flow graphs and searches; each time runs from the change of address to the frame
    after everything is drawn, examples included;
-3. print one JSON line: milliseconds as median and largest, the folder's size, the machine's load.
+3. print one JSON line: milliseconds as median and largest, the folder's size, the machine's load;
+4. with `--site`, the same on a real atlas. A card of a feature that never fired has no examples to wait for.
 
 Needs Chromium with its driver. Cost: a few minutes and about 0.7 GB of disk for 30 x 16,384, mostly writing.
 
-    python benchmarks/atlas_pages.py --layers 30 --latents 16384
+    python -m benchmarks.atlas_pages --layers 30 --latents 16384 --site artifacts/laptop/atlas/site
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+from benchmarks.__main__ import head
+from pipeline.atlas.cards import Cards
+from tests.browser import synthetic
 
 _DRAWN = """
 const [hash, ready, done] = arguments;
@@ -47,40 +49,35 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=16_384)
     parser.add_argument("--cards", type=int, default=24)
     parser.add_argument("--folder", type=Path, help="keep the synthetic site here and use it again")
+    parser.add_argument("--site", type=Path, help="afterwards the same on a real atlas: its folder `site`")
     options = parser.parse_args()
+    print(json.dumps(head()), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch) / "site"
         if not (folder / "manifest.js").is_file():
-            synthetic = load_synthetic()
             sizes = {"n_layers": options.layers, "n_latents": options.latents, "module_every": 1000}
             synthetic.write_atlas(folder, synthetic.Sizes(**sizes, full_cards=False))
-        print(json.dumps(measure(folder, options)))
+        print(json.dumps({"atlas": "synthetic", **measure(folder, options.layers, options.latents, options.cards)}))
+    if options.site:
+        sites = [s for s in Cards.open(options.site).manifest["sites"] if s["kind"] == "resid_post"]
+        sizes = (len(sites), min(s["n_latents"] for s in sites))
+        print(json.dumps({"atlas": "real", **measure(options.site.resolve(), *sizes, options.cards)}))
 
 
-def load_synthetic() -> ModuleType:
-    path = Path(__file__).parents[1] / "tests" / "browser" / "synthetic.py"
-    spec = importlib.util.spec_from_file_location("synthetic_atlas", path)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"{path} is missing")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def measure(folder: Path, layers: int, latents: int, n_cards: int) -> dict[str, Any]:
+    """Times of a site whose residual dictionaries are L0, L1, …, of at least `latents` latents."""
     driver = open_browser()
     try:
         opened = [open_index(driver, folder) for _ in range(5)]
         # one card per shard and layer, so that every one is read from disk
-        cards = [f"L{(7 * i) % options.layers}/{(257 * i + 3) % (options.latents - 1)}" for i in range(options.cards)]
+        cards = [f"L{(7 * i) % layers}/{(257 * i + 3) % (latents - 1)}" for i in range(n_cards)]
         cold = [draw(driver, f"#/{card}", _CARD) for card in cards]
         warm = [draw(driver, f"#/{card}", _CARD) for card in cards[-8:-1]]
-        middle = options.layers // 2
+        middle = layers // 2
         return {
-            "benchmark": "atlas_pages", "layers": options.layers, "latents": options.latents,
+            "layers": layers, "latents": latents,
             "index_ms": spread(opened), "card_cold_ms": spread(cold), "card_warm_ms": spread(warm),
-            "dictionary_ms": spread([draw(driver, f"#/site/L{layer}") for layer in range(0, options.layers, 5)]),
+            "dictionary_ms": spread([draw(driver, f"#/site/L{layer}") for layer in range(0, layers, 5)]),
             "graph_ms": spread([draw(driver, f"#/graph/L{middle}/{i}", _NODE) for i in range(5)]),
             "search_all_labels_ms": spread([draw(driver, f"#/search?q={word}", _FOUND) for word in _WORDS]),
             "folder_mb": round(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6, 1),

@@ -1,6 +1,6 @@
 """Pictures of an atlas' pages for the documentation: a site folder and a feature -> docs/images/atlas-*.png.
 
-    python benchmarks/atlas_screenshots.py artifacts/laptop/atlas/site --feature L12/402
+    python -m benchmarks.atlas_screenshots artifacts/laptop/atlas/site --feature L12/402
 
 Needs Chromium with its driver. Each page is taken at 1440 and at 390 pixels. Cost: seconds.
 """
@@ -8,10 +8,11 @@ Needs Chromium with its driver. Each page is taken at 1440 and at 390 pixels. Co
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.atlas_pages import open_browser
 
 _SETTLED = (
     "return document.querySelector('main')?.dataset.shown && !document.querySelector('.progress span') "
@@ -37,16 +38,6 @@ def main() -> None:
                 driver.save_screenshot(str(options.out / f"atlas-{name}-{width}.png"))
     finally:
         driver.quit()
-
-
-def open_browser() -> Any:
-    path = Path(__file__).with_name("atlas_pages.py")
-    spec = importlib.util.spec_from_file_location("atlas_pages", path)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"{path} is missing")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.open_browser()
 
 
 def take(driver: Any, address: str, width: int) -> None:

@@ -4,8 +4,9 @@
 set -euo pipefail
 folder=${1:?which folder should hold the environments?}
 here=$(cd "$(dirname "$0")" && pwd)
-for peer in saelens sparsify dictionary_learning; do
+for peer in saelens sparsify dictionary_learning saedashboard; do
     [ -x "$folder/$peer/bin/python" ] || "${PYTHON:-python3}" -m venv "$folder/$peer"
     "$folder/$peer/bin/python" -m pip install --quiet --requirement "$here/requirements-$peer.txt"
 done
 "$folder/dictionary_learning/bin/python" -m pip uninstall --quiet --yes torchvision
+"$folder/saedashboard/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio

@@ -5,10 +5,8 @@ Skipped visibly where Chromium or its driver is not installed (`apt-get install 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,20 +15,11 @@ from typing import Any
 
 import pytest
 
+from tests.browser import synthetic
+
 AXE = Path(__file__).parents[2] / "pipeline" / "atlas" / "site" / "node_modules" / "axe-core" / "axe.min.js"
 
 
-def _load_synthetic() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("synthetic_atlas", Path(__file__).with_name("synthetic.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["synthetic_atlas"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-synthetic = _load_synthetic()
 SMALL = synthetic.Sizes(n_layers=6, n_latents=300, n_documents=12, rows_per_shard=500)
 
 

@@ -14,10 +14,10 @@ pytestmark = pytest.mark.browser
 @pytest.fixture(scope="module")
 def planted(world: Any, sizes: Any) -> dict[tuple[str, str], float]:
     """(source, target) -> cosine, from the generator with the same seed."""
-    made = world._make_world(sizes)
+    made = world.make_world(sizes)
     made.rng = __import__("numpy").random.default_rng(sizes.seed)
     _replay_texts(world, made)
-    world._make_links(made)
+    world.make_links(made)
     return {
         (f"{made.short(source)}/{s}", f"{made.short(target)}/{t}"): float(c)
         for target, parts in made.links.items()
@@ -32,7 +32,7 @@ def _replay_texts(world: Any, made: Any) -> None:
     from pathlib import Path
 
     with tempfile.TemporaryDirectory() as folder:
-        world._write_texts(Path(folder), made)
+        world.write_texts(Path(folder), made)
 
 
 @pytest.fixture(scope="module")

@@ -122,6 +122,18 @@ def test_the_card_shows_the_stored_numbers(page: Any, world: Any) -> None:
     assert page.js("return document.querySelector('.example .peak').className.includes('a9')")
 
 
+def test_second_opinions_stand_on_the_card_as_text(page: Any, world: Any) -> None:
+    page.load("L2/30")
+    assert "A sentence model says: its examples belong together 0.93." in page.text("main")
+    row = page.texts("table.labels tbody tr")[-1]
+    assert world.HOSTILE_TEXTS[0] in row
+    assert "model stub" in row
+    assert page.js("return window.hacked") is None
+    page.go("L2/33")
+    assert "sentence model" not in page.text("main")
+    assert page.complaints() == []
+
+
 def test_the_strip_and_its_table_twin_agree(page: Any, sizes: Any) -> None:
     page.load()
     page.click(".figure details.twin-details summary")
@@ -179,7 +191,7 @@ def test_a_missing_file_is_named(
 def test_damaged_and_foreign_payloads_are_named(page_of: Any, world: Any, atlas_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(atlas_folder, tmp_path / "atlas")
     (folder / "sites/L3/labels.js").write_text('FF("sites/L3/labels","AAAA")\n')
-    world._shard(folder, "sites/L2/labels", {"labels": []}, score=np.zeros(3, np.uint8))
+    world.write_shard(folder, "sites/L2/labels", {"labels": []}, score=np.zeros(3, np.uint8))
     path = folder / "sites/L4/overview.js"
     path.write_text(path.read_text()[: path.stat().st_size // 2] + '")\n')
     page = page_of(folder)
@@ -194,7 +206,7 @@ def test_an_atlas_of_another_version_is_refused_with_a_sentence(
 ) -> None:
     folder = shutil.copytree(atlas_folder, tmp_path / "atlas")
     document, _ = read_shard(world, folder, "manifest")
-    world._shard(folder, "manifest", {**document, "version": 2})
+    world.write_shard(folder, "manifest", {**document, "version": 2})
     page = page_of(folder)
     page.load()
     assert "version 2" in page.text(".error")
@@ -206,7 +218,7 @@ def test_an_atlas_without_a_flow_graph_says_so(page_of: Any, world: Any, atlas_f
     document, _ = read_shard(world, folder, "manifest")
     for site in document["sites"]:
         site["classes"] = {}
-    world._shard(folder, "manifest", {**document, "has": {"flow": False, "communities": False, "trunks": False}})
+    world.write_shard(folder, "manifest", {**document, "has": {"flow": False, "communities": False, "trunks": False}})
     shutil.rmtree(folder / "flow")
     for path in folder.glob("sites/*/flow.js"):
         path.unlink()

@@ -86,11 +86,13 @@ test("UTF-8 is decoded as the platform does, and broken bytes are named", () => 
 test("tokens that make one character together are one piece", () => {
   const parts = ["a", [0xe2], [0x80, 0x99], [0xff], "é", [0xf0, 0x9f], [0x98], [0x80]].map((part) => Buffer.from(part));
   const offset = Uint32Array.from(parts.reduce((list, part) => [...list, list.at(-1) + part.length], [0]));
-  const vocabulary = new Vocabulary({ json: { n_tokens: parts.length, special: [] }, columns: { offset, bytes: new Uint8Array(Buffer.concat(parts)) } });
+  const vocabulary = new Vocabulary({ json: { n_tokens: parts.length, special: [0], parts: { 1: "’" } }, columns: { offset, bytes: new Uint8Array(Buffer.concat(parts)) } });
   assert.deepEqual(vocabulary.pieces([0, 1, 2, 3, 4]).map((p) => [p.text, p.from, p.to]), [["a", 0, 1], ["’", 1, 3], ["\\xFF", 3, 4], ["é", 4, 5]]);
   assert.deepEqual(vocabulary.pieces([5, 6, 7]).map((p) => p.text), ["😀"]);
   assert.deepEqual(vocabulary.pieces([1, 0, 5]).map((p) => p.text), ["\\xE2", "a", "\\xF0\\x9F"]);
   assert.equal(vocabulary.text(99), "⟨token 99⟩");
+  assert.deepEqual([vocabulary.name(1), vocabulary.name(0)], ["\\xE2 of ’", "a"]);
+  assert.deepEqual(vocabulary.pieces([0, 1, 2]).map((p) => p.special), [true, false]);
   assert.ok(isOpen(Uint8Array.of(0x41, 0xe2, 0x80)) && !isOpen(Uint8Array.of(0xe2, 0x80, 0x99)) && !isOpen(Uint8Array.of(0x80, 0x80)));
 });
 

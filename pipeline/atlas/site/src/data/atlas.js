@@ -72,6 +72,11 @@ export class Atlas {
     return shard("attached/steering").then(({ json }) => json, () => ({ samples: [], effects: [], commands: {} }));
   }
 
+  /** What a sentence model or a chat model said of some features afterwards: { "L12/402": {...} }. */
+  scores() {
+    return shard("attached/scores").then(({ json }) => json.features ?? {}, () => ({}));
+  }
+
   /** Everything stored about one feature, columns cut to its row; `labels` best first. */
   async card(key) {
     const perShard = this.manifest.cards_per_shard;

@@ -5,6 +5,7 @@ export class Vocabulary {
   constructor({ json, columns }) {
     this.size = json.n_tokens;
     this.special = new Set(json.special ?? []);
+    this.parts = json.parts ?? {};
     this.offset = columns.offset;
     this.bytes = columns.bytes;
     this.known = new Map();
@@ -20,18 +21,24 @@ export class Vocabulary {
     return text;
   }
 
+  /** The token for tables: one that is part of a character also says of which it mostly is. */
+  name(id) {
+    const whole = this.parts[id];
+    return whole === undefined ? this.text(id) : `${this.text(id)} of ${whole}`;
+  }
+
   slice(id) {
     return this.bytes.subarray(this.offset[id], this.offset[id + 1]);
   }
 
-  /** A run of token ids as [{ text, from, to }]: consecutive tokens of one character are one piece. */
+  /** A run of token ids as [{ text, from, to, special }]: consecutive tokens of one character are one piece. */
   pieces(ids) {
     const pieces = [];
     for (let from = 0; from < ids.length; ) {
       let to = from + 1;
       if (ids[from] < this.size && isOpen(this.slice(ids[from]))) to = this.closingToken(ids, from);
       const text = to === from + 1 ? this.text(ids[from]) : decodeUtf8(this.joined(ids, from, to));
-      pieces.push({ text, from, to });
+      pieces.push({ text, from, to, special: to === from + 1 && this.special.has(ids[from]) });
       from = to;
     }
     return pieces;

@@ -18,7 +18,7 @@ export async function readExample(atlas, vocabulary, card, example, reach = 64) 
   const pieces = vocabulary.pieces(ids);
   const peak = pieces.findIndex((piece) => piece.to > example.row - from);
   const values = pieces.map((piece) => (Math.max(...shares.subarray(piece.from, piece.to)) / 255) * card.max);
-  return { tokens: pieces.map((piece) => piece.text), values, peak, place };
+  return { tokens: pieces.map((piece) => piece.text), special: pieces.map((piece) => piece.special), values, peak, place };
 }
 
 /** One list item: value, text, where it stands. */

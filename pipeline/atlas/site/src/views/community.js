@@ -22,7 +22,7 @@ export async function community({ atlas, argument, alive }) {
     {},
     h("nav", { class: "crumbs" }, h("a", { href: link("flow") }, "← all communities")),
     h("h1", {}, title, h("span", { class: "quiet" }, ` community ${item.id}`)),
-    h("p", { class: "chips" }, item.tokens.map((token) => tokenChip(vocabulary.text(token)))),
+    h("p", { class: "chips" }, item.tokens.map((token) => tokenChip(vocabulary.name(token)))),
     h("figure", { class: "figure series0" }, layerBars(residual, { width: 600, height: 70, className: "fluid" }), h("figcaption", {}, `${count(item.size)} features; one bar per layer, the first layer at the left.`)),
     h("div", { class: "figure-head" }, h("h2", {}, "Members"), saveButtons({ name: `community-${item.id}`, rows: () => ({ head: ["feature", "label", "density"], rows: members.map((row) => [atlas.id(row.key), row.label, row.density]) }) })),
     members.length ? table(atlas, members) : empty("No member is listed."),

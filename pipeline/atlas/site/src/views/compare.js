@@ -41,7 +41,7 @@ async function column(atlas, vocabulary, key) {
   const [overview, names, card] = await Promise.all([atlas.overview(siteOf(key)), atlas.labels(siteOf(key)), atlas.card(key)]);
   const top = card.examples.filter((example) => example.tab === "top").slice(0, 6);
   const best = card.labels[0];
-  const chips = (title, tokens) => tokens.length > 0 && [h("h3", {}, title), h("p", { class: "chips" }, tokens.map((token) => tokenChip(vocabulary.text(token))))];
+  const chips = (title, tokens) => tokens.length > 0 && [h("h3", {}, title), h("p", { class: "chips" }, tokens.map((token) => tokenChip(vocabulary.name(token))))];
   const leave = () => {
     const rest = (new URLSearchParams(location.hash.split("?")[1] ?? "").get("f") ?? compared().join(",")).split(",").filter((one) => one && one !== id);
     if (compared().includes(id)) toggleCompared(id);

@@ -17,8 +17,8 @@ import { featureLink } from "../ui/parts.js";
 
 export async function feature({ atlas, key, options, live, alive }) {
   const site = siteOf(key);
-  const [overview, names, vocabulary, card, flow, steering] = await Promise.all([atlas.overview(site), atlas.labels(site), atlas.vocabulary(), atlas.card(key), Flow.open(atlas), atlas.steering()]);
-  const view = { atlas, key, id: atlas.id(key), latent: latentOf(key), site: atlas.sites[site], overview, names, vocabulary, card, flow, steering, options, live, alive };
+  const [overview, names, vocabulary, card, flow, steering, scores] = await Promise.all([atlas.overview(site), atlas.labels(site), atlas.vocabulary(), atlas.card(key), Flow.open(atlas), atlas.steering(), atlas.scores()]);
+  const view = { atlas, key, id: atlas.id(key), latent: latentOf(key), site: atlas.sites[site], overview, names, vocabulary, card, flow, steering, opinion: scores[atlas.id(key)], options, live, alive };
   const body = card.count === 0 ? neverFired(view) : [evidence(view)];
   const node = h("article", { class: "card" }, head(view), body, later(() => chainSection(view)), later(() => neighbourSection(view)), card.count > 0 && places(view), steeringSection(view));
   return { title: view.id, node };
@@ -53,7 +53,7 @@ function facts({ overview, latent, card, atlas }) {
   const [birth, death] = [overview.birth[latent], overview.death[latent]];
   const out = [`fires on ${percent(overview.density[latent])} of tokens`, `${plural(card.count, "firing")} in ${plural(card.n_documents, "document")}`, `largest ${short(card.max)}, mean ${short(card.mean)}`];
   if (Number.isFinite(card.threshold)) out.push(`threshold ${short(card.threshold)}`);
-  if (atlas.has.flow && birth >= 0) out.push(birth === death ? `only in L${birth}` : `L${birth} to L${death}`);
+  if (atlas.has.flow && birth >= 0) out.push(birth === death ? `only in L${birth}` : `carried from L${birth} to L${death}`);
   if (overview.flags[latent] & FLAG.dense) out.push("fires on more than a tenth of all tokens");
   if (overview.flags[latent] & FLAG.oneToken) out.push("one token carries at least 90 %");
   return card.count ? out : ["never fired"];
@@ -73,14 +73,15 @@ function evidence(view) {
   return h("div", { class: "card-grid" }, h("div", {}, labelTable(view), examplesSection(view)), h("div", {}, histogram(view), tokenTable(view, "token", "Fires on"), tokenTable(view, "previous", "Fires after"), outputTables(view)));
 }
 
-function labelTable({ card, atlas }) {
-  if (!card.labels.length) return h("section", {}, h("h2", {}, "Labels"), empty("No label was tried.", "A label needs enough firings in held-out documents."));
-  const rows = card.labels.map((label) =>
+function labelTable({ card, atlas, opinion }) {
+  const labels = [...card.labels, ...(opinion?.labels ?? [])];
+  if (!labels.length) return h("section", {}, h("h2", {}, "Labels"), empty("No label was tried.", "A label needs enough firings in held-out documents."));
+  const rows = labels.map((label) =>
     h(
       "tr",
-      { class: label.accepted ? "" : "rejected" },
-      h("td", {}, labelText(label.text, 300), label.from && h("span", { class: "quiet" }, " from ", featureLink(label.from), Number.isFinite(label.cosine) && ` cosine ${short(label.cosine)}`)),
-      h("td", { title: atlas.method(label.method)?.about }, (atlas.method(label.method)?.name ?? "–").replaceAll("_", " ")),
+      { class: label.accepted || label.method === "model" ? "" : "rejected" },
+      h("td", {}, labelText(label.text, 300), label.score !== null && atlas.method(label.method)?.kind === "none" && h("span", { class: "quiet" }, " (the best one reached)"), label.from && h("span", { class: "quiet" }, " from ", featureLink(label.from), Number.isFinite(label.cosine) && ` cosine ${short(label.cosine)}`)),
+      label.method === "model" ? h("td", { title: "written by a language model; the score is its balanced accuracy at telling held-out windows apart" }, `model ${label.model ?? ""}`) : h("td", { title: atlas.method(label.method)?.about }, (atlas.method(label.method)?.name ?? "–").replaceAll("_", " ")),
       h("td", {}, scoreBar(label.score, label.low, label.high)),
       h("td", { class: "number" }, Number.isFinite(label.n) ? count(label.n) : "–"),
       h("td", { class: "number" }, numbers(label.precision)),
@@ -89,7 +90,12 @@ function labelTable({ card, atlas }) {
     ),
   );
   const heads = [["label"], ["method"], ["held-out score", "with its 95 % interval"], ["n", "held-out firings and near-misses it was scored on"], ["precision"], ["recall"], ["near-misses", "share of near-misses that the rule rejects"]];
-  return h("section", {}, h("h2", {}, "Labels"), h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Labels" }, h("table", { class: "plain labels" }, h("thead", {}, h("tr", {}, heads.map(([name, title], i) => h("th", { scope: "col", title, class: i > 2 ? "number" : null }, name)))), h("tbody", {}, rows))));
+  return h("section", {}, h("h2", {}, "Labels"), h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Labels" }, h("table", { class: "plain labels" }, h("thead", {}, h("tr", {}, heads.map(([name, title], i) => h("th", { scope: "col", title, class: i > 2 ? "number" : null }, name)))), h("tbody", {}, rows))), opinion && sentenceLine(opinion));
+}
+
+function sentenceLine({ examples_score: examples, label_score: label, n_firing: firing, n_silent: silent }) {
+  const said = [Number.isFinite(examples) && `its examples belong together ${examples.toFixed(2)}`, Number.isFinite(label) && `its label fits them ${label.toFixed(2)}`].filter(Boolean);
+  return said.length > 0 && h("p", { class: "quiet small" }, `A sentence model says: ${said.join(", ")}. 0.5 is chance; from ${firing} held-out windows with it and ${silent} without.`);
 }
 
 const numbers = (x) => (Number.isFinite(x) ? x.toFixed(2) : "–");
@@ -101,7 +107,7 @@ function histogram({ card, atlas, id }) {
 
 function tokenRows(card, name, vocabulary) {
   const [share, lift, total] = [card[`${name}_share`], card[`${name}_lift`], card[`${name}_count`]];
-  return [...(card[name] ?? [])].map((token, i) => ({ token, text: visible(vocabulary.text(token).slice(0, 200)), share: share[i], lift: lift[i], count: total[i] })).filter((row, i) => !isPad(card[name], row.token) && row.count > 0);
+  return [...(card[name] ?? [])].map((token, i) => ({ token, text: visible(vocabulary.name(token).slice(0, 200)), share: share[i], lift: lift[i], count: total[i] })).filter((row, i) => !isPad(card[name], row.token) && row.count > 0);
 }
 
 const isPad = (column, token) => token === (column.BYTES_PER_ELEMENT === 2 ? 0xffff : 0xffffffff);
@@ -113,18 +119,18 @@ function tokenTable({ card, vocabulary }, name, title) {
     "section",
     { class: "token-table" },
     h("h3", {}, title),
-    h("table", { class: "bars" }, h("thead", { class: "unseen" }, h("tr", {}, ["token", "share of activation", "times more than by chance", "firings"].map((text) => h("th", { scope: "col" }, text)))), h("tbody", {}, rows.map((row) => h("tr", {}, h("th", { scope: "row" }, tokenChip(vocabulary.text(row.token))), h("td", { class: "bar-cell" }, shareBar(row.share, percent(row.share))), h("td", { class: "number quiet", title: "how many times more than by chance" }, `×${short(Math.exp(row.lift))}`), h("td", { class: "number quiet", title: "firings" }, count(row.count)))))),
+    h("table", { class: "bars" }, h("thead", { class: "unseen" }, h("tr", {}, ["token", "share of activation", "times more than by chance", "firings"].map((text) => h("th", { scope: "col" }, text)))), h("tbody", {}, rows.map((row) => h("tr", {}, h("th", { scope: "row" }, tokenChip(vocabulary.name(row.token))), h("td", { class: "bar-cell" }, shareBar(row.share, percent(row.share))), h("td", { class: "number quiet", title: "how many times more than by chance" }, `×${short(Math.exp(row.lift))}`), h("td", { class: "number quiet", title: "firings" }, count(row.count)))))),
   );
 }
 
 function scored(card, name, vocabulary) {
-  return [...(card[name] ?? [])].map((token, i) => ({ token, text: visible(vocabulary.text(token).slice(0, 200)), score: card[`${name}_score`][i] })).filter((row) => !isPad(card[name], row.token) && Number.isFinite(row.score));
+  return [...(card[name] ?? [])].map((token, i) => ({ token, text: visible(vocabulary.name(token).slice(0, 200)), score: card[`${name}_score`][i] })).filter((row) => !isPad(card[name], row.token) && Number.isFinite(row.score));
 }
 
 function outputTables({ card, vocabulary }) {
   const [up, down] = [scored(card, "promotes", vocabulary), scored(card, "suppresses", vocabulary)];
   if (!up.length && !down.length) return null;
-  const list = (title, rows) => h("div", {}, h("h3", { class: "minor" }, title), h("ul", { class: "ranked tight" }, rows.map((row) => h("li", {}, tokenChip(vocabulary.text(row.token)), h("span", { class: "number quiet" }, short(row.score))))));
+  const list = (title, rows) => h("div", {}, h("h3", { class: "minor" }, title), h("ul", { class: "ranked tight" }, rows.map((row) => h("li", {}, tokenChip(vocabulary.name(row.token)), h("span", { class: "number quiet" }, short(row.score))))));
   return h("section", {}, h("h2", { class: "figure-title" }, "Writes towards the output"), h("div", { class: "columns half" }, list("promotes", up), list("suppresses", down)), h("p", { class: "quiet small" }, `Its decoder direction through the unembedding, in standard deviations over the vocabulary. Excess kurtosis ${short(card.output_kurtosis)}: ${card.output_kurtosis > 3 ? "a few tokens stand out" : "no token stands out much"}.`));
 }
 

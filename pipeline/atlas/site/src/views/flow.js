@@ -39,6 +39,6 @@ function row(atlas, vocabulary, item, rank) {
     h("a", { href: link(`community/${item.id}`) }, labelText(item.label || `community ${item.id}`, 70)),
     h("span", { class: "number quiet" }, plural(item.size, "feature")),
     layerBars(residual, {}),
-    h("span", { class: "chips" }, item.tokens.map((token) => tokenChip(vocabulary.text(token)))),
+    h("span", { class: "chips" }, item.tokens.map((token) => tokenChip(vocabulary.name(token)))),
   );
 }

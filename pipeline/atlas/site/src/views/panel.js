@@ -27,7 +27,7 @@ export async function nodePanel(atlas, key, { edges, onmore }) {
 }
 
 function chips(title, tokens, vocabulary) {
-  return tokens.length > 0 && h("p", { class: "chips" }, h("span", { class: "quiet" }, `${title} `), tokens.map((token) => tokenChip(vocabulary.text(token))));
+  return tokens.length > 0 && h("p", { class: "chips" }, h("span", { class: "quiet" }, `${title} `), tokens.map((token) => tokenChip(vocabulary.name(token))));
 }
 
 function linkLines(atlas, key, edges) {

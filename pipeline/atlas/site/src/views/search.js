@@ -129,5 +129,5 @@ export async function labelsOf(atlas, keys) {
 function tokenGroup(atlas, vocabulary, token, list, names) {
   const rows = (kind) => list.filter((entry) => entry.kind === kind).slice(0, 6);
   const group = (kind, title) => rows(kind).length > 0 && [h("h4", {}, title), h("ul", { class: "ranked" }, rows(kind).map((entry) => h("li", {}, featureLink(atlas.id(entry.key)), " ", labelText(names.get(entry.key) ?? "", 70), kind === 0 && shareBar(entry.weight / 255, percent(entry.weight / 255)))))];
-  return h("div", { class: "token-group" }, h("h3", {}, tokenChip(vocabulary.text(token)), h("span", { class: "quiet" }, ` token ${token}`)), group(0, "fire on it (share of their activation)"), group(1, "promote it"));
+  return h("div", { class: "token-group" }, h("h3", {}, tokenChip(vocabulary.name(token)), h("span", { class: "quiet" }, ` token ${token}`)), group(0, "fire on it (share of their activation)"), group(1, "promote it"));
 }
