@@ -1,13 +1,14 @@
-"""Adam over a dictionary's weights, one walk through memory per step.
+"""Adam over a dictionary's weights, two walks through memory per step.
 
     1. project   remove from ∂W_dec what is parallel to its row, so that only the direction of a unit row is learnt
     2. clip      scale all gradients if their joint norm exceeds `clip_norm`
     3. Adam      PyTorch's fused kernel (Kingma & Ba 2015), moments in float32
     4. renorm    decoder rows back to unit length
 
-1, 3 and 4 run over blocks of rows that stay in cache; the norm of the projected gradient comes from the same row
-products that the projection needs. `eps` is far below PyTorch's default because gradients of a mean over tokens and
-channels are small (Gao et al. 2024 use the same value).
+All four run over blocks of rows: large enough that waking the threads does not count (measured on two threads, d = 576,
+N = 4,096: 14 ms in blocks of 256 rows, 6 in one of 4,096), small enough that temporaries stay small. The norm of the
+projected gradient comes from the same row products that the projection needs. `eps` is far below PyTorch's default
+because gradients of a mean over tokens and channels are small (Gao et al. 2024 use the same value).
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-_BLOCK_ROWS = 256
+_BLOCK_ROWS = 4096
 
 
 class Adam:
@@ -42,7 +44,7 @@ class Adam:
         unit_decoder: bool,
     ) -> float:
         """One step; returns the joint gradient norm before clipping. `gradients` are overwritten."""
-        parallel = torch.linalg.vecdot(gradients["W_dec"], weights["W_dec"]) if unit_decoder else None
+        parallel = _row_products(gradients["W_dec"], weights["W_dec"]) if unit_decoder else None
         norm = float(_joint_norm(gradients, parallel))
         factor = clip_norm / norm if norm > clip_norm else 1.0
         for name, gradient in gradients.items():
@@ -89,6 +91,11 @@ class Adam:
             amsgrad=False,
             maximize=False,
         )
+
+
+def _row_products(a: Float[Tensor, "row d"], b: Float[Tensor, "row d"]) -> Float[Tensor, "row"]:
+    rows = len(a) if a.is_cuda else _BLOCK_ROWS
+    return torch.cat([torch.linalg.vecdot(x, y) for x, y in zip(a.split(rows), b.split(rows), strict=True)])
 
 
 def _joint_norm(gradients: Mapping[str, Tensor], parallel: Tensor | None) -> Tensor:
