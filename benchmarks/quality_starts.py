@@ -72,9 +72,10 @@ def stage(arguments: argparse.Namespace, module: ModuleType, config: Any, folder
         artifact = Artifact.open(out, kind=module.KIND, schema=module.SCHEMA)
         if all(artifact.config.get(name, value) == value for name, value in wanted.items()):
             return artifact
-    started = time.process_time()
+    whole, started = not out.with_name(f"{out.name}.partial").exists(), time.process_time()
     artifact = module.run(config, module.Inputs(**inputs), out, RunContext(n_threads=arguments.threads))
-    (folder / f"{module.KIND}_seconds.txt").write_text(f"{time.process_time() - started:.1f}")
+    if whole:
+        (folder / f"{module.KIND}_seconds.txt").write_text(f"{time.process_time() - started:.1f}")
     return artifact
 
 
@@ -95,6 +96,7 @@ def record(
     arguments: argparse.Namespace, start: str, seed: int, trained: Artifact, evaluated: Artifact, linked: Artifact
 ) -> dict[str, Any]:
     rows = pd.read_parquet(evaluated.path / "metrics.parquet")
+    seconds = trained.path.parent / "train_seconds.txt"  # not there when the training was stopped and resumed
     n_steps = sum(
         json.loads(file.read_text(encoding="utf-8"))["metadata"]["steps"]
         for file in trained.path.glob("dictionaries/*/sae.json")
@@ -104,7 +106,7 @@ def record(
         "seed": seed,
         "layers": f"{arguments.layers[0]}–{arguments.layers[-1]}",
         "steps_altogether": n_steps,
-        "train_seconds": float((trained.path.parent / "train_seconds.txt").read_text()),
+        "train_seconds": float(seconds.read_text()) if seconds.exists() else None,
         **{name: None if rows[name].isna().all() else round(float(rows[name].mean()), 5) for name in QUALITY},
         **{name.removeprefix("residual_"): linked.summary[name] for name in LINKS},
     }
@@ -117,7 +119,7 @@ def means(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         numbers = part.drop(columns=["start", "seed", "layers"]).astype(float)
         compared = ("fvu", "ce_recovered_zero", "carried_share", "pearson_median")
         spread = {f"{name}_seeds": [float(numbers[name].min()), float(numbers[name].max())] for name in compared}
-        mean = {name: round(float(value), 5) for name, value in numbers.mean().items()}
+        mean = {name: None if pd.isna(value) else round(float(value), 5) for name, value in numbers.mean().items()}
         lines.append({"start": start, "seeds": len(part), **mean, **spread})
     return lines
 
