@@ -324,13 +324,13 @@ def summarise_deactivation(
         run = group[group["n_removed"] > 0]
         row = dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True))
         row |= {"n_targets": len(group), "n": len(run), "active_share": len(run) / len(group)}
-        row |= _mean_with_interval(run, "success", n_bootstrap, generator)
-        row |= _mean_with_interval(run, "change", n_bootstrap, generator)
+        row |= mean_with_interval(run, "success", n_bootstrap, generator)
+        row |= mean_with_interval(run, "change", n_bootstrap, generator)
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _mean_with_interval(
+def mean_with_interval(
     run: pd.DataFrame, column: str, n_bootstrap: int, generator: np.random.Generator
 ) -> dict[str, float]:
     """The mean over rows and its percentile interval when whole documents are drawn with replacement."""

@@ -16,7 +16,13 @@ import pandas as pd
 from data.language_model import LanguageModel
 from data.sites import Site
 from pipeline.flow.activity import GROUPS, MEMBERS, Predecessors, activity_groups
-from pipeline.flow.causal import Contexts, DeactivationOptions, measure_deactivation, summarise_deactivation
+from pipeline.flow.causal import (
+    Contexts,
+    DeactivationOptions,
+    mean_with_interval,
+    measure_deactivation,
+    summarise_deactivation,
+)
 from pipeline.flow.experiments.figures import draw_bars, draw_lines
 from pipeline.flow.experiments.firings import (
     Change,
@@ -78,8 +84,7 @@ def rescaling(subject: Subject, effort: Effort) -> Finding:
         ]
 
     trials = _changed(subject, effort, changes_of, with_loss=True)
-    grouped = trials.groupby(["group", "scale"], as_index=False)
-    summary = grouped.agg(change=("change", "mean"), loss_change=("loss_change", "mean"), n=("change", "size"))
+    summary = _means(trials, ("change", "loss_change"), effort.seed)
     largest = float(summary["loss_change"].abs().max()) if len(summary) else float("nan")
     removed = summary[summary["scale"] == 0.0].set_index("group")["change"]
     listed = ", ".join(f"{group} {value:.2f}" for group, value in removed.items())
@@ -102,6 +107,22 @@ def rescaling(subject: Subject, effort: Effort) -> Finding:
         text=text,
         summary={"largest relative loss change": round(largest, 6)} | {f"change {k}": v for k, v in removed.items()},
     )
+
+
+def _means(trials: pd.DataFrame, columns: tuple[str, ...], seed: int) -> pd.DataFrame:
+    """Means by group and scale, with intervals over documents."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for (group, scale), part in trials.groupby(["group", "scale"]):
+        row: dict[str, object] = {"group": group, "scale": scale, "n": len(part)}
+        for column in columns:
+            row |= mean_with_interval(part, column, 1000, rng)
+        rows.append(row)
+    return pd.DataFrame(rows, columns=["group", "scale", "n", *_with_bounds(columns)])
+
+
+def _with_bounds(columns: tuple[str, ...]) -> list[str]:
+    return [name + suffix for name in columns for suffix in ("", "_low", "_high")]
 
 
 def knockouts(subject: Subject, effort: Effort) -> Finding:
