@@ -14,9 +14,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from tests.browser.synthetic.container import container, write_shard
 from tests.browser.synthetic.flow import write_flow
 from tests.browser.synthetic.model_wide import manifest, write_scores, write_search, write_steering
+from tests.browser.synthetic.shards import container, write_shard
 from tests.browser.synthetic.sites import write_site
 from tests.browser.synthetic.texts import write_texts
 from tests.browser.synthetic.world import HOSTILE_TEXTS, Sizes, World, make_links, make_world

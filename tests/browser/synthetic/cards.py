@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.browser.synthetic.container import container, write_payload
+from tests.browser.synthetic.shards import container, write_payload
 from tests.browser.synthetic.world import HOSTILE_TEXTS, World, label_of
 
 

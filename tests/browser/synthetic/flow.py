@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.browser.synthetic.container import write_shard
+from tests.browser.synthetic.shards import write_shard
 from tests.browser.synthetic.world import HOSTILE_TEXTS, WORDS, World
 
 

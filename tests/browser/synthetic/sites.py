@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.browser.synthetic.cards import write_cards
-from tests.browser.synthetic.container import write_shard
+from tests.browser.synthetic.shards import write_shard
 from tests.browser.synthetic.world import World, label_of
 
 

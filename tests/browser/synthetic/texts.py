@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.browser.synthetic.container import write_shard
+from tests.browser.synthetic.shards import write_shard
 from tests.browser.synthetic.world import HOSTILE_TEXTS, World
 
 
