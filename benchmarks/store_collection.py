@@ -1,6 +1,6 @@
 """What storing costs: collection of many sites against the bare forward pass of the same model, nothing stored.
 
-    python benchmarks/store_collection.py [--layers 0] [--contexts 64] [--pairs 5] [--random] [--sites resid_post …]
+    python -m benchmarks.store_collection [--contexts 128] [--pairs 4] [--random] [--sites resid_post …]
 
 The control runs the model's blocks over the same batches; the candidate also reads the sites, encodes, counts, checks
 and writes them, flushed to disk. A run is one shard; the metadata of the store, written once, is made before.
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from store_measure import compare
 
+from benchmarks.store_measure import compare
 from data.language_model import LanguageModel
 from data.model_spec import Packaged, Random
 from data.store import SiteLayout, StoreLayout, StoreWriter, TokenTable
@@ -27,10 +27,10 @@ from data.store.patterns import parse_sites
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--contexts", type=int, default=64)
+    parser.add_argument("--contexts", type=int, default=128)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--random", action="store_true", help="a small model with random weights instead of SmolLM2")
     parser.add_argument("--sites", nargs="+", default=["resid_post", "mlp_out:0-29/4", "attn_out:0-29/4"])

@@ -39,12 +39,14 @@ def compare(
     unit: str,
     n_pairs: int,
     target: float | None = None,
+    warm_up: bool = True,
     **facts: object,
 ) -> dict[str, object]:
-    """Time pairs in turn, in alternating order, after one unmeasured pair; print and return the record. `ratio` is the
-    candidate's speed over the control's; `units` is how much one call does."""
-    control()
-    candidate()
+    """Time pairs in turn, in alternating order, after one that does not count (`warm_up`); print and return the
+    record. `ratio` is the candidate's speed over the control's; `units` is how much one call does."""
+    if warm_up:
+        control()
+        candidate()
     pairs = []
     for k in range(n_pairs):
         if k % 2:

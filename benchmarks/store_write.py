@@ -1,6 +1,6 @@
 """How fast a shard is written: ours against plain write() of the same bytes, np.memmap and zarr-python.
 
-python benchmarks/store_write.py [--rows 65536] [--width 576] [--pairs 12] [--folder DIR]
+python -m benchmarks.store_write [--rows 65536] [--width 576] [--pairs 12] [--folder DIR]
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import zarr
-from store_measure import compare
 
+from benchmarks.store_measure import compare
 from data.store.layout import SiteLayout, StoreLayout
 from data.store.places import LocalPlace
 from data.store.shards import ShardFile
