@@ -23,7 +23,7 @@ from sae_dashboard.sae_vis_data import SaeVisConfig, SaeVisData
 from sae_dashboard.sae_vis_runner import SaeVisRunner
 from sae_lens import SAE
 from transformer_lens.hook_points import HookPoint
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 
 class StandIn(torch.nn.Module):
@@ -47,7 +47,8 @@ def main() -> None:
     with np.load(options.case / "arrays.npz") as arrays:
         tokens, W_U = torch.from_numpy(arrays["tokens"]), torch.from_numpy(arrays["W_U"])
         ignored = {int(t) for t in arrays["ignored"]}
-    model = StandIn(facts["hook"], W_U, AutoTokenizer.from_pretrained(facts["tokenizer"], local_files_only=True))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(facts["tokenizer"]) / "tokenizer.json"))
+    model = StandIn(facts["hook"], W_U, tokenizer)
     sae = SAE.load_from_disk(options.case / "sae")
     config = SaeVisConfig(
         hook_point=facts["hook"], features=list(range(options.features)), minibatch_size_features=256,
