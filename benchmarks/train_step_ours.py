@@ -16,6 +16,7 @@ from benchmarks.peers.timing import Task, read_task, run
 from sae import Sae, save_sae
 from sae.architectures import BatchTopK, TopK
 from sae.batches import Batch
+from sae.kernels.memory import kept_memory
 from sae.kernels.select import Precision
 from sae.normalisation import Normalisation
 from sae.trainer import Schedule, Trainer, random_start
@@ -39,7 +40,8 @@ def main() -> None:
     def step(index: int, batch: torch.Tensor) -> object:
         return trainer.train_on(Batch(x=batch))
 
-    run(task, step, reconstruct, lambda folder: save_sae(sae(), folder), peer=f"featureflow {precision}")
+    with kept_memory():  # as the train stage does
+        run(task, step, reconstruct, lambda folder: save_sae(sae(), folder), peer=f"featureflow {precision}")
 
 
 def trainer_of(task: Task, precision: Precision) -> Trainer:

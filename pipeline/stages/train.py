@@ -43,6 +43,7 @@ from pipeline.training.schedule import run_jobs, widest
 from pipeline.training.site import CURVE, train_lesson
 from pipeline.training.trackers import Tracker, check_trackers, tracked
 from sae.architectures import AnyArchitecture, TopK
+from sae.kernels.memory import kept_memory
 from sae.kernels.select import Precision, has_fast_bfloat16
 from sae.report import Metrics
 
@@ -116,7 +117,7 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
         out, kind=KIND, schema=SCHEMA, config=config, inputs={"collect": inputs.collect.digest}
     ) as draft:
         started = time.monotonic()
-        with tracked(config.log_to, out.parent, draft.config) as trackers:
+        with kept_memory(), tracked(config.log_to, out.parent, draft.config) as trackers:
             told = replace(context, metrics=_all([context.metrics, *trackers]))
             described = _train_all(parts, store, options, draft, told, n_workers)
         _describe(draft, described)

@@ -79,13 +79,29 @@ def sparse_step(
     }
     if "W_skip" in weights:
         gradients["W_skip"] = slope.sum(1).T @ x
-    losses = {"reconstruction": residual.square().sum() * scale}
     full = residual[:, -1]
+    squared_error = _sum_of_squares(full)
+    losses = {"reconstruction": (squared_error if n_groups == 1 else _sum_of_squares(residual)) * scale}
     if auxk.weight and bool(now.dead.any()):
         losses["auxiliary"] = _add_auxk(gradients, weights, centred, full, now, auxk)
     if y is None:
         gradients["b_dec"] -= gradients["b_enc"] @ W_enc
-    return _report(codes, losses, gradients, full, target, selection)
+    edge = codes.value.min() if isinstance(selection, WholeBatch) and len(codes.value) else None
+    active = codes.value > 0
+    return Pass(
+        losses=losses,
+        gradients=gradients,
+        fired=totals_by_latent(codes, by_latent, active.float()) > 0,
+        n_active=active.sum(),
+        squared_error=squared_error,
+        squared_target=_sum_of_squares(target),
+        threshold=edge,
+    )
+
+
+def _sum_of_squares(values: Tensor) -> Tensor:
+    """Without a temporary of the size of `values`."""
+    return torch.linalg.vector_norm(values).square()
 
 
 def _by_group(codes: Codes, group_ends: Int[Tensor, "group"]) -> Codes:
@@ -124,21 +140,3 @@ def _add_auxk(
     gradients["W_enc"].index_add_(0, dead, at_z.T @ centred)
     gradients["b_enc"].index_add_(0, dead, at_z.sum(0))
     return auxk.weight * miss.square().sum() / energy
-
-
-def _report(
-    codes: Codes, losses: dict[str, Tensor], gradients: Weights, residual: Tensor, target: Tensor, selection: Selection
-) -> Pass:
-    fired = torch.zeros(len(gradients["b_enc"]), dtype=torch.bool, device=target.device)
-    positive = codes.value > 0
-    fired[codes.latent[positive]] = True
-    edge = codes.value.min() if isinstance(selection, WholeBatch) and len(codes.value) else None
-    return Pass(
-        losses=losses,
-        gradients=gradients,
-        fired=fired,
-        n_active=positive.sum(),
-        squared_error=residual.square().sum(),
-        squared_target=target.square().sum(),
-        threshold=edge,
-    )
