@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from pathlib import Path
 
 import torch
 
 from data.concepts.topics import read_topics
 from pipeline.steer_session import SteerSession
+from steering.applied import NothingTouched
 from steering.study import Study, StudyOptions, cost_of
 from steering.study_report import write_report
 
@@ -35,6 +37,7 @@ def main() -> None:
     if arguments.estimate:
         return
     torch.set_num_threads(arguments.threads)
+    warnings.simplefilter("ignore", NothingTouched)  # suppression that finds nothing to suppress is an outcome here
     session = SteerSession.open(arguments.artifacts, device=arguments.device)
     study = Study(
         world=session.world(),

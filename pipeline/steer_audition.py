@@ -25,9 +25,10 @@ from steering.reading import coherence_limits, is_coherent, read_back
 from steering.schedules import Schedule
 
 _PROMPTS = slice(6, 14)
-_ORDINARY = slice(14, 46)
+_ORDINARY = slice(14, 64)
 _N_NEUTRAL, _TOLERANCE = 5, 0.15
 _LEAST_COHERENT = 0.5
+COHERENCE_TAIL = 0.025
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ def auditioned(
     prompts = read_prompts().dev
     made = _generated(model, saes, prompts[_PROMPTS], [None, *plans], options)
     ordinary = _generated(model, saes, prompts[_ORDINARY], [None], options)
-    limits = coherence_limits(read_back(model, saes, ordinary, [], batch_size=48))
+    limits = coherence_limits(read_back(model, saes, ordinary, [], batch_size=48), tail=COHERENCE_TAIL)
     readings = read_back(model, saes, made, [], batch_size=48)
     found = []
     for place, (_, own) in enumerate(candidates, 1):

@@ -42,12 +42,13 @@ from steering.reading import Target
 _N_SITES = 5
 _PER_SITE = 2048
 _N_SCORED = 72
-_N_AUDITIONED = 12
+_N_AUDITIONED = 16
 _SCORING_STRENGTH = 0.25
 _N_NEUTRAL = 4
-_LEAST_PURITY = 0.4
-_CONTENT_SHARE = 0.6
+_LEAST_PURITY = 0.3
+_CONTENT_SHARE = 0.75
 _N_PLACEBO_DRAWS = 16
+_N_ROWS_ALONG = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,8 @@ def choose_features(sources: Sources, options: SelectionOptions) -> tuple[list[C
     if len(taken) < options.n_features and not options.features:
         remarks.append(f"only {len(taken)} of {options.n_features} features found that differ in tokens and chain")
     windows = [window_of_chain(sources, p.feature, options.n_before, options.n_after) for p, _, _ in taken]
-    profiles = sources.profiles([feature for steps in windows for feature, _ in steps], options.n_rows)
+    along = [feature for steps in windows for feature, _ in steps]
+    profiles = sources.profiles(along, min(options.n_rows, _N_ROWS_ALONG))
     seeds_taken = {profile.feature for profile, _, _ in taken}
     chosen = [
         _with_flow(sources, profile, score, audition, steps, profiles, options, seeds_taken)
@@ -202,12 +204,13 @@ def _content_share(sources: Sources, tokens: Sequence[int]) -> float:
 
 
 def candidate_features(nodes: pd.DataFrame, options: SelectionOptions, remarks: list[str]) -> list[FeatureId]:
-    """Living residual features of up to five layers from 30 % to 80 % of the depth; relaxed if there are too few."""
+    """Living residual features of up to five layers from 40 % to 85 % of the depth; relaxed if there are too few."""
     residual = nodes[(nodes["kind"] == "resid_post") & nodes["alive"]]
     layers = sorted(residual["layer"].unique())
     if not layers:
         raise UserError("no residual feature is alive", where="flow graph", mend="featureflow train, with more steps")
-    middle = layers[int(0.3 * len(layers)) : max(int(0.8 * len(layers)), int(0.3 * len(layers)) + 1)]
+    low, high = int(0.4 * len(layers)), int(0.85 * len(layers))
+    middle = layers[low : max(high, low + 1)]
     spread = [middle[round(k)] for k in np.linspace(0, len(middle) - 1, min(_N_SITES, len(middle)))]
     here = residual[residual["layer"].isin(spread)]
     rare = here["density"].isna() | (here["density"] <= options.max_density)

@@ -143,6 +143,11 @@ def with_whole_budget(flow: Flow, scales: Scales, flow_plan: Plan) -> Plan:
     return single(flow, scales, strength=total)
 
 
+def first_guess(plan: Plan) -> float:
+    """A strength near those that small doses take, so that calibration needs few evaluations."""
+    return 0.15 if isinstance(plan.edit, Add) else 0.4 if isinstance(plan.edit, Floor) else plan.strength
+
+
 def plans_of(
     arms: Sequence[str], flow: Flow, placebo: Flow, scales: Scales, *, d_model: int, seed: int, schedule: Schedule
 ) -> dict[str, Plan]:
@@ -158,7 +163,8 @@ def plans_of(
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
         raise UserError("no such arm", expected=", ".join(ARMS), found=", ".join(unknown))
-    return {arm: makers[arm]() for arm in arms if arm in makers}
+    made = {arm: makers[arm]() for arm in arms if arm in makers}
+    return {arm: plan.with_strength(first_guess(plan)) for arm, plan in made.items()}
 
 
 def _renamed(plan: Plan, name: str) -> Plan:

@@ -37,49 +37,40 @@ from torch import Tensor
 from steering.choice import FromFile
 
 
-@dataclass(frozen=True, kw_only=True)
 class Add(FromFile):
     kind: Literal["add"] = "add"
     keep_norm: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
 class Clamp(FromFile):
     kind: Literal["clamp"] = "clamp"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Floor(FromFile):
     kind: Literal["floor"] = "floor"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Cap(FromFile):
     kind: Literal["cap"] = "cap"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Rescale(FromFile):
     kind: Literal["rescale"] = "rescale"
     amplify: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
 class Ablate(FromFile):
     kind: Literal["ablate"] = "ablate"
 
 
-@dataclass(frozen=True, kw_only=True)
 class MeanAblate(FromFile):
     kind: Literal["mean_ablate"] = "mean_ablate"
 
 
-@dataclass(frozen=True, kw_only=True)
 class ProjectOut(FromFile):
     kind: Literal["project_out"] = "project_out"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Rotate(FromFile):
     kind: Literal["rotate"] = "rotate"
 

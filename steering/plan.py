@@ -29,7 +29,6 @@ from steering.schedules import Budget, Constant, Schedule, weights
 from steering.scopes import Everywhere, Scope
 
 
-@dataclass(frozen=True, kw_only=True)
 class Node(FromFile):
     """One place that a plan edits. `scale` is in units of activation; mean ablation and projection read `mean`."""
 

@@ -15,9 +15,9 @@ import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Discriminator, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,14 +32,13 @@ SCHEMA = 1
 _SUFFIXES = (".toml", ".json", ".safetensors")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Document(FromFile):
     """What a plan file holds: a Plan without its vectors, and the version of the format."""
 
     schema: int
     nodes: tuple[Node, ...]
-    edit: Edit
-    scope: Scope
+    edit: Annotated[Edit, Discriminator("kind")]
+    scope: Annotated[Scope, Discriminator("kind")]
     strength: float
     skip_first: int = 1
     dose: float | None = None

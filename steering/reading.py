@@ -87,13 +87,14 @@ def read_back(
     return readings
 
 
-def coherence_limits(unsteered: Sequence[Reading]) -> CoherenceLimits:
-    """1 % and 95 % of the likelihood, 95 % of the repetition and 5 % of the compressibility of unsteered samples."""
+def coherence_limits(unsteered: Sequence[Reading], *, tail: float = 0.05) -> CoherenceLimits:
+    """1 % of the likelihood and `tail` of its other end, of the repetition and of the compressibility of unsteered
+    samples. Three tails of 5 % fail about one ordinary text in seven, of 2.5 % one in thirteen."""
     return CoherenceLimits(
         nll_low=float(np.nanquantile([r.nll for r in unsteered], 0.01)),
-        nll_high=float(np.nanquantile([r.nll for r in unsteered], 0.95)),
-        repetition_high=float(np.quantile([r.repetition for r in unsteered], 0.95)),
-        squeeze_low=float(np.quantile([r.squeeze for r in unsteered], 0.05)),
+        nll_high=float(np.nanquantile([r.nll for r in unsteered], 1 - tail)),
+        repetition_high=float(np.quantile([r.repetition for r in unsteered], 1 - tail)),
+        squeeze_low=float(np.quantile([r.squeeze for r in unsteered], tail)),
     )
 
 

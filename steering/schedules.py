@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal, assert_never
 
 from typing_extensions import Doc
@@ -31,12 +30,10 @@ from steering.choice import FromFile
 Budget = Literal["sum", "peak", "none"]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Constant(FromFile):
     kind: Literal["constant"] = "constant"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Linear(FromFile):
     """Falls or rises in a straight line along the flow."""
 
@@ -44,7 +41,6 @@ class Linear(FromFile):
     kind: Literal["linear"] = "linear"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Exponential(FromFile):
     """The paper's: exponential in the number of the layer."""
 
@@ -52,12 +48,10 @@ class Exponential(FromFile):
     kind: Literal["exponential"] = "exponential"
 
 
-@dataclass(frozen=True, kw_only=True)
 class CosineProduct(FromFile):
     kind: Literal["cosine_product"] = "cosine_product"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Gaussian(FromFile):
     """A bump over depth."""
 

@@ -7,7 +7,6 @@ feature: its own node's feature, or one named by `feature` at the same or an ear
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, assert_never
 
 import torch
@@ -18,24 +17,20 @@ from steering.choice import FromFile
 from steering.window import Window
 
 
-@dataclass(frozen=True, kw_only=True)
 class Everywhere(FromFile):
     kind: Literal["everywhere"] = "everywhere"
 
 
-@dataclass(frozen=True, kw_only=True)
 class InPrompt(FromFile):
     kind: Literal["prompt"] = "prompt"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Generated(FromFile):
     """The tokens after the prompt; the prompt's last token, which chooses the first of them, belongs to the prompt."""
 
     kind: Literal["generated"] = "generated"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Positions(FromFile):
     """Positions from the start of the sequence; negative ones count back from the end of the prompt (-1: its last)."""
 
@@ -43,13 +38,11 @@ class Positions(FromFile):
     kind: Literal["positions"] = "positions"
 
 
-@dataclass(frozen=True, kw_only=True)
 class FirstTokens(FromFile):
     n: int
     kind: Literal["first"] = "first"
 
 
-@dataclass(frozen=True, kw_only=True)
 class AfterToken(FromFile):
     """Every token after the first occurrence of a token id (the token itself not included)."""
 
@@ -57,7 +50,6 @@ class AfterToken(FromFile):
     kind: Literal["after_token"] = "after_token"
 
 
-@dataclass(frozen=True, kw_only=True)
 class WhereActive(FromFile):
     """Tokens where a feature's activation exceeds `above`; without `feature`, each node asks its own."""
 

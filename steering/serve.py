@@ -33,6 +33,7 @@ from steering.plan_files import plan_of_document
 from steering.protocols import Dictionary, SteerableModel
 from steering.tally import SteeringReport
 
+_GRACE_S = 0.5  # a client may send its next request before this thread has let go of the last one
 _MAX_BODY = 1 << 20
 _LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
@@ -162,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
             request = parse_request(self.endpoint, self._body(), is_chat="chat" in self.path)
         except UserError as error:
             return self._error(HTTPStatus.BAD_REQUEST, str(error))
-        if not self.endpoint.lock.acquire(blocking=False):
+        if not self.endpoint.lock.acquire(timeout=_GRACE_S):
             return self._error(HTTPStatus.TOO_MANY_REQUESTS, "another request is running")
         try:
             self._stream(request) if request.wants_stream else self._json(_answer(self.endpoint, request))

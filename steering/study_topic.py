@@ -19,11 +19,21 @@ from data.concepts.topics import contrast_texts, read_topics, topic_named
 from data.sites import FeatureId, Site
 from sae import Sae
 from sae.errors import UserError
-from steering.arms import Flow, Scales, copied, difference, flow_additive, flow_levels, random_direction, single
+from steering.arms import (
+    Flow,
+    Scales,
+    copied,
+    difference,
+    first_guess,
+    flow_additive,
+    flow_levels,
+    random_direction,
+    single,
+)
 from steering.concept import ConceptClassifier
 from steering.discovery import Contrast, difference_of_means, rank_features, read_texts
 from steering.dose import NeutralText
-from steering.edits import Add, Cap, Floor
+from steering.edits import Cap
 from steering.plan import Plan
 from steering.profile import OutputScore, Profile, output_scores
 from steering.protocols import SteerableModel
@@ -99,7 +109,7 @@ def set_up_topic(world: World, topic: str, *, seed: int) -> TopicSetup:
         classifier_auroc=held_out,
         lexicon=empath_lexicon(topic) if installed()["empath"] else topic_named(topic).lexicon,
         plans={
-            name: replace(plan, name=f"{topic} {name}", strength=_first_guess(plan))
+            name: replace(plan, name=f"{topic} {name}", strength=first_guess(plan))
             for name, plan in _plans(world, flow, placebo, scales, vectors, seed).items()
         },
     )
@@ -140,11 +150,6 @@ def _classifier(topic: str, seed: int) -> tuple[ConceptClassifier, float]:
         other = other + [text for name in read_topics() if name != topic for text in wiki_texts(name, n=30)]
     made = ConceptClassifier.train(own, other, seed=seed)
     return made, made.auroc(topic_named(topic).texts("dev"), contrast_texts(topic, "dev"))
-
-
-def _first_guess(plan: Plan) -> float:
-    """Near the strengths that the study's doses take, so that calibration needs few evaluations."""
-    return 0.15 if isinstance(plan.edit, Add) else 0.4 if isinstance(plan.edit, Floor) else plan.strength
 
 
 def _plans(

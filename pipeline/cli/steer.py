@@ -130,11 +130,14 @@ def serve(
 @click.option("--topics", default=4, show_default=True, help="how many of the bundled topics")
 @click.option("--seeds", default=10, show_default=True, help="features a topic whose flows are deactivated")
 @click.option("--texts", default=24, show_default=True, help="topical and as many other texts a topic")
+@click.option("--layers", default=6, show_default=True, help="layers that single and cumulative modes stop at")
 @click.option("--out", type=click.Path(path_type=Path), help="folder; default: <recipe>/steer-paper")
 @_device
 @recipe_option
 @artifacts_option
-def paper(topics: int, seeds: int, texts: int, out: Path | None, device: str, recipe: str, artifacts: Path) -> None:
+def paper(
+    topics: int, seeds: int, texts: int, layers: int, out: Path | None, device: str, recipe: str, artifacts: Path
+) -> None:
     """Rerun Feature Flow's steering experiments, with controls: tables, figures and a text in <recipe>/steer-paper."""
     from data.concepts.topics import read_topics
     from pipeline.console import progress_bars
@@ -152,7 +155,7 @@ def paper(topics: int, seeds: int, texts: int, out: Path | None, device: str, re
         subject = Paper(
             bench=bench,
             neutral=neutral_text(session.model),
-            options=PaperOptions(n_seeds=seeds),
+            options=PaperOptions(n_seeds=seeds, n_layers=layers),
             progress=progress,
         )
         found = run_paper(subject, chosen)

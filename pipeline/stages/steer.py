@@ -27,7 +27,7 @@ from typing_extensions import Doc
 from data.concepts.prompts import read_prompts
 from pipeline.artifact import Artifact, Draft
 from pipeline.run import RunContext
-from pipeline.steer_audition import AuditionOptions
+from pipeline.steer_audition import COHERENCE_TAIL, AuditionOptions
 from pipeline.steer_report import write_steer_report
 from pipeline.steer_selection import Chosen, SelectionOptions, Sources, choose_features
 from pipeline.steer_session import SteerSession
@@ -72,12 +72,12 @@ class Config:
     schedule: Annotated[Schedule, Doc("how the arm `flow` shares its strength among the layers")] = field(
         default_factory=Constant
     )
-    doses: Annotated[tuple[float, ...], MinLen(1), Doc("nats of KL a token on neutral text")] = (0.3, 0.8, 2.0)
-    n_before: Annotated[int, Ge(0), Doc("layers of the flow before the feature's own")] = 3
-    n_after: Annotated[int, Ge(0), Doc("layers of the flow after the feature's own")] = 5
+    doses: Annotated[tuple[float, ...], MinLen(1), Doc("nats of KL a token on neutral text")] = (0.05, 0.12, 0.3)
+    n_before: Annotated[int, Ge(0), Doc("layers of the flow before the feature's own")] = 0
+    n_after: Annotated[int, Ge(0), Doc("layers of the flow after the feature's own")] = 10
     max_density: Annotated[float, Gt(0), Le(1), Doc("a chosen feature fires on at most this share of tokens")] = 0.03
     min_persistence: Annotated[int, Ge(1), Doc("layers that a chosen feature lasts at least")] = 6
-    n_rows: Annotated[int, Ge(64), Doc("tokens of the store that features are described from")] = 8192
+    n_rows: Annotated[int, Ge(64), Doc("tokens of the store that features are described from")] = 24576
     n_prompts: Annotated[int, Ge(1), Doc("neutral prompts that text is generated from")] = 6
     n_samples: Annotated[int, Ge(1), Doc("samples a prompt")] = 2
     n_new_tokens: Annotated[int, Ge(1), Doc("tokens generated a sample")] = 28
@@ -157,7 +157,7 @@ def _steer_all(config: Config, sources: Sources, chosen: list[Chosen], context: 
         batch_size=config.batch_size,
     )
     readings = read_back(model, saes, unsteered.samples, [each.target for each in chosen])
-    limits = coherence_limits(_ordinary(config, sources, sampling))
+    limits = coherence_limits(_ordinary(config, sources, sampling), tail=COHERENCE_TAIL)
     found = []
     for place, each in enumerate(chosen):
         before = [reading.of_target(place) for reading in readings]
@@ -170,7 +170,7 @@ def _ordinary(config: Config, sources: Sources, sampling: Sampling) -> list[Read
     made = generate(
         sources.model,
         sources.saes,
-        read_prompts().dev[: 4 * config.n_prompts],
+        read_prompts().dev[: 10 * config.n_prompts],
         [None],
         seed=config.seed + 1,
         sampling=sampling,

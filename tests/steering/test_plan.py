@@ -147,6 +147,18 @@ def test_a_bad_file_is_explained_with_every_problem(tmp_path):
         assert word in text, word
 
 
+def test_an_unknown_key_of_an_edit_is_one_problem_of_that_edit_alone(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(
+        '{"schema": 1, "nodes": [{"at": "L1/3"}], "strength": 1.0, "scope": {"kind": "first", "n": 2},'
+        ' "edit": {"kind": "add", "keep_nrom": true}}'
+    )
+    with pytest.raises(UserError) as refused:
+        read_plan(path)
+    (problem,) = refused.value.problems
+    assert problem.where == "edit.add.keep_nrom"
+
+
 def test_a_file_that_is_no_plan_is_refused(tmp_path):
     for name, content in (("a.toml", "= 3"), ("b.json", "[1, 2"), ("c.safetensors", "junk"), ("d.json", "[]")):
         (tmp_path / name).write_text(content)
