@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Iterator
 from itertools import count
 
@@ -49,6 +50,7 @@ def main() -> None:
     for seed in options.seeds:
         for name, batches in iter_arms(store, site, train_rows, options, seed):
             found.setdefault(name, []).append(fvu_after(batches, held_out, store, site, options, seed))
+            print(f"seed {seed}, {name}: FVU {found[name][-1]:.5f}", file=sys.stderr, flush=True)
     for name, values in found.items():
         ratios = [value / full for value, full in zip(values, found["full shuffle"], strict=True)]
         print(

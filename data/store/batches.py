@@ -1,7 +1,7 @@
 """Shuffled batches for training: a store and a seed in, batches of the same rows at several sites out.
 
-One thread reads the next window of random blocks (`data.store.plans`) while another takes batches from the present one:
-rows are gathered as stored, 16 bits each, then widened to float32, or sent to a GPU as they are and widened there.
+One thread reads the next window of random blocks (`data.store.plans`) while two others gather batches from the present
+one: rows are gathered as stored, 16 bits each, then widened to float32, or sent to a GPU as they are and widened there.
 Memory: two windows of every site. `state()` and `restore()` continue at exactly the next batch.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data.store.layout import STORED_AS, SiteLayout, canonical_json
 from data.store.plans import EpochPlan, ShuffleChoices
-from data.store.staging import StagingBuffers, in_one_thread
+from data.store.staging import StagingBuffers, keep_to_one_thread
 from data.store.tokens import RowFilters
 from sae.errors import Problem, UserError
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Batch = dict[Any, Float[Tensor, "batch d_model"]]
 _WINDOW_ROWS = 65_536
 _MEMORY_BYTES = 1 << 30
+_GATHERERS = 2
 
 
 class BatchReader:
@@ -181,12 +182,16 @@ class _Window:
         store, n_rows = reader.store, reader.choices.window_blocks * reader.choices.block_rows
         self.index = -1
         self.slots = np.zeros(0, dtype=np.int64)
+        self.gathering: list[Future[None]] = []
         self._reader = reader
         self._is_int8 = store.layout.dtype == "int8"
         dtype = "float32" if self._is_int8 else STORED_AS[store.layout.dtype]
         self.rows = [np.zeros((n_rows, site.width), dtype=dtype) for site in reader._layouts]
 
     def load(self, plan: EpochPlan, index: int) -> _Window:
+        """Read a window, when all batches of the one before are gathered."""
+        while self.gathering:
+            self.gathering.pop().result()
         store, size = self._reader.store, plan.choices.block_rows
         blocks = plan.blocks_of(index)
         for site, buffer in zip(self._reader._layouts, self.rows, strict=True):
@@ -203,7 +208,7 @@ class _Window:
 
 
 class _Pipeline:
-    """A thread that makes batches, and one that reads ahead for it."""
+    """A thread that hands out the work, one that reads ahead, and those that gather batches."""
 
     def __init__(self, reader: BatchReader, position: tuple[int, int]) -> None:
         self._reader = reader
@@ -228,7 +233,9 @@ class _Pipeline:
             raise item
         if item is None:
             return None
-        after, staged = item
+        after, staged, parts = item
+        for part in parts:
+            part.result()
         return after, dict(zip(self._reader.sites, self._buffers.delivered(staged), strict=True))
 
     def stop(self) -> None:
@@ -241,25 +248,31 @@ class _Pipeline:
 
     def _run(self, position: tuple[int, int]) -> None:
         try:
-            with in_one_thread(), ThreadPoolExecutor(1, thread_name_prefix="store-reader") as ahead:
-                self._produce(position, ahead)
+            with (
+                ThreadPoolExecutor(1, thread_name_prefix="store-reader") as ahead,
+                ThreadPoolExecutor(_GATHERERS, "store-gather", keep_to_one_thread) as gatherers,
+            ):
+                self._produce(position, ahead, gatherers)
             self._put(None)
         except BaseException as error:  # handed to the consumer, who raises it
             self._put(error)
 
-    def _produce(self, position: tuple[int, int], ahead: ThreadPoolExecutor) -> None:
+    def _produce(self, position: tuple[int, int], ahead: ThreadPoolExecutor, gatherers: ThreadPoolExecutor) -> None:
         epoch, first = position
         windows = [_Window(self._reader), _Window(self._reader)]
         while self._reader._n_epochs is None or epoch < self._reader._n_epochs:
             plan = self._reader.plan(epoch)
             loaded = _Loaded(plan, windows, ahead)
             for batch in range(first, plan.n_batches):
-                staged = self._buffers.begin()
+                staged, parts, n = self._buffers.begin(), [], 0
                 for index, start, stop in plan.spans_of(batch):
                     window = loaded.window(index)
-                    self._buffers.gather(staged, window.rows, window.slots[start:stop])
+                    slots = window.slots[start:stop]
+                    parts.append(gatherers.submit(self._buffers.gather, staged, window.rows, slots, at=n))
+                    window.gathering.append(parts[-1])
+                    n += len(slots)
                 after = (epoch, batch + 1) if batch + 1 < plan.n_batches else (epoch + 1, 0)
-                if not self._put((after, staged)):
+                if not self._put((after, staged, parts)):
                     loaded.drain()
                     return
             loaded.drain()

@@ -4,13 +4,13 @@ On a CPU a batch is a fresh tensor, or one of a ring that is overwritten. For a 
 ring of pinned buffers; the copy to the device is asynchronous, and a buffer is filled again only when it is done.
 
 Measured, 576 numbers a row on two cores: widening by torch costs a fifth of numpy's cast for float16 and two thirds for
-bfloat16, but only while torch keeps to the calling thread (`in_one_thread`).
+bfloat16, but only while torch keeps to the calling thread (`keep_to_one_thread`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,12 +30,12 @@ class Staged:
 
     values: list[Tensor] = field(default_factory=list)
     pinned: list[Tensor] = field(default_factory=list)
-    n: int = 0
     copied: torch.cuda.Event | None = None
 
 
 class StagingBuffers:
-    """Buffers of one pipeline. `begin` and `gather` run in its thread, `delivered` in the consumer's."""
+    """Buffers of one pipeline. `begin` runs in its thread, `gather` in several at a time for different rows,
+    `delivered` in the consumer's."""
 
     def __init__(
         self, sites: Sequence[SiteLayout], dtype: str, batch_size: int, device: torch.device, ring: int
@@ -46,7 +46,7 @@ class StagingBuffers:
         self._batch_size = batch_size
         self._device = device
         self._on_gpu = device.type == "cuda"
-        self._pieces = [] if self._on_gpu else [self._piece(width) for width in self._widths]
+        self._local = threading.local()
         n_ring = max(ring, _GPU_RING) if self._on_gpu else ring
         self._ring = [self._fresh() for _ in range(n_ring)]
         self._turn = 0
@@ -59,18 +59,16 @@ class StagingBuffers:
         self._turn += 1
         if staged.copied is not None:
             staged.copied.synchronize()
-        staged.n = 0
         return staged
 
-    def gather(self, staged: Staged, windows: Sequence[np.ndarray], slots: np.ndarray) -> None:
-        """Add the rows at `slots` of each site's window, widened unless they go to a GPU."""
-        part = slice(staged.n, staged.n + len(slots))
+    def gather(self, staged: Staged, windows: Sequence[np.ndarray], slots: np.ndarray, *, at: int) -> None:
+        """Put the rows at `slots` of each site's window into the batch at `at`, widened unless they go to a GPU."""
+        part = slice(at, at + len(slots))
         for k, window in enumerate(windows):
             if self._on_gpu:
                 _take(window, slots, self._as_numpy(staged.pinned[k])[part])
             else:
-                self._gather_widened(window, slots, staged.values[k][part], self._pieces[k])
-        staged.n += len(slots)
+                self._gather_widened(window, slots, staged.values[k][part], self._pieces()[k])
 
     def delivered(self, staged: Staged) -> list[Tensor]:
         """The batch on its device, float32."""
@@ -97,8 +95,12 @@ class StagingBuffers:
             return Staged(pinned=[torch.empty(shape, dtype=self._torch_dtype, pin_memory=True) for shape in shapes])
         return Staged(values=[torch.empty(shape, dtype=torch.float32) for shape in shapes])
 
-    def _piece(self, width: int) -> Tensor:
-        return torch.empty((max(1, _PIECE_NUMBERS // width), width), dtype=self._torch_dtype)
+    def _pieces(self) -> list[Tensor]:
+        """Each thread's own buffer for every site."""
+        if not hasattr(self._local, "pieces"):
+            shapes = [(max(1, _PIECE_NUMBERS // width), width) for width in self._widths]
+            self._local.pieces = [torch.empty(shape, dtype=self._torch_dtype) for shape in shapes]
+        return self._local.pieces
 
     def _as_numpy(self, tensor: Tensor) -> np.ndarray:
         return tensor.view(torch.uint16).numpy() if self._is_bfloat16 else tensor.numpy()
@@ -108,10 +110,8 @@ def _take(window: np.ndarray, slots: np.ndarray, out: np.ndarray) -> None:
     np.take(window, slots, axis=0, out=out, mode="clip")  # mode="clip": no second buffer inside numpy
 
 
-@contextmanager
-def in_one_thread() -> Iterator[None]:
-    """Torch shares no work of the calling thread out to others. Without it each thread that widens gets an OpenMP team
-    of its own, which spins for work beside the trainer's; other threads keep what they had."""
+def keep_to_one_thread() -> None:
+    """From now on torch shares no work of the calling thread out to others. Without it each thread that widens gets an
+    OpenMP team of its own, which spins for work beside the trainer's; other threads keep what they have."""
     torch.get_num_threads()  # torch sets a thread's number at its first use, so before it is limited
-    with ThreadpoolController().select(user_api="openmp").limit(limits=1):
-        yield
+    ThreadpoolController().select(user_api="openmp").limit(limits=1)

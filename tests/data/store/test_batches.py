@@ -85,6 +85,15 @@ def test_every_stored_dtype_is_read_in_batches_as_by_read(tmp_path, dtype):
         assert np.array_equal(batch[RESIDUAL].numpy(), everything[reader.rows_of(0, index)])
 
 
+def test_a_batch_larger_than_its_windows_holds_the_planned_rows(store):
+    """Each batch spans several windows, so that a window is read anew while the batch before is gathered from it."""
+    everything = store.read(RESIDUAL, 0, store.n_rows)
+    reader = store.batches([RESIDUAL], batch_size=1300, seed=3, n_epochs=3, window_rows=256)
+    for n, batch in enumerate(reader):
+        epoch, index = divmod(n, reader.plan(0).n_batches)
+        assert np.array_equal(batch[RESIDUAL].numpy(), everything[reader.rows_of(epoch, index)])
+
+
 def test_epochs_and_seeds_differ_and_the_same_seed_repeats(store):
     reader = store.batches([MLP], batch_size=512, seed=5)
     again = store.batches([MLP], batch_size=512, seed=5)
