@@ -55,19 +55,34 @@ def _trained(architecture: AnyArchitecture, x: Tensor, *, steps: int, n_latents:
     return trainer.finish(Batch(x=x[-2000:]), {})
 
 
-@pytest.mark.parametrize("architecture", [TopK(k=4), BatchTopK(k=4), JumpRelu(target_l0=4)], ids=_name)
+RECOVERERS = [TopK(k=4), BatchTopK(k=4), JumpRelu(target_l0=4)]
+
+
+@pytest.mark.parametrize("architecture", RECOVERERS, ids=_name)
 def test_planted_directions_are_recovered(architecture: AnyArchitecture) -> None:
     data = planted(n_directions=48, d=32, n_active=3, n_rows=14_000)
-    sae = _trained(architecture, data.x, steps=700, n_latents=64)
+    start = random_start(96, 32, seed=0)["W_dec"]
+    sae = _trained(architecture, data.x, steps=1000, n_latents=96)
+    assert share_recovered(start, data.directions) == 0
     assert share_recovered(sae.W_dec, data.directions) >= 0.95
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES[:2], ids=_name)
+@pytest.mark.parametrize("architecture", RECOVERERS, ids=_name)
+def test_directions_that_the_data_cannot_tell_apart_are_not_recovered(architecture: AnyArchitecture) -> None:
+    """Pairs that are always active together: only their sum can be found, so the test above can fail."""
+    data = planted(n_directions=48, d=32, n_active=6, n_rows=14_000, inseparable=True)
+    sae = _trained(architecture, data.x, steps=1000, n_latents=96)
+    sums = torch.nn.functional.normalize(data.directions[::2] + data.directions[1::2])
+    assert share_recovered(sae.W_dec, data.directions) < 0.1
+    assert share_recovered(sae.W_dec, sums) >= 0.9
+
+
+@pytest.mark.parametrize("architecture", RECOVERERS, ids=_name)
 def test_directions_too_dense_to_be_identified_are_not_recovered(architecture: AnyArchitecture) -> None:
-    """With 24 of 48 directions active in 32 dimensions, no method can tell them apart: the test above can fail."""
+    """24 of 48 directions active in 32 dimensions."""
     data = planted(n_directions=48, d=32, n_active=24, n_rows=14_000)
-    sae = _trained(architecture, data.x, steps=300, n_latents=64)
-    assert share_recovered(sae.W_dec, data.directions) < 0.5
+    sae = _trained(architecture, data.x, steps=1000, n_latents=96)
+    assert share_recovered(sae.W_dec, data.directions) < 0.1
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES[1:], ids=_name)
@@ -81,7 +96,7 @@ def test_the_requested_l0_is_met_on_held_out_rows(architecture: AnyArchitecture)
 @pytest.mark.parametrize("architecture", ARCHITECTURES[4:], ids=_name)
 def test_a_closed_loop_steers_the_penalty_to_the_requested_l0(architecture: AnyArchitecture) -> None:
     x = planted(n_directions=48, d=32, n_active=4, n_rows=8_000).x
-    trainer = _trainer(architecture, x, steps=500, n_latents=64)
+    trainer = _trainer(architecture, x, steps=1000, n_latents=64)
     train(trainer, InMemoryBatches(x, batch_size=128, seed=0))
     assert trainer.l0_average == pytest.approx(4, rel=0.25)
 
