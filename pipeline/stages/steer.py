@@ -72,7 +72,7 @@ class Config:
     schedule: Annotated[Schedule, Doc("how the arm `flow` shares its strength among the layers")] = field(
         default_factory=Constant
     )
-    doses: Annotated[tuple[float, ...], MinLen(1), Doc("nats of KL a token on neutral text")] = (0.05, 0.12, 0.3)
+    doses: Annotated[tuple[float, ...], MinLen(1), Doc("nats of KL a token on neutral text")] = (0.05, 0.15, 0.3)
     n_before: Annotated[int, Ge(0), Doc("layers of the flow before the feature's own")] = 0
     n_after: Annotated[int, Ge(0), Doc("layers of the flow after the feature's own")] = 10
     max_density: Annotated[float, Gt(0), Le(1), Doc("a chosen feature fires on at most this share of tokens")] = 0.03
