@@ -79,12 +79,16 @@ class Vocabulary:
 
     @cached_property
     def families(self) -> tuple[Int32[np.ndarray, "token"], list[str]]:
-        """The family of every token, and the families' names."""
-        names: dict[str, int] = {}
-        index = np.array(
-            [names.setdefault(_family(self.text(t)), len(names)) for t in range(len(self))], dtype=np.int32
-        )
-        return index, list(names)
+        """The family of every token, and a name for each: its first token in full, since stems are no words."""
+        number: dict[str, int] = {}
+        names: list[str] = []
+        index = np.zeros(len(self), dtype=np.int32)
+        for token in range(len(self)):
+            text = self.text(token)
+            index[token] = number.setdefault(_family(text), len(names))
+            if index[token] == len(names):
+                names.append(text.strip().casefold() or text)
+        return index, names
 
     def save(self, path: Path) -> None:
         """As one .npz of plain arrays, groupings included, so that every process need not make them again."""

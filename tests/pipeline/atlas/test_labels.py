@@ -201,7 +201,8 @@ def test_families_fold_case_space_and_endings_and_classes_tell_characters():
         b".",
     ]
     vocabulary = Vocabulary(tokens=words, special=frozenset())
-    index, _ = vocabulary.families
+    index, names = vocabulary.families
+    assert [names[f] for f in index[[0, 2, 5]]] == ["run", "running", "nation"]
     assert index[0] == index[1] == index[3]
     assert index[4] == index[5]
     assert len(set(index[[0, 4, 6, 7]])) == 4
