@@ -5,6 +5,8 @@
 3. an artifact on disk with that digest is current and its stage returns at once; otherwise the stage runs, and goes on
    with what a killed run of the same digest left, unless it is forced: then it starts anew.
 
+While a stage runs, memory that it frees is kept for what it allocates next (sae/kernels/memory.py).
+
 A changed section of a recipe therefore reruns that stage and what lies below it, and nothing above.
 """
 
@@ -24,6 +26,7 @@ from pipeline.recipe import Recipe
 from pipeline.run import RunContext
 from pipeline.stages import STAGES, StageName
 from sae.errors import UserError
+from sae.kernels.memory import kept_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +124,8 @@ def _run_stage(
     events.started(stage)
     started = time.monotonic()
     inputs = module.Inputs(**{name: available[name] for name in _input_names(module) if name in available})
-    artifact = module.run(config, inputs, out, context_of(stage))
+    with kept_memory():
+        artifact = module.run(config, inputs, out, context_of(stage))
     return StageResult(stage=stage, artifact=artifact, was_current=False, seconds=time.monotonic() - started)
 
 

@@ -1,4 +1,4 @@
-"""Memory that a training step frees is kept for the next step, instead of going back to the system every time.
+"""Memory that a step or a batch frees is kept for the next one, instead of going back to the system every time.
 
 Otherwise the C library gives large freed blocks back at once, and the next step pays for clearing every page again, on
 one thread (measured: a third of the time of the product that fills them). Inside `kept_memory` it keeps them,
@@ -38,10 +38,10 @@ def _enter(change: int, switches: dict[int, int]) -> bool:
     global _n_inside
     with _lock:
         before, _n_inside = _n_inside, _n_inside + change
-        moved = 0 in (before, _n_inside)
-        library = _glibc() if moved else None
-        for name, value in switches.items() if library is not None else ():
-            library.mallopt(name, value)
+        moved, library = 0 in (before, _n_inside), _glibc()
+        if moved and library is not None:
+            for name, value in switches.items():
+                library.mallopt(name, value)
         return moved
 
 
