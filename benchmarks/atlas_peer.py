@@ -5,8 +5,8 @@
 1. make a case from stored artifacts: the dictionary in SAELens' format, the store's activations as SAEDashboard's cache
    (so that neither runs the model), tokens, and the unembedding as TransformerLens has it (norm folded in, centred);
 2. `--rounds` times in turn, one thread each: ours, the stage's own two jobs for the site (statistics, examples, rules,
-   labels, projection, shards, tables; every latent), and SAEDashboard's runner and page for `--features` latents in one
-   batch of its default size. Its work repeats for every further batch, so its time is scaled to all latents;
+   labels, projection, shards, tables; every latent), and SAEDashboard's runner and page for `--features` latents, at
+   most one batch of its default 256. Its time for all latents is that of encoding once a batch, and of each latent;
 3. compare what both define alike: density, largest activation, promoted tokens.
 
 JSON lines: each run, the ratio of each round, the agreement. FOLDER: benchmarks/peers/make_environments.sh.
@@ -45,7 +45,7 @@ from sae.formats.saelens import write_saelens
 from sae.report import silent
 
 ROOT = Path(__file__).parents[1]
-CONTEXTS_PER_FILE = 64
+CONTEXTS_PER_FILE, PEER_BATCH = 64, 256
 
 
 def main() -> None:
@@ -72,7 +72,8 @@ def main() -> None:
                             "--features", str(options.features)])  # fmt: skip
             for name, record in (("featureflow", mine), ("saedashboard", peer)):
                 print(json.dumps({"contestant": name, "round": number, **record}), flush=True)
-            theirs = (peer["run_s"] + peer["page_s"]) * facts["latents"] / options.features
+            each = (peer["run_s"] - peer["batch_s"] + peer["page_s"]) / options.features
+            theirs = -(-facts["latents"] // PEER_BATCH) * peer["batch_s"] + facts["latents"] * each
             print(json.dumps({"round": number, "saedashboard_all_latents_s": round(theirs, 1),
                               "times_faster": round(theirs / mine["seconds"], 1)}), flush=True)  # fmt: skip
         print(json.dumps(agreement(case, options)), flush=True)
