@@ -3,8 +3,7 @@
 A plan over every layer, once adding (no encoder) and once as a closed loop, with threshold and TopK dictionaries of
 random rows (speed does not depend on what they mean). Prefill: 8 × 128 tokens; decoding: 16 rows, one token a step.
 Steered and unsteered passes alternate; one JSON line a case with the median of the paired ratios and their range.
-Claim: at most
-1.3× where the architecture lets selected columns be computed alone; TopK must see all.
+Claim: at most 1.3× where the architecture lets selected columns be computed alone; TopK must see all.
 """
 
 from __future__ import annotations

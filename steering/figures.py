@@ -79,7 +79,7 @@ def draw_curves(
         panel.set(xscale="log" if log else "linear", xlabel=xlabel, ylabel=name)
         panel.legend(frameon=False, fontsize=6)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    figure.savefig(path, dpi=64, metadata={"Software": None})
 
 
 def draw_intervals(table: pd.DataFrame, path: Path, *, xlabel: str, title: str, zero: float | None = 0.0) -> None:

@@ -183,4 +183,7 @@ def _activation_grid(table: pd.DataFrame) -> list[str]:
 
 
 def _shown(interval: Interval) -> str:
+    """Without an interval where there is only one topic."""
+    if interval.n < 2:
+        return f"{interval.mean:+.3f} (one topic)"
     return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"

@@ -115,15 +115,15 @@ def activation(paper: Paper, setup: TopicSetup) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def run_paper(paper: Paper, topics: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(deactivation, activation) over all topics."""
+def run_paper(paper: Paper, topics: Sequence[str]) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
+    """(deactivation, activation) over the topics so far, after each of them."""
     off, on = [], []
     for topic in topics:
         setup = set_up_topic(paper.world, topic, seed=paper.options.seed)
         contrasts = [contrast.feature for contrast in setup.contrasts]
         off.append(deactivation(paper, setup, seeds_of(paper.world, setup, contrasts, paper.options.n_seeds)))
         on.append(activation(paper, setup))
-    return pd.concat(off, ignore_index=True), pd.concat(on, ignore_index=True)
+        yield pd.concat(off, ignore_index=True), pd.concat(on, ignore_index=True)
 
 
 def seeds_of(world: World, setup: TopicSetup, contrasts: Sequence[FeatureId], n: int) -> list[FeatureId]:

@@ -22,21 +22,44 @@ from steering.study_options import ACTIVATION_ARMS, SUPPRESSION_ARMS, UNSTEERED
 if TYPE_CHECKING:
     from steering.study_report import Comparison
 
+_PANELS = {"selectivity": "selectivity, nats a token", "succ_coh": "SuccCoh", "coherent": "share coherent"}
+_COLUMNS = ["topic", "arm", "target", "kl", "selectivity", "succ_coh", "success", "coherent"]
 _SHOWN = ("difference_single", "random_flow", "single", "copied", "flow", "flow_closed_loop")
 
 
-def developed_doses(folder: Path) -> pd.DataFrame:
-    """One row an arm and dose over all topics: SuccCoh (suppression: coherent and off topic), coherence, dose."""
+def developed(folder: Path) -> pd.DataFrame:
+    """One row a tested topic, arm and dose: selectivity, SuccCoh (suppression: coherent and off topic), coherence."""
     rows: list[dict[str, Any]] = []
     for path in sorted((folder / "dev").glob("*/*.json")):
-        if path.stem not in (*ACTIVATION_ARMS, *SUPPRESSION_ARMS):
+        is_tested = (folder / "test" / path.parent.name).is_dir()
+        if path.stem not in (*ACTIVATION_ARMS, *SUPPRESSION_ARMS) or not is_tested:
             continue
         for entry in json.loads(path.read_text(encoding="utf-8"))["doses"]:
             rows += [_dose_row(path.parent.name, path.stem, entry)] if entry.get("records") else []
-    table = pd.DataFrame(rows, columns=["topic", "arm", "target", "kl", "succ_coh", "success", "coherent"])
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+def developed_doses(table: pd.DataFrame) -> pd.DataFrame:
+    """The means over topics of what `developed` gives, arms in their order."""
     order = {arm: place for place, arm in enumerate((*ACTIVATION_ARMS, *SUPPRESSION_ARMS))}
     grouped = table.drop(columns="topic").groupby(["arm", "target"], sort=False).mean().reset_index()
     return grouped.sort_values("arm", key=lambda arms: arms.map(order), kind="stable").reset_index(drop=True)
+
+
+def selectivity_at_equal_dose(
+    table: pd.DataFrame, arms: Sequence[str], controls: Sequence[str], *, seed: int
+) -> pd.DataFrame:
+    """One row an arm and dose: selectivity minus that of the control that is best at the dose, paired over topics."""
+    rows = []
+    for target, part in table.groupby("target"):
+        by_arm = part.pivot_table(index="topic", columns="arm", values="selectivity")
+        best = max((control for control in controls if control in by_arm), key=lambda name: by_arm[name].mean())
+        for arm in (arm for arm in arms if arm in by_arm):
+            differences = (by_arm[arm] - by_arm[best]).dropna().tolist()
+            found = bootstrap_mean(differences, seed=seed)
+            rows.append({"dose": target, "arm": arm, "control": best, "difference": found.mean, "low": found.low,
+                         "high": found.high, "topics above": sum(d > 0 for d in differences)})  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def draw_study(
@@ -53,8 +76,7 @@ def draw_study(
         names.append("topics")
     active = doses[doses["arm"].isin(_SHOWN)]
     if len(active):
-        panels = [(active.assign(value=active[column]), name) for column, name in
-                  (("succ_coh", "SuccCoh"), ("coherent", "share coherent"))]  # fmt: skip
+        panels = [(active.assign(value=active[column]), name) for column, name in _PANELS.items()]
         draw_curves(panels, folder / "doses.png", x="kl", xlabel="dose (nats on neutral text)",
                     title="Development prompts, mean over topics")  # fmt: skip
         draw_front(active, folder / "fluency.png", x="coherent", y="success", xlabel="share of samples coherent",
@@ -76,6 +98,7 @@ def _dose_row(topic: str, arm: str, entry: dict[str, Any]) -> dict[str, Any]:
         "arm": arm,
         "target": entry["dose"],
         "kl": entry["kl"],
+        "selectivity": entry["selectivity"],
         "succ_coh": hit.mean(),
         "success": success.mean(),
         "coherent": coherent.mean(),

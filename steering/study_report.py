@@ -111,26 +111,30 @@ def arm_table(folder: Path, records: pd.DataFrame, *, seed: int = 0) -> pd.DataF
 
 def write_report(folder: Path, out: Path, *, seed: int = 0, about: str = "") -> Path:
     """The page in Markdown, figures in `images/<name of the page>` beside it. Returns its path."""
-    from steering.study_figures import developed_doses, draw_study
+    from steering.study_figures import developed, developed_doses, draw_study, selectivity_at_equal_dose
 
     records = read_records(folder)
     arms = arm_table(folder, records, seed=seed)
     against_controls = compare(records, FLOWS, CONTROLS, seed=seed)
     against_unsteered = compare(records, sorted(set(arms["arm"]) - _not_activation()), (UNSTEERED,), seed=seed)
     suppressed = _compared_suppression(records, seed)
-    doses = developed_doses(folder)
+    by_topic = developed(folder)
+    doses = developed_doses(by_topic)
+    equal = selectivity_at_equal_dose(by_topic, FLOWS, ("single", "copied"), seed=seed)
     pictures = draw_study(records, doses, out.parent / "images" / out.stem, against_controls, seed=seed)
     lines = [
         "# Steering study",
         "",
         about,
         "",
-        f"{records['topic'].nunique()} topics ({N_FOR_A_CLAIM} are needed for a claim). SuccCoh: share of samples "
+        f"{records['topic'].nunique()} topics ({N_FOR_A_CLAIM} are needed for a claim; with n topics no sign-flip p "
+        f"is below 2/2^n). SuccCoh: share of samples "
         "that the topic's classifier accepts (5 % of unsteered development text passes) and that stay coherent. "
         "Vacuous arms (no dose left development text coherent) count as unsteered.",
         "",
         f"- Activation: {verdict(against_controls)}",
         f"- Suppression: {verdict(suppressed)}",
+        f"- Teacher-forced, equal dose: {equal_dose_verdict(equal)}",
         "",
         *(f"![{name}](images/{out.stem}/{name}.png)" for name in pictures),
         "",
@@ -144,9 +148,19 @@ def write_report(folder: Path, out: Path, *, seed: int = 0, about: str = "") -> 
         "",
         *_markdown(_topic_table(records, against_controls)),
         "",
-        "## At which dose? Development prompts, all doses",
+        "## At which dose? Development texts and prompts, all doses",
         "",
-        *_markdown(doses.pivot_table(index="arm", columns="target", values="succ_coh", sort=False).reset_index()),
+        *_markdown(_by_dose(doses, "selectivity")),
+        "",
+        "Selectivity by arm and dose: rise of the log-likelihood of definitions of the topic minus that of others, "
+        "nats a token, teacher-forced. Nothing is sampled and nothing was chosen by it.",
+        "",
+        *_markdown(equal),
+        "",
+        "Flow arms against the better of `single` and `copied` at the same dose (`single_budget` has none of its own), "
+        "bootstrap over topics.",
+        "",
+        *_markdown(_by_dose(doses, "succ_coh")),
         "",
         "SuccCoh by arm and dose (nats; of suppression: share of samples coherent and off topic). Exploratory: the "
         "lock was chosen on these samples.",
@@ -167,6 +181,10 @@ def write_report(folder: Path, out: Path, *, seed: int = 0, about: str = "") -> 
     ]
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return out
+
+
+def _by_dose(doses: pd.DataFrame, value: str) -> pd.DataFrame:
+    return doses.pivot_table(index="arm", columns="target", values=value, sort=False).reset_index()
 
 
 def _compared_suppression(records: pd.DataFrame, seed: int) -> list[Comparison]:
@@ -195,6 +213,18 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     if best.difference.high < 0:
         return f"Every flow arm is worse than {best.control}; the best is {best.arm}: {change}."
     return f"No flow arm beats {best.control}; the best is {best.arm}: {change}. Neither is equivalence shown."
+
+
+def equal_dose_verdict(table: pd.DataFrame) -> str:
+    """What the arm `flow`, and the best flow arm, gain in selectivity over the better control, by dose."""
+    if table.empty:
+        return "no doses were developed."
+    parts = []
+    for dose, part in table.groupby("dose"):
+        best = part.loc[part["difference"].idxmax()]
+        change = f"{best['difference']:+.3f} [{best['low']:+.3f}, {best['high']:+.3f}]"
+        parts.append(f"{dose:g} nats: {best['arm']} − {best['control']} {change}")
+    return "best flow arm minus the better of single and copied, selectivity in nats a token. " + "; ".join(parts) + "."
 
 
 def _as_unsteered(path: Path) -> list[dict[str, Any]]:
@@ -276,6 +306,9 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
 
 
 def _markdown(table: pd.DataFrame) -> list[str]:
+    if table.empty:
+        return []
+
     def shown(value: Any) -> str:
         return f"{value:.3f}" if isinstance(value, (float, np.floating)) else str(value)
 

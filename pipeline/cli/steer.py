@@ -127,7 +127,7 @@ def serve(
 
 
 @click.command()
-@click.option("--topics", default=4, show_default=True, help="how many of the bundled topics")
+@click.option("--topics", type=click.IntRange(1), default=4, show_default=True, help="how many of the bundled topics")
 @click.option("--seeds", default=10, show_default=True, help="features a topic whose flows are deactivated")
 @click.option("--texts", default=24, show_default=True, help="topical and as many other texts a topic")
 @click.option("--layers", default=6, show_default=True, help="layers that single and cumulative modes stop at")
@@ -158,8 +158,8 @@ def paper(
             options=PaperOptions(n_seeds=seeds, n_layers=layers),
             progress=progress,
         )
-        found = run_paper(subject, chosen)
-    path = write_paper_report(*found, out or folder / "steer-paper")
+        for found in run_paper(subject, chosen):
+            path = write_paper_report(*found, out or folder / "steer-paper")
     say(path.read_text(encoding="utf-8"))
     say(str(path.parent))
 

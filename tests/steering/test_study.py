@@ -7,11 +7,13 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from data.sites import FeatureId
 from sae.errors import UserError
 from steering.study import Study, StudyOptions, choose_dose, cost_of, with_whole_budget
+from steering.study_figures import selectivity_at_equal_dose
 from steering.study_options import ACTIVATION_ARMS, SUPPRESSION_ARMS
 from steering.study_report import CONTROLS, FLOWS, compare, read_records, verdict, write_report
 from steering.study_topic import World
@@ -107,6 +109,20 @@ def test_the_report_says_what_was_found(tmp_path):
     assert "No flow arm beats" in page or "equivalent" in page
     with pytest.raises(UserError, match="no results"):
         read_records(tmp_path / "nowhere")
+
+
+def test_selectivity_is_compared_at_one_dose_with_the_control_that_is_best_there():
+    rows = [
+        {"topic": topic, "arm": arm, "target": dose, "selectivity": value + shift}
+        for topic, shift in (("food", 0.0), ("law", 1.0))
+        for dose, values in ((0.1, {"flow": 0.5, "single": 0.3, "copied": 0.2}),
+                             (0.2, {"flow": 0.4, "single": 0.1, "copied": 0.6}))
+        for arm, value in values.items()
+    ]  # fmt: skip
+    table = selectivity_at_equal_dose(pd.DataFrame(rows), ("flow",), ("single", "copied"), seed=0)
+    assert table["control"].tolist() == ["single", "copied"]
+    assert table["difference"].tolist() == pytest.approx([0.2, -0.2])
+    assert table["topics above"].tolist() == [2, 0]
 
 
 def test_the_cost_grows_with_the_study():
