@@ -29,6 +29,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from data.language_model import LanguageModel
+from data.partial_forward import continued_from
 from data.sites import Site
 from pipeline.flow.assignment import Objective, assign, folded
 from pipeline.flow.causal import Contexts
@@ -185,9 +186,13 @@ def measure_skipping(
     for start in range(0, len(ids_all), batch_size):
         progress(f"skip {source.short} → {target.short}", start, len(ids_all))
         ids, usable = ids_all[start : start + batch_size], usable_all[start : start + batch_size]
-        plain = _cross_entropy(model.logits(ids), ids, usable)
+        with model.recorded([source, target]) as seen:
+            plain = _cross_entropy(model.logits(ids), ids, usable)
+            clean = dict(seen)
         for name, predict in predictors.items():
-            spliced = _cross_entropy(_logits_skipping(model, ids, usable, source, target, predict), ids, usable)
+            made = predict(clean[source]).to(clean[target])
+            stream = torch.where(usable.to(made.device)[..., None], made, clean[target])
+            spliced = _cross_entropy(_logits_with(model, ids, target, stream), ids, usable)
             for i, (ce, before) in enumerate(zip(spliced, plain, strict=True)):
                 context = start + i
                 rows.append(
@@ -199,22 +204,18 @@ def measure_skipping(
     return pd.DataFrame(rows)
 
 
-def _logits_skipping(
+def _logits_with(
     model: LanguageModel,
     ids: Int64[Tensor, "batch position"],
-    usable: Tensor,
-    source: Site,
     target: Site,
-    predict: Callable[[Tensor], Tensor],
+    stream: Float[Tensor, "batch position d_model"],
 ) -> Float[Tensor, "batch position vocab"]:
-    with model.recorded([source]) as seen:
-
-        def replace(value: Tensor) -> Tensor:
-            made = predict(seen[source]).to(value.device, value.dtype)
-            return torch.where(usable.to(value.device)[..., None], made, value)
-
-        with model.edited({target: replace}):
+    """Logits when the stream at `target` is `stream`; what lies below is not computed where that is possible."""
+    if target.kind == "resid_post":
+        with continued_from(model, target.layer, stream):
             return model.logits(ids)
+    with model.edited({target: lambda value: stream.to(value)}):
+        return model.logits(ids)
 
 
 def _cross_entropy(logits: Float[Tensor, "batch position vocab"], ids: Tensor, usable: Tensor) -> Tensor:
