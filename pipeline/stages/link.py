@@ -41,7 +41,7 @@ from pipeline.stages.collect import STORE
 from pipeline.stages.evaluate import open_collected_model
 from pipeline.training.reading import normalisation_at, read_rows
 
-KIND, SCHEMA = "link", 1
+KIND, SCHEMA = "link", 2
 MOST_NULL_ROWS = 65_536
 """Activations that a null dictionary is trained on, at most; they are held in memory."""
 NULL_SEED = 7_919
