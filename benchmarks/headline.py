@@ -115,6 +115,9 @@ def _link_rows(run: Path) -> Iterator[Row]:
 
 
 def _causal_rows(run: Path) -> Iterator[Row]:
+    """Nothing where the recipe tests no links in the model."""
+    if not (run / "link" / "causal_summary.parquet").is_file():
+        return
     table = pd.read_parquet(run / "link" / "causal_summary.parquet")
     by = table[table.relation == "residual"].set_index("strategy")
     by_pair = pd.read_parquet(run / "link" / "causal_by_pair.parquet")
