@@ -10,7 +10,6 @@ with their source.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,7 +37,8 @@ def main() -> None:
     page = README.read_text(encoding="utf-8")
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         parser.error(f"README.md must hold {BEGIN} and {END} once each")
-    README.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{text}\n{END}", page, flags=re.S))
+    before, rest = page.split(BEGIN)
+    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def report(run: Path) -> str:
