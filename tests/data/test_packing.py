@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.bundled import bundled_records
@@ -43,6 +43,7 @@ def packed_slowly(texts: list[str], tokenizer: Tokenizer, n_context: int, n_cont
 
 
 @settings(max_examples=60, deadline=None)
+@example(texts=["a", "aa"], n_context=5)  # too little without its separator, enough with it
 @given(
     texts=st.lists(st.text(alphabet="abc de\né雪", min_size=1, max_size=40), min_size=1, max_size=12),
     n_context=st.integers(2, 9),
@@ -52,8 +53,13 @@ def test_contexts_are_those_of_the_slow_reference(texts: list[str], n_context: i
     n_tokens = len(expected) * n_context
     if n_tokens == 0:
         return
-    packed = pack_documents(documents_of(texts), TOKENIZER, n_context=n_context, n_tokens=n_tokens, seed=None)
     # the request is met up to the separators, which are not counted beforehand when the text runs out
+    try:
+        packed = pack_documents(documents_of(texts), TOKENIZER, n_context=n_context, n_tokens=n_tokens, seed=None)
+    except UserError:
+        if len(expected) > len(texts):
+            raise
+        return
     assert packed.contexts().tolist() == expected[: packed.n_contexts]
     assert packed.n_contexts >= len(expected) - len(texts)
     assert packed.position.tolist() == list(range(n_context)) * packed.n_contexts
