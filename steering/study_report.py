@@ -148,6 +148,28 @@ def write_report(folder: Path, out: Path, *, seed: int = 0, about: str = "") -> 
         "",
         *_markdown(_topic_table(records, against_controls)),
         "",
+        *_dose_section(doses, equal),
+        "## Each arm against unsteered text",
+        "",
+        *_markdown(_comparison_table(against_unsteered)),
+        "",
+        "## Suppression, on topical prompts",
+        "",
+        *_markdown(_suppression_table(records, seed)),
+        "",
+        *_markdown(_comparison_table(suppressed)),
+        "",
+        "## Samples, drawn at random",
+        "",
+        *_samples(records, seed),
+    ]
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return out
+
+
+def _dose_section(doses: pd.DataFrame, equal: pd.DataFrame) -> list[str]:
+    """What development saw at every dose: selectivity by arm, flow against controls at equal dose, samples."""
+    return [
         "## At which dose? Development texts and prompts, all doses",
         "",
         *_markdown(_by_dose(doses, "selectivity")),
@@ -165,22 +187,7 @@ def write_report(folder: Path, out: Path, *, seed: int = 0, about: str = "") -> 
         "SuccCoh by arm and dose (nats; of suppression: share of samples coherent and off topic). Exploratory: the "
         "lock was chosen on these samples.",
         "",
-        "## Each arm against unsteered text",
-        "",
-        *_markdown(_comparison_table(against_unsteered)),
-        "",
-        "## Suppression, on topical prompts",
-        "",
-        *_markdown(_suppression_table(records, seed)),
-        "",
-        *_markdown(_comparison_table(suppressed)),
-        "",
-        "## Samples, drawn at random",
-        "",
-        *_samples(records, seed),
     ]
-    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return out
 
 
 def _by_dose(doses: pd.DataFrame, value: str) -> pd.DataFrame:
