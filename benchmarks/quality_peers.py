@@ -4,9 +4,10 @@
 
 1. Write the site's ordinary training rows, then its held-out rows, to one `.npy` file.
 2. For every seed train ours (the train stage, independent start) and each peer (its own step in its own environment,
-   benchmarks/peers), same rows, batch size, steps (one pass unless `--steps` says otherwise), learning rate and
-   auxiliary coefficient. A dictionary that is there already is not trained again, so a stopped run goes on, and
-   `--trainers saelens --seeds 1 --train-only` makes one of them.
+   benchmarks/peers), same rows, batch size, steps (one pass unless `--steps` says otherwise) and auxiliary coefficient;
+   the learning rate is one for all (`--learning-rate 8e-4`) or each trainer's own, chosen by `quality_rates`
+   (`--learning-rate featureflow=… saelens=… dictionary_learning=…`). A dictionary that is there already is not trained
+   again, so a stopped run goes on, and `--trainers saelens --seeds 1 --train-only` makes one of them.
 3. Turn the peers' files into dictionaries over raw activations (they were given centred and scaled rows) and let the
    evaluate stage measure all of them on the same held-out rows and contexts.
 
@@ -23,6 +24,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +51,31 @@ OURS = "featureflow"
 NUMBERS = ("fvu", "l0", "dead_fraction", "ce_recovered_zero", "ce_recovered_mean", "kl_recovered_zero", "pca_fvu")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One dictionary to be made: by whom, under which name, from which seed and at which rate."""
+
+    trainer: str
+    label: str
+    seed: int
+    learning_rate: float
+
+
 def main(arguments: argparse.Namespace) -> None:
     out, site = arguments.out, parse_site(arguments.site)
     collected = Artifact.open(arguments.collect, kind=collect.KIND, schema=collect.SCHEMA)
     rows = out / "rows.npy"
     n_train, n_held_out = export_rows(ActivationStore.open(collected.path / collect.STORE), site, rows)
     arguments.steps = arguments.steps or n_train // arguments.batch_size
+    rates = rate_of_each(arguments)
     for seed in arguments.seeds:
-        for trainer in arguments.trainers:
-            place = out / "dictionaries" / trainer / f"seed{seed}"
-            if (place / "sae.json").is_file():
-                continue
-            if trainer == OURS:
-                train_ours(arguments, collected, site, seed, out)
-            elif trainer in PEERS[arguments.architecture] and (arguments.peers / trainer / "bin" / "python").is_file():
-                train_peer(arguments, trainer, site, seed, rows, n_held_out)
+        for trainer in rates:
+            run = Run(trainer=trainer, label=f"seed{seed}", seed=seed, learning_rate=rates[trainer])
+            train_one(arguments, run, collected, rows, n_held_out)
     if arguments.train_only:
         return
-    print(json.dumps(head() | {"n_train_rows": n_train, "n_held_out_rows": n_held_out, "steps": arguments.steps}))
+    about = {"n_train_rows": n_train, "n_held_out_rows": n_held_out, "steps": arguments.steps, "learning_rate": rates}
+    print(json.dumps(head() | about), flush=True)
     first = Artifact.open(out / "train" / f"seed{arguments.seeds[0]}", kind=train.KIND, schema=train.SCHEMA)
     settings = evaluate.Config(
         n_tokens=arguments.eval_tokens,
@@ -77,6 +86,29 @@ def main(arguments: argparse.Namespace) -> None:
     inputs = evaluate.Inputs(collect=collected, train=first)
     evaluated = evaluate.run(settings, inputs, out / "evaluate", RunContext())
     report(pd.read_parquet(evaluated.path / "metrics.parquet"))
+
+
+def rate_of_each(arguments: argparse.Namespace) -> dict[str, float]:
+    """The learning rate of every trainer whose environment is there."""
+    there = [
+        trainer
+        for trainer in arguments.trainers
+        if trainer == OURS
+        or (trainer in PEERS[arguments.architecture] and (arguments.peers / trainer / "bin" / "python").is_file())
+    ]
+    own = dict(text.split("=") for text in arguments.learning_rate if "=" in text)
+    common = next((text for text in arguments.learning_rate if "=" not in text), "8e-4")
+    return {trainer: float(own.get(trainer, common)) for trainer in there}
+
+
+def train_one(arguments: argparse.Namespace, run: Run, collected: Artifact, rows: Path, n_held_out: int) -> None:
+    """The run's dictionary, unless it is there."""
+    if (arguments.out / "dictionaries" / run.trainer / run.label / "sae.json").is_file():
+        return
+    if run.trainer == OURS:
+        train_ours(arguments, run, collected)
+    else:
+        train_peer(arguments, run, rows, n_held_out)
 
 
 def export_rows(store: ActivationStore, site: Site, file: Path) -> tuple[int, int]:
@@ -99,7 +131,8 @@ def export_rows(store: ActivationStore, site: Site, file: Path) -> tuple[int, in
     return len(parts[0]), len(parts[1])
 
 
-def train_ours(arguments: argparse.Namespace, collected: Artifact, site: Site, seed: int, out: Path) -> None:
+def train_ours(arguments: argparse.Namespace, run: Run, collected: Artifact) -> None:
+    site = parse_site(arguments.site)
     kind = TopK if arguments.architecture == "topk" else BatchTopK
     config = train.Config(
         architecture=kind(k=arguments.k),
@@ -108,21 +141,18 @@ def train_ours(arguments: argparse.Namespace, collected: Artifact, site: Site, s
         initialisation=Independent(),
         steps=arguments.steps,
         batch_size=arguments.batch_size,
-        learning_rate=arguments.learning_rate,
-        seed=seed,
+        learning_rate=run.learning_rate,
+        seed=run.seed,
     )
-    trained = train.run(
-        config, train.Inputs(collect=collected), out / "train" / f"seed{seed}", RunContext(n_threads=arguments.threads)
-    )
-    target = out / "dictionaries" / OURS / f"seed{seed}"
+    place = arguments.out / "train" / run.label
+    trained = train.run(config, train.Inputs(collect=collected), place, RunContext(n_threads=arguments.threads))
+    target = arguments.out / "dictionaries" / OURS / run.label
     shutil.copytree(trained.path / "dictionaries" / site.short, target, dirs_exist_ok=True)
 
 
-def train_peer(
-    arguments: argparse.Namespace, peer: str, site: Site, seed: int, rows: Path, n_held_out: int
-) -> dict[str, Any]:
+def train_peer(arguments: argparse.Namespace, run: Run, rows: Path, n_held_out: int) -> None:
     """Train in the peer's environment, then save its dictionary over raw activations in our form."""
-    raw = arguments.out / "peers" / peer / f"seed{seed}"
+    raw = arguments.out / "peers" / run.trainer / run.label
     options = {
         "activations": rows,
         "architecture": arguments.architecture,
@@ -130,31 +160,29 @@ def train_peer(
         "k": arguments.k,
         "batch-size": arguments.batch_size,
         "steps": arguments.steps,
-        "learning-rate": arguments.learning_rate,
+        "learning-rate": run.learning_rate,
         "held-out": n_held_out,
         "threads": arguments.threads,
-        "seed": seed,
+        "seed": run.seed,
         "save": raw,
     }
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    python = arguments.peers / peer / "bin" / "python"
+    python = arguments.peers / run.trainer / "bin" / "python"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
     done = subprocess.run(
-        [str(python), str(SCRIPTS / f"train_{peer}.py"), *flags],
+        [str(python), str(SCRIPTS / f"train_{run.trainer}.py"), *flags],
         capture_output=True,
         text=True,
         env=environment,
         check=False,
     )
     if done.returncode:
-        raise SystemExit(f"{peer} failed:\n{done.stderr[-3000:]}")
-    record = json.loads(done.stdout.splitlines()[-1])
-    print(json.dumps(record), flush=True)
+        raise SystemExit(f"{run.trainer} failed:\n{done.stderr[-3000:]}")
+    print(json.dumps(json.loads(done.stdout.splitlines()[-1])), flush=True)
     with np.load(raw / "normalisation.npz") as normalisation:
         sae = over_raw_rows(read(raw), torch.from_numpy(normalisation["mean"]), float(normalisation["scale"]))
-    sae.metadata.update(site=site.name, architecture=arguments.architecture)
-    save_sae(sae, arguments.out / "dictionaries" / peer / f"seed{seed}")
-    return record
+    sae.metadata.update(site=parse_site(arguments.site).name, architecture=arguments.architecture)
+    save_sae(sae, arguments.out / "dictionaries" / run.trainer / run.label)
 
 
 def over_raw_rows(sae: Sae, mean: torch.Tensor, scale: float) -> Sae:
@@ -234,7 +262,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=0, help="0 for one pass over the rows")
-    parser.add_argument("--learning-rate", type=float, default=8e-4)
+    parser.add_argument("--learning-rate", nargs="+", default=["8e-4"], help="one for all, or TRAINER=RATE for each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--eval-tokens", type=int, default=49152)
     parser.add_argument("--ce-tokens", type=int, default=8192)
