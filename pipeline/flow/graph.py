@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from data.sites import FeatureId, Site, parse_feature, parse_site
+from pipeline.artifact import MANIFEST, Artifact
 from pipeline.flow.nodes import node_numbers
 from pipeline.flow.options import Calibrated, Fixed, Thresholds
 from pipeline.flow.pairing import Relation
@@ -36,7 +37,7 @@ from pipeline.flow.queries import (
     strongest_path,
     trunk_paths,
 )
-from pipeline.flow.tables import FlowTables, read_tables
+from pipeline.flow.tables import KIND, SCHEMA, FlowTables, read_tables
 from sae.errors import UserError
 
 
@@ -52,8 +53,11 @@ class FlowGraph:
 
     @classmethod
     def open(cls, folder: str | Path, *, thresholds: Thresholds | None = None) -> FlowGraph:
-        """Open the folder of a link artifact. Raises UserError with every problem."""
-        return cls(read_tables(Path(folder)), thresholds=thresholds)
+        """Open a link artifact, or a folder with a graph's tables alone. Raises UserError with every problem."""
+        folder = Path(folder)
+        if (folder / MANIFEST).is_file():
+            Artifact.open(folder, kind=KIND, schema=SCHEMA)
+        return cls(read_tables(folder), thresholds=thresholds)
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:

@@ -17,6 +17,7 @@ import pyarrow.parquet as parquet
 
 from sae.errors import Problem, UserError
 
+KIND, SCHEMA = "link", 2
 _NAME = pa.dictionary(pa.int32(), pa.string())
 NODES = pa.schema(
     {

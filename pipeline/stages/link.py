@@ -34,14 +34,13 @@ from pipeline.flow.options import Automatic, Calibrated, LinkOptions, NullChoice
 from pipeline.flow.pairing import Relation
 from pipeline.flow.sources import DictionaryFolder, HeldOutRows
 from pipeline.flow.start_null import plan_nulls, pooled, start_sample
-from pipeline.flow.tables import write_tables
+from pipeline.flow.tables import KIND, SCHEMA, write_tables
 from pipeline.flow.validation import TOP_1, ValidatedLinks, Validation, attach_evidence, validate_links
 from pipeline.run import RunContext
 from pipeline.stages.collect import STORE
 from pipeline.stages.evaluate import open_collected_model
 from pipeline.training.reading import normalisation_at, read_rows
 
-KIND, SCHEMA = "link", 2
 MOST_NULL_ROWS = 65_536
 """Activations that a null dictionary is trained on, at most; they are held in memory."""
 NULL_SEED = 7_919

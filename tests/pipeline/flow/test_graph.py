@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from data.sites import Site
+from pipeline.artifact import Artifact
 from pipeline.flow.communities import communities_of
 from pipeline.flow.describe import describe_flow
 from pipeline.flow.exports import attribution_document, export_graph, to_networkx
@@ -21,7 +22,7 @@ from pipeline.flow.figures import draw_flow
 from pipeline.flow.graph import FlowGraph
 from pipeline.flow.nodes import Side, node_table
 from pipeline.flow.options import Calibrated, Fixed
-from pipeline.flow.tables import EDGES, PAIRS, FlowTables, read_tables, write_tables
+from pipeline.flow.tables import EDGES, KIND, PAIRS, SCHEMA, FlowTables, read_tables, write_tables
 from sae.errors import UserError
 
 # source, target, relation, rank, forward_rank, cosine, q, kept
@@ -171,6 +172,16 @@ def test_describe_says_what_a_reader_needs(graph):
     assert "▶ L1/1" in text
     assert "“label of L1/1”" in text
     assert "No link of this feature" in describe_flow(graph, "L2/2")
+
+
+def test_a_graph_of_an_older_schema_is_refused(tables, tmp_path):
+    pairs = pd.DataFrame([dict.fromkeys(PAIRS.names)])
+    for schema in (SCHEMA, SCHEMA - 1):
+        with Artifact.create(tmp_path / f"link{schema}", kind=KIND, schema=schema, config={}, inputs={}) as draft:
+            write_tables(draft.path, {"nodes": tables.nodes, "edges": tables.edges, "pairs": pairs}, ())
+    assert FlowGraph.open(tmp_path / f"link{SCHEMA}").chain("L2/1")
+    with pytest.raises(UserError, match=f"expected: schema {SCHEMA}"):
+        FlowGraph.open(tmp_path / f"link{SCHEMA - 1}")
 
 
 def test_tables_survive_the_disk_and_damage_is_named(tables, tmp_path):
