@@ -28,17 +28,18 @@ def main() -> None:
     """Print the table, or write it into the README."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="the folder of a finished run")
-    parser.add_argument("--write", action="store_true", help="replace the table in README.md")
+    parser.add_argument("--write", action="store_true", help="replace the table in the README")
+    parser.add_argument("--readme", type=Path, default=README, help="the page that holds the two marks")
     options = parser.parse_args()
     text = report(options.run)
     if not options.write:
         print(text)
         return
-    page = README.read_text(encoding="utf-8")
+    page = options.readme.read_text(encoding="utf-8")
     if page.count(BEGIN) != 1 or page.count(END) != 1:
-        parser.error(f"README.md must hold {BEGIN} and {END} once each")
+        parser.error(f"{options.readme} must hold {BEGIN} and {END} once each")
     before, rest = page.split(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    options.readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def report(run: Path) -> str:

@@ -130,7 +130,7 @@ def test_the_front_page_links_to_what_is_there(artifacts: Path) -> None:
         assert (artifacts / name).is_file()
 
 
-def test_the_readme_s_table_is_made_of_the_artifacts(artifacts: Path) -> None:
+def test_the_readme_s_table_is_made_of_the_artifacts(artifacts: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.headline", str(artifacts)], cwd=ROOT, capture_output=True, text=True
     )
@@ -141,6 +141,12 @@ def test_the_readme_s_table_is_made_of_the_artifacts(artifacts: Path) -> None:
     assert f"**{atlas['n_labelled'] / atlas['n_alive']:.0%}**" in done.stdout
     chosen = json.loads((artifacts / "steer" / "features.json").read_text())["features"]
     assert all(f"`{each['feature']}`" in done.stdout for each in chosen)
+    page = tmp_path / "README.md"
+    begin, end = "<!-- measured: begin (python -m benchmarks.headline) -->", "<!-- measured: end -->"
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    write = [sys.executable, "-m", "benchmarks.headline", str(artifacts), "--write", "--readme", str(page)]
+    subprocess.run(write, cwd=ROOT, check=True)
+    assert page.read_text() == f"before\n{begin}\n{done.stdout.rstrip()}\n{end}\nafter\n"
 
 
 def test_a_second_run_does_nothing_and_prints_the_same_numbers(
