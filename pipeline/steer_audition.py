@@ -1,11 +1,12 @@
 """Audition: which candidates make the model write their own words, and leave it coherent, when steered along the flow?
 
 1. Lay a plan along each candidate's flow and calibrate it to the stage's middle dose on a little neutral text.
-2. Continue development prompts with every plan at once; read back with the unsteered model.
+2. Continue the openers kept for this with every plan at once; read back with the unsteered model.
 3. Best first: text that stays coherent at least half of the time before the rest, then the gain in own words.
 
-Development prompts are used nowhere else, so what the stage reports afterwards is not what was selected on; the
-features remain selected for being steerable, and that is said. Cost: three short passes and a few lines a candidate.
+These openers are used for nothing else (pipeline/steer_choice.py), so what the stage reports afterwards is not what was
+selected on; the features remain selected for being steerable, and that is said. Cost: three short passes and a few
+lines a candidate.
 """
 
 from __future__ import annotations
@@ -16,19 +17,16 @@ from dataclasses import dataclass
 from data.concepts.prompts import read_prompts
 from data.language_model import LanguageModel
 from data.sites import Site
+from pipeline.steer_choice import LEAST_COHERENT, own_rate
 from sae import Sae
 from steering.arms import Flow, Scales, flow_additive
 from steering.dose import NeutralText, calibrate
-from steering.generation import Sample, Sampling, generate
+from steering.generation import Sampling, generate
 from steering.plan import Plan
-from steering.reading import coherence_limits, is_coherent, read_back
+from steering.reading import CoherenceLimits, is_coherent, read_back
 from steering.schedules import Schedule
 
-_PROMPTS = slice(6, 14)
-_ORDINARY = slice(14, 64)
 _N_NEUTRAL, _TOLERANCE = 5, 0.15
-_LEAST_COHERENT = 0.5
-COHERENCE_TAIL = 0.025
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +39,15 @@ class Audition:
 
     @property
     def merit(self) -> tuple[bool, float]:
-        return self.coherent >= _LEAST_COHERENT, self.steered - self.unsteered
+        return self.coherent >= LEAST_COHERENT, self.steered - self.unsteered
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditionOptions:
-    """The way of steering that the stage's headline uses."""
+    """The way of steering that the stage's headline uses, what it is tried on, and what counts as coherent."""
 
+    prompts: tuple[str, ...]
+    limits: CoherenceLimits
     dose: float
     schedule: Schedule
     sampling: Sampling
@@ -64,18 +64,17 @@ def auditioned(
     """One audition a candidate: (its flow, its own tokens)."""
     neutral = NeutralText.prepare(model, read_prompts().neutral_texts[-_N_NEUTRAL:], n_tokens=32)
     plans = [_calibrated(model, saes, norms, flow, neutral, options) for flow, _ in candidates]
-    prompts = read_prompts().dev
-    made = _generated(model, saes, prompts[_PROMPTS], [None, *plans], options)
-    ordinary = _generated(model, saes, prompts[_ORDINARY], [None], options)
-    limits = coherence_limits(read_back(model, saes, ordinary, [], batch_size=48), tail=COHERENCE_TAIL)
+    made = generate(
+        model, saes, options.prompts, [None, *plans], seed=options.seed + 2, sampling=options.sampling, batch_size=104
+    ).samples
     readings = read_back(model, saes, made, [], batch_size=48)
     found = []
     for place, (_, own) in enumerate(candidates, 1):
-        coherent = [is_coherent(r, limits) for s, r in zip(made, readings, strict=True) if s.plan == place]
+        coherent = [is_coherent(r, options.limits) for s, r in zip(made, readings, strict=True) if s.plan == place]
         found.append(
             Audition(
-                unsteered=_rate([s for s in made if s.plan == 0], own),
-                steered=_rate([s for s in made if s.plan == place], own),
+                unsteered=own_rate([s for s in made if s.plan == 0], own),
+                steered=own_rate([s for s in made if s.plan == place], own),
                 coherent=sum(coherent) / len(coherent),
             )
         )
@@ -94,21 +93,3 @@ def _calibrated(
     plan = flow_additive(flow, scales, schedule=options.schedule, strength=0.2)
     (found,) = calibrate(model, saes, plan, neutral, [options.dose], tolerance=_TOLERANCE, monitor=False)
     return plan.with_strength(found.strength, dose=found.measured.kl)
-
-
-def _generated(
-    model: LanguageModel,
-    saes: Mapping[Site, Sae],
-    prompts: Sequence[str],
-    plans: Sequence[Plan | None],
-    options: AuditionOptions,
-) -> tuple[Sample, ...]:
-    return generate(
-        model, saes, prompts, plans, seed=options.seed + 2, sampling=options.sampling, batch_size=104
-    ).samples
-
-
-def _rate(samples: Sequence[Sample], own: frozenset[int]) -> float:
-    """Own words per 100 tokens."""
-    n = sum(len(sample.ids) for sample in samples)
-    return 100 * sum(token in own for sample in samples for token in sample.ids) / max(n, 1)

@@ -35,7 +35,7 @@ def write_steer_report(
     remarks: Sequence[str],
     headline: Mapping[str, Any],
     *,
-    middle: float,
+    dose: float,
     seed: int,
 ) -> Path:
     """Write the page into the artifact's folder and return its path."""
@@ -44,7 +44,7 @@ def write_steer_report(
     page = environment.get_template("steer_report.html").render(
         headline=[(name.replace("_", " "), value) for name, value in headline.items()],
         remarks=remarks,
-        middle=middle,
+        dose=dose,
         columns=list(_COLUMNS.values()),
         figures=[{"href": quote(f"figures/{name}"), "title": Path(name).stem.replace("_", " ")} for name in figures],
         features=[

@@ -167,27 +167,29 @@ def _atlas_effect(row: Mapping[Any, Any]) -> dict[str, Any]:
     }
 
 
-def headline(effects: pd.DataFrame, doses: pd.DataFrame, middle: float) -> dict[str, Any]:
-    """How many features steering moved, and by how much, for the arm and dose fixed beforehand."""
+def headline(effects: pd.DataFrame, doses: pd.DataFrame, dose: float) -> dict[str, Any]:
+    """How many features steering moved, and by how much, for the arm and dose settled beforehand."""
     arm = HEADLINE_ARM if HEADLINE_ARM in set(effects["arm"]) else str(effects["arm"].iloc[0])
-    own = effects[(effects["arm"] == arm) & (effects["target"] == middle)].set_index("measure")
+    own = effects[(effects["arm"] == arm) & (effects["target"] == dose)].set_index("measure")
     n_features = effects["feature"].nunique()
-    numbers: dict[str, Any] = {"n_features": n_features, "arm": arm, "dose": middle}
+    numbers: dict[str, Any] = {"n_features": n_features, "arm": arm, "dose": dose}
     for measure in ("own_tokens", "active"):
         part = own.loc[[measure]]
         numbers[f"{measure}_unsteered"] = round(float(part["unsteered"].mean()), 4)
         numbers[f"{measure}_steered"] = round(float(part["steered"].mean()), 4)
         numbers[f"n_features_raised_{measure}"] = int((part["low"] > 0).sum())
+    numbers["coherent_unsteered"] = round(float(own.loc[["coherent"]]["unsteered"].mean()), 4)
     numbers["coherent_steered"] = round(float(own.loc[["coherent"]]["steered"].mean()), 4)
     numbers["n_doses_not_reached"] = int((~doses["reached"]).sum())
+    numbers["chosen_on"] = "development openers, choice.json"
     return numbers
 
 
-def draw_figures(effects: pd.DataFrame, folder: Path, middle: float) -> None:
+def draw_figures(effects: pd.DataFrame, folder: Path, dose: float) -> None:
     folder.mkdir(exist_ok=True)
     draw_dose_response(effects, folder / "dose_response.png")
     draw_tradeoff(effects, folder / "concept_and_fluency.png")
-    draw_forest(effects, folder / "effects.png", measure="active", target=middle)
+    draw_forest(effects, folder / "effects.png", measure="active", target=dose)
 
 
 def atlas_labels(folder: Path, chosen: Sequence[Chosen]) -> dict[str, str]:

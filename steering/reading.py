@@ -8,7 +8,8 @@ For every sample, over its continuation only:
 3. `own_tokens`: how many of 100 tokens are the feature's own (those it fires on in the corpus).
 4. `repetition`: the share of 3-grams that are repeats; `squeeze`: zlib-compressed length / length.
 
-`coherence_limits` takes them from unsteered samples; `is_coherent` judges by them. Cost: one forward pass a sample.
+`coherence_limits` takes them from unsteered samples, `limits_passing` so that a wanted share of those keeps them all;
+`is_coherent` judges by them. Cost: one forward pass a sample.
 """
 
 from __future__ import annotations
@@ -96,6 +97,15 @@ def coherence_limits(unsteered: Sequence[Reading], *, tail: float = 0.05) -> Coh
         repetition_high=float(np.quantile([r.repetition for r in unsteered], 1 - tail)),
         squeeze_low=float(np.quantile([r.squeeze for r in unsteered], tail)),
     )
+
+
+def limits_passing(unsteered: Sequence[Reading], *, share: float) -> CoherenceLimits:
+    """The tightest limits, by the tail that all have in common, that at least `share` of these samples keep."""
+    for tail in np.linspace(1 - share, 0.0, 101):
+        limits = coherence_limits(unsteered, tail=float(tail))
+        if sum(is_coherent(reading, limits) for reading in unsteered) >= share * len(unsteered):
+            break
+    return limits
 
 
 def is_coherent(reading: Reading, limits: CoherenceLimits) -> bool:

@@ -1,14 +1,17 @@
 """Features and their flows → steered text beside unsteered text, and a measurement of whether steering did anything.
 
-1. Choose features (pipeline/steer_selection.py) or take those named.
-2. Per feature, calibrate every arm to every dose: nats of KL on neutral text (steering/dose.py).
-3. Generate from neutral prompts, steered and unsteered, from the same random numbers; read everything back with the
+1. Settle what counts as coherent, on unsteered text (pipeline/steer_choice.py).
+2. Choose features (pipeline/steer_selection.py) or take those named.
+3. Per feature, calibrate every arm to every dose: nats of KL on neutral text (steering/dose.py). Choose the headline's
+   dose on openers that are kept for it.
+4. Generate from other openers, steered and unsteered, from the same random numbers; read everything back with the
    unsteered model; paired differences with a bootstrap over prompts (steering/trial.py).
-4. Write plans, doses, samples, effects and figures; hand the samples to the atlas, which shows them.
+5. Write plans, doses, samples, effects and figures; hand the samples to the atlas, which shows them.
 
-The headline is fixed beforehand: arm `flow` at the middle dose, measured by the feature's own tokens and by how often
-the feature fires when the unsteered model reads the text. Output: `plans/*.toml`, `samples.parquet`, `samples.json`,
-`doses.parquet`, `effects.parquet`, `features.json`, `figures/`, `report.html`. Cost: almost all of it is generation.
+The headline is settled before the openers it is reported on are used: arm `flow` at the chosen dose, measured by the
+feature's own tokens and by how often the feature fires when the unsteered model reads the text. Output: `plans/*.toml`,
+`samples.parquet`, `samples.json`, `doses.parquet`, `effects.parquet`, `features.json`, `choice.json`, `figures/`,
+`report.html`. Cost: almost all of it is generation.
 """
 
 from __future__ import annotations
@@ -27,11 +30,23 @@ from typing_extensions import Doc
 from data.concepts.prompts import read_prompts
 from pipeline.artifact import Artifact, Draft
 from pipeline.run import RunContext
-from pipeline.steer_audition import COHERENCE_TAIL, AuditionOptions
+from pipeline.steer_audition import AuditionOptions
+from pipeline.steer_choice import (
+    N_REPORTABLE,
+    Candidate,
+    DoseTrial,
+    PromptSplit,
+    choice_record,
+    chosen_dose,
+    ordinary_limits,
+    prompt_split,
+    tried_doses,
+)
 from pipeline.steer_report import write_steer_report
 from pipeline.steer_selection import Chosen, SelectionOptions, Sources, choose_features
 from pipeline.steer_session import SteerSession
 from pipeline.steer_tables import (
+    HEADLINE_ARM,
     atlas_document,
     atlas_labels,
     dose_table,
@@ -48,11 +63,11 @@ from steering.arms import ARMS
 from steering.dose import NeutralText
 from steering.generation import Generation, Sampling, generate
 from steering.plan_files import write_plan
-from steering.reading import CoherenceLimits, Reading, coherence_limits, read_back
+from steering.reading import CoherenceLimits, Reading, read_back
 from steering.schedules import Constant, Schedule
 from steering.trial import ArmDose, Effect, Twin, calibrated_arms, effects_of, run_trial
 
-KIND, SCHEMA = "steer", 1
+KIND, SCHEMA = "steer", 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +93,10 @@ class Config:
     max_density: Annotated[float, Gt(0), Le(1), Doc("a chosen feature fires on at most this share of tokens")] = 0.03
     min_persistence: Annotated[int, Ge(1), Doc("layers that a chosen feature lasts at least")] = 6
     n_rows: Annotated[int, Ge(64), Doc("tokens of the store that features are described from")] = 24576
-    n_prompts: Annotated[int, Ge(1), Doc("neutral prompts that text is generated from")] = 6
-    n_samples: Annotated[int, Ge(1), Doc("samples a prompt")] = 2
+    n_prompts: Annotated[
+        int, Ge(1), Le(N_REPORTABLE), Doc("neutral openers that are reported on, drawn by the seed from the test ones")
+    ] = 12
+    n_samples: Annotated[int, Ge(1), Doc("samples an opener")] = 1
     n_new_tokens: Annotated[int, Ge(1), Doc("tokens generated a sample")] = 28
     temperature: Annotated[float, Ge(0), Doc("of sampling; 0 takes the likeliest token")] = 0.8
     n_neutral_texts: Annotated[int, Ge(1), Doc("neutral texts that doses are measured on")] = 8
@@ -113,9 +130,17 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
             inputs.collect, inputs.train, inputs.link, device=context.device, progress=context.progress
         )
         sources = dataclasses.replace(session.sources, has_label=labelled_by_atlas(inputs.atlas.path))
-        chosen, remarks = choose_features(sources, _selection(config))
-        found = _steer_all(config, sources, chosen, context)
-        _write(config, inputs, draft, chosen, found, remarks, sources.model.tokenizer.decode)
+        split = prompt_split(config.n_prompts, config.seed)
+        limits = ordinary_limits(
+            sources.model, sources.saes, split, sampling=_sampling(config), seed=config.seed + 1,
+            batch_size=config.batch_size,
+        )  # fmt: skip
+        chosen, remarks = choose_features(sources, _selection(config, split, limits))
+        arm_doses = [_calibrated(config, sources, each, context) for each in chosen]
+        trials = _dose_trials(config, sources, chosen, arm_doses, split, limits)
+        _write_json(draft.path / "choice.json", choice_record(split, limits, trials, seed=config.seed))
+        found = _steer_all(config, sources, chosen, arm_doses, split, limits, context)
+        _write(config, inputs, draft, found, chosen_dose(trials), remarks, sources.model.tokenizer.decode)
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
 
 
@@ -129,10 +154,15 @@ class Found:
     effects: list[Effect]
 
 
-def _selection(config: Config) -> SelectionOptions:
+def _selection(config: Config, split: PromptSplit, limits: CoherenceLimits) -> SelectionOptions:
     names = [f.name for f in dataclasses.fields(SelectionOptions)]
     audition = AuditionOptions(
-        dose=middle_dose(config), schedule=config.schedule, sampling=_sampling(config), seed=config.seed
+        prompts=split.audition,
+        limits=limits,
+        dose=sorted(config.doses)[len(config.doses) // 2],
+        schedule=config.schedule,
+        sampling=_sampling(config),
+        seed=config.seed,
     )
     return SelectionOptions(**{name: getattr(config, name) for name in names if name != "audition"}, audition=audition)
 
@@ -141,60 +171,12 @@ def _sampling(config: Config) -> Sampling:
     return Sampling(n_tokens=config.n_new_tokens, temperature=config.temperature)
 
 
-def _steer_all(config: Config, sources: Sources, chosen: list[Chosen], context: RunContext) -> list[Found]:
-    model, saes = sources.model, sources.saes
-    prompts = read_prompts().test[: config.n_prompts]
-    sampling = _sampling(config)
-    neutral = NeutralText.prepare(model, read_prompts().neutral_texts[: config.n_neutral_texts], n_tokens=32)
-    unsteered = generate(
-        model,
-        saes,
-        prompts,
-        [None],
-        n_samples=config.n_samples,
-        seed=config.seed,
-        sampling=sampling,
-        batch_size=config.batch_size,
-    )
-    readings = read_back(model, saes, unsteered.samples, [each.target for each in chosen])
-    limits = coherence_limits(_ordinary(config, sources, sampling), tail=COHERENCE_TAIL)
-    found = []
-    for place, each in enumerate(chosen):
-        before = [reading.of_target(place) for reading in readings]
-        found.append(_steer_one(config, sources, each, neutral, unsteered, before, limits, prompts, sampling, context))
-    return found
-
-
-def _ordinary(config: Config, sources: Sources, sampling: Sampling) -> list[Reading]:
-    """Unsteered text from other prompts: what coherence is judged by."""
-    made = generate(
+def _calibrated(config: Config, sources: Sources, chosen: Chosen, context: RunContext) -> list[ArmDose]:
+    texts = read_prompts().neutral_texts[: config.n_neutral_texts]
+    return calibrated_arms(
         sources.model,
         sources.saes,
-        read_prompts().dev[: 10 * config.n_prompts],
-        [None],
-        seed=config.seed + 1,
-        sampling=sampling,
-        batch_size=config.batch_size,
-    )
-    return read_back(sources.model, sources.saes, made.samples, [])
-
-
-def _steer_one(
-    config: Config,
-    sources: Sources,
-    chosen: Chosen,
-    neutral: NeutralText,
-    unsteered: Generation,
-    before: list[Reading],
-    limits: CoherenceLimits,
-    prompts: tuple[str, ...],
-    sampling: Sampling,
-    context: RunContext,
-) -> Found:
-    arm_doses = calibrated_arms(
-        sources.model,
-        sources.saes,
-        neutral,
+        NeutralText.prepare(sources.model, texts, n_tokens=32),
         arms=config.arms,
         doses=config.doses,
         flow=chosen.flow,
@@ -204,30 +186,91 @@ def _steer_one(
         seed=config.seed,
         progress=context.progress,
     )
-    twins = run_trial(
+
+
+def _dose_trials(
+    config: Config,
+    sources: Sources,
+    chosen: list[Chosen],
+    arm_doses: list[list[ArmDose]],
+    split: PromptSplit,
+    limits: CoherenceLimits,
+) -> list[DoseTrial]:
+    arm = HEADLINE_ARM if HEADLINE_ARM in config.arms else config.arms[0]
+    candidates = [
+        Candidate(dose=tried.target, plan=tried.plan, own_tokens=each.target.own_tokens)
+        for each, own in zip(chosen, arm_doses, strict=True)
+        for tried in own
+        if tried.arm == arm
+    ]
+    return tried_doses(
+        sources.model, sources.saes, candidates, split, limits,
+        sampling=_sampling(config), seed=config.seed + 3, batch_size=config.batch_size,
+    )  # fmt: skip
+
+
+def _steer_all(
+    config: Config,
+    sources: Sources,
+    chosen: list[Chosen],
+    arm_doses: list[list[ArmDose]],
+    split: PromptSplit,
+    limits: CoherenceLimits,
+    context: RunContext,
+) -> list[Found]:
+    model, saes = sources.model, sources.saes
+    unsteered = generate(
+        model,
+        saes,
+        split.report,
+        [None],
+        n_samples=config.n_samples,
+        seed=config.seed,
+        sampling=_sampling(config),
+        batch_size=config.batch_size,
+    )
+    readings = read_back(model, saes, unsteered.samples, [each.target for each in chosen])
+    found = []
+    for place, (each, own) in enumerate(zip(chosen, arm_doses, strict=True)):
+        before = [reading.of_target(place) for reading in readings]
+        twins = _twins(config, sources, each, own, unsteered, before, split, context)
+        effects = effects_of(twins, limits, seed=config.seed)
+        found.append(Found(chosen=each, arm_doses=own, twins=twins, effects=effects))
+    return found
+
+
+def _twins(
+    config: Config,
+    sources: Sources,
+    chosen: Chosen,
+    arm_doses: list[ArmDose],
+    unsteered: Generation,
+    before: list[Reading],
+    split: PromptSplit,
+    context: RunContext,
+) -> list[Twin]:
+    return run_trial(
         sources.model,
         sources.saes,
         arm_doses,
         chosen.target,
-        prompts,
+        split.report,
         unsteered=unsteered,
         before=before,
         n_samples=config.n_samples,
         seed=config.seed,
-        sampling=sampling,
+        sampling=_sampling(config),
         batch_size=config.batch_size,
         progress=context.progress,
     )
-    effects = effects_of(twins, limits, seed=config.seed)
-    return Found(chosen=chosen, arm_doses=arm_doses, twins=twins, effects=effects)
 
 
 def _write(
     config: Config,
     inputs: Inputs,
     draft: Draft,
-    chosen: list[Chosen],
     found: list[Found],
+    dose: float,
     remarks: list[str],
     decode: Callable[[list[int]], str],
 ) -> None:
@@ -241,6 +284,7 @@ def _write(
     for name, table in tables.items():
         table.to_parquet(draft.path / f"{name}.parquet", index=False)
     _write_plans(draft.path / "plans", inputs, found)
+    chosen = [each.chosen for each in found]
     labels = atlas_labels(inputs.atlas.path, chosen)
     records = feature_records(chosen, labels, decode)
     _write_json(draft.path / "features.json", {"features": records, "remarks": remarks})
@@ -249,24 +293,19 @@ def _write(
         tables["samples"], tables["effects"], labels, schedule=config.schedule.kind, seed=config.seed
     )
     hand_to_atlas(inputs.atlas.path, shown)
-    draw_figures(tables["effects"], draft.path / "figures", middle_dose(config))
+    draw_figures(tables["effects"], draft.path / "figures", dose)
     for record in tables["effects"].to_dict(orient="records"):
         draft.write_metrics({str(name): value for name, value in record.items()})
-    numbers = headline(tables["effects"], tables["doses"], middle_dose(config))
+    numbers = headline(tables["effects"], tables["doses"], dose)
     draft.summary.update(numbers)
     write_steer_report(
         draft.path, tables["samples"], tables["effects"], records, remarks, numbers,
-        middle=middle_dose(config), seed=config.seed,
+        dose=dose, seed=config.seed,
     )  # fmt: skip
 
 
 def _write_json(path: Path, document: Any) -> None:
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def middle_dose(config: Config) -> float:
-    """The dose of the headline."""
-    return sorted(config.doses)[len(config.doses) // 2]
 
 
 def _write_plans(folder: Path, inputs: Inputs, found: list[Found]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from data.concepts.prompts import read_prompts
 from data.corpus import BundledText
 from data.model_spec import Random
 from pipeline import steer_tables
@@ -125,6 +126,17 @@ def test_effects_are_the_means_of_the_samples(finished):
     own = effects[effects["measure"] == "own_tokens"].set_index(keys)
     pd.testing.assert_series_equal(own["difference"].sort_index(), expected.sort_index(), check_names=False)
     assert ((own["low"] <= own["difference"] + 1e-12) & (own["difference"] <= own["high"] + 1e-12)).all()
+
+
+def test_what_is_reported_comes_from_openers_that_nothing_was_chosen_on(finished):
+    choice = json.loads(finished.file("choice.json").read_text())
+    samples = pd.read_parquet(finished.file("samples.parquet"))
+    used = {opener for use in ("audition", "dose", "ordinary") for opener in choice["openers"][use]}
+    assert used == set(read_prompts().dev)
+    assert set(samples["prompt"]) == set(choice["openers"]["report"])
+    assert not set(samples["prompt"]) & (used | set(read_prompts().test[:6]))
+    assert [trial["dose"] for trial in choice["doses"]] == sorted(CONFIG.doses)
+    assert finished.summary["dose"] == choice["dose"]
 
 
 def test_a_named_feature_is_steered_and_handed_to_the_atlas(inputs, handed, tmp_path, finished):

@@ -28,7 +28,7 @@ def page(tmp_path) -> str:
     features = [{"feature": "L1/2", "label": "fires on ‘<eggs>’", "own_tokens": [" eggs", " egg"],
                  "flow": [{"feature": "L1/2", "cosine": 1.0}]}]  # fmt: skip
     return write_steer_report(
-        tmp_path, samples, effects, features, ["a remark"], {"dose": 0.1}, middle=0.1, seed=4
+        tmp_path, samples, effects, features, ["a remark"], {"dose": 0.1}, dose=0.1, seed=4
     ).read_text()
 
 

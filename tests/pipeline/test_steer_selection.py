@@ -1,4 +1,4 @@
-"""Choosing features to steer with: where a direction points, and what an audition hears."""
+"""Choosing features and a dose to steer with: where a direction points, what an audition hears, on which openers."""
 
 from __future__ import annotations
 
@@ -7,18 +7,29 @@ import dataclasses
 import pytest
 import torch
 
+from data.concepts.prompts import read_prompts
 from data.language_model import LanguageModel, Random
 from data.sites import FeatureId, Site
 from pipeline.steer_audition import Audition, AuditionOptions, auditioned
+from pipeline.steer_choice import N_REPORTABLE, Candidate, DoseTrial, chosen_dose, prompt_split, tried_doses
 from pipeline.steer_selection import SelectionOptions, Sources, reach
 from sae import Relu, Sae
-from steering.arms import Flow
+from steering.arms import Flow, Scales, flow_additive
 from steering.generation import Sampling
 from steering.profile import Profile
+from steering.reading import CoherenceLimits, Reading, is_coherent, limits_passing
 from steering.schedules import Constant
 
 SITES = [Site(layer, "resid_post") for layer in range(3)]
-OPTIONS = AuditionOptions(dose=0.5, schedule=Constant(), sampling=Sampling(n_tokens=12), seed=0)
+ANY_TEXT = CoherenceLimits(nll_low=0.0, nll_high=100.0, repetition_high=1.0, squeeze_low=0.0)
+OPTIONS = AuditionOptions(
+    prompts=read_prompts().dev[:8],
+    limits=ANY_TEXT,
+    dose=0.5,
+    schedule=Constant(),
+    sampling=Sampling(n_tokens=12),
+    seed=0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +86,58 @@ def test_the_audition_hears_who_writes_its_own_words(model, saes):
 def test_incoherent_text_loses_whatever_it_writes():
     loud, quiet = (Audition(unsteered=0.0, steered=s, coherent=c) for s, c in ((50.0, 0.25), (1.0, 0.75)))
     assert quiet.merit > loud.merit
+
+
+def test_no_opener_is_used_for_two_things_and_none_that_was_read_before_is_reported_on():
+    split = prompt_split(20, seed=5)
+    parts = [split.audition, split.dose, split.ordinary, split.report]
+    assert len({opener for part in parts for opener in part}) == sum(map(len, parts))
+    chosen_on = {*split.audition, *split.dose, *split.ordinary}
+    assert chosen_on == set(read_prompts().dev)
+    assert set(split.report) <= set(read_prompts().test[6:])
+    assert len(split.report) == 20
+    assert split == prompt_split(20, seed=5)
+    assert split.report != prompt_split(20, seed=6).report
+    assert len(prompt_split(N_REPORTABLE, 0).report) == len(read_prompts().test) - 6
+
+
+def test_a_dose_that_breaks_text_is_not_chosen_and_the_smallest_is_where_all_do():
+    def trials(*coherent: float) -> list[DoseTrial]:
+        doses = (0.3, 0.1, 0.2)
+        pairs = zip(doses, coherent, strict=True)
+        return [DoseTrial(dose=d, unsteered=1.0, steered=1 + 10 * d, coherent=c) for d, c in pairs]
+
+    assert chosen_dose(trials(0.6, 0.9, 0.7)) == 0.3
+    assert chosen_dose(trials(0.4, 0.9, 0.7)) == 0.2
+    assert chosen_dose(trials(0.4, 0.3, 0.2)) == 0.1
+    same = [DoseTrial(dose=d, unsteered=1.0, steered=2.0, coherent=1.0) for d in (0.3, 0.1)]
+    assert chosen_dose(same) == 0.1
+
+
+def test_a_larger_dose_makes_the_feature_write_more_of_its_own_words(model, saes):
+    flow = Flow(seed=FeatureId(SITES[1], 0), steps=tuple((FeatureId(s, 0), 1.0) for s in SITES))
+    scales = Scales(norms=dict.fromkeys(SITES, 6.0), activations={feature: 1.0 for feature, _ in flow.steps})
+    candidates = [
+        Candidate(dose=d, plan=flow_additive(flow, scales, strength=d), own_tokens=frozenset({40})) for d in (3.0, 0.05)
+    ]
+    trials = tried_doses(
+        model, saes, candidates, prompt_split(1, 0), ANY_TEXT, sampling=Sampling(n_tokens=12), seed=0, batch_size=48
+    )
+    assert [trial.dose for trial in trials] == [0.05, 3.0]
+    assert trials[1].steered > trials[0].steered + 3
+    assert trials[0].unsteered == trials[1].unsteered < trials[1].steered
+    assert {trial.coherent for trial in trials} == {1.0}
+
+
+def test_nine_of_ten_ordinary_texts_keep_the_limits_made_from_them():
+    generator = torch.Generator().manual_seed(0)
+    n = 200
+    nll, repetition, squeeze = torch.rand(3, n, generator=generator).tolist()
+    readings = [
+        Reading(nll=a, activation=(), active=(), own_tokens=(), repetition=b, squeeze=c, n_tokens=20)
+        for a, b, c in zip(nll, repetition, squeeze, strict=True)
+    ]
+    limits = limits_passing(readings, share=0.9)
+    kept = sum(is_coherent(reading, limits) for reading in readings)
+    assert 0.9 * n <= kept <= 0.93 * n
+    assert limits.nll_high < max(nll)
