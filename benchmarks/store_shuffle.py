@@ -114,7 +114,7 @@ def fvu_after(
     gathered = store.statistics(str(site))
     schedule = Schedule(
         steps=options.steps,
-        learning_rate=learning_rate_law(options.n_latents),
+        learning_rate=learning_rate_law(options.n_latents, options.steps),
         dead_after=dead_window(options.steps, options.batch),
     )
     trainer = Trainer(

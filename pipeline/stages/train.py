@@ -61,7 +61,7 @@ class Config:
     steps: Annotated[int, Gt(0), Doc("optimizer steps of a dictionary that starts from random directions")] = 1600
     batch_size: Annotated[int, Gt(0), Doc("tokens of a step")] = 1024
     learning_rate: Annotated[
-        float | None, Gt(0), Doc("peak learning rate; none for 8e-4 at 2,048 latents, falling with the square root")
+        float | None, Gt(0), Doc("peak learning rate; none for one that follows the width and the steps")
     ] = None
     warmup_steps: Annotated[int, Ge(0), Doc("steps of linear warm-up; at most half of a run")] = 50
     decay_fraction: Annotated[float, Ge(0), Le(1), Doc("last part of a run over which the rate falls to 0")] = 0.2

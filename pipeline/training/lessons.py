@@ -156,7 +156,7 @@ def transcoder_lessons(
             architecture=choice.architecture,
             n_latents=choice.n_latents,
             steps=choice.steps,
-            learning_rate=choice.learning_rate or learning_rate or learning_rate_law(choice.n_latents),
+            learning_rate=choice.learning_rate or learning_rate or learning_rate_law(choice.n_latents, choice.steps),
             seed=own,
             kind="independent",
             group=f"transcoder-{own}-{choice.n_latents}",
@@ -171,7 +171,8 @@ def transcoder_lessons(
 def _varied(job: SiteJob, variant: Variant, steps: int, learning_rate: float | None) -> SiteJob:
     """The variant's job. Its batches are those of `job`, whose seed it keeps."""
     n_latents = variant.n_latents or job.n_latents
-    rate = job.learning_rate if n_latents == job.n_latents else learning_rate or learning_rate_law(n_latents)
+    whole = max(steps, job.steps)
+    rate = job.learning_rate if n_latents == job.n_latents else learning_rate or learning_rate_law(n_latents, whole)
     varied = replace(
         job,
         architecture=variant.architecture or job.architecture,

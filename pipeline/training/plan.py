@@ -116,7 +116,7 @@ def plan_jobs(
             group="",
             parent=parent,
         )
-        jobs.append(_overridden(job, learning_rate, overrides))
+        jobs.append(_overridden(job, steps, learning_rate, overrides))
     jobs = [replace(job, group=_group(job)) for job in jobs]
     if problems := tuple(_problems(jobs)):
         raise UserError("these dictionaries cannot be trained", problems=problems, mend="change the recipe")
@@ -179,14 +179,16 @@ def _seed_offset(site: Site, initialisation: Initialisation) -> int:
 
 
 def _overridden(
-    job: SiteJob, learning_rate: float | None, overrides: Sequence[tuple[Sequence[Site], Override]]
+    job: SiteJob, steps: int, learning_rate: float | None, overrides: Sequence[tuple[Sequence[Site], Override]]
 ) -> SiteJob:
+    """What the recipe says of this site. A dictionary that goes on from another keeps to the rate of a whole run."""
     for named, override in overrides:
         if job.site in named:
             wanted = {name: getattr(override, name) for name in ("architecture", "n_latents", "steps")}
             job = replace(job, **{name: value for name, value in wanted.items() if value is not None})
             learning_rate = override.learning_rate or learning_rate
-    return replace(job, learning_rate=learning_rate or learning_rate_law(job.n_latents))
+    whole = max(steps, job.steps) if job.parent else job.steps
+    return replace(job, learning_rate=learning_rate or learning_rate_law(job.n_latents, whole))
 
 
 def _group(job: SiteJob) -> str:
