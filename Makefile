@@ -86,7 +86,8 @@ bench-train: install  ## a whole training step against the peers', side by side 
 bench-quality: install  ## dictionaries of equal size and budget against the peers', and starts against each other (needs make peers)
 	@mkdir -p benchmarks/results
 	$(BIN)/featureflow run --recipe benchmarks/quality.toml --artifacts $(ARTIFACTS) --to collect
-	$(BIN)/python -m benchmarks.quality_peers --collect $(ARTIFACTS)/quality/collect --peers $(PEERS) --out $(ARTIFACTS)/bench-quality $(ARGS) | tee benchmarks/results/quality_peers.jsonl
+	$(BIN)/python -m benchmarks.quality_rates --collect $(ARTIFACTS)/quality/collect --peers $(PEERS) --out $(ARTIFACTS)/bench-quality --save-best $(ARTIFACTS)/bench-quality/best.txt | tee benchmarks/results/quality_rates.jsonl
+	$(BIN)/python -m benchmarks.quality_peers --collect $(ARTIFACTS)/quality/collect --peers $(PEERS) --out $(ARTIFACTS)/bench-quality --learning-rate $$(cat $(ARTIFACTS)/bench-quality/best.txt) $(ARGS) | tee benchmarks/results/quality_peers.jsonl
 	$(BIN)/python -m benchmarks.quality_starts --collect $(ARTIFACTS)/quality/collect --out $(ARTIFACTS)/bench-starts | tee benchmarks/results/quality_starts.jsonl
 	$(BIN)/python -m benchmarks --report
 

@@ -35,6 +35,7 @@ ELSEWHERE = {
     "store_shuffle": "python -m benchmarks.store_shuffle --store artifacts/laptop/collect/store.zarr",
     "train_speed": "make bench-train PEERS=<folder>",
     "quality_peers": "make bench-quality PEERS=<folder>",
+    "quality_rates": "make bench-quality PEERS=<folder>",
     "quality_starts": "make bench-quality PEERS=<folder>",
     "link_graph": "python benchmarks/link_speed.py graph --layers 30 --n 16384",
     "atlas_pages": "python -m benchmarks.atlas_pages --layers 30 --latents 16384 --site artifacts/laptop/atlas/site",

@@ -1,11 +1,12 @@
 """Which learning rate suits each trainer? The rate of `quality_peers` is chosen with this, for every trainer alike.
 
-    python -m benchmarks.quality_rates --collect ARTIFACT --peers FOLDER --out FOLDER [--rates 8e-4 1.7e-3 …]
+    python -m benchmarks.quality_rates --collect ARTIFACT --peers FOLDER --out FOLDER [--rates …] [--save-best FILE]
 
 Every trainer (ours, SAELens, dictionary_learning) trains one dictionary per rate, with a seed that the comparison does
 not use (9), on the rows, width, L0 and budget of `quality_peers`; the evaluate stage measures all of them on held-out
-rows. Prints one JSON line per dictionary and one per trainer with its best rate. Give `quality_peers` the best rates:
-`--learning-rate featureflow=… saelens=… dictionary_learning=…`. What is made already is not made again.
+rows. Prints one JSON line per dictionary and one per trainer with its best rate. `--save-best` writes them as
+`quality_peers --learning-rate` takes them: `featureflow=… saelens=… dictionary_learning=…`. What is made already is not
+made again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import pandas as pd
 
@@ -24,11 +26,11 @@ from pipeline.artifact import Artifact
 from pipeline.run import RunContext
 from pipeline.stages import collect, evaluate, train
 
-RATES = (8e-4, 1.7e-3, 3.4e-3)
+RATES = (8e-4, 1.7e-3, 3.4e-3, 6.8e-3)
 SEED = 9
 
 
-def main(arguments: argparse.Namespace, rates: list[float]) -> None:
+def main(arguments: argparse.Namespace, rates: list[float], save_best: Path | None) -> None:
     collected = Artifact.open(arguments.collect, kind=collect.KIND, schema=collect.SCHEMA)
     rows = arguments.out / "rows.npy"
     n_train, n_held_out = quality_peers.export_rows(
@@ -47,10 +49,14 @@ def main(arguments: argparse.Namespace, rates: list[float]) -> None:
     settings = evaluate.Config(n_tokens=arguments.eval_tokens, others=(str(arguments.out / "dictionaries"),))
     inputs = evaluate.Inputs(collect=collected, train=first)
     evaluated = evaluate.run(settings, inputs, arguments.out / "evaluate", RunContext())
-    report(pd.read_parquet(evaluated.path / "metrics.parquet"))
+    best = report(pd.read_parquet(evaluated.path / "metrics.parquet"))
+    if save_best is not None:
+        save_best.write_text(" ".join(f"{trainer}={rate:g}" for trainer, rate in best.items()), encoding="utf-8")
 
 
-def report(rows: pd.DataFrame) -> None:
+def report(rows: pd.DataFrame) -> dict[str, float]:
+    """Print what every rate gave; the best rate of each trainer."""
+    chosen = {}
     measured = rows[rows["source"].str.startswith("dictionaries/")].copy()
     parts = measured["source"].str.split("/")
     measured["trainer"], measured["rate"] = parts.str[1], parts.str[2].astype(float)
@@ -59,11 +65,14 @@ def report(rows: pd.DataFrame) -> None:
             line = {"trainer": trainer, "learning_rate": row.rate, "fvu": row.fvu, "dead_fraction": row.dead_fraction}
             print(json.dumps(line), flush=True)
         best = part.loc[part["fvu"].idxmin()]
+        chosen[str(trainer)] = float(best["rate"])
         print(json.dumps({"trainer": trainer, "best_learning_rate": best["rate"], "fvu": best["fvu"]}), flush=True)
+    return chosen
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
+    parser.add_argument("--save-best", type=Path)
     own, rest = parser.parse_known_args(sys.argv[1:])
-    main(quality_peers.parsed([*rest, "--seeds", str(SEED)]), own.rates)
+    main(quality_peers.parsed([*rest, "--seeds", str(SEED)]), own.rates, own.save_best)
