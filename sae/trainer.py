@@ -55,12 +55,13 @@ class Schedule:
 
 
 def learning_rate_law(n_latents: int, steps: int) -> float:
-    """2.4e-3 at 2,048 latents and 3,000 steps, falling with √width and with the cube root of the steps; at most 3.4e-3.
+    """2.4e-3 at 2,048 latents, falling with √width and beyond 3,000 steps with their cube root; never more than 2.4e-3.
 
-    Measured at 523 and 3,000 steps (docs/log.md). Continued to the 244,000 steps of 500 M tokens it is 5.5e-4, where
-    dictionary_learning's 2e-4 · √(2^14 / n_latents) is 5.7e-4.
+    Measured at 523 and 3,000 steps (docs/log.md). In shorter runs more would reconstruct the residual stream better
+    still, but cost attention outputs a quarter of their latents. Continued to the 244,000 steps of 500 M tokens the law
+    gives 5.5e-4, where dictionary_learning's 2e-4 · √(2^14 / n_latents) is 5.7e-4.
     """
-    return min(3.4e-3, 2.4e-3 * (2048 / n_latents) ** 0.5 * (3000 / steps) ** (1 / 3))
+    return 2.4e-3 * min(1.0, (2048 / n_latents) ** 0.5 * min(1.0, 3000 / steps) ** (1 / 3))
 
 
 def dead_window(steps: int, batch_size: int) -> int:
