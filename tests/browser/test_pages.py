@@ -134,6 +134,31 @@ def test_second_opinions_stand_on_the_card_as_text(page: Any, world: Any) -> Non
     assert page.complaints() == []
 
 
+def test_on_a_phone_labels_show_all_their_numbers_without_scrolling_and_lists_what_tells_them_apart(page: Any) -> None:
+    page.load("L3/30", width=390)
+    for selector in ("table.labels", ".examples"):
+        inside, room = page.js(
+            "const n = document.querySelector(arguments[0]); return [n.scrollWidth, n.parentElement.clientWidth]",
+            selector,
+        )
+        assert inside <= room
+    precision = page.js("return document.querySelector('td[data-name=precision]').getBoundingClientRect().right")
+    assert 0 < precision <= 390
+    page.go("trunks")
+    assert page.js("return [...document.querySelectorAll('.v-row .label-lead')].every((n) => n.offsetWidth === 0)")
+    page.load("trunks", width=1440)
+    assert page.js("return [...document.querySelectorAll('.v-row .label-lead')].some((n) => n.offsetWidth > 0)")
+
+
+def test_the_space_before_a_word_is_not_shaded_and_no_text_is_lost(page: Any) -> None:
+    page.load("L3/30")
+    marks = page.texts(".examples mark.token")
+    assert marks
+    assert not [text for text in marks if text.startswith(" ") and text.strip()]
+    whole = page.texts(".examples .example-text")[0]
+    assert whole.strip("…") == "".join(page.texts(".examples > .example:first-child .token"))
+
+
 def test_the_strip_and_its_table_twin_agree(page: Any, sizes: Any) -> None:
     page.load()
     page.click(".figure details.twin-details summary")

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import test from "node:test";
 import { DamagedShard, parseContainer } from "../../../pipeline/atlas/site/src/data/container.js";
 import { decodeUtf8, isOpen, Vocabulary } from "../../../pipeline/atlas/site/src/data/text.js";
-import { percent, short } from "../../../pipeline/atlas/site/src/format.js";
+import { briefLabel, percent, short } from "../../../pipeline/atlas/site/src/format.js";
 import { countCrossings, layout, spread } from "../../../pipeline/atlas/site/src/graph/layout.js";
 import { pathsThrough } from "../../../pipeline/atlas/site/src/graph/select.js";
 import { link, parse, parseFeature } from "../../../pipeline/atlas/site/src/route.js";
@@ -125,4 +125,17 @@ test("shades, signs and numbers", () => {
   assert.equal(visible("a\nb\u202e\u0000\ud800"), "a↵b⟨U+202E⟩␀\ufffd");
   assert.deepEqual([percent(0.5), percent(0.00123), percent(0), percent(NaN)], ["50 %", "0.12 %", "0 %", "–"]);
   assert.deepEqual([short(1234.5), short(-0.5), short(1e-5)], ["1230", "−0.5", "1.0e−5"]);
+});
+
+test("a brief label keeps what tells it from others", () => {
+  for (const [label, brief] of [
+    ["fires strongly on ‘ between’, ‘ both’", "‘between’, ‘both’"],
+    ["fires on forms of ‘clas’", "‘clas’"],
+    ["fires after ‘ the’", "after ‘the’"],
+    ["no simple rule · strongest on ‘ x’", "‘x’"],
+    ["no simple rule · as in “the «cat» sat”", "“the «cat» sat”"],
+    ["no simple rule", "no simple rule"],
+    ["too rare to label · as in “the «cat» sat”", "“the «cat» sat”"],
+    ["my own note", "my own note"],
+  ]) assert.equal(briefLabel(label), brief);
 });

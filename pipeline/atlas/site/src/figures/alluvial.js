@@ -8,6 +8,7 @@ import { visible } from "../ui/tokens.js";
 import { everyNth, responsive, text } from "./plot.js";
 
 export const COLOURS = 8;
+const [WIDE, NAMES] = [800, 150];
 
 /** Colour classes: the largest communities get their own, the rest alternate between two greys. */
 export function colourOf(rank) {
@@ -34,7 +35,7 @@ function meanLayer(item, columns) {
 
 function draw(columns, ranked, ribbons, width) {
   const height = Math.max(360, Math.min(620, width * 0.5));
-  const [left, right, top, bottom] = [8, width - 8, 8, height - 22];
+  const [left, right, top, bottom] = [width < WIDE ? 8 : NAMES, width - 8, 8, height - 22];
   const step = (right - left) / columns.length;
   const bar = Math.max(2, Math.min(10, step * 0.3));
   const gap = ranked.length > 1 ? Math.min(2.5, 60 / ranked.length) : 0;
@@ -42,11 +43,11 @@ function draw(columns, ranked, ribbons, width) {
   const scale = (bottom - top - gap * ranked.length) / Math.max(1, most);
   const placed = columns.map((site, c) => stack(site, left + (c + 0.5) * step, ranked, { scale, gap, top, bottom }));
   const position = new Map(columns.map((site, c) => [site.i, c]));
-  const labels = labelPlaces(ranked, placed, bar);
-  const groups = ranked.map((item) => group(item, placed, ribbons, { position, scale, bar, columns, labels }));
+  const groups = ranked.map((item) => group(item, placed, ribbons, { position, scale, bar, columns }));
+  const names = [...labelPlaces(ranked, placed, bar, width >= WIDE)].map(([item, at]) => svg("a", { href: link(`community/${item.id}`), class: `community ${colourOf(item.rank)}`, tabindex: -1, "aria-hidden": "true" }, text(at.x, at.y + 4, at.name, { anchor: at.anchor, className: "community-label" })));
   const nth = everyNth(columns.length, right - left, 30);
   const marks = columns.map((site, c) => c % nth === 0 && text(left + (c + 0.5) * step, height - 6, site.layer, { anchor: "middle" }));
-  return svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "group", "aria-label": "Communities through the layers", class: "alluvial" }, groups, marks);
+  return svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "group", "aria-label": "Communities through the layers", class: "alluvial" }, groups, names, marks);
 }
 
 function stack(site, x, ranked, { scale, gap, top, bottom }) {
@@ -63,38 +64,38 @@ function stack(site, x, ranked, { scale, gap, top, bottom }) {
   return bars;
 }
 
-// A label stands beside the tallest bar of its community, where it runs into no other label.
-function labelPlaces(ranked, placed, bar) {
+// A community of the first layer has its name in the margin, where there is one; others beside their tallest bar. A name
+// is left out where it would run into another.
+function labelPlaces(ranked, placed, bar, hasMargin) {
   const taken = [];
   const places = new Map();
-  const wanted = ranked.map((item) => ({ item, at: tallest(placed, item.id) })).filter(({ at }) => at && at.height > 11);
-  wanted.sort((a, b) => b.at.height - a.at.height);
-  for (const { item, at } of wanted) {
-    const name = clip(nameOf(item), 22);
-    const box = { x: at.x + bar / 2 + 4, y: at.y + at.height / 2, width: name.length * 6.4 + 4 };
-    if (taken.some((other) => Math.abs(other.y - box.y) < 12 && other.x < box.x + box.width && box.x < other.x + other.width)) continue;
+  const boxes = ranked.map((item) => ({ item, first: hasMargin && placed[0].get(item.id), at: tallest(placed, item.id) })).filter(({ first, at }) => first || at?.height > 11);
+  boxes.sort((a, b) => !!b.first - !!a.first || b.at.height - a.at.height);
+  for (const { item, first, at } of boxes) {
+    const name = clip(nameOf(item), 24);
+    const wide = name.length * 6.4 + 4;
+    const box = first ? { x: first.x - bar / 2 - 4, from: 0, to: first.x, y: first.y + first.height / 2, anchor: "end" } : { x: at.x + bar / 2 + 4, from: at.x, to: at.x + bar / 2 + 4 + wide, y: at.y + at.height / 2, anchor: "start" };
+    if (taken.some((other) => Math.abs(other.y - box.y) < 10.5 && other.from < box.to && box.from < other.to)) continue;
     taken.push(box);
-    places.set(item.id, { ...box, name });
+    places.set(item, { ...box, name });
   }
   return places;
 }
 
-const nameOf = (item) => visible(clip(item.label || `community ${item.id}`, 40));
+const nameOf = (item) => visible(clip(item.label || `community ${item.id}`, 40)).replaceAll("‘ ", "‘");
 
 function tallest(placed, id) {
   return placed.map((bars) => bars.get(id)).reduce((best, one) => ((one?.height ?? 0) > (best?.height ?? 0) ? one : best), null);
 }
 
-function group(item, placed, ribbons, { position, scale, bar, columns, labels }) {
+function group(item, placed, ribbons, { position, scale, bar, columns }) {
   const own = ribbons.filter((ribbon) => ribbon.community === item.id && position.get(ribbon.target) === position.get(ribbon.source) + 1);
   const paths = own.map((ribbon) => ribbonPath(placed[position.get(ribbon.source)].get(item.id), placed[position.get(ribbon.target)].get(item.id), ribbon.n * scale, bar));
   const bars = placed.map((bars_) => bars_.get(item.id)).filter(Boolean);
   const rects = bars.map(({ x, y, height }) => svg("rect", { x: x - bar / 2, y, width: bar, height: Math.max(0.5, height), class: "community-bar" }));
   const top = placed.findIndex((stack_) => stack_.get(item.id) === tallest(placed, item.id));
   const summary = `${nameOf(item)}: ${count(item.size)} features in ${bars.length} layers, most in ${columns[top]?.short ?? "none"}`;
-  const at = labels.get(item.id);
-  const label = at && text(at.x, at.y + 4, at.name, { className: "community-label" });
-  return svg("a", { href: link(`community/${item.id}`), class: `community ${colourOf(item.rank)}` }, svg("title", {}, summary), paths, rects, label);
+  return svg("a", { href: link(`community/${item.id}`), class: `community ${colourOf(item.rank)}` }, svg("title", {}, summary), paths, rects);
 }
 
 function ribbonPath(from, to, size, bar) {

@@ -3,7 +3,7 @@
 
 import { siteOf } from "../data/atlas.js";
 import { svg } from "../dom.js";
-import { clip, percent } from "../format.js";
+import { briefLabel, clip, percent } from "../format.js";
 import { CLASS_NAMES, isNoRule } from "../ui/parts.js";
 import { visible } from "../ui/tokens.js";
 import { layout } from "./layout.js";
@@ -79,7 +79,7 @@ function drawNode(node, { at, boxWidth }, picture) {
     svg("rect", { width: 4, height: BOX, class: "class-edge" }),
     svg("text", { x: 10, y: 14, class: "node-id" }, node.id),
     svg("circle", { cx: boxWidth - 9, cy: 10, r: (1.2 + 3.4 * densityShare(node.density)).toFixed(1), class: "density-dot" }),
-    svg("text", { x: 10, y: 29, class: isNoRule(node.label) ? "node-label quiet" : "node-label" }, clip(label.replace(/^(fires on |no simple rule · )/, ""), characters)),
+    svg("text", { x: 10, y: 29, class: isNoRule(node.label) ? "node-label quiet" : "node-label" }, clip(briefLabel(label), characters)),
     node.hiddenIn > 0 && stub(-4, node.hiddenIn, "end"),
     node.hiddenOut > 0 && stub(boxWidth + 4, node.hiddenOut, "start"),
   );

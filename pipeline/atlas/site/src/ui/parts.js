@@ -2,7 +2,7 @@
 
 import { MissingShard } from "../data/shards.js";
 import { h, show } from "../dom.js";
-import { clip, fixed } from "../format.js";
+import { clip, fixed, splitLabel } from "../format.js";
 import { compared, noteOf, onChange, toggleCompared } from "../notes.js";
 import { link } from "../route.js";
 import { visible } from "./tokens.js";
@@ -25,9 +25,10 @@ export function featureLink(id, text) {
 /** Whether a label says that no rule was found; it may go on with typical tokens. */
 export const isNoRule = (label) => label === "" || label.startsWith("no simple rule");
 
-/** A label as text: quiet where it is not a real label. */
+/** A label as text: quiet where it is not a real label. A quoted token's space does not end a line. */
 export function labelText(label, limit = 160) {
-  return h("span", { class: isNoRule(label) ? "label quiet" : "label", title: label.length > limit ? `${label.length} characters` : null }, label === "" ? "never fired" : visible(clip(label, limit)));
+  const [lead, rest] = splitLabel(label === "" ? "never fired" : visible(clip(label, limit)).replaceAll("‘ ", "‘\u00a0"));
+  return h("span", { class: isNoRule(label) ? "label quiet" : "label", title: label.length > limit ? `${label.length} characters` : null }, lead && h("span", { class: "label-lead" }, lead), rest);
 }
 
 /** Someone's own note on a feature wins over the measured label in lists. */

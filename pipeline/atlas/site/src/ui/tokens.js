@@ -48,8 +48,10 @@ function tokenSpan(text, value, { max, newlines, unit, peak, special }) {
   const shade = level(value, max);
   const body = visible(clip(text, LONGEST));
   const title = shade ? `${body.trim()} ${short(value)}${unit}` : null;
-  const span = h(shade ? "mark" : "span", { class: `token${shade ? ` a${shade}` : ""}${peak ? " peak" : ""}${special ? " special" : ""}`, title }, body);
-  return newlines && text.includes("\n") ? [span, h("br")] : [span];
+  // the space before a word is not shaded: at the end of a line it would stand there as a block of its own
+  const space = shade && /^ \S/.test(body) ? h("span", { class: "token" }, " ") : null;
+  const span = h(shade ? "mark" : "span", { class: `token${shade ? ` a${shade}` : ""}${peak ? " peak" : ""}${special ? " special" : ""}`, title }, space ? body.slice(1) : body);
+  return [space, span, newlines && text.includes("\n") && h("br")];
 }
 
 /** The key of the colours. */

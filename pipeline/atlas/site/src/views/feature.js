@@ -49,11 +49,12 @@ function head(view) {
   );
 }
 
-function facts({ overview, latent, card, atlas }) {
+function facts({ overview, latent, card, atlas, site }) {
   const [birth, death] = [overview.birth[latent], overview.death[latent]];
   const out = [`fires on ${percent(overview.density[latent])} of tokens`, `${plural(card.count, "firing")} in ${plural(card.n_documents, "document")}`, `largest ${short(card.max)}, mean ${short(card.mean)}`];
   if (Number.isFinite(card.threshold)) out.push(`threshold ${short(card.threshold)}`);
-  if (atlas.has.flow && birth >= 0) out.push(birth === death ? `only in L${birth}` : `carried from L${birth} to L${death}`);
+  // a module's output is not followed through the layers: it flows on in the residual stream
+  if (atlas.has.flow && birth >= 0 && site.kind === "resid_post") out.push(birth === death ? `only in L${birth}` : `carried from L${birth} to L${death}`);
   if (overview.flags[latent] & FLAG.dense) out.push("fires on more than a tenth of all tokens");
   if (overview.flags[latent] & FLAG.oneToken) out.push("one token carries at least 90 %");
   return card.count ? out : ["never fired"];
@@ -80,13 +81,13 @@ function labelTable({ card, atlas, opinion }) {
     h(
       "tr",
       { class: label.accepted || label.method === "model" ? "" : "rejected" },
-      h("td", {}, labelText(label.text, 300), label.score !== null && atlas.method(label.method)?.kind === "none" && h("span", { class: "quiet" }, " (the best one reached)"), label.from && h("span", { class: "quiet" }, " from ", featureLink(label.from), Number.isFinite(label.cosine) && ` cosine ${short(label.cosine)}`)),
+      h("td", {}, labelText(label.text, 300), label.score !== null && atlas.method(label.method)?.kind === "none" && h("span", { class: "quiet" }, " (score: of the best rule tried)"), label.from && h("span", { class: "quiet" }, " from ", featureLink(label.from), Number.isFinite(label.cosine) && ` cosine ${short(label.cosine)}`)),
       label.method === "model" ? h("td", { title: "written by a language model; the score is its balanced accuracy at telling held-out windows apart" }, `model ${label.model ?? ""}`) : h("td", { title: atlas.method(label.method)?.about }, (atlas.method(label.method)?.name ?? "–").replaceAll("_", " ")),
-      h("td", {}, scoreBar(label.score, label.low, label.high)),
-      h("td", { class: "number" }, Number.isFinite(label.n) ? count(label.n) : "–"),
-      h("td", { class: "number" }, numbers(label.precision)),
-      h("td", { class: "number" }, numbers(label.recall)),
-      h("td", { class: "number" }, numbers(label.near_miss)),
+      h("td", {}, scoreBar(label.score, label.low, label.high), Number.isFinite(label.fuzz?.score) && h("span", { class: "quiet small", title: "balanced accuracy at telling windows marked where it fires from the same ones marked elsewhere" }, `marks ${label.fuzz.score.toFixed(2)} (${label.fuzz.low.toFixed(2)}–${label.fuzz.high.toFixed(2)})`)),
+      h("td", { class: "number", "data-name": "n", title: label.n_asked > label.n ? `${label.n} of ${label.n_asked} windows were answered readably` : null }, Number.isFinite(label.n) ? count(label.n) : "–"),
+      h("td", { class: "number", "data-name": "precision" }, numbers(label.precision)),
+      h("td", { class: "number", "data-name": "recall" }, numbers(label.recall)),
+      h("td", { class: "number", "data-name": "near-misses" }, numbers(label.near_miss)),
     ),
   );
   const heads = [["label"], ["method"], ["held-out score", "with its 95 % interval"], ["n", "held-out firings and near-misses it was scored on"], ["precision"], ["recall"], ["near-misses", "share of near-misses that the rule rejects"]];
@@ -130,7 +131,7 @@ function scored(card, name, vocabulary) {
 function outputTables({ card, vocabulary }) {
   const [up, down] = [scored(card, "promotes", vocabulary), scored(card, "suppresses", vocabulary)];
   if (!up.length && !down.length) return null;
-  const list = (title, rows) => h("div", {}, h("h3", { class: "minor" }, title), h("ul", { class: "ranked tight" }, rows.map((row) => h("li", {}, tokenChip(vocabulary.name(row.token)), h("span", { class: "number quiet" }, short(row.score))))));
+  const list = (title, rows) => h("div", {}, h("h3", { class: "minor" }, title), h("ul", { class: "ranked tight" }, rows.map((row) => h("li", {}, tokenChip(vocabulary.name(row.token)), h("span", { class: "number quiet" }, row.score.toFixed(2))))));
   return h("section", {}, h("h2", { class: "figure-title" }, "Writes towards the output"), h("div", { class: "columns half" }, list("promotes", up), list("suppresses", down)), h("p", { class: "quiet small" }, `Its decoder direction through the unembedding, in standard deviations over the vocabulary. Excess kurtosis ${short(card.output_kurtosis)}: ${card.output_kurtosis > 3 ? "a few tokens stand out" : "no token stands out much"}.`));
 }
 
@@ -143,5 +144,5 @@ function places(view) {
 function shareRows(rows) {
   const most = Math.max(...rows.map((row) => row.rate).filter(Number.isFinite), 1e-12);
   const shown = rows.slice().sort((a, b) => (b.rate || 0) - (a.rate || 0)).slice(0, 12);
-  return h("table", { class: "bars" }, h("tbody", {}, shown.map((row) => h("tr", {}, h("th", { scope: "row" }, row.name), h("td", { class: "bar-cell" }, shareBar(row.rate / most, percent(row.rate))), h("td", { class: "number quiet" }, `×${short(row.lift)}`)))));
+  return h("table", { class: "bars" }, h("tbody", {}, shown.map((row) => h("tr", {}, h("th", { scope: "row" }, row.name), h("td", { class: "bar-cell" }, shareBar(row.rate / most, percent(row.rate))), h("td", { class: "number quiet", title: "times the mean rate" }, `×${short(row.lift)}`), h("td", { class: "number quiet", title: "firings" }, count(row.firings))))));
 }
