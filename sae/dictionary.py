@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sae.activations import Activation, TopKActivation, activate, is_elementwise, tensors_of, with_tensors
 from sae.errors import Problem, UserError
+from sae.selected import MOST_SELECTED, selected_of_topk
 
 _BLOCK_BYTES = 64 << 20
 
@@ -110,7 +111,8 @@ class Sae:
     def encode_selected(
         self, x: Float[Tensor, "*token d_in"], latents: Sequence[int] | Int[Tensor, "selected"]
     ) -> Float[Tensor, "*token selected"]:
-        """The columns `latents` of `encode(x)`. Elementwise activations compute only those; TopK must see them all."""
+        """The columns `latents` of `encode(x)`. Elementwise activations compute only those; TopK looks at others as far
+        as needed to decide (sae/selected.py)."""
         chosen = torch.as_tensor(latents, dtype=torch.int64, device=self.device)
         if is_elementwise(self.activation):
             narrow = {name: tensor[chosen] for name, tensor in tensors_of(self.activation).items()}
@@ -118,6 +120,14 @@ class Sae:
             pre = F.linear(centred, self.W_enc[chosen], self.b_enc[chosen])
             return activate(with_tensors(self.activation, narrow), pre)
         blocks = self._blocks(x.reshape(-1, x.shape[-1]))
+        if isinstance(self.activation, TopKActivation) and len(chosen) <= MOST_SELECTED and self.device.type == "cpu":
+            few = [
+                selected_of_topk(
+                    block.to(self.device, self.dtype) - self.b_in, self.W_enc, self.b_enc, self.activation, chosen
+                )
+                for block in blocks
+            ]
+            return torch.cat(few).view(*x.shape[:-1], len(chosen))
         return torch.cat([self.encode(block)[:, chosen] for block in blocks]).view(*x.shape[:-1], len(chosen))
 
     def decode(self, z: Float[Tensor, "*token latent"] | SparseCodes) -> Float[Tensor, "*token d_out"]:

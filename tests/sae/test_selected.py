@@ -1,0 +1,71 @@
+"""A few latents of a TopK encoder: the same as in the whole encoder, ties included, with less of the product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sae.selected
+from sae import Sae, TopKActivation
+
+N_LATENTS, D_IN = 300, 6
+
+
+def _sae(W_enc: torch.Tensor, b_enc: torch.Tensor, k: int) -> Sae:
+    return Sae(
+        W_enc=W_enc, b_enc=b_enc, W_dec=W_enc, b_dec=torch.zeros(W_enc.shape[1]), b_in=torch.ones(W_enc.shape[1]),
+        activation=TopKActivation(k=k),
+    )  # fmt: skip
+
+
+@given(
+    seed=st.integers(0, 2**31), k=st.integers(1, N_LATENTS), n=st.integers(0, 12), n_chosen=st.integers(1, 10),
+    spread=st.integers(1, 3), shift=st.integers(-3, 3),
+)  # fmt: skip
+def test_selected_latents_are_those_of_the_encoder_to_the_bit_where_many_are_equal(seed, k, n, n_chosen, spread, shift):
+    """Whole numbers: every product is exact, so equal pre-activations are really equal, and there are many."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def whole(*shape: int) -> torch.Tensor:
+        return torch.randint(-spread, spread + 1, shape, generator=generator).float()
+
+    one = _sae(whole(N_LATENTS, D_IN), whole(N_LATENTS) + shift, k)
+    x, chosen = whole(n, D_IN), torch.randint(0, N_LATENTS, (n_chosen,), generator=generator)
+    assert torch.equal(one.encode_selected(x, chosen), one.encode(x)[:, chosen])
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_selected_latents_of_real_numbers_switch_alike(scale):
+    generator = torch.Generator().manual_seed(1)
+    W = torch.randn(1000, 48, generator=generator)
+    one = _sae(W, torch.randn(1000, generator=generator) * scale, k=20)
+    x = scale * torch.randn(400, 48, generator=generator)
+    z = one.encode(x)
+    for latent in (0, 1, 500, 999):
+        found = one.encode_selected(x, [latent])[:, 0]
+        assert torch.equal(found > 0, z[:, latent] > 0)
+        torch.testing.assert_close(found, z[:, latent])
+
+
+def test_a_row_is_left_as_soon_as_k_columns_lie_above(monkeypatch):
+    """A latent that fires in no row is known to after the first block; one that always fires needs every column."""
+    multiplied = []
+    linear = torch.nn.functional.linear
+
+    def counted(x, W, b):
+        multiplied.append(len(x) * len(W))
+        return linear(x, W, b)
+
+    monkeypatch.setattr(sae.selected.F, "linear", counted)
+    n, n_latents, k = 50, 1024, 8
+    W = torch.ones(n_latents, 4)
+    b = torch.zeros(n_latents)
+    b[0], b[1] = -1.0, 1.0
+    one, x = _sae(W, b, k), torch.full((n, 4), 2.0)
+    assert (one.encode_selected(x, [0]) == 0).all()
+    assert sum(multiplied) == n * (1 + 128)
+    multiplied.clear()
+    assert (one.encode_selected(x, [1]) == 5).all()
+    assert sum(multiplied) == n * (1 + n_latents)
