@@ -12,7 +12,8 @@
 4. The report counts tokens seen and touched and the realised size of the change. Nothing touched is a warning; hooks
    that never fired are an error.
 
-Cost: per site one product with the plan's decoder rows and, for edits of features, the selected encoder columns.
+Cost: per site one product with the plan's decoder rows and, for edits of features, the selected encoder columns (TopK:
+as many others as decide, sae/selected.py) where a token is in scope.
 """
 
 from __future__ import annotations
@@ -140,8 +141,9 @@ class _Part:
 
     def _change_of_rows(self, h: Tensor) -> tuple[Tensor, Tensor]:
         flat = h.reshape(-1, h.shape[-1]).float()
-        a = self.sae.encode_selected(flat, self.latents) if self.reads and self.sae is not None else None
-        mask = self._mask(h, a)
+        in_scope = self._in_scope(h)
+        a = self._activations(flat, in_scope)
+        mask = self._mask(in_scope, a)
         if isinstance(self.plan.edit, Rotate):
             c = (mask & (self.values.strength != 0)).float()
             delta = (rotated(flat, self.directions[0], self.values.strength[0]) - flat) * c
@@ -154,15 +156,27 @@ class _Part:
         self.tally.add(flat, delta, touched, mask, c, a, adds=not isinstance(self.plan.edit, Rotate))
         return delta.view(h.shape), touched.view(h.shape[:-1])
 
-    def _mask(self, h: Tensor, a: Tensor | None) -> Bool[Tensor, "token node"]:
+    def _activations(self, flat: Float[Tensor, "token d_model"], in_scope: Tensor) -> Tensor | None:
+        """Of every token; nothing is encoded where none is in scope, as when a plan for the prompt meets a new token.
+        On a GPU to ask would cost more than to encode. Always all tokens or none: a product over some of them may round
+        otherwise, and then holding a feature at its present value would change it."""
+        if not self.reads or self.sae is None:
+            return None
+        if flat.is_cuda or in_scope.any():
+            return self.sae.encode_selected(flat, self.latents)
+        return flat.new_zeros(len(flat), len(self.latents))
+
+    def _in_scope(self, h: Tensor) -> Bool[Tensor, "token"]:
         window = self.tracker.window
         mask = scope_mask(self.plan.scope, window) & (window.position >= self.plan.skip_first)
         if self.condition is not None and self.condition.activation is not None:
             mask = mask & (self.condition.activation > self.plan.scope.above)  # type: ignore[union-attr]  # WhereActive
-        mask = (mask if self.rows is None else mask[self.rows]).reshape(-1, 1)
+        return (mask if self.rows is None else mask[self.rows]).reshape(-1)
+
+    def _mask(self, in_scope: Bool[Tensor, "token"], a: Tensor | None) -> Bool[Tensor, "token node"]:
         if isinstance(self.plan.scope, WhereActive) and self.condition is None and a is not None:
-            return mask & (a > self.plan.scope.above)
-        return mask.expand(-1, len(self.nodes))
+            return in_scope[:, None] & (a > self.plan.scope.above)
+        return in_scope[:, None].expand(-1, len(self.nodes))
 
     def reports(self) -> Iterator[NodeReport]:
         yield from self.tally.reports(self.number, [node.at for node in self.nodes])
@@ -188,6 +202,9 @@ def _site_edit(parts: Sequence[_Part], conditions: Sequence[_Condition]) -> Call
             condition(h)
         if not parts:
             return h
+        if len(parts) == 1 and parts[0].rows is None:
+            total, touched = parts[0].change(h)
+            return torch.where(touched[..., None], (h.float() + total).to(h.dtype), h)
         total = torch.zeros(h.shape, device=h.device)
         touched = torch.zeros(h.shape[:-1], dtype=torch.bool, device=h.device)
         for part in parts:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -79,9 +80,14 @@ def read_texts(
 
 
 def rank_features(
-    states: TextStates, is_topic: Sequence[bool], *, min_fire_rate: float = 0.1, n_best: int = 50
+    states: TextStates,
+    is_topic: Sequence[bool],
+    *,
+    min_fire_rate: float = 0.1,
+    n_best: int = 50,
+    by: Literal["auroc", "d_prime"] = "auroc",
 ) -> list[Contrast]:
-    """The best features of all sites by AUROC, best first."""
+    """The best features of all sites by AUROC or d′, best first; the other decides between equals."""
     topic = np.asarray(is_topic, dtype=bool)
     if not topic.any() or topic.all():
         raise UserError("a contrast needs texts of both kinds", found=f"{int(topic.sum())} of {len(topic)} are topical")
@@ -90,7 +96,8 @@ def rank_features(
         for site, latents in states.latents.items()
         for contrast in _contrasts(site, latents.numpy(), topic, min_fire_rate)
     ]
-    return sorted(found, key=lambda c: (-c.auroc, -c.d_prime, str(c.feature)))[:n_best]
+    second: Literal["auroc", "d_prime"] = "d_prime" if by == "auroc" else "auroc"
+    return sorted(found, key=lambda c: (-getattr(c, by), -getattr(c, second), str(c.feature)))[:n_best]
 
 
 def difference_of_means(states: TextStates, is_topic: Sequence[bool]) -> dict[Site, Float[Tensor, "d_model"]]:

@@ -16,10 +16,20 @@ import torch
 from data.sites import Site
 from sae.errors import UserError
 from steering.applied import applied
-from steering.concept import Judge
-from steering.edits import Add, Floor
+from steering.edits import Floor
 from steering.exports import neuronpedia_request, read_gguf, read_vectors, write_gguf, write_vectors
 from steering.generation import Sampling, generate
+from steering.judge import (
+    AXBENCH,
+    SAE_TS,
+    Judge,
+    Judged,
+    question_text,
+    read_rating,
+    readable_share,
+    spread,
+    verdict_of,
+)
 from steering.plan import Node, Plan
 from steering.plan_files import plan_document
 from steering.scopes import AfterToken
@@ -208,14 +218,87 @@ def test_bad_requests_are_refused_with_the_reason(model, address):
     assert refused(url, {"prompt": "a"}, {"Host": "evil.example"})[0] == 403
 
 
-def test_a_judge_that_answers_nonsense_is_an_error():
-    class Stub(Judge):
-        def _ask(self, question: str) -> str:
-            return self.key
+def events(text):
+    return [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n") if line.startswith("data: {")]
 
-    good = Stub(url="http://localhost", model="m", key='{"concept": 2, "relevance": 1, "fluency": 2}')
-    assert good.rate(concept="c", prompt="p", text="t").harmonic_mean == pytest.approx(1.5)
-    for answer in ("no idea", '{"concept": 3, "relevance": 1, "fluency": 1}', '{"concept": 1}'):
-        with pytest.raises(UserError):
-            Stub(url="http://localhost", model="m", key=answer).rate(concept="c", prompt="p", text="t")
-    assert isinstance(FLOW.edit, Add)
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_a_stream_carries_what_the_whole_answer_does(address, path):
+    body = {"prompt": "the dog", "messages": [{"role": "user", "content": "the dog"}], "model": "m:flow",
+            "max_tokens": 5, "temperature": 0, "logprobs": True}  # fmt: skip
+    url = f"{address}/v1/{path}"
+    whole = json.loads(ask(url, body))["choices"][0]
+    parts = [e["choices"][0] for e in events(ask(url, {**body, "stream": True}))]
+    chat = path.startswith("chat")
+
+    def text(choice, key):
+        return choice[key]["content"] if chat else choice["text"]
+
+    def values(choice):
+        told = choice.get("logprobs", {})
+        return [each["logprob"] for each in told.get("content", [])] if chat else told.get("token_logprobs", [])
+
+    assert "".join(text(part, "delta") for part in parts) == text(whole, "message")
+    assert [value for part in parts for value in values(part)] == pytest.approx(values(whole))
+    assert len(values(whole)) == 5
+    assert [part["finish_reason"] for part in parts][-2:] == [None, whole["finish_reason"]]
+
+
+def test_a_streamed_request_fails_as_loudly_as_a_whole_one(address):
+    url = f"{address}/v1/completions"
+    code, text = refused(url, {"prompt": "word " * 3000, "stream": True})
+    assert (code, "do not fit" in text) == (400, True)
+    idle = events(ask(url, {"prompt": "a", "max_tokens": 3, "steering": {"plan": "idle"}, "stream": True}))
+    assert "touched no token" in idle[-1]["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Rating: [[2]]", 2),
+        ("It reads well, so: [[ 1 ]].", 1),
+        (" 0\nBecause", 0),
+        ("Rating: 2", 2),
+        ("2.", 2),
+        ("[[3]]", None),
+        ("[[-1]]", None),
+        ("7 out of 10", None),
+        ("1.5", None),
+        ("from 0 to 2", None),
+        ("I would say 2", None),
+        ("", None),
+        ("user: Rate", None),
+    ],
+)
+def test_only_an_answer_in_form_is_read(answer, expected):
+    assert read_rating(AXBENCH.questions[0], answer) == expected
+
+
+def test_totals_are_the_papers():
+    def total(rubric, *answers):
+        named = {question.name: answer for question, answer in zip(rubric.questions, answers, strict=True)}
+        return verdict_of(rubric, named).total
+
+    assert total(AXBENCH, "[[2]]", "[[1]]", "[[2]]") == pytest.approx(1.5)
+    assert total(AXBENCH, "[[2]]", "[[0]]", "[[2]]") == 0
+    assert total(AXBENCH, "[[2]]", "hm", "[[2]]") is None
+    assert total(SAE_TS, "[[10]]", "[[5.5]]") is None
+    assert total(SAE_TS, "[[10]]", "[[1]]") == 0
+    assert total(SAE_TS, "[[4]]", "[[7]]") == pytest.approx(3 / 9 * 6 / 9)
+    verdicts = [verdict_of(SAE_TS, {"behaviour": b, "coherence": "[[3]]"}) for b in ("[[1]]", "[[9]]", "no")]
+    assert readable_share(SAE_TS, verdicts) == pytest.approx({"behaviour": 2 / 3, "coherence": 1.0, "all": 2 / 3})
+    assert spread(SAE_TS, verdicts) == {"behaviour": 2, "coherence": 1}
+
+
+def test_a_judge_asks_a_real_endpoint_and_says_what_it_could_not_read(model, saes, address):
+    """The endpoint's model is random: what it answers is what the model writes after the question."""
+    judge = Judge(url=f"{address}/v1", model=model.name, max_tokens=6)
+    each = Judged(concept="cooking", prompt="I think", text="I think soup")
+    (verdict,) = judge.judge(AXBENCH, [each])
+    question = f"user: {question_text(AXBENCH.questions[1], each)}\nassistant:"
+    written = generate(model, saes, [question], [None], sampling=Sampling(n_tokens=6, temperature=0)).samples[0].text
+    assert verdict.answers["relevance"] == written
+    assert verdict.total is None or set(verdict.ratings) == set(verdict.answers)
+    for url, word in ((address, "404"), ("http://127.0.0.1:9", "does not answer"), ("ftp://x", "no http")):
+        with pytest.raises(UserError, match=word):
+            Judge(url=url, model="m", max_tokens=2, timeout_s=5).judge(SAE_TS, [each])
