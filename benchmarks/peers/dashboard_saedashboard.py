@@ -89,21 +89,30 @@ def time_of_batches() -> list[float]:
 
 
 def keep(data: SaeVisData, path: Path) -> None:
-    """Density (from the title, where alone it is), the upper end of the histogram, the strongest activation among the
-    first group of examples (which leaves out both ends of a context), and the logit tables."""
+    """Density (from the title, where alone it is; it is empty for a latent that never fired), the upper end of the
+    histogram, the first group of examples (the strongest, both ends of a context left out) with the largest activation
+    among them, and the logit tables."""
     features = [data.feature_data_dict[f] for f in sorted(data.feature_data_dict)]
     titles = [f.acts_histogram_data.title or "" for f in features]
     bars = [f.acts_histogram_data.bar_values for f in features]
     top = [f.sequence_data.seq_group_data[0].seq_data for f in features]
+    width = max(map(len, top), default=0)
     np.savez(
         path,
-        density=np.array([float(title.split("=")[1].strip(" %")) / 100 for title in titles]),
+        shown_context=padded([[s.original_index for s in group] for group in top], width, -1),
+        shown_position=padded([[s.qualifying_token_index for s in group] for group in top], width, -1),
+        shown_value=padded([[s.feat_acts[len(s.feat_acts) // 2] for s in group] for group in top], width, 0.0),
+        density=np.array([float(title.split("=")[1].strip(" %")) / 100 if "=" in title else 0.0 for title in titles]),
         largest=np.array([x[-1] + (x[-1] - x[-2]) / 2 if len(x) > 1 else 0.0 for x in bars]),
         strongest_shown=np.array([max((max(s.feat_acts) for s in group), default=0.0) for group in top]),
         top_token=np.array([f.logits_table_data.top_token_ids for f in features]),
         top_logit=np.array([f.logits_table_data.top_logits for f in features]),
         bottom_token=np.array([f.logits_table_data.bottom_token_ids for f in features]),
     )
+
+
+def padded(rows: list[list[float]], width: int, empty: float) -> np.ndarray:
+    return np.array([row + [empty] * (width - len(row)) for row in rows])
 
 
 if __name__ == "__main__":
