@@ -1,20 +1,21 @@
 """Second opinions on chosen features of a finished atlas: what a sentence model and a chat model make of their text.
 
 1. windows: a feature's examples on documents that labels were proposed on are what a chat model is shown; those on
-   held-out documents, and held-out windows in which the feature is silent, are what both are scored on;
+   held-out documents, and held-out windows in which the feature is silent (drawn at random, and around near-misses),
+   are what both are scored on;
 2. a sentence model says how well firing windows belong together, and how well the label fits them
    (pipeline/atlas/sentences.py);
-3. a chat model writes a label from the shown examples and is scored by telling held-out windows apart
-   (pipeline/atlas/explainer.py).
+3. a chat model writes a label from the shown examples and is scored by telling held-out windows apart, and windows
+   marked rightly from ones marked wrongly (pipeline/atlas/explainer.py).
 
 Silence is checked with the dictionary itself on stored activations. Cost a site: one reading of `_CANDIDATES` windows;
-a feature: some twenty sentence embeddings, or five questions to the chat model.
+a feature: some twenty sentence embeddings, or ten questions to the chat model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 
-from data.sites import Site, parse_feature
+from data.sites import FeatureId, Site, parse_feature
 from data.store import ActivationStore
 from pipeline.artifact import Artifact
 from pipeline.atlas.cards import Cards, Example
-from pipeline.atlas.explainer import ChatModel, detect, explain, marked
+from pipeline.atlas.explainer import ChatModel, Detection, detect, explain, fuzz, marked
 from pipeline.atlas.opened import Atlas
 from pipeline.atlas.sentences import SentenceModel, embedding_score, example_embedding_score
 from pipeline.dictionaries import read_dictionaries
@@ -40,11 +41,15 @@ _ROUNDED = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """Texts about one feature: `shown` marked, on documents for proposing; `firing` and `silent` on held-out ones."""
+    """Texts about one feature: `shown` marked, on documents for proposing; the rest on held-out ones. In `near` it
+    nearly fired, in `right` and `wrong` windows of `firing` are marked where it fires, and on as many other tokens."""
 
     shown: tuple[str, ...]
     firing: tuple[str, ...]
     silent: tuple[str, ...]
+    near: tuple[str, ...] = ()
+    right: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,7 @@ class Opinions:
 
     sentences: SentenceModel | None = None
     chat: ChatModel | None = None
+    fuzz: bool = True
 
 
 class Evidence:
@@ -82,11 +88,18 @@ class Evidence:
         held_out = self._tokens["held_out"].to_numpy()
         proposing = self._tokens["part"].to_numpy(str) == "proposing"
         fired = {example.row: example for example in card.examples if example.tab != "near_miss"}
+        missed = [e.row for e in card.examples if e.tab == "near_miss" and held_out[e.row]]
+        in_test = [example for row, example in fired.items() if held_out[row]][:MOST]
+        generator = np.random.default_rng(self._seed)
+        misplaced = [self._misplaced(example, generator) for example in in_test]
         silent = np.flatnonzero(~self._silence(wanted.site)[:, wanted.latent])[:MOST]
         return Windows(
             shown=tuple(self._marked(example) for row, example in fired.items() if proposing[row])[:MOST],
-            firing=tuple(self._text(row) for row in fired if held_out[row])[:MOST],
+            firing=tuple(self._text(example.row) for example in in_test),
             silent=tuple(self._text(int(self._candidates[i])) for i in silent),
+            near=tuple(self._text(row) for row in missed if not self._fires_near(wanted, row)),
+            right=tuple(self._marked(e) for e, other in zip(in_test, misplaced, strict=True) if other is not None),
+            wrong=tuple(self._marked(other) for other in misplaced if other is not None),
         )
 
     def chosen(self, n: int, *, short: str | None = None) -> list[str]:
@@ -117,6 +130,14 @@ class Evidence:
             fires.append((sae.encode(torch.from_numpy(x)) > 0).any(dim=0).numpy())
         return np.stack(fires)
 
+    @torch.no_grad()
+    def _fires_near(self, feature: FeatureId, row: int) -> bool:
+        """Whether a feature fires anywhere in the window around a row."""
+        rows = self._rows(row)
+        kept = self._tokens["kept"].to_numpy()[rows]
+        x = self._store.read(feature.site, int(rows[0]), int(rows[-1]) + 1)[kept]
+        return bool((self._saes[feature.site].encode(torch.from_numpy(x))[:, feature.latent] > 0).any())
+
     def _rows(self, row: int) -> Int64[np.ndarray, "row"]:
         """The rows of a window: those near enough in the same run of its document."""
         rows = np.arange(max(0, row - REACH), min(len(self._tokens), row + REACH + 1))
@@ -128,9 +149,20 @@ class Evidence:
         special = self.atlas.vocabulary.special
         return self.atlas.vocabulary.join([int(t) for t in token if int(t) not in special]).strip()
 
+    def _misplaced(self, example: Example, generator: np.random.Generator) -> Example | None:
+        """The example with as many marks as before, all on tokens where the feature does not fire; None where such
+        tokens are too few."""
+        near = _near(example)
+        here, special = range(*near.indices(len(example.tokens))), self.atlas.vocabulary.special
+        firing = sum(example.values[i] > 0 for i in here)
+        free = [i for i in here if example.values[i] == 0 and example.tokens[i] not in special]
+        if not 0 < firing <= len(free):
+            return None
+        chosen = set(generator.choice(free, size=firing, replace=False).tolist())
+        return replace(example, values=tuple(float(i in chosen) for i in range(len(example.values))))
+
     def _marked(self, example: Example) -> str:
-        vocabulary = self.atlas.vocabulary
-        near = slice(max(0, example.peak - REACH), example.peak + REACH + 1)
+        vocabulary, near = self.atlas.vocabulary, _near(example)
         kept = [(t, v) for t, v in zip(example.tokens[near], example.values[near], strict=True)
                 if t not in vocabulary.special]  # fmt: skip
         return marked([vocabulary.join([token]) for token, _ in kept], [value for _, value in kept])
@@ -146,7 +178,7 @@ def second_opinions(
         if opinions.sentences is not None:
             found |= sentence_scores(opinions.sentences, windows, _accepted_label(evidence.atlas, feature))
         if opinions.chat is not None:
-            found |= chat_label(opinions.chat, windows)
+            found |= chat_label(opinions.chat, windows, fuzzing=opinions.fuzz)
         yield feature, found
 
 
@@ -163,14 +195,25 @@ def sentence_scores(model: SentenceModel, windows: Windows, label: str | None) -
     }
 
 
-def chat_label(chat: ChatModel, windows: Windows) -> dict[str, Any]:
-    """A label by the chat model with its detection score; none when it gave no usable one."""
+def chat_label(chat: ChatModel, windows: Windows, *, fuzzing: bool = True) -> dict[str, Any]:
+    """A label by the chat model with its scores; none when it gave no usable one."""
     text = explain(chat, windows.shown) if windows.shown else None
     if text is None:
         return {"labels": []}
-    found = detect(chat, text, windows.firing, windows.silent) if windows.firing and windows.silent else None
-    score = {} if found is None else {"score": found.score, "low": found.low, "high": found.high, "n": found.n}
-    return {"labels": [{"text": text, "method": "model", "model": chat.model, **score}]}
+    label: dict[str, Any] = {"text": text, "method": "model", "model": chat.model}
+    label |= _scores(detect(chat, text, windows.firing, [*windows.silent, *windows.near]))
+    if fuzzing and windows.right:
+        label["fuzz"] = _scores(fuzz(chat, text, windows.right, windows.wrong))
+    return {"labels": [label]}
+
+
+def _scores(found: Detection) -> dict[str, Any]:
+    return {name: value for name, value in asdict(found).items() if value is not None}
+
+
+def _near(example: Example) -> slice:
+    """The part of an example's tokens that a window shows."""
+    return slice(max(0, example.peak - REACH), example.peak + REACH + 1)
 
 
 def _accepted_label(atlas: Atlas, feature: str) -> str | None:

@@ -2,8 +2,12 @@
 
 1. *explain*: examples with the activating tokens between << >>; the answer must be one short line, or it is refused
    (scratch text does not become a label);
-2. *detect*: held-out windows, firing ones and near-misses mixed, five at a time; the model says 1 or 0 for each, and
-   the balanced accuracy is the label's score, with Wilson's interval over windows.
+2. *detect*: held-out windows, those with the feature mixed with silent ones and near-misses, five at a time; the model
+   says 1 or 0 for each, and the balanced accuracy is the label's score, with Wilson's interval over windows;
+3. *fuzz*: windows with the feature, marked where it fires or on other tokens instead; the model says whether the marks
+   fit the label, scored alike.
+
+An answer that is no list of as many numbers is unreadable: its windows count as asked, not as answered.
 
 Nothing is sent anywhere but to the address given. Tested against a local stand-in server.
 """
@@ -32,6 +36,11 @@ _EXPLAIN = (
 _DETECT = (
     "A feature of a language model is described as: {label}\nFor each excerpt below, answer 1 if the feature is active "
     "somewhere in it and 0 if not. Answer with a JSON list of {n} numbers and nothing else.\n\n{examples}"
+)
+_FUZZ = (
+    "A feature of a language model is described as: {label}\nIn each excerpt below tokens stand between << and >>. "
+    "Answer 1 if the description fits the marked tokens and 0 if not. Answer with a JSON list of {n} numbers and "
+    "nothing else.\n\n{examples}"
 )
 
 
@@ -64,12 +73,14 @@ class ChatModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Detection:
-    """How well a label tells firing windows from others: balanced accuracy, its interval, how many windows."""
+    """How well a label tells true windows from others: balanced accuracy and its interval over the `n` windows that
+    were answered readably, of `n_asked`. No score where no window of one kind was."""
 
-    score: float
-    low: float
-    high: float
+    score: float | None = None
+    low: float | None = None
+    high: float | None = None
     n: int
+    n_asked: int
 
 
 def explain(chat: ChatModel, examples: Sequence[str]) -> str | None:
@@ -80,26 +91,35 @@ def explain(chat: ChatModel, examples: Sequence[str]) -> str | None:
     return answer if sound else None
 
 
-def detect(
-    chat: ChatModel, label: str, firing: Sequence[str], other: Sequence[str], *, seed: int = 0
-) -> Detection | None:
-    """The label's score on held-out windows; None when no answer could be read. Unreadable answers do not count."""
-    windows = [(text, True) for text in firing] + [(text, False) for text in other]
+def detect(chat: ChatModel, label: str, firing: Sequence[str], other: Sequence[str], *, seed: int = 0) -> Detection:
+    """How well the label tells windows with the feature from windows without."""
+    return _judged(chat, _DETECT, label, firing, other, seed)
+
+
+def fuzz(chat: ChatModel, label: str, right: Sequence[str], wrong: Sequence[str], *, seed: int = 0) -> Detection:
+    """How well the label tells windows marked where the feature fires from windows marked elsewhere."""
+    return _judged(chat, _FUZZ, label, right, wrong, seed)
+
+
+def _judged(
+    chat: ChatModel, template: str, label: str, true: Sequence[str], false: Sequence[str], seed: int
+) -> Detection:
+    windows = [(text, True) for text in true] + [(text, False) for text in false]
     order = np.random.default_rng(seed).permutation(len(windows))
     hits = {True: 0, False: 0}
     n = {True: 0, False: 0}
     for start in range(0, len(order), _PER_QUESTION):
         block = [windows[i] for i in order[start : start + _PER_QUESTION]]
-        question = _DETECT.format(label=label, n=len(block), examples=_numbered([text for text, _ in block]))
+        question = template.format(label=label, n=len(block), examples=_numbered([text for text, _ in block]))
         for said, (_, fires) in zip(_bits(chat.ask(question), len(block)), block, strict=False):
             n[fires] += 1
             hits[fires] += said == fires
-    if not n[True] or not n[False]:
-        return None
-    balanced = (hits[True] / n[True] + hits[False] / n[False]) / 2
     total = n[True] + n[False]
-    low, high = wilson(np.array([balanced * total]), np.array([float(total)]))
-    return Detection(score=round(balanced, 4), low=round(float(low[0]), 4), high=round(float(high[0]), 4), n=total)
+    if not n[True] or not n[False]:
+        return Detection(n=total, n_asked=len(windows))
+    balanced = (hits[True] / n[True] + hits[False] / n[False]) / 2
+    low, high = (round(float(bound[0]), 4) for bound in wilson(np.array([balanced * total]), np.array([float(total)])))
+    return Detection(score=round(balanced, 4), low=low, high=high, n=total, n_asked=len(windows))
 
 
 def marked(pieces: Sequence[str], values: Sequence[float]) -> str:

@@ -1,7 +1,8 @@
 """`featureflow atlas serve`: the site over http on this machine, with "test this text" and live steering.
 
-Only localhost names are answered (a page elsewhere cannot reach it by renaming itself), the model only with the token,
-one request at a time; bodies, texts and samples have limits. Answers are lines of JSON, sent as they are made; when the
+On this machine only localhost names are answered (a page elsewhere cannot reach it by renaming itself), and the model
+only with the token; listening elsewhere, every file needs the token too, which the printed address leaves in a cookie.
+One request at a time; bodies, texts and samples have limits. Answers are lines of JSON, sent as they are made; when the
 reader goes away, or asks for `/api/cancel`, the work stops after its current step. Nothing outside the site folder is
 served.
 """
@@ -17,7 +18,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from pipeline.atlas.live import MAX_NEW_TOKENS, MAX_SAMPLES, MAX_TOKENS, LiveAtlas, Record
 from sae.errors import UserError
@@ -30,35 +31,46 @@ _TYPES = {
     ".txt": "text/plain; charset=utf-8",
 }
 _LOCAL = ("127.0.0.1", "localhost", "[::1]")
+_COOKIE = "featureflow_atlas"
 _MAX_BODY = 64 << 10
 
 
-def make_server(live: LiveAtlas, *, port: int = 8765, token: str | None = None) -> tuple[ThreadingHTTPServer, str]:
-    """A server on 127.0.0.1, not yet running, and the address to open (with its token). Port 0 takes a free one."""
+def make_server(
+    live: LiveAtlas, *, host: str = "127.0.0.1", port: int = 8765, token: str | None = None
+) -> tuple[ThreadingHTTPServer, str]:
+    """A server, not yet running, and the address to open (with its token). Port 0 takes a free one. Raises UserError
+    where it cannot listen."""
     token = token or secrets.token_urlsafe(24)
-    handler = type("Handler", (_Handler,), {"live": live, "token": token, "lock": threading.Lock()})
-    server = ThreadingHTTPServer(("127.0.0.1", port), handler)
-    return server, f"http://127.0.0.1:{server.server_address[1]}/?token={token}"
+    shared = {"live": live, "token": token, "lock": threading.Lock(), "is_open": host not in _LOCAL}
+    try:
+        server = ThreadingHTTPServer((host, port), type("Handler", (_Handler,), shared))
+    except OSError as error:
+        raise UserError(
+            "cannot listen here", where=f"{host}:{port}", found=str(error), mend="choose another --port or --host"
+        ) from error
+    return server, f"http://{host}:{server.server_address[1]}/?token={token}"
 
 
 class _Handler(BaseHTTPRequestHandler):
     live: LiveAtlas
     token: str
     lock: threading.Lock
+    is_open: bool
     protocol_version = "HTTP/1.0"
 
     def do_GET(self) -> None:
-        if not self._is_local():
+        if not self._is_known_here():
             return
         path = unquote(urlsplit(self.path).path)
         if path == "/api/health":
             if self._has_token():
                 self._json(self._health())
             return
-        self._file(path.lstrip("/") or "index.html")
+        if not self.is_open or self._may_read():
+            self._file(path.lstrip("/") or "index.html")
 
     def do_POST(self) -> None:
-        if not self._is_local() or not self._has_token():
+        if not self._is_known_here() or not self._has_token():
             return
         path = urlsplit(self.path).path
         if path == "/api/cancel":
@@ -121,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_relative_to(root) or not path.is_file() or path.suffix not in _TYPES:
             return self._error(HTTPStatus.NOT_FOUND, "no such file in the atlas")
         content = path.read_bytes()
-        self._head(HTTPStatus.OK, _TYPES[path.suffix], len(content))
+        self._head(HTTPStatus.OK, _TYPES[path.suffix], len(content), cookie=self.is_open)
         self.wfile.write(content)
         return None
 
@@ -138,15 +150,26 @@ class _Handler(BaseHTTPRequestHandler):
             raise UserError("the body is not an object", found=type(document).__name__)
         return document
 
-    def _is_local(self) -> bool:
+    def _is_known_here(self) -> bool:
+        """Whether the request names this machine as it is known to itself; elsewhere the token alone decides."""
         host = (self.headers.get("Host") or "").rsplit(":", 1)[0]
-        if host not in _LOCAL:
+        if not self.is_open and host not in _LOCAL:
             self._error(HTTPStatus.FORBIDDEN, "this atlas answers on localhost only")
-        return host in _LOCAL
+            return False
+        return True
 
     def _has_token(self) -> bool:
-        given = (self.headers.get("X-Atlas-Token") or "").encode("utf-8", errors="replace")
-        allowed = hmac.compare_digest(given, self.token.encode())
+        return self._allowed(self.headers.get("X-Atlas-Token") or "")
+
+    def _may_read(self) -> bool:
+        """Files carry the token in the address (the page itself) or in the cookie that it leaves."""
+        given = parse_qs(urlsplit(self.path).query).get("token", [""])[0]
+        cookies = (self.headers.get("Cookie") or "").split(";")
+        kept = [value for name, _, value in (c.strip().partition("=") for c in cookies) if name == _COOKIE]
+        return self._allowed(given or (kept[0] if kept else ""))
+
+    def _allowed(self, given: str) -> bool:
+        allowed = hmac.compare_digest(given.encode("utf-8", errors="replace"), self.token.encode())
         if not allowed:
             self._error(HTTPStatus.UNAUTHORIZED, "the token is missing or wrong; open the address that was printed")
         return allowed
@@ -161,8 +184,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(status, "text/plain; charset=utf-8", len(content))
         self.wfile.write(content)
 
-    def _head(self, status: HTTPStatus, content_type: str, length: int | None = None) -> None:
+    def _head(self, status: HTTPStatus, content_type: str, length: int | None = None, *, cookie: bool = False) -> None:
         self.send_response(status)
+        if cookie:
+            self.send_header("Set-Cookie", f"{_COOKIE}={self.token}; HttpOnly; SameSite=Strict; Path=/")
         self.send_header("Content-Type", content_type)
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Referrer-Policy", "no-referrer")

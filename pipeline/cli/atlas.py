@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,18 @@ from pipeline.console import say, show_number, table
 
 
 @click.command()
-@click.option("--port", default=8765, show_default=True, help="port on this machine; 0 takes a free one")
+@click.option("--host", default="127.0.0.1", show_default=True, help="elsewhere every file needs the printed token")
+@click.option("--port", default=8765, show_default=True, help="port to listen on; 0 takes a free one")
 @click.option("--device", default="cpu", show_default=True, help="torch device of the model")
 @recipe_option
 @artifacts_option
-def serve(port: int, device: str, recipe: str, artifacts: Path) -> None:
+def serve(host: str, port: int, device: str, recipe: str, artifacts: Path) -> None:
     """Serve the atlas on this machine with a live model: try a text, steer, side by side. Ctrl-C ends it."""
     from pipeline.atlas.live import LiveAtlas
     from pipeline.atlas.serve import make_server
 
     live = LiveAtlas.open(artifacts / Path(recipe).stem, device=device)
-    server, address = make_server(live, port=port)
+    server, address = make_server(live, host=host, port=port)
     say(f"open {address}")
     try:
         server.serve_forever()
@@ -106,6 +108,20 @@ def import_labels(notes: Path, out: Path, short: str | None, recipe: str, artifa
     say(f"{attach_labels(atlas, labels, out)}: {len(labels)} labels added")
 
 
+@click.command("import-examples")
+@click.argument("activations", type=click.Path(path_type=Path, exists=True))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--site", "short", required=True, help="ACTIVATIONS are Neuronpedia's examples of this site")
+def import_examples(activations: Path, out: Path, short: str) -> None:
+    """Read examples from a Neuronpedia export (activations/batch-N.jsonl.gz, or an upload batch) and write them to OUT
+    as a Parquet table with the columns of `Atlas.examples_of`."""
+    from data.sites import parse_site
+    from pipeline.atlas.imports import import_neuronpedia_examples, write_examples
+
+    examples = import_neuronpedia_examples([activations], parse_site(short))
+    say(f"{write_examples(examples, out)}: {len(examples)} examples of {len({e.feature for e in examples})} features")
+
+
 @click.command()
 @click.argument("before", type=click.Path(path_type=Path, exists=True))
 @click.argument("after", type=click.Path(path_type=Path, exists=True))
@@ -134,11 +150,12 @@ def diff(before: Path, after: Path, out: Path | None) -> None:
 @click.option("--endpoint", default=None, help="OpenAI-compatible address, such as http://127.0.0.1:8000/v1")
 @click.option("--model", default="", help="name of the chat model there")
 @click.option("--key-variable", default=None, help="environment variable that holds its key")
+@click.option("--fuzz/--no-fuzz", default=True, help="also ask it which tokens the label fits")
 @recipe_option
 @artifacts_option
 def explain(
     features: tuple[str, ...], n: int, short: str | None, seed: int, sentences: bool, endpoint: str | None, model: str,
-    key_variable: str | None, recipe: str, artifacts: Path,
+    key_variable: str | None, fuzz: bool, recipe: str, artifacts: Path,
 ) -> None:  # fmt: skip
     """Ask a sentence model or a chat model about FEATURES (such as L12/402) and show it on their cards.
 
@@ -156,14 +173,19 @@ def explain(
     opinions = Opinions(
         sentences=SentenceModel.packaged() if sentences else None,
         chat=ChatModel(url=endpoint, model=model, key=key) if endpoint else None,
+        fuzz=fuzz,
     )
     root = artifacts / Path(recipe).stem
     evidence = Evidence(root, seed=seed)
+    everything = []
     for feature, found in second_opinions(evidence, features or evidence.chosen(n, short=short), opinions):
         attach_scores(root / "atlas", {feature: found})
+        everything.append(found)
         say(f"{feature}: {evidence.atlas.label_of(feature)}")
         for line in _opinion_lines(found):
             say(f"    {line}")
+    for line in _summary_lines(everything):
+        say(line)
 
 
 def _opinion_lines(found: Mapping[str, Any]) -> Iterator[str]:
@@ -171,9 +193,37 @@ def _opinion_lines(found: Mapping[str, Any]) -> Iterator[str]:
         scores = (("examples belong together", "examples_score"), ("the label fits them", "label_score"))
         known = [f"{what} {found[name]:.2f}" for what, name in scores if found[name] is not None]
         yield "; ".join(known) or "too few held-out windows"
+    if found.get("labels") == []:
+        yield "no usable label from the chat model"
     for label in found.get("labels", ()):
-        detected = f", detection {label['score']:.2f} [{label['low']:.2f}, {label['high']:.2f}]"
-        yield f"{label['model']}: {label['text']}{detected if 'score' in label else ''}"
+        yield f"{label['model']}: {label['text']}"
+        for name, scores in (("detection", label), ("fuzzing", label.get("fuzz", {}))):
+            if "score" in scores:
+                yield f"    {name} {scores['score']:.2f} [{scores['low']:.2f}, {scores['high']:.2f}]"
+            if "n" in scores:
+                yield f"    {name}: {scores['n']} of {scores['n_asked']} windows answered readably"
 
 
-ATLAS_TOOLS = (serve, validate, export, import_labels, diff, explain)
+def _summary_lines(everything: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Over all features asked about: medians with quartiles, and how much of the chat model's answers could be read."""
+    labelled = [found["labels"] for found in everything if "labels" in found]
+    labels = [labels[0] for labels in labelled if labels]
+    fuzzed = [label["fuzz"] for label in labels if "fuzz" in label]
+    yield from _median("examples belong together", [found.get("examples_score") for found in everything])
+    yield from _median("labels fit them", [found.get("label_score") for found in everything])
+    if labelled:
+        yield f"usable labels from the chat model: {len(labels)} of {len(labelled)}"
+        read, asked = (sum(scores[name] for scores in [*labels, *fuzzed]) for name in ("n", "n_asked"))
+        yield f"windows it answered readably: {read} of {asked}"
+    yield from _median("detection", [label.get("score") for label in labels])
+    yield from _median("fuzzing", [scores.get("score") for scores in fuzzed])
+
+
+def _median(what: str, values: Sequence[float | None]) -> Iterator[str]:
+    known = [value for value in values if value is not None]
+    if len(known) > 1:
+        low, middle, high = statistics.quantiles(known, n=4, method="inclusive")
+        yield f"{what}: median {middle:.2f} ({low:.2f} to {high:.2f}, quartiles of {len(known)}); chance is 0.50"
+
+
+ATLAS_TOOLS = (serve, validate, export, import_labels, import_examples, diff, explain)

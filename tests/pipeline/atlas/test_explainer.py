@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -20,7 +22,7 @@ from pipeline.atlas import Atlas
 from pipeline.atlas.attach import attach_scores, read_scores
 from pipeline.atlas.corpus import HELD_OUT, PARTS
 from pipeline.atlas.explain import REACH, Evidence, Windows, sentence_scores
-from pipeline.atlas.explainer import ChatModel, detect, explain, marked
+from pipeline.atlas.explainer import ChatModel, Detection, detect, explain, fuzz, marked
 from pipeline.atlas.sentences import SentenceModel, embedding_score, example_embedding_score
 from pipeline.atlas.validate import validate_atlas
 from pipeline.cli import run_command
@@ -78,13 +80,34 @@ def test_detection_is_balanced_accuracy_over_windows(chat):
     other = ["no day here"] * 11 + ["Monday by mistake"]
     found = detect(chat, "Mondays", firing, other)
     assert found.score == pytest.approx((6 / 8 + 11 / 12) / 2, abs=1e-4)
-    assert found.n == 20
+    assert (found.n, found.n_asked) == (20, 20)
     assert found.low < found.score < found.high
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [lambda q: json.dumps([int("<<Monday>>" in line) for line in re.findall(r"^\d+\. (.*)$", q, re.MULTILINE)])],
+    indirect=True,
+)
+def test_fuzzing_asks_whether_the_marks_fit(chat):
+    right, wrong = ["see you <<Monday>>"] * 6, ["see <<you>> Monday"] * 5 + ["see you <<Monday>> by mistake"]
+    assert fuzz(chat, "Mondays", right, wrong).score == pytest.approx((1 + 5 / 6) / 2, abs=1e-4)
 
 
 @pytest.mark.parametrize("chat", [lambda q: "I cannot tell."], indirect=True)
 def test_unreadable_answers_give_no_score(chat):
-    assert detect(chat, "x", ["a"], ["b"]) is None
+    assert detect(chat, "x", ["a"], ["b"]) == Detection(n=0, n_asked=2)
+
+
+def answers_every_other_question() -> Callable[[str], str]:
+    asked = itertools.count()
+    return lambda question: says_yes_to_monday(question) if next(asked) % 2 == 0 else "[1, 0]"
+
+
+@pytest.mark.parametrize("chat", [answers_every_other_question()], indirect=True)
+def test_windows_of_unreadable_answers_count_as_asked_only(chat):
+    found = detect(chat, "Mondays", ["see you Monday"] * 10, ["no day here"] * 10)
+    assert (found.n, found.n_asked, found.score) == (10, 20, 1.0)
 
 
 def test_no_server_is_said_so():
@@ -161,6 +184,35 @@ def test_windows_with_a_feature_fire_and_those_without_are_silent_and_both_are_h
     assert all("<<" in text for text in windows.shown)
     assert set(windows.firing) <= with_it
     assert set(windows.silent) <= without_it
+    assert set(windows.near) <= without_it
+
+
+def test_wrong_marks_stand_on_as_many_tokens_of_the_same_text_none_of_them_firing(small_run):
+    evidence = Evidence(small_run.atlas.path.parent)
+    windows = [evidence.windows(f"L2/{latent}") for latent in range(12)]
+    pairs = [pair for window in windows for pair in zip(window.right, window.wrong, strict=True)]
+    assert len(pairs) > 20
+    for right, wrong in pairs:
+        assert right.replace("<<", "").replace(">>", "") == wrong.replace("<<", "").replace(">>", "")
+        assert right.count("<<") == wrong.count("<<") > 0
+        assert not marked_places(right) & marked_places(wrong)
+
+
+def marked_places(text: str) -> set[int]:
+    """Places of the plain text that lie between marks."""
+    plain, inside, out = 0, False, set()
+    for part in re.split("(<<|>>)", text):
+        if part in ("<<", ">>"):
+            inside = part == "<<"
+            continue
+        out |= set(range(plain, plain + len(part))) if inside else set()
+        plain += len(part)
+    return out
+
+
+def test_near_misses_are_among_the_windows_without_the_feature(small_run):
+    evidence = Evidence(small_run.atlas.path.parent)
+    assert any(evidence.windows(f"L2/{latent}").near for latent in range(24))
 
 
 def says_yes_to_all(question: str) -> str:
@@ -175,6 +227,8 @@ def test_the_command_asks_the_endpoint_and_the_answer_is_attached(small_run, cha
     assert run_command(["atlas", "explain", feature, "--endpoint", chat.url, "--model", "stub", *where]) == 0
     label = read_scores(root / "atlas")[feature]["labels"][0]
     assert (label["text"], label["model"], label["score"]) == ("rare words", "stub", 0.5)
+    assert label["fuzz"]["score"] == 0.5  # it says yes to right and to wrong marks
+    assert label["fuzz"]["n"] == label["fuzz"]["n_asked"] > 0
     attach_scores(root / "atlas", {feature: {"examples_score": 0.9}})
     assert read_scores(root / "atlas")[feature] == {"labels": [label], "examples_score": 0.9}
     Artifact.open(root / "atlas", kind="atlas", schema=1).verify()

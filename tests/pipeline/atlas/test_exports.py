@@ -23,7 +23,13 @@ from pipeline.atlas.exports import (
     export_upload_batches,
 )
 from pipeline.atlas.exports.graphs import cantor
-from pipeline.atlas.imports import attach_labels, import_neuronpedia, import_notes
+from pipeline.atlas.imports import (
+    attach_labels,
+    import_neuronpedia,
+    import_neuronpedia_examples,
+    import_notes,
+    write_examples,
+)
 from pipeline.atlas.opened import Atlas
 from sae import load_sae
 from sae.errors import UserError
@@ -65,6 +71,54 @@ def test_bulk_files_hold_one_line_a_feature_and_come_back_as_labels(cards, tmp_p
     back = import_neuronpedia([by_kind["explanations"]], parse_site("L2"))
     expected = [label["text"] for f in range(48) for label in cards.card(f"L2/{f}").labels]
     assert [label.text for label in back] == expected
+
+
+@pytest.mark.parametrize("as_bulk", [True, False])
+def test_examples_come_back_from_both_of_neuronpedias_forms(cards, tmp_path, as_bulk):
+    if as_bulk:
+        paths = export_bulk(cards, "L2", tmp_path, model_id="tiny", source="2-ff")
+        paths = [path for path in paths if path.parent.name == "activations"]
+    else:
+        paths = export_upload_batches(cards, "L2", tmp_path, model_id="tiny", source="2-ff")
+    back = import_neuronpedia_examples(paths, parse_site("L2"))
+    shown = [(f"L2/{f}", e) for f in range(48) for e in cards.card(f"L2/{f}").examples if e.tab in ("top", "decile")]
+    assert len(back) == len(shown) > 100
+    for mine, (feature, example) in zip(back, shown, strict=True):
+        assert mine.feature == feature
+        assert mine.tokens == tuple(cards.vocabulary.text(token).replace("\0", " ") for token in example.tokens)
+        assert mine.values == pytest.approx(example.values, abs=1e-5)
+        assert (mine.low is None) == (example.tab == "top")
+    table = pq.read_table(write_examples(back, tmp_path / "examples.parquet")).to_pandas()
+    first = table[table["feature"] == "L2/0"].reset_index(drop=True)
+    strongest = max(max(e.values) for e in cards.card("L2/0").examples)
+    assert first["value"].is_monotonic_decreasing
+    assert first["value"][0] == pytest.approx(strongest, abs=1e-4)
+    assert first["before"][0] + first["token_text"][0] + first["after"][0] == "".join(first["tokens"][0])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"index": "0", "tokens": ["a", "b"], "values": [1.0]}, "one value a token"),
+        ({"index": "0", "tokens": "ab", "values": [1.0, 2.0]}, "list of texts"),
+        ({"index": "0", "tokens": ["a"], "values": ["b"]}, "list of numbers"),
+        ({"index": "x", "tokens": ["a"], "values": [1.0]}, "not a feature"),
+        ([], "not an object"),
+    ],
+)
+def test_bad_examples_are_refused_with_their_line(tmp_path, line, message):
+    path = tmp_path / "batch-0.jsonl"
+    path.write_text("\n" + json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=message) as raised:
+        import_neuronpedia_examples([path], parse_site("L2"))
+    assert "batch-0.jsonl:2" in str(raised.value)
+
+
+def test_a_cut_gzip_file_is_refused(tmp_path):
+    path = tmp_path / "batch-0.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"index": "0"}\n')[:-6])
+    with pytest.raises(UserError, match="cannot be read"):
+        import_neuronpedia_examples([path], parse_site("L2"))
 
 
 def test_an_attribution_graph_is_the_neighbourhood_of_the_feature(atlas, tmp_path):

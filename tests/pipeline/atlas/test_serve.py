@@ -14,6 +14,7 @@ from pipeline.atlas.live import MAX_TOKENS, LiveAtlas
 from pipeline.atlas.opened import Atlas
 from pipeline.atlas.serve import make_server
 from sae import load_sae
+from sae.errors import UserError
 
 TEXT = "The river runs to the sea."
 
@@ -149,3 +150,35 @@ def test_one_request_at_a_time(live, server, monkeypatch):
     release.set()
     first.join()
     assert ask(server, "POST", "/api/text", {"text": "c"})[0] == 200
+
+
+def test_elsewhere_every_file_needs_the_token_which_stays_in_a_cookie(live):
+    made, address = make_server(live, host="0.0.0.0", port=0)
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    token = address.split("token=")[1]
+
+    def get(path: str, **headers: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", made.server_address[1], timeout=60)
+        connection.request("GET", path, headers={"Host": "atlas.example", **headers})
+        answer = connection.getresponse()
+        answer.read()
+        return answer.status, answer.headers.get("Set-Cookie") or ""
+
+    try:
+        assert get("/")[0] == 401
+        assert get("/manifest.js")[0] == 401
+        assert get("/?token=wrong")[0] == 401
+        status, cookie = get(f"/?token={token}")
+        assert status == 200
+        assert "HttpOnly" in cookie
+        assert "SameSite=Strict" in cookie
+        assert get("/manifest.js", Cookie=f"other=1; {cookie.split(';')[0]}")[0] == 200
+        assert get("/api/health", Cookie=cookie.split(";")[0])[0] == 401  # the model asks for the header
+    finally:
+        made.shutdown()
+        made.server_close()
+
+
+def test_a_taken_port_is_said_so(live, server):
+    with pytest.raises(UserError, match="cannot listen"):
+        make_server(live, port=server[0])
