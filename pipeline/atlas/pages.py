@@ -17,13 +17,16 @@ from pipeline.atlas.corpus import Corpus
 from pipeline.atlas.describe import Columns
 from pipeline.atlas.graph import CLASSES, AtlasGraph, flow_shard, overview_columns
 from pipeline.atlas.labels import METHOD_INDEX, Label, shown_text
-from pipeline.atlas.shards import Shard, write_shard
+from pipeline.atlas.shards import Shard, rounded, write_shard
 
 CARDS_PER_SHARD = 256
 FLAG_ALIVE, FLAG_LABELLED, FLAG_ONE_TOKEN, FLAG_DENSE, FLAG_DYING, FLAG_TRUNK = 1, 2, 4, 8, 16, 32
 _EXAMPLE_COLUMNS = ("example_tab", "example_decile", "example_row", "example_value", "example_gap")
 _ACT_COLUMNS = ("act_at", "act_value")
 _CSR = (*_EXAMPLE_COLUMNS, *_ACT_COLUMNS, "example_offset", "act_offset")
+_BITS = dict.fromkeys(("decile", "example_value", "example_gap"), 12) | dict.fromkeys(
+    ("token_share", "token_lift", "previous_share", "previous_lift", "promotes_score", "suppresses_score",
+     "cofiring_jaccard", "similar_cosine"), 10)  # fmt: skip
 _LABEL_FIELDS = ("score", "low", "high", "n", "precision", "recall", "mass_recall", "near_miss", "accepted")
 
 
@@ -58,7 +61,8 @@ class SitePages:
             return ""
         row = int(self.columns["example_row"][first])
         before, peak, after = corpus.pieces(row, before=6, after=3)
-        return " ".join(f"{before}«{peak}»{after}".split())
+        space = " " * peak.startswith(" ")
+        return " ".join(f"{before}{space}«{peak.removeprefix(' ')}»{after}".split())
 
 
 def write_site(folder: Path, pages: SitePages) -> dict[str, Any]:
@@ -112,7 +116,7 @@ def card_shard(pages: SitePages, first: int) -> Shard:
     """The cards of 256 latents from `first` on."""
     last = min(first + CARDS_PER_SHARD, pages.n_latents)
     c = pages.columns
-    plain = {name: np.asarray(a[first:last]) for name, a in c.items() if name not in _CSR}
+    plain = {name: _packed(name, np.asarray(a[first:last])) for name, a in c.items() if name not in _CSR}
     e0, e1 = int(c["example_offset"][first]), int(c["example_offset"][last])
     a0, a1 = int(c["act_offset"][e0]), int(c["act_offset"][e1])
     return Shard(
@@ -124,11 +128,16 @@ def card_shard(pages: SitePages, first: int) -> Shard:
         columns={
             **plain,
             "example_offset": c["example_offset"][first : last + 1] - np.uint32(e0),
-            **{name: c[name][e0:e1] for name in _EXAMPLE_COLUMNS},
+            **{name: _packed(name, c[name][e0:e1]) for name in _EXAMPLE_COLUMNS},
             "act_offset": c["act_offset"][e0 : e1 + 1] - np.uint32(a0),
             **{name: c[name][a0:a1] for name in _ACT_COLUMNS},
         },
     )
+
+
+def _packed(name: str, values: np.ndarray) -> np.ndarray:
+    """A card is read by eye to three digits; the tables hold what is exact."""
+    return rounded(values, _BITS[name]) if name in _BITS else values
 
 
 def label_json(label: Label) -> dict[str, Any]:

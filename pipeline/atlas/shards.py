@@ -122,6 +122,15 @@ def narrow(values: np.ndarray, largest: int) -> np.ndarray:
     return values.astype(np.uint16 if largest < 0xFFFF else np.uint32)
 
 
+def rounded(values: np.ndarray, bits: int) -> np.ndarray:
+    """float32 with `bits` of the mantissa kept, to nearest, so that it packs well: the error is at most a share of
+    2 ** -(bits + 1). Order is kept; NaN and infinities stay."""
+    raw, dropped = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32), 23 - bits
+    half = np.uint32((1 << (dropped - 1)) - 1) + ((raw >> np.uint32(dropped)) & np.uint32(1))
+    near = ((raw + half) >> np.uint32(dropped) << np.uint32(dropped)).view(np.float32)
+    return np.where(np.isfinite(values), near, values).astype(np.float32)
+
+
 def _column(payload: bytes, base: int, entry: Mapping[str, Any]) -> np.ndarray:
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     count = int(np.prod(shape, dtype=np.int64))

@@ -76,7 +76,7 @@ def test_examples_on_the_cards_are_what_the_dictionary_does_on_that_text(small_r
                 tolerance = float(card.numbers["max"]) / 250  # 8 bits on the page
                 assert np.allclose(example.values, expected, atol=tolerance)
                 if example.tab != "near_miss":
-                    assert z[example.row, latent] == pytest.approx(example.value, rel=1e-4)
+                    assert z[example.row, latent] == pytest.approx(example.value, rel=2e-4)
 
 
 def test_no_example_is_empty_and_intervals_hold_firings_only(cards):
@@ -104,7 +104,7 @@ def test_similar_and_co_firing_features_are_searched_in_the_whole_dictionary(sma
     for card in cards.iter_site("L2"):
         latent = int(card.feature.split("/")[1])
         assert card.ids("similar")[0] == int(cosine[latent].argmax())
-        assert card.numbers["similar_cosine"][0] == pytest.approx(cosine[latent].max(), abs=1e-5)
+        assert card.numbers["similar_cosine"][0] == pytest.approx(cosine[latent].max(), rel=2**-10)
 
 
 def test_promoted_tokens_are_the_largest_of_the_centred_unembedding(small_run, cards):

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.atlas.shards import DTYPES, MAGIC, Shard, pack, read_shard, unpack, write_shard
+from pipeline.atlas.shards import DTYPES, MAGIC, Shard, pack, read_shard, rounded, unpack, write_shard
 from sae.errors import UserError
 
 ARRAYS = st.sampled_from(sorted(DTYPES)).flatmap(
@@ -33,6 +33,21 @@ def test_what_is_packed_is_unpacked(json_part, columns):
     for name, array in columns.items():
         assert back.columns[name].shape == array.shape
         assert back.columns[name].tobytes() == array.tobytes()
+
+
+@given(
+    values=hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(-(2.0**100), 2.0**100, width=32)),
+    bits=st.integers(4, 20),
+)
+def test_rounded_numbers_are_near_in_order_and_short(values, bits):
+    near = rounded(np.append(values, np.float32([np.nan, np.inf])), bits)
+    assert np.isnan(near[-2])
+    assert np.isposinf(near[-1])
+    normal = np.abs(values) >= np.finfo(np.float32).tiny
+    error = np.abs(near[:-2].astype(np.float64) - values)
+    assert (error <= np.abs(values.astype(np.float64)) * 2.0 ** -(bits + 1))[normal].all()
+    assert (np.diff(near[:-2][np.argsort(values)]) >= 0).all()
+    assert not (near[:-2].view(np.uint32) & np.uint32((1 << (23 - bits)) - 1)).any()
 
 
 def test_the_bytes_are_those_the_format_page_describes():
