@@ -40,7 +40,7 @@ ELSEWHERE = {
     "link_graph": "python benchmarks/link_speed.py graph --layers 30 --n 16384",
     "atlas_pages": "python -m benchmarks.atlas_pages --layers 30 --latents 16384 --site artifacts/laptop/atlas/site",
     "atlas_peer": "python -m benchmarks.atlas_peer --artifacts artifacts/laptop --peers <folder>",
-    "atlas_sizes": "python benchmarks/atlas_generation.py --latents 16384 --repeats 1 --profile <name>",
+    "atlas_sizes": "python -m benchmarks.atlas_sizes --artifacts artifacts/laptop --profile <name> --layers <n>",
 }
 
 

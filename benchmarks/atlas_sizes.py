@@ -8,11 +8,11 @@
 3. the atlas stage's own steps over the store's real text, one process, one thread: survey and write every site, then
    what all sites share; the site is checked byte by byte at the end.
 
-JSON lines: seconds and peak memory of every step, then the folder by part and in bytes a feature. `--layers 4` takes
-four layers spread over the store's; `--site` instead only tells the parts of a finished site. Features are real
-directions of real text but not trained ones, so their labels say nothing. `--folder` keeps everything, and a run that
-was cut off goes on there; the seconds are then those of the rest. Cost: about a minute a layer of 16,384; 75 MB a layer
-for dictionaries beside the atlas.
+JSON lines: seconds and peak memory of every step, then the folder by part and in bytes a feature, and what a site adds
+(`mb_a_site`; the rest is shared). `--layers 4` takes four layers spread over the store's; `--site` instead only tells
+the parts of a finished site. Features are real directions of real text but not trained ones, so their labels say
+nothing. `--folder` keeps everything, and a run that was cut off goes on there; the seconds are then those of the rest.
+Cost: about a minute a layer of 16,384; 75 MB a layer for dictionaries beside the atlas.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Int64
 
 from benchmarks.__main__ import head
-from data.sites import Site, parse_site
+from data.sites import Site
 from data.store import ActivationStore, RowFilters
 from pipeline.artifact import Artifact
 from pipeline.atlas.build import AtlasFacts, each_site, finish, prepare
@@ -51,6 +51,7 @@ from pipeline.stages.atlas import model_facts
 from sae import Sae, TopKActivation, save_sae
 
 T = TypeVar("T")
+PER_SITE = ("cards", "overview", "labels", "links", "search")
 
 
 def main() -> None:
@@ -87,7 +88,7 @@ def make(options: argparse.Namespace, folder: Path) -> None:
     collect = Artifact.open(options.artifacts / "collect", kind="collect", schema=1)
     store = ActivationStore.open(collect.path / "store.zarr")
     sites = spread_sites(store, options.layers)
-    made, graph = folder / "dictionaries", folder / f"graph-{options.layers}"
+    made, graph = folder / f"dictionaries-{options.layers}", folder / f"graph-{options.layers}"
     timed("dictionaries", lambda: write_dictionaries(store, sites, options.latents, made))
     timed("link", lambda: link(made, graph))
     out = folder / options.profile
@@ -163,8 +164,6 @@ def parts(site: Path) -> dict[str, Any]:
     manifest = Cards.open(site).manifest
     n = sum(entry["n_latents"] for entry in manifest["sites"])
     names = [entry["short"] for entry in manifest["sites"]]
-    for short in names:
-        parse_site(short)
     size: Counter[str] = Counter()
     files = [path for path in site.rglob("*") if path.is_file()]
     for path in files:
@@ -177,6 +176,7 @@ def parts(site: Path) -> dict[str, Any]:
     total = sum(size.values())
     return {
         "features": n, "site_mb": round(total / 1e6, 1), "bytes_per_feature": round(total / n), "files": len(files),
+        "mb_a_site": round(sum(size[name] for name in PER_SITE) / len(names) / 1e6, 2),
         **{f"{name.removesuffix('.js').replace(' ', '_')}_mb": round(b / 1e6, 1) for name, b in sorted(size.items())},
     }  # fmt: skip
 
