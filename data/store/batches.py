@@ -1,8 +1,9 @@
 """Shuffled batches for training: a store and a seed in, batches of the same rows at several sites out.
 
-One thread reads the next window of random blocks (`data.store.plans`) while two others gather batches from the present
-one: rows are gathered as stored, 16 bits each, then widened to float32, or sent to a GPU as they are and widened there.
-Memory: two windows of every site. `state()` and `restore()` continue at exactly the next batch.
+Two threads read the next window of random blocks (`data.store.plans`, `data.store.windows`) while two others gather
+batches from the present one: rows are gathered as stored, 16 bits each, then widened to float32, or sent to a GPU as
+they are and widened there. Memory: two windows of every site. `state()` and `restore()` continue at exactly the next
+batch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from data.store.layout import STORED_AS, SiteLayout, canonical_json
+from data.store.layout import SiteLayout, canonical_json
 from data.store.plans import EpochPlan, ShuffleChoices
 from data.store.staging import StagingBuffers, keep_to_one_thread
 from data.store.tokens import RowFilters
+from data.store.windows import READERS, Windows
 from sae.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -60,14 +62,14 @@ class BatchReader:
         1 GiB for two windows of all sites. With `reuse_buffers` a batch is overwritten `prefetch` + 2 batches later."""
         self.store = store
         self.sites = tuple(sites)
-        self._layouts = [store.site_layout(site) for site in sites]
+        self.layouts = [store.site_layout(site) for site in sites]
         self._filters = filters or RowFilters()
         self._split = split
-        self._n_epochs = n_epochs
+        self.n_epochs = n_epochs
         self._device = torch.device(device)
         self._prefetch = prefetch
         self._reuse_buffers = reuse_buffers
-        blocks = max(1, (window_rows or _default_window(store, self._layouts)) // store.chunk_rows)
+        blocks = max(1, (window_rows or _default_window(store, self.layouts)) // store.chunk_rows)
         self.choices = ShuffleChoices(
             seed=seed, batch_size=batch_size, window_blocks=blocks, block_rows=store.chunk_rows, rank=rank, world=world
         )
@@ -175,40 +177,8 @@ class BatchReader:
             raise UserError("these batches cannot be read", problems=tuple(problems))
 
 
-class _Window:
-    """The rows of one window in memory, as stored (int8 as float32), for every site."""
-
-    def __init__(self, reader: BatchReader) -> None:
-        store, n_rows = reader.store, reader.choices.window_blocks * reader.choices.block_rows
-        self.index = -1
-        self.slots = np.zeros(0, dtype=np.int64)
-        self.gathering: list[Future[None]] = []
-        self._reader = reader
-        self._is_int8 = store.layout.dtype == "int8"
-        dtype = "float32" if self._is_int8 else STORED_AS[store.layout.dtype]
-        self.rows = [np.zeros((n_rows, site.width), dtype=dtype) for site in reader._layouts]
-
-    def load(self, plan: EpochPlan, index: int) -> _Window:
-        """Read a window, when all batches of the one before are gathered."""
-        while self.gathering:
-            self.gathering.pop().result()
-        store, size = self._reader.store, plan.choices.block_rows
-        blocks = plan.blocks_of(index)
-        for site, buffer in zip(self._reader._layouts, self.rows, strict=True):
-            for k in np.argsort(blocks, kind="stable"):
-                part = buffer[k * size : (k + 1) * size]
-                if self._is_int8:
-                    stored = np.empty(part.shape, dtype=np.int8)
-                    store.read_stored(site, int(blocks[k]), stored)
-                    part[:] = store.decoded(site, stored, int(blocks[k]) * size)
-                else:
-                    store.read_stored(site, int(blocks[k]), part)
-        self.index, self.slots = index, plan.slots_of(index)
-        return self
-
-
 class _Pipeline:
-    """A thread that hands out the work, one that reads ahead, and those that gather batches."""
+    """A thread that hands out the work, those that read ahead, and those that gather batches."""
 
     def __init__(self, reader: BatchReader, position: tuple[int, int]) -> None:
         self._reader = reader
@@ -216,7 +186,7 @@ class _Pipeline:
         self._stopped = threading.Event()
         ring = reader._prefetch + 2 if reader._reuse_buffers else 0
         self._buffers = StagingBuffers(
-            reader._layouts, reader.store.layout.dtype, reader.choices.batch_size, reader._device, ring
+            reader.layouts, reader.store.layout.dtype, reader.choices.batch_size, reader._device, ring
         )
         self._ended = False
         self._thread = threading.Thread(target=self._run, args=(position,), name="store-batches", daemon=True)
@@ -249,33 +219,33 @@ class _Pipeline:
     def _run(self, position: tuple[int, int]) -> None:
         try:
             with (
-                ThreadPoolExecutor(1, thread_name_prefix="store-reader") as ahead,
+                ThreadPoolExecutor(READERS, thread_name_prefix="store-reader") as readers,
                 ThreadPoolExecutor(_GATHERERS, "store-gather", keep_to_one_thread) as gatherers,
             ):
-                self._produce(position, ahead, gatherers)
+                try:
+                    self._produce(position, readers, gatherers)
+                finally:
+                    readers.shutdown(wait=False, cancel_futures=True)  # a window nobody will ask for
             self._put(None)
         except BaseException as error:  # handed to the consumer, who raises it
             self._put(error)
 
-    def _produce(self, position: tuple[int, int], ahead: ThreadPoolExecutor, gatherers: ThreadPoolExecutor) -> None:
+    def _produce(self, position: tuple[int, int], readers: ThreadPoolExecutor, gatherers: ThreadPoolExecutor) -> None:
         epoch, first = position
-        windows = [_Window(self._reader), _Window(self._reader)]
-        while self._reader._n_epochs is None or epoch < self._reader._n_epochs:
-            plan = self._reader.plan(epoch)
-            loaded = _Loaded(plan, windows, ahead)
+        windows = Windows(self._reader, readers)
+        while self._reader.n_epochs is None or epoch < self._reader.n_epochs:
+            plan = windows.begin(epoch)
             for batch in range(first, plan.n_batches):
                 staged, parts, n = self._buffers.begin(), [], 0
                 for index, start, stop in plan.spans_of(batch):
-                    window = loaded.window(index)
-                    slots = window.slots[start:stop]
+                    window = windows.at(index)
+                    slots = window.slots()[start:stop]
                     parts.append(gatherers.submit(self._buffers.gather, staged, window.rows, slots, at=n))
                     window.gathering.append(parts[-1])
                     n += len(slots)
                 after = (epoch, batch + 1) if batch + 1 < plan.n_batches else (epoch + 1, 0)
                 if not self._put((after, staged, parts)):
-                    loaded.drain()
                     return
-            loaded.drain()
             epoch, first = epoch + 1, 0
 
     def _put(self, item: Any) -> bool:
@@ -286,32 +256,6 @@ class _Pipeline:
                 continue
             return True
         return False
-
-
-class _Loaded:
-    """The present window, and the next one being read."""
-
-    def __init__(self, plan: EpochPlan, windows: list[_Window], ahead: ThreadPoolExecutor) -> None:
-        self._plan, self._ahead = plan, ahead
-        self._present, self._other = windows
-        self._present.index = self._other.index = -1
-        self._next: Future[_Window] | None = None
-
-    def window(self, index: int) -> _Window:
-        if self._present.index != index:
-            ready = self._next.result() if self._next is not None else self._present
-            if ready.index != index:
-                ready = self._present.load(self._plan, index)
-            else:
-                self._present, self._other = ready, self._present
-            self._next = None
-            if index + 1 < self._plan.n_windows:
-                self._next = self._ahead.submit(self._other.load, self._plan, index + 1)
-        return self._present
-
-    def drain(self) -> None:
-        if self._next is not None:
-            self._next.result()
 
 
 def _default_window(store: ActivationStore, sites: Sequence[SiteLayout]) -> int:

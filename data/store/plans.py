@@ -36,8 +36,9 @@ class EpochPlan:
         self.choices = choices
         self.epoch = epoch
         self._rows = rows
-        blocks, starts = np.unique(rows // choices.block_rows, return_index=True)
-        bounds = np.append(starts, len(rows))
+        block_of_row = rows // choices.block_rows
+        starts = np.flatnonzero(np.diff(block_of_row, prepend=-1))  # rows ascend, so nothing needs sorting
+        blocks, bounds = block_of_row[starts], np.append(starts, len(rows))
         order = np.random.default_rng([choices.seed, epoch]).permutation(len(blocks))
         sizes = np.diff(bounds)
         self.n_batches = min(
@@ -52,6 +53,11 @@ class EpochPlan:
     @property
     def n_windows(self) -> int:
         return len(self._window_bounds) - 1
+
+    @property
+    def last_window(self) -> int:
+        """The window with the end of the last batch; what lies behind it is left out of this epoch."""
+        return self.spans_of(self.n_batches - 1)[-1][0]
 
     def blocks_of(self, window: int) -> Int64[np.ndarray, "block"]:
         """The blocks of a window, in the order in which they lie in its buffer."""

@@ -1,5 +1,7 @@
 """Shuffled batches: every kept row once an epoch, the same rows at every site, and the same order after a restart."""
 
+import hashlib
+import time
 from collections import Counter
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.store import FLAG_BOS, FLAG_SINK, RowFilters
+from data.store import FLAG_BOS, FLAG_SINK, ActivationStore, RowFilters
 from data.store.plans import EpochPlan, ShuffleChoices
 from sae.errors import UserError
 from tests.data.store.made import MLP, N_CONTEXT, RESIDUAL, make_store, planted_rows
@@ -101,6 +103,37 @@ def test_epochs_and_seeds_differ_and_the_same_seed_repeats(store):
     assert np.array_equal(reader.rows_of(0, 0), again.rows_of(0, 0))
     assert not np.array_equal(reader.rows_of(0, 0), reader.rows_of(1, 0))
     assert not np.array_equal(reader.rows_of(0, 0), other.rows_of(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("rows", "choices", "digest"),
+    [
+        (np.arange(0, 9000, 3), {"batch_size": 700, "window_blocks": 5, "block_rows": 64}, "a57137ba29d067f2"),
+        (np.arange(5000), {"batch_size": 128, "window_blocks": 4, "block_rows": 128, "world": 3}, "ea804b461c2ff79b"),
+    ],
+)
+def test_the_order_is_that_of_the_version_that_saved_a_state(rows, choices, digest):
+    """A state of an older version, or of another numpy, would go on with other rows."""
+    plan = EpochPlan(rows, ShuffleChoices(seed=3, **choices), epoch=2)
+    order = np.concatenate([plan.rows_of(batch) for batch in range(plan.n_batches)]).astype("<i8")
+    assert hashlib.sha256(order.tobytes()).hexdigest().startswith(digest)
+
+
+def test_the_first_window_of_the_next_epoch_is_read_while_this_one_is_trained_on(store, monkeypatch):
+    read = []
+    whole = ActivationStore.read_stored
+    monkeypatch.setattr(
+        ActivationStore,
+        "read_stored",
+        lambda self, site, chunk, out: (whole(self, site, chunk, out), read.append(chunk)),
+    )
+    with store.batches([MLP], batch_size=500, seed=0, window_rows=100_000) as reader:
+        next(reader)
+        a_window = len(reader.plan(0).blocks_of(0))
+        deadline = time.monotonic() + 10
+        while len(read) < 2 * a_window and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert sorted(read) == sorted(2 * reader.plan(0).blocks_of(0).tolist())
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 6, 7, 8, 13])
