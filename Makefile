@@ -13,7 +13,7 @@ RUN := $(BIN)/featureflow run --recipe $(RECIPE) --artifacts $(ARTIFACTS)
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help demo install test check lint types layers format bench peers bench-train bench-quality faults steering-study browser clean clean-artifacts collect train evaluate link atlas steer
+.PHONY: help demo install test check lint types layers format bench peers bench-train bench-quality faults steering-study browser emulators clean clean-artifacts collect train evaluate link atlas steer
 
 help:  ## show this list
 	@grep -hE '^[a-z -]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ browser: install
 	@test -d pipeline/atlas/site/node_modules || { \
 	  if command -v npm >/dev/null; then cd pipeline/atlas/site && npm ci --silent --no-audit --no-fund; \
 	  else echo "npm is missing: the accessibility tests will be skipped"; fi; }
+
+emulators:  ## Azurite, for the tests of object stores that are skipped without it (npm, 370 MB, in .emulators)
+	npm install --silent --no-audit --no-fund --prefix .emulators azurite@3.37.0
 
 format: install
 	$(BIN)/ruff check --fix .

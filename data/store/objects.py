@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -114,13 +114,13 @@ class ObjectPlace:
                 self.remove(claim)
             self._lost.discard(claim)
 
-    def _take(self, claim: str, me: bytes) -> str | None:
+    def _take(self, claim: str, me: bytes) -> dict[str, str] | None:
         """The version of our claim, None if another's is alive."""
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
         try:
             with self._explained():
-                return self._store.put(claim, me, mode="create")["e_tag"]
+                return _version_of(self._store.put(claim, me, mode="create"))
         except AlreadyExistsError:
             pass
         try:
@@ -128,16 +128,16 @@ class ObjectPlace:
                 found = self._store.head(claim)
                 if (datetime.now(UTC) - found["last_modified"]).total_seconds() < _STALE_SECONDS:
                     return None
-                return self._store.put(claim, me, mode={"e_tag": found["e_tag"]})["e_tag"]
+                return _version_of(self._store.put(claim, me, mode=_version_of(found)))
         except (PreconditionError, FileNotFoundError):
             return None
 
-    def _renew(self, claim: str, me: bytes, version: str, done: threading.Event) -> None:
+    def _renew(self, claim: str, me: bytes, version: dict[str, str], done: threading.Event) -> None:
         from obstore.exceptions import PreconditionError
 
         while not done.wait(_RENEW_SECONDS):
             try:
-                version = self._store.put(claim, me, mode={"e_tag": version})["e_tag"]
+                version = _version_of(self._store.put(claim, me, mode=version))
             except (PreconditionError, FileNotFoundError):
                 self._lost.add(claim)
                 return
@@ -169,3 +169,9 @@ class ObjectPlace:
                 found=first,
                 mend="check the bucket's name and the credentials and endpoint in the environment",
             ) from error
+
+
+def _version_of(answer: Mapping[str, Any]) -> dict[str, str]:
+    """What a conditional PUT has to name, out of the answer to a PUT or HEAD: S3 and Azure compare the entity tag, GCS
+    the generation, without which obstore refuses the PUT."""
+    return {key: answer[key] for key in ("e_tag", "version") if answer.get(key) is not None}

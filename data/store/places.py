@@ -11,9 +11,10 @@ import itertools
 import json
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -103,6 +104,7 @@ class LocalPlace:
         self.url = str(root)
         self._descriptors: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._descriptors)
 
     def read(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
@@ -204,13 +206,7 @@ class LocalPlace:
 
     def close(self) -> None:
         with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
-
-    def __del__(self) -> None:
-        with suppress(Exception):
-            self.close()
+            _close_all(self._descriptors)
 
     @contextmanager
     def _descriptor(self, name: str) -> Iterator[int]:
@@ -234,6 +230,11 @@ class LocalPlace:
                 surplus.append(self._descriptors.popitem(last=False)[1])
         for each in surplus:
             os.close(each)
+
+
+def _close_all(descriptors: OrderedDict[str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
 
 
 def _drop(buffers: list[memoryview], n: int) -> list[memoryview]:
