@@ -8,6 +8,7 @@ says what it would cost.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 import warnings
 from pathlib import Path
@@ -48,7 +49,11 @@ def main() -> None:
     study.develop()
     study.lock()
     study.test()
-    about = f"Model {session.model.name}, artifacts of recipe {arguments.artifacts.name}. Options: {options}."
+    chosen = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(options).items() if name != "topics")
+    about = (
+        f"Written by `python -m benchmarks.steering_study artifacts/{arguments.artifacts.name}`. "
+        f"Model {session.model.name}, dictionaries of the recipe `{arguments.artifacts.name}`. Topics: {', '.join(topics)}. Options: {chosen}."
+    )
     print(write_report(study.folder, arguments.report, seed=arguments.seed, about=about))
 
 
