@@ -119,9 +119,10 @@ def _gguf_name(name: str) -> str:
     return {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}[parts[0]] + ".weight"
 
 
-def test_a_folder_runs_as_the_library_runs_it(folder: Path) -> None:
-    model = LanguageModel.open(Folder(path=folder), dtype="float32")
-    expected = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_folder_runs_as_the_library_runs_it(folder: Path, dtype: str) -> None:
+    model = LanguageModel.open(Folder(path=folder), dtype=dtype)
+    expected = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))(IDS).logits
     assert torch.equal(model.logits(IDS), expected)
     assert model.tokenizer.encode("to be or not") == TOKENIZER.encode("to be or not")
     assert (model.n_layers, model.d_model, model.d_vocab, model.n_context) == (2, 32, 320, 64)
@@ -284,6 +285,13 @@ def test_a_device_and_a_dtype_are_what_was_asked(folder: Path) -> None:
     assert model.dtype == torch.bfloat16
     assert model.device == torch.device("cpu")
     assert all(value.dtype == torch.bfloat16 for value in model.activations(IDS, model.sites()).values())
+
+
+def test_the_frequencies_of_rotary_positions_keep_their_precision(folder: Path) -> None:
+    for spec in (Folder(path=folder), Random()):
+        exact, rounded = (LanguageModel.open(spec, dtype=dtype).hf for dtype in ("float32", "bfloat16"))
+        assert next(rounded.parameters()).dtype == torch.bfloat16
+        assert torch.equal(rounded.model.rotary_emb.inv_freq, exact.model.rotary_emb.inv_freq)
 
 
 def test_random_models_do_not_touch_the_global_generator() -> None:
