@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from data.language_model import LanguageModel
 from data.model_spec import Random
 from data.sites import Site
 from data.store import FLAG_BOS, ActivationStore
+from data.store.cluster_collection import collect_on_cluster
 from data.store.patterns import parse_sites
 from pipeline.run import RunContext
 from pipeline.stages.collect import Config, Inputs, outside_digests, run
@@ -88,6 +90,31 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(collected, tmp_
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_with_a_scheduler_only_the_workers_need_the_device(collected, tmp_path, monkeypatch):
+    """The tasks are run here and on the CPU, as the workers of another machine would on theirs."""
+    opened, handed = [], []
+
+    def opened_on(spec, *, device="cpu", **options):
+        opened.append(device)
+        return LanguageModel.open(spec, device=device, **options)
+
+    def on_workers(writer, parts, *, model, machines, **options):
+        handed.append((model.device, machines.scheduler))
+        return collect_on_cluster(writer, parts, model=replace(model, device="cpu"), machines=RunContext(), **options)
+
+    monkeypatch.setattr("pipeline.stages.collect.LanguageModel", SimpleNamespace(open=opened_on))
+    monkeypatch.setattr("pipeline.stages.collect.collect_on_cluster", on_workers)
+    far = RunContext(device="cuda:7", scheduler="tcp://elsewhere:8786")
+    made = run(CONFIG, Inputs(), tmp_path / "collect", far)
+    assert opened == ["cpu"]
+    assert handed == [("cuda:7", "tcp://elsewhere:8786")]
+    rows = [
+        ActivationStore.open(each.path / "store.zarr").read("blocks.2.hook_resid_post", 0, 2000)
+        for each in (made, collected)
+    ]
+    assert np.array_equal(*rows)
 
 
 def test_a_text_file_that_changes_changes_the_digest(tmp_path):
