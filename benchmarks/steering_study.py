@@ -52,8 +52,8 @@ def main() -> None:
     chosen = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(options).items() if name != "topics")
     run = arguments.artifacts.name
     about = (
-        f"Written by `python -m benchmarks.steering_study artifacts/{run}`. Model {session.model.name}, dictionaries of "
-        f"the recipe `{run}`. Topics: {', '.join(topics)}. Options: {chosen}."
+        f"Written by `python -m benchmarks.steering_study artifacts/{run}`. Model {session.model.name}, dictionaries "
+        f"of the recipe `{run}`. Topics: {', '.join(topics)}. Options: {chosen}."
     )
     print(write_report(study.folder, arguments.report, seed=arguments.seed, about=about))
 
