@@ -31,7 +31,7 @@ COMMANDS: dict[str, list[str]] = {
     "steering_speed": ["-m", "benchmarks.steering_speed"],
 }
 ELSEWHERE = {
-    "store_saelens": "python -m benchmarks.store_saelens --peers <folder>",
+    "store_saelens": "python -m benchmarks.store_saelens --peers <folder> --layers 5 14 23 29 --contexts 32 --pairs 3",
     "store_shuffle": "python -m benchmarks.store_shuffle --store artifacts/laptop/collect/store.zarr",
     "train_speed": "make bench-train PEERS=<folder>",
     "quality_peers": "make bench-quality PEERS=<folder>",
