@@ -2,7 +2,7 @@
 
 Two windows take turns. When one becomes the present one, the other is read anew, by several threads and as soon as the
 last batches gathered from it are done; at the end of an epoch that is the first window of the next. A reader that waits
-there instead loses a third of its speed at four windows an epoch (docs/log.md, 2026-11-23).
+there instead spends a third of its time waiting, at four windows an epoch (docs/log.md, 2026-11-23).
 """
 
 from __future__ import annotations
