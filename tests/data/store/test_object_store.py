@@ -179,6 +179,13 @@ def test_a_second_writer_of_a_shard_is_turned_away_while_the_first_lives(bucket)
     assert ActivationStore.open(f"{bucket}/two").n_rows == 5000
 
 
+def test_what_is_created_once_is_not_created_again(bucket):
+    first, second = ObjectPlace(f"{bucket}/once"), ObjectPlace(f"{bucket}/once")
+    assert first.create("records/000000.json", b"the first writer's")
+    assert not second.create("records/000000.json", b"the second writer's")
+    assert second.read("records/000000.json") == b"the first writer's"
+
+
 def test_the_claim_of_a_dead_writer_is_taken_over(bucket, monkeypatch):
     place = ObjectPlace(f"{bucket}/stale")
     place.create("locks/000000.lock", b"a writer that died")
