@@ -37,7 +37,7 @@ from pipeline.artifact import Artifact, Draft
 from pipeline.figures_collect import draw_norms, site_table
 from pipeline.run import RunContext
 
-KIND, SCHEMA = "collect", 1
+KIND, SCHEMA = "collect", 2
 STORE = "store.zarr"
 
 
