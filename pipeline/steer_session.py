@@ -3,6 +3,7 @@
     session = SteerSession.open("artifacts/laptop")
     plan = session.plan_along_flow("L12/402", dose=0.3)          calibrated on neutral text
     session.sample("I think", [None, plan])                      unsteered and steered, from the same random numbers
+    session.read_plan("cooking.toml")                            refused if it was made from other dictionaries
 
 Opening loads the model and all residual dictionaries; everything else is lazy.
 """
@@ -30,13 +31,14 @@ from pipeline.flow.sources import DictionaryFolder
 from pipeline.stages import collect, link, train
 from pipeline.steer_selection import Sources, window_of_chain
 from sae import Sae
-from sae.errors import UserError
+from sae.errors import Problem, UserError
 from sae.report import Progress, silent
 from steering.arms import Flow, Scales, flow_additive, flow_levels, single
 from steering.dose import Calibrated, NeutralText, calibrate
 from steering.edits import Add, Cap, Edit, Floor
 from steering.generation import Sample, Sampling, generate
 from steering.plan import Plan
+from steering.plan_files import read_plan
 from steering.schedules import Constant, Schedule
 from steering.study_topic import World
 
@@ -131,8 +133,35 @@ class SteerSession:
         firing = tuple(step for step in steps if profiles[step[0]].strong > 0)
         scales = Scales(norms=self.norms, activations={step: profiles[step].strong for step, _ in firing})
         plan = _laid_out(Flow(seed=seed, steps=firing), scales, edit or Add(), schedule or Constant(), along)
-        plan = replace(plan, name=f"{seed} {plan.edit.kind} along {along}", digests=self.digests)
+        plan = self.signed(replace(plan, name=f"{seed} {plan.edit.kind} along {along}"))
         return plan if dose is None else self.calibrated(plan, dose)
+
+    def signed(self, plan: Plan) -> Plan:
+        """The plan with what it was made from: the model, and where it names features their dictionaries and graph."""
+        named = any(node.feature is not None for node in plan.nodes)
+        return replace(plan, model=self.model.fingerprint, digests=self.digests if named else {})
+
+    def read_plan(self, path: str | Path) -> Plan:
+        """A plan file that may be used here. Raises UserError for one made for another model or other dictionaries: its
+        latents would be other features."""
+        plan = read_plan(path)
+        own, theirs = self.digests["dictionaries"], plan.digests.get("dictionaries", "")
+        problems = []
+        if theirs and theirs != own:
+            problems.append(
+                Problem(what="made from other dictionaries", where="digests.dictionaries", expected=own, found=theirs)
+            )
+        if plan.model and plan.model != self.model.fingerprint:
+            problems.append(
+                Problem(what="made for another model", where="model", expected=self.model.fingerprint, found=plan.model)
+            )
+        if problems:
+            raise UserError(
+                f"{path} does not belong to these artifacts",
+                problems=tuple(problems),
+                mend="make it again (featureflow steer plan), or name its own run with --artifacts and --recipe",
+            )
+        return plan
 
     def calibrated(self, plan: Plan, dose: float) -> Plan:
         """The plan at the strength that gives `dose` nats. Raises UserError when none does."""

@@ -1,97 +1,62 @@
-"""`featureflow steer …` and `featureflow serve`: make plans, generate with them, export them, answer requests."""
+"""`featureflow steer export | paper` and `featureflow serve`; the other tools of `steer` are in the files beside."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from pipeline.cli.options import artifacts_option, recipe_option
-from pipeline.console import say, show_number
-
-_device = click.option("--device", default="cpu", show_default=True, help="torch device of the model")
-
-
-@click.command()
-@click.argument("feature")
-@click.option("--along", type=click.Choice(["flow", "layer"]), default="flow", show_default=True, help="where to push")
-@click.option("--dose", default=0.3, show_default=True, help="nats of KL to the unsteered model on neutral text")
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="plan to write: .toml, .json or .safetensors"
-)
-@_device
-@recipe_option
-@artifacts_option
-def plan(feature: str, along: str, dose: float, out: Path, device: str, recipe: str, artifacts: Path) -> None:
-    """Make a plan that amplifies FEATURE along its flow, at the strength that gives the dose."""
-    from pipeline.steer_session import SteerSession
-    from steering.plan_files import write_plan
-
-    session = SteerSession.open(artifacts / Path(recipe).stem, device=device)
-    made = session.plan_along_flow(feature, along=along, dose=dose)
-    say(
-        f"{write_plan(made, out)}: {len(made.nodes)} nodes, strength {made.strength:.4g}, dose {show_number(made.dose)}"
-    )
-
-
-@click.command()
-@click.argument("plan_path", type=click.Path(path_type=Path))
-@click.option("--prompt", default="I think", show_default=True, help="text to continue")
-@click.option("-n", "n_samples", default=3, show_default=True, help="samples, each steered and unsteered")
-@click.option("--tokens", default=40, show_default=True, help="new tokens a sample")
-@click.option("--temperature", default=0.8, show_default=True, help="of sampling; 0 takes the likeliest token")
-@click.option("--seed", default=0, show_default=True, help="of sampling; shared by both of a pair")
-@_device
-@recipe_option
-@artifacts_option
-def generate(
-    plan_path: Path,
-    prompt: str,
-    n_samples: int,
-    tokens: int,
-    temperature: float,
-    seed: int,
-    device: str,
-    recipe: str,
-    artifacts: Path,
-) -> None:
-    """Continue a prompt with and without the plan, from the same random numbers."""
-    from pipeline.steer_session import SteerSession
-    from steering.plan_files import read_plan
-
-    session = SteerSession.open(artifacts / Path(recipe).stem, device=device)
-    samples = session.sample(
-        prompt,
-        [None, read_plan(plan_path)],
-        n_samples=n_samples,
-        n_new_tokens=tokens,
-        temperature=temperature,
-        seed=seed,
-    )
-    for number in range(n_samples):
-        for sample in (s for s in samples if s.sample == number):
-            say(f"[{number} {'unsteered' if sample.plan == 0 else 'steered  '}] {prompt}{sample.text}")
+from pipeline.cli.steer_plans import calibrate, contrast, device_option, plan
+from pipeline.cli.steer_texts import generate, judge
+from pipeline.console import say
 
 
 @click.command()
 @click.argument("plan_path", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@_device
+@click.option("--model-id", help="for .json: what Neuronpedia calls the model")
+@click.option(
+    "--source", "sources", multiple=True, help="for .json: Neuronpedia's name of a site's dictionary, L12=12-res-jb"
+)
+@click.option("--prompt", default="I think", show_default=True, help="for .json: text to continue")
+@device_option
 @recipe_option
 @artifacts_option
-def export(plan_path: Path, out: Path, device: str, recipe: str, artifacts: Path) -> None:
-    """Write a plan's vectors to OUT: .gguf (a control vector) or .safetensors; refused if its edit has none."""
+def export(
+    plan_path: Path, out: Path, model_id: str | None, sources: tuple[str, ...], prompt: str, device: str, recipe: str,
+    artifacts: Path,
+) -> None:  # fmt: skip
+    """Write a plan for other programs to OUT: .gguf (a control vector), .safetensors (vectors) or .json (the body of a
+    Neuronpedia steering request). Refused, with the reason, where the plan cannot be expressed there."""
     from pipeline.steer_session import SteerSession
-    from steering.exports import write_gguf, write_vectors
-    from steering.plan_files import read_plan
+    from steering.exports import neuronpedia_request, write_gguf, write_vectors
 
+    if out.suffix not in (".gguf", ".safetensors", ".json"):
+        raise click.UsageError(f"{out}: write .gguf, .safetensors or .json")
+    if out.suffix == ".json" and model_id is None:
+        raise click.UsageError("--model-id is needed to write a Neuronpedia request")
     session = SteerSession.open(artifacts / Path(recipe).stem, device=device)
-    made = read_plan(plan_path)
+    made = session.read_plan(plan_path)
     if out.suffix == ".gguf":
         write_gguf(made, session.saes, out, model_type=session.model.hf.config.model_type)
-    else:
+    elif out.suffix == ".safetensors":
         write_vectors(made, session.saes, out)
+    else:
+        body = neuronpedia_request(made, model_id=str(model_id), sources=_sources(sources), prompt=prompt)
+        out.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     say(str(out))
+
+
+def _sources(words: tuple[str, ...]) -> dict[Any, str]:
+    from data.sites import parse_site
+
+    pairs = [word.partition("=") for word in words]
+    if bad := [word for word, (_, equals, name) in zip(words, pairs, strict=True) if not equals or not name]:
+        raise click.UsageError(f"--source takes SITE=NAME such as L12=12-res-jb, not {', '.join(bad)}")
+    return {parse_site(site): name for site, _, name in pairs}
 
 
 @click.command()
@@ -101,7 +66,7 @@ def export(plan_path: Path, out: Path, device: str, recipe: str, artifacts: Path
 @click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on")
 @click.option("--port", default=8089, show_default=True, help="port; 0 takes a free one")
 @click.option("--token", default="", help="token that requests must carry; needed for any address but this machine")
-@_device
+@device_option
 @recipe_option
 @artifacts_option
 def serve(
@@ -109,13 +74,14 @@ def serve(
 ) -> None:
     """Answer OpenAI-style completion requests with the recipe's model; a request names a plan to be steered by it."""
     from pipeline.steer_session import SteerSession
-    from steering.plan_files import read_plan
     from steering.serve import Endpoint, make_server
 
     if host not in ("127.0.0.1", "localhost", "::1") and not token:
         raise click.UsageError("--token is needed to listen on an address that others can reach")
+    if twice := sorted({path.stem for path in plan_paths if sum(p.stem == path.stem for p in plan_paths) > 1}):
+        raise click.UsageError(f"two plans of one name: {', '.join(twice)}; rename a file")
     session = SteerSession.open(artifacts / Path(recipe).stem, device=device)
-    plans = {path.stem: read_plan(path) for path in plan_paths}
+    plans = {path.stem: session.read_plan(path) for path in plan_paths}
     server = make_server(
         Endpoint(model=session.model, saes=session.saes, plans=plans, token=token), host=host, port=port
     )
@@ -132,7 +98,7 @@ def serve(
 @click.option("--texts", default=24, show_default=True, help="topical and as many other texts a topic")
 @click.option("--layers", default=6, show_default=True, help="layers that single and cumulative modes stop at")
 @click.option("--out", type=click.Path(path_type=Path), help="folder; default: <recipe>/steer-paper")
-@_device
+@device_option
 @recipe_option
 @artifacts_option
 def paper(
@@ -164,4 +130,4 @@ def paper(
     say(str(path.parent))
 
 
-STEER_TOOLS = (plan, generate, export, paper)
+STEER_TOOLS = (plan, contrast, calibrate, generate, judge, export, paper)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +27,7 @@ from annotated_types import Ge, Gt, Le, MinLen
 from typing_extensions import Doc
 
 from data.concepts.prompts import read_prompts
+from data.language_model import LanguageModel
 from pipeline.artifact import Artifact, Draft
 from pipeline.run import RunContext
 from pipeline.steer_audition import AuditionOptions
@@ -140,7 +140,7 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
         trials = _dose_trials(config, sources, chosen, arm_doses, split, limits)
         _write_json(draft.path / "choice.json", choice_record(split, limits, trials, seed=config.seed))
         found = _steer_all(config, sources, chosen, arm_doses, split, limits, context)
-        _write(config, inputs, draft, found, chosen_dose(trials), remarks, sources.model.tokenizer.decode)
+        _write(config, inputs, draft, found, chosen_dose(trials), remarks, sources.model)
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
 
 
@@ -272,7 +272,7 @@ def _write(
     found: list[Found],
     dose: float,
     remarks: list[str],
-    decode: Callable[[list[int]], str],
+    model: LanguageModel,
 ) -> None:
     tables = {
         "samples": pd.concat([sample_table(each.chosen, each.twins) for each in found], ignore_index=True),
@@ -283,10 +283,10 @@ def _write(
     }
     for name, table in tables.items():
         table.to_parquet(draft.path / f"{name}.parquet", index=False)
-    _write_plans(draft.path / "plans", inputs, found)
+    _write_plans(draft.path / "plans", inputs, found, model.fingerprint)
     chosen = [each.chosen for each in found]
     labels = atlas_labels(inputs.atlas.path, chosen)
-    records = feature_records(chosen, labels, decode)
+    records = feature_records(chosen, labels, model.tokenizer.decode)
     _write_json(draft.path / "features.json", {"features": records, "remarks": remarks})
     _write_json(draft.path / "samples.json", side_by_side(tables["samples"]))
     shown = atlas_document(
@@ -308,10 +308,10 @@ def _write_json(path: Path, document: Any) -> None:
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_plans(folder: Path, inputs: Inputs, found: list[Found]) -> None:
+def _write_plans(folder: Path, inputs: Inputs, found: list[Found], fingerprint: str) -> None:
     folder.mkdir(exist_ok=True)
     digests = {"dictionaries": inputs.train.digest, "graph": inputs.link.digest}
     for each in found:
         for arm_dose in each.arm_doses:
             name = f"{str(each.chosen.flow.seed).replace('/', '-')}_{arm_dose.arm}_{arm_dose.target:g}"
-            write_plan(dataclasses.replace(arm_dose.plan, digests=digests), folder / f"{name}.toml")
+            write_plan(dataclasses.replace(arm_dose.plan, digests=digests, model=fingerprint), folder / f"{name}.toml")

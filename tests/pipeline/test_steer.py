@@ -6,21 +6,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from data.concepts.prompts import read_prompts
-from data.corpus import BundledText
-from data.model_spec import Random
 from pipeline import steer_tables
 from pipeline.artifact import Artifact
 from pipeline.run import RunContext
-from pipeline.stages import collect, link, steer, train
-from sae.architectures import TopK
+from pipeline.stages import steer
+from pipeline.steer_judge import judge_artifact, verdict_lines
+from pipeline.steer_session import SteerSession
 from sae.errors import UserError
+from steering.judge import Judge
 from steering.plan_files import read_plan
+from steering.serve import Endpoint, make_server
 
 CONFIG = steer.Config(
     n_features=2,
@@ -33,37 +35,6 @@ CONFIG = steer.Config(
     n_rows=2048,
     min_persistence=2,
 )
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> steer.Inputs:
-    root = tmp_path_factory.mktemp("artifacts")
-    context = RunContext(n_threads=1)
-    model = Random(n_layers=5, d_model=32, n_heads=4, d_mlp=64)
-    collected = collect.run(
-        collect.Config(
-            model=model, corpus=BundledText(), n_context=32, n_tokens=8192, validation_fraction=0.2, shard_rows=4096
-        ),
-        collect.Inputs(),
-        root / "collect",
-        context,
-    )
-    trained = train.run(
-        train.Config(architecture=TopK(k=4), n_latents=64, steps=60, batch_size=256),
-        train.Inputs(collect=collected),
-        root / "train",
-        context,
-    )
-    linked = link.run(
-        link.Config(functional_tokens=1024, n_null=500),
-        link.Inputs(collect=collected, train=trained),
-        root / "link",
-        context,
-    )
-    with Artifact.create(root / "atlas", kind="atlas", schema=1, config={}, inputs={}) as draft:
-        (draft.path / "nothing.txt").write_text("stand-in")
-    atlas = Artifact.open(root / "atlas", kind="atlas", schema=1)
-    return steer.Inputs(collect=collected, train=trained, link=linked, atlas=atlas)
 
 
 @pytest.fixture
@@ -87,7 +58,7 @@ def finished(inputs, tmp_path_factory) -> Artifact:
 def test_every_steered_text_stands_beside_its_unsteered_twin(finished):
     samples = pd.read_parquet(finished.file("samples.parquet"))
     n_arm_doses = len(CONFIG.arms) * len(CONFIG.doses)
-    assert len(samples) == CONFIG.n_features * n_arm_doses * CONFIG.n_prompts * CONFIG.n_samples
+    assert len(samples) == finished.summary["n_features"] * n_arm_doses * CONFIG.n_prompts * CONFIG.n_samples
     assert samples.groupby(["feature", "prompt", "sample"])["unsteered"].nunique().eq(1).all()
     shared = samples.groupby(["prompt", "sample"])["unsteered"].nunique()
     assert shared.eq(1).all()
@@ -108,12 +79,14 @@ def test_the_single_layer_with_the_whole_budget_has_the_flows_coefficient(finish
 
 
 def test_plans_read_back_and_name_what_they_were_made_from(finished, inputs):
+    model_fingerprint = SteerSession.open(inputs.collect.path.parent).model.fingerprint
     names = [name for name in finished.files if name.startswith("plans/") and name.endswith(".toml")]
-    assert len(names) == CONFIG.n_features * len(CONFIG.arms) * len(CONFIG.doses)
+    assert len(names) == finished.summary["n_features"] * len(CONFIG.arms) * len(CONFIG.doses)
     for name in names:
         plan = read_plan(finished.file(name))
         assert plan.digests == {"dictionaries": inputs.train.digest, "graph": inputs.link.digest}
         assert plan.dose is not None
+        assert plan.model == model_fingerprint
 
 
 def test_effects_are_the_means_of_the_samples(finished):
@@ -137,6 +110,39 @@ def test_what_is_reported_comes_from_openers_that_nothing_was_chosen_on(finished
     assert not set(samples["prompt"]) & (used | set(read_prompts().test[:6]))
     assert [trial["dose"] for trial in choice["doses"]] == sorted(CONFIG.doses)
     assert finished.summary["dose"] == choice["dose"]
+
+
+def test_a_judge_sees_both_texts_of_a_pair_blind_and_what_it_says_is_counted(finished, inputs):
+    """The judge is the small random model behind the real endpoint: its answers are noise, and hardly any is read."""
+    model = SteerSession.open(inputs.collect.path.parent).model
+    server = make_server(Endpoint(model=model, saes={}), port=0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    judge = Judge(url=f"http://127.0.0.1:{server.server_address[1]}/v1", model=model.name, max_tokens=2)
+    table = judge_artifact(finished.path, judge, "sae-ts", arm="flow", n_pairs=2, seed=0)
+    server.shutdown()
+    server.server_close()
+    assert table[["pair", "side"]].to_numpy().tolist() == [[p, s] for p in (0, 1) for s in ("steered", "unsteered")]
+    samples = pd.read_parquet(finished.file("samples.parquet"))
+    written = samples[(samples["arm"] == "flow") & (samples["target"] == finished.summary["dose"])]
+    assert set(table["text"]) <= {*written["steered"], *written["unsteered"]}
+    first, *_ = verdict_lines(table, "sae-ts")
+    assert first.startswith("answers that could be read, of 4 texts: behaviour")
+    with pytest.raises(UserError, match="no texts of the arm"):
+        judge_artifact(finished.path, judge, "sae-ts", arm="sideways", n_pairs=2, seed=0)
+    with pytest.raises(UserError, match="no texts to judge"):
+        judge_artifact(finished.path / "plans", judge, "sae-ts", arm="flow", n_pairs=2, seed=0)
+
+
+def test_answers_that_were_read_give_a_paired_difference():
+    rows = [
+        {"pair": pair, "side": side, "total": total, "rating_behaviour": 1, "rating_coherence": 1 + pair,
+         "answer_behaviour": "1", "answer_coherence": str(1 + pair)}
+        for pair in range(3) for side, total in (("unsteered", 0.1), ("steered", 0.3 if pair < 2 else None))
+    ]  # fmt: skip
+    read, different, difference = verdict_lines(pd.DataFrame(rows), "sae-ts")
+    assert read.endswith("behaviour 100%, coherence 100%, all 83%")
+    assert different == "different ratings given: behaviour 1, coherence 3"
+    assert "over 2 pairs: unsteered 0.100, steered 0.300, difference +0.200 [+0.200, +0.200]" in difference
 
 
 def test_a_named_feature_is_steered_and_handed_to_the_atlas(inputs, handed, tmp_path, finished):

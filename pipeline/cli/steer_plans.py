@@ -1,0 +1,133 @@
+"""`featureflow steer plan | contrast | calibrate`: make plans from a feature, from texts, or from a plan file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from pipeline.cli.options import artifacts_option, recipe_option
+from pipeline.console import say, show_number
+
+_EDITS = ("add", "clamp", "floor", "cap", "rescale", "ablate", "mean_ablate", "project_out", "rotate")
+_SCHEDULES = ("constant", "linear", "exponential", "cosine_product", "gaussian")
+device_option = click.option("--device", default="cpu", show_default=True, help="torch device of the model")
+_dose = click.option("--dose", default=0.3, show_default=True, help="nats of KL to the unsteered model on neutral text")
+_out = click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="plan to write: .toml, .json or .safetensors"
+)
+
+
+@click.command()
+@click.argument("feature")
+@click.option("--along", type=click.Choice(["flow", "layer"]), default="flow", show_default=True, help="where to push")
+@click.option("--edit", type=click.Choice(_EDITS), default="add", show_default=True, help="what is done to it")
+@click.option(
+    "--schedule", type=click.Choice(_SCHEDULES), default="constant", show_default=True, help="shares by layer"
+)
+@click.option("--before", default=3, show_default=True, help="layers of the flow before the feature's own")
+@click.option("--after", default=5, show_default=True, help="layers of the flow after the feature's own")
+@_dose
+@click.option("--strength", type=float, help="take this strength and calibrate nothing; for suppression, 1 is all")
+@_out
+@device_option
+@recipe_option
+@artifacts_option
+def plan(
+    feature: str, along: str, edit: str, schedule: str, before: int, after: int, dose: float, strength: float | None,
+    out: Path, device: str, recipe: str, artifacts: Path,
+) -> None:  # fmt: skip
+    """Make a plan for FEATURE along its flow, at the strength that gives the dose."""
+    from pydantic import TypeAdapter
+
+    from pipeline.steer_session import SteerSession
+    from steering.edits import Edit
+    from steering.schedules import Schedule
+
+    session = SteerSession.open(artifacts / Path(recipe).stem, device=device)
+    edits: Any = TypeAdapter(Edit)
+    schedules: Any = TypeAdapter(Schedule)
+    made = session.plan_along_flow(
+        feature,
+        along=along,
+        edit=edits.validate_python({"kind": edit}),
+        schedule=schedules.validate_python({"kind": schedule}),
+        dose=dose if strength is None else None,
+        n_before=before,
+        n_after=after,
+    )
+    _write(made if strength is None else made.with_strength(strength), out)
+
+
+@click.command()
+@click.argument("topical", type=click.Path(path_type=Path))
+@click.argument("other", type=click.Path(path_type=Path))
+@click.option(
+    "--by", type=click.Choice(["auroc", "d-prime", "difference"]), default="auroc", show_default=True,
+    help="rank features by AUROC or d′, or add the difference of means",
+)  # fmt: skip
+@click.option("--layers", help="layers of the difference of means, such as 12,13,14; default: the middle one")
+@click.option("--candidates", default=32, show_default=True, help="features that are asked for their output side")
+@_dose
+@_out
+@device_option
+@recipe_option
+@artifacts_option
+def contrast(
+    topical: Path, other: Path, by: Literal["auroc", "d-prime", "difference"], layers: str | None, candidates: int,
+    dose: float, out: Path, device: str, recipe: str, artifacts: Path,
+) -> None:  # fmt: skip
+    """Make a plan that pushes towards the texts in TOPICAL and away from those in OTHER (one text a line)."""
+    from dataclasses import replace
+
+    from pipeline.steer_contrast import features_of_contrast, plan_by_difference, read_lines
+    from pipeline.steer_session import SteerSession
+
+    texts = read_lines(topical), read_lines(other)
+    session = SteerSession.open(artifacts / Path(recipe).stem, device=device)
+    if by == "difference":
+        made = plan_by_difference(session, *texts, _layers(layers, sorted(s.layer for s in session.saes)), dose=dose)
+        _write(replace(made, name=f"{topical.stem} against {other.stem}, difference of means"), out)
+        return
+    found = features_of_contrast(session, *texts, by="auroc" if by == "auroc" else "d_prime", n_best=candidates)
+    for each in found[:5]:
+        c = each.contrast
+        say(
+            f"{c.feature!s:>10}  AUROC {c.auroc:.2f}  d′ {c.d_prime:.2f}  fires on {c.fire_rate:.0%} of the texts"
+            f"  {each.output.on_target_share:.1%} of a push goes to their words"
+        )
+    best = found[0].contrast.feature
+    made = session.plan_along_flow(best, dose=dose)
+    _write(replace(made, name=f"{topical.stem} against {other.stem}, {made.name}"), out)
+
+
+@click.command()
+@click.argument("plan_path", type=click.Path(path_type=Path))
+@_dose
+@_out
+@device_option
+@recipe_option
+@artifacts_option
+def calibrate(plan_path: Path, dose: float, out: Path, device: str, recipe: str, artifacts: Path) -> None:
+    """Find the strength at which a plan (written by hand, say) gives the dose, and write it with that strength."""
+    from pipeline.steer_session import SteerSession
+
+    session = SteerSession.open(artifacts / Path(recipe).stem, device=device)
+    _write(session.calibrated(session.signed(session.read_plan(plan_path)), dose), out)
+
+
+def _layers(text: str | None, known: list[int]) -> list[int]:
+    if text is None:
+        return [known[len(known) // 2]]
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise click.UsageError(f"--layers takes numbers such as 12,13,14, not {text!r}") from None
+
+
+def _write(made: Any, out: Path) -> None:
+    from steering.plan_files import write_plan
+
+    dose = "not calibrated" if made.dose is None else f"dose {show_number(made.dose)}"
+    say(f"{write_plan(made, out)}: {len(made.nodes)} nodes, strength {made.strength:.4g}, {dose}")

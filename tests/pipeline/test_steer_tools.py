@@ -1,0 +1,191 @@
+"""The tools of `featureflow steer` on a small model's artifacts: plans from features, from texts, by hand; exports."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from data.sites import Site
+from pipeline.cli import run_command
+from pipeline.steer_contrast import telling_tokens
+from pipeline.steer_session import SteerSession
+from sae.errors import UserError
+from steering.applied import applied
+from steering.discovery import read_texts
+from steering.plan_files import read_plan, write_plan
+
+TOPICAL = [
+    f"the {food} was cooked with {spice} in the kitchen"
+    for food in ("soup", "bread", "rice")
+    for spice in ("salt", "pepper")
+]
+OTHER = [
+    f"the {thing} was seen with {person} in the {place}"
+    for thing in ("train", "storm", "game")
+    for person, place in (("him", "city"), ("her", "north"))
+]
+
+
+@pytest.fixture(scope="module")
+def session(inputs) -> SteerSession:
+    return SteerSession.open(inputs.collect.path.parent)
+
+
+@pytest.fixture
+def steer(inputs, tmp_path, capsys):
+    """Runs `featureflow steer …` on the artifacts; words with a dot are files of the test's folder. Gives what is
+    printed."""
+    root = inputs.collect.path.parent
+    (tmp_path / "topical.txt").write_text("\n".join(TOPICAL), encoding="utf-8")
+    (tmp_path / "other.txt").write_text("\n\n".join(OTHER) + "\n", encoding="utf-8")
+
+    def run(*words: str, fails: bool = False) -> str:
+        placed = [str(tmp_path / word) if re.fullmatch(r"[a-z]+\.[a-z]+", word) else word for word in words]
+        code = run_command(["steer", *placed, "--artifacts", str(root.parent), "--recipe", root.name])
+        printed = "".join(capsys.readouterr())
+        assert (code != 0) == fails, printed
+        assert "internal error" not in printed
+        return printed
+
+    return run
+
+
+def lasting_feature(session) -> str:
+    nodes = session.sources.graph.nodes
+    here = nodes[(nodes["kind"] == "resid_post") & nodes["alive"] & (nodes["layer"] == 2)]
+    return f"L2/{int(here.sort_values('density')['latent'].iloc[-1])}"
+
+
+def test_a_plan_of_a_feature_has_the_edit_schedule_and_dose_asked_for(steer, session, tmp_path):
+    feature = lasting_feature(session)
+    steer("plan", feature, "--schedule", "linear", "--before", "1", "--after", "1", "--dose", "0.05", "--out", "a.toml")
+    made = read_plan(tmp_path / "a.toml")
+    assert made.edit.kind == "add"
+    assert made.dose == pytest.approx(0.05, rel=0.06)
+    assert all(1 <= node.site.layer <= 3 for node in made.nodes)
+    steer("plan", feature, "--along", "layer", "--edit", "cap", "--strength", "1", "--out", "b.toml")
+    cap = read_plan(tmp_path / "b.toml")
+    assert (cap.edit.kind, cap.strength, cap.dose, [node.at for node in cap.nodes]) == ("cap", 1.0, None, [feature])
+    assert "no strength of this plan" in steer(
+        "plan", feature, "--edit", "ablate", "--dose", "5", "--out", "c.toml", fails=True
+    )
+
+
+def test_a_plan_from_texts_follows_a_feature_that_tells_them_apart(steer, session, tmp_path):
+    for by in ("auroc", "d-prime"):
+        said = steer("contrast", "topical.txt", "other.txt", "--by", by, "--dose", "0.05", "--out", "p.toml")
+        shares = [float(found) for found in re.findall(r"([-\d.]+)% of a push", said)]
+        assert shares == sorted(shares, reverse=True)
+        made = read_plan(tmp_path / "p.toml")
+        best = re.search(r"(L\d+/\d+)  AUROC", said)[1]
+        assert best in [node.at for node in made.nodes]
+        assert made.dose == pytest.approx(0.05, rel=0.06)
+
+
+def test_a_difference_of_means_is_the_difference_of_the_mean_vectors(steer, session, tmp_path):
+    steer(
+        "contrast",
+        "topical.txt",
+        "other.txt",
+        "--by",
+        "difference",
+        "--layers",
+        "1,3",
+        "--dose",
+        "0.05",
+        "--out",
+        "d.safetensors",
+    )
+    made = read_plan(tmp_path / "d.safetensors")
+    states = read_texts(session.model, dict.fromkeys([Site(3, "resid_post")], None), [*TOPICAL, *OTHER])
+    vectors = states.vectors[Site(3, "resid_post")]
+    expected = vectors[: len(TOPICAL)].mean(0) - vectors[len(TOPICAL) :].mean(0)
+    found = made.vectors["difference_L3"]
+    assert float(found @ expected / expected.norm()) == pytest.approx(1.0, abs=1e-5)
+    assert [node.site.layer for node in made.nodes] == [1, 3]
+    assert "no dictionary at a layer" in steer(
+        "contrast", "topical.txt", "other.txt", "--by", "difference", "--layers", "1,99", "--out", "e.toml", fails=True
+    )
+
+
+def test_words_of_the_topic_tell_and_shared_words_do_not(session):
+    class Words:
+        """Whole words as tokens."""
+
+        known = sorted({word for text in [*TOPICAL, *OTHER] for word in text.split()})
+
+        def encode(self, text):
+            return [self.known.index(word) for word in text.split()]
+
+        def decode(self, ids):
+            return f" {self.known[ids[0]]}"
+
+    words = [Words.known[token] for token in telling_tokens(Words(), TOPICAL, OTHER)]
+    assert {"cooked", "kitchen", "soup", "salt"} <= set(words)
+    assert not {"the", "was", "with", "train", "storm"} & set(words)
+
+
+def test_a_plan_written_by_hand_is_calibrated_and_changes_what_is_written(steer, session, tmp_path):
+    feature = lasting_feature(session)
+    by_hand = f'''
+schema = 1
+strength = 1.0
+[edit]
+kind = "add"
+[scope]
+kind = "generated"
+[[nodes]]
+at = "{feature}"
+'''
+    (tmp_path / "hand.toml").write_text(by_hand, encoding="utf-8")
+    said = steer("calibrate", "hand.toml", "--dose", "0.1", "--out", "full.toml", fails=True)
+    assert "no strength" in said  # neutral text is all prompt: a plan for generated tokens has no dose there
+    (tmp_path / "hand.toml").write_text(by_hand.replace("generated", "everywhere"), encoding="utf-8")
+    steer("calibrate", "hand.toml", "--dose", "0.1", "--out", "full.toml")
+    made = read_plan(tmp_path / "full.toml")
+    assert made.dose == pytest.approx(0.1, rel=0.06)
+    assert made.model == session.model.fingerprint
+    said = steer("generate", "full.toml", "-n", "2", "--tokens", "6", "--log-probs")
+    assert said.count("unsteered") == said.count("steered  ") == 2
+    touched, seen = map(int, re.search(r"changed (\d+) of (\d+)", said).groups())
+    assert touched == seen > 0
+    streamed = steer("generate", "full.toml", "--stream", "--tokens", "6", "--temperature", "0")
+    greedy = session.sample("I think", [made], n_new_tokens=6, temperature=0)[0]
+    assert streamed.splitlines()[0] == ("I think" + greedy.text).splitlines()[0]
+
+
+def test_plans_of_other_dictionaries_or_models_are_refused(steer, session, tmp_path):
+    plan = session.plan_along_flow(lasting_feature(session), dose=None)
+    for changed, word in (
+        (replace(plan, digests={"dictionaries": "0" * 64}), "other dictionaries"),
+        (replace(plan, model="0" * 64), "another model"),
+    ):
+        write_plan(changed, tmp_path / "bad.toml")
+        for words in (
+            ("generate", "bad.toml"),
+            ("export", "bad.toml", "x.gguf"),
+            ("calibrate", "bad.toml", "--out", "y.toml"),
+        ):
+            assert word in steer(*words, fails=True)
+    with (
+        pytest.raises(UserError, match="does not fit"),
+        applied(session.model, session.saes, replace(plan, model="0" * 64)),
+    ):
+        pass
+
+
+def test_exports_by_suffix(steer, session, tmp_path):
+    feature = lasting_feature(session)
+    steer("plan", feature, "--along", "layer", "--dose", "0.05", "--out", "p.toml")
+    steer("export", "p.toml", "v.gguf")
+    steer("export", "p.toml", "v.safetensors")
+    steer("export", "p.toml", "v.json", "--model-id", "gpt2-small", "--source", "L2=2-res-jb")
+    body = json.loads((tmp_path / "v.json").read_text())
+    assert body["features"][0]["index"] == int(feature.split("/")[1])
+    assert body["features"][0]["layer"] == "2-res-jb"
+    assert "--model-id" in steer("export", "p.toml", "v.json", fails=True)
+    steer("plan", feature, "--edit", "floor", "--dose", "0.02", "--out", "f.toml")
+    assert "no fixed vectors" in steer("export", "f.toml", "v.gguf", fails=True)
