@@ -146,10 +146,10 @@ def _causal_rows(run: Path) -> Iterator[Row]:
 
 
 def _steer_rows(run: Path) -> Iterator[Row]:
-    """One row a feature at the middle dose, every feature the stage chose: none is left out."""
+    """One row a feature at the dose that was chosen on other openers, every feature: none is left out."""
     effects = pd.read_parquet(run / "steer" / "effects.parquet")
-    doses = sorted(effects.target.unique())
-    at_dose = effects[effects.target == doses[len(doses) // 2]].set_index(["feature", "arm", "measure"]).sort_index()
+    dose = float(_open(run, "steer").summary["dose"])
+    at_dose = effects[effects.target == dose].set_index(["feature", "arm", "measure"]).sort_index()
     for feature in effects.feature.unique():
 
         def shown(arm: str, measure: str, chosen: str = feature) -> str:
@@ -158,7 +158,7 @@ def _steer_rows(run: Path) -> Iterator[Row]:
 
         coherent = at_dose.loc[(feature, "flow", "coherent")]
         yield (
-            f"Steering `{feature}` along its flow at {doses[len(doses) // 2]:g} nats: its own words in 100 tokens of "
+            f"Steering `{feature}` along its flow at {dose:g} nats: its own words in 100 tokens of "
             "continuations of neutral prompts, against the unsteered twins",
             f"**{shown('flow', 'own_tokens')}**; coherent {coherent.steered:.0%} (unsteered {coherent.unsteered:.0%})",
             f"one layer, same dose: {shown('single', 'own_tokens')}; a random feature's flow: "
