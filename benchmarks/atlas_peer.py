@@ -33,7 +33,7 @@ from data.model_sources import folder_of
 from data.model_spec import ModelSpec
 from data.sites import parse_site
 from data.store import ActivationStore, RowFilters
-from pipeline.artifact import Artifact
+from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.atlas.build import prepare
 from pipeline.atlas.intermediate import load_columns
 from pipeline.atlas.labels import Bar
@@ -81,7 +81,7 @@ def main() -> None:
 
 def make_case(case: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Write what either side reads; returns what it is."""
-    collect = Artifact.open(options.artifacts / "collect", kind="collect", schema=1)
+    collect = Artifact.open(options.artifacts / "collect", kind="collect", schema=SCHEMAS["collect"])
     store, site = ActivationStore.open(collect.path / "store.zarr"), parse_site(options.site)
     sae = load_sae(options.artifacts / "train" / "dictionaries" / options.site)
     shop = workshop(case / "ours", options)

@@ -35,7 +35,7 @@ from jaxtyping import Int64
 from benchmarks.__main__ import head
 from data.sites import Site
 from data.store import ActivationStore, RowFilters
-from pipeline.artifact import Artifact
+from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.atlas.build import AtlasFacts, each_site, finish, prepare
 from pipeline.atlas.cards import Cards
 from pipeline.atlas.examples import PROFILES
@@ -85,7 +85,7 @@ def make(options: argparse.Namespace, folder: Path) -> None:
         print(json.dumps(record), flush=True)
         return made
 
-    collect = Artifact.open(options.artifacts / "collect", kind="collect", schema=1)
+    collect = Artifact.open(options.artifacts / "collect", kind="collect", schema=SCHEMAS["collect"])
     store = ActivationStore.open(collect.path / "store.zarr")
     sites = spread_sites(store, options.layers)
     made, graph = folder / f"dictionaries-{options.layers}", folder / f"graph-{options.layers}"

@@ -33,6 +33,8 @@ from pipeline.made_by import code_digest, made_by
 from sae.errors import Problem, UserError
 
 MANIFEST = "manifest.json"
+SCHEMAS: Mapping[str, int] = {"collect": 2, "train": 1, "evaluate": 1, "link": 2, "atlas": 1, "steer": 2}
+"""The schema of each stage's artifact: raised when what it means changes, so that older ones are refused."""
 MARKER = ".digest"
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import MANIFEST, Artifact, write_text_atomically
+from pipeline.artifact import MANIFEST, SCHEMAS, Artifact, write_text_atomically
 from pipeline.atlas.shards import Shard, read_shard, write_shard
 from pipeline.atlas.site_folder import NO_STEERING, VERSION
 from sae.errors import Problem, UserError
@@ -57,7 +57,7 @@ def carry_over(before: Path, site: Path, *, train: str) -> bool:
     """Take over what was attached to the atlas at `before`, if it was made of the same dictionaries (`train`, a
     digest), into a new `site` folder. Returns whether there was anything."""
     try:
-        earlier = Artifact.open(before, kind="atlas", schema=1)
+        earlier = Artifact.open(before, kind="atlas", schema=SCHEMAS["atlas"])
     except UserError:  # none, or of another version: nothing that can be relied on
         return False
     carried = [name for name in (STEERING, SCORES) if name in earlier.files and earlier.inputs.get("train") == train]

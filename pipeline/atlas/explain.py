@@ -26,7 +26,7 @@ from jaxtyping import Bool, Int64
 
 from data.sites import FeatureId, Site, parse_feature
 from data.store import ActivationStore
-from pipeline.artifact import Artifact
+from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.atlas.cards import Cards, Example
 from pipeline.atlas.explainer import ChatModel, Detection, detect, explain, fuzz, marked
 from pipeline.atlas.opened import Atlas
@@ -68,9 +68,9 @@ class Evidence:
         self.atlas = Atlas.open(root / "atlas")
         self.cards = Cards.open(root / "atlas" / "site")
         self._store = ActivationStore.open(
-            Artifact.open(root / "collect", kind="collect", schema=1).path / "store.zarr"
+            Artifact.open(root / "collect", kind="collect", schema=SCHEMAS["collect"]).path / "store.zarr"
         )
-        self._saes = read_dictionaries(Artifact.open(root / "train", kind="train", schema=1))
+        self._saes = read_dictionaries(Artifact.open(root / "train", kind="train", schema=SCHEMAS["train"]))
         self._tokens = self.atlas.tokens
         if "part" not in self._tokens:
             raise UserError(

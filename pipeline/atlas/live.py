@@ -28,7 +28,7 @@ from data.concepts.prompts import read_prompts
 from data.language_model import LanguageModel
 from data.model_spec import ModelSpec
 from data.sites import Site, parse_feature, parse_site
-from pipeline.artifact import Artifact
+from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.atlas.cards import Cards
 from pipeline.atlas.graph import AtlasGraph, read_graph
 from pipeline.atlas.shards import read_shard
@@ -57,9 +57,9 @@ class LiveAtlas:
     @classmethod
     def open(cls, root: Path, *, device: str = "cpu") -> LiveAtlas:
         """Open the run in `root`. Raises UserError when one of its artifacts is missing."""
-        collect = Artifact.open(root / "collect", kind="collect", schema=1)
-        train = Artifact.open(root / "train", kind="train", schema=1)
-        cards = Cards.open(Artifact.open(root / "atlas", kind="atlas", schema=1).path / "site")
+        collect = Artifact.open(root / "collect", kind="collect", schema=SCHEMAS["collect"])
+        train = Artifact.open(root / "train", kind="train", schema=SCHEMAS["train"])
+        cards = Cards.open(Artifact.open(root / "atlas", kind="atlas", schema=SCHEMAS["atlas"]).path / "site")
         spec = TypeAdapter(ModelSpec).validate_python(collect.config["model"])
         sites = [parse_site(short) for short in cards.sites]
         has_graph = cards.manifest["has"]["flow"] and (root / "link" / "edges.parquet").is_file()

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from data.sites import FeatureId, Site, parse_feature, parse_site
-from pipeline.artifact import Artifact
+from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.atlas.vocabulary import Vocabulary
 from sae.errors import UserError
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from sae import Sae
 
-KIND, SCHEMA = "atlas", 1
+KIND, SCHEMA = "atlas", SCHEMAS["atlas"]
 
 
 class Atlas:

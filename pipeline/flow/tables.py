@@ -15,9 +15,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from pipeline.artifact import SCHEMAS
 from sae.errors import Problem, UserError
 
-KIND, SCHEMA = "link", 2
+KIND, SCHEMA = "link", SCHEMAS["link"]
 _NAME = pa.dictionary(pa.int32(), pa.string())
 NODES = pa.schema(
     {

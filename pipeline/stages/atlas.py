@@ -25,7 +25,7 @@ from data.language_model import LanguageModel
 from data.model_spec import ModelSpec
 from data.sites import Site, parse_site
 from data.store import ActivationStore, RowFilters
-from pipeline.artifact import Artifact, Draft
+from pipeline.artifact import SCHEMAS, Artifact, Draft
 from pipeline.atlas.attach import carry_over
 from pipeline.atlas.build import AtlasFacts, ModelFacts, build_atlas
 from pipeline.atlas.figures import draw_atlas
@@ -35,7 +35,7 @@ from pipeline.atlas.workshop import Workshop
 from pipeline.run import RunContext
 from sae.errors import UserError
 
-KIND, SCHEMA = "atlas", 1
+KIND, SCHEMA = "atlas", SCHEMAS["atlas"]
 STORE, DICTIONARIES = "store.zarr", "dictionaries"
 _ORDER = {"resid_pre": 0, "attn_out": 1, "resid_mid": 2, "mlp_out": 3, "resid_post": 4}
 

@@ -33,11 +33,11 @@ from data.store.collection import CollectedShard, collect_shards
 from data.store.patterns import parse_sites
 from data.store.places import write_pointer
 from data.store.provenance import corpus_digest, model_digest, tokens_digest
-from pipeline.artifact import Artifact, Draft
+from pipeline.artifact import SCHEMAS, Artifact, Draft
 from pipeline.figures_collect import draw_norms, site_table
 from pipeline.run import RunContext
 
-KIND, SCHEMA = "collect", 2
+KIND, SCHEMA = "collect", SCHEMAS["collect"]
 STORE = "store.zarr"
 
 

@@ -32,7 +32,7 @@ from data.store import ActivationStore
 from data.store.provenance import digest_of_file
 from data.store.store import Split
 from data.store.tokens import RowFilters
-from pipeline.artifact import Artifact, Draft, write_text_atomically
+from pipeline.artifact import SCHEMAS, Artifact, Draft, write_text_atomically
 from pipeline.collected import open_collected_model
 from pipeline.evaluation.candidates import TRAINED, Candidate, find_candidates
 from pipeline.evaluation.figures import draw_by_layer, draw_frontier
@@ -44,7 +44,7 @@ from pipeline.run import RunContext
 from sae.errors import UserError
 from sae.metrics import Interval
 
-KIND, SCHEMA = "evaluate", 1
+KIND, SCHEMA = "evaluate", SCHEMAS["evaluate"]
 _KEPT = ".rows"
 
 

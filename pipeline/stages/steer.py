@@ -28,7 +28,7 @@ from typing_extensions import Doc
 
 from data.concepts.prompts import read_prompts
 from data.language_model import LanguageModel
-from pipeline.artifact import Artifact, Draft
+from pipeline.artifact import SCHEMAS, Artifact, Draft
 from pipeline.run import RunContext
 from pipeline.steer_audition import AuditionOptions
 from pipeline.steer_choice import (
@@ -67,7 +67,7 @@ from steering.reading import CoherenceLimits, Reading, read_back
 from steering.schedules import Constant, Schedule
 from steering.trial import ArmDose, Effect, Twin, calibrated_arms, effects_of, run_trial
 
-KIND, SCHEMA = "steer", 2
+KIND, SCHEMA = "steer", SCHEMAS["steer"]
 
 
 @dataclass(frozen=True, kw_only=True)

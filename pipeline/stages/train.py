@@ -28,7 +28,7 @@ from data.store import ActivationStore
 from data.store.cluster import connected, threads_of_worker
 from data.store.patterns import parse_sites
 from data.store.tokens import RowFilters
-from pipeline.artifact import Artifact, Draft, write_text_atomically
+from pipeline.artifact import SCHEMAS, Artifact, Draft, write_text_atomically
 from pipeline.dictionaries import FOLDER
 from pipeline.run import RunContext
 from pipeline.stages.collect import STORE
@@ -47,7 +47,7 @@ from sae.kernels.memory import kept_memory
 from sae.kernels.select import Precision, has_fast_bfloat16
 from sae.report import Metrics
 
-KIND, SCHEMA = "train", 1
+KIND, SCHEMA = "train", SCHEMAS["train"]
 
 
 @dataclass(frozen=True, kw_only=True)
