@@ -18,10 +18,11 @@ from pipeline.artifact import Artifact
 from pipeline.dictionaries import read_dictionaries
 from pipeline.run import RunContext
 from pipeline.stages import collect, train
-from pipeline.training.plan import Chain, Independent, Override, Shared
+from pipeline.training.plan import Chain, Independent, Override, Shared, plan_jobs
 from pipeline.training.reading import held_out_rows
 from sae.architectures import BatchTopK, TopK
 from sae.errors import UserError
+from sae.trainer import learning_rate_law
 
 COLLECT = collect.Config(
     model=Random(n_layers=3, d_model=16, n_heads=2, d_mlp=32),
@@ -185,3 +186,17 @@ def test_the_rows_that_set_thresholds_pass_the_filters_of_training(collected: Ar
     assert len(rows)
     assert rows.min() >= store.validation_start
     assert (norms[rows] <= np.median(norms[store.tokens().flags == 0]) * 1.01).all()
+
+
+def test_the_rate_follows_width_and_steps_and_a_follower_keeps_that_of_a_whole_run() -> None:
+    assert learning_rate_law(2048, 3000) == pytest.approx(2.4e-3)
+    assert learning_rate_law(8192, 3000) == pytest.approx(1.2e-3)
+    assert learning_rate_law(2048, 24_000) == pytest.approx(1.2e-3)
+    assert learning_rate_law(256, 100) == 2.4e-3, "never more"
+    sites = [parse_site(f"L{layer}") for layer in range(3)]
+    jobs = plan_jobs(
+        sites, architecture=TopK(k=4), n_latents=2048, steps=24_000, learning_rate=None,
+        initialisation=Chain(next_steps=200), overrides=[], seed=0,
+    )  # fmt: skip
+    assert [job.steps for job in jobs] == [24_000, 200, 200]
+    assert {job.learning_rate for job in jobs} == {learning_rate_law(2048, 24_000)}

@@ -69,3 +69,14 @@ def test_a_row_is_left_as_soon_as_k_columns_lie_above(monkeypatch):
     multiplied.clear()
     assert (one.encode_selected(x, [1]) == 5).all()
     assert sum(multiplied) == n * (1 + n_latents)
+
+
+@pytest.mark.parametrize(("n_above", "is_on"), [(7, True), (8, False)])
+def test_the_kth_latent_is_on_although_the_first_block_has_all_that_lie_above_it(n_above, is_on):
+    """k = 8. Broken on purpose, one run of the drawn examples missed it and one did not."""
+    b = torch.zeros(1024)
+    b[:n_above], b[1000] = 10.0, 5.0
+    one, x = _sae(torch.zeros(1024, 4), b, k=8), torch.ones(3, 4)
+    found = one.encode_selected(x, [1000])
+    assert torch.equal(found, one.encode(x)[:, [1000]])
+    assert bool((found > 0).all()) == is_on
