@@ -13,16 +13,13 @@ one short answer a question. Sources: AxBench (arXiv 2501.17148), SAE-TS (arXiv 
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sae.errors import UserError
 from sae.report import Progress, silent
+from steering.chat import ChatModel
 
 _FORM = re.compile(r"\[\[\s*(-?\d+)\s*\]\]")
 _BARE = re.compile(r"\W*(?:[Rr]ating\W*)?(\d+)(?![\d.,]*\d)")
@@ -109,46 +106,22 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """The address of a model, up to and with `/v1`. `key` empty: none is sent."""
+    """Who is asked (steering/chat.py), and how long an answer may be."""
 
-    url: str
-    model: str
-    key: str = ""
-    timeout_s: float = 60.0
+    chat: ChatModel
     max_tokens: int = 16
 
     def judge(self, rubric: Rubric, texts: Sequence[Judged], *, progress: Progress = silent) -> list[Verdict]:
         """One verdict a text. Raises UserError when the address does not answer."""
         verdicts = []
         for done, each in enumerate(texts, 1):
-            answers = {question.name: self._ask(question_text(question, each)) for question in rubric.questions}
+            answers = {
+                question.name: self.chat.ask(question_text(question, each), max_tokens=self.max_tokens)
+                for question in rubric.questions
+            }
             verdicts.append(verdict_of(rubric, answers))
             progress("judge", done, len(texts))
         return verdicts
-
-    def _ask(self, question: str) -> str:
-        if not self.url.startswith(("http://", "https://")):
-            raise UserError("the judge's address is no http address", found=self.url, expected="http://…/v1")
-        body = {
-            "model": self.model,
-            "temperature": 0,
-            "max_tokens": self.max_tokens,
-            "messages": [{"role": "user", "content": question}],
-        }
-        bearer = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        request = urllib.request.Request(
-            self.url.rstrip("/") + "/chat/completions",
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json", **bearer},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
-                return str(json.loads(answer.read())["choices"][0]["message"]["content"])
-        except urllib.error.HTTPError as error:
-            said = error.read(2000).decode(errors="replace")
-            raise UserError("the judge refuses", where=self.url, found=f"{error.code}: {said}") from error
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise UserError("the judge does not answer", where=self.url, found=str(error)) from error
 
 
 def question_text(question: Question, each: Judged) -> str:

@@ -28,11 +28,12 @@ from data.sites import FeatureId, Site, parse_feature
 from data.store import ActivationStore
 from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.atlas.cards import Cards, Example
-from pipeline.atlas.explainer import ChatModel, Detection, detect, explain, fuzz, marked
+from pipeline.atlas.explainer import Detection, detect, explain, fuzz, marked
 from pipeline.atlas.opened import Atlas
 from pipeline.atlas.sentences import SentenceModel, embedding_score, example_embedding_score
 from pipeline.dictionaries import read_dictionaries
 from sae.errors import UserError
+from steering.chat import ChatModel
 
 REACH, MOST = 16, 10
 _CANDIDATES = 64

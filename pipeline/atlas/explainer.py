@@ -9,24 +9,22 @@
 
 An answer that is no list of as many numbers is unreadable: its windows count as asked, not as answered.
 
-Nothing is sent anywhere but to the address given. Tested against a local stand-in server.
+Nothing is sent anywhere but to the address given (steering/chat.py). Tested against a local stand-in server.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.atlas.rules import wilson
-from sae.errors import UserError
+from steering.chat import ChatModel
 
 _LONGEST = 160
+_ANSWER_TOKENS = 64
 _PER_QUESTION = 5
 _EXPLAIN = (
     "Below are excerpts from text. In each, the tokens on which one feature of a language model is active stand "
@@ -45,33 +43,6 @@ _FUZZ = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatModel:
-    """An OpenAI-compatible chat endpoint: `url` ends before `/chat/completions`."""
-
-    url: str
-    model: str
-    key: str = ""
-    timeout_s: float = 60.0
-
-    def ask(self, question: str, *, max_tokens: int = 64) -> str:
-        """One question, one answer, temperature 0. Raises UserError when the address does not answer as expected."""
-        body = {
-            "model": self.model, "temperature": 0, "max_tokens": max_tokens,
-            "messages": [{"role": "user", "content": question}],
-        }  # fmt: skip
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        address = f"{self.url.rstrip('/')}/chat/completions"
-        if not address.startswith(("http://", "https://")):
-            raise UserError("not an http address", where=self.url, expected="http://127.0.0.1:8000/v1")
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
-                return str(json.load(answer)["choices"][0]["message"]["content"])
-        except (urllib.error.URLError, TimeoutError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise UserError("the language model did not answer", where=address, found=str(error)) from error
-
-
-@dataclass(frozen=True, kw_only=True)
 class Detection:
     """How well a label tells true windows from others: balanced accuracy and its interval over the `n` windows that
     were answered readably, of `n_asked`. No score where no window of one kind was."""
@@ -85,7 +56,7 @@ class Detection:
 
 def explain(chat: ChatModel, examples: Sequence[str]) -> str | None:
     """A label for marked examples; None when the answer is no short single line."""
-    answer = chat.ask(_EXPLAIN.format(examples=_numbered(examples))).strip()
+    answer = chat.ask(_EXPLAIN.format(examples=_numbered(examples)), max_tokens=_ANSWER_TOKENS).strip()
     answer = re.sub(r"^(label|answer|explanation)\s*:\s*", "", answer, flags=re.IGNORECASE).strip().strip("\"'")
     sound = 0 < len(answer) <= _LONGEST and "\n" not in answer and "<<" not in answer
     return answer if sound else None
@@ -111,7 +82,8 @@ def _judged(
     for start in range(0, len(order), _PER_QUESTION):
         block = [windows[i] for i in order[start : start + _PER_QUESTION]]
         question = template.format(label=label, n=len(block), examples=_numbered([text for text, _ in block]))
-        for said, (_, fires) in zip(_bits(chat.ask(question), len(block)), block, strict=False):
+        said_of_block = _bits(chat.ask(question, max_tokens=_ANSWER_TOKENS), len(block))
+        for said, (_, fires) in zip(said_of_block, block, strict=False):
             n[fires] += 1
             hits[fires] += said == fires
     total = n[True] + n[False]

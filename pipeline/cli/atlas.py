@@ -167,8 +167,8 @@ def explain(
 
     from pipeline.atlas.attach import attach_scores
     from pipeline.atlas.explain import Evidence, Opinions, second_opinions
-    from pipeline.atlas.explainer import ChatModel
     from pipeline.atlas.sentences import SentenceModel
+    from steering.chat import ChatModel
 
     if not sentences and endpoint is None:
         raise click.UsageError("say who is asked: --sentences, --endpoint, or both")

@@ -93,12 +93,13 @@ def judge(
     """Let a language model rate what the steer stage wrote at its headline dose, steered and unsteered."""
     from pipeline.console import progress_bars
     from pipeline.steer_judge import judge_artifact, verdict_lines
+    from steering.chat import ChatModel
     from steering.judge import Judge
 
     key = "" if key_file is None else key_file.read_text(encoding="utf-8").strip()
     with progress_bars(quiet=False) as progress:
         table = judge_artifact(
-            artifacts / Path(recipe).stem / "steer", Judge(url=url, model=model, key=key), rubric,
+            artifacts / Path(recipe).stem / "steer", Judge(chat=ChatModel(url=url, model=model, key=key)), rubric,
             arm=arm, n_pairs=n_texts, seed=seed, progress=progress,
         )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)

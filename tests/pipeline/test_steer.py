@@ -20,6 +20,7 @@ from pipeline.stages import steer
 from pipeline.steer_judge import judge_artifact, verdict_lines
 from pipeline.steer_session import SteerSession
 from sae.errors import UserError
+from steering.chat import ChatModel
 from steering.judge import Judge
 from steering.plan_files import read_plan
 from steering.serve import Endpoint, make_server
@@ -117,7 +118,8 @@ def test_a_judge_sees_both_texts_of_a_pair_blind_and_what_it_says_is_counted(fin
     model = SteerSession.open(inputs.collect.path.parent).model
     server = make_server(Endpoint(model=model, saes={}), port=0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    judge = Judge(url=f"http://127.0.0.1:{server.server_address[1]}/v1", model=model.name, max_tokens=2)
+    chat = ChatModel(url=f"http://127.0.0.1:{server.server_address[1]}/v1", model=model.name)
+    judge = Judge(chat=chat, max_tokens=2)
     table = judge_artifact(finished.path, judge, "sae-ts", arm="flow", n_pairs=2, seed=0)
     server.shutdown()
     server.server_close()

@@ -16,6 +16,7 @@ import torch
 from data.sites import Site
 from sae.errors import UserError
 from steering.applied import applied
+from steering.chat import ChatModel
 from steering.edits import Floor
 from steering.exports import neuronpedia_request, read_gguf, read_vectors, write_gguf, write_vectors
 from steering.generation import Sampling, generate
@@ -292,13 +293,12 @@ def test_totals_are_the_papers():
 
 def test_a_judge_asks_a_real_endpoint_and_says_what_it_could_not_read(model, saes, address):
     """The endpoint's model is random: what it answers is what the model writes after the question."""
-    judge = Judge(url=f"{address}/v1", model=model.name, max_tokens=6)
+    judge = Judge(chat=ChatModel(url=f"{address}/v1", model=model.name), max_tokens=6)
     each = Judged(concept="cooking", prompt="I think", text="I think soup")
     (verdict,) = judge.judge(AXBENCH, [each])
     question = f"user: {question_text(AXBENCH.questions[1], each)}\nassistant:"
     written = generate(model, saes, [question], [None], sampling=Sampling(n_tokens=6, temperature=0)).samples[0].text
     assert verdict.answers["relevance"] == written
     assert verdict.total is None or set(verdict.ratings) == set(verdict.answers)
-    for url, word in ((address, "404"), ("http://127.0.0.1:9", "does not answer"), ("ftp://x", "no http")):
-        with pytest.raises(UserError, match=word):
-            Judge(url=url, model="m", max_tokens=2, timeout_s=5).judge(SAE_TS, [each])
+    with pytest.raises(UserError, match="404"):
+        Judge(chat=ChatModel(url=address, model="m"), max_tokens=2).judge(SAE_TS, [each])

@@ -22,12 +22,13 @@ from pipeline.atlas import Atlas
 from pipeline.atlas.attach import attach_scores, read_scores
 from pipeline.atlas.corpus import HELD_OUT, PARTS
 from pipeline.atlas.explain import REACH, Evidence, Windows, sentence_scores
-from pipeline.atlas.explainer import ChatModel, Detection, detect, explain, fuzz, marked
+from pipeline.atlas.explainer import Detection, detect, explain, fuzz, marked
 from pipeline.atlas.sentences import SentenceModel, embedding_score, example_embedding_score
 from pipeline.atlas.validate import validate_atlas
 from pipeline.cli import run_command
 from sae import load_sae
 from sae.errors import UserError
+from steering.chat import ChatModel
 
 
 class _Stub(BaseHTTPRequestHandler):
