@@ -59,6 +59,7 @@ from pipeline.steer_tables import (
     sample_table,
     side_by_side,
 )
+from sae.report import Progress
 from steering.arms import ARMS
 from steering.dose import NeutralText
 from steering.generation import Generation, Sampling, generate
@@ -126,54 +127,83 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
     """Steer and measure. Raises UserError."""
     digests = {f.name: getattr(inputs, f.name).digest for f in dataclasses.fields(inputs)}
     with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=digests) as draft:
-        session = SteerSession.of_artifacts(
-            inputs.collect, inputs.train, inputs.link, device=context.device, progress=context.progress
-        )
-        sources = dataclasses.replace(session.sources, has_label=labelled_by_atlas(inputs.atlas.path))
-        split = prompt_split(config.n_prompts, config.seed)
-        limits = ordinary_limits(
-            sources.model, sources.saes, split, sampling=_sampling(config), seed=config.seed + 1,
-            batch_size=config.batch_size,
-        )  # fmt: skip
-        chosen, remarks = choose_features(sources, _selection(config, split, limits))
-        arm_doses = [_calibrated(config, sources, each, context) for each in chosen]
-        trials = _dose_trials(config, sources, chosen, arm_doses, split, limits)
-        _write_json(draft.path / "choice.json", choice_record(split, limits, trials, seed=config.seed))
-        found = _steer_all(config, sources, chosen, arm_doses, split, limits, context)
-        _write(config, inputs, draft, found, chosen_dose(trials), remarks, sources.model)
+        bench = _bench(config, inputs, context)
+        chosen, remarks = choose_features(bench.sources, _selection(bench))
+        dosed = [_dosed(bench, each) for each in chosen]
+        trials = _dose_trials(bench, dosed)
+        record = choice_record(bench.split, bench.limits, trials, seed=config.seed)
+        _write_json(draft.path / "choice.json", record)
+        found = _steer_all(bench, dosed)
+        _write(config, inputs, draft, found, chosen_dose(trials), remarks, bench.sources.model)
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What steering one feature gave."""
+class Bench:
+    """What every step of a run needs: its settings, what is steered, which opener serves what, what is coherent."""
+
+    config: Config
+    sources: Sources
+    split: PromptSplit
+    limits: CoherenceLimits
+    progress: Progress
+
+    @property
+    def sampling(self) -> Sampling:
+        return _sampling(self.config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dosed:
+    """A feature with every arm at every dose."""
 
     chosen: Chosen
     arm_doses: list[ArmDose]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found(Dosed):
+    """What steering it gave."""
+
     twins: list[Twin]
     effects: list[Effect]
 
 
-def _selection(config: Config, split: PromptSplit, limits: CoherenceLimits) -> SelectionOptions:
-    names = [f.name for f in dataclasses.fields(SelectionOptions)]
-    audition = AuditionOptions(
-        prompts=split.audition,
-        limits=limits,
-        dose=sorted(config.doses)[len(config.doses) // 2],
-        schedule=config.schedule,
-        sampling=_sampling(config),
-        seed=config.seed,
+def _bench(config: Config, inputs: Inputs, context: RunContext) -> Bench:
+    session = SteerSession.of_artifacts(
+        inputs.collect, inputs.train, inputs.link, device=context.device, progress=context.progress
     )
-    return SelectionOptions(**{name: getattr(config, name) for name in names if name != "audition"}, audition=audition)
+    sources = dataclasses.replace(session.sources, has_label=labelled_by_atlas(inputs.atlas.path))
+    split = prompt_split(config.n_prompts, config.seed)
+    limits = ordinary_limits(
+        sources.model, sources.saes, split,
+        sampling=_sampling(config), seed=config.seed + 1, batch_size=config.batch_size,
+    )  # fmt: skip
+    return Bench(config=config, sources=sources, split=split, limits=limits, progress=context.progress)
 
 
 def _sampling(config: Config) -> Sampling:
     return Sampling(n_tokens=config.n_new_tokens, temperature=config.temperature)
 
 
-def _calibrated(config: Config, sources: Sources, chosen: Chosen, context: RunContext) -> list[ArmDose]:
+def _selection(bench: Bench) -> SelectionOptions:
+    config = bench.config
+    names = [f.name for f in dataclasses.fields(SelectionOptions)]
+    audition = AuditionOptions(
+        prompts=bench.split.audition,
+        limits=bench.limits,
+        dose=sorted(config.doses)[len(config.doses) // 2],
+        schedule=config.schedule,
+        sampling=bench.sampling,
+        seed=config.seed,
+    )
+    return SelectionOptions(**{name: getattr(config, name) for name in names if name != "audition"}, audition=audition)
+
+
+def _dosed(bench: Bench, chosen: Chosen) -> Dosed:
+    config, sources = bench.config, bench.sources
     texts = read_prompts().neutral_texts[: config.n_neutral_texts]
-    return calibrated_arms(
+    arm_doses = calibrated_arms(
         sources.model,
         sources.saes,
         NeutralText.prepare(sources.model, texts, n_tokens=32),
@@ -184,84 +214,56 @@ def _calibrated(config: Config, sources: Sources, chosen: Chosen, context: RunCo
         scales=chosen.scales,
         schedule=config.schedule,
         seed=config.seed,
-        progress=context.progress,
+        progress=bench.progress,
     )
+    return Dosed(chosen=chosen, arm_doses=arm_doses)
 
 
-def _dose_trials(
-    config: Config,
-    sources: Sources,
-    chosen: list[Chosen],
-    arm_doses: list[list[ArmDose]],
-    split: PromptSplit,
-    limits: CoherenceLimits,
-) -> list[DoseTrial]:
+def _dose_trials(bench: Bench, dosed: list[Dosed]) -> list[DoseTrial]:
+    config, sources = bench.config, bench.sources
     arm = HEADLINE_ARM if HEADLINE_ARM in config.arms else config.arms[0]
     candidates = [
-        Candidate(dose=tried.target, plan=tried.plan, own_tokens=each.target.own_tokens)
-        for each, own in zip(chosen, arm_doses, strict=True)
-        for tried in own
+        Candidate(dose=tried.target, plan=tried.plan, own_tokens=each.chosen.target.own_tokens)
+        for each in dosed
+        for tried in each.arm_doses
         if tried.arm == arm
     ]
     return tried_doses(
-        sources.model, sources.saes, candidates, split, limits,
-        sampling=_sampling(config), seed=config.seed + 3, batch_size=config.batch_size,
+        sources.model, sources.saes, candidates, bench.split, bench.limits,
+        sampling=bench.sampling, seed=config.seed + 3, batch_size=config.batch_size,
     )  # fmt: skip
 
 
-def _steer_all(
-    config: Config,
-    sources: Sources,
-    chosen: list[Chosen],
-    arm_doses: list[list[ArmDose]],
-    split: PromptSplit,
-    limits: CoherenceLimits,
-    context: RunContext,
-) -> list[Found]:
-    model, saes = sources.model, sources.saes
+def _steer_all(bench: Bench, dosed: list[Dosed]) -> list[Found]:
+    config, model, saes = bench.config, bench.sources.model, bench.sources.saes
     unsteered = generate(
-        model,
-        saes,
-        split.report,
-        [None],
-        n_samples=config.n_samples,
-        seed=config.seed,
-        sampling=_sampling(config),
-        batch_size=config.batch_size,
-    )
-    readings = read_back(model, saes, unsteered.samples, [each.target for each in chosen])
+        model, saes, bench.split.report, [None],
+        n_samples=config.n_samples, seed=config.seed, sampling=bench.sampling, batch_size=config.batch_size,
+    )  # fmt: skip
+    readings = read_back(model, saes, unsteered.samples, [each.chosen.target for each in dosed])
     found = []
-    for place, (each, own) in enumerate(zip(chosen, arm_doses, strict=True)):
-        before = [reading.of_target(place) for reading in readings]
-        twins = _twins(config, sources, each, own, unsteered, before, split, context)
-        effects = effects_of(twins, limits, seed=config.seed)
-        found.append(Found(chosen=each, arm_doses=own, twins=twins, effects=effects))
+    for place, each in enumerate(dosed):
+        twins = _twins(bench, each, unsteered, [reading.of_target(place) for reading in readings])
+        effects = effects_of(twins, bench.limits, seed=config.seed)
+        found.append(Found(chosen=each.chosen, arm_doses=each.arm_doses, twins=twins, effects=effects))
     return found
 
 
-def _twins(
-    config: Config,
-    sources: Sources,
-    chosen: Chosen,
-    arm_doses: list[ArmDose],
-    unsteered: Generation,
-    before: list[Reading],
-    split: PromptSplit,
-    context: RunContext,
-) -> list[Twin]:
+def _twins(bench: Bench, dosed: Dosed, unsteered: Generation, before: list[Reading]) -> list[Twin]:
+    config, sources = bench.config, bench.sources
     return run_trial(
         sources.model,
         sources.saes,
-        arm_doses,
-        chosen.target,
-        split.report,
+        dosed.arm_doses,
+        dosed.chosen.target,
+        bench.split.report,
         unsteered=unsteered,
         before=before,
         n_samples=config.n_samples,
         seed=config.seed,
-        sampling=_sampling(config),
+        sampling=bench.sampling,
         batch_size=config.batch_size,
-        progress=context.progress,
+        progress=bench.progress,
     )
 
 
