@@ -3,11 +3,14 @@
 A latent is in its row's TopK only if fewer than k others lie above it. To know that it is not there, it is enough to
 find k that are, and nearly always a few columns show them:
 
-1. `wanted`: the pre-activations of the selected latents, for all rows. A row in which none is positive is done: all 0.
+1. `wanted`: the pre-activations of the selected latents, for all rows. A row in which all are 0 or less is done: all 0.
 2. Blocks of columns, the first about √(2kN) wide, each as wide as all before it. After each, rows leave in which every
    selected latent is decided: not positive, or k columns above it by more than rounding.
 3. Rows that are left have seen all columns; their TopK is taken as the encoder takes it, equals included. Values are
    those of step 1.
+
+NaN is handed on as the encoder hands it on: it ranks above every number, so it takes a place among the k, and where the
+encoder's latent is NaN, so is this one. It is never taken for a latent that does not fire.
 
 Cost where every rank of the latent has the same chance, as for a random direction: a fifth of the product and a
 fiftieth of the selections. A latent that fires in every row saves nothing. Memory: one block of pre-activations.
@@ -19,7 +22,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.activations import TopKActivation, activate
@@ -39,7 +42,7 @@ def selected_of_topk(
     """The columns `chosen` of the encoder's latents; `centred` is what its product sees (x − b_in)."""
     wanted = F.linear(centred, W_enc[chosen], b_enc[chosen])
     found = torch.zeros_like(wanted)
-    rows = (wanted > 0).any(-1).nonzero().squeeze(1)
+    rows = _may_fire(wanted).any(-1).nonzero().squeeze(1)
     if not len(rows):
         return found
     x, wanted = centred[rows], wanted[rows]
@@ -50,15 +53,20 @@ def selected_of_topk(
         part = F.linear(x, W_enc[start:stop], b_enc[start:stop])
         parts.append(part)
         above += _count_above(part, bar)
-        kept = ((wanted > 0) & (above < activation.k)).any(-1)
+        kept = (_may_fire(wanted) & (above < activation.k)).any(-1)
         if stop < len(W_enc) and not kept.all():
             rows, x, wanted, bar, above = rows[kept], x[kept], wanted[kept], bar[kept], above[kept]
             parts = [each[kept] for each in parts]
         if not len(rows):
             return found
-    is_on = activate(activation, torch.cat(parts, dim=1))[:, chosen] > 0
-    found[rows] = torch.where(is_on, wanted, 0).relu()
+    z = activate(activation, torch.cat(parts, dim=1))[:, chosen]
+    found[rows] = torch.where(z.isnan(), z, torch.where(z > 0, wanted, 0).relu())
     return found
+
+
+def _may_fire(wanted: Float[Tensor, "row selected"]) -> Bool[Tensor, "row selected"]:
+    """Positive, or NaN."""
+    return ~(wanted <= 0)
 
 
 def _blocks(n_latents: int, k: int) -> list[tuple[int, int]]:
@@ -70,6 +78,7 @@ def _blocks(n_latents: int, k: int) -> list[tuple[int, int]]:
 
 
 def _count_above(part: Float[Tensor, "row column"], bar: Float[Tensor, "row selected"]) -> Int[Tensor, "row selected"]:
+    """Comparisons with NaN are False, so such a row is read to the end and the encoder's TopK decides."""
     return torch.stack([(part > each[:, None]).sum(-1) for each in bar.unbind(-1)], dim=-1)
 
 

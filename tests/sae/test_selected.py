@@ -80,3 +80,29 @@ def test_the_kth_latent_is_on_although_the_first_block_has_all_that_lie_above_it
     found = one.encode_selected(x, [1000])
     assert torch.equal(found, one.encode(x)[:, [1000]])
     assert bool((found > 0).all()) == is_on
+
+
+@pytest.mark.parametrize("k", [1, 8, 200])
+def test_nan_is_handed_on_where_the_encoder_hands_it_on_and_takes_its_place_among_the_k(k):
+    """Rows without NaN, all NaN, with an infinity; and latents whose own weights are NaN beside sound ones."""
+    generator = torch.Generator().manual_seed(2)
+    W, b = torch.randn(1024, 8, generator=generator), torch.randn(1024, generator=generator)
+    x = torch.randn(40, 8, generator=generator)
+    x[3], x[7, 2], x[11, 0], x[12, 1], x[13] = torch.nan, torch.nan, torch.inf, -torch.inf, 1e30
+    W[5] = 0.0  # times a norm that overflows: the bar is NaN and the pre-activation is not
+    for broken in ([], [500], [0, 1, 2, 900, 901]):
+        b[broken] = torch.nan
+        one = _sae(W, b, k)
+        z = one.encode(x)
+        assert z.isnan().any()
+        for chosen in ([0], [500], [1023], [5, 500, 901]):
+            torch.testing.assert_close(one.encode_selected(x, chosen), z[:, chosen], equal_nan=True)
+
+
+def test_a_latent_with_nan_is_never_said_to_be_silent():
+    b = torch.zeros(64)
+    b[5] = torch.nan
+    one, x = _sae(torch.ones(64, 4), b, k=3), torch.ones(2, 4) + 1
+    assert one.encode(x)[:, 5].isnan().all()
+    assert one.encode_selected(x, [5]).isnan().all()
+    assert one.encode_selected(x, [5, 9]).isnan().any(-1).all()
