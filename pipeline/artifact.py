@@ -75,7 +75,7 @@ class Artifact:
     def open(cls, path: Path, *, kind: str, schema: int, mend: str | None = None) -> Artifact:
         """Read and validate. `mend` is the command that would make it; it is part of every error raised here."""
         path = Path(path)
-        mend = mend or f"featureflow {kind}"
+        mend = mend or (f"featureflow run --to {kind}" if kind in SCHEMAS else f"featureflow {kind}")
         document = _read_manifest(path, mend)
         problems = [
             *_problems_of_identity(document, kind, schema),

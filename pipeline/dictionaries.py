@@ -19,7 +19,7 @@ class Dictionaries(Mapping[Site, Sae]):
     def __init__(self, folder: Path) -> None:
         names = [path.parent.name for path in folder.glob("*/sae.json")] if folder.is_dir() else []
         if not names:
-            raise UserError("there are no dictionaries here", where=str(folder), mend="featureflow train")
+            raise UserError("there are no dictionaries here", where=str(folder), mend="featureflow run --to train")
         self._folder = folder
         self._sites = tuple(sorted(map(parse_site, names)))
         self._read: dict[Site, Sae] = {}

@@ -88,7 +88,7 @@ def run_single(
     inputs: dict[str, Artifact] = {}
     for above in stages_above(stage)[:-1]:
         module = StageName(above).module
-        mend = f"featureflow {above} --recipe {recipe.name}"
+        mend = f"featureflow run --recipe {recipe.name} --to {above}"
         artifact = Artifact.open(root / above, kind=module.KIND, schema=module.SCHEMA, mend=mend)
         expected = _digest(module, recipe.configs[above], inputs)
         if artifact.digest != expected:

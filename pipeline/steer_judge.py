@@ -41,7 +41,9 @@ def judge_artifact(
 def _texts(folder: Path, arm: str) -> tuple[pd.DataFrame, dict[str, str]]:
     needed = [folder / name for name in ("samples.parquet", "features.json", "choice.json")]
     if missing := [path.name for path in needed if not path.is_file()]:
-        raise UserError("no texts to judge", where=str(folder), expected=", ".join(missing), mend="featureflow steer")
+        raise UserError(
+            "no texts to judge", where=str(folder), expected=", ".join(missing), mend="featureflow run --to steer"
+        )
     dose = json.loads(needed[2].read_text(encoding="utf-8"))["dose"]
     records = json.loads(needed[1].read_text(encoding="utf-8"))["features"]
     samples = pd.read_parquet(needed[0])

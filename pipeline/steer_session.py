@@ -28,7 +28,8 @@ from data.store import ActivationStore
 from pipeline.artifact import Artifact
 from pipeline.flow.graph import FlowGraph
 from pipeline.flow.sources import DictionaryFolder
-from pipeline.stages import collect, link, train
+from pipeline.opened_run import open_run
+from pipeline.stages import collect
 from pipeline.steer_selection import Sources, window_of_chain
 from sae import Sae
 from sae.errors import Problem, UserError
@@ -53,11 +54,7 @@ class SteerSession:
     @classmethod
     def open(cls, artifacts: str | Path, *, device: str = "cpu", progress: Progress = silent) -> SteerSession:
         """Open `<artifacts>/collect, train, link`. Raises UserError naming the command that makes what is missing."""
-        root = Path(artifacts)
-        stages = {
-            stage.KIND: Artifact.open(root / stage.KIND, kind=stage.KIND, schema=stage.SCHEMA)
-            for stage in (collect, train, link)
-        }
+        stages = open_run(Path(artifacts), ("collect", "train", "link"))
         return cls.of_artifacts(stages["collect"], stages["train"], stages["link"], device=device, progress=progress)
 
     @classmethod

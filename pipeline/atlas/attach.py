@@ -82,7 +82,10 @@ def _attach(folder: Path, name: str, document: Mapping[str, Any]) -> None:
 def _check_place(folder: Path) -> None:
     if not (folder / "site" / "manifest.json").is_file():
         raise UserError(
-            "there is no atlas here", where=str(folder), expected="site/manifest.json", mend="featureflow atlas"
+            "there is no atlas here",
+            where=str(folder),
+            expected="site/manifest.json",
+            mend="featureflow run --to atlas",
         )
 
 

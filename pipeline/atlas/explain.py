@@ -26,12 +26,12 @@ from jaxtyping import Bool, Int64
 
 from data.sites import FeatureId, Site, parse_feature
 from data.store import ActivationStore
-from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.atlas.cards import Cards, Example
 from pipeline.atlas.explainer import Detection, detect, explain, fuzz, marked
 from pipeline.atlas.opened import Atlas
 from pipeline.atlas.sentences import SentenceModel, embedding_score, example_embedding_score
 from pipeline.dictionaries import read_dictionaries
+from pipeline.opened_run import open_run
 from sae.errors import UserError
 from steering.chat import ChatModel
 
@@ -68,16 +68,15 @@ class Evidence:
     def __init__(self, root: Path, *, seed: int = 0) -> None:
         self.atlas = Atlas.open(root / "atlas")
         self.cards = Cards.open(root / "atlas" / "site")
-        self._store = ActivationStore.open(
-            Artifact.open(root / "collect", kind="collect", schema=SCHEMAS["collect"]).path / "store.zarr"
-        )
-        self._saes = read_dictionaries(Artifact.open(root / "train", kind="train", schema=SCHEMAS["train"]))
+        run = open_run(root, ("collect", "train", "atlas"))
+        self._store = ActivationStore.open(run["collect"].path / "store.zarr")
+        self._saes = read_dictionaries(run["train"])
         self._tokens = self.atlas.tokens
         if "part" not in self._tokens:
             raise UserError(
                 "the atlas does not say which documents are for what",
                 where=str(root / "atlas"),
-                mend="featureflow atlas",
+                mend="featureflow run --to atlas",
             )
         self._seed = seed
         self._silence = lru_cache(maxsize=2)(self._fires_in)

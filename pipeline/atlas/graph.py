@@ -308,12 +308,12 @@ def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         frame = pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise UserError(
-            "the flow graph cannot be read", where=str(path), found=str(error), mend="featureflow link"
+            "the flow graph cannot be read", where=str(path), found=str(error), mend="featureflow run --to link"
         ) from error
     missing = [name for name in columns if name not in frame.columns]
     if missing:
         problems = tuple(Problem(what="column missing", where=f"{path}: {name}") for name in missing)
-        raise UserError("not a flow graph's table", problems=problems, mend="featureflow link")
+        raise UserError("not a flow graph's table", problems=problems, mend="featureflow run --to link")
     return frame
 
 
@@ -325,7 +325,7 @@ def _check_latents(folder: Path, site: pd.Series, latent: pd.Series, n_latents: 
             where=str(folder / "nodes.parquet"),
             expected=f"latents below {int(limit.max())}",
             found=str(int(latent.max())),
-            mend="featureflow link",
+            mend="featureflow run --to link",
         )
 
 

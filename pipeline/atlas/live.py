@@ -28,10 +28,10 @@ from data.concepts.prompts import read_prompts
 from data.language_model import LanguageModel
 from data.model_spec import ModelSpec
 from data.sites import Site, parse_feature, parse_site
-from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.atlas.cards import Cards
 from pipeline.atlas.graph import AtlasGraph, read_graph
 from pipeline.atlas.shards import read_shard
+from pipeline.opened_run import open_run
 from sae import Sae, load_sae
 from sae.errors import UserError
 from steering.dose import NeutralText, calibrate
@@ -57,12 +57,13 @@ class LiveAtlas:
     @classmethod
     def open(cls, root: Path, *, device: str = "cpu") -> LiveAtlas:
         """Open the run in `root`. Raises UserError when one of its artifacts is missing."""
-        collect = Artifact.open(root / "collect", kind="collect", schema=SCHEMAS["collect"])
-        train = Artifact.open(root / "train", kind="train", schema=SCHEMAS["train"])
-        cards = Cards.open(Artifact.open(root / "atlas", kind="atlas", schema=SCHEMAS["atlas"]).path / "site")
+        has_link = (root / "link" / "edges.parquet").is_file()
+        run = open_run(root, ("collect", "train", *(["link"] if has_link else []), "atlas"))
+        collect, train = run["collect"], run["train"]
+        cards = Cards.open(run["atlas"].path / "site")
         spec = TypeAdapter(ModelSpec).validate_python(collect.config["model"])
         sites = [parse_site(short) for short in cards.sites]
-        has_graph = cards.manifest["has"]["flow"] and (root / "link" / "edges.parquet").is_file()
+        has_graph = cards.manifest["has"]["flow"] and has_link
         sizes = [int(entry["n_latents"]) for entry in cards.sites.values()]
         return cls(
             model=LanguageModel.open(spec, dtype=collect.config["model_dtype"], device=device),

@@ -39,7 +39,7 @@ class Atlas:
     @classmethod
     def open(cls, folder: str | Path) -> Atlas:
         """Open an atlas artifact. Raises UserError when it is missing, unfinished, or of another version."""
-        return cls(Artifact.open(Path(folder), kind=KIND, schema=SCHEMA, mend="featureflow atlas").path)
+        return cls(Artifact.open(Path(folder), kind=KIND, schema=SCHEMA, mend="featureflow run --to atlas").path)
 
     @cached_property
     def features(self) -> pd.DataFrame:

@@ -170,7 +170,7 @@ def check_fit(store: ActivationStore, site: Site, sae: Sae, shop: Workshop) -> N
             where=str(shop.dictionaries / site.short),
             expected=f"vectors of width {store.width(site)}",
             found=f"a dictionary for width {sae.d_in}",
-            mend="featureflow train",
+            mend="featureflow run --to train",
         )
 
 

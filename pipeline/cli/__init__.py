@@ -21,6 +21,7 @@ import click
 from pipeline.cli.atlas import ATLAS_TOOLS
 from pipeline.cli.dictionaries import sae_commands
 from pipeline.cli.flow import flow_commands
+from pipeline.cli.mending import completed
 from pipeline.cli.paper import paper_commands
 from pipeline.cli.stage_commands import recipes, run, stage_command
 from pipeline.cli.steer import STEER_TOOLS, serve
@@ -59,6 +60,7 @@ def run_command(arguments: Sequence[str], *, debug: bool = False) -> int:
         error.show()
         return error.exit_code
     except UserError as error:
+        error.mend = completed(error.mend, arguments) if error.mend else None
         _explain(error, f"error: {error}", debug)
         return 2
     except (KeyboardInterrupt, click.Abort):

@@ -43,7 +43,7 @@ def validate(folder: Path | None, recipe: str, artifacts: Path) -> None:
 
     place = folder or artifacts / Path(recipe).stem / "atlas"
     counts = validate_atlas(place)
-    say(f"{place}: sound; " + ", ".join(f"{show_number(n)} {what.replace('_', ' ')}" for what, n in counts.items()))
+    say(f"{place}: sound; " + ", ".join(f"{show_number(n)} {what.removeprefix('n_')}" for what, n in counts.items()))
 
 
 @click.command()
@@ -60,10 +60,10 @@ def validate(folder: Path | None, recipe: str, artifacts: Path) -> None:
 @artifacts_option
 def export(out: Path, to: str, feature: str | None, short: str | None, recipe: str, artifacts: Path) -> None:
     """Write the atlas to OUT in the format of another viewer."""
-    from pipeline.artifact import SCHEMAS, Artifact
     from pipeline.atlas import Atlas, exports
     from pipeline.atlas.cards import Cards
     from pipeline.dictionaries import read_dictionaries
+    from pipeline.opened_run import open_run
 
     root = artifacts / Path(recipe).stem
     atlas = Atlas.open(root / "atlas")
@@ -77,7 +77,7 @@ def export(out: Path, to: str, feature: str | None, short: str | None, recipe: s
         case "graphml":
             written = [exports.export_graphml(atlas, out)]
         case "embedding-atlas":
-            saes = read_dictionaries(Artifact.open(root / "train", kind="train", schema=SCHEMAS["train"]))
+            saes = read_dictionaries(open_run(root, ("train", "atlas"))["train"])
             written = [exports.export_embedding_atlas(atlas, saes, out)]
         case _:
             if short is None:
@@ -128,14 +128,11 @@ def import_examples(activations: Path, out: Path, short: str) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Parquet file for the whole table")
 def diff(before: Path, after: Path, out: Path | None) -> None:
     """Compare the atlases of two runs (folders such as artifacts/laptop): features kept, gone and new."""
-    from pipeline.artifact import SCHEMAS, Artifact
     from pipeline.atlas import Atlas, diff_atlases
     from pipeline.dictionaries import read_dictionaries
+    from pipeline.opened_run import open_run
 
-    saes = [
-        read_dictionaries(Artifact.open(root / "train", kind="train", schema=SCHEMAS["train"]))
-        for root in (before, after)
-    ]
+    saes = [read_dictionaries(open_run(root, ("train", "atlas"))["train"]) for root in (before, after)]
     found = diff_atlases(Atlas.open(before / "atlas"), Atlas.open(after / "atlas"), *saes)
     for line in table([(str(status), show_number(int(n))) for status, n in found["status"].value_counts().items()]):
         say(line)

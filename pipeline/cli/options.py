@@ -65,12 +65,12 @@ class StageGroup(_StageHelp, click.Group):
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        overrides, rest = _split_overrides(args)
+        overrides, rest = split_overrides(args)
         ctx.meta["overrides"] = overrides
         return super().parse_args(ctx, rest)
 
 
-def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words of overrides (`--a.b`, its value, `--a.b=c`), and all others."""
     overrides: list[str] = []
     rest: list[str] = []

@@ -79,9 +79,10 @@ def starts(recipe: str, artifacts: Path, force: bool, quiet: bool, layers: int, 
 
     def work(effort_fields: dict[str, int], context: RunContext) -> Artifact:
         from pipeline.cli.paper_starts import make_starts
+        from pipeline.opened_run import open_run
 
         root = artifacts / Path(recipe).stem
-        inputs = {stage: opened(stage, root / stage) for stage in ("collect", "train")}
+        inputs = open_run(root, ("collect", "train"))
         effort = _effort(effort_fields)
         return make_starts(root, inputs, effort, context, n_layers=layers, steps=steps, force=force)
 
@@ -100,9 +101,10 @@ def make(name: str, root: Path, effort_fields: dict[str, int], context: RunConte
     """The artifact of one experiment, made if it is not there. Raises UserError."""
     from pipeline.artifact import Artifact, digest_of
     from pipeline.flow.experiments import run_experiment, write_finding
+    from pipeline.opened_run import open_run
 
     effort = _effort(effort_fields)
-    inputs = {stage: opened(stage, root / stage) for stage in INPUTS}
+    inputs = open_run(root, INPUTS)
     digests = {stage: artifact.digest for stage, artifact in inputs.items()}
     kind, out = f"paper-{name}", root / "paper" / name
     config = dataclasses.asdict(effort)
@@ -125,15 +127,6 @@ def _effort(fields: dict[str, int]) -> Effort:
         return TypeAdapter(Effort).validate_python(fields)
     except ValidationError as error:
         raise UserError("these numbers cannot be used", found=str(error)) from error
-
-
-def opened(stage: str, path: Path) -> Artifact:
-    """The artifact of a stage. Raises UserError."""
-    from pipeline.artifact import Artifact
-    from pipeline.stages import StageName
-
-    module = StageName(stage).module
-    return Artifact.open(path, kind=module.KIND, schema=module.SCHEMA)
 
 
 def _subject(inputs: dict[str, Artifact], effort: Effort, context: RunContext) -> Subject:

@@ -65,7 +65,9 @@ def find_candidates(train: Artifact, others: Sequence[str], store: ActivationSto
         if site is not None and site not in store.sites
     ]
     if problems or not candidates:
-        raise UserError("dictionaries that cannot be measured", problems=tuple(problems), mend="featureflow train")
+        raise UserError(
+            "dictionaries that cannot be measured", problems=tuple(problems), mend="featureflow run --to train"
+        )
     return sorted(candidates, key=lambda c: (c.site, c.source != TRAINED, c.source))
 
 

@@ -33,7 +33,7 @@ class DictionaryFolder(Mapping[Site, Sae]):
         found = [path.parent for path in folder.glob("*/sae.json")] if folder.is_dir() else []
         sites = sorted(((parse_site(path.name), path) for path in found), key=lambda item: depth_of(item[0]))
         if not sites:
-            raise UserError("there are no dictionaries here", where=str(folder), mend="featureflow train")
+            raise UserError("there are no dictionaries here", where=str(folder), mend="featureflow run --to train")
         self._paths = dict(sites)
 
     def __getitem__(self, site: Site) -> Sae:

@@ -126,7 +126,9 @@ def read_tables(folder: Path) -> FlowTables:
     problems: list[Problem] = []
     frames = {name: _read(folder / f"{name}.parquet", schema, name, problems) for name, schema in _SCHEMAS.items()}
     if problems:
-        raise UserError("not a usable flow graph", where=str(folder), problems=tuple(problems), mend="featureflow link")
+        raise UserError(
+            "not a usable flow graph", where=str(folder), problems=tuple(problems), mend="featureflow run --to link"
+        )
     path = folder / "warnings.json"
     warnings = tuple(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ()
     return FlowTables(**frames, warnings=warnings)

@@ -106,7 +106,7 @@ def workshop_of(config: Config, inputs: Inputs, draft: Draft) -> Workshop:
         (parse_site(p.parent.name) for p in folder.glob("*/sae.json")), key=lambda s: (s.layer, _ORDER[s.kind])
     )
     if not sites:
-        raise UserError("there are no dictionaries to describe", where=str(folder), mend="featureflow train")
+        raise UserError("there are no dictionaries to describe", where=str(folder), mend="featureflow run --to train")
     return Workshop(
         store=inputs.collect.path / STORE,
         dictionaries=folder,

@@ -123,7 +123,7 @@ def test_a_failing_stage_keeps_the_old_artifact(tmp_path: Path, log: list[str]) 
 
 
 def test_one_stage_alone_refuses_missing_and_outdated_inputs(tmp_path: Path, log: list[str]) -> None:
-    with pytest.raises(UserError, match="featureflow collect --recipe toy"):
+    with pytest.raises(UserError, match="featureflow run --recipe toy --to collect"):
         run_single(recipe(), "train", root=tmp_path, context_of=lambda stage: RunContext())
     bring(tmp_path, "collect")
     with pytest.raises(UserError, match="another recipe"):
