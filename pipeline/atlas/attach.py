@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.artifact import MANIFEST, SCHEMAS, Artifact, write_text_atomically
 from pipeline.atlas.shards import Shard, read_shard, write_shard
-from pipeline.atlas.site_folder import NO_STEERING, VERSION
+from pipeline.atlas.site_folder import ATTACHED_VERSION, NO_STEERING
 from sae.errors import Problem, UserError
 
 STEERING, SCORES = "site/attached/steering.js", "site/attached/scores.js"
@@ -42,7 +42,7 @@ def attach_scores(atlas_folder: Path | str, features: Mapping[str, Mapping[str, 
     _check_place(folder)
     known = read_scores(folder)
     merged = {**known, **{name: {**known.get(name, {}), **found} for name, found in features.items()}}
-    _attach(folder, SCORES, {"version": VERSION, "features": dict(sorted(merged.items()))})
+    _attach(folder, SCORES, {"version": ATTACHED_VERSION, "features": dict(sorted(merged.items()))})
 
 
 def read_scores(atlas_folder: Path | str) -> dict[str, dict[str, Any]]:
@@ -108,8 +108,8 @@ def _problems_of(document: Mapping[str, Any]) -> list[Problem]:
         for name in ("samples", "effects")
         if not isinstance(document.get(name, []), list)
     ]
-    if document.get("version", VERSION) != VERSION:
-        problems.append(Problem(what="another version", expected=str(VERSION), found=str(document["version"])))
+    if document.get("version", ATTACHED_VERSION) != ATTACHED_VERSION:
+        problems.append(Problem(what="another version", expected=str(ATTACHED_VERSION), found=str(document["version"])))
     return problems or [
         Problem(what="text missing", where=f"samples[{i}].{name}")
         for i, sample in enumerate(document.get("samples", []))

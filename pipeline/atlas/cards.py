@@ -24,6 +24,8 @@ from pipeline.atlas.shards import PAD, Shard, read_shard
 from pipeline.atlas.vocabulary import Vocabulary
 from sae.errors import UserError
 
+READABLE = (1, 2)  # format versions; cards are the same in both
+
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
@@ -65,9 +67,9 @@ class Cards:
     def open(cls, folder: str | Path) -> Cards:
         """Open `site/`. Raises UserError when it is no atlas or one of another version."""
         manifest = read_shard(Path(folder), "manifest").json
-        if manifest.get("format") != "featureflow-atlas" or manifest.get("version") != 1:
+        if manifest.get("format") != "featureflow-atlas" or manifest.get("version") not in READABLE:
             raise UserError(
-                "an atlas of another version", where=str(folder), expected="version 1",
+                "an atlas of another version", where=str(folder), expected=f"version {READABLE[-1]}",
                 found=str(manifest.get("version")), mend="featureflow atlas --force",
             )  # fmt: skip
         return cls(Path(folder), manifest)

@@ -1,14 +1,11 @@
-"""The flow graph as the atlas shows it: links by target, the fate of every feature, communities, trunks, pairs.
+"""The flow graph as the atlas shows it: links by target, the fate of every feature, pairs.
 
 Read from the link artifact's `nodes.parquet`, `edges.parquet`, `pairs.parquet` (docs/formats.md, "Flow graph"); only
-kept
-links are shown. A site of the atlas that the graph does not know simply has no links.
+kept links are shown. A site of the atlas that the graph does not know simply has no links.
 
 1. links are grouped by target site and sorted by target and rank;
 2. the parent of a feature is its best kept predecessor along the residual stream; labels are inherited from it;
-3. a trunk is a maximal path of features each of which is its predecessor's best successor and has it as parent, so
-   trunks share no feature;
-4. communities come with the nodes; a ribbon counts the links inside a community between two sites.
+3. what is shown of the whole graph is made from it: trunks (trunks.py) and communities (communities.py).
 """
 
 from __future__ import annotations
@@ -29,7 +26,6 @@ from sae.errors import Problem, UserError
 
 CLASSES = ("unknown", "translated", "processed", "newborn", "unexplained")
 RELATIONS = ("residual", "mlp", "attention")
-N_COMMUNITIES, N_TRUNKS = 40, 2000
 _NODE_COLUMNS = ("site", "latent", "class", "birth_layer", "death_layer", "community")
 _EDGE_COLUMNS = (
     *("source_site", "source_latent", "target_site", "target_latent"),
@@ -196,78 +192,6 @@ def overview_columns(graph: AtlasGraph | None, site: int, n_latents: int) -> dic
 def pairs_json(graph: AtlasGraph) -> list[dict[str, Any]]:
     """The pairs of dictionaries with their links and null, for `flow/model`."""
     return [_pair_json(row) for row in graph.pairs.to_dict(orient="records")]
-
-
-def trunks(graph: AtlasGraph) -> list[tuple[list[int], list[float]]]:
-    """Feature numbers and cosines of every trunk of at least two features, longest first."""
-    parent, cosine = graph.parent
-    child = _best_child(parent, cosine)
-    linked = np.flatnonzero(child >= 0)
-    is_continued = np.zeros(len(parent), dtype=bool)
-    is_continued[child[linked]] = True
-    paths = []
-    for first in linked[~is_continued[linked]]:
-        path = [int(first)]
-        while child[path[-1]] >= 0:
-            path.append(int(child[path[-1]]))
-        paths.append((path, [round(float(cosine[f]), 4) for f in path[1:]]))
-    return sorted(paths, key=lambda p: (-len(p[0]), -float(np.prod(p[1])), p[0][0]))
-
-
-def communities_json(
-    graph: AtlasGraph, density: np.ndarray, label_of: Mapping[int, list[int]], text_of: Mapping[int, str]
-) -> dict[str, Any]:
-    """The largest communities with sizes by site, their best-connected features and the ribbons between sites.
-
-    `label_of` gives a community's typical tokens, `text_of` its name."""
-    community = graph.column("community", -1)
-    n_sites = len(graph.sites)
-    site = graph.site_of(np.arange(len(community)))
-    member = community >= 0
-    sizes = pd.Series(community[member]).value_counts()
-    sizes = sizes[sizes >= 2]
-    chosen = [int(c) for c in sizes.index[:N_COMMUNITIES]]
-    strength = graph.degree[0] + graph.degree[1] + np.minimum(density, 1)
-    by_site = {c: np.bincount(site[community == c], minlength=n_sites) for c in chosen}
-    other = np.bincount(site[member & ~np.isin(community, chosen)], minlength=n_sites)
-    return {
-        "communities": [
-            {
-                "id": c, "label": text_of.get(c, ""), "size": int(sizes[c]), "n_by_site": by_site[c].tolist(),
-                "features": [graph.feature(int(f)) for f in _strongest(np.flatnonzero(community == c), strength, 20)],
-                "tokens": label_of.get(c, []),
-            }
-            for c in chosen
-        ],
-        "ribbons": _ribbons(graph, community, chosen),
-        "other": {"size": int(other.sum()), "n_by_site": other.tolist()},
-    }  # fmt: skip
-
-
-def _ribbons(graph: AtlasGraph, community: np.ndarray, chosen: list[int]) -> list[dict[str, int]]:
-    links = graph.links
-    source = community[graph.start[links.source_site] + links.source]
-    target = community[graph.start[links.target_site] + links.target]
-    inside = (source == target) & np.isin(source, chosen) & (links.rank == 0)
-    frame = pd.DataFrame(
-        {"source": links.source_site[inside], "target": links.target_site[inside], "community": source[inside]}
-    )
-    counted = frame.value_counts(sort=False).reset_index(name="n").sort_values(["source", "target", "community"])
-    return [{str(k): int(v) for k, v in row.items()} for row in counted.to_dict(orient="records")]
-
-
-def _strongest(members: np.ndarray, strength: np.ndarray, n: int) -> np.ndarray:
-    return members[np.lexsort((members, -strength[members]))[:n]]
-
-
-def _best_child(parent: np.ndarray, cosine: np.ndarray) -> np.ndarray:
-    """Of the features that name f as parent, the closest; −1 for none."""
-    has = np.flatnonzero(parent >= 0)
-    order = has[np.lexsort((has, -cosine[has], parent[has]))]
-    first = np.concatenate([[True], np.diff(parent[order]) != 0]) if len(order) else np.zeros(0, bool)
-    child = np.full(len(parent), -1, dtype=np.int64)
-    child[parent[order[first]]] = order[first]
-    return child
 
 
 def _links(edges: pd.DataFrame, index: Mapping[str, int]) -> Links:

@@ -20,18 +20,21 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.atlas.communities import community_shard
 from pipeline.atlas.corpus import Corpus
 from pipeline.atlas.describe import PAGE_BINS, Columns
 from pipeline.atlas.examples import TABS
-from pipeline.atlas.graph import CLASSES, N_TRUNKS, RELATIONS, AtlasGraph, communities_json, pairs_json, trunks
+from pipeline.atlas.graph import CLASSES, RELATIONS, AtlasGraph, pairs_json
 from pipeline.atlas.labels import METHODS
 from pipeline.atlas.pages import CARDS_PER_SHARD
 from pipeline.atlas.shards import PAD, Shard, narrow, write_shard
 from pipeline.atlas.survey import LOG2_LOW, REACH
+from pipeline.atlas.trunks import FEWEST_LAYERS, trunk_shard, trunks_of
 
-FORMAT, VERSION = "featureflow-atlas", 1
+FORMAT, VERSION = "featureflow-atlas", 2
+ATTACHED_VERSION = 1  # of what later stages add, which outlives a remade atlas
 ROWS_PER_SHARD, TOKENS_PER_SHARD = 262_144, 1024
-NO_STEERING: dict[str, Any] = {"version": VERSION, "samples": [], "effects": [], "commands": {}}
+NO_STEERING: dict[str, Any] = {"version": ATTACHED_VERSION, "samples": [], "effects": [], "commands": {}}
 _SEARCH_SHARE, _SEARCH_TOKENS, _SEARCH_PROMOTES = 0.05, 5, 5
 _README = """This folder is an atlas of features. Open index.html by double click; nothing is loaded from the network.
 It also works from any static web host. The tables beside it (../tables) hold the same data for programs.
@@ -81,19 +84,15 @@ def write_flow(
     columns: Sequence[Columns],
     corpus: Corpus,
 ) -> int:
-    """The graph from afar; `shown[s][f]` is the label of a feature, `scores` its score (NaN none). Returns the
-    trunks' number."""
+    """The graph from afar; `shown[s][f]` is the label of a feature, `scores` its score (NaN none). Returns the number
+    of trunks of three layers or more."""
     write_shard(site, "flow/model", Shard(json={"pairs": pairs_json(graph), "settings": {}}))
-    density = np.concatenate([c["count"] for c in columns]) / max(1, corpus.n_kept)
-    tokens = _community_tokens(graph, columns, corpus)
-    names = {c: ", ".join(corpus.quoted(t) for t in listed[:3]) for c, listed in tokens.items()}
-    write_shard(site, "flow/communities", Shard(json=communities_json(graph, density, tokens, names)))
-    found = [path for path in trunks(graph) if len(path[0]) >= 3]
-    text = [label for labels in shown for label in labels]
-    score = np.concatenate(scores)
-    listed = [_trunk_json(graph, path, cosine, density, text, score) for path, cosine in found[:N_TRUNKS]]
-    write_shard(site, "flow/trunks", Shard(json={"trunks": listed}))
-    return len(found)
+    write_shard(site, "flow/communities", community_shard(graph, columns, corpus))
+    n_firings = np.concatenate([c["count"] for c in columns])
+    trunks = trunks_of(graph, n_firings > 0)
+    labels = [label for site_labels in shown for label in site_labels]
+    write_shard(site, "flow/trunks", trunk_shard(graph, trunks, n_firings, labels, np.concatenate(scores)))
+    return int((trunks.length >= FEWEST_LAYERS).sum())
 
 
 def write_search(site: Path, corpus: Corpus, columns: Sequence[Columns]) -> list[int]:
@@ -122,7 +121,7 @@ def write_search(site: Path, corpus: Corpus, columns: Sequence[Columns]) -> list
 def write_attached(site: Path) -> None:
     """The files that may be filled later, empty: a page that asks for a missing file would complain."""
     write_shard(site, "attached/steering", Shard(json=NO_STEERING))
-    write_shard(site, "attached/scores", Shard(json={"version": VERSION, "features": {}}))
+    write_shard(site, "attached/scores", Shard(json={"version": ATTACHED_VERSION, "features": {}}))
 
 
 def copy_app(site: Path) -> bool:
@@ -193,45 +192,6 @@ def fixed_manifest() -> dict[str, Any]:
         "label_methods": [{"name": m.name, "kind": m.kind, "about": m.about} for m in METHODS],
         "classes": list(CLASSES),
         "relations": list(RELATIONS),
-    }
-
-
-def _community_tokens(graph: AtlasGraph, columns: Sequence[Columns], corpus: Corpus) -> dict[int, list[int]]:
-    """Tokens typical of each community: the members' token shares, weighed by how few communities share the token."""
-    community = graph.column("community", -1)
-    token = np.concatenate([c["token"] for c in columns]).astype(np.int64)
-    share = np.concatenate([c["token_share"] for c in columns]).astype(np.float64)
-    member = (community[:, None] >= 0) & (token != PAD)
-    key = (community[:, None] * len(corpus.vocabulary) + token)[member]
-    if not len(key):
-        return {}
-    pairs, inverse = np.unique(key, return_inverse=True)
-    weight = np.bincount(inverse, weights=share[member])
-    of, value = pairs // len(corpus.vocabulary), pairs % len(corpus.vocabulary)
-    everywhere = np.bincount(value, weights=weight, minlength=len(corpus.vocabulary))
-    total = np.bincount(of, weights=weight)
-    score = weight / total[of] * np.log1p(total.mean() / everywhere[value])
-    order = np.lexsort((value, -score, of))
-    place = np.arange(len(order)) - np.searchsorted(of[order], of[order])
-    out: dict[int, list[int]] = {}
-    for i in order[place < 8]:
-        out.setdefault(int(of[i]), []).append(int(value[i]))
-    return out
-
-
-def _trunk_json(
-    graph: AtlasGraph, path: list[int], cosine: list[float], density: np.ndarray, text: list[str], score: np.ndarray
-) -> dict[str, Any]:
-    """A trunk is named by its best-scored label."""
-    known = np.nan_to_num(score[path], nan=-1.0)
-    best = path[int(known.argmax())]
-    return {
-        "features": [graph.feature(f) for f in path],
-        "cosine": cosine,
-        "density": [round(float(density[f]), 6) for f in path],
-        "label": text[best],
-        "score": None if known.max() < 0 else round(float(known.max()), 3),
-        "product": round(float(np.prod(cosine)), 4),
     }
 
 

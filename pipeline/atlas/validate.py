@@ -111,9 +111,16 @@ def _checks(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             )
         for card in range(int(entry["n_cards"])):
             yield f"{base}/cards/{card:03d}", lambda shard, v, rows, n=n: _card_problems(shard, v, rows, n)
-    for name in ("model", "communities", "trunks"):
-        if manifest["has"]["flow"]:
-            yield f"flow/{name}", lambda shard, _v, _r: [] if shard.json else ["empty"]
+    if manifest["has"]["flow"]:
+        yield "flow/model", lambda shard, _v, _r: [] if shard.json else ["empty"]
+        yield (
+            "flow/communities",
+            lambda shard, _v, _r: _lengths(shard, ("id", "token", "n_by_site"), len(shard.json["labels"])),
+        )
+        yield (
+            "flow/trunks",
+            lambda shard, _v, _r: _trunk_problems(shard, [int(s["n_latents"]) for s in manifest["sites"]]),
+        )
     size = int(manifest["search"]["tokens_per_shard"])
     for i in manifest["search"]["shards"]:
         yield (
@@ -139,6 +146,19 @@ def _card_problems(shard: Shard, n_tokens: int, n_rows: int, n_latents: int) -> 
     if not (c["histogram"].sum(axis=1) == c["count"]).all():
         problems.append("histogram does not add up to count")
     return problems
+
+
+def _trunk_problems(shard: Shard, n_latents: list[int]) -> list[str]:
+    """Trunks that share no feature, of features that exist, each with its label."""
+    columns, n = shard.columns, len(shard.json["labels"])
+    problems = _lengths(shard, ("length", "begin", "end", "community", "score"), n)
+    problems += _lengths(shard, ("site", "latent", "cosine", "count"), int(columns["length"].astype(np.int64).sum()))
+    if problems:
+        return problems
+    site, latent = columns["site"].astype(np.int64), columns["latent"].astype(np.int64)
+    if (site >= len(n_latents)).any() or (latent >= np.asarray(n_latents)[site]).any():
+        return ["a feature lies outside its dictionary"]
+    return [] if len(np.unique(site << 32 | latent)) == len(site) else ["a feature is on two trunks"]
 
 
 def _lengths(shard: Shard, names: tuple[str, ...], n: int) -> list[str]:

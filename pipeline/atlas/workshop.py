@@ -24,13 +24,14 @@ from pipeline.atlas.corpus import Corpus, corpus_of
 from pipeline.atlas.describe import describe_site
 from pipeline.atlas.examples import PROFILES
 from pipeline.atlas.firings import Encoder, Precision
-from pipeline.atlas.graph import AtlasGraph, read_graph, trunks
+from pipeline.atlas.graph import AtlasGraph, read_graph
 from pipeline.atlas.labels import RULE_METHODS, Bar, Inherited, SiteRules, labels_of, make_rules, scored
 from pipeline.atlas.pages import SitePages, write_site
 from pipeline.atlas.projection import Unembedding, project
 from pipeline.atlas.rules import attribute_tables
 from pipeline.atlas.survey import SurveyOptions, survey_site
 from pipeline.atlas.table_parts import write_parts
+from pipeline.atlas.trunks import FEWEST_LAYERS, trunks_of
 from pipeline.atlas.vocabulary import Vocabulary
 from sae import Sae, load_sae
 from sae.errors import UserError
@@ -152,7 +153,10 @@ def unembedding_for(shop: Workshop) -> Unembedding | None:
 def trunk_starts(shop: Workshop) -> frozenset[int]:
     """Numbers of the features that a trunk of three or more features starts from."""
     graph = graph_for(shop)
-    return frozenset() if graph is None else frozenset(path[0] for path, _ in trunks(graph) if len(path) >= 3)
+    if graph is None:
+        return frozenset()
+    trunks = trunks_of(graph, np.zeros(int(graph.start[-1]), dtype=bool))
+    return frozenset(trunks.first[trunks.length >= FEWEST_LAYERS].tolist())
 
 
 def check_fit(store: ActivationStore, site: Site, sae: Sae, shop: Workshop) -> None:

@@ -88,7 +88,7 @@ def test_a_person_clicks_through_every_view(page: Any) -> None:
     page.click("nav a[href='#/compare']")
     assert page.texts(".compare-column h2 a") == [others[0]]
     page.click("nav a[href='#/flow']")
-    page.click(".communities a")
+    page.click("[aria-label=Communities] .v-body a")
     assert page.texts(".v-body .v-row")
     page.click("nav a[href='#/trunks']")
     page.click(".v-body a")
@@ -167,6 +167,57 @@ def test_the_strip_and_its_table_twin_agree(page: Any, sizes: Any) -> None:
     assert len(page.texts("a.strip-column")) == sizes.n_layers
 
 
+def test_the_flow_overview_accounts_for_every_living_feature_of_the_stream(page: Any, world: Any, sizes: Any) -> None:
+    document, columns = read_shard(world, page.folder, "flow/trunks")
+    manifest, _ = read_shard(world, page.folder, "manifest")
+    page.load("flow")
+    n_features, n_trunks = len(columns["site"]), len(columns["length"])
+    lead = "".join(page.text(".lead").split())
+    assert f"Eachofthe{n_features}livingfeatures" in lead
+    assert f"oneof{n_trunks}trunks" in lead
+    assert f"{int((columns['length'] == sizes.n_layers).sum())}runthroughall{sizes.n_layers}layers" in lead
+    page.js("document.querySelectorAll('.figure details').forEach((d) => { d.open = true; })")
+    page.wait("return document.querySelectorAll('.figure .twin table').length === 2")
+    origins, turnover = page.js(
+        "return [...document.querySelectorAll('.figure .twin table')].map((t) => [...t.rows].map((r) => [...r.cells].map((c) => c.textContent)))"
+    )
+    assert sum(int(row[1]) for row in origins[1:]) == n_features
+    for i, name in enumerate(origins[0][2:], start=2):
+        site = [s["short"] for s in manifest["sites"]].index(name)
+        assert sum(int(row[i]) for row in origins[1:]) == int((columns["site"] == site).sum())
+    ends = np.cumsum(columns["length"])
+    first, last = columns["site"][ends - columns["length"]], columns["site"][ends - 1]
+    for row in turnover[1:]:
+        site = [s["short"] for s in manifest["sites"]].index(row[0])
+        counted = np.bincount(columns["begin"][first == site], minlength=7)
+        by_name = dict(zip(document["begins"], counted.tolist(), strict=True))
+        order = ("first", "mlp", "attention", "both", "branch", "unexplained", "unread")
+        assert [int(x) for x in row[1:8]] == [by_name[name] for name in order]
+        assert [int(x) for x in row[8:11]] == [document["written"][name][site] for name in ("mlp", "attention", "both")]
+        counted = np.bincount(columns["end"][last == site], minlength=3)
+        assert [int(x) for x in row[11:14]] == counted.tolist()
+
+
+def test_a_bar_of_the_flow_overview_leads_to_the_list_of_its_trunks_and_on_to_a_feature(page: Any, world: Any) -> None:
+    _, columns = read_shard(world, page.folder, "flow/trunks")
+    manifest, _ = read_shard(world, page.folder, "manifest")
+    page.load("flow")
+    page.wait("return document.querySelector('a.strip-column')")
+    page.js("document.querySelector('a.strip-column').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
+    page.wait("return location.hash.startsWith('#/trunks?from=')")
+    page.settle()
+    short = page.js("return location.hash").split("=")[1]
+    site = [s["short"] for s in manifest["sites"]].index(short)
+    first = np.cumsum(columns["length"]) - columns["length"]
+    mine = np.flatnonzero(columns["site"][first] == site)
+    status = page.text("main [role=status]").replace("\u202f", "").replace("\u00a0", "")
+    assert status.startswith(f"{len(mine)} trunks with {int(columns['length'][mine].sum())} features")
+    assert page.js("return document.querySelector('.v-table').getAttribute('aria-rowcount')") == str(len(mine) + 1)
+    page.click(".v-body .v-cell.layer a")
+    assert page.js("return location.hash").startswith(f"#/{short}/")
+    assert page.complaints() == []
+
+
 def test_a_dead_latent_is_an_honest_empty_state(page: Any, sizes: Any) -> None:
     page.load(f"L2/{sizes.n_latents - 1}")
     assert "never fired" in page.text("main")
@@ -231,11 +282,11 @@ def test_an_atlas_of_another_version_is_refused_with_a_sentence(
 ) -> None:
     folder = shutil.copytree(atlas_folder, tmp_path / "atlas")
     document, _ = read_shard(world, folder, "manifest")
-    world.write_shard(folder, "manifest", {**document, "version": 2})
+    world.write_shard(folder, "manifest", {**document, "version": 3})
     page = page_of(folder)
     page.load()
-    assert "version 2" in page.text(".error")
-    assert "reads version 1" in page.text(".error")
+    assert "version 3" in page.text(".error")
+    assert "reads version 2" in page.text(".error")
 
 
 def test_an_atlas_without_a_flow_graph_says_so(page_of: Any, world: Any, atlas_folder: Path, tmp_path: Path) -> None:

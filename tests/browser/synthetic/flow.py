@@ -1,15 +1,16 @@
-"""The synthetic graph from afar: pairs of dictionaries, communities with their ribbons, trunks."""
+"""The synthetic graph from afar: pairs of dictionaries, communities, trunks."""
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests.browser.synthetic.shards import write_shard
-from tests.browser.synthetic.world import HOSTILE_TEXTS, WORDS, World
+from tests.browser.synthetic.world import HOSTILE_TEXTS, WORDS, World, label_of
+
+BEGINS = ("first", "branch", "mlp", "attention", "both", "unexplained", "unread")
 
 
 def write_flow(folder: Path, world: World) -> None:
@@ -29,37 +30,108 @@ def write_flow(folder: Path, world: World) -> None:
             n = int(world.sizes.n_latents * 0.82**distance)
             pairs.append({**_pair(source, target, "residual", n, world, max(0.3, 0.88**distance)), "adjacent": False})
     write_shard(folder, "flow/model", {"pairs": pairs, "settings": {"alpha": 0.01}})
-    sites = range(len(world.sites))
-    communities = []
+    _write_communities(folder, world)
+    _write_trunks(folder, world)
+
+
+def _write_communities(folder: Path, world: World) -> None:
+    rows = []
     for c in range(40):
         tokens = [8 + c, 9 + c, len(world.vocabulary) - 1 - c % 16]
         label = HOSTILE_TEXTS[c] if world.sizes.hostile and c < 3 else WORDS[c % len(WORDS)]
-        n_by_site = [int(40 - c + 20 * np.sin((i + c) / 6)) if world.sites[i][1] == "resid_post" else 0 for i in sites]
-        n_by_site = [max(0, n) for n in n_by_site]
-        communities.append(
-            {
-                "id": c,
-                "label": label,
-                "size": sum(n_by_site),
-                "n_by_site": n_by_site,
-                "features": [f"L{c % world.sizes.n_layers}/{c}"],
-                "tokens": tokens,
-            }
-        )
-    communities.sort(key=lambda item: -item["size"])
-    ribbons = [
-        {
-            "source": a,
-            "target": b,
-            "community": item["id"],
-            "n": int(0.8 * min(item["n_by_site"][a], item["n_by_site"][b])),
-        }
-        for a, b in itertools.pairwise(residual)
-        for item in communities
+        n_by_site = [
+            max(0, int(40 - c + 20 * np.sin((i + c) / 6))) if kind == "resid_post" else c % 3
+            for i, (_, kind) in enumerate(world.sites)
+        ]
+        rows.append((-sum(n_by_site), c, label, n_by_site, [*tokens, *[0xFFFFFFFF] * 5]))
+    rows.sort(key=lambda row: row[:2])
+    write_shard(
+        folder,
+        "flow/communities",
+        {"labels": [row[2] for row in rows]},
+        id=np.array([row[1] for row in rows], np.uint32),
+        n_by_site=np.array([row[3] for row in rows], np.uint16),
+        token=np.array([row[4] for row in rows], np.uint32),
+    )
+
+
+def _write_trunks(folder: Path, world: World) -> None:
+    """Walk the planted links: the parents of a layer are a permutation, so every feature has one child at most."""
+    child: dict[tuple[int, int], tuple[int, int, float]] = {}
+    linked_from: set[tuple[int, int]] = set()
+    fed: dict[tuple[int, int], set[str]] = {}
+    for site, parts in world.links.items():
+        for source, targets, sources, cosines, rank in parts:
+            kind = world.sites[source][1]
+            for t, s, c in zip(targets.tolist(), sources.tolist(), cosines.tolist(), strict=True):
+                if kind != "resid_post":
+                    fed.setdefault((site, t), set()).add(kind)
+                    continue
+                linked_from.add((source, s))
+                if rank == 0:
+                    child[source, s] = (site, t, c)
+    continued = {(site, t) for site, t, _ in child.values()}
+    residual = [i for i, (_, kind) in enumerate(world.sites) if kind == "resid_post"]
+    paths = []
+    for site in residual:
+        for f in range(world.sizes.n_latents):
+            if (site, f) in continued or not (world.alive[site][f] or (site, f) in child):
+                continue
+            path = [(site, f, 0.0)]
+            while path[-1][:2] in child:
+                path.append(child[path[-1][:2]])
+            paths.append(path)
+    paths.sort(key=lambda path: -len(path))
+    members = [member for path in paths for member in path]
+    hostile = HOSTILE_TEXTS if world.sizes.hostile else ()
+    labels = [
+        hostile[i] if i < len(hostile) else label_of(world, *path[len(path) // 2][:2]) for i, path in enumerate(paths)
     ]
-    other = {"size": 900, "n_by_site": [30 if i in residual else 0 for i in sites]}
-    write_shard(folder, "flow/communities", {"communities": communities, "ribbons": ribbons, "other": other})
-    write_shard(folder, "flow/trunks", {"trunks": [_trunk(world, k) for k in range(2000)]})
+    read = [i for i, (layer, _) in enumerate(world.sites) if (layer, "mlp_out") in world.sites]
+    begin = [_begin(path[0][:2], residual, fed, read) for path in paths]
+    end = [0 if path[-1][0] == residual[-1] else 1 if path[-1][:2] in linked_from else 2 for path in paths]
+    written = {name: [0] * len(world.sites) for name in ("mlp", "attention", "both")}
+    for place in continued:
+        if place in fed:
+            written[_how(fed[place])][place[0]] += 1
+    modules = [
+        {"site": i, "n_alive": world.sizes.n_latents - 1, "n_linked": 7}
+        for i in range(len(world.sites))
+        if i not in residual
+    ]
+    count = np.random.default_rng(5).integers(1, 50, len(members))
+    write_shard(
+        folder,
+        "flow/trunks",
+        {
+            "begins": list(BEGINS),
+            "ends": ["last", "joins", "ends"],
+            "labels": labels,
+            "written": written,
+            "modules": modules,
+        },
+        length=np.array([len(path) for path in paths], np.uint16),
+        begin=np.array([BEGINS.index(name) for name in begin], np.uint8),
+        end=np.array(end, np.uint8),
+        community=np.array([i % 40 if i % 5 else 0xFFFFFFFF for i in range(len(paths))], np.uint32),
+        score=np.array([i % 256 for i in range(len(paths))], np.uint8),
+        site=np.array([site for site, _, _ in members], np.uint16),
+        latent=np.array([f for _, f, _ in members], np.uint16),
+        cosine=np.array([round(c * 10000) for _, _, c in members], np.int16),
+        count=count.astype(np.uint16),
+    )
+
+
+def _begin(first: tuple[int, int], residual: list[int], fed: dict[tuple[int, int], set[str]], read: list[int]) -> str:
+    if first[0] == residual[0]:
+        return "first"
+    if first in fed:
+        return _how(fed[first])
+    return "unexplained" if first[0] in read else "unread"
+
+
+def _how(kinds: set[str]) -> str:
+    return "both" if len(kinds) == 2 else {"mlp_out": "mlp", "attn_out": "attention"}[next(iter(kinds))]
 
 
 def _pair(source: int, target: int, relation: str, n: int, world: World, median: float) -> dict[str, Any]:
@@ -67,18 +139,4 @@ def _pair(source: int, target: int, relation: str, n: int, world: World, median:
         "source": source, "target": target, "relation": relation, "n_links": n, "n_possible": world.sizes.n_latents - 1,
         "median_cosine": median, "mutual": 0.8, "threshold": 0.41, "null_median": 0.2, "null_p99": 0.35,
         "agreement": 0.7, "initialisation": "same start", "adjacent": True,
-    }  # fmt: skip
-
-
-def _trunk(world: World, k: int) -> dict[str, Any]:
-    rng, n = np.random.default_rng(k), world.sizes.n_latents
-    length = max(2, int(world.sizes.n_layers * (1 - k / 2200)))
-    first = int(rng.integers(0, world.sizes.n_layers - length + 1))
-    cosine = np.clip(rng.normal(0.9, 0.06, length - 1), 0.3, 1)
-    label = HOSTILE_TEXTS[k] if world.sizes.hostile and k < len(HOSTILE_TEXTS) else f"fires on {WORDS[k % len(WORDS)]}"
-    return {
-        "features": [f"L{layer}/{int(rng.integers(0, n - 1))}" for layer in range(first, first + length)],
-        "cosine": [round(float(c), 4) for c in cosine],
-        "density": [round(float(10 ** rng.uniform(-4, -2)), 6) for _ in range(length)],
-        "label": label, "score": float(rng.random()), "product": float(cosine.prod()),
     }  # fmt: skip

@@ -70,7 +70,7 @@ def manifest(world: World) -> dict[str, Any]:
         for i, (layer, kind) in enumerate(world.sites)
     ]  # fmt: skip
     return {
-        "format": "featureflow-atlas", "version": 1, "title": f"Synthetic · {len(sites)} dictionaries", "profile": "standard",
+        "format": "featureflow-atlas", "version": 2, "title": f"Synthetic · {len(sites)} dictionaries", "profile": "standard",
         "model": {"name": "synthetic-model", "fingerprint": "0" * 16, "n_layers": sizes.n_layers, "d_model": 64, "d_vocab": len(world.vocabulary), "n_context": sizes.n_context},
         "corpus": {
             "n_tokens": len(world.tokens), "n_tokens_seen": len(world.tokens) - 64, "n_documents": sizes.n_documents,

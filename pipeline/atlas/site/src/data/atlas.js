@@ -7,7 +7,7 @@ import { cached, shard } from "./shards.js";
 import { Vocabulary } from "./text.js";
 
 const SPAN = 2 ** 20;
-export const VERSION = 1;
+export const VERSION = 2;
 export const keyOf = (site, latent) => site * SPAN + latent;
 export const siteOf = (key) => Math.floor(key / SPAN);
 export const latentOf = (key) => key % SPAN;
@@ -60,12 +60,19 @@ export class Atlas {
     return this.has.flow ? shard("flow/model").then(({ json }) => json) : Promise.resolve({ pairs: [] });
   }
 
+  /** [{ id, label, size, nModules, n_by_site, tokens }], largest first. */
   communities() {
-    return this.has.communities ? shard("flow/communities").then(({ json }) => json) : Promise.resolve(null);
+    return this.has.communities ? cached("communities", async () => this.communitiesOf(await shard("flow/communities"))) : Promise.resolve(null);
   }
 
-  trunks() {
-    return this.has.trunks ? shard("flow/trunks").then(({ json }) => json.trunks) : Promise.resolve(null);
+  communitiesOf({ json, columns }) {
+    const [perSite, perToken] = [this.sites.length, columns.token.shape[1]];
+    return Array.from(columns.id, (id, i) => {
+      const n_by_site = columns.n_by_site.subarray(i * perSite, (i + 1) * perSite);
+      const inStream = this.sites.reduce((sum, site, s) => sum + (site.kind === "resid_post" ? n_by_site[s] : 0), 0);
+      const size = n_by_site.reduce((sum, n) => sum + n, 0);
+      return { id, label: json.labels[i], size, nModules: size - inStream, n_by_site, tokens: listOf(columns.token.subarray(i * perToken, (i + 1) * perToken)) };
+    });
   }
 
   steering() {

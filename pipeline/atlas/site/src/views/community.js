@@ -11,11 +11,11 @@ import { tokenChip, visible } from "../ui/tokens.js";
 import { virtualTable } from "../ui/virtual.js";
 
 export async function community({ atlas, argument, alive }) {
-  const groups = await atlas.communities();
-  const item = groups?.communities.find((one) => String(one.id) === argument);
+  const communities = await atlas.communities();
+  const item = communities?.find((one) => String(one.id) === argument);
   if (!item) throw new Error(`There is no community “${argument}” in this atlas.`);
   const [vocabulary, members] = await Promise.all([atlas.vocabulary(), membersOf(atlas, item.id, alive)]);
-  const residual = atlas.sites.map((site, i) => (site.kind === "resid_post" ? item.n_by_site[i] : -1)).filter((n) => n >= 0);
+  const residual = atlas.sites.map((site, i) => i).filter((i) => atlas.sites[i].kind === "resid_post").map((i) => item.n_by_site[i]);
   const title = visible(item.label || `community ${item.id}`);
   const node = h(
     "div",
@@ -23,6 +23,7 @@ export async function community({ atlas, argument, alive }) {
     h("nav", { class: "crumbs" }, h("a", { href: link("flow") }, "← all communities")),
     h("h1", {}, title, h("span", { class: "quiet" }, ` community ${item.id}`)),
     h("p", { class: "chips" }, item.tokens.map((token) => tokenChip(vocabulary.name(token)))),
+    h("p", {}, h("a", { href: link("trunks", { community: item.id }) }, "Its trunks")),
     h("figure", { class: "figure series0" }, layerBars(residual, { width: 600, height: 70, className: "fluid" }), h("figcaption", {}, `${count(item.size)} features; one bar per layer, the first layer at the left.`)),
     h("div", { class: "figure-head" }, h("h2", {}, "Members"), saveButtons({ name: `community-${item.id}`, rows: () => ({ head: ["feature", "label", "density"], rows: members.map((row) => [atlas.id(row.key), row.label, row.density]) }) })),
     members.length ? table(atlas, members) : empty("No member is listed."),

@@ -8,15 +8,16 @@ import { layerStrip, stripRows } from "../figures/layerstrip.js";
 import { linkMatrix } from "../figures/matrix.js";
 import { nullFigure, pairRows } from "../figures/nullplot.js";
 import { link } from "../route.js";
+import { Trunks } from "../data/trunks.js";
 import { featureLink, isNoRule, labelText } from "../ui/parts.js";
 
 const HEADLINES = {
   n_sites: "dictionaries", n_features: "features", n_alive: "alive", n_labelled: "with an accepted label", labelled_share: "of the living have a label", n_links: "links kept", fvu_median: "variance unexplained, median",
-  links_mutual: "mutual links", n_trunks: "trunks", n_communities: "communities", l0_median: "active per token, median",
+  links_mutual: "mutual links", n_trunks: "trunks of three layers or more", n_communities: "communities", l0_median: "active per token, median",
 };
 
 export async function overview({ atlas }) {
-  const [model, trunks, steering] = await Promise.all([atlas.flowModel(), atlas.trunks(), atlas.steering()]);
+  const [model, trunks, steering] = await Promise.all([atlas.flowModel(), Trunks.open(atlas), atlas.steering()]);
   const node = h(
     "div",
     {},
@@ -73,7 +74,7 @@ function matrixFigures(atlas, model, begin) {
 function beginnings(atlas, trunks, steering) {
   const steered = [...new Set((steering.samples ?? []).map((sample) => sample.feature))].slice(0, 6);
   const labelOf = new Map((steering.samples ?? []).map((sample) => [sample.feature, sample.label]));
-  const labelled = (trunks ?? []).filter((trunk) => !isNoRule(trunk.label ?? "")).slice(0, 6);
+  const labelled = (trunks?.all ?? []).filter((trunk) => trunk.length > 2 && !isNoRule(trunk.label)).slice(0, 6);
   if (!steered.length && !labelled.length) return null;
   const item = (id, label, note) => h("li", {}, featureLink(id), " ", labelText(label ?? "", 80), note && h("span", { class: "quiet" }, ` ${note}`));
   return h(
@@ -83,7 +84,7 @@ function beginnings(atlas, trunks, steering) {
     h(
       "div",
       {},
-      labelled.length > 0 && h("div", {}, h("h3", {}, "Features that run through many layers"), h("ul", { class: "links" }, labelled.map((trunk) => item(trunk.features[Math.floor(trunk.features.length / 2)], trunk.label, `${trunk.features.length} layers`))), h("p", {}, h("a", { href: link("trunks") }, "All trunks"))),
+      labelled.length > 0 && h("div", {}, h("h3", {}, "Features that run through many layers"), h("ul", { class: "links" }, labelled.map((trunk) => item(trunk.middle, trunk.label, `${trunk.length} layers`))), h("p", {}, h("a", { href: link("trunks") }, "All trunks"))),
       steered.length > 0 && h("div", {}, h("h3", {}, "Features the model was steered with"), h("ul", { class: "links" }, steered.map((id) => item(id, labelOf.get(id))))),
     ),
   );
