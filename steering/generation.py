@@ -14,7 +14,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -46,8 +47,8 @@ class Sampling:
         problems = []
         if self.n_tokens < 1:
             problems.append(Problem(what="at least one token", where="n_tokens", found=str(self.n_tokens)))
-        if self.temperature < 0:
-            problems.append(Problem(what="not negative", where="temperature", found=str(self.temperature)))
+        if not 0 <= self.temperature < math.inf:
+            problems.append(Problem(what="0 or more", where="temperature", found=str(self.temperature)))
         if not 0 < self.top_p <= 1:
             problems.append(Problem(what="in (0, 1]", where="top_p", found=str(self.top_p)))
         if self.top_k < 1:
@@ -132,8 +133,9 @@ def stream(
     seed: int = 0,
     sampling: Sampling = Sampling(),
     reports: list[SteeringReport] | None = None,
-) -> Iterator[Step]:
-    """One row a plan, token by token; a row ends at a stop token. At the end `reports` gets what steering touched."""
+) -> Generator[Step, None, None]:
+    """One row a plan, token by token; a row ends at a stop token. At the end `reports` gets what steering touched. The
+    model is steered until then: close what is not exhausted."""
     rows = [_Row(plan=p, prompt_index=0, sample=0, prompt=prompt) for p in range(len(plans))]
     yield from _steps(model, saes, rows, plans, seed, sampling, [] if reports is None else reports)
 
@@ -171,7 +173,7 @@ def _generate_block(
 def _sample(
     model: SteerableModel, row: _Row, ids: tuple[int, ...], log_probs: tuple[float, ...], sampling: Sampling
 ) -> Sample:
-    finished = bool(ids) and ids[-1] in _stops(model, sampling)
+    finished = bool(ids) and ids[-1] in stop_tokens(model, sampling)
     return Sample(
         plan=row.plan,
         prompt_index=row.prompt_index,
@@ -197,7 +199,7 @@ def _steps(
     batch = padded([encoded(model, row.prompt) for row in rows], device=device)
     _refuse_too_long(model, batch.ids.shape[1] + sampling.n_tokens)
     noise = _Noise([(row.prompt, row.sample) for row in rows], seed, model.d_vocab)
-    stops = torch.tensor(sorted(_stops(model, sampling)), device=device)
+    stops = torch.tensor(sorted(stop_tokens(model, sampling)), device=device)
     alive = torch.ones(len(rows), dtype=torch.bool, device=device)
     steering, row_plans = ExitStack(), _row_plans(rows, plans)
     cache: Any = None
@@ -270,7 +272,7 @@ def _row_plans(rows: Sequence[_Row], plans: Sequence[Plan | None]) -> list[RowPl
     return listed
 
 
-def _stops(model: SteerableModel, sampling: Sampling) -> set[int]:
+def stop_tokens(model: SteerableModel, sampling: Sampling) -> set[int]:
     """The sampling's own stop tokens and the model's end of text."""
     end = getattr(model.hf.config, "eos_token_id", None)
     ends = end if isinstance(end, list) else [] if end is None else [end]

@@ -5,21 +5,22 @@
     POST /v1/chat/completions       the same with messages, joined as lines "role: content"
 
 What a request may say and what is answered: steering/serve_protocol.py. It listens on 127.0.0.1 unless told otherwise,
-serves one request at a time, refuses large bodies and foreign Host headers (a web page must not reach it through a
-rebound name), and can ask for a bearer token. Standard library only.
+serves one request at a time, refuses large bodies and foreign Host headers (steering/guarded_http.py), and can ask for
+a bearer token. A client that goes away ends its generation. Standard library only.
 """
 
 from __future__ import annotations
 
-import hmac
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from itertools import chain
 from typing import Any
 
 from sae.errors import UserError
+from steering.guarded_http import GuardedHandler, is_local, listen
 from steering.serve_protocol import (
     IDLE,
     Endpoint,
@@ -39,35 +40,27 @@ from steering.tally import SteeringReport
 __all__ = ["Endpoint", "make_server"]
 
 _GRACE_S = 0.5  # a client may send its next request before this thread has let go of the last one
-_MAX_BODY = 1 << 20
-_LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 
 def make_server(endpoint: Endpoint, *, host: str = "127.0.0.1", port: int = 8089) -> ThreadingHTTPServer:
-    """A server ready for `serve_forever`; port 0 takes a free one."""
-    handler = type(
-        "Handler", (_Handler,), {"endpoint": endpoint, "is_local": host in ("127.0.0.1", "localhost", "::1")}
-    )
-    try:
-        server = ThreadingHTTPServer((host, port), handler)
-    except OSError as error:
-        raise UserError(
-            "cannot listen here", where=f"{host}:{port}", found=str(error), mend="choose another port"
-        ) from error
+    """A server ready for `serve_forever`; port 0 takes a free one. Raises UserError where it cannot listen."""
+    shared = {"endpoint": endpoint, "token": endpoint.token, "only_local": is_local(host)}
+    server = listen(type("Handler", (_Handler,), shared), host, port)
     server.daemon_threads = True
     return server
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(GuardedHandler):
     endpoint: Endpoint
-    is_local: bool
     protocol_version = "HTTP/1.1"
+    name = "this endpoint"
+    max_body = 1 << 20
 
     def do_GET(self) -> None:
         if not self._is_allowed():
             return
         if self.path != "/v1/models":
-            return self._error(HTTPStatus.NOT_FOUND, "there is GET /v1/models and POST /v1/completions")
+            return self.refuse(HTTPStatus.NOT_FOUND, "there is GET /v1/models and POST /v1/completions")
         base = self.endpoint.model.name
         names = [base, *(f"{base}:{plan}" for plan in self.endpoint.plans)]
         self._json({"object": "list", "data": [{"id": n, "object": "model", "owned_by": "featureflow"} for n in names]})
@@ -76,13 +69,13 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._is_allowed():
             return None
         if self.path not in ("/v1/completions", "/v1/chat/completions"):
-            return self._error(HTTPStatus.NOT_FOUND, "there is POST /v1/completions and /v1/chat/completions")
+            return self.refuse(HTTPStatus.NOT_FOUND, "there is POST /v1/completions and /v1/chat/completions")
         try:
-            request = parse_request(self.endpoint, self._body(), is_chat="chat" in self.path)
+            request = parse_request(self.endpoint, self.json_body(), is_chat="chat" in self.path)
         except UserError as error:
-            return self._error(HTTPStatus.BAD_REQUEST, str(error))
+            return self.refuse(HTTPStatus.BAD_REQUEST, str(error))
         if not self.endpoint.lock.acquire(timeout=_GRACE_S):
-            return self._error(HTTPStatus.TOO_MANY_REQUESTS, "another request is running")
+            return self.refuse(HTTPStatus.TOO_MANY_REQUESTS, "another request is running")
         try:
             self._stream(request) if request.wants_stream else self._json(answer(self.endpoint, request))
         except UserError as error:
@@ -91,41 +84,37 @@ class _Handler(BaseHTTPRequestHandler):
             self.endpoint.lock.release()
         return None
 
-    def _body(self) -> dict[str, Any]:
-        length = int(self.headers.get("Content-Length") or 0)
-        if not 0 < length <= _MAX_BODY:
-            raise UserError("the body is missing or too large", expected=f"1 … {_MAX_BODY} bytes", found=str(length))
-        try:
-            document = json.loads(self.rfile.read(length))
-        except ValueError as error:
-            raise UserError("the body is not JSON", found=str(error)) from error
-        if not isinstance(document, dict):
-            raise UserError("the body is not an object", found=type(document).__name__)
-        return document
-
     def _is_allowed(self) -> bool:
-        host = (self.headers.get("Host") or "").rsplit(":", 1)[0]
-        if self.is_local and host not in _LOCAL_NAMES:
-            self._error(HTTPStatus.FORBIDDEN, "this endpoint answers on localhost only")
+        if not self.is_asked_here():
             return False
         given = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        if self.endpoint.token and not hmac.compare_digest(given, self.endpoint.token):
-            self._error(HTTPStatus.UNAUTHORIZED, "a bearer token is needed")
-            return False
-        return True
+        return not self.token or self.has_token(given, "a bearer token is needed")
 
     def _stream(self, request: Request) -> None:
+        """Closing the pieces takes the plan off the model, also when the client has gone: before the next request."""
         reports: list[SteeringReport] = []
-        pieces = pieces_of(self.endpoint, request, reports)
-        first = next(pieces, None)  # what is wrong with a request shows here, while an error can still be the answer
+        with closing(pieces_of(self.endpoint, request, reports)) as pieces:
+            first = next(pieces, None)  # what is wrong with a request shows here, while an error can be the answer
+            self._stream_head()
+            with suppress(BrokenPipeError, ConnectionResetError):
+                try:
+                    self._events(request, chain([] if first is None else [first], pieces), reports)
+                except UserError as error:
+                    self._event(error_document(HTTPStatus.BAD_REQUEST, str(error)))
+
+    def _stream_head(self) -> None:
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
         self.close_connection = True
+
+    def _events(
+        self, request: Request, pieces: Iterable[tuple[str, int, float]], reports: Sequence[SteeringReport]
+    ) -> None:
         head = head_of(request, "chunk")
         sent = 0
-        for piece in chain([] if first is None else [first], pieces):
+        for piece in pieces:
             self._event({**head, "choices": [choice_of(request, piece[0], None, [piece], delta=True)]})
             sent += 1
         touched = touched_by(request, reports)
@@ -145,11 +134,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(content)
 
     def _error(self, status: HTTPStatus, message: str) -> None:
         self._json(error_document(status, message), status)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Quiet: the caller of `make_server` decides what is shown."""

@@ -11,17 +11,19 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
 from data.sites import Site
 from sae.errors import UserError
-from steering.generation import Sampling, Step, stream
+from steering.generation import Sampling, Step, stop_tokens, stream
 from steering.plan import Plan
 from steering.plan_files import plan_of_document
 from steering.protocols import Dictionary, SteerableModel
+from steering.serve_text import SettledText
 from steering.tally import SteeringReport
 
 IDLE = "the plan touched no token: this text would be unsteered"
@@ -65,20 +67,27 @@ def parse_request(endpoint: Endpoint, body: Mapping[str, Any], *, is_chat: bool)
             top_p=float(body.get("top_p", 1.0)),
         )
         seed = int(body.get("seed", 0))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError("a sampling parameter is no number", found=str(error)) from error
-    stops = body.get("stop") or ()
     return Request(
         prompt=_prompt_of(body, is_chat),
         plan=_plan_of(endpoint, body, name),
         sampling=sampling,
         seed=seed,
-        stops=(stops,) if isinstance(stops, str) else tuple(map(str, stops)),
+        stops=_stops_of(body),
         wants_logprobs=bool(body.get("logprobs")),
         wants_stream=bool(body.get("stream")),
         is_chat=is_chat,
         model_name=name,
     )
+
+
+def _stops_of(body: Mapping[str, Any]) -> tuple[str, ...]:
+    stops = body.get("stop") or ()
+    stops = (stops,) if isinstance(stops, str) else stops
+    if not isinstance(stops, (list, tuple)) or not all(isinstance(stop, str) for stop in stops):
+        raise UserError("a string or a list of strings", where="stop", found=str(stops)[:80])
+    return tuple(stops)
 
 
 def _prompt_of(body: Mapping[str, Any], is_chat: bool) -> str:
@@ -105,7 +114,14 @@ def _plan_of(endpoint: Endpoint, body: Mapping[str, Any], name: str) -> Plan | N
         if "document" in wanted
         else _named(endpoint, str(wanted["plan"]))
     )
-    return plan.with_strength(float(wanted["strength"])) if "strength" in wanted else plan
+    return plan.with_strength(_strength_of(wanted)) if "strength" in wanted else plan
+
+
+def _strength_of(wanted: Mapping[str, Any]) -> float:
+    try:
+        return float(wanted["strength"])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError("a strength is a number", where="steering.strength", found=str(error)) from error
 
 
 def _named(endpoint: Endpoint, name: str) -> Plan:
@@ -144,41 +160,40 @@ def error_document(status: HTTPStatus, message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": "invalid_request_error", "code": status.value}}
 
 
-def pieces_of(endpoint: Endpoint, request: Request, reports: list[SteeringReport]) -> Iterator[tuple[str, int, float]]:
-    """(new text, token, log-probability), until a stop. Text is decoded as a whole; only whole characters are sent."""
-    ids: list[int] = []
-    sent = ""
-    steps = _steps(endpoint, request, reports)
-    for step in steps:
-        ids.append(step.ids[0])
-        text = endpoint.model.tokenizer.decode(ids)
-        text = text[:-1] if text.endswith("\ufffd") else text
-        cut = min((place for stop in request.stops if (place := text.find(stop)) >= 0), default=None)
-        text = text if cut is None else text[:cut]
-        piece = text[len(sent) :] if text.startswith(sent) else ""
-        sent += piece
-        yield piece, step.ids[0], step.log_probs[0]
-        if cut is not None:
-            steps.close()
-            return
+def pieces_of(
+    endpoint: Endpoint, request: Request, reports: list[SteeringReport]
+) -> Generator[tuple[str, int, float], None, None]:
+    """(new text, token, log-probability), until a stop. Each token comes when the next is known, since the last one
+    brings what was held back of the text. To be closed by who does not exhaust it: until then the model is steered."""
+    text = SettledText(endpoint.model.tokenizer.decode, request.stops)
+    waiting: tuple[str, int, float] | None = None
+    with closing(_steps(endpoint, request, reports)) as steps:
+        for step in steps:
+            if waiting is not None:
+                yield waiting
+            waiting = (text.add(step.ids[0]), step.ids[0], step.log_probs[0])
+            if text.is_stopped:
+                break
+    if waiting is not None:
+        yield (waiting[0] + text.rest(), *waiting[1:])
 
 
 def _steps(endpoint: Endpoint, request: Request, reports: list[SteeringReport]) -> Generator[Step, None, None]:
-    plans: Sequence[Plan | None] = [request.plan]
+    """The steps, without the one that ends the text."""
+    ends = stop_tokens(endpoint.model, request.sampling)
     steps = stream(
         endpoint.model,
         endpoint.saes,
         request.prompt,
-        plans,
+        [request.plan],
         seed=request.seed,
         sampling=request.sampling,
         reports=reports,
     )
-    ends = getattr(endpoint.model.hf.config, "eos_token_id", None)
-    stops = ends if isinstance(ends, list) else [ends]
-    for step in steps:
-        if step.ids[0] not in stops:
-            yield step
+    with closing(steps):
+        for step in steps:
+            if step.ids[0] not in ends:
+                yield step
 
 
 def head_of(request: Request, suffix: str = "") -> dict[str, Any]:

@@ -1,27 +1,26 @@
 """`featureflow atlas serve`: the site over http on this machine, with "test this text" and live steering.
 
-On this machine only localhost names are answered (a page elsewhere cannot reach it by renaming itself), and the model
-only with the token; listening elsewhere, every file needs the token too, which the printed address leaves in a cookie.
-One request at a time; bodies, texts and samples have limits. Answers are lines of JSON, sent as they are made; when the
-reader goes away, or asks for `/api/cancel`, the work stops after its current step. Nothing outside the site folder is
-served.
+On this machine only localhost names are answered (steering/guarded_http.py), and the model only with the token;
+listening elsewhere, every file needs the token too, which the printed address leaves in a cookie. One request at a
+time; bodies, texts and samples have limits. Answers are lines of JSON, sent as they are made; when the reader goes
+away, or asks for `/api/cancel`, the work stops after its current step. Nothing outside the site folder is served.
 """
 
 from __future__ import annotations
 
-import hmac
 import json
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from pipeline.atlas.live import MAX_NEW_TOKENS, MAX_SAMPLES, MAX_TOKENS, LiveAtlas, Record
 from sae.errors import UserError
+from steering.guarded_http import GuardedHandler, is_local, listen
 
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -30,9 +29,7 @@ _TYPES = {
     ".json": "application/json",
     ".txt": "text/plain; charset=utf-8",
 }
-_LOCAL = ("127.0.0.1", "localhost", "[::1]")
 _COOKIE = "featureflow_atlas"
-_MAX_BODY = 64 << 10
 
 
 def make_server(
@@ -41,36 +38,31 @@ def make_server(
     """A server, not yet running, and the address to open (with its token). Port 0 takes a free one. Raises UserError
     where it cannot listen."""
     token = token or secrets.token_urlsafe(24)
-    shared = {"live": live, "token": token, "lock": threading.Lock(), "is_open": host not in _LOCAL}
-    try:
-        server = ThreadingHTTPServer((host, port), type("Handler", (_Handler,), shared))
-    except OSError as error:
-        raise UserError(
-            "cannot listen here", where=f"{host}:{port}", found=str(error), mend="choose another --port or --host"
-        ) from error
+    shared = {"live": live, "token": token, "lock": threading.Lock(), "only_local": is_local(host)}
+    server = listen(type("Handler", (_Handler,), shared), host, port)
     return server, f"http://{host}:{server.server_address[1]}/?token={token}"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(GuardedHandler):
     live: LiveAtlas
-    token: str
     lock: threading.Lock
-    is_open: bool
     protocol_version = "HTTP/1.0"
+    name = "this atlas"
+    max_body = 64 << 10
 
     def do_GET(self) -> None:
-        if not self._is_known_here():
+        if not self.is_asked_here():
             return
         path = unquote(urlsplit(self.path).path)
         if path == "/api/health":
             if self._has_token():
                 self._json(self._health())
             return
-        if not self.is_open or self._may_read():
+        if self.only_local or self._may_read():
             self._file(path.lstrip("/") or "index.html")
 
     def do_POST(self) -> None:
-        if not self._is_known_here() or not self._has_token():
+        if not self.is_asked_here() or not self._has_token():
             return
         path = urlsplit(self.path).path
         if path == "/api/cancel":
@@ -80,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in makers:
             return self._error(HTTPStatus.NOT_FOUND, "there is /api/text, /api/steer and /api/cancel")
         try:
-            body = self._body()
+            body = self.json_body()
         except UserError as error:
             return self._error(HTTPStatus.BAD_REQUEST, str(error))
         if not self.lock.acquire(blocking=False):
@@ -133,30 +125,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_relative_to(root) or not path.is_file() or path.suffix not in _TYPES:
             return self._error(HTTPStatus.NOT_FOUND, "no such file in the atlas")
         content = path.read_bytes()
-        self._head(HTTPStatus.OK, _TYPES[path.suffix], len(content), cookie=self.is_open)
+        self._head(HTTPStatus.OK, _TYPES[path.suffix], len(content), cookie=not self.only_local)
         self.wfile.write(content)
         return None
-
-    def _body(self) -> dict[str, Any]:
-        text = self.headers.get("Content-Length") or "0"
-        length = int(text) if text.isdecimal() else 0
-        if not 0 < length <= _MAX_BODY:
-            raise UserError("the body is missing or too large", expected=f"1 … {_MAX_BODY} bytes", found=text)
-        try:
-            document = json.loads(self.rfile.read(length))
-        except ValueError as error:
-            raise UserError("the body is not JSON", found=str(error)) from error
-        if not isinstance(document, dict):
-            raise UserError("the body is not an object", found=type(document).__name__)
-        return document
-
-    def _is_known_here(self) -> bool:
-        """Whether the request names this machine as it is known to itself; elsewhere the token alone decides."""
-        host = (self.headers.get("Host") or "").rsplit(":", 1)[0]
-        if not self.is_open and host not in _LOCAL:
-            self._error(HTTPStatus.FORBIDDEN, "this atlas answers on localhost only")
-            return False
-        return True
 
     def _has_token(self) -> bool:
         return self._allowed(self.headers.get("X-Atlas-Token") or "")
@@ -169,10 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._allowed(given or (kept[0] if kept else ""))
 
     def _allowed(self, given: str) -> bool:
-        allowed = hmac.compare_digest(given.encode("utf-8", errors="replace"), self.token.encode())
-        if not allowed:
-            self._error(HTTPStatus.UNAUTHORIZED, "the token is missing or wrong; open the address that was printed")
-        return allowed
+        return self.has_token(given, "the token is missing or wrong; open the address that was printed")
 
     def _json(self, document: Record) -> None:
         content = json.dumps(document).encode()
@@ -194,9 +162,6 @@ class _Handler(BaseHTTPRequestHandler):
         if length is not None:
             self.send_header("Content-Length", str(length))
         self.end_headers()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Quiet: the caller of `make_server` decides what is shown."""
 
 
 def _typed(body: Mapping[str, Any], name: str, kind: Any, otherwise: Any = None) -> Any:

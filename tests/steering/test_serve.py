@@ -1,0 +1,252 @@
+"""The endpoint's manners: whom it answers, what it refuses, one request at a time, text that is whole."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from tokenizers import decoders
+
+from sae.errors import UserError
+from steering.guarded_http import is_local
+from steering.plan import Node, Plan
+from steering.serve import Endpoint, make_server
+from steering.serve_text import SettledText
+
+FLOW = Plan(nodes=(Node(at="L1/3", scale=4.0),), strength=2.0, name="flow")
+
+
+@contextmanager
+def served(endpoint: Endpoint, **options: Any) -> Iterator[int]:
+    server = make_server(endpoint, port=0, **options)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def endpoint(model, saes) -> Endpoint:
+    return Endpoint(model=model, saes=saes, plans={"flow": FLOW})
+
+
+@pytest.fixture
+def port(endpoint) -> Iterator[int]:
+    with served(endpoint) as port:
+        yield port
+
+
+def ask(port: int, body: object, path: str = "/v1/completions", method: str = "POST", **headers: str):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    text = body if isinstance(body, (str, bytes)) or body is None else json.dumps(body)
+    connection.request(method, path, text, {name.replace("_", "-"): value for name, value in headers.items()})
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def raw(port: int, content: bytes) -> bytes:
+    """Everything that comes back until the server ends the connection."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(content)
+        parts = []
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:80", 200),
+        ("127.0.0.1", 200),
+        ("[::1]", 200),
+        ("[::1]:8089", 200),
+        ("evil.example", 403),
+        ("localhost.evil.example", 403),
+        ("127.0.0.1:80:evil.example", 403),
+        ("[::1]evil.example", 403),
+        ("", 403),
+    ],
+)
+def test_only_requests_that_name_this_machine_are_answered(port, host, status):
+    assert ask(port, None, "/v1/models", "GET", Host=host)[0] == status
+    assert ask(port, {"prompt": "a", "max_tokens": 1}, Host=host)[0] == status
+
+
+def test_what_listens_elsewhere_is_known_by_other_names_too(endpoint):
+    with served(endpoint, host="0.0.0.0") as port:
+        assert ask(port, None, "/v1/models", "GET", Host="steering.example")[0] == 200
+    assert [is_local(host) for host in ("::1", "[::1]", "Localhost", "0.0.0.0", "", "::")] == [True] * 3 + [False] * 3
+
+
+def test_without_the_token_nothing_is_answered(model, saes):
+    with served(Endpoint(model=model, saes=saes, token="sesame")) as port:
+        for given in ("", "Bearer wrong", "Bearer sésame", "Bearer sesame2", "Bearer "):
+            assert ask(port, None, "/v1/models", "GET", Authorization=given)[0] == 401
+            assert ask(port, {"prompt": "a", "max_tokens": 1}, Authorization=given)[0] == 401
+        assert ask(port, None, "/v1/models", "GET")[0] == 401
+        assert ask(port, {"prompt": "a", "max_tokens": 1}, Authorization="Bearer sesame")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        ("not json", "JSON"),
+        ("[]", "not an object"),
+        ("[" * 100_000, "JSON"),
+        ("", "missing"),
+        ('"' + "x" * (1 << 20) + '"', "too large"),
+        ({"prompt": "a", "stop": 5}, "strings"),
+        ({"prompt": "a", "stop": ["a", 5]}, "strings"),
+        ({"prompt": "a", "steering": {"plan": "flow", "strength": "much"}}, "number"),
+        ({"prompt": "a", "steering": {"plan": "flow", "strength": None}}, "number"),
+        ({"prompt": "a", "temperature": float("nan")}, "temperature"),
+        ({"prompt": "a", "max_tokens": float("inf")}, "number"),
+    ],
+)
+def test_bad_bodies_are_answered_with_a_sentence(port, body, word):
+    status, text = ask(port, body)
+    assert status == 400
+    assert word in json.loads(text)["error"]["message"]
+
+
+@pytest.mark.parametrize("length", ["-1", "many", "1e3", "9" * 400, "99999999999"])
+def test_a_length_that_is_none_is_refused(port, length):
+    request = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n"
+    assert b"HTTP/1.1 400" in raw(port, request.encode())
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/completions/../models", "/v1/files"])
+def test_there_is_nothing_else(port, path):
+    assert ask(port, None, path, "GET")[0] == 404
+    assert ask(port, {"prompt": "a"}, path)[0] == 404
+
+
+def test_a_refused_request_cannot_carry_another_in_its_body(port):
+    """A page elsewhere may send any body, and the second request would name a host of its own choice."""
+    inner = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    for host, path in (("evil.example", "/v1/completions"), ("localhost", "/elsewhere")):
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(inner)}\r\n\r\n".encode()
+        answered = raw(port, head + inner)
+        assert answered.count(b"HTTP/1.1") == 1
+        assert b'"object": "list"' not in answered
+    chunked = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert raw(port, chunked + inner).count(b"HTTP/1.1") == 1
+
+
+def test_one_request_at_a_time(endpoint, port):
+    with endpoint.lock:
+        assert ask(port, {"prompt": "a", "max_tokens": 1})[0] == 429
+    assert ask(port, {"prompt": "a", "max_tokens": 1})[0] == 200
+
+
+class _WatchedLock:
+    """A lock that looks at the model when it is let go of."""
+
+    def __init__(self, look) -> None:
+        self._lock, self._look = threading.Lock(), look
+        self.seen: list[int] = []
+
+    def acquire(self, timeout: float) -> bool:
+        return self._lock.acquire(timeout=timeout)
+
+    def release(self) -> None:
+        self.seen.append(self._look())
+        self._lock.release()
+
+
+def test_a_client_that_goes_away_leaves_no_plan_on_the_model_for_the_next(model, saes):
+    """The next request may begin the moment the lock is free."""
+
+    def n_hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())
+
+    before = n_hooks()
+    lock = _WatchedLock(n_hooks)
+    with served(Endpoint(model=model, saes=saes, plans={"flow": FLOW}, lock=lock)) as port:
+        body = json.dumps({"prompt": "a", "model": "m:flow", "max_tokens": 100, "stream": True}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+        connection.sendall(head + body)
+        connection.recv(200)
+        assert n_hooks() > before
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # gone at once
+        connection.close()
+        deadline = time.monotonic() + 20
+        while not lock.seen and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert lock.seen == [before]
+
+
+def test_a_taken_port_is_said_so(endpoint, port):
+    with pytest.raises(UserError, match="cannot listen"):
+        make_server(endpoint, port=port)
+    with pytest.raises(UserError, match="cannot listen"):
+        make_server(endpoint, port=70_000)
+
+
+def spelled(pieces: list[str]):
+    """A decoder of tokens that are bytes or texts, as of tokenizers that fall back to bytes (Llama, Gemma)."""
+    decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return lambda ids: decoder.decode([pieces[i] for i in ids])
+
+
+@pytest.mark.parametrize("character", ["é", "€", "😀"])
+def test_a_character_of_several_byte_tokens_is_sent_whole_and_the_text_goes_on(character):
+    pieces = ["so ", *(f"<0x{byte:02X}>" for byte in character.encode()), " it", " is"]
+    decode = spelled(pieces)
+    text = SettledText(decode)
+    sent = [text.add(token) for token in range(len(pieces))]
+    assert sent == ["so ", *[""] * (len(character.encode()) - 1), character, " it", " is"]
+    assert text.rest() == ""
+
+
+def test_what_never_becomes_whole_is_sent_at_the_end():
+    decode = spelled(["a", "<0xF0>", "<0x9F>"])
+    text = SettledText(decode)
+    assert [text.add(token) for token in range(3)] == ["a", "", ""]
+    assert text.rest() == decode([0, 1, 2])[1:]
+
+
+@pytest.mark.parametrize(
+    ("words", "stops", "sent", "rest", "is_stopped"),
+    [
+        (["a", "\n", "\n", "b"], ["\n\n"], ["a", "", ""], "", True),
+        (["a", "\n", "b", "\n"], ["\n\n"], ["a", "", "\nb", ""], "\n", False),
+        (["x END", "S", "!"], ["ENDS"], ["x ", ""], "", True),
+        (["x EN", "ENDS"], ["ENDS"], ["x ", "EN"], "", True),
+        (["ab", "c"], ["bc", "b"], ["a"], "", True),
+        (["ab"], [""], ["ab"], "", False),
+    ],
+)
+def test_a_stop_string_is_never_sent_not_even_its_beginning(words, stops, sent, rest, is_stopped):
+    text = SettledText(lambda ids: "".join(words[i] for i in ids), stops)
+    found = []
+    for token in range(len(words)):
+        found.append(text.add(token))
+        if text.is_stopped:
+            break
+    assert (found, text.rest(), text.is_stopped) == (sent, rest, is_stopped)
+
+
+def test_an_answer_ends_before_its_stop_string_streamed_or_not(endpoint, port):
+    body = {"prompt": "the dog", "max_tokens": 12, "temperature": 0}
+    whole = json.loads(ask(port, body)[1])["choices"][0]["text"]
+    stop = whole[4:8]
+    expected = whole[: whole.index(stop)]
+    stopped = json.loads(ask(port, {**body, "stop": stop})[1])["choices"][0]
+    events = ask(port, {**body, "stop": [stop], "stream": True})[1].split("\n\n")
+    pieces = [json.loads(event.removeprefix("data: ")) for event in events if event.startswith("data: {")]
+    assert (stopped["text"], stopped["finish_reason"]) == (expected, "stop")
+    assert "".join(piece["choices"][0]["text"] for piece in pieces) == expected
