@@ -201,6 +201,11 @@ class _Layout:
         self._used: list[int] = []
         self.n_rows = 0
 
+    def contents(self) -> str:
+        """How many documents there are, and how long the longest is."""
+        sizes = [len(encoded) for encoded in self._documents]
+        return f"{len(sizes)} documents of {sum(sizes):,} tokens, the longest of {max(sizes, default=0):,}"
+
     def fill(self, waiting: list[_Encoded], n_contexts: int) -> None:
         """Take documents from the end of `waiting` until `n_contexts` are full; an unfinished context is taken back
         when they run out. A document that is cut by the last context loses its rest."""
@@ -297,6 +302,7 @@ def _check_enough(
         raise UserError(
             "no document is left for validation",
             where=where,
-            expected=f"documents with at least {n_context} tokens beside those for training",
-            mend="add documents, or choose a shorter n_context",
+            expected=f"documents with at least {n_context} tokens beside those for training; no document is in both",
+            found=layout.contents(),
+            mend="add documents, cut long ones (max_document_tokens), or ask for fewer tokens (n_tokens)",
         )

@@ -120,7 +120,7 @@ class Artifact:
     def verify(self) -> None:
         """Recompute every checksum. Raises UserError naming each damaged file."""
         problems = [
-            Problem(what="checksum differs", where=name, expected=entry["sha256"], found=found)
+            Problem(what="checksum differs", where=str(self.path / name), expected=entry["sha256"], found=found)
             for name, entry in self.files.items()
             if entry.get("sha256") is not None and (found := _sha256(self.path / name)) != entry["sha256"]
         ]

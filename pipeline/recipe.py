@@ -46,9 +46,12 @@ def recipe_path(name_or_path: str) -> Path:
         if candidate.is_file():
             return candidate
     known = sorted({p.stem for folder in folders if folder.is_dir() for p in folder.glob("*.toml")})
+    beside = [str(p) for p in Path(name_or_path).parent.glob("*.toml")]
+    near = difflib.get_close_matches(name_or_path, [*known, *beside, *(b.removesuffix(".toml") for b in beside)], n=1)
+    meant = f"; did you mean {near[0] if near[0] in (*known, *beside) else near[0] + '.toml'}?" if near else ""
     raise UserError(
         f"there is no recipe {name_or_path!r}",
-        expected=f"one of {', '.join(known)}, or the path of a .toml file",
+        expected=f"one of {', '.join(known)}, or the path of a .toml file{meant}",
         mend="featureflow recipes",
     )
 
@@ -68,7 +71,9 @@ def read_recipe(
         config_type = StageName(stage).module.Config
         configs[stage] = _parse_dataclass(config_type, document.get(stage, {}), stage, problems)
     if problems:
-        raise UserError(f"recipe {path} cannot be used", problems=tuple(problems), mend="featureflow <stage> --help")
+        named = {(problem.where or "").split(".")[0].split("[")[0].rstrip(":") for problem in problems}
+        command = next((stage for stage in STAGES if named == {stage}), "run")
+        raise UserError(f"recipe {path} cannot be used", problems=tuple(problems), mend=f"featureflow {command} --help")
     return Recipe(name=path.stem, description=document.get("description", ""), configs=configs)
 
 
@@ -173,7 +178,7 @@ def _parse_leaf(hint: Any, raw: Any, where: str, problems: list[Problem]) -> Any
             place = where + "".join(
                 f"[{p}]" if isinstance(p, int) else f".{p}" for p in detail["loc"] if isinstance(p, int)
             )
-            problems.append(Problem(what=detail["msg"], where=place, expected=_show_type(hint), found=_show(raw)))
+            problems.append(Problem(what=detail["msg"], where=place, expected=_show_hint(hint), found=_show(raw)))
         return None
 
 
@@ -189,9 +194,18 @@ def _show(value: Any) -> str:
 
 
 def _show_type(hint: Any) -> str:
+    """A type in words: `list of str`, `table of str`, `int or none`; a dataclass by its fields."""
     bare = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     if get_origin(bare) is Literal:
         return " | ".join(repr(choice) for choice in get_args(bare))
+    if get_origin(bare) is tuple:
+        return f"list of {_show_type(get_args(bare)[0])}"
+    if get_origin(bare) in (dict, Mapping):
+        return f"table of {_show_type(get_args(bare)[1])}"
+    if get_origin(bare) in (Union, types.UnionType):
+        return " or ".join("none" if each is type(None) else _show_type(each) for each in get_args(bare))
+    if dataclasses.is_dataclass(bare):
+        return "{" + ", ".join(f.name for f in dataclasses.fields(bare)) + "}"
     return bare.__name__ if isinstance(bare, type) else str(bare).replace("typing.", "")
 
 
@@ -215,7 +229,8 @@ def describe_fields(cls: Any, prefix: str) -> list[tuple[str, str, str, str]]:
 def _show_hint(hint: Any) -> str:
     bare = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     if get_origin(bare) in (Union, types.UnionType):
-        return " | ".join(_kinds(o)[0] if dataclasses.is_dataclass(o) else _show_type(o) for o in get_args(bare))
+        kinds = [_kinds(o)[0] if dataclasses.is_dataclass(o) else _show_type(o) for o in get_args(bare)]
+        return " | ".join("none" if kind == "NoneType" else kind for kind in kinds)
     bounds = (
         [_show_bound(b) for b in get_args(hint)[1:] if type(b).__name__ in _BOUND_SIGNS] if hint is not bare else []
     )

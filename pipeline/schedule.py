@@ -3,7 +3,8 @@
 1. a stage's inputs are the fields of its `Inputs`; following them gives the stages above it;
 2. its digest follows from its config, the digests of its inputs and what `outside_digests` says of the world;
 3. an artifact on disk with that digest is current and its stage returns at once; otherwise the stage runs, and goes on
-   with what a killed run of the same digest left, unless it is forced: then it starts anew.
+   with what a killed run of the same digest left, unless it is forced: then it starts anew. First the checksums of its
+   inputs are compared (a second a gigabyte or so; a store compares its own as it is read).
 
 While a stage runs, memory that it frees is kept for what it allocates next (sae/kernels/memory.py).
 
@@ -124,6 +125,8 @@ def _run_stage(
     events.started(stage)
     started = time.monotonic()
     inputs = module.Inputs(**{name: available[name] for name in _input_names(module) if name in available})
+    for name in _input_names(module):
+        available[name].verify()
     with kept_memory():
         artifact = module.run(config, inputs, out, context_of(stage))
     return StageResult(stage=stage, artifact=artifact, was_current=False, seconds=time.monotonic() - started)

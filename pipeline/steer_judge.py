@@ -74,6 +74,8 @@ def verdict_lines(table: pd.DataFrame, rubric_name: str) -> Iterator[str]:
     shares, different = readable_share(rubric, verdicts), spread(rubric, verdicts)
     yield f"answers that could be read, of {len(table)} texts: " + ", ".join(f"{k} {v:.0%}" for k, v in shares.items())
     yield "different ratings given: " + ", ".join(f"{name} {n}" for name, n in different.items())
+    if alike := [name for name, n in different.items() if n == 1 and len(verdicts) > 2]:
+        yield f"the judge rates every text alike in {', '.join(alike)}: it does not tell texts apart there"
     totals = table.pivot(index="pair", columns="side", values="total").dropna().astype(float)
     if totals.empty:
         yield "no pair has both totals: nothing can be said about steering"

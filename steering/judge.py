@@ -3,8 +3,9 @@
 1. A rubric is a few questions, each asked in a call of its own at temperature 0, each answered by one whole number:
    AxBench's three (concept, relevance, fluency, 0 to 2; harmonic mean, 0 if any is 0) and SAE-TS's two (behaviour,
    coherence, 1 to 10; mapped to 0…1, their product). The wording is ours, the scales and totals are theirs.
-2. An answer is read strictly: `Rating: [[n]]` or a number with nothing but punctuation before it. Anything else, and
-   any number outside the scale, is unread: never guessed, counted, and shown with the result.
+2. An answer is read strictly: `Rating: [[n]]` or a number with nothing but punctuation before it. Anything else, any
+   number outside the scale and a number with a colon after it (a small model recites the scale: "0: not at all. 1: …")
+   is unread: never guessed, counted, and shown with the result.
 3. A verdict has a total only if all its answers were read.
 
 A small judge may answer in form without judging: `spread` says whether it gave different texts different ratings. Cost:
@@ -22,7 +23,7 @@ from sae.report import Progress, silent
 from steering.chat import ChatModel
 
 _FORM = re.compile(r"\[\[\s*(-?\d+)\s*\]\]")
-_BARE = re.compile(r"\W*(?:[Rr]ating\W*)?(\d+)(?![\d.,]*\d)")
+_BARE = re.compile(r"\W*(?:[Rr]ating\W*)?(\d+)(?![\d.,]*\d)(?!\s*:)")
 
 
 @dataclass(frozen=True, kw_only=True)

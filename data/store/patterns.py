@@ -27,14 +27,14 @@ def parse_sites(patterns: Sequence[str], available: Sequence[Site]) -> tuple[Sit
             problems.extend(error.problems)
             continue
         problems += [
-            Problem(what="the model has no such site", where=pattern, found=site.name, expected=_span(available))
+            Problem(what="there is no such site", where=pattern, found=site.name, expected=_span(available))
             for site in sorted(sites - set(available))
         ]
         chosen |= sites
     if not patterns:
         problems.append(Problem(what="no site is named", where="sites", expected=_FORMS))
     if problems:
-        raise UserError("these sites cannot be collected", problems=tuple(problems))
+        raise UserError("these sites cannot be used", problems=tuple(problems))
     return tuple(site for site in available if site in chosen)
 
 
@@ -54,7 +54,7 @@ def _single(pattern: str, kinds: set[str]) -> Site:
     try:
         return parse_site(pattern)
     except UserError:
-        expected = f"{_FORMS}; kinds of this model: {', '.join(sorted(kinds))}"
+        expected = f"{_FORMS}; kinds there are: {', '.join(sorted(kinds))}"
         raise UserError("not a site or a pattern of sites", where=pattern, expected=expected) from None
 
 
@@ -69,5 +69,13 @@ def _layers(part: str, pattern: str) -> range:
 
 
 def _span(available: Sequence[Site]) -> str:
-    layers = [site.layer for site in available]
-    return f"layers {min(layers)} to {max(layers)} of {', '.join(dict.fromkeys(site.kind for site in available))}"
+    """`resid_post:0-29, mlp_out:2,6,10`: each kind with the layers it is at, as a pattern may say it."""
+    layers: dict[str, list[int]] = {}
+    for site in available:
+        layers.setdefault(site.kind, []).append(site.layer)
+    return ", ".join(f"{kind}:{_listed(sorted(each))}" for kind, each in layers.items())
+
+
+def _listed(layers: list[int]) -> str:
+    whole = layers == list(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]}-{layers[-1]}" if whole and len(layers) > 1 else ",".join(map(str, layers))

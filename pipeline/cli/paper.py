@@ -64,8 +64,9 @@ def _command(name: str) -> click.Command:
 
         _run(work, others, quiet)
 
-    command.__doc__ = EXPERIMENTS[name][2].capitalize() + "."
-    return click.command(name)(command)
+    title = EXPERIMENTS[name][2]
+    command.__doc__ = f"{title[0].upper()}{title[1:]}."
+    return click.command(name, short_help=title.partition(" (")[0])(command)
 
 
 @paper_commands.command("starts")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from pipeline.cli.options import (
 )
 from pipeline.console import progress_bars, say, show_number, table
 from pipeline.stages import STAGES, TITLES
+
+_WARNINGS_SHOWN = 3
 
 
 @click.command(cls=StageCommand, context_settings=TAKES_OVERRIDES)
@@ -61,7 +64,7 @@ def _report_run(results: Sequence[Any], index: Path) -> None:
     say("\nHeadline numbers")
     for result in results:
         say(f"  {result.stage}")
-        for line in _summary_lines(result.artifact):
+        for line in [*_summary_lines(result.artifact), *_warning_lines(result.artifact)]:
             say(f"    {line}")
     say("\nArtifacts (seconds are those of the run that made them)")
     rows = [(r.stage, f"{r.artifact.made_by['seconds']:.0f} s", str(r.artifact.path)) for r in results]
@@ -77,6 +80,17 @@ def _report_run(results: Sequence[Any], index: Path) -> None:
 
 def _summary_lines(artifact: Any) -> list[str]:
     return table([(key.replace("_", " "), show_number(value)) for key, value in artifact.summary.items()])
+
+
+def _warning_lines(artifact: Any) -> list[str]:
+    """What a stage wants known about its result: the first of its warnings, and where the others are."""
+    if "warnings.json" not in artifact.files:
+        return []
+    path = artifact.file("warnings.json")
+    warnings = json.loads(path.read_text(encoding="utf-8"))
+    n_more = len(warnings) - _WARNINGS_SHOWN
+    more = [f"note: {n_more} more in {path}"] if n_more > 0 else []
+    return [f"note: {text}" for text in warnings[:_WARNINGS_SHOWN]] + more
 
 
 def stage_command(stage: str, tools: Sequence[click.Command] = ()) -> click.Command:
@@ -100,19 +114,22 @@ def stage_command(stage: str, tools: Sequence[click.Command] = ()) -> click.Comm
             root = artifacts / parsed.name
             events = Events(finished=_report_stage)
             result = run_single(parsed, stage, root=root, context_of=lambda _: context, events=events, force=force)
-        for line in _summary_lines(result.artifact):
+        for line in [*_summary_lines(result.artifact), *_warning_lines(result.artifact)]:
             say(f"  {line}")
         say(f"  {result.artifact.path}")
 
     command.__doc__ = f"{TITLES[stage].capitalize()} (this stage alone; its inputs must be up to date)."
+    settings: dict[str, Any] = {
+        "cls": StageGroup if tools else StageCommand,
+        "short_help": TITLES[stage].capitalize(),
+        "context_settings": TAKES_OVERRIDES,
+    }
     if tools:
-        group = click.group(stage, cls=StageGroup, invoke_without_command=True, context_settings=TAKES_OVERRIDES)(
-            command
-        )
+        group = click.group(stage, invoke_without_command=True, **settings)(command)
         for tool in tools:
             group.add_command(tool)
         return group
-    return click.command(stage, cls=StageCommand, context_settings=TAKES_OVERRIDES)(command)
+    return click.command(stage, **settings)(command)
 
 
 @click.command()

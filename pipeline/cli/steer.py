@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from pipeline.cli.options import artifacts_option, recipe_option
+from pipeline.cli.serving import serve_until_interrupted
 from pipeline.cli.steer_plans import calibrate, contrast, device_option, plan
 from pipeline.cli.steer_texts import generate, judge
 from pipeline.console import say
@@ -86,10 +87,7 @@ def serve(
         Endpoint(model=session.model, saes=session.saes, plans=plans, token=token), host=host, port=port
     )
     say(f"listening on http://{host}:{server.server_address[1]}/v1; plans: {', '.join(plans) or 'none'}")
-    try:
-        server.serve_forever()
-    finally:
-        server.server_close()
+    serve_until_interrupted(server)
 
 
 @click.command()

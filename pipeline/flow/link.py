@@ -15,7 +15,7 @@ their codes, and the table of edges. Sources: Feature Flow (arXiv 2502.03032) §
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, assert_never
 
@@ -229,6 +229,16 @@ def _kept(columns: EdgeColumns, evidence: Evidence, pair: Pair, options: LinkOpt
             assert_never(options.thresholds)
 
 
+def _unknown_starts(linked: Sequence[PairLinks]) -> Iterator[str]:
+    """What no null here can see: imported dictionaries that were started alike and do not say so."""
+    n_unknown = sum(pair.report["start"] == "unknown" for pair in linked)
+    if n_unknown:
+        yield (
+            f"{n_unknown} of {len(linked)} pairs: what the dictionaries were started from is not known. If it was one "
+            "start, cosines are high without training, and more links are kept than are real"
+        )
+
+
 def _numbers(pair: Pair) -> tuple[int, ...]:
     return (pair.source.layer, len(pair.source.kind), pair.target.layer, len(pair.target.kind))
 
@@ -239,7 +249,8 @@ def _assembled(
     done = sorted(done, key=lambda part: pairing.pairs.index(part.pairs[0]))
     linked = [pair for part in done for pair in part.linked]
     sides = {site: side for part in done for site, side in part.sides.items()}
-    warnings = dict.fromkeys([*pairing.warnings, *(text for part in done for text in part.warnings)])
+    found = (text for part in done for text in part.warnings)
+    warnings = dict.fromkeys([*_unknown_starts(linked), *pairing.warnings, *found])
     alone = Shelf(dictionaries=dictionaries)
     for site in dictionaries:
         if site not in sides:  # a module without a residual site: its features are nodes without links

@@ -13,6 +13,7 @@ batches.
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +118,9 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
         seconds = time.monotonic() - started
         writer.finish(packed.table().documents)
         _describe(draft, ActivationStore.open(draft.path / STORE), n_collected, seconds)
+        if packed.n_contexts < config.n_tokens // config.n_context:
+            short = f"the text gave {packed.n_rows:,} of the {config.n_tokens:,} tokens asked for (n_tokens)"
+            (draft.path / "warnings.json").write_text(json.dumps([short]), encoding="utf-8")
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
 
 

@@ -134,7 +134,7 @@ def test_too_little_text_says_how_much_is_missing() -> None:
     with pytest.raises(UserError, match="too little text") as error:
         pack_documents(documents_of(["short"]), TOKENIZER, n_context=64, n_tokens=640, seed=None)
     assert "at least 64 tokens" in str(error.value)
-    with pytest.raises(UserError, match="no document is left for validation"):
+    with pytest.raises(UserError, match="no document is left for validation") as error:
         pack_documents(
             documents_of(["one long text. " * 50]),
             TOKENIZER,
@@ -143,6 +143,8 @@ def test_too_little_text_says_how_much_is_missing() -> None:
             seed=None,
             validation_fraction=0.1,
         )
+    n_tokens = len(TOKENIZER.encode("one long text. " * 50))
+    assert f"1 documents of {n_tokens} tokens, the longest of {n_tokens}" in str(error.value)
     with pytest.raises(UserError, match="fewer tokens"):
         pack_documents(documents_of(["text " * 50]), TOKENIZER, n_context=16, n_tokens=10, seed=None)
     with pytest.raises(UserError, match="two tokens"):

@@ -1,5 +1,6 @@
 """The collect stage: what is stored is what the model does, and a killed run ends with the same bytes."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,3 +150,22 @@ def test_every_bad_pattern_is_reported():
     with pytest.raises(UserError) as caught:
         parse_sites(["L9", "mlp_out:x", "neurons"], ALL)
     assert len(caught.value.problems) == 3
+
+
+def test_the_sites_that_there_are_are_listed_as_patterns_that_name_them():
+    some = (*ALL[1::2], Site(2, "mlp_out"), Site(4, "mlp_out"), Site(3, "attn_out"))
+    with pytest.raises(UserError) as caught:
+        parse_sites(["L1.mlp"], some)
+    (problem,) = caught.value.problems
+    assert problem.expected == "resid_post:0-5, mlp_out:2,4, attn_out:3"
+    patterns = problem.expected.split(", ")
+    assert set(parse_sites(patterns, some)) == set(some)
+
+
+def test_a_text_that_is_shorter_than_asked_is_said_to_be(tmp_path):
+    few = replace(CONFIG, n_tokens=1000, sites=("L0",))
+    assert "warnings.json" not in run(few, Inputs(), tmp_path / "few", RunContext()).files
+    passages = replace(few, n_tokens=10_000_000, max_document_tokens=20)
+    made = run(passages, Inputs(), tmp_path / "all", RunContext())
+    (text,) = json.loads(made.file("warnings.json").read_text())
+    assert text == f"the text gave {made.summary['n_tokens']:,} of the 10,000,000 tokens asked for (n_tokens)"

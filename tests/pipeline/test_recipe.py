@@ -106,6 +106,30 @@ def test_what_is_not_a_recipe_is_refused(tmp_path: Path, text: str) -> None:
         read_recipe(write(tmp_path, text), {}, ("train",))
 
 
+@pytest.mark.usefixtures("toy_stages")
+def test_types_are_named_in_words_and_the_help_of_the_stage_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        read_recipe(write(tmp_path, ""), {"train.sites": "L3", "train.steps": "-1"}, ("collect", "train"))
+    assert [problem.expected for problem in caught.value.problems] == ["int > 0", "list of str"]
+    assert caught.value.mend == "featureflow train --help"
+    with pytest.raises(UserError) as caught:
+        read_recipe(write(tmp_path, ""), {"train.stpes": "1", "colect.steps": "1"}, ("collect", "train"))
+    assert caught.value.mend == "featureflow run --help"
+
+
+def test_a_recipe_beside_is_named_when_its_name_is_nearly_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pythia-mine.toml").write_text("")
+    for nearly in ("pythia-mine", "pythia-mien.toml"):
+        with pytest.raises(UserError, match="did you mean pythia-mine") as caught:
+            recipe_path(nearly)
+    assert "tiny" in str(caught.value)
+    with pytest.raises(UserError, match="did you mean laptop"):
+        recipe_path("lptop")
+
+
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match="no recipe 'lptop'"):
         recipe_path("lptop")

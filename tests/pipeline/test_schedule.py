@@ -151,3 +151,12 @@ def test_force_does_not_go_on_with_what_a_killed_run_left(tmp_path: Path, log: l
         recipe(), to="collect", root=tmp_path, context_of=lambda stage: RunContext(), force=("collect",)
     )
     assert "half.txt" not in forced.artifact.files
+
+
+def test_a_stage_does_not_run_on_an_input_whose_bytes_changed(tmp_path: Path, log: list[str]) -> None:
+    bring(tmp_path, "train")
+    (tmp_path / "train" / "value.txt").write_text("2")
+    with pytest.raises(UserError, match="checksum differs") as caught:
+        bring(tmp_path, "link")
+    assert caught.value.mend == "featureflow train --force"
+    assert log == ["collect", "train"]

@@ -141,9 +141,10 @@ def test_answers_that_were_read_give_a_paired_difference():
          "answer_behaviour": "1", "answer_coherence": str(1 + pair)}
         for pair in range(3) for side, total in (("unsteered", 0.1), ("steered", 0.3 if pair < 2 else None))
     ]  # fmt: skip
-    read, different, difference = verdict_lines(pd.DataFrame(rows), "sae-ts")
+    read, different, alike, difference = verdict_lines(pd.DataFrame(rows), "sae-ts")
     assert read.endswith("behaviour 100%, coherence 100%, all 83%")
     assert different == "different ratings given: behaviour 1, coherence 3"
+    assert alike.startswith("the judge rates every text alike in behaviour:")
     assert "over 2 pairs: unsteered 0.100, steered 0.300, difference +0.200 [+0.200, +0.200]" in difference
 
 

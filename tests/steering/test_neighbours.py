@@ -267,6 +267,8 @@ def test_a_streamed_request_fails_as_loudly_as_a_whole_one(address):
         ("1.5", None),
         ("from 0 to 2", None),
         ("I would say 2", None),
+        ("1: it is broken. 2: it reads well.", None),
+        ("Rating: 1 : in part", None),
         ("", None),
         ("user: Rate", None),
     ],

@@ -56,6 +56,16 @@ def test_a_common_start_is_seen_in_the_metadata():
     assert far_site(pair, RESIDUAL[:3], None) is None
 
 
+def test_dictionaries_of_an_unknown_start_are_said_to_be(dictionary):
+    """One sentence for all pairs: 2 of the 3 pairs here have an end that does not say what it was started from."""
+    metadata = [start("a"), start("b"), {}, start("c")]
+    odd = {RESIDUAL[layer]: dictionary(rows(8, seed=layer), metadata=m) for layer, m in enumerate(metadata)}
+    (text,) = (text for text in link_dictionaries(odd, options=QUICK).warnings if "started from" in text)
+    assert text.startswith("2 of 3 pairs:")
+    known = {site: dictionary(rows(8, seed=site.layer), metadata=start(site.short)) for site in RESIDUAL[:3]}
+    assert not any("started from" in text for text in link_dictionaries(known, options=QUICK).warnings)
+
+
 def test_dictionaries_that_do_not_belong_together_are_refused_with_every_reason(dictionary):
     one = dictionary(rows(8), metadata={"model_fingerprint": "a" * 64, "site": "blocks.0.hook_resid_post"})
     two = dictionary(rows(8), metadata={"model_fingerprint": "b" * 64, "site": "blocks.4.hook_resid_post"})

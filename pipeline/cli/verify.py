@@ -1,0 +1,66 @@
+"""`featureflow verify`: is the run in a folder whole and of one piece? Manifests, sizes, checksums, digests, the store.
+
+What is wrong is named with the command that mends it; nothing is written.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.cli.options import artifacts_option, recipe_option
+from pipeline.console import say, show_number, table
+from sae.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from pipeline.artifact import Artifact
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="compare names and sizes only, read no file")
+@recipe_option
+@artifacts_option
+def verify(quick: bool, recipe: str, artifacts: Path) -> None:
+    """Check a finished run: every file by its checksum, and that each stage was made from those beside it."""
+    from pipeline.artifact import SCHEMAS
+    from pipeline.opened_run import misfits
+
+    root = artifacts / Path(recipe).stem
+    stages = [stage for stage in SCHEMAS if (root / stage).exists()]
+    if not stages:
+        raise UserError("there is no run here", where=str(root), expected=", ".join(SCHEMAS), mend="featureflow run")
+    found: dict[str, Artifact] = {}
+    damage = {stage: _damage(root, stage, found, quick=quick) for stage in stages}
+    foreign = list(misfits(found))
+    for line in table([(stage, "DAMAGED" if damage[stage] else _contents(found[stage])) for stage in stages]):
+        say(line)
+    damaged = [stage for stage in stages if damage[stage]]
+    if damaged or foreign:
+        mend = [f"featureflow {stage} --force" for stage in damaged] + (["featureflow run"] if foreign else [])
+        problems = (*(problem for stage in stages for problem in damage[stage]), *foreign)
+        raise UserError(f"{root} cannot be trusted", problems=problems, mend=", then ".join(mend))
+    say(f"{root}: sound" + (" (names and sizes; without --quick every byte is read)" if quick else ""))
+
+
+def _damage(root: Path, stage: str, found: dict[str, Artifact], *, quick: bool) -> tuple[Problem, ...]:
+    """What is wrong with the files of one stage. The artifact goes to `found` if it can be opened."""
+    from data.store.checks import verify_store
+    from pipeline.artifact import SCHEMAS, Artifact
+    from pipeline.run import RunContext
+
+    try:
+        found[stage] = Artifact.open(root / stage, kind=stage, schema=SCHEMAS[stage])
+        if stage == "collect":
+            verify_store(root / stage / "store.zarr", not quick, RunContext()).raise_if_damaged()
+        if not quick:
+            found[stage].verify()
+    except UserError as error:
+        return error.problems
+    return ()
+
+
+def _contents(artifact: Artifact) -> str:
+    n_bytes = sum(entry["size"] for entry in artifact.files.values())
+    return f"{show_number(len(artifact.files))} files, {show_number(n_bytes / 1e9)} GB"

@@ -1,0 +1,86 @@
+"""Features about a word are those whose texts hold it; a text that is read shows what the dictionary does on it."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+
+from data.language_model import LanguageModel
+from data.model_spec import Random
+from data.sites import parse_site
+from pipeline.atlas.asking import find_features, middle_site, read_text
+from pipeline.atlas.opened import Atlas
+from pipeline.cli import run_command
+from sae import load_sae
+from sae.errors import UserError
+
+from .conftest import D_MODEL
+
+TEXT = "The river runs to the sea."
+
+
+def atlas_of(*rows: tuple) -> Atlas:
+    """An atlas of one site whose features have these labels, acceptance, scores, tokens and promoted tokens."""
+    frame = pd.DataFrame(rows, columns=["label", "label_accepted", "label_score", "tokens", "promotes"]).assign(
+        feature=[f"L0/{i}" for i in range(len(rows))], site="L0", alive=True, density=0.01
+    )
+    made = Atlas.__new__(Atlas)
+    made.__dict__["features"] = frame
+    return made
+
+
+def test_a_word_is_found_where_words_begin_and_accepted_labels_come_first() -> None:
+    atlas = atlas_of(
+        ("fires on ‘ research’", True, 0.9, [" research"], []),
+        ("no simple rule", False, float("nan"), [" Seal", " x"], []),
+        ("no simple rule", False, 0.3, [], [" sea"]),
+        ("fires on ‘ sea’", True, 0.7, [" sea"], [" seas"]),
+        ("fires on ‘ sea’, ‘ bay’", True, 0.8, [" sea"], []),
+        ("no simple rule · strongest on ‘ sea’", False, 0.5, [" sea"], []),
+    )
+    found = find_features(atlas, "sea")
+    assert [f.feature for f in found] == ["L0/4", "L0/3", "L0/5", "L0/1", "L0/2"]
+    assert found[1].where == ("label", "tokens", "promotes")
+    assert found[3].where == ("tokens",)
+    assert [f.feature for f in find_features(atlas, " RESEARCH ")] == ["L0/0"]
+    assert find_features(atlas, "s.a") == []
+    with pytest.raises(UserError, match="empty"):
+        find_features(atlas, "  ")
+    with pytest.raises(UserError, match="no site L7"):
+        find_features(atlas, "sea", site=parse_site("L7"))
+
+
+def test_a_text_is_read_as_the_dictionary_reads_it(small_run) -> None:
+    root = small_run.atlas.path.parent
+    tokens = read_text(root, TEXT, site=parse_site("L1"), n=2)
+    model = LanguageModel.open(Random(n_layers=3, d_model=D_MODEL, n_heads=2, d_mlp=32))
+    ids = [model.tokenizer.bos_id, *model.tokenizer.encode(TEXT)]
+    site = parse_site("L1")
+    z = load_sae(root / "train" / "dictionaries" / "L1").encode(
+        model.activations(torch.tensor([ids]), [site])[site][0].float()
+    )[1:]
+    assert "".join(token.text for token in tokens) == TEXT
+    features = Atlas.open(root / "atlas").features.set_index("feature")
+    for token, row in zip(tokens, z, strict=True):
+        value, latent = row.sort(descending=True)
+        assert [f.feature.latent for f in token.firings] == latent[:2].tolist()
+        assert [f.value for f in token.firings] == pytest.approx(value[:2].tolist(), rel=1e-3)
+        for firing in token.firings:
+            assert firing.share == pytest.approx(firing.value / features.loc[str(firing.feature), "max"], rel=1e-6)
+    for text in ("", "word " * 3000):
+        with pytest.raises(UserError, match="empty or too long"):
+            read_text(root, text)
+    with pytest.raises(UserError, match=r"no site L2\.mlp"):
+        read_text(root, TEXT, site=parse_site("L2.mlp"))
+    assert middle_site(Atlas.open(root / "atlas").sites) == parse_site("L1")
+
+
+def test_both_questions_are_commands(small_run, tmp_path, capsys) -> None:
+    (tmp_path / "small").symlink_to(small_run.atlas.path.parent)
+    here = ["-r", "small", "--artifacts", str(tmp_path)]
+    assert run_command(["atlas", "read", TEXT, "-n", "1", *here]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(read_text(tmp_path / "small", TEXT))
+    assert run_command(["atlas", "find", "zzzz", *here]) == 0
+    assert "no feature is about 'zzzz'" in capsys.readouterr().out
+    assert run_command(["atlas", "read", "", *here]) == 2
