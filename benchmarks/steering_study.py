@@ -44,6 +44,7 @@ def main() -> None:
         world=session.world(),
         options=options,
         folder=arguments.folder or arguments.artifacts / "steering-study",
+        made_from={"model": session.model.fingerprint, **session.digests},
         progress=lambda label, done, total: print(f"{time.strftime('%H:%M:%S')} {label} {done}/{total}", flush=True),
     )
     study.develop()

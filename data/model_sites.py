@@ -31,13 +31,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from data.sites import Site, SiteKind
+from data.sites import IN_LAYER, Site, SiteKind
 from sae.errors import UserError
 
 Activation = Float[Tensor, "batch position d_model"]
 Edit = Callable[[Activation], Activation]
 _MOST_MISFIT = 1.0
-_ORDER: tuple[SiteKind, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ class BlockSites:
             "mlp_out": self.mlp is not None,
             "resid_post": True,
         }
-        return tuple(kind for kind in _ORDER if present[kind])
+        return tuple(kind for kind in IN_LAYER if present[kind])
 
 
 def find_blocks(model: nn.Module, n_layers: int) -> Sequence[nn.Module]:
@@ -211,7 +210,7 @@ class Taps:
         for handle in self._handles:
             handle.remove()
         self._taps = {site: tap for site, tap in self._taps.items() if tap.edits or tap.recorders}
-        in_stream_order = sorted(self._taps, key=lambda site: (site.layer, _ORDER.index(site.kind)))
+        in_stream_order = sorted(self._taps, key=lambda site: site.depth)
         self._handles = [handle for site in in_stream_order for handle in self._hang(site)]
 
     def _hang(self, site: Site) -> Iterator[RemovableHandle]:

@@ -21,6 +21,8 @@ _SHORT: dict[SiteKind, str] = {
     "resid_pre": ".pre",
     "resid_mid": ".mid",
 }
+IN_LAYER: tuple[SiteKind, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+"""The kinds in the order in which a layer computes them."""
 _KIND_OF_SHORT = {short: kind for kind, short in _SHORT.items()}
 _LONG_PATTERN = re.compile(r"blocks\.(\d+)\.hook_(resid_post|mlp_out|attn_out|resid_pre|resid_mid)")
 _SHORT_PATTERN = re.compile(r"L(\d+)(\.mlp|\.attn|\.pre|\.mid|)")
@@ -40,6 +42,11 @@ class Site:
     @property
     def short(self) -> str:
         return f"L{self.layer}{_SHORT[self.kind]}"
+
+    @property
+    def depth(self) -> int:
+        """A number that grows along the computation."""
+        return self.layer * len(IN_LAYER) + IN_LAYER.index(self.kind)
 
     def __str__(self) -> str:
         return self.name

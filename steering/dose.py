@@ -4,10 +4,10 @@ dose.
 1. `NeutralText.prepare` runs the unsteered model once over neutral text and keeps its log-probabilities.
 2. `measure` runs the steered model over the same tokens: mean over tokens of KL(p_steered ‖ p_unsteered), its 95th
    percentile, the share of unchanged first choices and the change of cross-entropy.
-3. `calibrate` solves measure(strength) = dose by the Illinois variant of regula falsi on log KL against log strength;
-   for small pushes KL grows with the square of the strength, so it starts with slope 2. All targets of one plan share
-   their evaluations. A dose that no strength reaches is reported, not raised: the closest point is returned with
-   `reached=False`.
+3. `calibrate` solves measure(strength) = dose by regula falsi on log KL against log strength, kept off the ends of the
+   bracket; for small pushes KL grows with the square of the strength, so it starts with slope 2. All targets of one
+   plan share their evaluations. A dose that no strength reaches is reported, not raised: the closest point is returned
+   with `reached=False`.
 
 A raw strength means nothing across features (the best one varies a hundredfold); doses are comparable. Cost: one
 forward pass over the neutral text an evaluation, from the first edited block on; 2–4 evaluations a target. Source:
@@ -155,14 +155,17 @@ def calibrate(
     max_strength: float = 1e4,
     monitor: bool = True,
 ) -> list[Calibrated]:
-    """The strength for each dose, to a relative error. The plan's own strength is the first guess."""
+    """The strength for each dose, to a relative error. The plan's own strength is the first guess and gives the sign:
+    a plan that pushes away from a feature still does."""
     if any(dose <= 0 or not math.isfinite(dose) for dose in doses):
         raise UserError("a dose is a positive number of nats", found=str(list(doses)))
     measured: dict[float, Dose] = {}
 
+    sign = math.copysign(1.0, plan.strength)
+
     def at(strength: float) -> float:
         if strength not in measured:
-            measured[strength] = measure(model, saes, plan.with_strength(strength), neutral, monitor=monitor)
+            measured[strength] = measure(model, saes, plan.with_strength(sign * strength), neutral, monitor=monitor)
         return measured[strength].kl
 
     guess = abs(plan.strength) or 1.0

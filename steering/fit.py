@@ -71,11 +71,11 @@ def _misfits_of_node(
 def _misfits_of_condition(feature: FeatureId, plan: Plan, saes: Mapping[Site, Dictionary]) -> Iterator[Problem]:
     if feature.site not in saes:
         yield Problem(what="there is no dictionary for the scope's feature", where=str(feature))
-    if any(node.site.layer < feature.site.layer for node in plan.nodes):
+    if any(node.site.depth < feature.site.depth for node in plan.nodes):
         yield Problem(
             what="the scope's feature lies after an edited site",
             where=str(feature),
-            expected="a feature at the first edited layer or before",
+            expected="a feature at the first edited site or before",
         )
 
 

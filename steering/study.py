@@ -7,7 +7,9 @@
    doses whose samples are coherent at least `min_coherent` as often as unsteered ones (ties: lower dose). None: the arm
    is vacuous there and counts as unsteered. Plans, thresholds and limits go into one file with its own checksum.
 3. `test`: refuses to run without an intact lock; generates from `test` prompts and scores `test` texts with what the
-   lock says, nothing else. Suppression runs on topical prompts.
+   lock says, nothing else. Suppression runs on topical prompts. Results of an earlier lock are made again.
+
+A folder belongs to one choice of sizes, model and dictionaries (`choices.json`); only topics may be added.
 
 Sizes: steering/study_options.py; arms and texts: study_topic.py; samples and records: study_bench.py; the choice:
 study_choice.py; statistics and report: study_report.py. Cost: `cost_of` says before.
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from data.concepts.prompts import read_prompts
-from sae.errors import UserError
+from sae.errors import Problem, UserError
 from sae.report import Progress, silent
 from steering.dose import Calibrated, NeutralText, calibrate, measure
 from steering.plan import Plan
@@ -50,6 +52,7 @@ from steering.teacher_forced import log_likelihoods, selectivity
 
 __all__ = ["Study", "StudyOptions", "choose_dose", "cost_of", "with_whole_budget"]
 SCHEMA = 2
+_MAY_CHANGE = ("topics", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,7 @@ class Study:
     world: World
     options: StudyOptions
     folder: Path
+    made_from: Mapping[str, str] = field(default_factory=dict)
     progress: Progress = silent
 
     @property
@@ -84,7 +88,8 @@ class Study:
         return NeutralText.prepare(self.world.model, texts, n_tokens=N_NEUTRAL_TOKENS)
 
     def develop(self) -> None:
-        """Stage 1. Results go to `dev/<topic>/<arm>.json`."""
+        """Stage 1. Results go to `dev/<topic>/<arm>.json`. Raises UserError in a folder of other choices."""
+        self._claim_folder()
         for done, topic in enumerate(self.options.topics):
             self.progress("develop", done, len(self.options.topics))
             if not self._missing("dev", topic, (UNSTEERED, *ARMS)):
@@ -118,6 +123,7 @@ class Study:
     def test(self) -> None:
         """Stage 3. Results go to `test/<topic>/<arm>.json`."""
         lock = self.read_lock()
+        self._claim_folder()
         for done, (topic, locked) in enumerate(lock["topics"].items()):
             self.progress("test", done, len(lock["topics"]))
             if not self._missing("test", topic, (UNSTEERED, PROMPTED, WHOLE_BUDGET, *ARMS)):
@@ -224,21 +230,44 @@ class Study:
         kl = measure(world.model, world.saes, plan, self.neutral, monitor=False).kl
         return {"vacuous": False, "dose": named["dose"], "kl": kl, "selectivity": changed.score}
 
+    def _claim_folder(self) -> None:
+        """Results that are there are kept, so they must be those of these choices."""
+        sizes = {name: value for name, value in asdict(self.options).items() if name not in _MAY_CHANGE}
+        own = json.loads(json.dumps({**sizes, **self.made_from}))
+        path = self.folder / "choices.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else own
+        problems = tuple(
+            Problem(what="another choice", where=name, expected=str(known.get(name)), found=str(own.get(name)))
+            for name in sorted(own | known)
+            if own.get(name) != known.get(name)
+        )
+        if problems:
+            mend = "choose another folder, or remove this one"
+            raise UserError("this study was begun with other choices", where=str(path), problems=problems, mend=mend)
+        if not path.is_file():
+            _write_json(path, own)
+
     def _missing(self, part: str, topic: str, arms: Sequence[str]) -> list[str]:
-        return [arm for arm in arms if not self._path(part, topic, arm).is_file()]
+        return [arm for arm in arms if not self._is_done(part, topic, arm)]
+
+    def _is_done(self, part: str, topic: str, arm: str) -> bool:
+        """Whether there is a result, in the test part one of the present lock."""
+        if not self._path(part, topic, arm).is_file():
+            return False
+        if part != "test":
+            return True
+        lock = self.read_lock()["sha256"]
+        return self._read_json(part, topic, arm).get("lock", lock) == lock
 
     def _once(self, part: str, topic: str, arm: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result on disk, or a new one put there; the file appears only when it is whole."""
-        if not self._path(part, topic, arm).is_file():
+        if not self._is_done(part, topic, arm):
             self._write(part, topic, arm, make())
         return self._read_json(part, topic, arm)
 
     def _write(self, part: str, topic: str, arm: str, document: Mapping[str, Any]) -> None:
-        path = self._path(part, topic, arm)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(document) + "\n", encoding="utf-8")
-        beside.replace(path)
+        mark = {"lock": self.read_lock()["sha256"]} if part == "test" else {}
+        _write_json(self._path(part, topic, arm), {**document, **mark})
 
     def _read_json(self, part: str, topic: str, arm: str) -> dict[str, Any]:
         path = self._path(part, topic, arm)
@@ -248,6 +277,13 @@ class Study:
 
     def _path(self, part: str, topic: str, arm: str) -> Path:
         return self.folder / part / topic / f"{arm}.json"
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 def _at(plan: Plan, outcome: Calibrated) -> Plan:

@@ -184,7 +184,7 @@ class _Pipeline:
         self._reader = reader
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=reader._prefetch)
         self._stopped = threading.Event()
-        ring = reader._prefetch + 2 if reader._reuse_buffers else 0
+        ring = reader._prefetch + 2 if reader._reuse_buffers or reader._device.type == "cuda" else 0
         self._buffers = StagingBuffers(
             reader.layouts, reader.store.layout.dtype, reader.choices.batch_size, reader._device, ring
         )

@@ -8,11 +8,13 @@ A source is a folder or a file; what it is, is seen from what lies there:
     Zarr        a folder with `zarr.json` whose arrays are (row, d) sites, read by zarr-python
 
 Several files of one site follow each other in the order of their names, numbers read as numbers. Nothing is unpickled.
-Rows are read a part at a time, so memory stays at one shard of every site.
+Rows are read a part at a time, so memory stays at one shard of every site. The store's provenance names the source by a
+digest of its files: a run that is killed goes on, another source under the same name is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from data.store.cluster import Machines
 from data.store.foreign import find_foreign
 from data.store.foreign_rows import ForeignRows
 from data.store.layout import SiteLayout, StoredDtype, StoreLayout
+from data.store.provenance import digest_of_file
 from data.store.tokens import FLAG_BOS, DocumentRow, TokenTable
 from data.store.writer import write_activations
 from sae.errors import Problem, UserError
@@ -52,7 +55,8 @@ def import_activations(
     n_rows = _common_rows(found)
     context_rows = n_context or next((each.n_context for each in found if each.n_context), None) or 1
     shard_rows = _whole_shards(shard_rows, chunk_rows, context_rows, n_rows)
-    n_validation = round(validation_fraction * (n_rows // context_rows)) * context_rows
+    n_contexts = -(-n_rows // context_rows)  # the last one may be short
+    n_train = n_contexts - round(validation_fraction * n_contexts)
     layout = StoreLayout(
         sites=tuple(SiteLayout(name=each.name, width=each.width) for each in found),
         dtype=dtype,
@@ -60,10 +64,14 @@ def import_activations(
         n_context=context_rows,
         shard_rows=shard_rows,
         chunk_rows=chunk_rows,
-        validation_start=n_rows - n_validation,
-        provenance={"imported_from": Path(source).name, "format": found[0].format},
+        validation_start=min(n_rows, n_train * context_rows),
+        provenance={
+            "imported_from": Path(source).name,
+            "format": found[0].format,
+            "source": digest_of_source(Path(source)),
+        },
     )
-    documents = [DocumentRow(source=Path(source).name)] * (-(-n_rows // context_rows))
+    documents = [DocumentRow(source=Path(source).name)] * n_contexts
     write_activations(
         url,
         _iter_parts(found, n_rows, context_rows, first_is_bos, lambda n: context.progress("import", n, n_rows)),
@@ -72,6 +80,14 @@ def import_activations(
         allow_non_finite=allow_non_finite,
     )
     return verify_store(url, full=False, context=context)
+
+
+def digest_of_source(source: Path) -> str:
+    """sha256 over names and contents (of large files: stretches), so that a source which changed under its name is not
+    taken for the one that an earlier run began to store."""
+    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    parts = [f"{path.relative_to(source).as_posix()}:{digest_of_file(path)}" for path in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _iter_parts(

@@ -117,12 +117,17 @@ def read_completion(place: Place) -> Completion | None:
 
 
 def iter_problems_of_record(record: ShardRecord, layout: StoreLayout, sizes: Mapping[str, int]) -> Iterator[Problem]:
-    """What is wrong with a shard as far as names and sizes tell."""
+    """What is wrong with a shard as far as names and sizes tell. A short last shard has the files of a longer one, with
+    padding, so its rows are compared too."""
     where = record_name(record.shard)
     if record.identity != layout.identity:
         yield Problem(
             what="a record of another run", where=where, expected=layout.identity[:16], found=record.identity[:16]
         )
+        return
+    rows, wanted = (record.start, record.stop), layout.rows_of_shard(record.shard)
+    if rows != wanted:
+        yield Problem(what="a record of other rows", where=where, expected=str(wanted), found=str(rows))
         return
     expected = {array.file_of(record.shard) for array in layout.iter_arrays()}
     for name in sorted(expected ^ set(record.files)):

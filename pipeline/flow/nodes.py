@@ -21,7 +21,6 @@ from jaxtyping import Bool, Int64
 from data.sites import Site
 from pipeline.flow.communities import communities_of
 from pipeline.flow.options import Fixed
-from pipeline.flow.pairing import depth_of
 
 CLASSES = ("translated", "processed", "newborn", "unexplained")
 _SCORES = {"residual": "s_residual", "mlp": "s_mlp", "attention": "s_attention"}
@@ -41,7 +40,7 @@ class Side:
 
 def node_table(sides: Mapping[Site, Side], edges: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     """One row a latent, sites in order of depth, latents in order."""
-    ordered = [sides[site] for site in sorted(sides, key=depth_of)]
+    ordered = [sides[site] for site in sorted(sides, key=lambda site: site.depth)]
     nodes = pd.concat([_bare(side) for side in ordered], ignore_index=True)
     start = dict(zip((s.site.short for s in ordered), np.cumsum([0, *(len(s.alive) for s in ordered)]), strict=False))
     source = node_numbers(start, edges["source_site"], edges["source_latent"])

@@ -22,7 +22,6 @@ from sae.errors import UserError
 Relation = Literal["residual", "mlp", "attention"]
 RELATIONS: tuple[Relation, ...] = ("residual", "mlp", "attention")
 StartRelation = Literal["independent", "same_start", "unknown"]
-_DEPTH_IN_LAYER = {"resid_pre": 0, "attn_out": 1, "resid_mid": 2, "mlp_out": 3, "resid_post": 4}
 _MODULES: dict[str, Relation] = {"mlp_out": "mlp", "attn_out": "attention"}
 
 
@@ -50,21 +49,16 @@ class Pairing:
     warnings: tuple[str, ...]
 
 
-def depth_of(site: Site) -> int:
-    """A number that grows along the computation."""
-    return site.layer * len(_DEPTH_IN_LAYER) + _DEPTH_IN_LAYER[site.kind]
-
-
 def pair_sites(sites: Iterable[Site]) -> Pairing:
     """The pairs to link. Raises UserError when nothing can be linked."""
-    ordered = sorted(set(sites), key=depth_of)
+    ordered = sorted(set(sites), key=lambda site: site.depth)
     chain = [site for site in ordered if site.kind not in _MODULES]
     pairs = [Pair(source=a, target=b, relation="residual") for a, b in pairwise(chain)]
     warnings = [f"{pair}: {pair.gap} layer(s) have no dictionary; linked across them" for pair in pairs if pair.gap]
     for site in ordered:
         if site.kind not in _MODULES:
             continue
-        target = next((r for r in chain if r.layer == site.layer and depth_of(r) > depth_of(site)), None)
+        target = next((r for r in chain if r.layer == site.layer and r.depth > site.depth), None)
         if target is None:
             warnings.append(f"{site.short}: no residual dictionary of its layer; its features are not linked")
         else:
@@ -76,9 +70,7 @@ def pair_sites(sites: Iterable[Site]) -> Pairing:
             found=", ".join(site.short for site in ordered) or "no dictionaries",
             mend="train dictionaries at more sites (collect.sites in the recipe)",
         )
-    return Pairing(
-        pairs=tuple(sorted(pairs, key=lambda p: (depth_of(p.target), depth_of(p.source)))), warnings=tuple(warnings)
-    )
+    return Pairing(pairs=tuple(sorted(pairs, key=lambda p: (p.target.depth, p.source.depth))), warnings=tuple(warnings))
 
 
 def far_site(pair: Pair, sites: Sequence[Site], min_distance: int | None) -> Site | None:

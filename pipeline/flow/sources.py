@@ -19,7 +19,6 @@ from torch import Tensor
 
 from data.sites import Site, parse_site
 from data.store import ActivationStore
-from pipeline.flow.pairing import depth_of
 from sae import Sae, load_sae
 from sae.errors import Problem, UserError
 
@@ -31,7 +30,7 @@ class DictionaryFolder(Mapping[Site, Sae]):
 
     def __init__(self, folder: Path) -> None:
         found = [path.parent for path in folder.glob("*/sae.json")] if folder.is_dir() else []
-        sites = sorted(((parse_site(path.name), path) for path in found), key=lambda item: depth_of(item[0]))
+        sites = sorted(((parse_site(path.name), path) for path in found), key=lambda item: item[0].depth)
         if not sites:
             raise UserError("there are no dictionaries here", where=str(folder), mend="featureflow run --to train")
         self._paths = dict(sites)

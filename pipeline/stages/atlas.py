@@ -37,7 +37,6 @@ from sae.errors import UserError
 
 KIND, SCHEMA = "atlas", SCHEMAS["atlas"]
 STORE, DICTIONARIES = "store.zarr", "dictionaries"
-_ORDER = {"resid_pre": 0, "attn_out": 1, "resid_mid": 2, "mlp_out": 3, "resid_post": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +101,7 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
 def workshop_of(config: Config, inputs: Inputs, draft: Draft) -> Workshop:
     """Where everything lies. Raises UserError when there are no dictionaries."""
     folder = inputs.train.path / DICTIONARIES
-    sites = sorted(
-        (parse_site(p.parent.name) for p in folder.glob("*/sae.json")), key=lambda s: (s.layer, _ORDER[s.kind])
-    )
+    sites = sorted((parse_site(p.parent.name) for p in folder.glob("*/sae.json")), key=lambda site: site.depth)
     if not sites:
         raise UserError("there are no dictionaries to describe", where=str(folder), mend="featureflow run --to train")
     return Workshop(

@@ -202,6 +202,18 @@ def test_every_misfit_is_reported_at_once(model, saes):
     assert all(word in text for word in ("L9/1", "L1/99", "L1.mlp/2", "another model"))
 
 
+@pytest.mark.parametrize(("at", "gate"), [("L1.attn", "L1/5"), ("L1.attn", "L1.mlp/5"), ("L1.mlp", "L1/5")])
+def test_a_condition_that_is_computed_after_the_edit_is_refused(model, saes, at, gate):
+    """Also inside a layer: at the edit it would be that of the pass before, or none."""
+    everywhere = {**saes, **{Site(1, kind): saes[L1] for kind in ("mlp_out", "attn_out")}}
+    plan = Plan(nodes=(Node(at=f"{at}/3"),), scope=WhereActive(feature=gate))
+    with pytest.raises(UserError, match="lies after an edited site"), applied(model, everywhere, plan):
+        pass
+    turned = Plan(nodes=(Node(at="L1/3"),), scope=WhereActive(feature=f"{at}/5"))
+    with applied(model, everywhere, turned):
+        logits(model)
+
+
 def test_a_cache_filled_before_steering_is_refused(model, saes):
     out = model.hf(input_ids=IDS[:, :3], use_cache=True)
     with pytest.raises(UserError, match="before steering"), applied(model, saes, plan_of(Add())):

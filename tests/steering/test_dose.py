@@ -73,6 +73,15 @@ def test_a_dose_that_no_strength_reaches_is_reported(model, saes, neutral):
     assert result.measured.kl < 5
 
 
+def test_a_plan_that_pushes_away_is_calibrated_pushing_away(model, saes, neutral):
+    away = Plan(nodes=(Node(at="L1/3", scale=3.0),), strength=-1.0)
+    towards = calibrate(model, saes, away.with_strength(1.0), neutral, [0.05])[0]
+    (found,) = calibrate(model, saes, away, neutral, [0.05])
+    assert found.reached
+    assert found.strength < 0 < towards.strength
+    assert measure(model, saes, away.with_strength(found.strength), neutral).kl == pytest.approx(0.05, rel=0.06)
+
+
 def test_nonsense_doses_are_refused(model, saes, neutral):
     with pytest.raises(UserError, match="positive"):
         calibrate(model, saes, Plan(nodes=(Node(at="L1/3"),), edit=Cap()), neutral, [0.0])

@@ -68,6 +68,41 @@ def test_without_an_intact_lock_nothing_is_tested(tmp_path):
         study.test()
 
 
+def test_a_folder_belongs_to_one_choice_of_sizes_and_dictionaries(tmp_path):
+    """Results are kept by file, so those of other choices would pass for these."""
+
+    def study(topics=("food",), made_from=None, **sizes):
+        arms = ("unsteered", *ACTIVATION_ARMS, *SUPPRESSION_ARMS)
+        for topic, arm in ((topic, arm) for topic in topics for arm in arms):
+            put(tmp_path, "dev", topic, arm, {})
+        options = StudyOptions(topics=topics, **sizes)
+        return Study(world=None, options=options, folder=tmp_path, made_from=made_from or {"dictionaries": "a"})
+
+    study().develop()
+    study(topics=("food", "music"), batch_size=3).develop()
+    for other in (study(n_tokens=25), study(doses=(0.1,)), study(made_from={"dictionaries": "b"})):
+        with pytest.raises(UserError, match="other choices"):
+            other.develop()
+    study().develop()
+
+
+def test_results_of_an_earlier_lock_are_not_kept(tmp_path):
+    study = Study(world=None, options=StudyOptions(topics=("food",)), folder=tmp_path)
+    put(tmp_path, "dev", "food", "unsteered", {"limits": {}, "threshold": 0.5})
+
+    def locked(dose):
+        for arm in (*ACTIVATION_ARMS, *SUPPRESSION_ARMS):
+            put(tmp_path, "dev", "food", arm, {"plan": {}, "doses": [entry(dose, records=records(5, 9))]})
+        study.lock()
+
+    locked(0.1)
+    assert study._once("test", "food", "flow", lambda: {"made": 1})["made"] == 1
+    assert study._once("test", "food", "flow", lambda: {"made": 2})["made"] == 1
+    locked(0.2)
+    assert study._missing("test", "food", ("flow",)) == ["flow"]
+    assert study._once("test", "food", "flow", lambda: {"made": 3})["made"] == 3
+
+
 def results(folder, *, flow_rate, control_rate, n_topics=12, vacuous=()):
     """A study with known success rates; every sample coherent."""
     generator = np.random.default_rng(0)

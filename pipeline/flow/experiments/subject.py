@@ -24,7 +24,7 @@ from data.sites import Site, parse_site
 from pipeline.flow.activity import Activity, Predecessors, activity_groups
 from pipeline.flow.causal import Contexts
 from pipeline.flow.matchers import PairData
-from pipeline.flow.pairing import RELATIONS, Relation, depth_of
+from pipeline.flow.pairing import RELATIONS, Relation
 from pipeline.flow.shelf import HeldOut, Shelf
 from sae import Sae
 from sae.errors import UserError
@@ -121,7 +121,7 @@ def layers_of(subject: Subject) -> list[Layer]:
         layers.append(Layer(target=target, links=links))
     if not layers:
         raise UserError("the flow graph has no links", mend="featureflow run --to link")
-    return sorted(layers, key=lambda layer: depth_of(layer.target))
+    return sorted(layers, key=lambda layer: layer.target.depth)
 
 
 def fullest(layers: list[Layer]) -> list[Layer]:

@@ -122,3 +122,42 @@ def test_a_stream_of_unknown_length_is_stored_whole(tmp_path):
     assert np.array_equal(store.read("embedding", 0, 1000), rows)
     with pytest.raises(UserError, match="no activations"):
         write_activations(tmp_path / "nothing.zarr", [], layout=layout)
+
+
+def test_no_context_is_in_both_splits_where_the_last_one_is_short(tmp_path):
+    np.save(tmp_path / "L3.npy", planted(603))
+    store = imported(
+        tmp_path / "L3.npy", tmp_path / "store.zarr", n_context=20, shard_rows=320, validation_fraction=0.1
+    )
+    document = store.tokens().document
+    train, validation = document[store.kept_rows("train")], document[store.kept_rows("validation")]
+    assert not set(train) & set(validation)
+    assert len(set(validation)) == 3
+    assert len(train) + len(validation) == 603
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_a_source_that_changed_under_the_same_name_is_not_taken_for_what_is_stored(tmp_path, suffix):
+    source, url = tmp_path / f"L3{suffix}", tmp_path / "store.zarr"
+
+    def write(rows):
+        np.save(source, rows) if suffix == ".npy" else save_file({"L3": torch.from_numpy(rows)}, source)
+
+    write(planted())
+    imported(source, url)
+    assert np.array_equal(imported(source, url).read(SITE, 0, 600), planted())
+    write(planted() + 1)
+    with pytest.raises(UserError, match="another activation store"):
+        imported(source, url)
+
+
+def test_a_longer_stream_over_a_finished_store_leaves_no_row_of_padding(tmp_path):
+    layout = StoreLayout(
+        sites=(SiteLayout(name="embedding", width=12),), dtype="float32", n_rows=None, n_context=1,
+        shard_rows=256, chunk_rows=64,
+    )  # fmt: skip
+    for n in (290, 300, 310):
+        write_activations(tmp_path / "store.zarr", [({"embedding": planted(n)}, None)], layout=layout)
+        store = ActivationStore.open(tmp_path / "store.zarr")
+        assert store.n_rows == n
+        assert np.array_equal(store.read("embedding", 0, n), planted(n))
