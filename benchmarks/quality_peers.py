@@ -4,10 +4,10 @@
 
 1. Write the site's ordinary training rows, then its held-out rows, to one `.npy` file.
 2. For every seed train ours (the train stage, independent start) and each peer (its own step in its own environment,
-   benchmarks/peers), same rows, batch size, steps (one pass unless `--steps` says otherwise) and auxiliary coefficient;
-   the learning rate is one for all (`--learning-rate 8e-4`) or each trainer's own, chosen by `quality_rates`
-   (`--learning-rate featureflow=… saelens=… dictionary_learning=…`). A dictionary that is there already is not trained
-   again, so a stopped run goes on, and `--trainers saelens --seeds 1 --train-only` makes one of them.
+   benchmarks/peers), same rows, batch size and steps (one pass unless `--steps` says otherwise). The auxiliary loss is
+   weighted by each trainer's own default; the learning rate is one for all (`--learning-rate 8e-4`) or each trainer's
+   own, chosen by `quality_rates` (`--learning-rate featureflow=… saelens=… dictionary_learning=…`). What is made
+   already is not made again, so a stopped run goes on; `--trainers saelens --seeds 1 --train-only` makes one of them.
 3. Turn the peers' files into dictionaries over raw activations (they were given centred and scaled rows) and let the
    evaluate stage measure all of them on the same held-out rows and contexts.
 
@@ -45,9 +45,11 @@ from sae.architectures import BatchTopK, TopK
 from sae.formats import read
 
 PEERS = {"topk": ("saelens", "sparsify", "dictionary_learning"), "batchtopk": ("saelens", "dictionary_learning")}
+AUXILIARY = {"saelens": 1.0, "sparsify": 1 / 32, "dictionary_learning": 1 / 32}  # each trainer's own default
 COMPARED = ("fvu", "ce_recovered_zero", "ce_recovered_mean", "dead_fraction")
 SCRIPTS = Path(__file__).parent / "peers"
 OURS = "featureflow"
+DEFAULT_TRAINERS = [OURS, "saelens", "dictionary_learning"]
 NUMBERS = ("fvu", "l0", "dead_fraction", "ce_recovered_zero", "ce_recovered_mean", "kl_recovered_zero", "pca_fvu")
 
 
@@ -161,6 +163,7 @@ def train_peer(arguments: argparse.Namespace, run: Run, rows: Path, n_held_out: 
         "batch-size": arguments.batch_size,
         "steps": arguments.steps,
         "learning-rate": run.learning_rate,
+        "aux-coefficient": AUXILIARY[run.trainer],
         "held-out": n_held_out,
         "threads": arguments.threads,
         "seed": run.seed,
@@ -266,7 +269,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--eval-tokens", type=int, default=49152)
     parser.add_argument("--ce-tokens", type=int, default=8192)
-    parser.add_argument("--trainers", nargs="+", default=[OURS, *PEERS["topk"]], choices=[OURS, *PEERS["topk"]])
+    parser.add_argument("--trainers", nargs="+", default=DEFAULT_TRAINERS, choices=[OURS, *PEERS["topk"]])
     parser.add_argument("--train-only", action="store_true", help="leave out the evaluation")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args(argv)

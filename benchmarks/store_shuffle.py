@@ -28,7 +28,8 @@ from data.store import ActivationStore
 from sae.architectures import TopK
 from sae.batches import Batch
 from sae.normalisation import normalisation_of
-from sae.trainer import Schedule, Trainer, dead_window, learning_rate_law, random_start
+from sae.schedule import learning_rate_law, schedule_of
+from sae.trainer import Trainer, random_start
 
 
 def main() -> None:
@@ -112,11 +113,8 @@ def fvu_after(
 ) -> float:
     """Train on the batches; the share of the held-out rows' variance that the dictionary leaves unexplained."""
     gathered = store.statistics(str(site))
-    schedule = Schedule(
-        steps=options.steps,
-        learning_rate=learning_rate_law(options.n_latents, options.steps),
-        dead_after=dead_window(options.steps, options.batch),
-    )
+    rate = learning_rate_law(options.n_latents, options.steps)
+    schedule = schedule_of(steps=options.steps, learning_rate=rate, batch_size=options.batch)
     trainer = Trainer(
         architecture=TopK(k=options.k),
         schedule=schedule,

@@ -19,7 +19,8 @@ from sae.batches import Batch
 from sae.kernels.memory import kept_memory
 from sae.kernels.select import Precision
 from sae.normalisation import Normalisation
-from sae.trainer import Schedule, Trainer, random_start
+from sae.schedule import schedule_of
+from sae.trainer import Trainer, random_start
 
 
 def main() -> None:
@@ -51,12 +52,12 @@ def trainer_of(task: Task, precision: Precision) -> Trainer:
     weights = architecture.prepared(random_start(task.n_latents, task.d, seed=task.seed))
     return Trainer(
         architecture=architecture,
-        schedule=Schedule(
+        schedule=schedule_of(
             steps=task.steps,
             learning_rate=task.learning_rate,
+            batch_size=task.batch_size,
             warmup_steps=task.lr_warmup_steps,
             decay_fraction=task.lr_decay_steps / task.steps,
-            dead_after=30 * task.batch_size,
         ),
         weights={name: weight.to(task.device) for name, weight in weights.items()},
         source=Normalisation(mean=torch.zeros(task.d, device=task.device), scale=1.0),

@@ -25,9 +25,7 @@ _BLOCK_ROWS = 4096
 class Adam:
     """Moments of every weight, and the update. `weights` passed to `update` are changed in place."""
 
-    def __init__(
-        self, weights: Mapping[str, Tensor], *, beta1: float = 0.9, beta2: float = 0.999, eps: float = 6.25e-10
-    ) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], *, beta1: float, beta2: float, eps: float = 6.25e-10) -> None:
         self._beta1, self._beta2, self._eps = beta1, beta2, eps
         self._first = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         self._second = {name: torch.zeros_like(weight) for name, weight in weights.items()}

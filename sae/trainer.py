@@ -6,7 +6,7 @@
     4. bookkeeping: how long each latent has been silent; the closed loop's coefficient; sums for the next record
     5. at the end: thresholds calibrated on held-out rows where the architecture asks for it, then fold
 
-A latent is dead when it has been silent for `dead_after` tokens, which follows the length of the run (`dead_window`).
+A latent is dead when it has been silent for the schedule's `dead_after` tokens (sae/schedule.py).
 `state` holds everything: a run killed after any checkpoint ends with the same bits as one that was not (CPU).
 """
 
@@ -28,45 +28,11 @@ from sae.errors import UserError
 from sae.kernels.select import Precision
 from sae.normalisation import Normalisation, fold
 from sae.optimizer import Adam
+from sae.schedule import Schedule
 
 _LOOP_SPEED = 0.01
 _LOOP_START = 0.05
 _L0_MEMORY = 0.95
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How long and how fast. Rates are for inputs of unit mean square and a loss that is a mean over channels."""
-
-    steps: int
-    learning_rate: float
-    warmup_steps: int = 50
-    decay_fraction: float = 0.2
-    clip_norm: float = 1.0
-    dead_after: int = 30 * 1024
-    record_every: int = 25
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step counted from 0."""
-        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        decay_steps = self.decay_fraction * self.steps
-        cool = min(1.0, (self.steps - step) / decay_steps) if decay_steps else 1.0
-        return self.learning_rate * warm * cool
-
-
-def learning_rate_law(n_latents: int, steps: int) -> float:
-    """2.4e-3 at 2,048 latents, falling with √width and beyond 3,000 steps with their cube root; never more than 2.4e-3.
-
-    Measured at 523 and 3,000 steps (docs/log.md). In shorter runs more would reconstruct the residual stream better
-    still, but cost attention outputs a quarter of their latents. Continued to the 244,000 steps of 500 M tokens the law
-    gives 5.5e-4, where dictionary_learning's 2e-4 · √(2^14 / n_latents) is 5.7e-4.
-    """
-    return 2.4e-3 * min(1.0, (2048 / n_latents) ** 0.5 * min(1.0, 3000 / steps) ** (1 / 3))
-
-
-def dead_window(steps: int, batch_size: int) -> int:
-    """Tokens of silence that make a latent dead: 2 % of the run, between 30 batches and 10 million tokens."""
-    return min(10_000_000, max(30, steps // 50) * batch_size)
 
 
 @dataclass(kw_only=True)
@@ -105,7 +71,7 @@ class Trainer:
         device = self.weights["W_enc"].device
         self.weights = {name: tensor.to(device) for name, tensor in extra.items()} | kept
         self.silent_for = torch.zeros(n_latents, dtype=torch.int64, device=device)
-        self.adam = Adam(self.weights)
+        self.adam = Adam(self.weights, beta1=self.schedule.beta1, beta2=self.schedule.beta2)
         self._sums = _Sums()
 
     @property

@@ -34,7 +34,8 @@ from sae.architectures import AnyArchitecture, Architecture
 from sae.batches import InMemoryBatches
 from sae.normalisation import Normalisation, unfold
 from sae.report import Progress, silent
-from sae.trainer import Schedule, Trainer, dead_window, random_start, train
+from sae.schedule import schedule_of
+from sae.trainer import Trainer, random_start, train
 
 _ROTATED_TOGETHER = 16
 
@@ -168,12 +169,7 @@ def _trained(
     batch_size = min(recipe.batch_size, len(rows))
     trainer = Trainer(
         architecture=recipe.architecture,
-        schedule=Schedule(
-            steps=recipe.steps,
-            learning_rate=recipe.learning_rate,
-            warmup_steps=min(50, recipe.steps // 2),
-            dead_after=dead_window(recipe.steps, batch_size),
-        ),
+        schedule=schedule_of(steps=recipe.steps, learning_rate=recipe.learning_rate, batch_size=batch_size),
         weights={name: weight.to(rows.device) for name, weight in weights.items()},
         source=Normalisation(mean=torch.zeros(rows.shape[1]).to(rows), scale=1.0),
     )

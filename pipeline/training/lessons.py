@@ -20,10 +20,9 @@ from typing_extensions import Doc
 from data.sites import Site
 from data.store import ActivationStore
 from data.store.patterns import parse_sites
-from pipeline.training.plan import SiteJob
+from pipeline.training.plan import SiteJob, rate_at
 from sae.architectures import AnyArchitecture, TopK
 from sae.errors import Problem, UserError
-from sae.trainer import learning_rate_law
 
 DICTIONARIES, VARIANTS, TRANSCODERS = "dictionaries", "variants", "transcoders"
 BASE = "base"
@@ -156,7 +155,7 @@ def transcoder_lessons(
             architecture=choice.architecture,
             n_latents=choice.n_latents,
             steps=choice.steps,
-            learning_rate=choice.learning_rate or learning_rate or learning_rate_law(choice.n_latents, choice.steps),
+            learning_rate=choice.learning_rate or learning_rate or rate_at(site, choice.n_latents, choice.steps),
             seed=own,
             kind="independent",
             group=f"transcoder-{own}-{choice.n_latents}",
@@ -172,7 +171,7 @@ def _varied(job: SiteJob, variant: Variant, steps: int, learning_rate: float | N
     """The variant's job. Its batches are those of `job`, whose seed it keeps."""
     n_latents = variant.n_latents or job.n_latents
     whole = max(steps, job.steps)
-    rate = job.learning_rate if n_latents == job.n_latents else learning_rate or learning_rate_law(n_latents, whole)
+    rate = job.learning_rate if n_latents == job.n_latents else learning_rate or rate_at(job.site, n_latents, whole)
     varied = replace(
         job,
         architecture=variant.architecture or job.architecture,

@@ -36,7 +36,8 @@ from sae.batches import Batch, Batches
 from sae.checkpoint import read_checkpoint, write_checkpoint
 from sae.normalisation import unfold
 from sae.report import DETAIL, Metrics, Progress, discard, silent
-from sae.trainer import Schedule, Trainer, dead_window, random_start
+from sae.schedule import Schedule, schedule_of
+from sae.trainer import Trainer, random_start
 
 CURVE, CHECKPOINT = "training.jsonl", "checkpoint.safetensors"
 
@@ -109,13 +110,13 @@ def _course(learner: Learner, store: ActivationStore, options: TrainingOptions, 
 
 
 def _schedule(job: SiteJob, options: TrainingOptions) -> Schedule:
-    return Schedule(
+    return schedule_of(
         steps=job.steps,
         learning_rate=job.learning_rate,
-        warmup_steps=min(options.warmup_steps, job.steps // 2),
+        batch_size=options.batch_size,
+        warmup_steps=options.warmup_steps,
         decay_fraction=options.decay_fraction,
         clip_norm=options.clip_norm,
-        dead_after=dead_window(job.steps, options.batch_size),
         record_every=options.record_every,
     )
 

@@ -27,7 +27,7 @@ class BatchTopK:
     """k latents per token on average over a batch; a threshold in inference."""
 
     k: Annotated[int, Gt(0), Doc("latents per token, on average")] = 32
-    auxk_weight: Annotated[float, Ge(0), Doc("weight of the auxiliary loss on dead latents; 0 turns it off")] = 1 / 32
+    auxk_weight: Annotated[float, Ge(0), Doc("weight of the auxiliary loss on dead latents; 0 turns it off")] = 1 / 8
     kind: Literal["batch_topk"] = "batch_topk"
 
     @property

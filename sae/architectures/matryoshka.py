@@ -35,7 +35,7 @@ class MatryoshkaBatchTopK:
         1 / 4,
         17 / 32,
     )
-    auxk_weight: Annotated[float, Ge(0), Doc("weight of the auxiliary loss on dead latents; 0 turns it off")] = 1 / 32
+    auxk_weight: Annotated[float, Ge(0), Doc("weight of the auxiliary loss on dead latents; 0 turns it off")] = 1 / 8
     kind: Literal["matryoshka_batch_topk"] = "matryoshka_batch_topk"
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ class TopK:
     """Exactly k latents per token, fewer where fewer are positive."""
 
     k: Annotated[int, Gt(0), Doc("latents per token")] = 32
-    auxk_weight: Annotated[float, Ge(0), Doc("weight of the auxiliary loss on dead latents; 0 turns it off")] = 1 / 32
+    auxk_weight: Annotated[float, Ge(0), Doc("weight of the auxiliary loss on dead latents; 0 turns it off")] = 1 / 8
     kind: Literal["topk"] = "topk"
 
     @property

@@ -18,11 +18,11 @@ from pipeline.artifact import Artifact
 from pipeline.dictionaries import read_dictionaries
 from pipeline.run import RunContext
 from pipeline.stages import collect, train
-from pipeline.training.plan import Chain, Independent, Override, Shared, plan_jobs
+from pipeline.training.plan import Chain, Independent, Override, Shared, plan_jobs, rate_at
 from pipeline.training.reading import held_out_rows
 from sae.architectures import BatchTopK, TopK
 from sae.errors import UserError
-from sae.trainer import learning_rate_law
+from sae.schedule import learning_rate_law
 
 COLLECT = collect.Config(
     model=Random(n_layers=3, d_model=16, n_heads=2, d_mlp=32),
@@ -192,7 +192,8 @@ def test_the_rate_follows_width_and_steps_and_a_follower_keeps_that_of_a_whole_r
     assert learning_rate_law(2048, 3000) == pytest.approx(2.4e-3)
     assert learning_rate_law(8192, 3000) == pytest.approx(1.2e-3)
     assert learning_rate_law(2048, 24_000) == pytest.approx(1.2e-3)
-    assert learning_rate_law(256, 100) == 2.4e-3, "never more"
+    assert learning_rate_law(2048, 600) == pytest.approx(2.4e-3 * 5 ** (1 / 3))
+    assert learning_rate_law(256, 100) == 4.8e-3, "a short run gets at most twice as much, a narrow dictionary no more"
     sites = [parse_site(f"L{layer}") for layer in range(3)]
     jobs = plan_jobs(
         sites, architecture=TopK(k=4), n_latents=2048, steps=24_000, learning_rate=None,
@@ -200,3 +201,6 @@ def test_the_rate_follows_width_and_steps_and_a_follower_keeps_that_of_a_whole_r
     )  # fmt: skip
     assert [job.steps for job in jobs] == [24_000, 200, 200]
     assert {job.learning_rate for job in jobs} == {learning_rate_law(2048, 24_000)}
+    assert rate_at(parse_site("L2.mlp"), 2048, 600) == learning_rate_law(2048, 600)
+    assert rate_at(parse_site("L2.attn"), 2048, 600) == learning_rate_law(2048, 3000), "more costs it its latents"
+    assert rate_at(parse_site("L2.attn"), 2048, 24_000) == learning_rate_law(2048, 24_000)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,7 +24,8 @@ from sae.dictionary import Sae
 from sae.errors import UserError
 from sae.normalisation import Normalisation, fold, normalisation_of_rows, unfold
 from sae.optimizer import Adam
-from sae.trainer import Schedule, Trainer, dead_window, random_start, train
+from sae.schedule import Schedule, schedule_of
+from sae.trainer import Trainer, random_start, train
 from tests.sae.planted import planted, share_recovered
 
 ARCHITECTURES: list[AnyArchitecture] = [
@@ -43,7 +46,7 @@ def _name(architecture: AnyArchitecture) -> str:
 def _trainer(architecture: AnyArchitecture, x: Tensor, *, steps: int, n_latents: int, rate: float = 2e-3) -> Trainer:
     return Trainer(
         architecture=architecture,
-        schedule=Schedule(steps=steps, learning_rate=rate, dead_after=dead_window(steps, 256), record_every=50),
+        schedule=schedule_of(steps=steps, learning_rate=rate, batch_size=256, record_every=50),
         weights=architecture.prepared(random_start(n_latents, x.shape[1], seed=0)),
         source=normalisation_of_rows(x),
     )
@@ -170,7 +173,8 @@ def test_the_update_is_adam_with_clipping_projection_and_unit_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     ours = random_start(600, 8, seed=2)
     theirs = {name: weight.clone().requires_grad_() for name, weight in ours.items()}
-    adam, oracle = Adam(ours), torch.optim.Adam(theirs.values(), lr=1e-2, eps=6.25e-10)
+    adam = Adam(ours, beta1=0.8, beta2=0.97)
+    oracle = torch.optim.Adam(theirs.values(), lr=1e-2, betas=(0.8, 0.97), eps=6.25e-10)
     for scale in (1e-3, 5.0, 0.1, 1.0):
         gradients = {name: scale * torch.randn(weight.shape, generator=generator) for name, weight in ours.items()}
         for name, leaf in theirs.items():
@@ -212,6 +216,34 @@ def test_the_schedule_warms_up_holds_and_ends_near_zero() -> None:
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert set(rates[10:81]) == {1.0}
     assert rates[81:] == pytest.approx([1 - 0.05 * n for n in range(1, 20)])
+
+
+def test_a_schedule_follows_the_length_of_its_run() -> None:
+    """Worked by hand: a thirtieth of 3,000 steps is a memory of 100, a fiftieth of 3,000 steps of 8 tokens 480."""
+    long = schedule_of(steps=3000, learning_rate=1.0, batch_size=8)
+    assert (long.beta2, long.dead_after, long.warmup_steps) == (pytest.approx(0.99), 480, 50)
+    short = schedule_of(steps=60, learning_rate=1.0, batch_size=8)
+    assert (short.beta2, short.dead_after, short.warmup_steps) == (pytest.approx(1 - 1 / 30), 80, 30)
+    endless = schedule_of(steps=10**6, learning_rate=1.0, batch_size=2048)
+    assert (endless.beta2, endless.dead_after) == (pytest.approx(0.999), 10_000_000)
+
+
+def test_training_uses_the_memories_of_its_schedule() -> None:
+    """One step of Adam from zero moves every weight by the rate; what differs shows at the second step."""
+    x = planted(n_directions=8, d=8, n_active=2, n_rows=64).x
+    ends = []
+    for memories in ({}, {"beta1": 0.9}, {"beta2": 0.9}):
+        trainer = _trainer(TopK(k=2), x, steps=5, n_latents=16)
+        trainer = Trainer(
+            architecture=trainer.architecture,
+            schedule=replace(trainer.schedule, **memories),
+            weights=trainer.weights,
+            source=trainer.source,
+        )
+        train(trainer, InMemoryBatches(x, batch_size=32, seed=0))
+        ends.append(trainer.weights["W_enc"])
+    assert not torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
 
 
 def test_jump_relu_thresholds_get_the_rectangle_gradient() -> None:

@@ -19,10 +19,12 @@ from pipeline.flow.start_null import Recipe, plan_nulls, pooled, rotated_activat
 from sae.architectures import TopK
 from sae.batches import Batch, InMemoryBatches
 from sae.normalisation import normalisation_of_rows, unfold
-from sae.trainer import Schedule, Trainer, random_start, train
+from sae.schedule import schedule_of
+from sae.trainer import Trainer, random_start, train
 
 BEFORE, AFTER, MLP = Site(0, "resid_post"), Site(1, "resid_post"), Site(1, "mlp_out")
 D, N_CARRIED, N_DIED, N_BORN, N_LATENTS, K, N_TRAIN = 48, 60, 20, 20, 112, 3, 12_000
+RATE = 3e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ def world() -> World:
 def fit(world, site, weights, *, steps, kind, parent=None, group="one start", seed=5):
     trainer = Trainer(
         architecture=TopK(k=K),
-        schedule=Schedule(steps=steps, learning_rate=3e-3, warmup_steps=20, dead_after=30 * 256),
+        schedule=schedule_of(steps=steps, learning_rate=RATE, batch_size=256),
         weights=weights,
         source=world.normalisations()[site],
     )
@@ -78,21 +80,25 @@ def fit(world, site, weights, *, steps, kind, parent=None, group="one start", se
         "initialisation": {"kind": kind, "group": group, "parent": parent and parent.short, "seed": seed},
         "steps": steps,
         "batch_size": 256,
-        "learning_rate": 3e-3,
+        "learning_rate": RATE,
     }
     return trainer.finish(Batch(x=world.rows[site][N_TRAIN:]), metadata)
 
 
-@pytest.fixture(scope="module", params=["shared", "chain"])
-def trained(world, request):
-    before = fit(world, BEFORE, random_start(N_LATENTS, D, seed=5), steps=400, kind=request.param)
-    if request.param == "shared":
-        after = fit(world, AFTER, random_start(N_LATENTS, D, seed=5), steps=400, kind="shared")
+def train_all(world, start, *, steps, next_steps):
+    before = fit(world, BEFORE, random_start(N_LATENTS, D, seed=5), steps=steps, kind=start)
+    if start == "shared":
+        after = fit(world, AFTER, random_start(N_LATENTS, D, seed=5), steps=steps, kind="shared")
     else:
-        start = unfold(before, world.normalisations()[BEFORE])
-        after = fit(world, AFTER, start, steps=200, kind="chain", parent=BEFORE)
+        weights = unfold(before, world.normalisations()[BEFORE])
+        after = fit(world, AFTER, weights, steps=next_steps, kind="chain", parent=BEFORE)
     module = fit(world, MLP, random_start(32, D, seed=9), steps=200, kind="independent", group="another", seed=9)
     return {BEFORE: before, AFTER: after, MLP: module}
+
+
+@pytest.fixture(scope="module", params=["shared", "chain"])
+def trained(world, request):
+    return train_all(world, request.param, steps=400, next_steps=200)
 
 
 def nulls_of(world, dictionaries):
@@ -123,7 +129,9 @@ def test_newborn_features_stay_newborn_and_carried_ones_are_carried(world, train
     assert flowing["class"].isin(["translated", "processed"]).mean() >= 0.95
 
 
-def test_inertia_alone_reaches_above_the_null_that_knows_nothing_of_starts(world, trained):
+@pytest.mark.parametrize("start", ["shared", "chain"])
+def test_inertia_alone_reaches_above_the_null_that_knows_nothing_of_starts(world, start):
+    trained = train_all(world, start, steps=100, next_steps=50)  # brief, or the start is forgotten
     inertia = nulls_of(world, trained)["residual"]
     links = link_dictionaries(trained, options=LinkOptions(null=Rotation(), n_null=4096))
     rotation = links.pairs.loc[links.pairs["relation"] == "residual", "null_p99"].iloc[0]
