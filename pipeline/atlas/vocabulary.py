@@ -63,7 +63,7 @@ class Vocabulary:
     @staticmethod
     def quote(text: str) -> str:
         """Text in quotes with line breaks and unusual spaces made visible, cut when it is very long."""
-        shown = text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+        shown = text.replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")
         if not shown.isascii():
             shown = "".join(c if c == " " or not c.isspace() else f"⟨U+{ord(c):04X}⟩" for c in shown)
         return f"‘{shown if len(shown) <= 32 else shown[:31] + '…'}’"

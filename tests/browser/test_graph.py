@@ -153,3 +153,15 @@ def test_hovering_lights_the_paths_through_a_feature(
         back |= {source for source, target in links if target in back}
         onward |= {target for source, target in links if source in onward}
     assert lit == back | onward
+
+
+def test_c_puts_the_chosen_feature_into_the_compare_tray_and_takes_it_out(page: Any) -> None:
+    page.load("graph/L3/30")
+    page.wait("return document.querySelector('svg.graph .node')")
+    page.js("document.querySelector('.node.focus').focus()")
+    feature = page.js("return document.activeElement.dataset.feature")
+    for expected in ([feature], []):
+        page.driver.switch_to.active_element.send_keys("c")
+        stored = "return Object.entries(localStorage).filter(([k]) => k.endsWith(':compared')).flatMap(([, v]) => JSON.parse(v))"
+        assert page.js(stored) == expected
+        assert page.js("return location.hash").startswith("#/graph/")

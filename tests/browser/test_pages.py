@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import shutil
 import struct
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,19 @@ def test_a_bar_of_the_flow_overview_leads_to_the_list_of_its_trunks_and_on_to_a_
     page.click(".v-body .v-cell.layer a")
     assert page.js("return location.hash").startswith(f"#/{short}/")
     assert page.complaints() == []
+
+
+def test_a_saved_figure_has_its_legend(page: Any) -> None:
+    page.load("flow")
+    page.wait("return document.querySelector('[aria-label=\"Save turnover as SVG\"]')")
+    names = page.texts(".figure .legend li")
+    assert len(names) >= 4
+    saved = page.download(lambda: page.js("document.querySelector('[aria-label=\"Save turnover as SVG\"]').click()"))
+    root = ElementTree.fromstring(saved.read_text())
+    texts = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert [text for text in texts if text in names] == names
+    bottom = sum(float(x) for x in root.get("viewBox").split()[1::2])
+    assert all(float(node.get("y")) <= bottom for node in root.iter("{http://www.w3.org/2000/svg}text"))
 
 
 def test_a_dead_latent_is_an_honest_empty_state(page: Any, sizes: Any) -> None:

@@ -226,7 +226,7 @@ def test_a_part_of_a_character_is_named_with_the_character():
 
 
 def test_unusual_spaces_are_written_by_code():
-    assert Vocabulary.quote(" a\u2009b\n") == "‘ a⟨U+2009⟩b⏎’"
+    assert Vocabulary.quote(" a\u2009b\n") == "‘ a⟨U+2009⟩b↵’"
 
 
 def test_without_a_rule_the_line_shows_what_held_or_an_example():

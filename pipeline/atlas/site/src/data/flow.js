@@ -48,19 +48,19 @@ export class Flow {
     return links.sort((a, b) => b.strength - a.strength);
   }
 
-  /** The chain through a feature: best predecessor repeatedly, best successor repeatedly, along the residual stream. */
-  async chain(key, { floor = -1 } = {}) {
-    const back = await this.walk(key, floor, async (at) => (await this.incoming(at)).find((link) => link.rank === 0 && link.relation === 0), "source");
-    const onward = await this.walk(key, floor, async (at) => (await this.outgoing(at)).find((link) => link.rank === 0 && link.relation === 0 && this.isNext(link)), "target");
+  /** The chain through a feature (as far as the page is not left): best predecessor repeatedly, best successor repeatedly, along the residual stream. */
+  async chain(key, { floor = -1, alive = () => true } = {}) {
+    const back = await this.walk(key, floor, alive, async (at) => (await this.incoming(at)).find((link) => link.rank === 0 && link.relation === 0), "source");
+    const onward = await this.walk(key, floor, alive, async (at) => (await this.outgoing(at)).find((link) => link.rank === 0 && link.relation === 0 && this.isNext(link)), "target");
     return { features: [...back.map((link) => link.source).reverse(), key, ...onward.map((link) => link.target)], links: [...back.reverse(), ...onward] };
   }
 
-  async walk(key, floor, step, end) {
+  async walk(key, floor, alive, step, end) {
     const links = [];
     const seen = new Set([key]);
     for (let at = key; ; ) {
       const link = await step(at);
-      if (!link || !(link.cosine > floor) || seen.has(link[end])) return links;
+      if (!link || !(link.cosine > floor) || seen.has(link[end]) || !alive()) return links;
       links.push(link);
       at = link[end];
       seen.add(at);

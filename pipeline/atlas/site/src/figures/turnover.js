@@ -43,7 +43,7 @@ function draw(sites, lanes, bySite, width) {
     const most = Math.max(1, ...sites.map(({ i }) => lane.kinds.reduce((sum, kind) => sum + (bySite.get(i)?.[lane.part][kind] ?? 0), 0)));
     const y = linear(0, most, top + LANE, top);
     const columns = sites.map((site, c) => column(site, lane, bySite.get(site.i)?.[lane.part] ?? {}, { x: left + c * step, step, y, top }));
-    return [text(left, top - 7, lane.name, { className: "tick strong" }), yAxis(y, ticks(0, most, 2), { left, right, format: count }), columns, svg("line", { x1: left, x2: right, y1: y(0), y2: y(0), class: "axis" })];
+    return [text(left, top - 7, lane.name, { className: "tick strong" }), yAxis(y, ticks(0, most, 4), { left, right, format: count }), columns, svg("line", { x1: left, x2: right, y1: y(0), y2: y(0), class: "axis" })];
   });
   return svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "group", "aria-label": "Trunks that begin, are written to and end, by layer" }, drawn, marks);
 }

@@ -1,7 +1,7 @@
 // The frame around every view: skip link, name, navigation, search box, theme, and the main region.
 
 import { h, show } from "../dom.js";
-import { compared, onChange } from "../notes.js";
+import { compared, onChange, toggleCompared } from "../notes.js";
 import { link, parseFeature } from "../route.js";
 
 const PAGES = [
@@ -89,7 +89,11 @@ function shortcut(event, box) {
     event.preventDefault();
     box.querySelector("input").focus();
   }
-  if (event.key === "c" && !document.activeElement?.closest("[data-feature]")) location.hash = link("compare");
+  if (event.key === "c") {
+    const feature = document.activeElement?.closest("[data-feature]")?.dataset.feature;
+    if (feature) toggleCompared(feature);
+    else location.hash = link("compare");
+  }
 }
 
 function themeButton() {

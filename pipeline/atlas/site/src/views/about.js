@@ -21,7 +21,7 @@ export async function about({ atlas }) {
     h("h2", {}, "Classes of features"),
     h("dl", { class: "wide-facts" }, Object.entries(CLASS_ABOUT).map(([name, meaning]) => h("div", {}, h("dt", {}, CLASS_NAMES[name]), h("dd", {}, meaning)))),
     h("h2", {}, "Keys"),
-    h("dl", { class: "wide-facts" }, [["/", "search"], ["c", "compare tray"], ["← → ↑ ↓", "walk a flow graph, a matrix, tabs or a table"], ["Enter", "open the card of the chosen feature"], ["+", "show more links of the chosen feature"]].map(([key, meaning]) => h("div", {}, h("dt", {}, h("kbd", {}, key)), h("dd", {}, meaning)))),
+    h("dl", { class: "wide-facts" }, [["/", "search"], ["c", "on a feature: into the compare tray, or out of it; elsewhere: to the tray"], ["← → ↑ ↓", "walk a flow graph, a matrix, tabs or a table"], ["Enter", "open the card of the chosen feature"], ["+", "show more links of the chosen feature"]].map(([key, meaning]) => h("div", {}, h("dt", {}, h("kbd", {}, key)), h("dd", {}, meaning)))),
     (manifest.licences ?? []).length > 0 && [h("h2", {}, "Licences"), h("ul", {}, manifest.licences.map((text) => h("li", {}, text)))],
   );
   return { title: "About", node };

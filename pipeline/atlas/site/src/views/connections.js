@@ -11,11 +11,13 @@ import { labelsOf } from "./search.js";
 
 const MOST_ROWS = 12;
 
-export async function chainSection({ atlas, flow, key, id }) {
+export async function chainSection({ atlas, flow, key, id, alive }) {
   if (!atlas.has.flow || atlas.sites[siteOf(key)].kind !== "resid_post") return null;
-  const chain = await flow.chain(key);
+  const chain = await flow.chain(key, { alive });
   if (chain.features.length < 2) return h("section", {}, h("h2", {}, "Through the layers"), h("p", { class: "quiet" }, "No accepted link joins this feature to the layers beside it."));
-  const [labels, classes, feeds] = await Promise.all([labelsOf(atlas, chain.features), classesOf(atlas, chain.features), feedsOf(flow, chain.features)]);
+  const labels = await labelsOf(atlas, chain.features, alive);
+  if (!alive()) return null;
+  const [classes, feeds] = await Promise.all([classesOf(atlas, chain.features), feedsOf(flow, chain.features)]);
   const rows = () => ({ head: ["feature", "label", "cosine with the one before", "strength", "q"], rows: chain.features.map((one, i) => [atlas.id(one), visible((labels.get(one) ?? "").slice(0, 200)), i ? chain.links[i - 1].cosine : "", i ? chain.links[i - 1].strength : "", i ? qValue(chain.links[i - 1].q) : ""]) });
   const weakest = chain.links.reduce((least, item) => (item.cosine < least.cosine ? item : least));
   return h(
@@ -41,14 +43,15 @@ async function feedsOf(flow, keys) {
   return new Map(await Promise.all(entries));
 }
 
-export async function neighbourSection({ atlas, flow, key, card, id }) {
+export async function neighbourSection({ atlas, flow, key, card, id, alive }) {
   const [into, out] = await Promise.all([flow.incoming(key), flow.outgoing(key)]);
   const same = (name, value) => listOf(card[name] ?? new Uint32Array()).map((latent, i) => ({ key: keyOf(siteOf(key), latent), value: card[value][i] })).filter((row) => row.value > 0);
   const [similar, cofiring] = [same("similar", "similar_cosine"), same("cofiring", "cofiring_jaccard")];
-  const labels = await labelsOf(atlas, [...into.map((item) => item.source), ...out.slice(0, 60).map((item) => item.target), ...similar.map((row) => row.key), ...cofiring.map((row) => row.key)]);
+  const labels = await labelsOf(atlas, [...into.map((item) => item.source), ...out.slice(0, 60).map((item) => item.target), ...similar.map((row) => row.key), ...cofiring.map((row) => row.key)], alive);
   const name = (part) => `${part}-${id.replace("/", "-")}`;
+  const inStream = atlas.sites[siteOf(key)].kind === "resid_post"; // of modules' features nobody looks for predecessors
   const items = [
-    atlas.has.flow && { id: "into", name: `Comes from (${into.length})`, draw: () => linkTable(atlas, into, "source", labels, name("from")) },
+    atlas.has.flow && inStream && { id: "into", name: `Comes from (${into.length})`, draw: () => linkTable(atlas, into, "source", labels, name("from")) },
     atlas.has.flow && { id: "out", name: `Goes to (${out.length})`, draw: () => linkTable(atlas, out.slice(0, 60), "target", labels, name("to")) },
     { id: "similar", name: "Same dictionary: similar", draw: () => pairTable(atlas, similar, "cosine", labels, name("similar")) },
     { id: "cofiring", name: "Same dictionary: fire together", draw: () => pairTable(atlas, cofiring, "Jaccard of firing", labels, name("cofiring")) },

@@ -15,6 +15,8 @@ import { classBadge, compareButton, copyButton, empty, FLAG, labelText, ownLabel
 import { tokenChip, visible } from "../ui/tokens.js";
 import { featureLink } from "../ui/parts.js";
 
+const HELD = 0.1; // the same bar as for naming a feature by it in lists
+
 export async function feature({ atlas, key, options, live, alive }) {
   const site = siteOf(key);
   const [overview, names, vocabulary, card, flow, steering, scores] = await Promise.all([atlas.overview(site), atlas.labels(site), atlas.vocabulary(), atlas.card(key), Flow.open(atlas), atlas.steering(), atlas.scores()]);
@@ -81,7 +83,7 @@ function labelTable({ card, atlas, opinion }) {
     h(
       "tr",
       { class: label.accepted || label.method === "model" ? "" : "rejected" },
-      h("td", {}, labelText(label.text, 300), label.score !== null && atlas.method(label.method)?.kind === "none" && h("span", { class: "quiet" }, " (score: of the best rule tried)"), label.from && h("span", { class: "quiet" }, " from ", featureLink(label.from), Number.isFinite(label.cosine) && ` cosine ${short(label.cosine)}`)),
+      h("td", {}, labelText(label.text, 300), label.score !== null && atlas.method(label.method)?.kind === "none" && h("span", { class: "quiet" }, " (score: of the best rule tried)"), didNotHold(atlas, label), label.from && h("span", { class: "quiet" }, " from ", featureLink(label.from), Number.isFinite(label.cosine) && ` cosine ${short(label.cosine)}`)),
       label.method === "model" ? h("td", { title: "written by a language model; the score is its balanced accuracy at telling held-out windows apart" }, `model ${label.model ?? ""}`) : h("td", { title: atlas.method(label.method)?.about }, (atlas.method(label.method)?.name ?? "–").replaceAll("_", " ")),
       h("td", {}, scoreBar(label.score, label.low, label.high), Number.isFinite(label.fuzz?.score) && h("span", { class: "quiet small", title: "balanced accuracy at telling windows marked where it fires from the same ones marked elsewhere" }, `marks ${label.fuzz.score.toFixed(2)} (${label.fuzz.low.toFixed(2)}–${label.fuzz.high.toFixed(2)})`)),
       h("td", { class: "number", "data-name": "n", title: label.n_asked > label.n ? `${label.n} of ${label.n_asked} windows were answered readably` : null }, Number.isFinite(label.n) ? count(label.n) : "–"),
@@ -92,6 +94,12 @@ function labelTable({ card, atlas, opinion }) {
   );
   const heads = [["label"], ["method"], ["held-out score", "with its 95 % interval"], ["n", "held-out firings and near-misses it was scored on"], ["precision"], ["recall"], ["near-misses", "share of near-misses that the rule rejects"]];
   return h("section", {}, h("h2", {}, "Labels"), h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Labels" }, h("table", { class: "plain labels" }, h("thead", {}, h("tr", {}, heads.map(([name, title], i) => h("th", { scope: "col", title, class: i > 2 ? "number" : null }, name)))), h("tbody", {}, rows))), opinion && sentenceLine(opinion));
+}
+
+/** What a feature was strongest on where labels are proposed need not hold elsewhere. */
+function didNotHold(atlas, { method, score }) {
+  if (atlas.method(method)?.kind !== "tokens" || score >= HELD) return null;
+  return h("span", { class: "quiet" }, score === null ? " (no strong firing in held-out documents)" : " (did not hold in held-out documents)");
 }
 
 function sentenceLine({ examples_score: examples, label_score: label, n_firing: firing, n_silent: silent }) {
@@ -119,7 +127,7 @@ function tokenTable({ card, vocabulary }, name, title) {
   return h(
     "section",
     { class: "token-table" },
-    h("h3", {}, title),
+    h("h3", {}, title, h("span", { class: "quiet small" }, " share of its activation, times chance, firings")),
     h("table", { class: "bars" }, h("thead", { class: "unseen" }, h("tr", {}, ["token", "share of activation", "times more than by chance", "firings"].map((text) => h("th", { scope: "col" }, text)))), h("tbody", {}, rows.map((row) => h("tr", {}, h("th", { scope: "row" }, tokenChip(vocabulary.name(row.token))), h("td", { class: "bar-cell" }, shareBar(row.share, percent(row.share))), h("td", { class: "number quiet", title: "how many times more than by chance" }, `×${short(Math.exp(row.lift))}`), h("td", { class: "number quiet", title: "firings" }, count(row.count)))))),
   );
 }
@@ -143,6 +151,6 @@ function places(view) {
 
 function shareRows(rows) {
   const most = Math.max(...rows.map((row) => row.rate).filter(Number.isFinite), 1e-12);
-  const shown = rows.slice().sort((a, b) => (b.rate || 0) - (a.rate || 0)).slice(0, 12);
+  const shown = rows.filter((row) => row.firings > 0).sort((a, b) => b.rate - a.rate).slice(0, 12);
   return h("table", { class: "bars" }, h("tbody", {}, shown.map((row) => h("tr", {}, h("th", { scope: "row" }, row.name), h("td", { class: "bar-cell" }, shareBar(row.rate / most, percent(row.rate))), h("td", { class: "number quiet", title: "times the mean rate" }, `×${short(row.lift)}`), h("td", { class: "number quiet", title: "firings" }, count(row.firings))))));
 }

@@ -12,8 +12,8 @@ export function noteBox(id) {
     setNote(id, { label: label.value.trim(), comment: comment.value.trim() });
     status.textContent = "Kept in this browser.";
   };
-  label.addEventListener("change", save);
-  comment.addEventListener("change", save);
+  label.addEventListener("input", save);
+  comment.addEventListener("input", save);
   const details = h("details", { class: "note" }, h("summary", {}, note.label || note.comment ? "Your note" : "Add a note"), h("div", { class: "note-fields" }, h("label", {}, "Your label ", label), h("label", {}, "Remark ", comment), status));
   if (note.label || note.comment) details.open = true;
   return details;

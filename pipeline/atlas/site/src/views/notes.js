@@ -2,6 +2,7 @@
 
 import { h, show } from "../dom.js";
 import { saveText } from "../figures/export.js";
+import { plural } from "../format.js";
 import { allNotes, exportNotes, importNotes, onChange } from "../notes.js";
 import { parseFeature } from "../route.js";
 import { empty, featureLink } from "../ui/parts.js";
@@ -46,5 +47,5 @@ async function read(input, atlas, report) {
     return void show(report, h("p", { class: "warning" }, `${file.name} is not JSON.`));
   }
   const { added, problems } = importNotes(document, (id) => atlas.key(parseFeature(id)) !== null);
-  show(report, h("p", {}, `${added} notes read.`), problems.length > 0 && h("ul", { class: "warning" }, problems.slice(0, 20).map((text) => h("li", {}, visible(text)))));
+  show(report, h("p", {}, `${plural(added, "note")} read.`), problems.length > 0 && h("ul", { class: "warning" }, problems.slice(0, 20).map((text) => h("li", {}, visible(text)))));
 }

@@ -119,11 +119,13 @@ function likeliest(vocabulary, text) {
   return found.slice(0, MOST_TOKENS).map(([, , id]) => id);
 }
 
-/** Best labels of features, by key. */
-export async function labelsOf(atlas, keys) {
+/** Best labels of features, by key. A few dictionaries at a time, and no more once the page was left: reading those of all
+ *  layers would hold up the next page. */
+export async function labelsOf(atlas, keys, alive = () => true) {
   const sites = [...new Set(keys.map((key) => siteOf(key)))];
-  const names = new Map(await Promise.all(sites.map(async (site) => [site, (await atlas.labels(site)).labels])));
-  return new Map(keys.map((key) => [key, names.get(siteOf(key))[latentOf(key)]]));
+  const names = new Map();
+  for (let i = 0; i < sites.length && alive(); i += 4) await Promise.all(sites.slice(i, i + 4).map(async (site) => names.set(site, (await atlas.labels(site)).labels)));
+  return new Map(keys.map((key) => [key, names.get(siteOf(key))?.[latentOf(key)] ?? ""]));
 }
 
 function tokenGroup(atlas, vocabulary, token, list, names) {
