@@ -34,14 +34,19 @@ from pipeline.atlas.shards import read_shard
 from pipeline.opened_run import open_run
 from sae import Sae, load_sae
 from sae.errors import UserError
-from steering.dose import NeutralText, calibrate
+from steering.dose import NeutralText, measure, solve_for_dose
 from steering.edits import Add
 from steering.generation import Sampling, stream
 from steering.plan import Plan
 
-MAX_TOKENS, MAX_NEW_TOKENS, MAX_SAMPLES, MAX_LINKS = 256, 200, 4, 5000
+MAX_TOKENS, MAX_NEW_TOKENS, MAX_SAMPLES, MAX_LINKS = 256, 200, 4, 300_000
 _NEUTRAL_TEXTS = 8
+MAX_DOSE = 20.0  # nats a token; far beyond where text falls apart
 Record = dict[str, Any]
+
+
+class _Stopped(Exception):
+    """Somebody asked to stop while the strength was being found."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -98,7 +103,8 @@ class LiveAtlas:
             record, keys = self._site_record(index, sae, activations[site][0])
             fired.append(keys)
             yield record
-        yield {"links": self._live_links(np.sort(np.concatenate(fired)), len(ids))}
+        links = self._live_links(np.sort(np.concatenate(fired)), len(ids))
+        yield {"links": links[:MAX_LINKS], "cut": len(links) > MAX_LINKS}
         yield {"done": True}
 
     def steer(
@@ -111,14 +117,22 @@ class LiveAtlas:
         n_new_tokens: int = 60,
         seed: int = 0,
     ) -> Iterator[Record]:
-        """The records of `POST /api/steer`: the text so far of either arm, after every token. Raises UserError."""
+        """The records of `POST /api/steer`: what it is at, then the text so far of either arm, after every token.
+        Raises UserError."""
         self.stopped.clear()
         if not 1 <= n_samples <= MAX_SAMPLES or not 1 <= n_new_tokens <= MAX_NEW_TOKENS:
             raise UserError(
                 "too many or too few samples or tokens", found=f"{n_samples} × {n_new_tokens}",
                 expected=f"1 … {MAX_SAMPLES} × 1 … {MAX_NEW_TOKENS}",
             )  # fmt: skip
-        plan = self._plan(features, dose)
+        if not 0 < dose <= MAX_DOSE:
+            raise UserError("a dose is a positive number of nats", found=str(dose), expected=f"up to {MAX_DOSE}")
+        plan = self._plan(features)
+        yield {"status": "finding the strength for this dose on neutral text"}
+        try:
+            plan = self._at_dose(plan, dose)
+        except _Stopped:
+            return
         for sample in range(n_samples):
             sampling = Sampling(n_tokens=n_new_tokens)
             written: tuple[list[int], list[int]] = ([], [])
@@ -162,17 +176,28 @@ class LiveAtlas:
                 found.append([int(x) for x in row])
             if len(found) > MAX_LINKS:
                 break
-        return found[:MAX_LINKS]
+        return found
 
-    def _plan(self, features: Sequence[str], dose: float) -> Plan:
-        """Add the features' directions, each by its largest activation, together at this dose."""
+    def _plan(self, features: Sequence[str]) -> Plan:
+        """Add the features' directions, each by its largest activation."""
         if not features:
             raise UserError("no feature to steer", expected="at least one, such as L12/402")
         chosen = sorted({parse_feature(f) for f in features})
         scales = {f: float(self.cards.card(str(f)).numbers["max"]) or 1.0 for f in chosen}
-        plan = Plan.from_chain([(f, 1.0) for f in chosen], edit=Add(), scales=scales)
-        (found,) = calibrate(self.model, self.saes, plan, self._neutral, [dose])
-        return plan.with_strength(found.strength, dose=dose)
+        return Plan.from_chain([(f, 1.0) for f in chosen], edit=Add(), scales=scales)
+
+    def _at_dose(self, plan: Plan, dose: float) -> Plan:
+        """The plan as strong as costs `dose` on neutral text; looks after every try whether to stop."""
+
+        def kl_at(strength: float) -> float:
+            if self.stopped.is_set():
+                raise _Stopped
+            return measure(self.model, self.saes, plan.with_strength(strength), self._neutral).kl
+
+        strength, _ = solve_for_dose(
+            kl_at, dose, guess=1.0, known={}, tolerance=0.05, max_evaluations=8, max_strength=1e4
+        )
+        return plan.with_strength(strength, dose=dose)
 
     @cached_property
     def _neutral(self) -> NeutralText:

@@ -19,6 +19,7 @@ TOKEN = "a-token"
 class _Handler(SimpleHTTPRequestHandler):
     asked: list[tuple[str, Any]] = []  # noqa: RUF012  # shared on purpose: what the page sent
     busy = False
+    whole = True
 
     def do_GET(self) -> None:
         if self.path.startswith("/api/health"):
@@ -34,8 +35,13 @@ class _Handler(SimpleHTTPRequestHandler):
             first = {"tokens": [8, 9], "pieces": ["<b>one", " two"]}
             fired = {"site": 0, "at": [0, 1], "latent": [5, 17], "value": [2.5, 1.0], "share": [0.5, 0.1]}
             return self._lines([first, fired, {"links": [[0, 17, 0, 5, 1]]}, {"done": True}])
-        arms = [{"arm": "unsteered", "sample": 0, "text": "plain"}, {"arm": "steered", "sample": 0, "text": "<i>bent"}]
-        return self._lines([*arms, {"done": True}])
+        grown = [  # the text so far, after every token
+            {"arm": arm, "sample": 0, "text": text[:n]}
+            for arm, text in (("unsteered", "plain"), ("steered", "<i>bent"))
+            for n in (3, len(text))
+        ]
+        ending = [{"done": True}] if self.whole else []
+        return self._lines([{"status": "finding the strength"}, *grown, *ending])
 
     def _lines(self, records: list[dict[str, Any]]) -> None:
         data = "".join(json.dumps(record) + "\n" for record in records).encode()
@@ -51,7 +57,7 @@ class _Handler(SimpleHTTPRequestHandler):
 @pytest.fixture
 def address(atlas_folder: Path) -> Iterator[str]:
     _Handler.asked.clear()
-    _Handler.busy = False
+    _Handler.busy, _Handler.whole = False, True
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(atlas_folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}/?token={TOKEN}"
@@ -83,7 +89,11 @@ def test_steering_shows_both_arms_and_a_busy_model_is_said(page: Any, address: s
     open_live(page, address, "L3/30")
     page.click("form.live .primary")
     page.wait("return document.querySelector('form.live').innerText.includes('<i>bent')")
-    assert "plain" in page.text("form.live")
+    assert page.texts("form.live blockquote p") == ["plain", "<i>bent"]
+    assert page.text("form.live [role=status]") == ""
+    _Handler.whole = False
+    page.click("form.live .primary")
+    page.wait("return document.querySelector('form.live [role=status]').innerText === 'Stopped.'")
     _Handler.busy = True
     page.click("form.live .primary")
     page.wait("return document.querySelector('form.live').innerText.includes('busy')")

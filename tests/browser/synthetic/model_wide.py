@@ -53,7 +53,7 @@ def write_steering(folder: Path, world: World) -> None:
         {"feature": feature, "arm": arm, "dose": dose, "name": "own tokens per 100", "mean": 8 * dose + k, "low": 6 * dose, "high": 10 * dose + 2, "n": 64}
         for k, arm in enumerate(("single layer", "flow additive")) for dose in (0.1, 0.2, 0.4)
     ]  # fmt: skip
-    commands = {feature: f"featureflow steer --features {feature}"}
+    commands = {feature: f"featureflow steer --steer.features '[\"{feature}\"]'"}
     write_shard(
         folder, "attached/steering", {"version": 1, "samples": samples, "effects": effects, "commands": commands}
     )

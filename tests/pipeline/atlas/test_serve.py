@@ -134,6 +134,23 @@ def test_the_site_is_served(server):
     assert text.startswith('FF("manifest"')
 
 
+def test_steering_is_stopped_while_its_strength_is_being_found(live):
+    records = live.steer(["L1/5"], "one", dose=0.2, n_new_tokens=4)
+    assert "status" in next(records)
+    live.stop()
+    assert list(records) == []
+    assert list(live.steer(["L1/5"], "one", dose=0.2, n_new_tokens=1))[-1] == {"done": True}
+
+
+def test_links_beyond_the_most_that_are_sent_are_said_to_be_cut(live, monkeypatch):
+    links = next(record for record in live.read_text(TEXT) if "links" in record)
+    assert not links["cut"]
+    assert len(links["links"]) > 2
+    monkeypatch.setattr("pipeline.atlas.live.MAX_LINKS", 2)
+    cut = next(record for record in live.read_text(TEXT) if "links" in record)
+    assert cut == {"links": links["links"][:2], "cut": True}
+
+
 def test_one_request_at_a_time(live, server, monkeypatch):
     entered, release = threading.Event(), threading.Event()
 

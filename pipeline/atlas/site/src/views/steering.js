@@ -8,11 +8,13 @@ import { cancel, stream } from "../live.js";
 import { choice, copyButton } from "../ui/parts.js";
 import { visible } from "../ui/tokens.js";
 
+const MEASURES = { activation: "activation, of a typical strong one", nll: "surprise to the unsteered model, nats a token", coherent: "share of coherent texts" };
+
 export function steeringSection(view) {
   const { steering, id } = view;
   const samples = (steering.samples ?? []).filter((sample) => sample.feature === id || sample.features?.includes(id));
   const effects = (steering.effects ?? []).filter((effect) => effect.feature === id);
-  const command = steering.commands?.[id] ?? `featureflow steer --features ${id}`;
+  const command = steering.commands?.[id] ?? `featureflow steer --steer.features '["${id}"]'`;
   return h(
     "section",
     { class: "steering" },
@@ -24,17 +26,16 @@ export function steeringSection(view) {
   );
 }
 
+// Doses are measured, so every way has its own: one choice for both.
 function sampleViewer(samples) {
-  const arms = [...new Set(samples.map((sample) => sample.arm))];
-  const doses = [...new Set(samples.map((sample) => sample.dose))].sort((a, b) => a - b);
-  const state = { arm: arms.includes("flow additive") ? "flow additive" : arms[0], dose: String(doses.at(-1)) };
+  const name = ({ arm, dose }) => `${arm}, ${short(dose)} nats`;
+  const order = (a, b) => (a.arm < b.arm ? -1 : a.arm > b.arm ? 1 : a.dose - b.dose);
+  const kinds = [...new Map(samples.slice().sort(order).map((sample) => [name(sample), sample])).keys()];
+  const first = kinds.findLast((kind) => /^flow( additive)?,/.test(kind)) ?? kinds[0];
   const list = h("div", {});
-  const draw = () => {
-    const shown = samples.filter((sample) => sample.arm === state.arm && String(sample.dose) === state.dose);
-    show(list, shown.length ? shown.map(pair) : h("p", { class: "quiet" }, "No sample with this arm at this dose."));
-  };
-  draw();
-  return h("div", {}, h("div", { class: "controls" }, choice({ label: "Way", value: state.arm, options: arms.map((arm) => [arm, arm]), onchange: (arm) => ((state.arm = arm), draw()) }), choice({ label: "Dose", value: state.dose, options: doses.map((dose) => [String(dose), `${short(dose)} nats`]), onchange: (dose) => ((state.dose = dose), draw()) })), list);
+  const draw = (kind) => show(list, samples.filter((sample) => name(sample) === kind).map(pair));
+  draw(first);
+  return h("div", {}, h("div", { class: "controls" }, choice({ label: "Way and dose", value: first, options: kinds.map((kind) => [kind, kind]), onchange: draw })), list);
 }
 
 function pair(sample) {
@@ -46,7 +47,7 @@ function effectFigure(effects, id) {
   const names = [...new Set(effects.map((effect) => effect.name))];
   return names.map((name) => {
     const rows = effects.filter((effect) => effect.name === name);
-    return figure({ name: `steering-${id.replace("/", "-")}`, title: `${name}, by dose`, drawing: effectPlot(rows, name), caption: "Change against unsteered text at the same prompts and seeds; bars are 95 % intervals.", rows: () => ({ head: ["way", "dose (nats)", "mean", "low", "high", "n"], rows: rows.map((row) => [row.arm, row.dose, row.mean, row.low, row.high, row.n]) }) });
+    return figure({ name: `steering-${id.replace("/", "-")}`, title: `${MEASURES[name] ?? name}, by dose`, drawing: effectPlot(rows, name), caption: "Change against unsteered text at the same prompts and seeds; bars are 95 % intervals.", rows: () => ({ head: ["way", "dose (nats)", "mean", "low", "high", "n"], rows: rows.map((row) => [row.arm, row.dose, row.mean, row.low, row.high, row.n]) }) });
   });
 }
 
@@ -59,14 +60,14 @@ function effectPlot(rows, name) {
       const values = rows.flatMap((row) => [row.low, row.high, 0]).filter(Number.isFinite);
       const doses = [...new Set(rows.map((row) => row.dose))].sort((a, b) => a - b);
       const [left, right, top, bottom] = [44, width - 10, 8, height - 34];
-      const x = linear(0, Math.max(1, doses.length - 1), left + 24, right - 24);
+      const x = linear(0, doses.at(-1), left + 8, right - 8);
       const y = linear(Math.min(...values), Math.max(...values), bottom, top);
       const series = arms.map((arm, i) => {
-        const own = doses.map((dose, d) => [d, rows.find((row) => row.arm === arm && row.dose === dose)]).filter(([, row]) => row);
-        const shift = (i - (arms.length - 1) / 2) * Math.min(7, 40 / arms.length);
-        return svg("g", { class: `effect series${i}` }, line(own.map(([d, row]) => [x(d) + shift, y(row.mean)]), "effect-line"), own.map(([d, row]) => [svg("line", { x1: x(d) + shift, x2: x(d) + shift, y1: y(row.low), y2: y(row.high), class: "effect-line" }), svg("circle", { cx: x(d) + shift, cy: y(row.mean), r: 3.2, class: "community-bar" }, svg("title", {}, `${arm}, ${short(row.dose)} nats: ${fixed(row.mean)} (${fixed(row.low)} to ${fixed(row.high)}), n ${row.n}`))]));
+        const own = rows.filter((row) => row.arm === arm).sort((a, b) => a.dose - b.dose);
+        const bars = own.map((row) => [svg("line", { x1: x(row.dose), x2: x(row.dose), y1: y(row.low), y2: y(row.high), class: "effect-line" }), svg("circle", { cx: x(row.dose), cy: y(row.mean), r: 3.2, class: "community-bar" }, svg("title", {}, `${arm}, ${short(row.dose)} nats: ${fixed(row.mean)} (${fixed(row.low)} to ${fixed(row.high)}), n ${row.n}`))]);
+        return svg("g", { class: `effect series${i}` }, line(own.map((row) => [x(row.dose), y(row.mean)]), "effect-line"), bars);
       });
-      return canvasOf(width, height, `${name} by dose`, yAxis(y, ticks(Math.min(...values), Math.max(...values), 4), { left, right, format: short }), svg("line", { x1: left, x2: right, y1: y(0), y2: y(0), class: "axis" }), series, doses.map((dose, d) => text(x(d), bottom + 16, short(dose), { anchor: "middle" })), text((left + right) / 2, height - 4, "dose (nats of KL on neutral text)", { anchor: "middle" }));
+      return canvasOf(width, height, `${name} by dose`, yAxis(y, ticks(Math.min(...values), Math.max(...values), 4), { left, right, format: short }), svg("line", { x1: left, x2: right, y1: y(0), y2: y(0), class: "axis" }), series, ticks(0, doses.at(-1), 5).map((dose) => text(x(dose), bottom + 16, short(dose), { anchor: "middle" })), text((left + right) / 2, height - 4, "dose (nats of KL on neutral text)", { anchor: "middle" }));
     },
     { label: name },
   );
@@ -81,15 +82,26 @@ function liveBox(view) {
   const status = h("p", { role: "status", class: "quiet" });
   const run = async (event) => {
     event.preventDefault();
-    show(status, "Writing …");
+    const texts = { unsteered: [], steered: [] };
+    let done = false;
+    const take = (record) => {
+      if (record.status) show(status, `${record.status[0].toUpperCase()}${record.status.slice(1)} …`);
+      done ||= Boolean(record.done);
+      if (!texts[record.arm]) return;
+      show(status, "Writing …");
+      texts[record.arm][record.sample ?? 0] = record.text;
+      show(out[record.arm], texts[record.arm].map((text) => h("p", {}, visible(text))));
+    };
+    show(status, "Waiting for the model …");
     for (const place of Object.values(out)) show(place);
     try {
       const features = (await view.flow.chain(view.key)).features.map((key) => view.atlas.id(key));
-      await stream("steer", { features: features.length ? features : [view.id], prompt: prompt.value, dose: Number(dose.value), n_samples: 1, n_new_tokens: 60, seed: 0 }, (record) => record.arm && out[record.arm]?.append(visible(record.text), h("br")));
-      show(status, "");
+      await stream("steer", { features: features.length ? features : [view.id], prompt: prompt.value, dose: Number(dose.value), n_samples: 1, n_new_tokens: 60, seed: 0 }, take);
+      show(status, done ? "" : "Stopped.");
     } catch (error) {
       show(status, error.message);
     }
   };
-  return h("form", { class: "live", onsubmit: run }, h("div", { class: "controls" }, prompt, dose, h("button", { class: "action primary" }, "Steer"), h("button", { type: "button", class: "action", onclick: cancel }, "Stop")), status, h("div", { class: "sample" }, h("div", { class: "side" }, h("h3", { class: "minor" }, "unsteered"), out.unsteered), h("div", { class: "side" }, h("h3", { class: "minor" }, "steered"), out.steered)));
+  const stop = () => (show(status, "Stopping …"), cancel());
+  return h("form", { class: "live", onsubmit: run }, h("div", { class: "controls" }, prompt, dose, h("button", { class: "action primary" }, "Steer"), h("button", { type: "button", class: "action", onclick: stop }, "Stop")), status, h("div", { class: "sample" }, h("div", { class: "side" }, h("h3", { class: "minor" }, "unsteered"), out.unsteered), h("div", { class: "side" }, h("h3", { class: "minor" }, "steered"), out.steered)));
 }

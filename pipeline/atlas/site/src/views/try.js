@@ -5,7 +5,7 @@ import { h, show } from "../dom.js";
 import { percent, plural, short } from "../format.js";
 import { cancel, stream } from "../live.js";
 import { empty, featureLink, labelText } from "../ui/parts.js";
-import { level, visible } from "../ui/tokens.js";
+import { visible } from "../ui/tokens.js";
 import { labelsOf } from "./search.js";
 
 export async function tryText({ atlas, live }) {
@@ -20,7 +20,7 @@ export async function tryText({ atlas, live }) {
     try {
       await stream("text", { text: area.value }, (record) => take(atlas, seen, record));
       await draw(atlas, seen, result);
-      show(status, `${plural(seen.pieces.length, "token")}, ${plural(seen.fired.length, "activation")}, ${plural(seen.links.length, "live link")}.`);
+      show(status, `${plural(seen.pieces.length, "token")}, ${plural(seen.fired.length, "activation")}, ${plural(seen.links.length, "live link")}${seen.cut ? " (the first of more)" : ""}. Choose a token.`);
     } catch (error) {
       show(status, error.message);
     }
@@ -32,18 +32,18 @@ export async function tryText({ atlas, live }) {
 function take(atlas, seen, record) {
   if (record.pieces) seen.pieces = record.pieces;
   if (record.site !== undefined) record.at.forEach((position, i) => seen.fired.push({ key: keyOf(record.site, record.latent[i]), position, value: record.value[i], share: record.share[i] }));
+  if (record.links) seen.cut = record.cut;
   if (record.links) seen.links = record.links.map(([targetSite, target, sourceSite, source, position]) => ({ source: keyOf(sourceSite, source), target: keyOf(targetSite, target), position }));
 }
 
 async function draw(atlas, seen, place) {
   const labels = await labelsOf(atlas, seen.fired.map((item) => item.key));
   const list = h("div", {});
-  const strongest = seen.pieces.map((_, position) => Math.max(0, ...seen.fired.filter((item) => item.position === position).map((item) => item.share)));
   const choose = (position) => {
     buttons.forEach((button, i) => button.setAttribute("aria-pressed", i === position));
     show(list, fired(atlas, seen, position, labels));
   };
-  const buttons = seen.pieces.map((piece, position) => h("button", { type: "button", class: `token a${level(strongest[position], 1)}`, onclick: () => choose(position) }, visible(piece)));
+  const buttons = seen.pieces.map((piece, position) => h("button", { type: "button", class: "token", onclick: () => choose(position) }, visible(piece)));
   show(place, h("p", { class: "example-text live-text" }, buttons), list);
   if (buttons.length) choose(buttons.length - 1);
 }
