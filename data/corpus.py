@@ -69,7 +69,7 @@ SingleCorpus = BundledText | PackagedText | TextFiles | HubText
 class Part:
     """One source of a mixture and its share of the characters."""
 
-    corpus: SingleCorpus
+    corpus: Annotated[SingleCorpus, Doc("the text of this part, a table with its kind")]
     weight: Annotated[float, Gt(0), Doc("share of the characters, relative to the other parts")] = 1.0
     max_characters: Annotated[
         int | None, Ge(100), Doc("of a longer document one passage of at most this length is used, drawn at random")

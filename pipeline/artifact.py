@@ -189,7 +189,7 @@ class Draft:
             },
         }
         write_text_atomically(self.path / MANIFEST, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-        _replace_folder(self.path, out)
+        replace_folder(self.path, out)
         (out / MARKER).unlink(missing_ok=True)  # last: a kill before the rename must find it
 
 
@@ -265,16 +265,22 @@ def write_text_atomically(path: Path, text: str) -> None:
     beside.replace(path)
 
 
-def _replace_folder(new: Path, place: Path) -> None:
+def replace_folder(new: Path, place: Path) -> None:
     """Put folder `new` at `place`. The old folder is moved aside first and removed last."""
     old = place.with_name(place.name + ".old")
-    if old.exists():
-        shutil.rmtree(old)
-    if place.exists():
+    _remove(old)
+    if place.exists() or place.is_symlink():
         place.rename(old)
     new.rename(place)
-    if old.exists():
-        shutil.rmtree(old)
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """A folder with all in it; of a link to one (a stage shared with another run) the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def _read_manifest(path: Path, mend: str) -> dict[str, Any]:
@@ -293,7 +299,7 @@ def _read_manifest(path: Path, mend: str) -> dict[str, Any]:
 
 
 def recover_interrupted_replace(place: Path) -> None:
-    """A kill between the two renames of `_replace_folder` leaves only `<place>.old`: put it back."""
+    """A kill between the two renames of `replace_folder` leaves only `<place>.old`: put it back."""
     old = place.with_name(place.name + ".old")
     if old.exists() and not place.exists():
         old.rename(place)

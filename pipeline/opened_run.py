@@ -9,6 +9,7 @@ records the digests of what it was made from, so nothing is read but manifests.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.artifact import SCHEMAS, Artifact
@@ -25,6 +26,18 @@ def open_run(root: Path, stages: Sequence[str]) -> dict[str, Artifact]:
             mend=f"featureflow run --to {max(stages, key=list(SCHEMAS).index)}",
         )
     return opened
+
+
+def whole_run(root: Path, made: Sequence[Artifact]) -> list[Artifact]:
+    """These artifacts and those of other stages in `root` that were made from them, in the order of the stages."""
+    found = {artifact.kind: artifact for artifact in made}
+    for stage in SCHEMAS:
+        if stage not in found:
+            with suppress(UserError):
+                other = Artifact.open(root / stage, kind=stage, schema=SCHEMAS[stage])
+                if not any(misfits({**found, stage: other})):
+                    found[stage] = other
+    return [found[stage] for stage in SCHEMAS if stage in found]
 
 
 def misfits(opened: Mapping[str, Artifact]) -> Iterator[Problem]:

@@ -218,12 +218,23 @@ def describe_fields(cls: Any, prefix: str) -> list[tuple[str, str, str, str]]:
         place = f"{prefix}.{field.name}"
         rows.append((place, _show_hint(hint), _show_default(field), _doc_of(hint)))
         bare = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        if get_origin(bare) is tuple and dataclasses.is_dataclass(get_args(bare)[0]):
+            rows += _describe_entries(get_args(bare)[0], place)
         options = get_args(bare) if get_origin(bare) in (Union, types.UnionType) else (bare,)
         for option in options:
             if dataclasses.is_dataclass(option) and isinstance(option, type):
                 tag = f"{place}" if len(options) == 1 else f"{place}({_kinds(option)[0]})"
                 rows += [row for row in describe_fields(option, tag) if not row[0].endswith(".kind")]
     return rows
+
+
+def _describe_entries(cls: Any, place: str) -> list[tuple[str, str, str, str]]:
+    """Rows of what one entry of a list of tables may say; choices inside are those of the fields above."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields = [f for f in dataclasses.fields(cls) if f.init]
+    return [
+        (f"{place}[].{f.name}", _show_hint(hints[f.name]), _show_default(f), _doc_of(hints[f.name])) for f in fields
+    ]
 
 
 def _show_hint(hint: Any) -> str:

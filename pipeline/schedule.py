@@ -14,6 +14,7 @@ A changed section of a recipe therefore reruns that stage and what lies below it
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 import typing
 from collections.abc import Callable, Mapping
@@ -22,12 +23,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.artifact import Artifact, digest_of
+from pipeline.artifact import Artifact, digest_of, replace_folder
 from pipeline.recipe import Recipe
 from pipeline.run import RunContext
 from pipeline.stages import STAGES, StageName
 from sae.errors import UserError
 from sae.kernels.memory import kept_memory
+
+_SHARED = ("collect", "train", "evaluate", "link")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +66,16 @@ def run_recipe(
     context_of: Callable[[str], RunContext],
     events: Events | None = None,
     force: tuple[str, ...] = (),
+    shared: Path | None = None,
 ) -> list[StageResult]:
-    """Bring every stage up to and including `to` up to date. Artifacts lie in `root/<stage>`."""
+    """Bring every stage up to and including `to` up to date. Artifacts lie in `root/<stage>`; one that the run `shared`
+    has already as it is wanted here is linked to instead of made (collect to link: later ones are written into)."""
     events = events or Events()
     results: list[StageResult] = []
     for stage in stages_above(to):
         inputs = {result.stage: result.artifact for result in results}
+        if stage not in force:
+            _share(stage, recipe.configs[stage], inputs, root, shared)
         result = _run_stage(stage, recipe.configs[stage], inputs, root, context_of, events, stage in force)
         results.append(result)
         events.finished(result)
@@ -83,6 +90,7 @@ def run_single(
     context_of: Callable[[str], RunContext],
     events: Events | None = None,
     force: bool = False,
+    shared: Path | None = None,
 ) -> StageResult:
     """Run one stage on the artifacts that are there; a missing or outdated input is an error that names its command."""
     events = events or Events()
@@ -90,6 +98,7 @@ def run_single(
     for above in stages_above(stage)[:-1]:
         module = StageName(above).module
         mend = f"featureflow run --recipe {recipe.name} --to {above}"
+        _share(above, recipe.configs[above], inputs, root, shared)
         artifact = Artifact.open(root / above, kind=module.KIND, schema=module.SCHEMA, mend=mend)
         expected = _digest(module, recipe.configs[above], inputs)
         if artifact.digest != expected:
@@ -130,6 +139,21 @@ def _run_stage(
     with kept_memory():
         artifact = module.run(config, inputs, out, context_of(stage))
     return StageResult(stage=stage, artifact=artifact, was_current=False, seconds=time.monotonic() - started)
+
+
+def _share(stage: str, config: Any, available: Mapping[str, Artifact], root: Path, shared: Path | None) -> None:
+    """Let `root/<stage>` point to the artifact of the run `shared`, if it is current there and not here."""
+    if shared is None or stage not in _SHARED or shared.resolve() == root.resolve():
+        return
+    digest = _digest(StageName(stage).module, config, available)
+    place, theirs = root / stage, shared / stage
+    if Artifact.is_current(place, digest) or not Artifact.is_current(theirs, digest):
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    link = root / f"{stage}.link"
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(theirs.resolve(), root.resolve()), target_is_directory=True)
+    replace_folder(link, place)
 
 
 def _digest(module: ModuleType, config: Any, available: Mapping[str, Artifact]) -> str:

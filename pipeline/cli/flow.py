@@ -30,7 +30,7 @@ def show(feature: str, recipe: str, artifacts: Path) -> None:
     from pipeline.flow.describe import describe_flow
 
     folder = _folder(recipe, artifacts)
-    say(describe_flow(_graph(folder), feature, label_of=_labels(folder)))
+    say(describe_flow(_graph(folder), feature, label_of=labels_beside(folder)))
 
 
 @flow_commands.command()
@@ -44,7 +44,7 @@ def figure(feature: str, out: Path, hops: int, recipe: str, artifacts: Path) -> 
     from pipeline.flow.figures import draw_flow
 
     folder = _folder(recipe, artifacts)
-    draw_flow(_graph(folder), feature, out, label_of=_labels(folder), max_hops=hops)
+    draw_flow(_graph(folder), feature, out, label_of=labels_beside(folder), max_hops=hops)
     say(str(out))
 
 
@@ -55,7 +55,7 @@ def figure(feature: str, out: Path, hops: int, recipe: str, artifacts: Path) -> 
 def trunks(n: int, recipe: str, artifacts: Path) -> None:
     """List the longest strong flows of the graph."""
     folder = _folder(recipe, artifacts)
-    label_of = _labels(folder) or (lambda name: "")
+    label_of = labels_beside(folder) or (lambda name: "")
     rows = []
     for trunk in _graph(folder).trunks(n):
         first, middle, last = (str(trunk.features[i]) for i in (0, trunk.length // 2, -1))
@@ -87,7 +87,7 @@ def _graph(folder: Path) -> FlowGraph:
     return FlowGraph.open(folder / "link")
 
 
-def _labels(folder: Path) -> Callable[[str], str] | None:
+def labels_beside(folder: Path) -> Callable[[str], str] | None:
     """Labels of the atlas beside the graph, when there is one."""
     from pipeline.atlas.opened import Atlas
 

@@ -21,7 +21,7 @@ _COMMAND = re.compile(
     rf"featureflow (?P<name>run|{'|'.join(STAGES)})\b(?P<kept>(?: --to \w+| --force)*)(?: --recipe [^\s,;:]+)?"
     rf"(?P<more>(?: --to \w+| --force)*)(?! (?:--help|{_TOOLS})\b)"
 )
-_SHARED = (("--recipe", "-r"), ("--artifacts", None))
+_SHARED = (("--recipe", "-r"), ("--artifacts", None), ("--name", None))
 
 
 def completed(mend: str, arguments: Sequence[str]) -> str:

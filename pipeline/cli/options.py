@@ -24,6 +24,12 @@ artifacts_option = click.option(
     show_default=True,
     help="folder that holds one folder of artifacts per recipe",
 )
+name_option = click.option(
+    "--name",
+    default=None,
+    help="name of this run: its folder below --artifacts, for variants beside each other. What the recipe's own run "
+    "has as it is wanted here, from collect to link, is shared with it  [default: the recipe's name]",
+)
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="no progress bars")
 _MACHINE_OPTIONS = (
     click.option("--device", default="auto", show_default=True, help="torch device: cpu, cuda, cuda:1, mps, or auto"),
@@ -37,11 +43,28 @@ _MACHINE_OPTIONS = (
 )
 
 
+def folder_of_run(artifacts: Path, recipe_name: str, name: str | None) -> Path:
+    """`artifacts/<name>`, by default that of the recipe. Raises click.UsageError for a name that is no single folder,
+    and for one with a dot: tools would read `-r wide.2` as the name of a file."""
+    if name is None:
+        return artifacts / recipe_name
+    if name in ("", "..") or Path(name).stem != name:
+        raise click.UsageError(f"--name is the name of one folder, without dots, not {name!r}")
+    return artifacts / name
+
+
 def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--device --threads --scheduler --workers`: where to compute; they never change a result."""
     for option in reversed(_MACHINE_OPTIONS):
         command = option(command)
     return command
+
+
+_HOW = """
+How to write a VALUE below: as in TOML, a list '["L1", "L2"]', a table '{kind = "topk", k = 8}'. field(kind).x belongs
+to one kind of a choice: the kind's name alone may be VALUE of field, and --<stage>.field.x changes x of the kind that
+the recipe names. field[].x is what each table of a list says.
+"""
 
 
 class _StageHelp(click.Command):
@@ -50,6 +73,7 @@ class _StageHelp(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from pipeline.recipe import describe_fields
 
+        formatter.write(_HOW)
         for name in STAGES if self.name == "run" else (str(self.name),):
             formatter.write(f"\nFields of [{name}], each also an option (--{name}.<field> VALUE):\n")
             for place, kind, default, meaning in describe_fields(StageName(name).module.Config, name):

@@ -15,7 +15,9 @@ from pipeline.cli.options import (
     StageCommand,
     StageGroup,
     artifacts_option,
+    folder_of_run,
     machine_options,
+    name_option,
     quiet_option,
     read_overrides,
     recipe_option,
@@ -33,26 +35,32 @@ _WARNINGS_SHOWN = 3
 @click.option(
     "--force", multiple=True, type=click.Choice(STAGES), help="stage to run although it is up to date; repeatable"
 )
+@name_option
 @artifacts_option
 @machine_options
 @quiet_option
 @click.pass_context
 def run(
-    ctx: click.Context, recipe: str, to: str, force: tuple[str, ...], artifacts: Path, quiet: bool, **machine: Any
-) -> None:
+    ctx: click.Context, recipe: str, to: str, force: tuple[str, ...], name: str | None, artifacts: Path, quiet: bool,
+    **machine: Any,
+) -> None:  # fmt: skip
     """Run the pipeline of a recipe: every stage that is not up to date, in order."""
+    from pipeline.opened_run import whole_run
     from pipeline.recipe import read_recipe
     from pipeline.run_index import write_run_index
     from pipeline.schedule import Events, run_recipe, stages_above
 
     parsed = read_recipe(recipe, read_overrides(ctx), stages_above(to))
-    root = artifacts / parsed.name
+    root = folder_of_run(artifacts, parsed.name, name)
     say(f"featureflow, recipe {parsed.name}: {parsed.description}")
     with progress_bars(quiet=quiet) as progress:
         context = run_context(progress=progress, **machine)
         events = Events(started=lambda stage: say(f"{stage}: {TITLES[stage]} …"), finished=_report_stage)
-        results = run_recipe(parsed, to=to, root=root, context_of=lambda stage: context, events=events, force=force)
-    index = write_run_index(root, parsed, [result.artifact for result in results])
+        results = run_recipe(
+            parsed, to=to, root=root, context_of=lambda stage: context, events=events, force=force,
+            shared=artifacts / parsed.name,
+        )  # fmt: skip
+    index = write_run_index(root, parsed, whole_run(root, [result.artifact for result in results]))
     _report_run(results, index)
 
 
@@ -98,11 +106,14 @@ def stage_command(stage: str, tools: Sequence[click.Command] = ()) -> click.Comm
 
     @recipe_option
     @click.option("--force", is_flag=True, help="run although the artifact is up to date")
+    @name_option
     @artifacts_option
     @machine_options
     @quiet_option
     @click.pass_context
-    def command(ctx: click.Context, recipe: str, force: bool, artifacts: Path, quiet: bool, **machine: Any) -> None:
+    def command(
+        ctx: click.Context, recipe: str, force: bool, name: str | None, artifacts: Path, quiet: bool, **machine: Any
+    ) -> None:
         if ctx.invoked_subcommand is not None:
             return
         from pipeline.recipe import read_recipe
@@ -111,9 +122,11 @@ def stage_command(stage: str, tools: Sequence[click.Command] = ()) -> click.Comm
         parsed = read_recipe(recipe, read_overrides(ctx), stages_above(stage))
         with progress_bars(quiet=quiet) as progress:
             context = run_context(progress=progress, **machine)
-            root = artifacts / parsed.name
-            events = Events(finished=_report_stage)
-            result = run_single(parsed, stage, root=root, context_of=lambda _: context, events=events, force=force)
+            root = folder_of_run(artifacts, parsed.name, name)
+            result = run_single(
+                parsed, stage, root=root, context_of=lambda _: context, events=Events(finished=_report_stage),
+                force=force, shared=artifacts / parsed.name,
+            )  # fmt: skip
         for line in [*_summary_lines(result.artifact), *_warning_lines(result.artifact)]:
             say(f"  {line}")
         say(f"  {result.artifact.path}")

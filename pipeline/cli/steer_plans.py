@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
+from pipeline.cli.flow import labels_beside
 from pipeline.cli.options import artifacts_option, recipe_option
 from pipeline.console import say, show_number
 
@@ -14,9 +16,23 @@ _EDITS = ("add", "clamp", "floor", "cap", "rescale", "ablate", "mean_ablate", "p
 _SCHEDULES = ("constant", "linear", "exponential", "cosine_product", "gaussian")
 device_option = click.option("--device", default="cpu", show_default=True, help="torch device of the model")
 _dose = click.option("--dose", default=0.3, show_default=True, help="nats of KL to the unsteered model on neutral text")
+_LITTLE = 0.01
+_SUFFIXES = (".toml", ".json", ".safetensors")
+
+
+def _writable(ctx: click.Context, parameter: click.Parameter, path: Path) -> Path:
+    """Looked at before the model is loaded: minutes of calibration are not lost to a misspelt folder."""
+    if path.suffix not in _SUFFIXES:
+        raise click.BadParameter(f"{path} has no form of a plan: {', '.join(_SUFFIXES)}")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise click.BadParameter(f"{path.parent} is no folder that can be written into")
+    return path
+
+
 _out = click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="plan to write: .toml, .json or .safetensors"
-)
+    "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, callback=_writable,
+    help="plan to write: .toml, .json or .safetensors",
+)  # fmt: skip
 
 
 @click.command()
@@ -91,12 +107,16 @@ def contrast(
         _write(replace(made, name=f"{topical.stem} against {other.stem}, difference of means"), out)
         return
     found = features_of_contrast(session, *texts, by="auroc" if by == "auroc" else "d_prime", n_best=candidates)
+    label_of = labels_beside(artifacts / Path(recipe).stem) or (lambda name: "")
     for each in found[:5]:
         c = each.contrast
         say(
             f"{c.feature!s:>10}  AUROC {c.auroc:.2f}  d′ {c.d_prime:.2f}  fires on {c.fire_rate:.0%} of the texts"
-            f"  {each.output.on_target_share:.1%} of a push goes to their words"
+            f"  {each.output.on_target_share:.1%} of a push goes to their words  {label_of(str(c.feature))}".rstrip()
         )
+    if found[0].output.on_target_share < _LITTLE:
+        say(f"note: each moves less than {_LITTLE:.0%} of its push to the words in which the texts differ: these")
+        say("      features read the topic rather than write it; more texts may find others, or try --by difference")
     best = found[0].contrast.feature
     made = session.plan_along_flow(best, dose=dose)
     _write(replace(made, name=f"{topical.stem} against {other.stem}, {made.name}"), out)

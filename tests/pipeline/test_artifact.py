@@ -150,7 +150,7 @@ def test_a_kill_just_before_the_rename_loses_no_work(tmp_path: Path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(pipeline.artifact, "_replace_folder", kill)
+        patched.setattr(pipeline.artifact, "replace_folder", kill)
         make(tmp_path / "toy", "long work")
     with Artifact.create(tmp_path / "toy", kind="toy", schema=1, config=Config(), inputs={"above": "d1"}) as draft:
         assert (draft.path / "sub" / "data.txt").read_text() == "long work"

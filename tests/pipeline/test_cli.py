@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import click
 import pytest
@@ -119,3 +120,18 @@ def test_cores_are_counted_where_the_system_has_no_affinity(monkeypatch: pytest.
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     found = run_context(device="cpu", threads=0, scheduler=None, workers=0, progress=None)
     assert found.n_threads == os.cpu_count()
+
+
+@pytest.mark.parametrize(("out", "reason"), [("p.txt", "no form of a plan"), ("no/where/p.toml", "no folder")])
+def test_where_a_plan_is_written_is_looked_at_before_anything_is_loaded(
+    out: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There are no artifacts here: a complaint about them would mean that they were looked for first."""
+    assert run_command(["steer", "plan", "L1/2", "--artifacts", str(tmp_path), "--out", str(tmp_path / out)]) == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "/x", "wide.2"])
+def test_the_name_of_a_run_is_one_folder(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["run", "-r", "tiny", "--name", name]) == 2
+    assert "one folder" in capsys.readouterr().err

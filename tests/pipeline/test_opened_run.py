@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.artifact import SCHEMAS, Artifact
-from pipeline.opened_run import open_run
+from pipeline.opened_run import open_run, whole_run
 from sae.errors import UserError
 
 
@@ -49,3 +49,12 @@ def test_a_missing_stage_is_named_before_anything_is_compared(tmp_path: Path) ->
     with pytest.raises(UserError, match="there is no artifact here") as caught:
         open_run(tmp_path, ("collect", "train", "link", "atlas"))
     assert caught.value.mend == "featureflow run --to atlas"
+
+
+def test_the_front_page_keeps_the_stages_that_were_not_run_and_still_belong(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    assert whole_run(tmp_path, [run["collect"]]) == [*run.values()]
+    anew = made(tmp_path, "train", 2, {"collect": run["collect"]})
+    assert whole_run(tmp_path, [run["collect"], anew]) == [run["collect"], anew], "link is of the earlier train"
+    (tmp_path / "link" / "manifest.json").unlink()
+    assert whole_run(tmp_path, [run["collect"], anew]) == [run["collect"], anew]

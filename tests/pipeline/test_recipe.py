@@ -34,6 +34,7 @@ class Config:
     architecture: Annotated[TopK | Relu, Doc("which latents are kept")] = Relu()
     steps: Annotated[int, Gt(0), Doc("optimizer steps")] = 4
     sites: tuple[str, ...] = ()
+    others: Annotated[tuple[TopK, ...], Doc("more")] = ()
 
     def __post_init__(self) -> None:
         if self.steps == 13:
@@ -133,6 +134,13 @@ def test_a_recipe_beside_is_named_when_its_name_is_nearly_right(
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match="no recipe 'lptop'"):
         recipe_path("lptop")
+
+
+@pytest.mark.usefixtures("toy_stages")
+def test_the_fields_of_tables_in_a_list_are_explained() -> None:
+    rows = {place: (kind, meaning) for place, kind, _, meaning in describe_fields(Config, "train")}
+    assert rows["train.others"] == ("list of {k, kind}", "more")
+    assert rows["train.others[].k"] == ("int > 0", "active latents a token")
 
 
 def test_every_field_of_every_stage_is_explained() -> None:

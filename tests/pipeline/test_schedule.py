@@ -160,3 +160,50 @@ def test_a_stage_does_not_run_on_an_input_whose_bytes_changed(tmp_path: Path, lo
         bring(tmp_path, "link")
     assert caught.value.mend == "featureflow train --force"
     assert log == ["collect", "train"]
+
+
+def vary(tmp_path: Path, **values: int) -> None:
+    """The run `wide`, a variant of the run `base` of the same recipe."""
+    run_recipe(
+        recipe(**values), to="link", root=tmp_path / "wide", context_of=lambda stage: RunContext(),
+        shared=tmp_path / "base",
+    )  # fmt: skip
+
+
+def test_a_variant_shares_what_the_recipes_own_run_has_and_makes_the_rest(tmp_path: Path, log: list[str]) -> None:
+    bring(tmp_path / "base", "link")
+    log.clear()
+    vary(tmp_path, train=2)
+    assert log == ["train", "link"]
+    assert (tmp_path / "wide" / "collect").resolve() == tmp_path / "base" / "collect"
+    assert (tmp_path / "base" / "train" / "value.txt").read_text() == "1"
+    assert (tmp_path / "wide" / "train" / "value.txt").read_text() == "2"
+    vary(tmp_path, train=2)
+    assert log == ["train", "link"]
+
+
+def test_a_shared_stage_that_is_made_anew_is_made_again_for_the_variant_alone(tmp_path: Path, log: list[str]) -> None:
+    bring(tmp_path / "base", "link")
+    vary(tmp_path, train=2)
+    bring(tmp_path / "base", "link", collect=3)
+    log.clear()
+    vary(tmp_path, train=2)
+    assert log == ["collect"], "the digests of train and link are what they were"
+    assert not (tmp_path / "wide" / "collect").is_symlink()
+    assert (tmp_path / "wide" / "collect" / "value.txt").read_text() == "1"
+    assert (tmp_path / "base" / "collect" / "value.txt").read_text() == "3"
+
+
+def test_one_stage_of_a_variant_finds_its_inputs_in_the_recipes_own_run(tmp_path: Path, log: list[str]) -> None:
+    bring(tmp_path / "base", "collect")
+    made = run_single(
+        recipe(train=2), "train", root=tmp_path / "wide", context_of=lambda stage: RunContext(),
+        shared=tmp_path / "base",
+    )  # fmt: skip
+    assert made.artifact.path == tmp_path / "wide" / "train"
+    assert log == ["collect", "train"]
+    with pytest.raises(UserError, match="there is no artifact here"):
+        run_single(
+            recipe(collect=2), "train", root=tmp_path / "else", context_of=lambda stage: RunContext(),
+            shared=tmp_path / "base",
+        )  # fmt: skip
