@@ -4,10 +4,15 @@
 
 The step is `Trainer.train_on`: normalisation, forward, auxiliary loss, backward, clipping, Adam, unit rows, firing
 counts. Further options and the output are those of the peers' scripts.
+
+`--schedule beta1=0.9 beta2=0.999 dead_after=61440` puts single fields of the schedule in place of what the laws give
+(sae/schedule.py): how docs/log.md shows what each of them is worth.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import sys
 
 import torch
@@ -24,9 +29,10 @@ from sae.trainer import Trainer, random_start
 
 
 def main() -> None:
-    precision = _take_precision()
+    own, sys.argv[1:] = _own_options()
+    precision: Precision = own.precision
     task = read_task(("topk", "batchtopk"))
-    trainer = trainer_of(task, precision)
+    trainer = trainer_of(task, precision, dict(own.schedule))
     finished: list[Sae] = []
 
     def sae() -> Sae:
@@ -45,35 +51,38 @@ def main() -> None:
         run(task, step, reconstruct, lambda folder: save_sae(sae(), folder), peer=f"featureflow {precision}")
 
 
-def trainer_of(task: Task, precision: Precision) -> Trainer:
-    """The trainer for rows that are centred and scaled already."""
+def trainer_of(task: Task, precision: Precision, changed: dict[str, float]) -> Trainer:
+    """The trainer for rows that are centred and scaled already; `changed` fields of the schedule leave the laws."""
     choice = TopK if task.architecture == "topk" else BatchTopK
     architecture = choice(k=task.k, auxk_weight=task.aux_coefficient)
     weights = architecture.prepared(random_start(task.n_latents, task.d, seed=task.seed))
+    schedule = schedule_of(
+        steps=task.steps,
+        learning_rate=task.learning_rate,
+        batch_size=task.batch_size,
+        warmup_steps=task.lr_warmup_steps,
+        decay_fraction=task.lr_decay_steps / task.steps,
+    )
     return Trainer(
         architecture=architecture,
-        schedule=schedule_of(
-            steps=task.steps,
-            learning_rate=task.learning_rate,
-            batch_size=task.batch_size,
-            warmup_steps=task.lr_warmup_steps,
-            decay_fraction=task.lr_decay_steps / task.steps,
-        ),
+        schedule=dataclasses.replace(schedule, **changed),  # type: ignore[arg-type]
         weights={name: weight.to(task.device) for name, weight in weights.items()},
         source=Normalisation(mean=torch.zeros(task.d, device=task.device), scale=1.0),
         precision=precision,
     )
 
 
-def _take_precision() -> Precision:
-    if "--precision" not in sys.argv:
-        return "float32"
-    place = sys.argv.index("--precision")
-    value = sys.argv[place + 1]
-    del sys.argv[place : place + 2]
-    if value == "bfloat16":
-        return "bfloat16"
-    return "float32"
+def _own_options() -> tuple[argparse.Namespace, list[str]]:
+    """Ours, and what is left for the options that all trainers share."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--schedule", type=_field, nargs="+", default=[])
+    return parser.parse_known_args()
+
+
+def _field(text: str) -> tuple[str, float]:
+    name, value = text.split("=")
+    return name, float(value)
 
 
 if __name__ == "__main__":

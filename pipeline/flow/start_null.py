@@ -34,7 +34,7 @@ from sae.architectures import AnyArchitecture, Architecture
 from sae.batches import InMemoryBatches
 from sae.normalisation import Normalisation, unfold
 from sae.report import Progress, silent
-from sae.schedule import schedule_of
+from sae.schedule import Schedule
 from sae.trainer import Trainer, random_start, train
 
 _ROTATED_TOGETHER = 16
@@ -45,9 +45,8 @@ class Recipe:
     """How a dictionary was trained, as its metadata says it."""
 
     architecture: Architecture
-    steps: int
+    schedule: Schedule
     batch_size: int
-    learning_rate: float
     seed: int
     parent: Site | None
 
@@ -60,14 +59,28 @@ class Recipe:
             kinds = {kind.kind: kind for kind in get_args(AnyArchitecture)}
             return cls(
                 architecture=kinds[choice["kind"]](**choice),
-                steps=int(metadata["steps"]),
+                schedule=_schedule(metadata),
                 batch_size=int(metadata["batch_size"]),
-                learning_rate=float(metadata["learning_rate"]),
                 seed=int(start["seed"]),
                 parent=None if start["parent"] is None else parse_site(start["parent"]),
             )
         except (KeyError, TypeError, ValueError):
             return None
+
+
+def _schedule(metadata: Mapping[str, Any]) -> Schedule:
+    """The one it was trained by. Older dictionaries name rate and steps only; the rest was what is written here."""
+    if "schedule" in metadata:
+        return Schedule(**metadata["schedule"])
+    steps, batch_size = int(metadata["steps"]), int(metadata["batch_size"])
+    return Schedule(
+        steps=steps,
+        learning_rate=float(metadata["learning_rate"]),
+        warmup_steps=min(50, steps // 2),
+        beta1=0.9,
+        beta2=0.999,
+        dead_after=max(30, steps // 50) * batch_size,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,10 +182,10 @@ def _trained(
     batch_size = min(recipe.batch_size, len(rows))
     trainer = Trainer(
         architecture=recipe.architecture,
-        schedule=schedule_of(steps=recipe.steps, learning_rate=recipe.learning_rate, batch_size=batch_size),
+        schedule=recipe.schedule,
         weights={name: weight.to(rows.device) for name, weight in weights.items()},
         source=Normalisation(mean=torch.zeros(rows.shape[1]).to(rows), scale=1.0),
     )
     batches = InMemoryBatches(rows, batch_size=batch_size, seed=recipe.seed)
-    train(trainer, batches, each_step=lambda step: progress(label, step, recipe.steps))
+    train(trainer, batches, each_step=lambda step: progress(label, step, recipe.schedule.steps))
     return trainer.weights["W_dec"], trainer.silent_for < trainer.schedule.dead_after

@@ -130,7 +130,7 @@ def trained_start_nulls(
     samples = []
     for plan in plan_nulls(dictionaries, n_per_relation):
         kept = store.kept_rows("train", sites=[plan.moved])
-        n_rows = min(len(kept), plan.recipe.steps * plan.recipe.batch_size, MOST_NULL_ROWS)
+        n_rows = min(len(kept), plan.recipe.schedule.steps * plan.recipe.batch_size, MOST_NULL_ROWS)
         rows = read_rows(store, plan.moved, kept[:n_rows])
         sites = [plan.moved, *([plan.start] if plan.start else [])]
         normalisations = {site: normalisation_at(store, site) for site in sites}

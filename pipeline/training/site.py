@@ -198,7 +198,9 @@ def _finish(
     n_rows = len(held_out.x)
     y = None if held_out.y is None else held_out.y.to(options.device)
     on_device = Batch(x=held_out.x.to(options.device), y=y) if n_rows else None
-    sae = trainer.finish(on_device, {**_description(learner, store, options), "held_out_rows": n_rows})
+    schedule = dataclasses.asdict(trainer.schedule)
+    told = {**_description(learner, store, options), "schedule": schedule, "held_out_rows": n_rows}
+    sae = trainer.finish(on_device, told)
     sae.metadata.update(_measured(sae, held_out) | {"dead": trainer.records[-1]["dead"] / learner.job.n_latents})
     _write(course.place, sae, trainer.records)
     seconds = round(course.seconds, 3)

@@ -66,6 +66,7 @@ def test_every_site_has_a_dictionary_that_says_where_it_comes_from(trained: Arti
     groups = {name: start["group"] for name, start in starts.items()}
     assert groups["L0"] == groups["L1"] == groups["L2"] != groups["L1.mlp"], "a module has a start of its own"
     steps = {site.short: sae.metadata["steps"] for site, sae in dictionaries.items()}
+    assert steps == {site.short: sae.metadata["schedule"]["steps"] for site, sae in dictionaries.items()}
     assert steps == {"L1": 60, "L0": 25, "L2": 25, "L1.mlp": 30}
     assert trained.summary["n_dictionaries"] == 4
     assert 0 < trained.summary["fvu_median"] < 1

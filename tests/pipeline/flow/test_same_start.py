@@ -67,9 +67,10 @@ def world() -> World:
 
 
 def fit(world, site, weights, *, steps, kind, parent=None, group="one start", seed=5):
+    schedule = schedule_of(steps=steps, learning_rate=RATE, batch_size=256)
     trainer = Trainer(
         architecture=TopK(k=K),
-        schedule=schedule_of(steps=steps, learning_rate=RATE, batch_size=256),
+        schedule=schedule,
         weights=weights,
         source=world.normalisations()[site],
     )
@@ -78,9 +79,8 @@ def fit(world, site, weights, *, steps, kind, parent=None, group="one start", se
         "site": site.name,
         "architecture": dataclasses.asdict(TopK(k=K)),
         "initialisation": {"kind": kind, "group": group, "parent": parent and parent.short, "seed": seed},
-        "steps": steps,
+        "schedule": dataclasses.asdict(schedule),
         "batch_size": 256,
-        "learning_rate": RATE,
     }
     return trainer.finish(Batch(x=world.rows[site][N_TRAIN:]), metadata)
 
@@ -141,6 +141,11 @@ def test_inertia_alone_reaches_above_the_null_that_knows_nothing_of_starts(world
 def test_what_was_learnt_from_metadata(trained):
     recipe = Recipe.of(trained[AFTER].metadata)
     assert (recipe.architecture, recipe.batch_size) == (TopK(k=K), 256)
+    assert recipe.schedule == schedule_of(steps=recipe.schedule.steps, learning_rate=RATE, batch_size=256)
+    older = {name: value for name, value in trained[AFTER].metadata.items() if name != "schedule"}
+    schedule = Recipe.of({**older, "steps": 200, "learning_rate": RATE}).schedule
+    assert (schedule.steps, schedule.beta1, schedule.beta2, schedule.dead_after) == (200, 0.9, 0.999, 30 * 256)
+    assert Recipe.of(older) is None
     assert Recipe.of({"site": "blocks.1.hook_resid_post"}) is None
     assert Recipe.of({**trained[AFTER].metadata, "architecture": {"kind": "unheard of"}}) is None
 
