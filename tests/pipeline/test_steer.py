@@ -21,7 +21,7 @@ from pipeline.steer_judge import judge_artifact, verdict_lines
 from pipeline.steer_session import SteerSession
 from sae.errors import UserError
 from steering.chat import ChatModel
-from steering.judge import Judge
+from steering.judge import SAE_TS, Judge, Judged
 from steering.plan_files import read_plan
 from steering.serve import Endpoint, make_server
 
@@ -113,22 +113,41 @@ def test_what_is_reported_comes_from_openers_that_nothing_was_chosen_on(finished
     assert finished.summary["dose"] == choice["dose"]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Noting(Judge):
+    """A judge that keeps what it was asked about, in order."""
+
+    asked: list[Judged] = dataclasses.field(default_factory=list)
+
+    def judge(self, rubric, texts, **rest):
+        if texts is not self.asked:
+            self.asked.extend(texts)
+        return super().judge(rubric, texts, **rest)
+
+
 def test_a_judge_sees_both_texts_of_a_pair_blind_and_what_it_says_is_counted(finished, inputs):
     """The judge is the small random model behind the real endpoint: its answers are noise, and hardly any is read."""
     model = SteerSession.open(inputs.collect.path.parent).model
     server = make_server(Endpoint(model=model, saes={}), port=0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     chat = ChatModel(url=f"http://127.0.0.1:{server.server_address[1]}/v1", model=model.name)
-    judge = Judge(chat=chat, max_tokens=2)
-    table = judge_artifact(finished.path, judge, "sae-ts", arm="flow", n_pairs=2, seed=0)
+    judge = _Noting(chat=chat, max_tokens=2)
+    table = judge_artifact(finished.path, judge, "sae-ts", arm="flow", n_pairs=4, seed=0)
+    again = judge.judge(SAE_TS, judge.asked)
     server.shutdown()
     server.server_close()
-    assert table[["pair", "side"]].to_numpy().tolist() == [[p, s] for p in (0, 1) for s in ("steered", "unsteered")]
+    sides = [[pair, side] for pair in range(4) for side in ("steered", "unsteered")]
+    assert table[["pair", "side"]].to_numpy().tolist() == sides
     samples = pd.read_parquet(finished.file("samples.parquet"))
     written = samples[(samples["arm"] == "flow") & (samples["target"] == finished.summary["dose"])]
-    assert set(table["text"]) <= {*written["steered"], *written["unsteered"]}
+    in_order = [text for pair in written.itertuples() for text in (pair.unsteered, pair.steered)]
+    asked = [each.text for each in judge.asked]
+    assert sorted(asked) == sorted(in_order) == sorted(table["text"])
+    assert asked != in_order
+    told = table[["text", "answer_behaviour", "answer_coherence"]].to_numpy().tolist()
+    assert sorted(told) == sorted([text, *verdict.answers.values()] for text, verdict in zip(asked, again, strict=True))
     first, *_ = verdict_lines(table, "sae-ts")
-    assert first.startswith("answers that could be read, of 4 texts: behaviour")
+    assert first.startswith("answers that could be read, of 8 texts: behaviour")
     with pytest.raises(UserError, match="no texts of the arm"):
         judge_artifact(finished.path, judge, "sae-ts", arm="sideways", n_pairs=2, seed=0)
     with pytest.raises(UserError, match="no texts to judge"):
