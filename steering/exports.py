@@ -29,7 +29,7 @@ from data.sites import Site
 from sae.errors import Problem, UserError
 from steering.applied import direction_of_node
 from steering.edits import Add
-from steering.plan import Plan
+from steering.plan import Plan, is_linear
 from steering.plan_files import plan_document
 from steering.protocols import Dictionary
 from steering.scopes import Everywhere
@@ -39,7 +39,7 @@ _ARCHITECTURE = "controlvector"
 
 def added_vectors(plan: Plan, saes: Mapping[Site, Dictionary]) -> dict[Site, Float[Tensor, "d_model"]]:
     """What the plan adds at each site, everything folded in. Raises UserError if it does more than add."""
-    if not isinstance(plan.edit, Add) or plan.edit.keep_norm:
+    if not is_linear(plan):
         raise UserError(
             f"a plan that does `{plan.edit.kind}` has no fixed vectors: what it adds depends on the activation",
             expected="a plan with the edit add",
@@ -113,10 +113,9 @@ def neuronpedia_request(
 ) -> dict[str, Any]:
     """The body of a Neuronpedia steering request. `sources` names the dictionary of each site there, such as
     `12-res-jb`. Raises UserError for what the service cannot do."""
-    if not isinstance(plan.edit, Add):
-        raise UserError(
-            f"Neuronpedia cannot do `{plan.edit.kind}` in feature space", expected="a plan with the edit add"
-        )
+    if not is_linear(plan):
+        what = f"Neuronpedia cannot do `{plan.edit.kind}`{' with keep_norm' if isinstance(plan.edit, Add) else ''}"
+        raise UserError(what, expected="a plan with the edit add, without keep_norm")
     problems = [
         Problem(what="Neuronpedia steers features where they were found", where=node.at)
         for node in plan.nodes
@@ -127,6 +126,8 @@ def neuronpedia_request(
         for site in plan.by_site()
         if site not in sources
     ]
+    if not isinstance(plan.scope, Everywhere):
+        problems.append(Problem(what="Neuronpedia steers every token", where="scope", found=plan.scope.kind))
     if problems:
         raise UserError("this plan cannot be asked of Neuronpedia", problems=tuple(problems))
     features = [

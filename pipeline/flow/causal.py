@@ -8,8 +8,9 @@ For a pair of sites, a predecessor site P and a residual site R at or after it:
    and only there: `h ← h + (r − 1) Σ a_i d_i`, r = 0 by default. It edits the stream; the dictionary's error stays;
 4. the model goes on from P, the target is read again: activation change = 1 − new / old, success = target silent.
 
-Controls use the same targets: another latent that fires on the token, at random or the strongest. Exhaustive search
-tries every latent that fires and keeps the best, an upper bound for one-predecessor explanations.
+Controls use the same targets: a latent that fires on the token, drawn at random or the strongest; now and then that is
+the predecessor itself, so the controls are, if anything, too strong. Exhaustive search tries every latent that fires
+and keeps the best, an upper bound for one-predecessor explanations.
 
 Cost: one row of the context per edit, through the blocks from P to R only (`data/partial_forward.py`).
 """

@@ -5,7 +5,8 @@
 3. Write beside and rename.
 
 The attribution-graph form is the one circuit-tracer's viewer reads. A flow graph has no prompt, so the viewer's token
-axis shows where in a layer a feature lives: residual stream, MLP, attention. `feature` is the Cantor pairing of layer
+axis shows where in a layer a feature lives: residual stream, MLP, attention, and before or inside the layer where
+there are dictionaries. `feature` is the Cantor pairing of layer
 and latent, as that viewer expects now.
 """
 
@@ -25,8 +26,9 @@ from data.sites import FeatureId
 from pipeline.flow.graph import FlowGraph
 from sae.errors import UserError
 
-PLACES = ("residual stream", "MLP", "attention")
-_PLACE_OF_KIND = {"mlp_out": 1, "attn_out": 2}
+PLACES = ("residual stream", "MLP", "attention", "residual stream before the layer", "residual stream inside the layer")
+_PLACE_OF_KIND = {"resid_post": 0, "mlp_out": 1, "attn_out": 2, "resid_pre": 3, "resid_mid": 4}
+_N_USUAL = 3
 _NODE_COLUMNS = (
     "layer",
     "kind",
@@ -92,15 +94,17 @@ def to_networkx(
 def attribution_document(made: nx.DiGraph, *, slug: str = "flow-graph", scan: str = "featureflow") -> dict[str, Any]:
     """The attribution-graph JSON of a networkx flow graph."""
     names = {feature: _attribution_id(facts) for feature, facts in made.nodes(data=True)}
-    nodes = [_attribution_node(names[feature], facts) for feature, facts in made.nodes(data=True)]
+    last = max((_PLACE_OF_KIND[facts["kind"]] for _, facts in made.nodes(data=True)), default=0)
+    places = PLACES[: max(last + 1, _N_USUAL)]
+    nodes = [_attribution_node(names[feature], facts, len(places)) for feature, facts in made.nodes(data=True)]
     links = [
         {"source": names[a], "target": names[b], "weight": facts["weight"]} for a, b, facts in made.edges(data=True)
     ]
     metadata = {
         "slug": slug,
         "scan": scan,
-        "prompt": " ".join(PLACES),
-        "prompt_tokens": list(PLACES),
+        "prompt": " ".join(places),
+        "prompt_tokens": list(places),
         "transcoder_list": [],
         "node_threshold": 1.0,
         "schema_version": 1,
@@ -111,11 +115,11 @@ def attribution_document(made: nx.DiGraph, *, slug: str = "flow-graph", scan: st
 
 
 def _attribution_id(facts: Mapping[str, Any]) -> str:
-    return f"{facts['layer']}_{facts['latent']}_{_PLACE_OF_KIND.get(facts['kind'], 0)}"
+    return f"{facts['layer']}_{facts['latent']}_{_PLACE_OF_KIND[facts['kind']]}"
 
 
-def _attribution_node(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    place = _PLACE_OF_KIND.get(facts["kind"], 0)
+def _attribution_node(name: str, facts: Mapping[str, Any], n_places: int) -> dict[str, Any]:
+    place = _PLACE_OF_KIND[facts["kind"]]
     layer, latent = int(facts["layer"]), int(facts["latent"])
     return {
         "node_id": name,
@@ -123,7 +127,7 @@ def _attribution_node(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         "feature": (layer + latent) * (layer + latent + 1) // 2 + latent,
         "layer": str(layer),
         "ctx_idx": place,
-        "reverse_ctx_idx": len(PLACES) - 1 - place,
+        "reverse_ctx_idx": n_places - 1 - place,
         "feature_type": "cross layer transcoder",
         "clerp": facts["label"],
         "influence": None,

@@ -17,7 +17,7 @@ from data.sites import Site
 from sae.errors import UserError
 from steering.applied import applied
 from steering.chat import ChatModel
-from steering.edits import Floor
+from steering.edits import Add, Floor
 from steering.exports import neuronpedia_request, read_gguf, read_vectors, write_gguf, write_vectors
 from steering.generation import Sampling, generate
 from steering.judge import (
@@ -93,6 +93,13 @@ def test_neuronpedias_request_names_every_feature():
     ]
     with pytest.raises(UserError, match="no source"):
         neuronpedia_request(FLOW, model_id="m", sources={}, prompt="x")
+
+
+@pytest.mark.parametrize("plan", [replace(FLOW, edit=Add(keep_norm=True)), replace(FLOW, scope=AfterToken(token=3))])
+def test_neuronpedia_is_not_asked_for_what_it_would_do_otherwise(plan):
+    sources = {Site(1, "resid_post"): "1-res", Site(2, "resid_post"): "2-res"}
+    with pytest.raises(UserError, match="Neuronpedia"):
+        neuronpedia_request(plan, model_id="m", sources=sources, prompt="I think")
 
 
 def test_a_steered_model_is_called_like_the_model(model, saes):

@@ -228,6 +228,22 @@ def test_the_attribution_graph_has_the_required_keys_and_unique_ids(graph):
     assert next(n["feature"] for n in document["nodes"] if n["clerp"] == "L2/1") == 3 * 4 // 2 + 1  # Cantor pairing
 
 
+def test_sites_of_one_layer_do_not_share_nodes_of_the_attribution_graph(tables):
+    """L1.pre, L1.mid and L1 are all the stream; latent 0 of each is another feature."""
+    sites = [Site(1, "resid_pre"), Site(1, "resid_mid"), Site(1, "resid_post")]
+    rows = pd.DataFrame(
+        {"source_site": ["L1.pre", "L1.mid"], "source_latent": 0, "target_site": ["L1.mid", "L1"], "target_latent": 0}
+    )
+    edges = pd.concat([rows, tables.edges.drop(columns=list(rows)).iloc[[0, 1]].reset_index(drop=True)], axis=1)
+    nodes = node_table({site: whole_side(site, 1) for site in sites}, edges, seed=0)
+    graph = FlowGraph(FlowTables(nodes=nodes, edges=edges, pairs=pd.DataFrame(), warnings=()))
+    document = attribution_document(to_networkx(graph))
+    assert len({node["node_id"] for node in document["nodes"]}) == 3
+    assert all(link["source"] != link["target"] for link in document["links"])
+    n_places = len(document["metadata"]["prompt_tokens"])
+    assert all(node["ctx_idx"] + node["reverse_ctx_idx"] == n_places - 1 for node in document["nodes"])
+
+
 def test_bad_exports_are_refused(graph, tmp_path):
     with pytest.raises(UserError, match="no such export"):
         export_graph(graph, tmp_path / "flow.xlsx")
