@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.cli.options import artifacts_option, recipe_option
-from pipeline.console import say, show_number, table
+from pipeline.console import complain, say, show_number, table
 from sae.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,15 +83,22 @@ def _folder(recipe: str, artifacts: Path) -> Path:
 
 def _graph(folder: Path) -> FlowGraph:
     from pipeline.flow.graph import FlowGraph
+    from pipeline.opened_run import open_run
 
-    return FlowGraph.open(folder / "link")
+    graph = FlowGraph.open(folder / "link")
+    try:
+        open_run(folder, ("train", "link") if (folder / "train").exists() else ("link",))
+    except UserError as error:  # the graph can be read all the same, but its features are not those of the dictionaries
+        complain(f"note: this graph is not that of the dictionaries beside it\n{error}")
+    return graph
 
 
 def labels_beside(folder: Path) -> Callable[[str], str] | None:
-    """Labels of the atlas beside the graph, when there is one."""
+    """Labels of the atlas beside the graph, when there is one and it was made from that graph."""
     from pipeline.atlas.opened import Atlas
+    from pipeline.opened_run import open_run
 
     try:
-        return Atlas.open(folder / "atlas").label_of
+        return Atlas(open_run(folder, ("link", "atlas"))["atlas"].path).label_of
     except UserError:
         return None

@@ -6,9 +6,9 @@
 3. Write shards of `shard_rows` rows to `store.zarr` (docs/formats.md), with statistics gathered on the way.
 4. Write the table of sites and the figures.
 
-Output: `store.zarr/`, `sites.parquet`, `figures/`, `metrics.jsonl`. A killed run goes on at its last finished shard and
-ends with the same bytes in `store.zarr`. Cost: the model's forward pass; 2 bytes a number on disk; memory of a few
-batches.
+Output: `store.zarr/`, `sites.parquet`, `figures/`, `metrics.jsonl`; `warnings.json` when the text ran out. A killed run
+goes on at its last finished shard and ends with the same bytes in `store.zarr`. Cost: the model's forward pass; 2 bytes
+a number on disk; memory of a few batches.
 """
 
 from __future__ import annotations

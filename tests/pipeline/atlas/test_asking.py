@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pandas as pd
 import pytest
 import torch
@@ -12,6 +15,7 @@ from data.sites import parse_site
 from pipeline.atlas.asking import find_features, middle_site, read_text
 from pipeline.atlas.opened import Atlas
 from pipeline.cli import run_command
+from pipeline.cli.flow import labels_beside
 from sae import load_sae
 from sae.errors import UserError
 
@@ -84,3 +88,23 @@ def test_both_questions_are_commands(small_run, tmp_path, capsys) -> None:
     assert run_command(["atlas", "find", "zzzz", *here]) == 0
     assert "no feature is about 'zzzz'" in capsys.readouterr().out
     assert run_command(["atlas", "read", "", *here]) == 2
+
+
+def test_a_graph_made_anew_gets_no_labels_of_the_earlier_atlas_and_is_said_to_be_another(
+    small_run, tmp_path, capsys
+) -> None:
+    root = tmp_path / "small"
+    root.mkdir()
+    for artifact in (small_run.collect, small_run.train, small_run.atlas):
+        (root / artifact.path.name).symlink_to(artifact.path)
+    shutil.copytree(small_run.link.path, root / "link")
+    trunks = ["flow", "trunks", "-r", "small", "--artifacts", str(tmp_path), "-n", "1"]
+    assert labels_beside(root) is not None
+    assert run_command(trunks) == 0
+    assert capsys.readouterr().err == ""
+    manifest = json.loads((root / "link" / "manifest.json").read_text())
+    changed = {**manifest, "digest": "0" * 64, "inputs": {**manifest["inputs"], "train": "1" * 64}}
+    (root / "link" / "manifest.json").write_text(json.dumps(changed))
+    assert labels_beside(root) is None
+    assert run_command(trunks) == 0
+    assert "not that of the dictionaries beside it" in capsys.readouterr().err
