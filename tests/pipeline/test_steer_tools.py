@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from data.sites import Site
 from pipeline.cli import run_command
+from pipeline.flow.options import Fixed
+from pipeline.run import RunContext
+from pipeline.stages import link
 from pipeline.steer_contrast import telling_tokens
 from pipeline.steer_session import SteerSession
 from sae.errors import UserError
 from steering.applied import applied
-from steering.discovery import read_texts
+from steering.discovery import rank_features, read_texts
 from steering.plan_files import read_plan, write_plan
 
 TOPICAL = [
@@ -59,13 +63,32 @@ def lasting_feature(session) -> str:
     return f"L2/{int(here.sort_values('density')['latent'].iloc[-1])}"
 
 
-def test_a_plan_of_a_feature_has_the_edit_schedule_and_dose_asked_for(steer, session, tmp_path):
+@pytest.fixture(scope="module")
+def linked_through(inputs, tmp_path_factory) -> Path:
+    """The same run with every link kept, so that features have flows; of a small random model hardly any is."""
+    root = tmp_path_factory.mktemp("linked")
+    for stage in ("collect", "train", "atlas"):
+        (root / stage).symlink_to(getattr(inputs, stage).path)
+    config = link.Config(functional_tokens=1024, n_null=500, thresholds=Fixed(residual=0.0, modules=0.0))
+    link.run(config, link.Inputs(collect=inputs.collect, train=inputs.train), root / "link", RunContext(n_threads=1))
+    return root
+
+
+def test_a_plan_along_a_flow_shares_its_strength_by_the_schedule(linked_through, session, tmp_path):
+    words = ["--before", "1", "--after", "1", "--dose", "0.05", "--out", str(tmp_path / "a.toml")]
+    where = ["--artifacts", str(linked_through.parent), "--recipe", linked_through.name]
+    assert run_command(["steer", "plan", lasting_feature(session), "--schedule", "linear", *words, *where]) == 0
+    made = read_plan(tmp_path / "a.toml")
+    assert [node.site.layer for node in made.nodes] == [1, 2, 3]
+    assert [node.weight for node in made.nodes] == pytest.approx([2 / 3, 1 / 3, 0])
+
+
+def test_a_plan_of_a_feature_has_the_edit_and_dose_asked_for(steer, session, tmp_path):
     feature = lasting_feature(session)
-    steer("plan", feature, "--schedule", "linear", "--before", "1", "--after", "1", "--dose", "0.05", "--out", "a.toml")
+    steer("plan", feature, "--before", "1", "--after", "1", "--dose", "0.05", "--out", "a.toml")
     made = read_plan(tmp_path / "a.toml")
     assert made.edit.kind == "add"
     assert made.dose == pytest.approx(0.05, rel=0.06)
-    assert all(1 <= node.site.layer <= 3 for node in made.nodes)
     steer("plan", feature, "--along", "layer", "--edit", "cap", "--strength", "1", "--out", "b.toml")
     cap = read_plan(tmp_path / "b.toml")
     assert (cap.edit.kind, cap.strength, cap.dose, [node.at for node in cap.nodes]) == ("cap", 1.0, None, [feature])
@@ -83,6 +106,25 @@ def test_a_plan_from_texts_follows_a_feature_that_tells_them_apart(steer, sessio
         best = re.search(r"(L\d+/\d+)  AUROC", said)[1]
         assert best in [node.at for node in made.nodes]
         assert made.dose == pytest.approx(0.05, rel=0.06)
+
+
+def test_features_are_ranked_as_asked(steer, session, tmp_path):
+    """On texts that no feature tells apart, so that AUROC and d′ have different favourites."""
+    one, other = [*TOPICAL[:3], *OTHER[3:]], [*TOPICAL[3:], *OTHER[:3]]
+    (tmp_path / "one.txt").write_text("\n".join(one), encoding="utf-8")
+    (tmp_path / "rest.txt").write_text("\n".join(other), encoding="utf-8")
+    states = read_texts(session.model, session.saes, [*one, *other])
+    is_topic = [True] * len(one) + [False] * len(other)
+
+    def favourites(n: int) -> dict[str, set[str]]:
+        ranked = {"auroc": rank_features(states, is_topic, n_best=n)}
+        ranked["d-prime"] = rank_features(states, is_topic, n_best=n, by="d_prime")
+        return {by: {str(contrast.feature) for contrast in found} for by, found in ranked.items()}
+
+    n = next(n for n in range(1, 6) if favourites(n)["auroc"] != favourites(n)["d-prime"])
+    for by, expected in favourites(n).items():
+        said = steer("contrast", "one.txt", "rest.txt", "--by", by, "--candidates", str(n), "--out", "p.toml")
+        assert set(re.findall(r"(L\d+/\d+)  AUROC", said)) == expected
 
 
 def test_a_difference_of_means_is_the_difference_of_the_mean_vectors(steer, session, tmp_path):
@@ -150,6 +192,9 @@ at = "{feature}"
     assert made.model == session.model.fingerprint
     said = steer("generate", "full.toml", "-n", "2", "--tokens", "6", "--log-probs")
     assert said.count("unsteered") == said.count("steered  ") == 2
+    samples = session.sample("I think", [None, made], n_samples=2, n_new_tokens=6)
+    told = [f"{value:.2f}" for sample in (*samples[0::2], *samples[1::2]) for value in sample.log_probs]
+    assert re.findall(r":(-?\d+\.\d\d)(?= |$)", said, re.MULTILINE) == told
     touched, seen = map(int, re.search(r"changed (\d+) of (\d+)", said).groups())
     assert touched == seen > 0
     streamed = steer("generate", "full.toml", "--stream", "--tokens", "6", "--temperature", "0")
