@@ -16,7 +16,7 @@ from benchmarks.atlas_pages import open_browser
 
 _SETTLED = (
     "return document.querySelector('main')?.dataset.shown && !document.querySelector('.progress span') "
-    "&& !document.querySelector('.examples > .example:not(:has(.example-text))')"
+    "&& !document.querySelector('.examples > .example:not(:has(.example-text)), [data-waiting]')"
 )
 
 

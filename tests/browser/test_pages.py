@@ -232,6 +232,15 @@ def test_a_saved_figure_has_its_legend(page: Any) -> None:
     assert all(float(node.get("y")) <= bottom for node in root.iter("{http://www.w3.org/2000/svg}text"))
 
 
+def test_only_features_that_the_steer_stage_takes_have_its_command(page: Any, sizes: Any) -> None:
+    page.load("L2/33")
+    assert """featureflow steer --steer.features '["L2/33"]'""" in page.text(".steering")
+    for feature in ("L1.mlp/7", f"L2/{sizes.n_latents - 1}"):
+        page.go(feature)
+        assert "residual stream that fire" in page.text(".steering")
+        assert not page.texts(".steering .command")
+
+
 def test_a_dead_latent_is_an_honest_empty_state(page: Any, sizes: Any) -> None:
     page.load(f"L2/{sizes.n_latents - 1}")
     assert "never fired" in page.text("main")

@@ -19,7 +19,8 @@ function draw(columns, groups, width, label) {
   const scale = (bottom - top - gap * groups.length) / Math.max(1, most);
   const placed = columns.map((site, c) => stack(site, left + (c + 0.5) * step, groups, { scale, gap, top }));
   const shapes = groups.map((item, rank) => group(item, rank, placed, { scale, bar, columns }));
-  const names = groups.map((item, rank) => nameOf(item, rank, placed, { bar, right }));
+  const taken = [];
+  const names = groups.map((item, rank) => nameOf(item, rank, placed, { bar, right, taken }));
   const nth = everyNth(columns.length, right - left, 30);
   const marks = columns.map((site, c) => c % nth === 0 && text(left + (c + 0.5) * step, height - 6, site.layer, { anchor: "middle" }));
   return svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "group", "aria-label": label, class: "alluvial" }, shapes, names, marks);
@@ -38,11 +39,14 @@ function stack(site, x, groups, { scale, gap, top }) {
   return bars;
 }
 
-// A name stands beside the group's tallest bar, within the drawing, where it is high enough for one.
-function nameOf(item, rank, placed, { bar, right }) {
+// A name stands beside the group's tallest bar, within the drawing, where it is high enough for one and no other name stands.
+function nameOf(item, rank, placed, { bar, right, taken }) {
   const at = placed.map((bars) => bars.get(item.id)).reduce((best, one) => ((one?.height ?? 0) > (best?.height ?? 0) ? one : best), null);
   if (!at || at.height < 11) return null;
   const side = at.x > right - 100 ? -1 : 1;
+  const [from, y] = [side < 0 ? at.x - 6.4 * item.name.length : at.x, at.y + at.height / 2];
+  if (taken.some((other) => Math.abs(other.y - y) < 11 && Math.abs(other.from - from) < 6.4 * item.name.length + 8)) return null;
+  taken.push({ from, y });
   const label = text(at.x + side * (bar / 2 + 4), at.y + at.height / 2 + 4, item.name, { anchor: side < 0 ? "end" : "start", className: "community-label" });
   return svg("a", { href: item.href, class: `community series${rank}`, tabindex: -1, "aria-hidden": "true" }, label);
 }

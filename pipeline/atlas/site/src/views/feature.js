@@ -28,11 +28,10 @@ export async function feature({ atlas, key, options, live, alive }) {
 
 // Sections that need other dictionaries come when they are read; the card itself does not wait for them.
 function later(make) {
-  const place = h("div", {});
-  make().then(
-    (node) => show(place, node),
-    (error) => show(place, h("p", { class: "warning", role: "alert" }, error.message)),
-  );
+  const place = h("div", { "data-waiting": true });
+  make()
+    .catch((error) => h("p", { class: "warning", role: "alert" }, error.message))
+    .then((node) => (show(place, node), place.removeAttribute("data-waiting")));
   return place;
 }
 

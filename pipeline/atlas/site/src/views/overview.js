@@ -46,9 +46,9 @@ function headline(numbers) {
 function stripFigure(atlas) {
   const { box, rows } = { box: layerStrip(atlas), rows: () => stripRows(atlas) };
   const caption = atlas.has.flow
-    ? "Living features of the residual dictionaries. Carried: the same direction stood in the layer before. Processed: carried, and also written to by this layer’s MLP or attention. Newborn: written by this layer only. Below the line: features with no link onward."
+    ? "Living features of the residual dictionaries. Carried: the same direction stood in the layer before. Processed: carried, and also written to by this layer’s MLP or attention. Newborn: written by this layer only. Below the line: features with no link onward. "
     : "This atlas was made without a flow graph, so the features of a layer are shown as one group.";
-  return figure({ name: "layers", title: "What happens to features, layer by layer", drawing: box, caption, rows });
+  return figure({ name: "layers", title: "What happens to features, layer by layer", drawing: box, caption: [caption, atlas.has.flow && h("a", { href: link("flow") }, "The flow in full")], rows });
 }
 
 function matrixFigures(atlas, model, begin) {

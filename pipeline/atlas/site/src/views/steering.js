@@ -14,15 +14,16 @@ export function steeringSection(view) {
   const { steering, id } = view;
   const samples = (steering.samples ?? []).filter((sample) => sample.feature === id || sample.features?.includes(id));
   const effects = (steering.effects ?? []).filter((effect) => effect.feature === id);
+  const canSteer = view.site.kind === "resid_post" && view.card.count > 0;
   const command = steering.commands?.[id] ?? `featureflow steer --steer.features '["${id}"]'`;
   return h(
     "section",
     { class: "steering" },
     h("h2", {}, "Steering"),
     effects.length > 0 && effectFigure(effects, id),
-    samples.length > 0 ? sampleViewer(samples) : h("p", { class: "quiet" }, "No samples were made with this feature. This makes some:"),
+    samples.length > 0 ? sampleViewer(samples) : h("p", { class: "quiet" }, canSteer ? "No samples were made with this feature. This makes some:" : "The steer stage takes features of the residual stream that fire."),
     view.live?.steering && liveBox(view),
-    h("div", { class: "command" }, h("pre", { tabindex: 0 }, command), copyButton(command, "Copy command")),
+    canSteer && h("div", { class: "command" }, h("pre", { tabindex: 0 }, command), copyButton(command, "Copy command")),
   );
 }
 
@@ -64,8 +65,9 @@ function effectPlot(rows, name) {
       const y = linear(Math.min(...values), Math.max(...values), bottom, top);
       const series = arms.map((arm, i) => {
         const own = rows.filter((row) => row.arm === arm).sort((a, b) => a.dose - b.dose);
-        const bars = own.map((row) => [svg("line", { x1: x(row.dose), x2: x(row.dose), y1: y(row.low), y2: y(row.high), class: "effect-line" }), svg("circle", { cx: x(row.dose), cy: y(row.mean), r: 3.2, class: "community-bar" }, svg("title", {}, `${arm}, ${short(row.dose)} nats: ${fixed(row.mean)} (${fixed(row.low)} to ${fixed(row.high)}), n ${row.n}`))]);
-        return svg("g", { class: `effect series${i}` }, line(own.map((row) => [x(row.dose), y(row.mean)]), "effect-line"), bars);
+        const at = (row) => x(row.dose) + 3 * (i - (arms.length - 1) / 2); // ways of the same dose stand beside one another
+        const bars = own.map((row) => [svg("line", { x1: at(row), x2: at(row), y1: y(row.low), y2: y(row.high), class: "effect-line" }), svg("circle", { cx: at(row), cy: y(row.mean), r: 3.2, class: "community-bar" }, svg("title", {}, `${arm}, ${short(row.dose)} nats: ${fixed(row.mean)} (${fixed(row.low)} to ${fixed(row.high)}), n ${row.n}`))]);
+        return svg("g", { class: `effect series${i}` }, line(own.map((row) => [at(row), y(row.mean)]), "effect-line"), bars);
       });
       return canvasOf(width, height, `${name} by dose`, yAxis(y, ticks(Math.min(...values), Math.max(...values), 4), { left, right, format: short }), svg("line", { x1: left, x2: right, y1: y(0), y2: y(0), class: "axis" }), series, ticks(0, doses.at(-1), 5).map((dose) => text(x(dose), bottom + 16, short(dose), { anchor: "middle" })), text((left + right) / 2, height - 4, "dose (nats of KL on neutral text)", { anchor: "middle" }));
     },
