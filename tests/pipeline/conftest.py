@@ -37,7 +37,8 @@ def inputs(tmp_path_factory) -> steer.Inputs:
         root / "link",
         context,
     )
-    with Artifact.create(root / "atlas", kind="atlas", schema=1, config={}, inputs={}) as draft:
+    # it has no tables, so it names another graph: nothing takes labels from it
+    with Artifact.create(root / "atlas", kind="atlas", schema=1, config={}, inputs={"link": "0" * 64}) as draft:
         (draft.path / "nothing.txt").write_text("stand-in")
     atlas = Artifact.open(root / "atlas", kind="atlas", schema=1)
     return steer.Inputs(collect=collected, train=trained, link=linked, atlas=atlas)

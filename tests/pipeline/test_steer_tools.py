@@ -102,6 +102,7 @@ def test_a_plan_from_texts_follows_a_feature_that_tells_them_apart(steer, sessio
         said = steer("contrast", "topical.txt", "other.txt", "--by", by, "--dose", "0.05", "--out", "p.toml")
         shares = [float(found) for found in re.findall(r"([-\d.]+)% of a push", said)]
         assert shares == sorted(shares, reverse=True)
+        assert ("features read the topic rather than write it" in said) == (shares[0] < 1)
         made = read_plan(tmp_path / "p.toml")
         best = re.search(r"(L\d+/\d+)  AUROC", said)[1]
         assert best in [node.at for node in made.nodes]
