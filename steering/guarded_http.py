@@ -15,12 +15,14 @@ from __future__ import annotations
 import hmac
 import json
 import re
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from sae.errors import UserError
 
+_MOST_DRAINED, _DRAIN_S = 16 << 20, 1.0
 _LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
 _HOST = re.compile(r"(?:\[([^\]]*)\]|([^:\[\]]*))(?::\d*)?")
 
@@ -47,9 +49,11 @@ class GuardedHandler(BaseHTTPRequestHandler):
     only_local: bool
     name: str
     max_body: int
+    _was_read = False
 
     def is_asked_here(self) -> bool:
         """Whether the request names this machine as it is known to itself; refuses it otherwise."""
+        self._was_read = False
         named = _HOST.fullmatch((self.headers.get("Host") or "").strip())
         if self.only_local and not (named and is_local(named[1] or named[2] or "")):
             self.refuse(HTTPStatus.FORBIDDEN, f"{self.name} answers on localhost only")
@@ -65,10 +69,11 @@ class GuardedHandler(BaseHTTPRequestHandler):
 
     def json_body(self) -> dict[str, Any]:
         """The object in the body. Raises UserError for anything else."""
-        text = self.headers.get("Content-Length") or "0"
-        length = int(text) if text.isdecimal() and len(text) < 20 else 0
+        length = self._declared()
         if not 0 < length <= self.max_body:
-            raise UserError("the body is missing or too large", expected=f"1 … {self.max_body} bytes", found=text[:40])
+            found = (self.headers.get("Content-Length") or "0")[:40]
+            raise UserError("the body is missing or too large", expected=f"1 … {self.max_body} bytes", found=found)
+        self._was_read = True
         try:
             document = json.loads(self.rfile.read(length))
         except (ValueError, RecursionError) as error:
@@ -78,9 +83,20 @@ class GuardedHandler(BaseHTTPRequestHandler):
         return document
 
     def refuse(self, status: HTTPStatus, message: str) -> None:
-        """Answer with an error and end the connection."""
+        """Answer with an error and end the connection, when the client has sent what it was about to send (up to a
+        bound): closed while it still sends, it would see a broken pipe and not the answer."""
         self.close_connection = True
         self._error(status, message)
+        left = 0 if self._was_read else min(self._declared(), _MOST_DRAINED)
+        self.connection.settimeout(_DRAIN_S)
+        with suppress(OSError):
+            while left > 0 and (piece := self.rfile.read1(min(left, 1 << 16))):
+                left -= len(piece)
+
+    def _declared(self) -> int:
+        """The length of the body, as the request says it; 0 for what is no length."""
+        text = self.headers.get("Content-Length") or "0"
+        return int(text) if text.isdecimal() and len(text) < 20 else 0
 
     def _error(self, status: HTTPStatus, message: str) -> None:
         raise NotImplementedError
