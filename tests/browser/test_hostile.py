@@ -112,7 +112,7 @@ def test_notes_go_out_to_a_file_and_come_back(page: Any) -> None:
     page.load("L2/1")
     page.js(
         "const [a, b] = document.querySelectorAll('.note input, .note textarea'); document.querySelector('.note').open = true;"
-        "a.value = '<b>mine</b>'; a.dispatchEvent(new Event('change')); b.value = 'because \\ud800'; b.dispatchEvent(new Event('change'))"
+        "a.value = '<b>mine</b>'; a.dispatchEvent(new Event('input')); b.value = 'because \\ud800'; b.dispatchEvent(new Event('input'))"
     )
     page.go("notes")
     assert "<b>mine</b>" in page.text("main")
@@ -128,7 +128,7 @@ def test_notes_go_out_to_a_file_and_come_back(page: Any) -> None:
     saved["notes"] += [{"feature": "L99/1", "label": "nowhere"}, {"feature": "__proto__", "label": "x"}, 7]
     path.write_text(json.dumps(saved))
     page.driver.find_element("id", "notes-file").send_keys(str(path))
-    page.wait("return document.querySelector('main').innerText.includes('1 notes read')")
+    page.wait("return document.querySelector('main').innerText.includes('1 note read')")
     assert page.text("main").count("no such feature") == 3
     assert "<b>mine</b>" in page.text("table")
     assert_unharmed(page, "notes")
