@@ -15,7 +15,7 @@ standing still would count as flow. Cost: one more training of one site for each
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 import numpy as np
@@ -32,6 +32,7 @@ from pipeline.flow.sources import facts_of
 from sae import Sae
 from sae.architectures import AnyArchitecture, Architecture
 from sae.batches import InMemoryBatches
+from sae.errors import UserError
 from sae.normalisation import Normalisation, unfold
 from sae.report import Progress, silent
 from sae.schedule import Schedule
@@ -64,14 +65,16 @@ class Recipe:
                 seed=int(start["seed"]),
                 parent=None if start["parent"] is None else parse_site(start["parent"]),
             )
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, AttributeError, UserError):
             return None
 
 
 def _schedule(metadata: Mapping[str, Any]) -> Schedule:
     """The one it was trained by. Older dictionaries name rate and steps only; the rest was what is written here."""
     if "schedule" in metadata:
-        return Schedule(**metadata["schedule"])
+        kinds = {field.name: int if field.type == "int" else float for field in fields(Schedule)}
+        values: dict[str, Any] = {name: kinds[name](value) for name, value in metadata["schedule"].items()}
+        return Schedule(**values)
     steps, batch_size = int(metadata["steps"]), int(metadata["batch_size"])
     return Schedule(
         steps=steps,

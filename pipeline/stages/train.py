@@ -87,7 +87,8 @@ class Config:
         Doc("experiment trackers that are told the curves: tensorboard, wandb; no part of the digest"),
     ] = field(default=(), metadata={"changes_no_result": True})
     imported: Annotated[
-        Imported | None, Doc("dictionaries that others trained, read instead of training; all else is ignored then")
+        Imported | None,
+        Doc("dictionaries that others trained, read at `sites` instead of training; all else is ignored then"),
     ] = None
 
 
@@ -131,17 +132,21 @@ def _run_import(
     """Read the dictionaries instead of training; the figure shows what they are."""
     digests = {"collect": inputs.collect.digest, **outside_digests(config)}
     with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=digests) as draft:
-        described = import_dictionaries(choice, store, draft.path / FOLDER, progress=context.progress)
+        place = draft.path / FOLDER
+        described = import_dictionaries(choice, store, place, sites=_sites(config, store), progress=context.progress)
         draft.summary["n_dictionaries"] = len(described)
         draft.summary["imported"] = True
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
 
 
+def _sites(config: Config, store: ActivationStore) -> tuple[Site, ...]:
+    return tuple(parse_sites(config.sites, store.sites)) if config.sites else store.sites
+
+
 def jobs_of(config: Config, store: ActivationStore) -> tuple[SiteJob, ...]:
     """The plan of a run. Raises UserError with every impossible choice."""
-    sites = parse_sites(config.sites, store.sites) if config.sites else store.sites
     return plan_jobs(
-        sites,
+        _sites(config, store),
         architecture=config.architecture,
         n_latents=config.n_latents,
         steps=config.steps,

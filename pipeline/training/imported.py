@@ -1,7 +1,7 @@
 """Dictionaries that others trained, in place of training: files in any known format → the dictionaries of a run.
 
 1. `paths` maps a kind of site to a pattern; `{layer}` stands for the layer, `*` for what differs from file to file.
-   Every site of the store must find exactly one file or folder.
+   Every site asked for (`train.sites`, else all of the store) must find exactly one file or folder.
 2. Each is read by `sae.formats`, which folds scales and thresholds, checked against the width of the site, and written
    in the native form, so that the later stages see no difference.
 
@@ -43,9 +43,14 @@ class Imported:
 
 def find_imported(choice: Imported, sites: Sequence[Site]) -> dict[Site, Path]:
     """The file or folder of every site whose kind has a pattern. Raises UserError with every site that has none or
-    several."""
+    several, and every kind that no site has."""
     found: dict[Site, Path] = {}
-    problems = []
+    kinds = tuple(dict.fromkeys(site.kind for site in sites))
+    problems = [
+        Problem(what="no site of this kind is there", where=f"train.imported.paths.{kind}", expected=", ".join(kinds))
+        for kind in choice.paths
+        if kind not in kinds
+    ]
     for site in sites:
         if site.kind not in choice.paths:
             continue
@@ -56,9 +61,6 @@ def find_imported(choice: Imported, sites: Sequence[Site]) -> dict[Site, Path]:
         else:
             what = "several dictionaries fit" if matches else "no dictionary fits"
             problems.append(Problem(what=what, where=f"{site.short}: {pattern}", found=", ".join(matches[:3]) or None))
-    if not found and not problems:
-        kinds = ", ".join(dict.fromkeys(site.kind for site in sites))
-        problems.append(Problem(what="no pattern names a kind of site that was collected", expected=kinds))
     if problems:
         raise UserError(
             "the dictionaries to import cannot be found",
@@ -84,10 +86,16 @@ def identity_of_imported(choice: Imported) -> str:
 
 
 def import_dictionaries(
-    choice: Imported, store: ActivationStore, folder: Path, *, progress: Progress = silent
+    choice: Imported,
+    store: ActivationStore,
+    folder: Path,
+    *,
+    sites: Sequence[Site] = (),
+    progress: Progress = silent,
 ) -> dict[Site, Mapping[str, Any]]:
-    """Read every dictionary and write it to `folder/<site>`; returns their metadata by site. Raises UserError."""
-    paths = find_imported(choice, store.sites)
+    """Read the dictionary of every site (none named: all of the store) and write it to `folder/<site>`; returns their
+    metadata by site. Raises UserError."""
+    paths = find_imported(choice, sites or store.sites)
     described: dict[Site, Mapping[str, Any]] = {}
     for done, (site, path) in enumerate(paths.items()):
         progress("import dictionaries", done, len(paths))

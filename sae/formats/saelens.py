@@ -42,6 +42,8 @@ CONFIG, WEIGHTS, SPARSITY, SCALER = (
     "sparsity.safetensors",
     "activation_scaler.json",
 )
+HISTORY = "featureflow"  # the key below SAELens' metadata that says how we trained
+_HISTORY_FIELDS = ("architecture", "initialisation", "schedule", "steps", "batch_size", "learning_rate")
 _RELU = ("standard", "transcoder", "skip_transcoder")
 _JUMP = ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 _BATCH = ("batchtopk", "matryoshka_batchtopk")
@@ -89,8 +91,9 @@ def write_saelens(
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a folder that `SAE.load_from_disk` of SAELens ≥ 6 opens. `hook_name` defaults to the dictionary's site;
-    `metadata` is added to SAELens' metadata (context_size, prepend_bos, …). Raises UserError where SAELens has no such
-    architecture."""
+    `metadata` is added to SAELens' metadata (context_size, prepend_bos, …). How it was trained goes along under
+    `featureflow`, which SAELens keeps and `read` gives back: the linker needs to know the start. Raises UserError where
+    SAELens has no such architecture."""
     if isinstance(sae, NormalisedSae):
         raise UserError("SAELens files of token-normalised dictionaries are not written", expected="a plain dictionary")
     architecture, tensors, extra = _exported(sae)
@@ -110,6 +113,7 @@ def write_saelens(
             "hook_name": hook_name or sae.metadata.get("site"),
             "training_architecture": _trained_as(sae) or architecture,
             "written_by": "featureflow",
+            HISTORY: {name: sae.metadata[name] for name in _HISTORY_FIELDS if name in sae.metadata},
             **dict(metadata or {}),
         },
     }
@@ -266,4 +270,9 @@ def _described(config: Mapping[str, Any]) -> dict[str, Any]:
         metadata["model"] = model
     if isinstance(hook, str) and hook.startswith("blocks.") and "transcoder" not in config["architecture"]:
         metadata["site"] = hook
+    history = inner.get(HISTORY)
+    if isinstance(history, Mapping):
+        metadata |= {
+            name: history[name] for name in _HISTORY_FIELDS if isinstance(history.get(name), (dict, int, float))
+        }
     return metadata

@@ -74,8 +74,14 @@ def test_missing_and_ambiguous_files_are_all_named(choice: Imported, tmp_path: P
     assert "L0: " in str(caught.value)
     assert "several dictionaries fit" in str(caught.value)
     assert "L1: " in str(caught.value)
-    with pytest.raises(UserError, match="cannot be found"):
-        find_imported(Imported(paths={"attn_out": "x"}), SITES)
+    with pytest.raises(UserError, match=r"train\.imported\.paths\.attn_out"):
+        find_imported(Imported(paths={**choice.paths, "attn_out": "x"}), SITES)
+
+
+def test_only_the_sites_asked_for_are_imported(choice: Imported, tmp_path: Path) -> None:
+    """A store may hold more layers than there are dictionaries."""
+    (tmp_path / "scope" / "layer_1" / "width_8" / "average_l0_4" / "params.npz").unlink()
+    assert set(import_dictionaries(choice, store(), tmp_path / "dictionaries", sites=SITES[:1])) == {SITES[0]}
 
 
 def test_a_dictionary_of_another_width_is_refused(choice: Imported, tmp_path: Path) -> None:

@@ -376,6 +376,22 @@ def test_what_we_write_for_saelens_is_read_back_the_same(tmp_path, parts, activa
     assert back.metadata["site"] == "blocks.3.hook_resid_post"
 
 
+def test_how_a_dictionary_was_started_survives_saelens_form(tmp_path):
+    """The linker judges dictionaries of one start against a null of their own, so the start must not be lost."""
+    sae = our_dictionary(TopKActivation(k=K))
+    history = {"initialisation": {"kind": "chain", "group": "random-0-8", "parent": "L2", "seed": 0}, "steps": 200}
+    sae.metadata.update(history)
+    write_saelens(sae, tmp_path)
+    back = read(tmp_path)
+    assert {name: back.metadata[name] for name in history} == history
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    config["metadata"]["featureflow"] = {"initialisation": "chain", "steps": [1], "surprise": {"a": 1}}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    assert not {"initialisation", "steps", "surprise"} & set(read(tmp_path).metadata), (
+        "what has another form is left out"
+    )
+
+
 @pytest.mark.parametrize("skip", [True, False])
 def test_transcoders_are_written_for_saelens(tmp_path, parts, skip):
     sae = our_dictionary(Threshold(theta=torch.rand(N)), d_out=4, skip=skip)

@@ -146,6 +146,10 @@ def test_what_was_learnt_from_metadata(trained):
     schedule = Recipe.of({**older, "steps": 200, "learning_rate": RATE}).schedule
     assert (schedule.steps, schedule.beta1, schedule.beta2, schedule.dead_after) == (200, 0.9, 0.999, 30 * 256)
     assert Recipe.of(older) is None
+    start = trained[AFTER].metadata["initialisation"]
+    damages = {"schedule": {"steps": "many"}}, {"schedule": {"speed": 1}}, {"initialisation": {**start, "parent": 5}}
+    for damage in damages:
+        assert Recipe.of({**trained[AFTER].metadata, **damage}) is None, damage
     assert Recipe.of({"site": "blocks.1.hook_resid_post"}) is None
     assert Recipe.of({**trained[AFTER].metadata, "architecture": {"kind": "unheard of"}}) is None
 
