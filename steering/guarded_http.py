@@ -2,7 +2,8 @@
 
 1. `listen` opens the port, or says why it cannot.
 2. `is_asked_here`: a server on this machine answers only requests that name this machine, since a web page elsewhere
-   can reach it under a name of its own that it lets point here. A server that listens elsewhere relies on its token.
+   can reach it under a name of its own that it lets point here, and no request that a page from elsewhere sends (its
+   `Origin`). A server that listens elsewhere relies on its token.
 3. `has_token` compares in constant time, whatever characters were sent.
 4. `json_body` reads an object of at most `max_body` bytes.
 
@@ -42,6 +43,11 @@ def listen(handler: type[GuardedHandler], host: str, port: int) -> ThreadingHTTP
         ) from error
 
 
+def _names_this_machine(host: str) -> bool:
+    named = _HOST.fullmatch(host)
+    return bool(named and is_local(named[1] or named[2] or ""))
+
+
 class GuardedHandler(BaseHTTPRequestHandler):
     """Set `token`, `only_local`, `name` and `max_body` in a subclass, and answer errors in `_error`."""
 
@@ -54,8 +60,9 @@ class GuardedHandler(BaseHTTPRequestHandler):
     def is_asked_here(self) -> bool:
         """Whether the request names this machine as it is known to itself; refuses it otherwise."""
         self._was_read = False
-        named = _HOST.fullmatch((self.headers.get("Host") or "").strip())
-        if self.only_local and not (named and is_local(named[1] or named[2] or "")):
+        origin = self.headers.get("Origin")
+        asked = [self.headers.get("Host") or ""] + ([] if origin is None else [origin.partition("://")[2]])
+        if self.only_local and not all(_names_this_machine(host.strip()) for host in asked):
             self.refuse(HTTPStatus.FORBIDDEN, f"{self.name} answers on localhost only")
             return False
         return True

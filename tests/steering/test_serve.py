@@ -65,6 +65,16 @@ def raw(port: int, content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
+    ("origin", "status"),
+    [("http://localhost:1234", 200), ("http://127.0.0.1", 200), ("https://evil.example", 403), ("null", 403)],
+)
+def test_no_page_from_elsewhere_is_answered(port, origin, status):
+    """A web page may send a plain POST to this machine without asking first; its browser names where it is from."""
+    assert ask(port, None, "/v1/models", "GET", Origin=origin)[0] == status
+    assert ask(port, {"prompt": "a", "max_tokens": 1}, Origin=origin)[0] == status
+
+
+@pytest.mark.parametrize(
     ("host", "status"),
     [
         ("localhost", 200),
