@@ -5,8 +5,8 @@
 The step is `Trainer.train_on`: normalisation, forward, auxiliary loss, backward, clipping, Adam, unit rows, firing
 counts. Further options and the output are those of the peers' scripts.
 
-`--schedule beta1=0.9 beta2=0.999 dead_after=61440` puts single fields of the schedule in place of what the laws give
-(sae/schedule.py): how docs/log.md shows what each of them is worth.
+Latents are dead after 30 batches, as with the peers. `--schedule beta1=0.9 beta2=0.999 dead_after=61440` puts single
+fields in place of what the laws give (sae/schedule.py): docs/log.md shows what each of them is worth.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def trainer_of(task: Task, precision: Precision, changed: dict[str, float]) -> T
     )
     return Trainer(
         architecture=architecture,
-        schedule=dataclasses.replace(schedule, **changed),  # type: ignore[arg-type]
+        schedule=dataclasses.replace(schedule, **({"dead_after": 30 * task.batch_size} | changed)),  # type: ignore[arg-type]
         weights={name: weight.to(task.device) for name, weight in weights.items()},
         source=Normalisation(mean=torch.zeros(task.d, device=task.device), scale=1.0),
         precision=precision,
