@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import artifacts_option, recipe_option
+from pipeline.cli.options import artifacts_option, recipe_option, run_folder
 from pipeline.cli.serving import serve_until_interrupted
 from pipeline.console import say, show_number, table
 
@@ -25,7 +25,7 @@ def serve(host: str, port: int, device: str, recipe: str, artifacts: Path) -> No
     from pipeline.atlas.live import LiveAtlas
     from pipeline.atlas.serve import make_server
 
-    live = LiveAtlas.open(artifacts / Path(recipe).stem, device=device)
+    live = LiveAtlas.open(run_folder(artifacts, recipe), device=device)
     server, address = make_server(live, host=host, port=port)
     say(f"open {address}")
     serve_until_interrupted(server)
@@ -39,7 +39,7 @@ def validate(folder: Path | None, recipe: str, artifacts: Path) -> None:
     """Check every file of an atlas (FOLDER, or that of the recipe) against its schemas and checksums."""
     from pipeline.atlas.validate import validate_atlas
 
-    place = folder or artifacts / Path(recipe).stem / "atlas"
+    place = folder or run_folder(artifacts, recipe) / "atlas"
     counts = validate_atlas(place)
     say(f"{place}: sound; " + ", ".join(f"{show_number(n)} {what.removeprefix('n_')}" for what, n in counts.items()))
 
@@ -63,7 +63,7 @@ def export(out: Path, to: str, feature: str | None, short: str | None, recipe: s
     from pipeline.dictionaries import read_dictionaries
     from pipeline.opened_run import open_run
 
-    root = artifacts / Path(recipe).stem
+    root = run_folder(artifacts, recipe)
     atlas = Atlas.open(root / "atlas")
     match to:
         case "attribution-graph":
@@ -102,7 +102,7 @@ def import_labels(notes: Path, out: Path, short: str | None, recipe: str, artifa
     from pipeline.atlas.imports import attach_labels, import_neuronpedia, import_notes
 
     labels = import_notes(notes) if short is None else import_neuronpedia([notes], parse_site(short))
-    atlas = Atlas.open(artifacts / Path(recipe).stem / "atlas")
+    atlas = Atlas.open(run_folder(artifacts, recipe) / "atlas")
     say(f"{attach_labels(atlas, labels, out)}: {len(labels)} labels added")
 
 
@@ -173,7 +173,7 @@ def explain(
         chat=ChatModel(url=endpoint, model=model, key=key) if endpoint else None,
         fuzz=fuzz,
     )
-    root = artifacts / Path(recipe).stem
+    root = run_folder(artifacts, recipe)
     evidence = Evidence(root, seed=seed)
     everything = []
     for feature, found in second_opinions(evidence, features or evidence.chosen(n, short=short), opinions):

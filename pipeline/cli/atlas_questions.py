@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli.options import artifacts_option, recipe_option
+from pipeline.cli.options import artifacts_option, recipe_option, run_folder
 from pipeline.console import say, show_number, table
 
 
@@ -24,7 +24,7 @@ def find(word: str, n: int, short: str | None, recipe: str, artifacts: Path) -> 
     from pipeline.atlas import Atlas
     from pipeline.atlas.asking import find_features
 
-    atlas = Atlas.open(artifacts / Path(recipe).stem / "atlas")
+    atlas = Atlas.open(run_folder(artifacts, recipe) / "atlas")
     found = find_features(atlas, word, site=None if short is None else parse_site(short))
     rows = [
         (
@@ -57,7 +57,7 @@ def read(text: str, n: int, short: str | None, device: str, recipe: str, artifac
 
     site = None if short is None else parse_site(short)
     rows = []
-    for token in read_text(artifacts / Path(recipe).stem, text, site=site, n=n, device=device):
+    for token in read_text(run_folder(artifacts, recipe), text, site=site, n=n, device=device):
         name = repr(token.text)
         for firing in token.firings:
             rows.append((name, str(firing.feature), f"{100 * firing.share:.0f} %", firing.label))

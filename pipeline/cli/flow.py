@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli.options import artifacts_option, recipe_option
+from pipeline.cli.options import artifacts_option, recipe_option, run_folder
 from pipeline.console import complain, say, show_number, table
 from sae.errors import UserError
 
@@ -78,7 +78,7 @@ def export(out: Path, around: str | None, hops: int | None, recipe: str, artifac
 
 
 def _folder(recipe: str, artifacts: Path) -> Path:
-    return artifacts / Path(recipe).stem
+    return run_folder(artifacts, recipe)
 
 
 def _graph(folder: Path) -> FlowGraph:

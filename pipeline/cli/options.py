@@ -43,13 +43,18 @@ _MACHINE_OPTIONS = (
 )
 
 
+def run_folder(artifacts: Path, recipe: str) -> Path:
+    """Where a recipe's artifacts lie, and those of a run with a --name: below `artifacts`, a dot in the name kept."""
+    return artifacts / Path(recipe).name.removesuffix(".toml")
+
+
 def folder_of_run(artifacts: Path, recipe_name: str, name: str | None) -> Path:
-    """`artifacts/<name>`, by default that of the recipe. Raises click.UsageError for a name that is no single folder,
-    and for one with a dot: tools would read `-r wide.2` as the name of a file."""
+    """`artifacts/<name>`, by default that of the recipe. Raises click.UsageError for a name that is no single folder
+    and one that tools would read as a file."""
     if name is None:
         return artifacts / recipe_name
-    if name in ("", "..") or Path(name).stem != name:
-        raise click.UsageError(f"--name is the name of one folder, without dots, not {name!r}")
+    if name in ("", ".", "..") or run_folder(artifacts, name) != artifacts / name:
+        raise click.UsageError(f"--name is the name of one folder, and no file's, not {name!r}")
     return artifacts / name
 
 

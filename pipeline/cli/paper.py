@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli.options import artifacts_option, machine_options, quiet_option, recipe_option, run_context
+from pipeline.cli.options import artifacts_option, machine_options, quiet_option, recipe_option, run_context, run_folder
 from pipeline.console import progress_bars, say
 from pipeline.flow.experiments import EXPERIMENTS, FIGURE, REPORT
 
@@ -60,7 +60,7 @@ def _command(name: str) -> click.Command:
     @_experiment_options()
     def command(recipe: str, artifacts: Path, force: bool, quiet: bool, **others: Any) -> None:
         def work(effort_fields: dict[str, int], context: RunContext) -> Artifact:
-            return make(name, artifacts / Path(recipe).stem, effort_fields, context, force=force)
+            return make(name, run_folder(artifacts, recipe), effort_fields, context, force=force)
 
         _run(work, others, quiet)
 
@@ -82,7 +82,7 @@ def starts(recipe: str, artifacts: Path, force: bool, quiet: bool, layers: int, 
         from pipeline.cli.paper_starts import make_starts
         from pipeline.opened_run import open_run
 
-        root = artifacts / Path(recipe).stem
+        root = run_folder(artifacts, recipe)
         inputs = open_run(root, ("collect", "train"))
         effort = _effort(effort_fields)
         return make_starts(root, inputs, effort, context, n_layers=layers, steps=steps, force=force)

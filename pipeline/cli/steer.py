@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import artifacts_option, recipe_option
+from pipeline.cli.options import artifacts_option, recipe_option, run_folder
 from pipeline.cli.serving import serve_until_interrupted
 from pipeline.cli.steer_plans import calibrate, contrast, device_option, plan
 from pipeline.cli.steer_texts import generate, judge
@@ -39,7 +39,7 @@ def export(
         raise click.UsageError(f"{out}: write .gguf, .safetensors or .json")
     if out.suffix == ".json" and model_id is None:
         raise click.UsageError("--model-id is needed to write a Neuronpedia request")
-    session = SteerSession.open(artifacts / Path(recipe).stem, device=device)
+    session = SteerSession.open(run_folder(artifacts, recipe), device=device)
     made = session.read_plan(plan_path)
     if out.suffix == ".gguf":
         write_gguf(made, session.saes, out, model_type=session.model.hf.config.model_type)
@@ -81,7 +81,7 @@ def serve(
         raise click.UsageError("--token is needed to listen on an address that others can reach")
     if twice := sorted({path.stem for path in plan_paths if sum(p.stem == path.stem for p in plan_paths) > 1}):
         raise click.UsageError(f"two plans of one name: {', '.join(twice)}; rename a file")
-    session = SteerSession.open(artifacts / Path(recipe).stem, device=device)
+    session = SteerSession.open(run_folder(artifacts, recipe), device=device)
     plans = {path.stem: session.read_plan(path) for path in plan_paths}
     server = make_server(
         Endpoint(model=session.model, saes=session.saes, plans=plans, token=token), host=host, port=port
@@ -111,7 +111,7 @@ def paper(
     from steering.study_bench import Bench
     from steering.study_options import StudyOptions
 
-    folder = artifacts / Path(recipe).stem
+    folder = run_folder(artifacts, recipe)
     session = SteerSession.open(folder, device=device)
     chosen = tuple(read_topics())[:topics]
     bench = Bench(world=session.world(), options=StudyOptions(topics=chosen, n_texts=texts))

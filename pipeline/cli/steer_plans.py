@@ -9,7 +9,7 @@ from typing import Any, Literal
 import click
 
 from pipeline.cli.flow import labels_beside
-from pipeline.cli.options import artifacts_option, recipe_option
+from pipeline.cli.options import artifacts_option, recipe_option, run_folder
 from pipeline.console import say, show_number
 
 _EDITS = ("add", "clamp", "floor", "cap", "rescale", "ablate", "mean_ablate", "project_out", "rotate")
@@ -61,7 +61,7 @@ def plan(
     from steering.edits import Edit
     from steering.schedules import Schedule
 
-    session = SteerSession.open(artifacts / Path(recipe).stem, device=device)
+    session = SteerSession.open(run_folder(artifacts, recipe), device=device)
     edits: Any = TypeAdapter(Edit)
     schedules: Any = TypeAdapter(Schedule)
     made = session.plan_along_flow(
@@ -101,13 +101,13 @@ def contrast(
     from pipeline.steer_session import SteerSession
 
     texts = read_lines(topical), read_lines(other)
-    session = SteerSession.open(artifacts / Path(recipe).stem, device=device)
+    session = SteerSession.open(run_folder(artifacts, recipe), device=device)
     if by == "difference":
         made = plan_by_difference(session, *texts, _layers(layers, sorted(s.layer for s in session.saes)), dose=dose)
         _write(replace(made, name=f"{topical.stem} against {other.stem}, difference of means"), out)
         return
     found = features_of_contrast(session, *texts, by="auroc" if by == "auroc" else "d_prime", n_best=candidates)
-    label_of = labels_beside(artifacts / Path(recipe).stem) or (lambda name: "")
+    label_of = labels_beside(run_folder(artifacts, recipe)) or (lambda name: "")
     for each in found[:5]:
         c = each.contrast
         say(
@@ -133,7 +133,7 @@ def calibrate(plan_path: Path, dose: float, out: Path, device: str, recipe: str,
     """Find the strength at which a plan (written by hand, say) gives the dose, and write it with that strength."""
     from pipeline.steer_session import SteerSession
 
-    session = SteerSession.open(artifacts / Path(recipe).stem, device=device)
+    session = SteerSession.open(run_folder(artifacts, recipe), device=device)
     _write(session.calibrated(session.signed(session.read_plan(plan_path)), dose), out)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import artifacts_option, recipe_option
+from pipeline.cli.options import artifacts_option, recipe_option, run_folder
 from pipeline.cli.steer_plans import device_option
 from pipeline.console import say
 
@@ -34,7 +34,7 @@ def generate(
     from pipeline.steer_session import SteerSession
     from steering.generation import Sampling, generate
 
-    session = SteerSession.open(artifacts / Path(recipe).stem, device=device)
+    session = SteerSession.open(run_folder(artifacts, recipe), device=device)
     plan = session.read_plan(plan_path)
     sampling = Sampling(n_tokens=tokens, temperature=temperature)
     if streams:
@@ -99,7 +99,7 @@ def judge(
     key = "" if key_file is None else key_file.read_text(encoding="utf-8").strip()
     with progress_bars(quiet=False) as progress:
         table = judge_artifact(
-            artifacts / Path(recipe).stem / "steer", Judge(chat=ChatModel(url=url, model=model, key=key)), rubric,
+            run_folder(artifacts, recipe) / "steer", Judge(chat=ChatModel(url=url, model=model, key=key)), rubric,
             arm=arm, n_pairs=n_texts, seed=seed, progress=progress,
         )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli.options import artifacts_option, recipe_option
+from pipeline.cli.options import artifacts_option, recipe_option, run_folder
 from pipeline.console import say, show_number, table
 from sae.errors import Problem, UserError
 
@@ -27,7 +27,7 @@ def verify(quick: bool, recipe: str, artifacts: Path) -> None:
     from pipeline.artifact import SCHEMAS
     from pipeline.opened_run import misfits
 
-    root = artifacts / Path(recipe).stem
+    root = run_folder(artifacts, recipe)
     stages = [stage for stage in SCHEMAS if (root / stage).exists()]
     if not stages:
         raise UserError("there is no run here", where=str(root), expected=", ".join(SCHEMAS), mend="featureflow run")

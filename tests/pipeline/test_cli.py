@@ -11,7 +11,7 @@ import torch
 
 import pipeline.cli
 from pipeline.cli import run_command
-from pipeline.cli.options import parse_overrides, run_context
+from pipeline.cli.options import parse_overrides, run_context, run_folder
 from pipeline.console import show_number, table
 from sae.errors import Problem, UserError
 
@@ -131,7 +131,13 @@ def test_where_a_plan_is_written_is_looked_at_before_anything_is_loaded(
     assert reason in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["", "..", "a/b", "/x", "wide.2"])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/x", "wide.toml"])
 def test_the_name_of_a_run_is_one_folder(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["run", "-r", "tiny", "--name", name]) == 2
     assert "one folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["run1.5", "run1.5.toml", "recipes/run1.5.toml"])
+def test_tools_look_where_the_run_wrote(recipe: str) -> None:
+    """A run is named after its file without `.toml`, and by `--name`; a dot in the name stays."""
+    assert run_folder(Path("artifacts"), recipe) == Path("artifacts/run1.5")
