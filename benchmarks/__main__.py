@@ -1,11 +1,13 @@
-"""Run the benchmarks that need no other tool's environment and write `docs/benchmarks.md` from all recorded results.
+"""Run the benchmarks that need no other tool's environment and write `docs/benchmarks.md` from all
+recorded results.
 
     python -m benchmarks                 run them all, then write the page
     python -m benchmarks store_write     run some
     python -m benchmarks --report        only write the page
 
-Each benchmark is a program of its own that prints JSON lines, kept in `benchmarks/results/<name>.jsonl`, one run
-replacing the last. A quiet machine is needed for numbers worth keeping; the load is recorded with them.
+Each benchmark is a program of its own that prints JSON lines, kept in
+`benchmarks/results/<name>.jsonl`, one run replacing the last. A quiet machine is needed for numbers
+worth keeping; the load is recorded with them.
 """
 
 from __future__ import annotations
@@ -31,16 +33,20 @@ COMMANDS: dict[str, list[str]] = {
     "steering_speed": ["-m", "benchmarks.steering_speed"],
 }
 ELSEWHERE = {
-    "store_saelens": "python -m benchmarks.store_saelens --peers <folder> --layers 5 14 23 29 --contexts 32 --pairs 3",
-    "store_shuffle": "python -m benchmarks.store_shuffle --store artifacts/laptop/collect/store.zarr",
+    "store_saelens": "python -m benchmarks.store_saelens --peers <folder> --layers 5 14 23 29 "
+    "--contexts 32 --pairs 3",
+    "store_shuffle": "python -m benchmarks.store_shuffle --store "
+    "artifacts/laptop/collect/store.zarr",
     "train_speed": "make bench-train PEERS=<folder>",
     "quality_peers": "make bench-quality PEERS=<folder>",
     "quality_rates": "make bench-quality PEERS=<folder>",
     "quality_starts": "make bench-quality PEERS=<folder>",
     "link_graph": "python benchmarks/link_speed.py graph --layers 30 --n 16384",
-    "atlas_pages": "python -m benchmarks.atlas_pages --layers 30 --latents 16384 --site artifacts/laptop/atlas/site",
+    "atlas_pages": "python -m benchmarks.atlas_pages --layers 30 --latents 16384 --site "
+    "artifacts/laptop/atlas/site",
     "atlas_peer": "python -m benchmarks.atlas_peer --artifacts artifacts/laptop --peers <folder>",
-    "atlas_sizes": "python -m benchmarks.atlas_sizes --artifacts artifacts/laptop --profile <name> --layers <n>",
+    "atlas_sizes": "python -m benchmarks.atlas_sizes --artifacts artifacts/laptop --profile <name> "
+    "--layers <n>",
 }
 
 
@@ -90,15 +96,27 @@ def report() -> str:
     parts = [
         "# Benchmarks",
         "",
-        "Generated from `benchmarks/results/*.jsonl` by `python -m benchmarks --report`; run them with `make bench`. "
-        "Ratios are of runs that alternated on one machine; absolute times are of that machine only.",
+        "Generated from `benchmarks/results/*.jsonl` by `python -m benchmarks --report`; run them "
+        "with `make bench`. "
+        "Ratios are of runs that alternated on one machine; absolute times are of that machine "
+        "only.",
     ]
     for path in sorted(RESULTS.glob("*.jsonl")):
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         first = records.pop(0) if records and "measured" in records[0] else {}
-        command = "python " + " ".join(COMMANDS[path.stem]) if path.stem in COMMANDS else ELSEWHERE.get(path.stem, "")
+        command = (
+            "python " + " ".join(COMMANDS[path.stem])
+            if path.stem in COMMANDS
+            else ELSEWHERE.get(path.stem, "")
+        )
         facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in first.items())
-        parts += ["", f"## {path.stem.replace('_', ' ')}", "", f"`{command}`" + (f" ({facts})" if facts else ""), ""]
+        parts += [
+            "",
+            f"## {path.stem.replace('_', ' ')}",
+            "",
+            f"`{command}`" + (f" ({facts})" if facts else ""),
+            "",
+        ]
         parts += _tables(records)
     return "\n".join(parts) + "\n"
 
@@ -110,7 +128,11 @@ def _tables(records: list[dict]) -> list[str]:
     for record in records:
         keys = list(record)
         if keys != previous:
-            lines += ["", "| " + " | ".join(key.replace("_", " ") for key in keys) + " |", "|" + "---|" * len(keys)]
+            lines += [
+                "",
+                "| " + " | ".join(key.replace("_", " ") for key in keys) + " |",
+                "|" + "---|" * len(keys),
+            ]
             previous = keys
         lines.append("| " + " | ".join(_cell(value) for value in record.values()) + " |")
     return lines[1:] if lines else ["(no records)"]
@@ -125,7 +147,10 @@ def _cell(value: object) -> str:
 
 
 def _machine() -> str:
-    return f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python {platform.python_version()}"
+    return (
+        f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python "
+        f"{platform.python_version()}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """How fast the atlas' pages open: a synthetic atlas in headless Chromium, from disk.
 
-1. write a synthetic site of the wanted size (tests/browser/synthetic; links, labels and cards of every feature);
-2. open it, then cards, dictionaries, flow graphs and searches; each time runs from the change of address to the frame
-   after everything is drawn, examples included;
-3. print JSON lines: a page's milliseconds as median, 95th percentile and largest, by the clock, and its thread's
-   median; the folder's size;
-4. with `--site`, the same on a real atlas. A card of a feature that never fired has no examples to wait for. Files are
-   in the system's cache, as after any first visit.
+1. write a synthetic site of the wanted size (tests/browser/synthetic; links, labels and cards of
+   every feature);
+2. open it, then cards, dictionaries, flow graphs and searches; each time runs from the change of
+   address to the frame after everything is drawn, examples included;
+3. print JSON lines: a page's milliseconds as median, 95th percentile and largest, by the clock, and
+   its thread's median; the folder's size;
+4. with `--site`, the same on a real atlas. A card of a feature that never fired has no examples to
+   wait for. Files are in the system's cache, as after any first visit.
 
-Needs Chromium with its driver. Cost: a few minutes and about 0.7 GB of disk for 30 x 16,384, mostly writing.
+Needs Chromium with its driver. Cost: a few minutes and about 0.7 GB of disk for 30 x 16,384, mostly
+writing.
 
     python -m benchmarks.atlas_pages --layers 30 --latents 16384 --site artifacts/laptop/atlas/site
 """
@@ -53,7 +55,9 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=16_384)
     parser.add_argument("--cards", type=int, default=120)
     parser.add_argument("--folder", type=Path, help="keep the synthetic site here and use it again")
-    parser.add_argument("--site", type=Path, help="afterwards the same on a real atlas: its folder `site`")
+    parser.add_argument(
+        "--site", type=Path, help="afterwards the same on a real atlas: its folder `site`"
+    )
     options = parser.parse_args()
     print(json.dumps(head()), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -64,7 +68,13 @@ def main() -> None:
         report("synthetic", folder, options.layers, options.latents, options.cards)
     if options.site:
         sites = [s for s in Cards.open(options.site).manifest["sites"] if s["kind"] == "resid_post"]
-        report("real", options.site.resolve(), len(sites), min(s["n_latents"] for s in sites), options.cards)
+        report(
+            "real",
+            options.site.resolve(),
+            len(sites),
+            min(s["n_latents"] for s in sites),
+            options.cards,
+        )
 
 
 def report(name: str, folder: Path, layers: int, latents: int, n_cards: int) -> None:
@@ -75,15 +85,27 @@ def report(name: str, folder: Path, layers: int, latents: int, n_cards: int) -> 
     driver = open_browser()
     try:
         browser = driver.capabilities["browserVersion"]
-        print(json.dumps({**facts, **sizes, "browser": browser, "load": round(os.getloadavg()[0], 2)}), flush=True)
+        print(
+            json.dumps(
+                {**facts, **sizes, "browser": browser, "load": round(os.getloadavg()[0], 2)}
+            ),
+            flush=True,
+        )
         for page, times in measure(driver, folder, layers, latents, n_cards).items():
-            line = {"atlas": name, "page": page, **spread(times), "goal_ms": GOALS_MS.get(page.split(",")[0])}
+            line = {
+                "atlas": name,
+                "page": page,
+                **spread(times),
+                "goal_ms": GOALS_MS.get(page.split(",")[0]),
+            }
             print(json.dumps(line), flush=True)
     finally:
         driver.quit()
 
 
-def measure(driver: Any, folder: Path, layers: int, latents: int, n_cards: int) -> dict[str, list[tuple[float, float]]]:
+def measure(
+    driver: Any, folder: Path, layers: int, latents: int, n_cards: int
+) -> dict[str, list[tuple[float, float]]]:
     """Times of a site whose residual dictionaries are L0, L1, …, of at least `latents` latents."""
     opened = [open_index(driver, folder) for _ in range(9)]
     # every card in another shard, which is read from disk
@@ -104,14 +126,23 @@ def open_browser() -> Any:
 
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
-    flags = ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-sync")
+    flags = (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-background-networking",
+        "disable-sync",
+    )
     for flag in (*flags, "disable-ipc-flooding-protection"):  # more than 200 pages in 10 s
         options.add_argument(f"--{flag}")
-    return webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    return webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))
+    )
 
 
 def open_index(driver: Any, folder: Path) -> tuple[float, float]:
-    """Milliseconds from the start of navigation until the overview is drawn: by the clock, and of the page's thread."""
+    """Milliseconds from the start of navigation until the overview is drawn: by the clock, and of
+    the page's thread."""
     driver.get("about:blank")
     driver.execute_cdp_cmd("Performance.disable", {})
     driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
@@ -124,8 +155,8 @@ def open_index(driver: Any, folder: Path) -> tuple[float, float]:
 
 
 def draw(driver: Any, address: str, ready: str = "true") -> tuple[float, float]:
-    """Milliseconds from the change of address to the frame in which the page stands: by the clock, and of processor
-    time on the page's thread (which a busy machine does not stretch)."""
+    """Milliseconds from the change of address to the frame in which the page stands: by the clock,
+    and of processor time on the page's thread (which a busy machine does not stretch)."""
     before = task_seconds(driver)
     wall = float(driver.execute_async_script(_DRAWN, address, ready))
     return wall, 1000 * (task_seconds(driver) - before)

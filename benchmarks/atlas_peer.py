@@ -1,15 +1,19 @@
-"""How long does one dictionary's atlas take, ours against SAEDashboard, and do both say the same of its features?
+"""How long does one dictionary's atlas take, ours against SAEDashboard, and do both say the same of
+its features?
 
     python -m benchmarks.atlas_peer --artifacts artifacts/laptop --site L12 --peers FOLDER
 
-1. make a case from stored artifacts: the dictionary in SAELens' format, the store's activations as SAEDashboard's cache
-   (so that neither runs the model), tokens, and the unembedding as TransformerLens has it (norm folded in, centred);
-2. `--rounds` times in turn, one thread each: ours, the stage's own two jobs for the site (statistics, examples, rules,
-   labels, projection, shards, tables; every latent), and SAEDashboard's runner and page for `--features` latents, at
-   most one batch of its default 256. Its time for all latents is that of encoding once a batch, and of each latent;
+1. make a case from stored artifacts: the dictionary in SAELens' format, the store's activations as
+   SAEDashboard's cache (so that neither runs the model), tokens, and the unembedding as
+   TransformerLens has it (norm folded in, centred);
+2. `--rounds` times in turn, one thread each: ours, the stage's own two jobs for the site
+   (statistics, examples, rules, labels, projection, shards, tables; every latent), and
+   SAEDashboard's runner and page for `--features` latents, at most one batch of its default 256.
+   Its time for all latents is that of encoding once a batch, and of each latent;
 3. compare what both define alike: density, largest activation, promoted tokens.
 
-JSON lines: each run, the ratio of each round, the agreement. FOLDER: benchmarks/peers/make_environments.sh.
+JSON lines: each run, the ratio of each round, the agreement. FOLDER:
+benchmarks/peers/make_environments.sh.
 """
 
 from __future__ import annotations
@@ -49,14 +53,18 @@ CONTEXTS_PER_FILE, PEER_BATCH = 64, 256
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--artifacts", type=Path, required=True)
     parser.add_argument("--site", default="L12")
     parser.add_argument("--peers", type=Path, help="folder of the peers' environments")
     parser.add_argument("--features", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--ours", type=Path, help="only our side, on a case made before (used by itself)")
+    parser.add_argument(
+        "--ours", type=Path, help="only our side, on a case made before (used by itself)"
+    )
     options = parser.parse_args()
     if options.ours:
         ours(options.ours, options)
@@ -66,22 +74,47 @@ def main() -> None:
         facts = make_case(case, options)
         print(json.dumps(facts), flush=True)
         for number in range(options.rounds):
-            mine = started([sys.executable, "-m", "benchmarks.atlas_peer", "--ours", str(case), *_passed(options)])
-            peer = started([str(options.peers / "saedashboard" / "bin" / "python"),
-                            str(ROOT / "benchmarks" / "peers" / "dashboard_saedashboard.py"), str(case),
-                            "--features", str(options.features)])  # fmt: skip
+            mine = started(
+                [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.atlas_peer",
+                    "--ours",
+                    str(case),
+                    *_passed(options),
+                ]
+            )
+            peer = started(
+                [
+                    str(options.peers / "saedashboard" / "bin" / "python"),
+                    str(ROOT / "benchmarks" / "peers" / "dashboard_saedashboard.py"),
+                    str(case),
+                    "--features",
+                    str(options.features),
+                ]
+            )
             for name, record in (("featureflow", mine), ("saedashboard", peer)):
                 print(json.dumps({"contestant": name, "round": number, **record}), flush=True)
             each = (peer["run_s"] - peer["batch_s"] + peer["page_s"]) / options.features
             theirs = -(-facts["latents"] // PEER_BATCH) * peer["batch_s"] + facts["latents"] * each
-            print(json.dumps({"round": number, "saedashboard_all_latents_s": round(theirs, 1),
-                              "times_faster": round(theirs / mine["seconds"], 1)}), flush=True)  # fmt: skip
+            print(
+                json.dumps(
+                    {
+                        "round": number,
+                        "saedashboard_all_latents_s": round(theirs, 1),
+                        "times_faster": round(theirs / mine["seconds"], 1),
+                    }
+                ),
+                flush=True,
+            )
         print(json.dumps(agreement(case, options)), flush=True)
 
 
 def make_case(case: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Write what either side reads; returns what it is."""
-    collect = Artifact.open(options.artifacts / "collect", kind="collect", schema=SCHEMAS["collect"])
+    collect = Artifact.open(
+        options.artifacts / "collect", kind="collect", schema=SCHEMAS["collect"]
+    )
     store, site = ActivationStore.open(collect.path / "store.zarr"), parse_site(options.site)
     sae = load_sae(options.artifacts / "train" / "dictionaries" / options.site)
     shop = workshop(case / "ours", options)
@@ -99,22 +132,42 @@ def make_case(case: Path, options: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit("the model has no unembedding that reads the residual stream")
     left_out = np.unique(tokens.ravel()[~corpus_for(shop).kept])
     np.savez(case / "arrays.npz", tokens=tokens, W_U=unembedding.matrix.T.numpy(), ignored=left_out)
-    facts = {"hook": site.name, "contexts_per_file": CONTEXTS_PER_FILE, "tokenizer": str(_tokenizer_folder(collect))}
+    facts = {
+        "hook": site.name,
+        "contexts_per_file": CONTEXTS_PER_FILE,
+        "tokenizer": str(_tokenizer_folder(collect)),
+    }
     (case / "case.json").write_text(json.dumps(facts), encoding="utf-8")
-    return {"site": options.site, "latents": sae.n_latents, "tokens": tokens.size, "features": options.features,
-            "precision": options.precision}  # fmt: skip
+    return {
+        "site": options.site,
+        "latents": sae.n_latents,
+        "tokens": tokens.size,
+        "features": options.features,
+        "precision": options.precision,
+    }
 
 
 def workshop(folder: Path, options: argparse.Namespace) -> Workshop:
     """The stage's workshop with one site and no flow graph, with filters that both sides have."""
     dictionaries = (options.artifacts / "train" / "dictionaries").resolve()
     return Workshop(
-        store=(options.artifacts / "collect" / "store.zarr").resolve(), dictionaries=dictionaries, graph=None,
-        work=folder / "work", site_folder=folder / "site", sites=(options.site,),
-        n_latents=(load_sae(dictionaries / options.site).n_latents,), filters=RowFilters(drop_sinks=False),
-        holdout=0.33, choice=0.17, made_from=(), seed=0,
-        precision=options.precision, profile="standard", bar=Bar(), cofiring_rows=32768,
-    )  # fmt: skip
+        store=(options.artifacts / "collect" / "store.zarr").resolve(),
+        dictionaries=dictionaries,
+        graph=None,
+        work=folder / "work",
+        site_folder=folder / "site",
+        sites=(options.site,),
+        n_latents=(load_sae(dictionaries / options.site).n_latents,),
+        filters=RowFilters(drop_sinks=False),
+        holdout=0.33,
+        choice=0.17,
+        made_from=(),
+        seed=0,
+        precision=options.precision,
+        profile="standard",
+        bar=Bar(),
+        cofiring_rows=32768,
+    )
 
 
 def ours(case: Path, options: argparse.Namespace) -> None:
@@ -123,16 +176,23 @@ def ours(case: Path, options: argparse.Namespace) -> None:
     shop = workshop(case / "ours", options)
     for earlier in (shop.work / options.site, shop.site_folder):
         shutil.rmtree(earlier, ignore_errors=True)
-    corpus_for(shop), unembedding_for(shop)  # shared by all sites of an atlas, like loading the model
+    (
+        corpus_for(shop),
+        unembedding_for(shop),
+    )  # shared by all sites of an atlas, like loading the model
     started = time.perf_counter()
     survey_job(shop, options.site)
     surveyed = time.perf_counter()
     write_job(shop, options.site)
     ended = time.perf_counter()
     size = sum(path.stat().st_size for path in shop.site_folder.rglob("*.js"))
-    record = {"seconds": round(ended - started, 2), "survey_s": round(surveyed - started, 2),
-              "write_s": round(ended - surveyed, 2), "bytes_per_feature": round(size / shop.n_latents[0]),
-              "load_after": round(os.getloadavg()[0], 2)}  # fmt: skip
+    record = {
+        "seconds": round(ended - started, 2),
+        "survey_s": round(surveyed - started, 2),
+        "write_s": round(ended - surveyed, 2),
+        "bytes_per_feature": round(size / shop.n_latents[0]),
+        "load_after": round(os.getloadavg()[0], 2),
+    }
     print(json.dumps(record), flush=True)
 
 
@@ -143,16 +203,24 @@ def agreement(case: Path, options: argparse.Namespace) -> dict[str, Any]:
     with np.load(case / "found.npz") as arrays:
         theirs = {name: arrays[name] for name in arrays.files}
     n = options.features
-    density = columns["count"][:n] / len(corpus)  # SAEDashboard divides by all tokens, those left out included
+    density = columns["count"][:n] / len(
+        corpus
+    )  # SAEDashboard divides by all tokens, those left out included
     largest, alive = columns["max"][:n], columns["count"][:n] > 0
     used = np.bincount(corpus.token, minlength=len(corpus.vocabulary)) > 0
     listed = [[t for t in tokens if t < len(used) and used[t]] for tokens in theirs["top_token"]]
-    shared = [len(set(a) & set(b.tolist())) for a, b in zip(listed, columns["promotes"][:n], strict=True)]
+    shared = [
+        len(set(a) & set(b.tolist())) for a, b in zip(listed, columns["promotes"][:n], strict=True)
+    ]
     return {
         "density_difference_max": float(np.abs(density - theirs["density"]).max()),
         "density_printed_to": 0.00001,
-        "largest_relative_difference_median": float(np.median(np.abs(theirs["largest"] / largest - 1)[alive])),
-        "largest_relative_difference_max": float(np.abs(theirs["largest"] / largest - 1)[alive].max()),
+        "largest_relative_difference_median": float(
+            np.median(np.abs(theirs["largest"] / largest - 1)[alive])
+        ),
+        "largest_relative_difference_max": float(
+            np.abs(theirs["largest"] / largest - 1)[alive].max()
+        ),
         "promoted_tokens_shared": round(sum(shared) / max(1, sum(map(len, listed))), 4),
     }
 
@@ -162,14 +230,23 @@ def started(command: list[str]) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if "saedashboard" in command[0]:
         environment.pop("PYTHONPATH")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT
+    )
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def _passed(options: argparse.Namespace) -> list[str]:
-    return ["--artifacts", str(options.artifacts), "--site", options.site, "--precision", options.precision]
+    return [
+        "--artifacts",
+        str(options.artifacts),
+        "--site",
+        options.site,
+        "--precision",
+        options.precision,
+    ]
 
 
 def _tokenizer_folder(collect: Artifact) -> Path:

@@ -1,12 +1,15 @@
-"""Look at an atlas as a reader would: a seeded choice of cards as pictures and texts, and axe on its pages.
+"""Look at an atlas as a reader would: a seeded choice of cards as pictures and texts, and axe on
+its pages.
 
     python -m benchmarks.atlas_review artifacts/laptop/atlas/site --out /tmp/review --seed 0
 
 1. draw `--n` features that fire, evenly over the dictionaries, from a seed;
 2. open each card in headless Chromium from disk; keep a picture and the page's own text;
-3. run axe on every kind of page, light and dark, at 1440 and 390 pixels; one JSON line per page with its violations.
+3. run axe on every kind of page, light and dark, at 1440 and 390 pixels; one JSON line per page
+   with its violations.
 
-Needs Chromium with its driver, and `npm ci` in pipeline/atlas/site for axe. Cost: about a second a page.
+Needs Chromium with its driver, and `npm ci` in pipeline/atlas/site for axe. Cost: about a second a
+page.
 """
 
 from __future__ import annotations
@@ -24,7 +27,15 @@ from benchmarks.atlas_screenshots import take
 from pipeline.atlas.cards import Cards
 from pipeline.atlas.shards import read_shard
 
-AXE = Path(__file__).parents[1] / "pipeline" / "atlas" / "site" / "node_modules" / "axe-core" / "axe.min.js"
+AXE = (
+    Path(__file__).parents[1]
+    / "pipeline"
+    / "atlas"
+    / "site"
+    / "node_modules"
+    / "axe-core"
+    / "axe.min.js"
+)
 _ALIVE = 1
 _RUN = """
 const done = arguments[arguments.length - 1];
@@ -34,7 +45,9 @@ axe.run(document, {resultTypes: ['violations']})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("site", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--n", type=int, default=20)
@@ -45,7 +58,12 @@ def main() -> None:
     driver = open_browser()
     try:
         for number, feature in enumerate(features):
-            keep_card(driver, options.site, feature, options.out / f"{number:02d}-{feature.replace('/', '-')}")
+            keep_card(
+                driver,
+                options.site,
+                feature,
+                options.out / f"{number:02d}-{feature.replace('/', '-')}",
+            )
             print(json.dumps({"card": feature}), flush=True)
         for line in axe_lines(driver, options.site, features[0]):
             print(json.dumps(line), flush=True)
@@ -59,7 +77,9 @@ def chosen_features(site: Path, n: int, seed: int) -> list[str]:
     shorts = list(Cards.open(site).sites)
     chosen = []
     for place in np.linspace(0, len(shorts) - 1, n).round().astype(int):
-        alive = np.flatnonzero(read_shard(site, f"sites/{shorts[place]}/overview").columns["flags"] & _ALIVE)
+        alive = np.flatnonzero(
+            read_shard(site, f"sites/{shorts[place]}/overview").columns["flags"] & _ALIVE
+        )
         chosen.append(f"{shorts[place]}/{int(generator.choice(alive))}")
     return chosen
 
@@ -77,7 +97,16 @@ def axe_lines(driver: Any, site: Path, feature: str) -> Iterator[dict[str, Any]]
     """What axe finds on every kind of page."""
     script = AXE.read_text(encoding="utf-8")
     short = feature.split("/")[0]
-    routes = ("", "flow", "trunks", "search?q=water", "notes", f"site/{short}", feature, f"graph/{feature}?b=3&f=3")
+    routes = (
+        "",
+        "flow",
+        "trunks",
+        "search?q=water",
+        "notes",
+        f"site/{short}",
+        feature,
+        f"graph/{feature}?b=3&f=3",
+    )
     for width in (1440, 390):
         for theme in ("light", "dark"):
             preference = {"name": "prefers-color-scheme", "value": theme}
@@ -88,7 +117,12 @@ def axe_lines(driver: Any, site: Path, feature: str) -> Iterator[dict[str, Any]]
                 driver.execute_script(script)
                 found = driver.execute_async_script(_RUN)
                 violations = [f"{v['id']} ({len(v['nodes'])}): {_where(v)}" for v in found]
-                yield {"page": route or "overview", "width": width, "theme": theme, "violations": violations}
+                yield {
+                    "page": route or "overview",
+                    "width": width,
+                    "theme": theme,
+                    "violations": violations,
+                }
 
 
 def address(site: Path, route: str) -> str:

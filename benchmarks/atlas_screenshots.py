@@ -1,4 +1,5 @@
-"""Pictures of an atlas' pages for the documentation: a site folder and a feature -> docs/images/atlas-*.png.
+"""Pictures of an atlas' pages for the documentation: a site folder and a feature ->
+docs/images/atlas-*.png.
 
     python -m benchmarks.atlas_screenshots artifacts/laptop/atlas/site --feature L12/402
 
@@ -15,7 +16,8 @@ from typing import Any
 from benchmarks.atlas_pages import open_browser
 
 _SETTLED = (
-    "return document.querySelector('main')?.dataset.shown && !document.querySelector('.progress span') "
+    "return document.querySelector('main')?.dataset.shown && !document.querySelector('.progress "
+    "span') "
     "&& !document.querySelector('.examples > .example:not(:has(.example-text)), [data-waiting]')"
 )
 
@@ -48,7 +50,11 @@ def take(driver: Any, address: str, width: int) -> None:
     while not driver.execute_script(_SETTLED) and time.monotonic() < end:
         time.sleep(0.05)
     time.sleep(0.5)
-    resize(driver, width, min(1800, driver.execute_script("return document.documentElement.scrollHeight")))
+    resize(
+        driver,
+        width,
+        min(1800, driver.execute_script("return document.documentElement.scrollHeight")),
+    )
     time.sleep(0.3)
 
 

@@ -1,18 +1,22 @@
-"""How large an atlas of a real model's size gets, and what making it takes: folder, seconds, peak memory.
+"""How large an atlas of a real model's size gets, and what making it takes: folder, seconds, peak
+memory.
 
-    python -m benchmarks.atlas_sizes --artifacts artifacts/laptop --layers 30 --latents 16384 --profile standard
+    python -m benchmarks.atlas_sizes --artifacts artifacts/laptop --layers 30 --latents 16384
+    --profile standard
 
-1. dictionaries of the wanted size without training: the rows of layer l are the centred activations, at layer l, of
-   the same `--latents` tokens of the store (no token twice before all have had their turn), tied, TopK of 32;
+1. dictionaries of the wanted size without training: the rows of layer l are the centred
+   activations, at layer l, of the same `--latents` tokens of the store (no token twice before all
+   have had their turn), tied, TopK of 32;
 2. the flow graph between them, from directions alone, as `link_dictionaries` makes it;
-3. the atlas stage's own steps over the store's real text, one process, one thread: survey and write every site, then
-   what all sites share; the site is checked byte by byte at the end.
+3. the atlas stage's own steps over the store's real text, one process, one thread: survey and write
+   every site, then what all sites share; the site is checked byte by byte at the end.
 
-JSON lines: seconds and peak memory of every step, then the folder by part and in bytes a feature, and what a site adds
-(`mb_a_site`; the rest is shared). `--layers 4` takes four layers spread over the store's; `--site` instead only tells
-the parts of a finished site. Features are real directions of real text but not trained ones, so their labels say
-nothing. `--folder` keeps everything, and a run that was cut off goes on there; the seconds are then those of the rest.
-Cost: about a minute a layer of 16,384; 75 MB a layer for dictionaries beside the atlas.
+JSON lines: seconds and peak memory of every step, then the folder by part and in bytes a feature,
+and what a site adds (`mb_a_site`; the rest is shared). `--layers 4` takes four layers spread over
+the store's; `--site` instead only tells the parts of a finished site. Features are real directions
+of real text but not trained ones, so their labels say nothing. `--folder` keeps everything, and a
+run that was cut off goes on there; the seconds are then those of the rest. Cost: about a minute a
+layer of 16,384; 75 MB a layer for dictionaries beside the atlas.
 """
 
 from __future__ import annotations
@@ -55,7 +59,9 @@ PER_SITE = ("cards", "overview", "labels", "links", "search")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--artifacts", type=Path, help="folder with a collect artifact")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--latents", type=int, default=16_384)
@@ -80,12 +86,19 @@ def make(options: argparse.Namespace, folder: Path) -> None:
     def timed(step: str, work: Callable[[], T]) -> T:
         wall, cpu = time.perf_counter(), time.process_time()
         made = work()
-        record = {"step": step, **facts, "wall_s": round(time.perf_counter() - wall, 1),
-                  "cpu_s": round(time.process_time() - cpu, 1), "peak_mib": round(_peak_mib())}  # fmt: skip
+        record = {
+            "step": step,
+            **facts,
+            "wall_s": round(time.perf_counter() - wall, 1),
+            "cpu_s": round(time.process_time() - cpu, 1),
+            "peak_mib": round(_peak_mib()),
+        }
         print(json.dumps(record), flush=True)
         return made
 
-    collect = Artifact.open(options.artifacts / "collect", kind="collect", schema=SCHEMAS["collect"])
+    collect = Artifact.open(
+        options.artifacts / "collect", kind="collect", schema=SCHEMAS["collect"]
+    )
     store = ActivationStore.open(collect.path / "store.zarr")
     sites = spread_sites(store, options.layers)
     made, graph = folder / f"dictionaries-{options.layers}", folder / f"graph-{options.layers}"
@@ -93,11 +106,23 @@ def make(options: argparse.Namespace, folder: Path) -> None:
     timed("link", lambda: link(made, graph))
     out = folder / options.profile
     shop = Workshop(
-        store=collect.path / "store.zarr", dictionaries=made, graph=graph, work=out / "work", site_folder=out / "site",
-        sites=tuple(site.short for site in sites), n_latents=(options.latents,) * len(sites), filters=RowFilters(),
-        holdout=0.33, choice=0.17, made_from=(), seed=0, precision=options.precision, profile=options.profile,
-        bar=Bar(), cofiring_rows=32768,
-    )  # fmt: skip
+        store=collect.path / "store.zarr",
+        dictionaries=made,
+        graph=graph,
+        work=out / "work",
+        site_folder=out / "site",
+        sites=tuple(site.short for site in sites),
+        n_latents=(options.latents,) * len(sites),
+        filters=RowFilters(),
+        holdout=0.33,
+        choice=0.17,
+        made_from=(),
+        seed=0,
+        precision=options.precision,
+        profile=options.profile,
+        bar=Bar(),
+        cofiring_rows=32768,
+    )
     model, context = model_facts(collect, store, RunContext()), RunContext(n_threads=1)
     timed("prepare", lambda: prepare(shop, model))
     timed("survey", lambda: each_site(_here, survey_job, shop, context, "survey"))
@@ -107,7 +132,15 @@ def make(options: argparse.Namespace, folder: Path) -> None:
     shutil.rmtree(shop.work)
     timed("validate", lambda: validate_atlas(out))
     tables = sum(path.stat().st_size for path in (out / "tables").iterdir())
-    print(json.dumps({"atlas": options.profile, **parts(shop.site_folder), "tables_mb": round(tables / 1e6, 1)}))
+    print(
+        json.dumps(
+            {
+                "atlas": options.profile,
+                **parts(shop.site_folder),
+                "tables_mb": round(tables / 1e6, 1),
+            }
+        )
+    )
 
 
 def _here(job: Callable[[Workshop, str], str], shop: Workshop) -> Any:
@@ -122,23 +155,40 @@ def spread_sites(store: ActivationStore, n: int) -> list[Site]:
     return [sites[i] for i in np.linspace(0, len(sites) - 1, n).round().astype(int)]
 
 
-def write_dictionaries(store: ActivationStore, sites: list[Site], n_latents: int, folder: Path) -> None:
-    """A dictionary a site whose rows are the activations of the same tokens; those there already are kept."""
+def write_dictionaries(
+    store: ActivationStore, sites: list[Site], n_latents: int, folder: Path
+) -> None:
+    """A dictionary a site whose rows are the activations of the same tokens; those there already
+    are kept."""
     rows = exemplar_rows(store, n_latents)
     for site in sites:
         if (folder / site.short / "sae.json").is_file():
             continue
-        x = np.concatenate([store.read(site, a, min(a + 8192, store.n_rows))[rows[(rows >= a) & (rows < a + 8192)] - a]
-                            for a in range(0, store.n_rows, 8192)])  # fmt: skip
+        x = np.concatenate(
+            [
+                store.read(site, a, min(a + 8192, store.n_rows))[
+                    rows[(rows >= a) & (rows < a + 8192)] - a
+                ]
+                for a in range(0, store.n_rows, 8192)
+            ]
+        )
         mean = torch.from_numpy(np.asarray(store.statistics(site).mean, dtype=np.float32))
         W = torch.nn.functional.normalize(torch.from_numpy(x) - mean, dim=1)
         zero = torch.zeros(n_latents)
-        sae = Sae(W_enc=W, b_enc=zero, W_dec=W.clone(), b_dec=mean, b_in=mean, activation=TopKActivation(k=32))
+        sae = Sae(
+            W_enc=W,
+            b_enc=zero,
+            W_dec=W.clone(),
+            b_dec=mean,
+            b_in=mean,
+            activation=TopKActivation(k=32),
+        )
         save_sae(sae, folder / site.short)
 
 
 def exemplar_rows(store: ActivationStore, n: int) -> Int64[np.ndarray, "latent"]:
-    """Rows that training may read, the first occurrence of every token before any second; ascending."""
+    """Rows that training may read, the first occurrence of every token before any second;
+    ascending."""
     kept = store.kept_rows("train", RowFilters())
     token = store.tokens().id[kept]
     order = np.argsort(token, kind="stable")
@@ -156,7 +206,9 @@ def link(dictionaries: Path, graph: Path) -> None:
         return
     found = link_dictionaries(DictionaryFolder(dictionaries), options=LinkOptions(null=Rotation()))
     graph.mkdir(parents=True, exist_ok=True)
-    write_tables(graph, {"nodes": found.nodes, "edges": found.edges, "pairs": found.pairs}, found.warnings)
+    write_tables(
+        graph, {"nodes": found.nodes, "edges": found.edges, "pairs": found.pairs}, found.warnings
+    )
 
 
 def parts(site: Path) -> dict[str, Any]:
@@ -172,13 +224,21 @@ def parts(site: Path) -> dict[str, Any]:
             name = where[2].removesuffix(".js") if len(where) == 3 else where[2]
             size["links" if name == "flow" else name] += path.stat().st_size
         else:
-            size["app and manifest" if len(where) == 1 and where[0] != "vocab.js" else where[0]] += path.stat().st_size
+            size[
+                "app and manifest" if len(where) == 1 and where[0] != "vocab.js" else where[0]
+            ] += path.stat().st_size
     total = sum(size.values())
     return {
-        "features": n, "site_mb": round(total / 1e6, 1), "bytes_per_feature": round(total / n), "files": len(files),
+        "features": n,
+        "site_mb": round(total / 1e6, 1),
+        "bytes_per_feature": round(total / n),
+        "files": len(files),
         "mb_a_site": round(sum(size[name] for name in PER_SITE) / len(names) / 1e6, 2),
-        **{f"{name.removesuffix('.js').replace(' ', '_')}_mb": round(b / 1e6, 1) for name, b in sorted(size.items())},
-    }  # fmt: skip
+        **{
+            f"{name.removesuffix('.js').replace(' ', '_')}_mb": round(b / 1e6, 1)
+            for name, b in sorted(size.items())
+        },
+    }
 
 
 def _peak_mib() -> float:

@@ -1,10 +1,12 @@
-"""A run's artifacts in, the README's table of measured results out: nothing in that table is typed by hand.
+"""A run's artifacts in, the README's table of measured results out: nothing in that table is typed
+by hand.
 
     python -m benchmarks.headline artifacts/laptop            print the table
-    python -m benchmarks.headline artifacts/laptop --write    put it into README.md between its two marks
+    python -m benchmarks.headline artifacts/laptop --write    put it into README.md between its two
+    marks
 
-Every number is read from a manifest or a table of the run. Figures of the papers that stand beside them are constants
-with their source.
+Every number is read from a manifest or a table of the run. Figures of the papers that stand beside
+them are constants with their source.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument("--write", action="store_true", help="replace the table in the README")
-    parser.add_argument("--readme", type=Path, default=README, help="the page that holds the two marks")
+    parser.add_argument(
+        "--readme", type=Path, default=README, help="the page that holds the two marks"
+    )
     options = parser.parse_args()
     text = report(options.run)
     if not options.write:
@@ -39,7 +43,9 @@ def main() -> None:
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         parser.error(f"{options.readme} must hold {BEGIN} and {END} once each")
     before, rest = page.split(BEGIN)
-    options.readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    options.readme.write_text(
+        f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8"
+    )
 
 
 def report(run: Path) -> str:
@@ -47,9 +53,15 @@ def report(run: Path) -> str:
     seconds = {stage: float(_open(run, stage).made_by["seconds"]) for stage in STAGES}
     times = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
     size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) / 1e9
-    lines = [f"{times}: {sum(seconds.values()) / 60:.1f} minutes altogether; {size:.1f} GB of disk.", ""]
+    lines = [
+        f"{times}: {sum(seconds.values()) / 60:.1f} minutes altogether; {size:.1f} GB of disk.",
+        "",
+    ]
     lines += ["| what | here | baseline | command |", "|---|---|---|---|"]
-    lines += [f"| {what} | {here} | {baseline} | `{command}` |" for what, here, baseline, command in rows(run)]
+    lines += [
+        f"| {what} | {here} | {baseline} | `{command}` |"
+        for what, here, baseline, command in rows(run)
+    ]
     return "\n".join(lines)
 
 
@@ -72,15 +84,18 @@ def _evaluate_rows(run: Path) -> Iterator[Row]:
     metrics = pd.read_parquet(run / "evaluate" / "metrics.parquet")
     better = int((metrics.fvu < metrics.pca_fvu).sum())
     yield (
-        f"Variance unexplained (FVU) at {metrics.l0.median():.0f} latents a token, median of {len(metrics)} "
+        f"Variance unexplained (FVU) at {metrics.l0.median():.0f} latents a token, median of "
+        f"{len(metrics)} "
         "dictionaries, held-out documents",
         f"**{metrics.fvu.median():.3f}**",
-        f"PCA with as many components: {metrics.pca_fvu.median():.3f}; better at {better} of {len(metrics)} sites",
+        f"PCA with as many components: {metrics.pca_fvu.median():.3f}; better at {better} of "
+        f"{len(metrics)} sites",
         "make evaluate",
     )
     spliced = metrics.dropna(subset=["ce_recovered_zero"])
     yield (
-        f"Next-token loss recovered when the model reads the reconstruction, median of {len(spliced)} sites",
+        "Next-token loss recovered when the model reads the reconstruction, median of "
+        f"{len(spliced)} sites",
         f"**{spliced.ce_recovered_zero.median():.3f}** against zero ablation, "
         f"{spliced.ce_recovered_mean.median():.3f} against mean",
         "0 and 1 by definition",
@@ -103,12 +118,14 @@ def _link_rows(run: Path) -> Iterator[Row]:
     yield (
         "Residual features carried from the layer before, 5 % false-discovery rate",
         f"**{share['residual']:.0%}**",
-        f"the paper's cosine ≥ 0.5 would pass {fixed['residual']:.2%}, inertia of the common start included",
+        f"the paper's cosine ≥ 0.5 would pass {fixed['residual']:.2%}, inertia of the common start "
+        "included",
         "make link",
     )
     if {"mlp", "attention"} <= set(share.index):
         yield (
-            "Residual features with a predecessor in their layer's MLP / attention, 5 % false-discovery rate",
+            "Residual features with a predecessor in their layer's MLP / attention, 5 % "
+            "false-discovery rate",
             f"**{share['mlp']:.0%} / {share['attention']:.0%}**",
             f"the paper's cosine ≥ 0.15 would pass {fixed['mlp']:.0%} / {fixed['attention']:.0%}",
             "make link",
@@ -130,7 +147,8 @@ def _causal_rows(run: Path) -> Iterator[Row]:
 
     others = {name: by.loc[name] for name in ("random active", "strongest active")}
     yield (
-        f"Removing the top-1 predecessor silences the target ({n_pairs} layer pairs over the depth, "
+        f"Removing the top-1 predecessor silences the target ({n_pairs} layer pairs over the "
+        "depth, "
         f"{int(by.loc['top-1'].n)} tests, 95 % interval over documents)",
         f"**{interval('top-1', 'success')}**; links kept: {interval('kept link', 'success')}",
         f"another active latent: {others['random active'].success:.2f}; the strongest: "
@@ -140,13 +158,15 @@ def _causal_rows(run: Path) -> Iterator[Row]:
     yield (
         "… and lowers its activation by",
         f"**{interval('top-1', 'change')}**; links kept: {interval('kept link', 'change')}",
-        f"{others['random active'].change:.2f}; {others['strongest active'].change:.2f}; the paper: {PAPER_CHANGE}",
+        f"{others['random active'].change:.2f}; {others['strongest active'].change:.2f}; the "
+        f"paper: {PAPER_CHANGE}",
         "make link",
     )
 
 
 def _steer_rows(run: Path) -> Iterator[Row]:
-    """One row a feature at the dose that was chosen on other openers, every feature: none is left out."""
+    """One row a feature at the dose that was chosen on other openers, every feature: none is left
+    out."""
     effects = pd.read_parquet(run / "steer" / "effects.parquet")
     dose = float(_open(run, "steer").summary["dose"])
     at_dose = effects[effects.target == dose].set_index(["feature", "arm", "measure"]).sort_index()
@@ -160,7 +180,8 @@ def _steer_rows(run: Path) -> Iterator[Row]:
         yield (
             f"Steering `{feature}` along its flow at {dose:g} nats: its own words in 100 tokens of "
             "continuations of neutral prompts, against the unsteered twins",
-            f"**{shown('flow', 'own_tokens')}**; coherent {coherent.steered:.0%} (unsteered {coherent.unsteered:.0%})",
+            f"**{shown('flow', 'own_tokens')}**; coherent {coherent.steered:.0%} (unsteered "
+            f"{coherent.unsteered:.0%})",
             f"one layer, same dose: {shown('single', 'own_tokens')}; a random feature's flow: "
             f"{shown('random_flow', 'own_tokens')}",
             "make steer",

@@ -1,10 +1,13 @@
 """How fast and in how much memory dictionaries are linked. Prints one JSON line a measurement.
 
-    python benchmarks/link_speed.py rate --n 16384 --d 2304          matching against the bare matrix product
-    python benchmarks/link_speed.py graph --layers 30 --n 16384      a whole graph: links, nulls, tables; peak memory
+    python benchmarks/link_speed.py rate --n 16384 --d 2304          matching against the bare
+    matrix product
+    python benchmarks/link_speed.py graph --layers 30 --n 16384      a whole graph: links, nulls,
+    tables; peak memory
 
-`rate` alternates the two and gives the ratio of medians with its spread. `graph` writes random dictionaries to a folder
-(half of each layer's directions carried on) and links them from there, as the stage does.
+`rate` alternates the two and gives the ratio of medians with its spread. `graph` writes random
+dictionaries to a folder (half of each layer's directions carried on) and links them from there, as
+the stage does.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ from sae import Sae, TopKActivation, save_sae
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["rate", "graph"])
     parser.add_argument("--n", type=int, default=16384, help="latents of each dictionary")
     parser.add_argument("--d", type=int, default=576, help="dimension of the residual stream")
@@ -41,7 +46,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     found = rate(options) if options.what == "rate" else graph(options)
-    facts = {"benchmark": f"link_{options.what}", **vars(options), "threads": torch.get_num_threads(), **found}
+    facts = {
+        "benchmark": f"link_{options.what}",
+        **vars(options),
+        "threads": torch.get_num_threads(),
+        **found,
+    }
     print(json.dumps(facts))
 
 
@@ -49,20 +59,25 @@ def rate(options: argparse.Namespace) -> dict[str, float | list[float]]:
     """Seconds of the matcher and of one matrix product of the same sizes, alternating."""
     generator = torch.Generator().manual_seed(0)
     source, target = (
-        directions_of(torch.randn(options.n, options.d, generator=generator), name=name, device=options.device)
+        directions_of(
+            torch.randn(options.n, options.d, generator=generator), name=name, device=options.device
+        )
         for name in ("source", "target")
     )
 
     def product() -> None:
         with full_precision():
-            for rows in target.unit.split(4096):  # in stripes, so that 65k × 65k does not have to fit
+            for rows in target.unit.split(
+                4096
+            ):  # in stripes, so that 65k × 65k does not have to fit
                 rows @ source.unit.T
 
     def both_ways() -> None:
         match(source, target, k=options.k)
 
     pairs = [
-        (_seconds(product, options.device), _seconds(both_ways, options.device)) for _ in range(options.repeats + 1)
+        (_seconds(product, options.device), _seconds(both_ways, options.device))
+        for _ in range(options.repeats + 1)
     ]
     ratios = [plain / ours for plain, ours in pairs[1:]]
     return {
@@ -81,10 +96,14 @@ def graph(options: argparse.Namespace) -> dict[str, float | int]:
         before = _peak_mib()
         started = time.perf_counter()
         links = link_dictionaries(
-            DictionaryFolder(root / "dictionaries"), options=LinkOptions(null=Rotation()), device=options.device
+            DictionaryFolder(root / "dictionaries"),
+            options=LinkOptions(null=Rotation()),
+            device=options.device,
         )
         linked = time.perf_counter() - started
-        write_tables(root, {"nodes": links.nodes, "edges": links.edges, "pairs": links.pairs}, links.warnings)
+        write_tables(
+            root, {"nodes": links.nodes, "edges": links.edges, "pairs": links.pairs}, links.warnings
+        )
         size = sum(path.stat().st_size for path in root.glob("*.parquet")) / 2**20
     return {
         "link_seconds": round(linked, 1),

@@ -1,19 +1,23 @@
-"""The same stored activations, width, L0 and token budget: what do SAELens, dictionary_learning and we make of them?
+"""The same stored activations, width, L0 and token budget: what do SAELens, dictionary_learning and
+we make of them?
 
-    python -m benchmarks.quality_peers --collect ARTIFACT --peers FOLDER --out FOLDER [--site L15] [--n-latents 2048] …
+    python -m benchmarks.quality_peers --collect ARTIFACT --peers FOLDER --out FOLDER [--site L15]
+    [--n-latents 2048] …
 
 1. Write the site's ordinary training rows, then its held-out rows, to one `.npy` file.
-2. For every seed train ours (the train stage, independent start) and each peer (its own step in its own environment,
-   benchmarks/peers), same rows, batch size and steps (one pass unless `--steps` says otherwise). The auxiliary loss is
-   weighted by each trainer's own default; the learning rate is one for all (`--learning-rate 8e-4`) or each trainer's
-   own, chosen by `quality_rates` (`--learning-rate featureflow=… saelens=… dictionary_learning=…`). What is made
-   already is not made again, so a stopped run goes on; `--trainers saelens --seeds 1 --train-only` makes one of them.
-3. Turn the peers' files into dictionaries over raw activations (they were given centred and scaled rows) and let the
-   evaluate stage measure all of them on the same held-out rows and contexts.
+2. For every seed train ours (the train stage, independent start) and each peer (its own step in its
+   own environment, benchmarks/peers), same rows, batch size and steps (one pass unless `--steps`
+   says otherwise). The auxiliary loss is weighted by each trainer's own default; the learning rate
+   is one for all (`--learning-rate 8e-4`) or each trainer's own, chosen by `quality_rates`
+   (`--learning-rate featureflow=… saelens=… dictionary_learning=…`). What is made already is not
+   made again, so a stopped run goes on; `--trainers saelens --seeds 1 --train-only` makes one of
+   them.
+3. Turn the peers' files into dictionaries over raw activations (they were given centred and scaled
+   rows) and let the evaluate stage measure all of them on the same held-out rows and contexts.
 
-Prints one JSON line per dictionary, one per trainer (mean over seeds, lowest and highest), and one per peer and number:
-ours minus theirs, with a 95 % interval over seeds (Welch). `OUT/evaluate` has the figures. Cost at 1 M tokens, d=576,
-N=2,048: about 10 minutes per peer run on one core.
+Prints one JSON line per dictionary, one per trainer (mean over seeds, lowest and highest), and one
+per peer and number: ours minus theirs, with a 95 % interval over seeds (Welch). `OUT/evaluate` has
+the figures. Cost at 1 M tokens, d=576, N=2,048: about 10 minutes per peer run on one core.
 """
 
 from __future__ import annotations
@@ -44,13 +48,28 @@ from sae import Sae, save_sae
 from sae.architectures import BatchTopK, TopK
 from sae.formats import read
 
-PEERS = {"topk": ("saelens", "sparsify", "dictionary_learning"), "batchtopk": ("saelens", "dictionary_learning")}
-AUXILIARY = {"saelens": 1.0, "sparsify": 1 / 32, "dictionary_learning": 1 / 32}  # each trainer's own default
+PEERS = {
+    "topk": ("saelens", "sparsify", "dictionary_learning"),
+    "batchtopk": ("saelens", "dictionary_learning"),
+}
+AUXILIARY = {
+    "saelens": 1.0,
+    "sparsify": 1 / 32,
+    "dictionary_learning": 1 / 32,
+}  # each trainer's own default
 COMPARED = ("fvu", "ce_recovered_zero", "ce_recovered_mean", "dead_fraction")
 SCRIPTS = Path(__file__).parent / "peers"
 OURS = "featureflow"
 DEFAULT_TRAINERS = [OURS, "saelens", "dictionary_learning"]
-NUMBERS = ("fvu", "l0", "dead_fraction", "ce_recovered_zero", "ce_recovered_mean", "kl_recovered_zero", "pca_fvu")
+NUMBERS = (
+    "fvu",
+    "l0",
+    "dead_fraction",
+    "ce_recovered_zero",
+    "ce_recovered_mean",
+    "kl_recovered_zero",
+    "pca_fvu",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +86,9 @@ def main(arguments: argparse.Namespace) -> None:
     out, site = arguments.out, parse_site(arguments.site)
     collected = Artifact.open(arguments.collect, kind=collect.KIND, schema=collect.SCHEMA)
     rows = out / "rows.npy"
-    n_train, n_held_out = export_rows(ActivationStore.open(collected.path / collect.STORE), site, rows)
+    n_train, n_held_out = export_rows(
+        ActivationStore.open(collected.path / collect.STORE), site, rows
+    )
     arguments.steps = arguments.steps or n_train // arguments.batch_size
     rates = rate_of_each(arguments)
     for seed in arguments.seeds:
@@ -76,9 +97,16 @@ def main(arguments: argparse.Namespace) -> None:
             train_one(arguments, run, collected, rows, n_held_out)
     if arguments.train_only:
         return
-    about = {"n_train_rows": n_train, "n_held_out_rows": n_held_out, "steps": arguments.steps, "learning_rate": rates}
+    about = {
+        "n_train_rows": n_train,
+        "n_held_out_rows": n_held_out,
+        "steps": arguments.steps,
+        "learning_rate": rates,
+    }
     print(json.dumps(head() | about), flush=True)
-    first = Artifact.open(out / "train" / f"seed{arguments.seeds[0]}", kind=train.KIND, schema=train.SCHEMA)
+    first = Artifact.open(
+        out / "train" / f"seed{arguments.seeds[0]}", kind=train.KIND, schema=train.SCHEMA
+    )
     settings = evaluate.Config(
         n_tokens=arguments.eval_tokens,
         ce_tokens=arguments.ce_tokens,
@@ -96,14 +124,19 @@ def rate_of_each(arguments: argparse.Namespace) -> dict[str, float]:
         trainer
         for trainer in arguments.trainers
         if trainer == OURS
-        or (trainer in PEERS[arguments.architecture] and (arguments.peers / trainer / "bin" / "python").is_file())
+        or (
+            trainer in PEERS[arguments.architecture]
+            and (arguments.peers / trainer / "bin" / "python").is_file()
+        )
     ]
     own = dict(text.split("=") for text in arguments.learning_rate if "=" in text)
     common = next((text for text in arguments.learning_rate if "=" not in text), "8e-4")
     return {trainer: float(own.get(trainer, common)) for trainer in there}
 
 
-def train_one(arguments: argparse.Namespace, run: Run, collected: Artifact, rows: Path, n_held_out: int) -> None:
+def train_one(
+    arguments: argparse.Namespace, run: Run, collected: Artifact, rows: Path, n_held_out: int
+) -> None:
     """The run's dictionary, unless it is there."""
     if (arguments.out / "dictionaries" / run.trainer / run.label / "sae.json").is_file():
         return
@@ -147,13 +180,16 @@ def train_ours(arguments: argparse.Namespace, run: Run, collected: Artifact) -> 
         seed=run.seed,
     )
     place = arguments.out / "train" / run.label
-    trained = train.run(config, train.Inputs(collect=collected), place, RunContext(n_threads=arguments.threads))
+    trained = train.run(
+        config, train.Inputs(collect=collected), place, RunContext(n_threads=arguments.threads)
+    )
     target = arguments.out / "dictionaries" / OURS / run.label
     shutil.copytree(trained.path / "dictionaries" / site.short, target, dirs_exist_ok=True)
 
 
 def train_peer(arguments: argparse.Namespace, run: Run, rows: Path, n_held_out: int) -> None:
-    """Train in the peer's environment, then save its dictionary over raw activations in our form."""
+    """Train in the peer's environment, then save its dictionary over raw activations in our
+    form."""
     raw = arguments.out / "peers" / run.trainer / run.label
     options = {
         "activations": rows,
@@ -183,7 +219,9 @@ def train_peer(arguments: argparse.Namespace, run: Run, rows: Path, n_held_out: 
         raise SystemExit(f"{run.trainer} failed:\n{done.stderr[-3000:]}")
     print(json.dumps(json.loads(done.stdout.splitlines()[-1])), flush=True)
     with np.load(raw / "normalisation.npz") as normalisation:
-        sae = over_raw_rows(read(raw), torch.from_numpy(normalisation["mean"]), float(normalisation["scale"]))
+        sae = over_raw_rows(
+            read(raw), torch.from_numpy(normalisation["mean"]), float(normalisation["scale"])
+        )
     sae.metadata.update(site=parse_site(arguments.site).name, architecture=arguments.architecture)
     save_sae(sae, arguments.out / "dictionaries" / run.trainer / run.label)
 
@@ -215,24 +253,36 @@ def report(rows: pd.DataFrame) -> None:
             for name in ("fvu", "ce_recovered_zero", "ce_recovered_mean")
         }
         line = {"dictionary": record["source"], **_numbers(record)}
-        print(json.dumps(line | {f"{name}_95": pair for name, pair in intervals.items()}), flush=True)
+        print(
+            json.dumps(line | {f"{name}_95": pair for name, pair in intervals.items()}), flush=True
+        )
     for trainer, part in measured.groupby("trainer"):
-        spread = {f"{name}_seeds": [_rounded(part[name].min()), _rounded(part[name].max())] for name in COMPARED}
+        spread = {
+            f"{name}_seeds": [_rounded(part[name].min()), _rounded(part[name].max())]
+            for name in COMPARED
+        }
         means = _numbers(part[list(NUMBERS)].mean().to_dict())
         print(json.dumps({"trainer": trainer, "seeds": len(part), **means, **spread}), flush=True)
     for trainer, part in measured.groupby("trainer"):
         for name in COMPARED if trainer != OURS else ():
-            print(json.dumps(difference(measured[measured["trainer"] == OURS][name], part[name], trainer)), flush=True)
+            print(
+                json.dumps(
+                    difference(measured[measured["trainer"] == OURS][name], part[name], trainer)
+                ),
+                flush=True,
+            )
 
 
 def difference(ours: pd.Series, theirs: pd.Series, trainer: str) -> dict[str, Any]:
-    """Ours minus theirs, with Welch's 95 % interval over seeds; `better` is none where it holds 0."""
+    """Ours minus theirs, with Welch's 95 % interval over seeds; `better` is none where it holds
+    0."""
     mean = float(ours.mean() - theirs.mean())
     variances = ours.var() / len(ours), theirs.var() / len(theirs)
     if min(len(ours), len(theirs)) < 2 or sum(variances) == 0:
         return {"compared_with": trainer, "number": ours.name, "ours_minus_theirs": _rounded(mean)}
     freedom = sum(variances) ** 2 / sum(
-        variance**2 / (len(part) - 1) for variance, part in zip(variances, (ours, theirs), strict=True)
+        variance**2 / (len(part) - 1)
+        for variance, part in zip(variances, (ours, theirs), strict=True)
     )
     half = float(stats.t.ppf(0.975, freedom) * sum(variances) ** 0.5)
     lower_is_better = ours.name in ("fvu", "dead_fraction")
@@ -255,9 +305,13 @@ def _rounded(value: Any) -> float | None:
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--collect", type=Path, required=True, help="a collect artifact")
-    parser.add_argument("--peers", type=Path, required=True, help="folder made by peers/make_environments.sh")
+    parser.add_argument(
+        "--peers", type=Path, required=True, help="folder made by peers/make_environments.sh"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--site", default="L15")
     parser.add_argument("--architecture", choices=tuple(PEERS), default="topk")
@@ -265,11 +319,15 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=0, help="0 for one pass over the rows")
-    parser.add_argument("--learning-rate", nargs="+", default=["8e-4"], help="one for all, or TRAINER=RATE for each")
+    parser.add_argument(
+        "--learning-rate", nargs="+", default=["8e-4"], help="one for all, or TRAINER=RATE for each"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--eval-tokens", type=int, default=49152)
     parser.add_argument("--ce-tokens", type=int, default=8192)
-    parser.add_argument("--trainers", nargs="+", default=DEFAULT_TRAINERS, choices=[OURS, *PEERS["topk"]])
+    parser.add_argument(
+        "--trainers", nargs="+", default=DEFAULT_TRAINERS, choices=[OURS, *PEERS["topk"]]
+    )
     parser.add_argument("--train-only", action="store_true", help="leave out the evaluation")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args(argv)

@@ -1,12 +1,14 @@
-"""Which learning rate suits each trainer? The rate of `quality_peers` is chosen with this, for every trainer alike.
+"""Which learning rate suits each trainer? The rate of `quality_peers` is chosen with this, for
+every trainer alike.
 
-    python -m benchmarks.quality_rates --collect ARTIFACT --peers FOLDER --out FOLDER [--rates …] [--save-best FILE]
+    python -m benchmarks.quality_rates --collect ARTIFACT --peers FOLDER --out FOLDER [--rates …]
+    [--save-best FILE]
 
-Every trainer (ours, SAELens, dictionary_learning) trains one dictionary per rate, with a seed that the comparison does
-not use (9), on the rows, width, L0 and budget of `quality_peers`; the evaluate stage measures all of them on held-out
-rows. Prints one JSON line per dictionary and one per trainer with its best rate. `--save-best` writes them as
-`quality_peers --learning-rate` takes them: `featureflow=… saelens=… dictionary_learning=…`. What is made already is not
-made again.
+Every trainer (ours, SAELens, dictionary_learning) trains one dictionary per rate, with a seed that
+the comparison does not use (9), on the rows, width, L0 and budget of `quality_peers`; the evaluate
+stage measures all of them on held-out rows. Prints one JSON line per dictionary and one per trainer
+with its best rate. `--save-best` writes them as `quality_peers --learning-rate` takes them:
+`featureflow=… saelens=… dictionary_learning=…`. What is made already is not made again.
 """
 
 from __future__ import annotations
@@ -40,18 +42,31 @@ def main(arguments: argparse.Namespace, rates: list[float], save_best: Path | No
     arguments.out = arguments.out / "rates"
     for rate in rates:
         for trainer in quality_peers.rate_of_each(arguments):
-            run = quality_peers.Run(trainer=trainer, label=f"{rate:g}", seed=SEED, learning_rate=rate)
+            run = quality_peers.Run(
+                trainer=trainer, label=f"{rate:g}", seed=SEED, learning_rate=rate
+            )
             quality_peers.train_one(arguments, run, collected, rows, n_held_out)
     if arguments.train_only:
         return
-    print(json.dumps(head() | {"n_train_rows": n_train, "n_held_out_rows": n_held_out, "steps": arguments.steps}))
-    first = Artifact.open(arguments.out / "train" / f"{rates[0]:g}", kind=train.KIND, schema=train.SCHEMA)
-    settings = evaluate.Config(n_tokens=arguments.eval_tokens, others=(str(arguments.out / "dictionaries"),))
+    print(
+        json.dumps(
+            head()
+            | {"n_train_rows": n_train, "n_held_out_rows": n_held_out, "steps": arguments.steps}
+        )
+    )
+    first = Artifact.open(
+        arguments.out / "train" / f"{rates[0]:g}", kind=train.KIND, schema=train.SCHEMA
+    )
+    settings = evaluate.Config(
+        n_tokens=arguments.eval_tokens, others=(str(arguments.out / "dictionaries"),)
+    )
     inputs = evaluate.Inputs(collect=collected, train=first)
     evaluated = evaluate.run(settings, inputs, arguments.out / "evaluate", RunContext())
     best = report(pd.read_parquet(evaluated.path / "metrics.parquet"))
     if save_best is not None:
-        save_best.write_text(" ".join(f"{trainer}={rate:g}" for trainer, rate in best.items()), encoding="utf-8")
+        save_best.write_text(
+            " ".join(f"{trainer}={rate:g}" for trainer, rate in best.items()), encoding="utf-8"
+        )
 
 
 def report(rows: pd.DataFrame) -> dict[str, float]:
@@ -62,11 +77,21 @@ def report(rows: pd.DataFrame) -> dict[str, float]:
     measured["trainer"], measured["rate"] = parts.str[1], parts.str[2].astype(float)
     for trainer, part in measured.sort_values("rate").groupby("trainer"):
         for row in part.itertuples():
-            line = {"trainer": trainer, "learning_rate": row.rate, "fvu": row.fvu, "dead_fraction": row.dead_fraction}
+            line = {
+                "trainer": trainer,
+                "learning_rate": row.rate,
+                "fvu": row.fvu,
+                "dead_fraction": row.dead_fraction,
+            }
             print(json.dumps(line), flush=True)
         best = part.loc[part["fvu"].idxmin()]
         chosen[str(trainer)] = float(best["rate"])
-        print(json.dumps({"trainer": trainer, "best_learning_rate": best["rate"], "fvu": best["fvu"]}), flush=True)
+        print(
+            json.dumps(
+                {"trainer": trainer, "best_learning_rate": best["rate"], "fvu": best["fvu"]}
+            ),
+            flush=True,
+        )
     return chosen
 
 

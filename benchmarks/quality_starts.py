@@ -1,13 +1,15 @@
-"""Independent, shared and chained starts over adjacent layers: quality, cost, and how well the layers line up.
+"""Independent, shared and chained starts over adjacent layers: quality, cost, and how well the
+layers line up.
 
-    python -m benchmarks.quality_starts --collect ARTIFACT --out FOLDER [--layers 12 13 14 15 16 17] [--seeds 0 1 2] …
+    python -m benchmarks.quality_starts --collect ARTIFACT --out FOLDER [--layers 12 13 14 15 16 17]
+    [--seeds 0 1 2] …
 
-For each start: the train stage, the evaluate stage with the model at every layer, the link stage. Independent and
-shared dictionaries train one pass over the rows (or `--steps`), so does the first of a chain; the others of a chain
-`--next-steps`. Prints one JSON line per start and seed, and one per start (mean over seeds, lowest and highest): FVU,
-CE recovered, dead latents, processor seconds of training (all cores added up), links above the null at a 5 %
-false-discovery rate, and the Pearson correlation of linked pairs on held-out tokens. What is made already is not
-made again.
+For each start: the train stage, the evaluate stage with the model at every layer, the link stage.
+Independent and shared dictionaries train one pass over the rows (or `--steps`), so does the first
+of a chain; the others of a chain `--next-steps`. Prints one JSON line per start and seed, and one
+per start (mean over seeds, lowest and highest): FVU, CE recovered, dead latents, processor seconds
+of training (all cores added up), links above the null at a 5 % false-discovery rate, and the
+Pearson correlation of linked pairs on held-out tokens. What is made already is not made again.
 """
 
 from __future__ import annotations
@@ -32,7 +34,11 @@ from pipeline.stages import collect, evaluate, link, train
 from pipeline.training.plan import Chain, Independent, Initialisation, Shared
 from sae.architectures import TopK
 
-STARTS: dict[str, type[Initialisation]] = {"independent": Independent, "shared": Shared, "chain": Chain}
+STARTS: dict[str, type[Initialisation]] = {
+    "independent": Independent,
+    "shared": Shared,
+    "chain": Chain,
+}
 QUALITY = ("fvu", "l0", "dead_fraction", "ce_recovered_zero", "ce_recovered_mean", "pca_fvu")
 LINKS = ("carried_share", "residual_cosine_median", "residual_null_p99", "residual_pearson_median")
 LINKS += ("residual_pearson_best_median", "residual_agreement")
@@ -41,7 +47,9 @@ LINKS += ("residual_pearson_best_median", "residual_agreement")
 def main(arguments: argparse.Namespace) -> None:
     collected = Artifact.open(arguments.collect, kind=collect.KIND, schema=collect.SCHEMA)
     store = ActivationStore.open(collected.path / collect.STORE)
-    n_rows = len(store.kept_rows("train", sites=[parse_site(f"L{layer}") for layer in arguments.layers]))
+    n_rows = len(
+        store.kept_rows("train", sites=[parse_site(f"L{layer}") for layer in arguments.layers])
+    )
     arguments.steps = arguments.steps or n_rows // arguments.batch_size
     print(json.dumps(head() | {"n_train_rows": n_rows, "threads": arguments.threads}), flush=True)
     records = []
@@ -54,17 +62,29 @@ def main(arguments: argparse.Namespace) -> None:
         print(json.dumps(line), flush=True)
 
 
-def made(arguments: argparse.Namespace, collected: Artifact, start: str, seed: int) -> tuple[Artifact, ...]:
+def made(
+    arguments: argparse.Namespace, collected: Artifact, start: str, seed: int
+) -> tuple[Artifact, ...]:
     """The three artifacts of a start: evaluation, links, dictionaries."""
     folder = arguments.out / f"{start}-seed{seed}"
-    trained = stage(arguments, train, train_config(arguments, start, seed), folder, collect=collected)
+    trained = stage(
+        arguments, train, train_config(arguments, start, seed), folder, collect=collected
+    )
     sites = tuple(f"L{layer}" for layer in arguments.layers)
-    measured = evaluate.Config(n_tokens=arguments.eval_tokens, ce_tokens=arguments.ce_tokens, ce_sites=sites, seed=0)
+    measured = evaluate.Config(
+        n_tokens=arguments.eval_tokens, ce_tokens=arguments.ce_tokens, ce_sites=sites, seed=0
+    )
     evaluated = stage(arguments, evaluate, measured, folder, collect=collected, train=trained)
-    return evaluated, stage(arguments, link, link.Config(), folder, collect=collected, train=trained), trained
+    return (
+        evaluated,
+        stage(arguments, link, link.Config(), folder, collect=collected, train=trained),
+        trained,
+    )
 
 
-def stage(arguments: argparse.Namespace, module: ModuleType, config: Any, folder: Path, **inputs: Artifact) -> Artifact:
+def stage(
+    arguments: argparse.Namespace, module: ModuleType, config: Any, folder: Path, **inputs: Artifact
+) -> Artifact:
     """The stage's artifact in `folder`: found, where it was made with this config, or made."""
     out = folder / module.KIND
     wanted = json.loads(json.dumps(dataclasses.asdict(config), default=str))
@@ -73,7 +93,9 @@ def stage(arguments: argparse.Namespace, module: ModuleType, config: Any, folder
         if all(artifact.config.get(name, value) == value for name, value in wanted.items()):
             return artifact
     whole, started = not out.with_name(f"{out.name}.partial").exists(), time.process_time()
-    artifact = module.run(config, module.Inputs(**inputs), out, RunContext(n_threads=arguments.threads))
+    artifact = module.run(
+        config, module.Inputs(**inputs), out, RunContext(n_threads=arguments.threads)
+    )
     if whole:
         (folder / f"{module.KIND}_seconds.txt").write_text(f"{time.process_time() - started:.1f}")
     return artifact
@@ -93,10 +115,17 @@ def train_config(arguments: argparse.Namespace, start: str, seed: int) -> train.
 
 
 def record(
-    arguments: argparse.Namespace, start: str, seed: int, trained: Artifact, evaluated: Artifact, linked: Artifact
+    arguments: argparse.Namespace,
+    start: str,
+    seed: int,
+    trained: Artifact,
+    evaluated: Artifact,
+    linked: Artifact,
 ) -> dict[str, Any]:
     rows = pd.read_parquet(evaluated.path / "metrics.parquet")
-    seconds = trained.path.parent / "train_seconds.txt"  # not there when the training was stopped and resumed
+    seconds = (
+        trained.path.parent / "train_seconds.txt"
+    )  # not there when the training was stopped and resumed
     n_steps = sum(
         json.loads(file.read_text(encoding="utf-8"))["metadata"]["steps"]
         for file in trained.path.glob("dictionaries/*/sae.json")
@@ -107,7 +136,10 @@ def record(
         "layers": f"{arguments.layers[0]}–{arguments.layers[-1]}",
         "steps_altogether": n_steps,
         "train_seconds": float(seconds.read_text()) if seconds.exists() else None,
-        **{name: None if rows[name].isna().all() else round(float(rows[name].mean()), 5) for name in QUALITY},
+        **{
+            name: None if rows[name].isna().all() else round(float(rows[name].mean()), 5)
+            for name in QUALITY
+        },
         **{name.removeprefix("residual_"): linked.summary[name] for name in LINKS},
     }
 
@@ -118,16 +150,27 @@ def means(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for start, part in pd.DataFrame(records).groupby("start", sort=False):
         numbers = part.drop(columns=["start", "seed", "layers"]).astype(float)
         compared = ("fvu", "ce_recovered_zero", "carried_share", "pearson_median")
-        spread = {f"{name}_seeds": [float(numbers[name].min()), float(numbers[name].max())] for name in compared}
-        mean = {name: None if pd.isna(value) else round(float(value), 5) for name, value in numbers.mean().items()}
+        spread = {
+            f"{name}_seeds": [float(numbers[name].min()), float(numbers[name].max())]
+            for name in compared
+        }
+        mean = {
+            name: None if pd.isna(value) else round(float(value), 5)
+            for name, value in numbers.mean().items()
+        }
         lines.append({"start": start, "seeds": len(part), **mean, **spread})
     return lines
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--collect", type=Path, required=True, help="a collect artifact with the layers' residual sites"
+        "--collect",
+        type=Path,
+        required=True,
+        help="a collect artifact with the layers' residual sites",
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 13, 14, 15, 16, 17])

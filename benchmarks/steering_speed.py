@@ -1,12 +1,14 @@
-"""What steering costs: a steered forward pass against an unsteered one, `python -m benchmarks.steering_speed`.
+"""What steering costs: a steered forward pass against an unsteered one, `python -m
+benchmarks.steering_speed`.
 
-A plan over every layer, once adding (no encoder) and once as a closed loop, with threshold and TopK dictionaries of
-random rows and, where a run of the demo lies in `artifacts/laptop`, with its trained ones: how many columns TopK must
-see depends on what they mean (sae/selected.py). Their latents are drawn among those that fire on the text. Prefill:
-8 × 128 tokens of text; decoding: 16 rows, one token a step. Steered and unsteered passes alternate; one JSON line a
-case with the median of the paired ratios and their range. `product only` and `encode only` are the same passes with a
-hook at every site that does nothing else: what a plan cannot go below that multiplies all columns, and that selects in
-every row. Claim: at most 1.3×.
+A plan over every layer, once adding (no encoder) and once as a closed loop, with threshold and TopK
+dictionaries of random rows and, where a run of the demo lies in `artifacts/laptop`, with its
+trained ones: how many columns TopK must see depends on what they mean (sae/selected.py). Their
+latents are drawn among those that fire on the text. Prefill: 8 × 128 tokens of text; decoding: 16
+rows, one token a step. Steered and unsteered passes alternate; one JSON line a case with the median
+of the paired ratios and their range. `product only` and `encode only` are the same passes with a
+hook at every site that does nothing else: what a plan cannot go below that multiplies all columns,
+and that selects in every row. Claim: at most 1.3×.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ def main() -> None:
     for name, steered in _cases(model, arguments, ids).items():
         for phase, run in (("prefill", _prefill(model, ids)), ("decode", _decode(model, ids))):
             found = _compare(run, steered, arguments.pairs)
-            print(json.dumps({"case": name, "phase": phase, "n_layers": model.n_layers, **found}), flush=True)
+            print(
+                json.dumps({"case": name, "phase": phase, "n_layers": model.n_layers, **found}),
+                flush=True,
+            )
 
 
 Steered = Callable[[], AbstractContextManager[object]]
@@ -55,16 +60,22 @@ def _cases(model: LanguageModel, arguments: argparse.Namespace, ids: Tensor) -> 
         "add": _planned(model, threshold, Add(), latents),
         "floor, threshold": _planned(model, threshold, Floor(), latents),
         "floor, topk 32": _planned(model, topk, Floor(), latents),
-        "product only": _at_all_sites(model, {site: sae.pre_activations for site, sae in topk.items()}),
+        "product only": _at_all_sites(
+            model, {site: sae.pre_activations for site, sae in topk.items()}
+        ),
         "encode only": _at_all_sites(model, {site: sae.encode for site, sae in topk.items()}),
     }
     if arguments.trained.is_dir() and not arguments.tiny:
         trained = {site: load_sae(arguments.trained / site.short) for site in topk}
-        cases["floor, trained topk 32"] = _planned(model, trained, Floor(), _firing(model, trained, ids))
+        cases["floor, trained topk 32"] = _planned(
+            model, trained, Floor(), _firing(model, trained, ids)
+        )
     return cases
 
 
-def _planned(model: LanguageModel, saes: dict[Site, Sae], edit: Edit, latents: dict[Site, int]) -> Steered:
+def _planned(
+    model: LanguageModel, saes: dict[Site, Sae], edit: Edit, latents: dict[Site, int]
+) -> Steered:
     nodes = tuple(Node(at=f"{site.short}/{latents[site]}", scale=1.0) for site in saes)
     plan = Plan(nodes=nodes, edit=edit, strength=0.5)
     return lambda: applied(model, saes, plan)
@@ -82,7 +93,8 @@ def _at_all_sites(model: LanguageModel, reads: dict[Site, Callable[[Tensor], Ten
 
 
 def _firing(model: LanguageModel, saes: dict[Site, Sae], ids: Tensor) -> dict[Site, int]:
-    """A latent of each site, drawn among those that fire on at least one in two hundred tokens of the text."""
+    """A latent of each site, drawn among those that fire on at least one in two hundred tokens of
+    the text."""
     generator = torch.Generator().manual_seed(0)
     found = {}
     for site, h in model.activations(ids, list(saes)).items():
@@ -94,7 +106,11 @@ def _firing(model: LanguageModel, saes: dict[Site, Sae], ids: Tensor) -> dict[Si
 
 def _text(model: LanguageModel) -> Tensor:
     """8 × 128 tokens of the project's neutral texts."""
-    tokens = [token for text in read_prompts().neutral_texts for token in model.tokenizer.encode(f" {text}")]
+    tokens = [
+        token
+        for text in read_prompts().neutral_texts
+        for token in model.tokenizer.encode(f" {text}")
+    ]
     return torch.tensor((tokens * (1 + 1024 // len(tokens)))[:1024]).view(8, 128) % model.d_vocab
 
 
@@ -137,7 +153,9 @@ def _decode(model: LanguageModel, text: Tensor, *, n_steps: int = 8) -> Callable
             cache = model.hf(input_ids=ids[:, :16], use_cache=True).past_key_values
             started = time.perf_counter()
             for step in range(16, 16 + n_steps):
-                cache = model.hf(input_ids=ids[:, step : step + 1], past_key_values=cache).past_key_values
+                cache = model.hf(
+                    input_ids=ids[:, step : step + 1], past_key_values=cache
+                ).past_key_values
         return time.perf_counter() - started
 
     return run
@@ -151,7 +169,12 @@ def _dictionaries(model: LanguageModel, n_latents: int, k: int) -> dict[Site, Sa
         activation = TopKActivation(k=k) if k else Threshold(theta=torch.full((n_latents,), 0.5))
         zeros = torch.zeros(model.d_model)
         found[Site(layer, "resid_post")] = Sae(
-            W_enc=rows, b_enc=torch.zeros(n_latents), W_dec=rows, b_dec=zeros, b_in=zeros, activation=activation
+            W_enc=rows,
+            b_enc=torch.zeros(n_latents),
+            W_dec=rows,
+            b_dec=zeros,
+            b_in=zeros,
+            activation=activation,
         )
     return found
 

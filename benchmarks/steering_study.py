@@ -1,8 +1,8 @@
 """The steering study on a finished run: `python -m benchmarks.steering_study artifacts/laptop`.
 
-Reads the artifacts collect, train and link; keeps its results in `<artifacts>/steering-study`, where an interrupted
-run goes on; writes the report. `--topics 4` shows that it runs, the default of 14 supports a claim. `--estimate` only
-says what it would cost.
+Reads the artifacts collect, train and link; keeps its results in `<artifacts>/steering-study`,
+where an interrupted run goes on; writes the report. `--topics 4` shows that it runs, the default of
+14 supports a claim. `--estimate` only says what it would cost.
 """
 
 from __future__ import annotations
@@ -34,26 +34,36 @@ def main() -> None:
         seed=arguments.seed,
     )
     cost = cost_of(options)
-    print(f"{len(topics)} topics: about {cost['generated']:,} tokens generated, {cost['scored']:,} scored")
+    print(
+        f"{len(topics)} topics: about {cost['generated']:,} tokens generated, {cost['scored']:,} "
+        "scored"
+    )
     if arguments.estimate:
         return
     torch.set_num_threads(arguments.threads)
-    warnings.simplefilter("ignore", NothingTouched)  # suppression that finds nothing to suppress is an outcome here
+    warnings.simplefilter(
+        "ignore", NothingTouched
+    )  # suppression that finds nothing to suppress is an outcome here
     session = SteerSession.open(arguments.artifacts, device=arguments.device)
     study = Study(
         world=session.world(),
         options=options,
         folder=arguments.folder or arguments.artifacts / "steering-study",
         made_from={"model": session.model.fingerprint, **session.digests},
-        progress=lambda label, done, total: print(f"{time.strftime('%H:%M:%S')} {label} {done}/{total}", flush=True),
+        progress=lambda label, done, total: print(
+            f"{time.strftime('%H:%M:%S')} {label} {done}/{total}", flush=True
+        ),
     )
     study.develop()
     study.lock()
     study.test()
-    chosen = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(options).items() if name != "topics")
+    chosen = ", ".join(
+        f"{name} {value}" for name, value in dataclasses.asdict(options).items() if name != "topics"
+    )
     run = arguments.artifacts.name
     about = (
-        f"Written by `python -m benchmarks.steering_study artifacts/{run}`. Model {session.model.name}, dictionaries "
+        f"Written by `python -m benchmarks.steering_study artifacts/{run}`. Model "
+        f"{session.model.name}, dictionaries "
         f"of the recipe `{run}`. Topics: {', '.join(topics)}. Options: {chosen}."
     )
     print(write_report(study.folder, arguments.report, seed=arguments.seed, about=about))
@@ -61,7 +71,9 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("artifacts", type=Path, help="folder of a finished run, with collect, train and link")
+    parser.add_argument(
+        "artifacts", type=Path, help="folder of a finished run, with collect, train and link"
+    )
     parser.add_argument("--topics", type=int, default=14, help="how many topics")
     parser.add_argument("--dev-prompts", type=int, default=12)
     parser.add_argument("--test-prompts", type=int, default=40)

@@ -1,9 +1,12 @@
-"""What storing costs: collection of many sites against the bare forward pass of the same model, nothing stored.
+"""What storing costs: collection of many sites against the bare forward pass of the same model,
+nothing stored.
 
-    python -m benchmarks.store_collection [--contexts 128] [--pairs 4] [--random] [--sites resid_post …]
+    python -m benchmarks.store_collection [--contexts 128] [--pairs 4] [--random] [--sites
+    resid_post …]
 
-The control runs the model's blocks over the same batches; the candidate also reads the sites, encodes, counts, checks
-and writes them, flushed to disk. A run is one shard; the metadata of the store, written once, is made before.
+The control runs the model's blocks over the same batches; the candidate also reads the sites,
+encodes, counts, checks and writes them, flushed to disk. A run is one shard; the metadata of the
+store, written once, is made before.
 """
 
 from __future__ import annotations
@@ -32,10 +35,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--random", action="store_true", help="a small model with random weights instead of SmolLM2")
-    parser.add_argument("--sites", nargs="+", default=["resid_post", "mlp_out:0-29/4", "attn_out:0-29/4"])
+    parser.add_argument(
+        "--random", action="store_true", help="a small model with random weights instead of SmolLM2"
+    )
+    parser.add_argument(
+        "--sites", nargs="+", default=["resid_post", "mlp_out:0-29/4", "attn_out:0-29/4"]
+    )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--folder", type=Path, default=None, help="where to write; a temporary folder without it")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where to write; a temporary folder without it"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     spec = Random(n_layers=30, d_model=64, d_mlp=128) if options.random else Packaged()
@@ -64,14 +73,18 @@ def measure(model: LanguageModel, options: argparse.Namespace, folder: Path) -> 
         ids = torch.from_numpy(tokens.id.astype("int64")).reshape(-1, options.length)
         for start in range(0, len(ids), options.batch):
             with torch.no_grad():
-                model.hf.base_model(ids[start : start + options.batch].to(options.device), use_cache=False)
+                model.hf.base_model(
+                    ids[start : start + options.batch].to(options.device), use_cache=False
+                )
 
     writer = StoreWriter.create(folder / "store.zarr", layout)
 
     def collected() -> None:
         writer.place.remove(record_name(0))
         batch_rows = options.batch * options.length
-        collect_shards(model, writer, [(0, tokens)], sites, batch_rows=batch_rows, rows_done=lambda n: None)
+        collect_shards(
+            model, writer, [(0, tokens)], sites, batch_rows=batch_rows, rows_done=lambda n: None
+        )
 
     compare(
         "collection / bare forward pass",

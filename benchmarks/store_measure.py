@@ -1,7 +1,9 @@
-"""Paired timing for the store's benchmarks: a control and a candidate back to back, many times; ratios and spread.
+"""Paired timing for the store's benchmarks: a control and a candidate back to back, many times;
+ratios and spread.
 
-On a shared machine one duration says little; the ratio of two runs beside each other says more. Each line of output is
-one JSON object: the claim, the median ratio with quartiles, best rates, CPU seconds, and the number of pairs.
+On a shared machine one duration says little; the ratio of two runs beside each other says more.
+Each line of output is one JSON object: the claim, the median ratio with quartiles, best rates, CPU
+seconds, and the number of pairs.
 """
 
 from __future__ import annotations
@@ -42,8 +44,9 @@ def compare(
     warm_up: bool = True,
     **facts: object,
 ) -> dict[str, object]:
-    """Time pairs in turn, in alternating order, after one that does not count (`warm_up`); print and return the
-    record. `ratio` is the candidate's speed over the control's; `units` is how much one call does."""
+    """Time pairs in turn, in alternating order, after one that does not count (`warm_up`); print
+    and return the record. `ratio` is the candidate's speed over the control's; `units` is how much
+    one call does."""
     if warm_up:
         control()
         candidate()
@@ -60,7 +63,9 @@ def compare(
         "claim": claim,
         "ratio": round(statistics.median(ratios), 3),
         "ratio_quartiles": [round(quartiles[0], 3), round(quartiles[2], 3)],
-        "cpu_ratio": round(statistics.median(first.cpu / max(second.cpu, 1e-9) for first, second in pairs), 3),
+        "cpu_ratio": round(
+            statistics.median(first.cpu / max(second.cpu, 1e-9) for first, second in pairs), 3
+        ),
         "target": target,
         "n_pairs": n_pairs,
         "unit": f"{unit}/s",

@@ -1,12 +1,15 @@
-"""How fast shuffled batches come: ours against an exact shuffle in memory, and against zarr-python on the same plan.
+"""How fast shuffled batches come: ours against an exact shuffle in memory, and against zarr-python
+on the same plan.
 
-    python -m benchmarks.store_read [--rows 262144] [--width 576] [--batch 4096] [--batches 3072] [--pairs 4]
+    python -m benchmarks.store_read [--rows 262144] [--width 576] [--batch 4096] [--batches 3072]
+    [--pairs 4]
                                     [--zarr-pairs 2] [--dtypes bfloat16 float16] [--folder DIR]
 
-All are float32 batches of one size over the same rows, epoch after epoch. The exact shuffle permutes all rows of an
-array that is in memory, gathers and widens them. A call takes `--batches` batches (about 5 s at 2.5 million rows a
-second), after a short call that is not timed, so that threads and buffers are there when the clock starts. The files
-are in the page cache, as in every epoch but the first.
+All are float32 batches of one size over the same rows, epoch after epoch. The exact shuffle
+permutes all rows of an array that is in memory, gathers and widens them. A call takes `--batches`
+batches (about 5 s at 2.5 million rows a second), after a short call that is not timed, so that
+threads and buffers are there when the clock starts. The files are in the page cache, as in every
+epoch but the first.
 """
 
 from __future__ import annotations
@@ -42,7 +45,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--zarr-pairs", type=int, default=2)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float16"])
-    parser.add_argument("--folder", type=Path, default=None, help="where to write; a temporary folder without it")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where to write; a temporary folder without it"
+    )
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
@@ -82,14 +87,23 @@ def measure(store: ActivationStore, options: argparse.Namespace, *, with_zarr: b
         "rows_in_store": store.n_rows,
         "torch_threads": torch.get_num_threads(),
     }
-    with store.batches([SITE], batch_size=options.batch, seed=0, filters=EVERYTHING, reuse_buffers=True) as reader:
-        ours, exact = (batch[SITE] for batch in reader), iter_exact(array[:], store.layout.dtype, options.batch)
+    with store.batches(
+        [SITE], batch_size=options.batch, seed=0, filters=EVERYTHING, reuse_buffers=True
+    ) as reader:
+        ours, exact = (
+            (batch[SITE] for batch in reader),
+            iter_exact(array[:], store.layout.dtype, options.batch),
+        )
         claim = "shuffled batches / exact shuffle in memory"
-        compare_streams(claim, exact, ours, options.batches, n_pairs=options.pairs, target=0.6, **facts)
+        compare_streams(
+            claim, exact, ours, options.batches, n_pairs=options.pairs, target=0.6, **facts
+        )
         if with_zarr:
             plain = iter_by_zarr(array, reader.plan, store.layout.dtype, options.batch)
             claim = "shuffled batches / zarr-python on the same plan"
-            compare_streams(claim, plain, ours, options.batches, n_pairs=options.zarr_pairs, target=2.0, **facts)
+            compare_streams(
+                claim, plain, ours, options.batches, n_pairs=options.zarr_pairs, target=2.0, **facts
+            )
 
 
 def compare_streams(
@@ -98,7 +112,13 @@ def compare_streams(
     """Time `n` batches of each stream in turn; the streams go on where they were."""
     for stream in (control, candidate):
         take(stream, WARM_UP)
-    compare(claim, control=lambda: take(control, n), candidate=lambda: take(candidate, n), warm_up=False, **facts)
+    compare(
+        claim,
+        control=lambda: take(control, n),
+        candidate=lambda: take(candidate, n),
+        warm_up=False,
+        **facts,
+    )
 
 
 def take(batches: Iterator[Tensor], n: int) -> None:
@@ -125,7 +145,9 @@ def iter_by_zarr(
         plan = plan_of(epoch)
         size = plan.choices.block_rows
         for window in range(plan.n_windows):
-            rows = np.concatenate([array[b * size : (b + 1) * size] for b in plan.blocks_of(window)])
+            rows = np.concatenate(
+                [array[b * size : (b + 1) * size] for b in plan.blocks_of(window)]
+            )
             slots = plan.slots_of(window)
             for start in range(0, len(slots) - batch_size + 1, batch_size):
                 np.take(rows, slots[start : start + batch_size], axis=0, out=gathered, mode="clip")
@@ -134,8 +156,13 @@ def iter_by_zarr(
 
 def buffers(width: int, dtype: str, batch_size: int) -> tuple[np.ndarray, Callable[[], Tensor]]:
     """Where rows as stored are gathered, and what widens them into a tensor that is used again."""
-    stage, out = torch.empty((batch_size, width), dtype=DTYPES[dtype]), torch.empty((batch_size, width))
-    return (stage.view(torch.uint16) if dtype == "bfloat16" else stage).numpy(), lambda: out.copy_(stage)
+    stage, out = (
+        torch.empty((batch_size, width), dtype=DTYPES[dtype]),
+        torch.empty((batch_size, width)),
+    )
+    return (stage.view(torch.uint16) if dtype == "bfloat16" else stage).numpy(), lambda: out.copy_(
+        stage
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Where the time of shuffled reading goes: each step of the threads timed, per window of the shuffle.
+"""Where the time of shuffled reading goes: each step of the threads timed, per window of the
+shuffle.
 
-    python -m benchmarks.store_read_trace [--rows 262144] [--width 576] [--batch 4096] [--windows 96] [--dtype bfloat16]
+    python -m benchmarks.store_read_trace [--rows 262144] [--width 576] [--batch 4096] [--windows
+    96] [--dtype bfloat16]
 
-Prints one JSON line a step: calls, wall and CPU milliseconds a window, over all threads that take it. Wall time above
-CPU time is waiting: for another thread, for Python's lock, or for a core. The timers cost a few percent.
+Prints one JSON line a step: calls, wall and CPU milliseconds a window, over all threads that take
+it. Wall time above CPU time is waiting: for another thread, for Python's lock, or for a core. The
+timers cost a few percent.
 """
 
 from __future__ import annotations
@@ -52,7 +55,9 @@ class Timer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=262_144)
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--batch", type=int, default=4096)
@@ -61,8 +66,15 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         store = make_store(Path(folder) / "store.zarr", options.rows, options.width, options.dtype)
-        timers = {label: stack.enter_context(timed_calls(place, name)) for label, place, name in STEPS}
-        choices = {"batch_size": options.batch, "seed": 0, "filters": EVERYTHING, "reuse_buffers": True}
+        timers = {
+            label: stack.enter_context(timed_calls(place, name)) for label, place, name in STEPS
+        }
+        choices = {
+            "batch_size": options.batch,
+            "seed": 0,
+            "filters": EVERYTHING,
+            "reuse_buffers": True,
+        }
         reader = stack.enter_context(store.batches([SITE], **choices))
         stream = (batch[SITE] for batch in reader)
         window = reader.choices.window_blocks * reader.choices.block_rows
@@ -71,7 +83,11 @@ def main() -> None:
             timer.reset()
         started, cpu = time.perf_counter(), time.process_time()
         take(stream, options.windows * window // options.batch)
-        whole = {"step": "everything", "wall_ms": time.perf_counter() - started, "cpu_ms": time.process_time() - cpu}
+        whole = {
+            "step": "everything",
+            "wall_ms": time.perf_counter() - started,
+            "cpu_ms": time.process_time() - cpu,
+        }
         print_line(whole, options.windows)
         for label, timer in timers.items():
             step = {"step": label, "calls": timer.calls, "wall_ms": timer.wall, "cpu_ms": timer.cpu}
@@ -80,7 +96,9 @@ def main() -> None:
 
 def print_line(step: dict[str, Any], n_windows: int) -> None:
     """A line, seconds over all windows turned into milliseconds a window."""
-    scaled = {key: round(value * 1e3 / n_windows, 2) for key, value in step.items() if key.endswith("_ms")}
+    scaled = {
+        key: round(value * 1e3 / n_windows, 2) for key, value in step.items() if key.endswith("_ms")
+    }
     if "calls" in step:
         step["calls"] = round(step["calls"] / n_windows, 1)
     print(json.dumps({**step, **scaled}), flush=True)

@@ -1,11 +1,14 @@
-"""Collection to disk against SAELens' `CacheActivationsRunner`: the same model, the same tokens, the same sites.
+"""Collection to disk against SAELens' `CacheActivationsRunner`: the same model, the same tokens,
+the same sites.
 
-    python -m benchmarks.store_saelens --peers FOLDER [--layers 14] [--contexts 64] [--pairs 5] [--threads 2]
+    python -m benchmarks.store_saelens --peers FOLDER [--layers 14] [--contexts 64] [--pairs 5]
+    [--threads 2]
 
-SAELens runs in its own environment (`make peers`) in a process that has loaded the same weights in the same dtype
-before the clock starts; it caches one site a run, so several sites cost it several runs. Both stop after the layer.
-Ours stores what the model computes, bfloat16, with checksums and statistics, flushed to disk; SAELens stores float32.
-Before anything is timed, the values both stored are compared, in both dtypes.
+SAELens runs in its own environment (`make peers`) in a process that has loaded the same weights in
+the same dtype before the clock starts; it caches one site a run, so several sites cost it several
+runs. Both stop after the layer. Ours stores what the model computes, bfloat16, with checksums and
+statistics, flushed to disk; SAELens stores float32. Before anything is timed, the values both
+stored are compared, in both dtypes.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ _FLOAT32_ROUNDING = 1e-4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peers", type=Path, required=True, help="the folder of `make peers`")
     parser.add_argument("--layers", type=int, nargs="+", default=[14])
     parser.add_argument("--contexts", type=int, default=64)
@@ -89,12 +94,21 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         )
 
 
-def compare_values(options: argparse.Namespace, folder: Path, tokens: TokenTable, sites: list[Site]) -> None:
-    """What both store, in float32 and in bfloat16: one JSON line a site. In float32 they must agree to its rounding; in
-    bfloat16 each tool's distance from its own float32 values says how much of the difference is rounding."""
+def compare_values(
+    options: argparse.Namespace, folder: Path, tokens: TokenTable, sites: list[Site]
+) -> None:
+    """What both store, in float32 and in bfloat16: one JSON line a site. In float32 they must agree
+    to its rounding; in bfloat16 each tool's distance from its own float32 values says how much of
+    the difference is rounding."""
     stored: dict[tuple[str, str, Site], np.ndarray] = {}
     for dtype in ("float32", "bfloat16"):
-        collect(LanguageModel.open(Packaged(), dtype=dtype), tokens, sites, fresh(folder / "ours"), options)
+        collect(
+            LanguageModel.open(Packaged(), dtype=dtype),
+            tokens,
+            sites,
+            fresh(folder / "ours"),
+            options,
+        )
         store = ActivationStore.open(folder / "ours")
         with peer(options, folder, dtype) as saelens:
             for site in sites:
@@ -114,14 +128,19 @@ def compare_values(options: argparse.Namespace, folder: Path, tokens: TokenTable
                 ("theirs", "bfloat16", "theirs", "float32"),
             )
         }
-        print(json.dumps({"stored values, median distance over norm": site.short, **apart}), flush=True)
+        print(
+            json.dumps({"stored values, median distance over norm": site.short, **apart}),
+            flush=True,
+        )
         if apart["ours float32 - theirs float32"] > _FLOAT32_ROUNDING:
             raise SystemExit(f"the two tools stored different activations at {site.short}")
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
     """The median over rows of |one - other| / |other|."""
-    return float(f"{np.median(np.linalg.norm(one - other, axis=1) / np.linalg.norm(other, axis=1)):.3g}")
+    return float(
+        f"{np.median(np.linalg.norm(one - other, axis=1) / np.linalg.norm(other, axis=1)):.3g}"
+    )
 
 
 class SaeLens:
@@ -150,7 +169,16 @@ class SaeLens:
 def peer(options: argparse.Namespace, folder: Path, dtype: str) -> Iterator[SaeLens]:
     command = [options.peers / "saelens" / "bin" / "python", HERE / "peers" / "collect_saelens.py"]
     model = folder_of(Packaged(), silent)
-    choices = ["--model", model, "--tokens", folder / "tokens.npy", "--batch", options.batch, "--dtype", dtype]
+    choices = [
+        "--model",
+        model,
+        "--tokens",
+        folder / "tokens.npy",
+        "--batch",
+        options.batch,
+        "--dtype",
+        dtype,
+    ]
     process = subprocess.Popen(
         [str(each) for each in [*command, *choices, "--threads", options.threads]],
         stdin=subprocess.PIPE,
@@ -164,7 +192,11 @@ def peer(options: argparse.Namespace, folder: Path, dtype: str) -> Iterator[SaeL
 
 
 def collect(
-    model: LanguageModel, tokens: TokenTable, sites: list[Site], out: Path, options: argparse.Namespace
+    model: LanguageModel,
+    tokens: TokenTable,
+    sites: list[Site],
+    out: Path,
+    options: argparse.Namespace,
 ) -> None:
     """A whole store in the model's dtype, from its metadata to its completion record."""
     layout = StoreLayout(
@@ -177,7 +209,9 @@ def collect(
     )
     writer = StoreWriter.create(out, layout)
     batch_rows = options.batch * options.length
-    collect_shards(model, writer, [(0, tokens)], sites, batch_rows=batch_rows, rows_done=lambda n: None)
+    collect_shards(
+        model, writer, [(0, tokens)], sites, batch_rows=batch_rows, rows_done=lambda n: None
+    )
     writer.finish()
 
 

@@ -1,12 +1,15 @@
-"""What windowed shuffling costs in quality: dictionaries trained on windows of random blocks against a full shuffle.
+"""What windowed shuffling costs in quality: dictionaries trained on windows of random blocks
+against a full shuffle.
 
-    python -m benchmarks.store_shuffle --store artifacts/laptop/collect/store.zarr [--site L14] [--steps 600]
-                                       [--windows 65536 8192] [--seeds 0 1 2] [--n-latents 2048] [--batch 1024]
+    python -m benchmarks.store_shuffle --store artifacts/laptop/collect/store.zarr [--site L14]
+    [--steps 600]
+                                       [--windows 65536 8192] [--seeds 0 1 2] [--n-latents 2048]
+                                       [--batch 1024]
 
-Every arm trains the same TopK dictionary from the same start on the same rows, as many batches; only their order
-differs: a full shuffle of all rows, windows of the sizes given, and the order of the text, which shows what there is
-to lose. One JSON line an arm: mean FVU on held-out documents over the seeds, its range, and its ratio to the full
-shuffle's, seed by seed.
+Every arm trains the same TopK dictionary from the same start on the same rows, as many batches;
+only their order differs: a full shuffle of all rows, windows of the sizes given, and the order of
+the text, which shows what there is to lose. One JSON line an arm: mean FVU on held-out documents
+over the seeds, its range, and its ratio to the full shuffle's, seed by seed.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ from sae.trainer import Trainer, random_start
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--store", required=True)
     parser.add_argument("--site", default="L14")
     parser.add_argument("--steps", type=int, default=600)
@@ -50,7 +55,9 @@ def main() -> None:
     found: dict[str, list[float]] = {}
     for seed in options.seeds:
         for name, batches in iter_arms(store, site, train_rows, options, seed):
-            found.setdefault(name, []).append(fvu_after(batches, held_out, store, site, options, seed))
+            found.setdefault(name, []).append(
+                fvu_after(batches, held_out, store, site, options, seed)
+            )
             print(f"seed {seed}, {name}: FVU {found[name][-1]:.5f}", file=sys.stderr, flush=True)
     for name, values in found.items():
         ratios = [value / full for value, full in zip(values, found["full shuffle"], strict=True)]
@@ -85,7 +92,9 @@ def iter_arms(
 ) -> Iterator[tuple[str, Iterator[Tensor]]]:
     yield "full shuffle", permuted(rows, options.batch, seed)
     for window in options.windows:
-        with store.batches([site], batch_size=options.batch, seed=seed, window_rows=window) as reader:
+        with store.batches(
+            [site], batch_size=options.batch, seed=seed, window_rows=window
+        ) as reader:
             yield f"windows of {window} rows", (batch[site] for batch in reader)
     yield "order of the text", in_order(rows, options.batch)
 
@@ -111,7 +120,8 @@ def fvu_after(
     options: argparse.Namespace,
     seed: int,
 ) -> float:
-    """Train on the batches; the share of the held-out rows' variance that the dictionary leaves unexplained."""
+    """Train on the batches; the share of the held-out rows' variance that the dictionary leaves
+    unexplained."""
     gathered = store.statistics(str(site))
     rate = learning_rate_law(options.n_latents, options.steps)
     schedule = schedule_of(steps=options.steps, learning_rate=rate, batch_size=options.batch)
@@ -119,13 +129,17 @@ def fvu_after(
         architecture=TopK(k=options.k),
         schedule=schedule,
         weights=random_start(options.n_latents, store.width(str(site)), seed=seed),
-        source=normalisation_of(torch.from_numpy(gathered.mean), torch.from_numpy(gathered.variance)),
+        source=normalisation_of(
+            torch.from_numpy(gathered.mean), torch.from_numpy(gathered.variance)
+        ),
     )
     while not trainer.finished:
         trainer.train_on(Batch(x=next(batches)))
     sae = trainer.finish(Batch(x=held_out), {})
     with torch.no_grad():
-        errors = sum(float((part - sae(part)).double().square().sum()) for part in held_out.split(2048))
+        errors = sum(
+            float((part - sae(part)).double().square().sum()) for part in held_out.split(2048)
+        )
     return errors / float((held_out - held_out.mean(0)).double().square().sum())
 
 

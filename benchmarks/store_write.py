@@ -1,4 +1,5 @@
-"""How fast a shard is written: ours against plain write() of the same bytes, np.memmap and zarr-python.
+"""How fast a shard is written: ours against plain write() of the same bytes, np.memmap and
+zarr-python.
 
 python -m benchmarks.store_write [--rows 65536] [--width 576] [--pairs 12] [--folder DIR]
 """
@@ -25,7 +26,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=65_536)
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--pairs", type=int, default=12)
-    parser.add_argument("--folder", type=Path, default=None, help="where to write; a temporary folder without it")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where to write; a temporary folder without it"
+    )
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
@@ -79,7 +82,9 @@ def measure(folder: Path, n_rows: int, width: int, n_pairs: int) -> None:
     units, unit = rows.nbytes / 1e6, "MB"
     common = {"candidate": ours, "units": units, "unit": unit, "n_pairs": n_pairs, **facts}
     compare("durable shard write / write() and fsync", control=lambda: raw(True), **common)
-    compare("durable shard write / write() unsynced", control=lambda: raw(False), target=0.3, **common)
+    compare(
+        "durable shard write / write() unsynced", control=lambda: raw(False), target=0.3, **common
+    )
     compare("durable shard write / np.memmap", control=memmap, **common)
     compare("durable shard write / zarr-python, same layout", control=by_zarr, **common)
 

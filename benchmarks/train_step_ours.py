@@ -1,12 +1,15 @@
-"""Our whole training step, timed by the same clock on the same rows as the peers' (benchmarks/peers/timing.py).
+"""Our whole training step, timed by the same clock on the same rows as the peers'
+(benchmarks/peers/timing.py).
 
-    python -m benchmarks.train_step_ours --precision bfloat16 --activations FILE.npy [--architecture batchtopk] …
+    python -m benchmarks.train_step_ours --precision bfloat16 --activations FILE.npy [--architecture
+    batchtopk] …
 
-The step is `Trainer.train_on`: normalisation, forward, auxiliary loss, backward, clipping, Adam, unit rows, firing
-counts. Further options and the output are those of the peers' scripts.
+The step is `Trainer.train_on`: normalisation, forward, auxiliary loss, backward, clipping, Adam,
+unit rows, firing counts. Further options and the output are those of the peers' scripts.
 
-Latents are dead after 30 batches, as with the peers. `--schedule beta1=0.9 beta2=0.999 dead_after=61440` puts single
-fields in place of what the laws give (sae/schedule.py): docs/log.md shows what each of them is worth.
+Latents are dead after 30 batches, as with the peers. `--schedule beta1=0.9 beta2=0.999
+dead_after=61440` puts single fields in place of what the laws give (sae/schedule.py): docs/log.md
+shows what each of them is worth.
 """
 
 from __future__ import annotations
@@ -48,11 +51,18 @@ def main() -> None:
         return trainer.train_on(Batch(x=batch))
 
     with kept_memory():  # as the train stage does
-        run(task, step, reconstruct, lambda folder: save_sae(sae(), folder), peer=f"featureflow {precision}")
+        run(
+            task,
+            step,
+            reconstruct,
+            lambda folder: save_sae(sae(), folder),
+            peer=f"featureflow {precision}",
+        )
 
 
 def trainer_of(task: Task, precision: Precision, changed: dict[str, float]) -> Trainer:
-    """The trainer for rows that are centred and scaled already; `changed` fields of the schedule leave the laws."""
+    """The trainer for rows that are centred and scaled already; `changed` fields of the schedule
+    leave the laws."""
     choice = TopK if task.architecture == "topk" else BatchTopK
     architecture = choice(k=task.k, auxk_weight=task.aux_coefficient)
     weights = architecture.prepared(random_start(task.n_latents, task.d, seed=task.seed))

@@ -1,7 +1,9 @@
-"""The small text that ships in this repository: short passages with a title and a label, for tests and the tiny recipe.
+"""The small text that ships in this repository: short passages with a title and a label, for tests
+and the tiny recipe.
 
-Hamlet and Moby-Dick are in the public domain, State of the Union addresses are works of the United States government,
-the other passages were written for this project (Apache-2.0). 1 JSON object a line in `bundled.jsonl`.
+Hamlet and Moby-Dick are in the public domain, State of the Union addresses are works of the United
+States government, the other passages were written for this project (Apache-2.0). 1 JSON object a
+line in `bundled.jsonl`.
 """
 
 from __future__ import annotations

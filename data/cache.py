@@ -1,7 +1,9 @@
-"""A folder for things made once and kept: converted models. `$FEATUREFLOW_CACHE`, or `~/.cache/featureflow`.
+"""A folder for things made once and kept: converted models. `$FEATUREFLOW_CACHE`, or
+`~/.cache/featureflow`.
 
-`make_once` builds a folder beside its place and renames it there, so that a folder that exists is complete and two
-processes that build the same one do no harm: the first rename wins and the other's work is thrown away.
+`make_once` builds a folder beside its place and renames it there, so that a folder that exists is
+complete and two processes that build the same one do no harm: the first rename wins and the other's
+work is thrown away.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ def cache_folder() -> Path:
 
 
 def make_once(place: Path, build: Callable[[Path], None]) -> Path:
-    """`place`, built by `build(folder)` if it is not there. A failed build leaves nothing behind."""
+    """`place`, built by `build(folder)` if it is not there. A failed build leaves nothing
+    behind."""
     if place.is_dir():
         return place
     beside = place.with_name(f"{place.name}.{uuid.uuid4().hex}.partial")

@@ -1,4 +1,5 @@
-"""Documents: what every corpus yields, the seeded shuffle they go through, and cutting long texts at paragraphs."""
+"""Documents: what every corpus yields, the seeded shuffle they go through, and cutting long texts
+at paragraphs."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ def iter_shuffled(
 ) -> Iterator[Document]:
     """The same documents in an order drawn from `seed`.
 
-    Up to `n_characters` are held; one at random is given out for each that comes in. A corpus that fits is shuffled
-    uniformly, a larger one within a window of that size.
+    Up to `n_characters` are held; one at random is given out for each that comes in. A corpus that
+    fits is shuffled uniformly, a larger one within a window of that size.
     """
     generator = random.Random(seed)
     held: list[Document] = []
@@ -50,18 +51,23 @@ def _take(held: list[Document], generator: random.Random) -> Document:
     return held.pop()
 
 
-def iter_passages(documents: Iterable[Document], n_characters: int, seed: int) -> Iterator[Document]:
-    """Of every document longer than `n_characters` one part of at most that length, drawn from `seed`."""
+def iter_passages(
+    documents: Iterable[Document], n_characters: int, seed: int
+) -> Iterator[Document]:
+    """Of every document longer than `n_characters` one part of at most that length, drawn from
+    `seed`."""
     generator = random.Random(seed)
     for document in documents:
         if len(document.text) > n_characters:
-            document = replace(document, text=generator.choice(list(iter_parts(document.text, n_characters))))
+            document = replace(
+                document, text=generator.choice(list(iter_parts(document.text, n_characters)))
+            )
         yield document
 
 
 def iter_parts(text: str, n_characters: int) -> Iterator[str]:
-    """`text` cut into parts of at most `n_characters`, at the last paragraph end that fits, else at a line or sentence
-    end, else anywhere. The parts joined are the text."""
+    """`text` cut into parts of at most `n_characters`, at the last paragraph end that fits, else at
+    a line or sentence end, else anywhere. The parts joined are the text."""
     start = 0
     while len(text) - start > n_characters:
         stop = _last_end(text, start, start + n_characters)

@@ -1,12 +1,13 @@
 """A language model as a source of activations and as a thing to edit.
 
-`LanguageModel.open(spec)` gives a Hugging Face module with named sites (`blocks.12.hook_resid_post`, TransformerLens'
-names and meanings). Activations are read and edited by plain forward hooks on that module, which
-keeps the fused attention that TransformerBridge's wrappers replace. `boot_bridge` gives the same model as a
-TransformerBridge; a test holds that both give the same activations at every kind of site.
+`LanguageModel.open(spec)` gives a Hugging Face module with named sites
+(`blocks.12.hook_resid_post`, TransformerLens' names and meanings). Activations are read and edited
+by plain forward hooks on that module, which keeps the fused attention that TransformerBridge's
+wrappers replace. `boot_bridge` gives the same model as a TransformerBridge; a test holds that both
+give the same activations at every kind of site.
 
-Cost: one forward pass up to the last wanted site (the demo, two cores, SmolLM2-135M in bfloat16, 46 sites read and
-stored: 1,285 tokens a second, `make collect`).
+Cost: one forward pass up to the last wanted site (the demo, two cores, SmolLM2-135M in bfloat16, 46
+sites read and stored: 1,285 tokens a second, `make collect`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,16 @@ from torch import Tensor, nn
 
 from data.model_sites import BlockSites, Edit, Taps, find_blocks, find_sites
 from data.model_sources import LoadedModel, load_model, quiet_transformers
-from data.model_spec import Folder, Gguf, HuggingFace, ModelSpec, Packaged, Random, TransformerLens, name_of
+from data.model_spec import (
+    Folder,
+    Gguf,
+    HuggingFace,
+    ModelSpec,
+    Packaged,
+    Random,
+    TransformerLens,
+    name_of,
+)
 from data.sites import Site
 from data.tokens import Tokenizer
 from sae.errors import UserError
@@ -52,7 +62,9 @@ __all__ = [
 ]
 
 
-_NO_LIMIT = 2**31  # models without learned or rotary positions (BLOOM, MPT) take contexts of any length
+_NO_LIMIT = (
+    2**31
+)  # models without learned or rotary positions (BLOOM, MPT) take contexts of any length
 
 
 class _Finished(Exception):
@@ -62,7 +74,8 @@ class _Finished(Exception):
 class LanguageModel:
     """See the module's text. Not safe for two threads at once: hooks belong to the one module.
 
-    `base` is the stack without the unembedding, `blocks` its transformer blocks with what each adds to the stream."""
+    `base` is the stack without the unembedding, `blocks` its transformer blocks with what each adds
+    to the stream."""
 
     def __init__(self, *, name: str, loaded: LoadedModel) -> None:
         self.name = name
@@ -78,16 +91,27 @@ class LanguageModel:
         self.device: torch.device = next(self.hf.parameters()).device
         self.base: nn.Module = self.hf.base_model
         self.blocks: tuple[BlockSites, ...] = self._find_sites()
-        self._sites = tuple(Site(layer, kind) for layer, block in enumerate(self.blocks) for kind in block.kinds())
+        self._sites = tuple(
+            Site(layer, kind) for layer, block in enumerate(self.blocks) for kind in block.kinds()
+        )
         self._taps = Taps(self.blocks)
         self.hf.get_output_embeddings().register_forward_pre_hook(_in_one_piece)
 
     @classmethod
     def open(
-        cls, spec: ModelSpec, *, dtype: str = "bfloat16", device: str = "cpu", progress: Progress = silent
+        cls,
+        spec: ModelSpec,
+        *,
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+        progress: Progress = silent,
     ) -> LanguageModel:
-        """Load the model `spec` names. Raises UserError when it is unknown, missing, damaged or without support."""
-        return cls(name=name_of(spec), loaded=load_model(spec, dtype=dtype, device=device, progress=progress))
+        """Load the model `spec` names. Raises UserError when it is unknown, missing, damaged or
+        without support."""
+        return cls(
+            name=name_of(spec),
+            loaded=load_model(spec, dtype=dtype, device=device, progress=progress),
+        )
 
     def sites(self) -> tuple[Site, ...]:
         """Every site this architecture has, in the order of the stream."""
@@ -107,8 +131,9 @@ class LanguageModel:
     def activations(
         self, ids: Int[Tensor, "batch position"], sites: Sequence[Site]
     ) -> dict[Site, Float[Tensor, "batch position d_model"]]:
-        """The activations at `sites`, in the model's dtype. What comes after the last of them is not computed.
-        Raises UserError for a site that does not exist, ids outside the vocabulary, a context that is too long."""
+        """The activations at `sites`, in the model's dtype. What comes after the last of them is
+        not computed. Raises UserError for a site that does not exist, ids outside the vocabulary, a
+        context that is too long."""
         self._check_ids(ids)
         self.check_sites(sites)
         if not sites:
@@ -129,8 +154,9 @@ class LanguageModel:
     ) -> Float[Tensor, "batch kept vocab"]:
         """Next-token logits in the model's dtype, without gradients; edits in force apply.
 
-        `attention_mask` (1 = read) may be padded on the left; positions count from each row's first 1. With a `cache`
-        (`new_cache()`), `ids` holds only the new tokens and the mask covers the old ones too. `n_last` > 0 computes the
+        `attention_mask` (1 = read) may be padded on the left; positions count from each row's first
+        1. With a `cache` (`new_cache()`), `ids` holds only the new tokens and the mask covers the
+           old ones too. `n_last` > 0 computes the
         logits of only that many last positions."""
         self._check_ids(ids, n_before=0 if cache is None else cache.get_seq_length())
         options: dict[str, Any] = {"use_cache": cache is not None}
@@ -154,33 +180,44 @@ class LanguageModel:
 
     @contextmanager
     def edited(self, edits: Mapping[Site, Edit]) -> Iterator[None]:
-        """Inside, each function maps the activation at its site: `[batch, position, d_model]` in the model's dtype,
-        the new positions only when a cache is used. Nested uses run in order; the hooks are always taken off."""
+        """Inside, each function maps the activation at its site: `[batch, position, d_model]` in
+        the model's dtype, the new positions only when a cache is used. Nested uses run in order;
+        the hooks are always taken off."""
         self.check_sites(tuple(edits))
         with self._taps.edited(edits):
             yield
 
     @contextmanager
     def recorded(self, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
-        """Yields a dictionary that every forward pass inside fills anew, with what the model went on with."""
+        """Yields a dictionary that every forward pass inside fills anew, with what the model went
+        on with."""
         self.check_sites(sites)
         seen: dict[Site, Tensor] = {}
         with self._taps.recorded(sites, seen):
             yield seen
 
     def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Float[Tensor, "d_model"]]:
-        """The unembedding's rows and the gain of the norm before it, float32: direct effect on logits is
-        `W_U @ (gain * direction)` up to the norm's scale and, for LayerNorm, its centring."""
+        """The unembedding's rows and the gain of the norm before it, float32: direct effect on
+        logits is `W_U @ (gain * direction)` up to the norm's scale and, for LayerNorm, its
+        centring."""
         weight = self.hf.get_output_embeddings().weight.detach().float()
         return weight, _norm_gain(self._final_norm(), self.d_model).to(weight.device)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of config, weights (as bfloat16, so that the dtype it runs in does not matter) and tokenizer."""
+        """sha256 of config, weights (as bfloat16, so that the dtype it runs in does not matter) and
+        tokenizer."""
         hasher = hashlib.sha256(_config_text(self.hf.config).encode())
         for name, weight in sorted(self.hf.named_parameters()):
             hasher.update(f"{name}:{tuple(weight.shape)}".encode())
-            hasher.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+            hasher.update(
+                weight.detach()
+                .to("cpu", torch.bfloat16)
+                .contiguous()
+                .view(torch.uint8)
+                .numpy()
+                .data
+            )
         hasher.update(self.tokenizer.fingerprint.encode())
         return hasher.hexdigest()
 
@@ -216,7 +253,8 @@ class LanguageModel:
             )
 
     def _final_norm(self) -> nn.Module:
-        """The last module of the base model outside the blocks that has a weight per model dimension."""
+        """The last module of the base model outside the blocks that has a weight per model
+        dimension."""
         inside = {id(module) for block in self.blocks for module in block.block.modules()}
         norms = [
             module
@@ -226,13 +264,16 @@ class LanguageModel:
             and "Model" not in type(module).__name__
         ]
         if not norms:
-            raise UserError("this architecture has no final norm to read", where=type(self.hf).__name__)
+            raise UserError(
+                "this architecture has no final norm to read", where=type(self.hf).__name__
+            )
         return norms[-1]
 
 
 @contextmanager
 def _stopped_after(block: nn.Module) -> Iterator[None]:
-    """End the forward pass after `block`. Its hook is added last, so it runs after those that read."""
+    """End the forward pass after `block`. Its hook is added last, so it runs after those that
+    read."""
 
     def stop(*_: object) -> None:
         raise _Finished
@@ -245,14 +286,15 @@ def _stopped_after(block: nn.Module) -> Iterator[None]:
 
 
 def _in_one_piece(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Last columns cut out of a batch are strided; torch multiplies those with the unembedding one row at a time (in
-    bf16, 24 rows took longer than all 768 tokens of the batch)."""
+    """Last columns cut out of a batch are strided; torch multiplies those with the unembedding one
+    row at a time (in bf16, 24 rows took longer than all 768 tokens of the batch)."""
     return tuple(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)
 
 
 def _norm_gain(norm: nn.Module, d_model: int) -> Float[Tensor, "d_model"]:
-    """The gain by probing: a vector of +1 and -1 with mean 0 has norm statistics 0 and 1, so the odd part of the
-    output is gain * sign, whatever the norm calls its weight (Gemma adds one to it) and for LayerNorm's bias too."""
+    """The gain by probing: a vector of +1 and -1 with mean 0 has norm statistics 0 and 1, so the
+    odd part of the output is gain * sign, whatever the norm calls its weight (Gemma adds one to it)
+    and for LayerNorm's bias too."""
     signs = torch.ones(d_model)
     signs[1::2] = -1.0
     scale = 100.0  # drowns epsilon
@@ -277,8 +319,9 @@ def _config_text(config: Any) -> str:
 
 
 def boot_bridge(model: LanguageModel) -> Any:
-    """The same weights as a TransformerBridge, from a copy: booting one swaps modules inside the model it is given.
-    The tokenizer goes through a folder, because booting reads it again from where it lies."""
+    """The same weights as a TransformerBridge, from a copy: booting one swaps modules inside the
+    model it is given. The tokenizer goes through a folder, because booting reads it again from
+    where it lies."""
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoTokenizer
 

@@ -1,19 +1,24 @@
-"""Where the sites of a Hugging Face model are, found by arithmetic; and the taps that read and edit there.
+"""Where the sites of a Hugging Face model are, found by arithmetic; and the taps that read and edit
+there.
 
 A pre-norm transformer block adds twice to the residual stream. Whatever the modules are called,
 
-    resid_pre + attn_out = resid_mid,   resid_mid + mlp_out = resid_post        (sequential: Llama, GPT-2, Gemma, …)
-    resid_pre + attn_out + mlp_out = resid_post                                 (parallel: Pythia, GPT-J, …)
+    resid_pre + attn_out = resid_mid,   resid_mid + mlp_out = resid_post        (sequential: Llama,
+    GPT-2, Gemma, …)
+    resid_pre + attn_out + mlp_out = resid_post                                 (parallel: Pythia,
+    GPT-J, …)
 
 1. `find_blocks` takes the list of blocks of the model.
-2. `find_sites` runs a few tokens once, records the output of every direct child of every block, and picks the two
-   children whose outputs satisfy the sum. That also picks the norm *after* the sublayer in Gemma 2, where it is the
-   normed output that is added. What satisfies no sum (a scaled residual, say) is not offered as a site.
-3. `Taps` keeps, per site, the edits and the recorders that are wanted now, and the forward hooks that serve them. At a
-   site the edits run first, in the order they were added, and recorders see what the model goes on with.
+2. `find_sites` runs a few tokens once, records the output of every direct child of every block, and
+   picks the two children whose outputs satisfy the sum. That also picks the norm *after* the
+   sublayer in Gemma 2, where it is the normed output that is added. What satisfies no sum (a scaled
+   residual, say) is not offered as a site.
+3. `Taps` keeps, per site, the edits and the recorders that are wanted now, and the forward hooks
+   that serve them. At a site the edits run first, in the order they were added, and recorders see
+   what the model goes on with.
 
-An edit of `resid_mid` is made where the attention's output enters the stream, by adding the difference to it, so that
-both the MLP and the skip path see it.
+An edit of `resid_mid` is made where the attention's output enters the stream, by adding the
+difference to it, so that both the MLP and the skip path see it.
 
 Cost: one forward pass of four tokens; afterwards one Python call per wanted site and pass.
 """
@@ -41,7 +46,8 @@ _MOST_MISFIT = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSites:
-    """One block and the modules whose outputs it adds to the stream (None where the sums did not hold)."""
+    """One block and the modules whose outputs it adds to the stream (None where the sums did not
+    hold)."""
 
     block: nn.Module
     attention: nn.Module | None
@@ -60,7 +66,8 @@ class BlockSites:
 
 
 def find_blocks(model: nn.Module, n_layers: int) -> Sequence[nn.Module]:
-    """The module list with one entry per layer (the first, in module order). Raises UserError if there is none."""
+    """The module list with one entry per layer (the first, in module order). Raises UserError if
+    there is none."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return list(module)
@@ -113,26 +120,44 @@ class _BlockRecord:
     def _see_child(self, child: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         value = first_tensor(output)
         if value is not None:
-            self.calls.append(_Call(module=child, input=_first_input(args, kwargs), output=value.clone()))
+            self.calls.append(
+                _Call(module=child, input=_first_input(args, kwargs), output=value.clone())
+            )
 
     def solve(self) -> BlockSites:
         pre, post = self.before, self.after
         if pre is None or post is None or pre.shape != post.shape:
             return BlockSites(block=self.block, attention=None, mlp=None, is_sequential=False)
-        n_calls = Counter(id(call.module) for call in self.calls)  # a module used twice has no place of its own
-        calls = [call for call in self.calls if call.output.shape == post.shape and n_calls[id(call.module)] == 1]
+        n_calls = Counter(
+            id(call.module) for call in self.calls
+        )  # a module used twice has no place of its own
+        calls = [
+            call
+            for call in self.calls
+            if call.output.shape == post.shape and n_calls[id(call.module)] == 1
+        ]
         pair = self._pair_that_adds_up(calls, pre, post)
         if pair is None:
             return BlockSites(block=self.block, attention=None, mlp=None, is_sequential=False)
         attention, mlp = pair
         middle = pre + attention.output
-        is_sequential = any(call.input is not None and torch.equal(call.input, middle) for call in self.calls)
-        return BlockSites(block=self.block, attention=attention.module, mlp=mlp.module, is_sequential=is_sequential)
+        is_sequential = any(
+            call.input is not None and torch.equal(call.input, middle) for call in self.calls
+        )
+        return BlockSites(
+            block=self.block,
+            attention=attention.module,
+            mlp=mlp.module,
+            is_sequential=is_sequential,
+        )
 
     @staticmethod
-    def _pair_that_adds_up(calls: list[_Call], pre: Tensor, post: Tensor) -> tuple[_Call, _Call] | None:
-        """The pair with the smallest misfit, which is 0 where the block adds in this order; of equals the latest (a
-        dropout after the attention has the same output and is nearer to the stream)."""
+    def _pair_that_adds_up(
+        calls: list[_Call], pre: Tensor, post: Tensor
+    ) -> tuple[_Call, _Call] | None:
+        """The pair with the smallest misfit, which is 0 where the block adds in this order; of
+        equals the latest (a dropout after the attention has the same output and is nearer to the
+        stream)."""
         best, smallest = None, _MOST_MISFIT
         for second in reversed(range(len(calls))):
             for first in reversed(range(second)):
@@ -143,8 +168,9 @@ class _BlockRecord:
 
 
 def _misfit(total: Tensor, pre: Tensor, post: Tensor) -> float:
-    """The worst position's |total - post|, in units of what the block changes there plus rounding. Positions are
-    compared one by one: the first one's norm may be a hundred times that of the others and would hide them."""
+    """The worst position's |total - post|, in units of what the block changes there plus rounding.
+    Positions are compared one by one: the first one's norm may be a hundred times that of the
+    others and would hide them."""
     rounding = 4 * torch.finfo(post.dtype).eps * post.abs().amax(-1).double()
     change = (post.double() - pre.double()).abs().amax(-1)
     off = (total.double() - post.double()).abs().amax(-1)
@@ -160,16 +186,21 @@ class _Tap:
         for edit in self.edits:
             edited = edit(value)
             if edited.shape != value.shape:
-                raise ValueError(f"the edit at {site} turned shape {tuple(value.shape)} into {tuple(edited.shape)}")
+                raise ValueError(
+                    f"the edit at {site} turned shape {tuple(value.shape)} into "
+                    f"{tuple(edited.shape)}"
+                )
             value = edited.to(value.dtype)
         for recorder in self.recorders:
-            recorder[site] = value.clone()  # Falcon adds the attention's output into the MLP's in place
+            recorder[site] = (
+                value.clone()
+            )  # Falcon adds the attention's output into the MLP's in place
         return value
 
 
 class Taps:
-    """The hooks wanted now on one model. Every change takes all hooks off and puts the wanted ones on in stream order,
-    so that the result never depends on the order in which callers asked."""
+    """The hooks wanted now on one model. Every change takes all hooks off and puts the wanted ones
+    on in stream order, so that the result never depends on the order in which callers asked."""
 
     def __init__(self, blocks: tuple[BlockSites, ...]) -> None:
         self._blocks = blocks

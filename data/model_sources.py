@@ -1,12 +1,15 @@
-"""From a ModelSpec to a Hugging Face module and its tokenizer, read from local files, with nothing unpickled.
+"""From a ModelSpec to a Hugging Face module and its tokenizer, read from local files, with nothing
+unpickled.
 
-1. A spec is turned into a folder with config.json, *.safetensors and tokenizer files: a packaged model and a GGUF file
-   are converted once into the cache, a Hub id is found or downloaded by the Hub's own client, a TransformerLens name
-   is looked up for its Hub id. `Random` needs no folder.
-2. `load_folder` reads the folder: safetensors only, no code from the folder is run, fused attention except
-   where the model caps its attention logits (Gemma 2), which that kernel leaves out without a word.
+1. A spec is turned into a folder with config.json, *.safetensors and tokenizer files: a packaged
+   model and a GGUF file are converted once into the cache, a Hub id is found or downloaded by the
+   Hub's own client, a TransformerLens name is looked up for its Hub id. `Random` needs no folder.
+2. `load_folder` reads the folder: safetensors only, no code from the folder is run, fused attention
+   except where the model caps its attention logits (Gemma 2), which that kernel leaves out without
+   a word.
 
-Cost: reading 270 MB of bf16 weights takes 2–3 s; a first conversion of SmolLM2 about 25 s of one core.
+Cost: reading 270 MB of bf16 weights takes 2–3 s; a first conversion of SmolLM2 about 25 s of one
+core.
 """
 
 from __future__ import annotations
@@ -61,7 +64,9 @@ def load_model(spec: ModelSpec, *, dtype: str, device: str, progress: Progress) 
 
 def parse_dtype(dtype: str) -> torch.dtype:
     if dtype not in _DTYPES:
-        raise UserError("unknown dtype for the model", found=repr(dtype), expected=", ".join(_DTYPES))
+        raise UserError(
+            "unknown dtype for the model", found=repr(dtype), expected=", ".join(_DTYPES)
+        )
     return _DTYPES[dtype]
 
 
@@ -99,21 +104,24 @@ def load_folder(folder: Path, dtype: torch.dtype) -> LoadedModel:
             use_safetensors=True,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     hf, loading = loaded
     _check_complete(folder, loading)
     return LoadedModel(hf=hf, tokenizer=Tokenizer(tokenizer), folder=folder)
 
 
 def attention_for(config: Any) -> str | None:
-    """The library's choice (the fused kernel where the architecture has it), but not where attention logits are
-    capped: the fused kernel would leave the cap out."""
+    """The library's choice (the fused kernel where the architecture has it), but not where
+    attention logits are capped: the fused kernel would leave the cap out."""
     text_config = config.get_text_config()
     return "eager" if getattr(text_config, "attn_logit_softcapping", None) else None
 
 
 def build_random(spec: Random) -> LoadedModel:
-    """A Llama of the spec's shape. Weights are drawn in the order of their names from a generator of their own."""
+    """A Llama of the spec's shape. Weights are drawn in the order of their names from a generator
+    of their own."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = byte_level_tokenizer(spec.d_vocab, (record["text"] for record in bundled_records()))
@@ -131,14 +139,17 @@ def build_random(spec: Random) -> LoadedModel:
     with torch.device("meta"):
         hf = LlamaForCausalLM(config)
     hf = hf.to_empty(device="cpu")
-    hf.model.rotary_emb = type(hf.model.rotary_emb)(config)  # its frequencies are computed, not weights
+    hf.model.rotary_emb = type(hf.model.rotary_emb)(
+        config
+    )  # its frequencies are computed, not weights
     _draw_weights(hf, spec)
     return LoadedModel(hf=hf, tokenizer=tokenizer, folder=None)
 
 
 def _cast_weights(hf: nn.Module, dtype: torch.dtype) -> None:
-    """Weights only, as `from_pretrained` does: buffers such as the rotary frequencies stay float32. `Module.to` rounds
-    those too, and rounded to bfloat16 SmolLM2's turn position 1,000 by up to 1.4 radians too much or too little."""
+    """Weights only, as `from_pretrained` does: buffers such as the rotary frequencies stay float32.
+    `Module.to` rounds those too, and rounded to bfloat16 SmolLM2's turn position 1,000 by up to 1.4
+    radians too much or too little."""
     for weight in hf.parameters():
         weight.data = weight.data.to(dtype)
 
@@ -151,14 +162,18 @@ def _draw_weights(hf: nn.Module, spec: Random) -> None:
                 weight.fill_(1.0)
             else:
                 fan_in = 1 if "embed_tokens" in name else weight.shape[1]
-                weight.copy_(torch.randn(weight.shape, generator=generator) * spec.scale * fan_in**-0.5)
+                weight.copy_(
+                    torch.randn(weight.shape, generator=generator) * spec.scale * fan_in**-0.5
+                )
 
 
 def _checked_device(device: str) -> torch.device:
     try:
         parsed = torch.device(device)
     except RuntimeError as error:
-        raise UserError("unknown device", found=repr(device), expected="cpu, cuda, cuda:0, mps") from error
+        raise UserError(
+            "unknown device", found=repr(device), expected="cpu, cuda, cuda:0, mps"
+        ) from error
     if parsed.type == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here", found=device, mend="use --device cpu")
     return parsed
@@ -174,24 +189,36 @@ def _checked_folder(folder: Path) -> Path:
     missing = [name for name in ("config.json",) if not (folder / name).is_file()]
     if not any(folder.glob("*.safetensors")):
         missing.append("*.safetensors")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    ):
         missing.append("tokenizer.json")
     if missing:
         raise UserError(
             "the folder is not a model that can be read",
             where=str(folder),
             expected=", ".join(missing),
-            found=", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "an empty folder",
+            found=", ".join(sorted(path.name for path in folder.iterdir())[:12])
+            or "an empty folder",
             mend="save it with save_pretrained(folder, safe_serialization=True), the tokenizer too",
         )
     return folder
 
 
 def _check_complete(folder: Path, loading: Mapping[str, Any]) -> None:
-    """The loader fills tensors that are missing or of another shape at random and goes on; here that is an error."""
-    problems = [Problem(what="tensor missing", where=name) for name in sorted(loading.get("missing_keys", ()))]
+    """The loader fills tensors that are missing or of another shape at random and goes on; here
+    that is an error."""
+    problems = [
+        Problem(what="tensor missing", where=name)
+        for name in sorted(loading.get("missing_keys", ()))
+    ]
     problems += [
-        Problem(what="tensor of another shape", where=name, expected=str(tuple(wanted)), found=str(tuple(found)))
+        Problem(
+            what="tensor of another shape",
+            where=name,
+            expected=str(tuple(wanted)),
+            found=str(tuple(found)),
+        )
         for name, found, wanted in sorted(loading.get("mismatched_keys", ()))
     ]
     if problems:
@@ -206,9 +233,13 @@ def _hub_id_of(name: str) -> str:
     except ValueError as error:
         from difflib import get_close_matches
 
-        near = get_close_matches(name, DEFAULT_MODEL_ALIASES, n=6, cutoff=0.3) or DEFAULT_MODEL_ALIASES[:6]
+        near = (
+            get_close_matches(name, DEFAULT_MODEL_ALIASES, n=6, cutoff=0.3)
+            or DEFAULT_MODEL_ALIASES[:6]
+        )
         raise UserError(
-            f"TransformerLens knows no model {name!r}", expected=f"one of its names, for example {', '.join(near)}"
+            f"TransformerLens knows no model {name!r}",
+            expected=f"one of its names, for example {', '.join(near)}",
         ) from error
 
 
@@ -219,14 +250,19 @@ def _hub_folder(name: str, revision: str) -> Path:
     try:
         with quiet_transformers():
             folder = snapshot_download(
-                name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+                name,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*", "consolidated*"],
             )
     except Exception as error:
         raise UserError(
             f"the model {name!r} is neither in the Hub's local cache nor could be fetched",
-            expected=f"revision {revision!r} of a public model, or one whose terms you have accepted",
+            expected=f"revision {revision!r} of a public model, or one whose terms you have "
+            "accepted",
             found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            mend='check the name and the network; offline, use kind = "packaged" (smollm2-135m), "folder" or "gguf"',
+            mend="check the name and the network; offline, use "
+            'kind = "packaged" (smollm2-135m), "folder" or "gguf"',
         ) from error
     return _checked_folder(Path(folder))
 
@@ -238,7 +274,9 @@ def _explained(folder: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # config, tokenizer, safetensors and torch each have errors of their own
+    except (
+        Exception
+    ) as error:  # config, tokenizer, safetensors and torch each have errors of their own
         raise UserError(
             "the model in this folder cannot be loaded",
             where=str(folder),
@@ -250,7 +288,11 @@ def _explained(folder: Path) -> Iterator[None]:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No bars and no notices from the libraries; what they said before is restored."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
     from transformers.utils import logging
 
     verbosity, hub_was_quiet = logging.get_verbosity(), are_progress_bars_disabled()

@@ -1,4 +1,5 @@
-"""Which language model: a union of small choices, each owning only its own fields. Importing this is cheap."""
+"""Which language model: a union of small choices, each owning only its own fields. Importing this
+is cheap."""
 
 from __future__ import annotations
 
@@ -15,21 +16,27 @@ class Packaged:
     """A model that ships inside a package of the registry and needs no other network."""
 
     kind: Literal["packaged"] = "packaged"
-    name: Annotated[str, Doc("name of the packaged model; `smollm2-135m` is the one known")] = "smollm2-135m"
+    name: Annotated[str, Doc("name of the packaged model; `smollm2-135m` is the one known")] = (
+        "smollm2-135m"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFace:
-    """A model of the Hugging Face Hub; downloaded once by its own client, or found in its cache when offline."""
+    """A model of the Hugging Face Hub; downloaded once by its own client, or found in its cache
+    when offline."""
 
     kind: Literal["huggingface"] = "huggingface"
     name: Annotated[str, Doc("model id on the Hub, such as `openai-community/gpt2`")]
-    revision: Annotated[str, Doc("branch, tag or commit; a commit makes the run repeatable")] = "main"
+    revision: Annotated[str, Doc("branch, tag or commit; a commit makes the run repeatable")] = (
+        "main"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """A local folder as `save_pretrained` leaves it: config.json, *.safetensors and the tokenizer's files."""
+    """A local folder as `save_pretrained` leaves it: config.json, *.safetensors and the tokenizer's
+    files."""
 
     kind: Literal["folder"] = "folder"
     path: Annotated[Path, Doc("folder with config.json, *.safetensors and tokenizer files")]
@@ -53,23 +60,32 @@ class TransformerLens:
 
 @dataclass(frozen=True, kw_only=True)
 class Random:
-    """A Llama built from this config with random weights, and a small byte-level tokenizer: seconds, no downloads."""
+    """A Llama built from this config with random weights, and a small byte-level tokenizer:
+    seconds, no downloads."""
 
     kind: Literal["random"] = "random"
     n_layers: Annotated[int, Ge(1), Doc("transformer blocks")] = 4
     d_model: Annotated[int, Ge(2), Doc("width of the residual stream")] = 32
-    n_heads: Annotated[int, Ge(1), Doc("attention heads; they divide d_model into parts of even width")] = 4
+    n_heads: Annotated[
+        int, Ge(1), Doc("attention heads; they divide d_model into parts of even width")
+    ] = 4
     d_mlp: Annotated[int, Ge(1), Doc("width of the MLP's hidden layer")] = 64
     n_context: Annotated[int, Ge(2), Doc("longest context in tokens")] = 256
     d_vocab: Annotated[
-        int, Ge(257), Doc("tokens: 256 bytes, one separator, the rest merges learned from the bundled text")
+        int,
+        Ge(257),
+        Doc("tokens: 256 bytes, one separator, the rest merges learned from the bundled text"),
     ] = 512
-    scale: Annotated[float, Gt(0), Doc("standard deviation of the random weights, times 1/sqrt of their fan-in")] = 1.0
+    scale: Annotated[
+        float, Gt(0), Doc("standard deviation of the random weights, times 1/sqrt of their fan-in")
+    ] = 1.0
     seed: Annotated[int, Ge(0), Doc("seed of the weights")] = 0
 
     def __post_init__(self) -> None:
         if self.d_model % (2 * self.n_heads) != 0:
-            raise ValueError(f"d_model {self.d_model} is not a multiple of 2 x n_heads = {2 * self.n_heads}")
+            raise ValueError(
+                f"d_model {self.d_model} is not a multiple of 2 x n_heads = {2 * self.n_heads}"
+            )
 
 
 ModelSpec = Packaged | HuggingFace | Folder | Gguf | TransformerLens | Random

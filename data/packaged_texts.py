@@ -1,7 +1,8 @@
-"""Texts that ship inside packages of the registry, read in place as documents; the package is never imported.
+"""Texts that ship inside packages of the registry, read in place as documents; the package is never
+imported.
 
-Licences are those of the *texts* as far as their packages state them; sources whose rights are unstated are for
-measuring on one's own machine, not for passing on. Sizes are in SmolLM2 tokens.
+Licences are those of the *texts* as far as their packages state them; sources whose rights are
+unstated are for measuring on one's own machine, not for passing on. Sizes are in SmolLM2 tokens.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def packaged_texts() -> Mapping[str, TextPackage]:
 
 
 def iter_packaged_text(name: str) -> Iterator[Document]:
-    """The documents in the package's order. Raises UserError for an unknown name or a package that is not installed."""
+    """The documents in the package's order. Raises UserError for an unknown name or a package that
+    is not installed."""
     if name not in _TEXTS:
         raise UserError(
             f"there is no packaged text {name!r}",
@@ -96,7 +98,9 @@ def _iter_commons(path: Path) -> Iterator[Document]:
 def _iter_reviews(path: Path) -> Iterator[Document]:
     with bz2.open(path, "rt", encoding="utf-8", newline="") as stream:
         for row in csv.DictReader(stream):
-            yield Document(text=row["text"], source="reviews", title=row["movie_name"], label=row["category"])
+            yield Document(
+                text=row["text"], source="reviews", title=row["movie_name"], label=row["category"]
+            )
 
 
 def _rows_of_zip(path: Path) -> Iterator[dict[str, str]]:
@@ -118,7 +122,9 @@ def _iter_python_library(folder: Path) -> Iterator[Document]:
         except UnicodeDecodeError:
             continue  # a few modules are Latin-1 on purpose
         if len(text) >= 200:
-            yield Document(text=text, source="pystdlib", title=relative.as_posix(), label=relative.parts[0])
+            yield Document(
+                text=text, source="pystdlib", title=relative.as_posix(), label=relative.parts[0]
+            )
 
 
 def _entries() -> Iterator[TextPackage]:
@@ -169,7 +175,8 @@ def _entries() -> Iterator[TextPackage]:
     )
     yield TextPackage(
         name="pystdlib",
-        what=f"the source of Python {sys.version_info.major}.{sys.version_info.minor}'s own library; 3.6 M tokens",
+        what=f"the source of Python {sys.version_info.major}.{sys.version_info.minor}'s own "
+        "library; 3.6 M tokens",
         licence="PSF",
         requirement="",
         module="",

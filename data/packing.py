@@ -1,11 +1,12 @@
 """Documents packed into contexts of one length.
 
-1. Documents are taken in the order given (shuffled by `seed` first, if one is given), each text once, tokenised and,
-   if asked, cut to `max_document_tokens`, until there are enough tokens.
-2. Every context starts with the tokenizer's `bos_id` at position 0; the rest is filled with documents one after the
-   other with `bos_id` between them (none where a document begins its context anyway).
-3. The last contexts are for validation; no document is in both parts: what is left of the document that ends the
-   training part is dropped.
+1. Documents are taken in the order given (shuffled by `seed` first, if one is given), each text
+   once, tokenised and, if asked, cut to `max_document_tokens`, until there are enough tokens.
+2. Every context starts with the tokenizer's `bos_id` at position 0; the rest is filled with
+   documents one after the other with `bos_id` between them (none where a document begins its
+   context anyway).
+3. The last contexts are for validation; no document is in both parts: what is left of the document
+   that ends the training part is dropped.
 
 Every row knows its document: the BOS and the separator belong to the document that follows them.
 Memory: 13 bytes a token of the result and the text of one batch of documents.
@@ -33,7 +34,8 @@ _BATCH_CHARACTERS = 400_000
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentRecord:
-    """One document that has rows. `n_tokens` counts those of its text that were used, `sha256` is of its text."""
+    """One document that has rows. `n_tokens` counts those of its text that were used, `sha256` is
+    of its text."""
 
     source: str
     title: str
@@ -44,7 +46,8 @@ class DocumentRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedTokens:
-    """One entry a row, `n_rows` a multiple of `n_context`; rows from `validation_start` on are for validation."""
+    """One entry a row, `n_rows` a multiple of `n_context`; rows from `validation_start` on are for
+    validation."""
 
     n_context: int
     validation_start: int
@@ -62,14 +65,24 @@ class PackedTokens:
     def n_contexts(self) -> int:
         return self.n_rows // self.n_context
 
-    def contexts(self, start: int = 0, stop: int | None = None) -> Int64[np.ndarray, "context position"]:
+    def contexts(
+        self, start: int = 0, stop: int | None = None
+    ) -> Int64[np.ndarray, "context position"]:
         """The ids of contexts `start` to `stop`, ready for a model."""
         return self.id.reshape(-1, self.n_context)[start:stop].astype(np.int64)
 
     def table(self) -> TokenTable:
         """The same as the token table of an activation store."""
-        rows = tuple(DocumentRow(source=d.source, title=d.title, label=d.label) for d in self.documents)
-        return TokenTable(id=self.id, document=self.document, position=self.position, flags=self.flags, documents=rows)
+        rows = tuple(
+            DocumentRow(source=d.source, title=d.title, label=d.label) for d in self.documents
+        )
+        return TokenTable(
+            id=self.id,
+            document=self.document,
+            position=self.position,
+            flags=self.flags,
+            documents=rows,
+        )
 
 
 def pack_corpus(
@@ -112,14 +125,17 @@ def pack_documents(
     """At most `n_tokens` rows, rounded down to whole contexts; fewer when the text runs out.
 
     `seed` shuffles the documents first, all of them held in memory; None takes them as they come.
-    Raises UserError when there is less than one context of text, or too few documents to set some apart."""
+    Raises UserError when there is less than one context of text, or too few documents to set some
+    apart."""
     if n_context < 2:
         raise UserError("a context holds at least two tokens", found=f"n_context = {n_context}")
     if seed is not None:
         documents = list(documents)
         random.Random(seed).shuffle(documents)
     wanted = n_tokens // n_context
-    encoded = _take_enough(_iter_encoded(documents, tokenizer, max_document_tokens), wanted * (n_context - 1), progress)
+    encoded = _take_enough(
+        _iter_encoded(documents, tokenizer, max_document_tokens), wanted * (n_context - 1), progress
+    )
     n_contexts = min(wanted, sum(map(len, encoded)) // (n_context - 1))
     n_validation = round(validation_fraction * n_contexts)
     if validation_fraction > 0:
@@ -129,7 +145,12 @@ def pack_documents(
     validation_start = layout.n_rows
     layout.fill(encoded, n_validation)
     _check_enough(
-        layout, validation_start, n_context=n_context, n_tokens=n_tokens, where=where, fraction=validation_fraction
+        layout,
+        validation_start,
+        n_context=n_context,
+        n_tokens=n_tokens,
+        where=where,
+        fraction=validation_fraction,
     )
     return layout.packed(validation_start, tokenizer.special_ids)
 
@@ -144,11 +165,19 @@ class _Encoded:
         return len(self.ids)
 
 
-def _iter_encoded(documents: Iterable[Document], tokenizer: Tokenizer, max_tokens: int | None) -> Iterator[_Encoded]:
+def _iter_encoded(
+    documents: Iterable[Document], tokenizer: Tokenizer, max_tokens: int | None
+) -> Iterator[_Encoded]:
     for batch in _iter_batches(_iter_unique(documents)):
-        for (document, sha256), ids in zip(batch, tokenizer.encode_many([d.text for d, _ in batch]), strict=True):
+        for (document, sha256), ids in zip(
+            batch, tokenizer.encode_many([d.text for d, _ in batch]), strict=True
+        ):
             if ids:
-                yield _Encoded(document=document, sha256=sha256, ids=np.array(ids[:max_tokens], dtype=np.uint32))
+                yield _Encoded(
+                    document=document,
+                    sha256=sha256,
+                    ids=np.array(ids[:max_tokens], dtype=np.uint32),
+                )
 
 
 def _iter_unique(documents: Iterable[Document]) -> Iterator[tuple[Document, str]]:
@@ -160,7 +189,9 @@ def _iter_unique(documents: Iterable[Document]) -> Iterator[tuple[Document, str]
             yield document, digest.hexdigest()
 
 
-def _iter_batches(documents: Iterator[tuple[Document, str]]) -> Iterator[list[tuple[Document, str]]]:
+def _iter_batches(
+    documents: Iterator[tuple[Document, str]],
+) -> Iterator[list[tuple[Document, str]]]:
     """Small batches first, so that a small request does not tokenise a lot."""
     batch: list[tuple[Document, str]] = []
     n_characters, limit = 0, _BATCH_CHARACTERS // 16
@@ -175,7 +206,8 @@ def _iter_batches(documents: Iterator[tuple[Document, str]]) -> Iterator[list[tu
 
 
 def _take_enough(encoded: Iterator[_Encoded], n_wanted: int, progress: Progress) -> list[_Encoded]:
-    """Until there are `n_wanted` tokens and some to spare for what the border between the parts drops."""
+    """Until there are `n_wanted` tokens and some to spare for what the border between the parts
+    drops."""
     taken: list[_Encoded] = []
     n_taken, longest = 0, 0
     for each in encoded:
@@ -204,11 +236,15 @@ class _Layout:
     def contents(self) -> str:
         """How many documents there are, and how long the longest is."""
         sizes = [len(encoded) for encoded in self._documents]
-        return f"{len(sizes)} documents of {sum(sizes):,} tokens, the longest of {max(sizes, default=0):,}"
+        return (
+            f"{len(sizes)} documents of {sum(sizes):,} tokens, the longest of "
+            f"{max(sizes, default=0):,}"
+        )
 
     def fill(self, waiting: list[_Encoded], n_contexts: int) -> None:
-        """Take documents from the end of `waiting` until `n_contexts` are full; an unfinished context is taken back
-        when they run out. A document that is cut by the last context loses its rest."""
+        """Take documents from the end of `waiting` until `n_contexts` are full; an unfinished
+        context is taken back when they run out. A document that is cut by the last context loses
+        its rest."""
         stop = self.n_rows + n_contexts * self._n_context
         while self.n_rows < stop and waiting:
             self._add(waiting.pop(), stop)
@@ -250,7 +286,9 @@ class _Layout:
     def packed(self, validation_start: int, special_ids: Iterable[int]) -> PackedTokens:
         ids = np.concatenate(self._ids)
         document = np.concatenate(self._document_of)
-        position = np.tile(np.arange(self._n_context, dtype=np.uint32), self.n_rows // self._n_context)
+        position = np.tile(
+            np.arange(self._n_context, dtype=np.uint32), self.n_rows // self._n_context
+        )
         is_special = np.isin(ids, np.array(sorted({*special_ids, self._bos_id}), dtype=np.uint32))
         flags = np.where(is_special, FLAG_SPECIAL, 0) | np.where(position == 0, FLAG_BOS, 0)
         document, records = self._numbered(ids, document, is_special)
@@ -285,11 +323,19 @@ class _Layout:
 
 
 def _check_enough(
-    layout: _Layout, validation_start: int, *, n_context: int, n_tokens: int, where: str, fraction: float
+    layout: _Layout,
+    validation_start: int,
+    *,
+    n_context: int,
+    n_tokens: int,
+    where: str,
+    fraction: float,
 ) -> None:
     if n_tokens < n_context:
         raise UserError(
-            "fewer tokens are asked for than one context holds", found=f"{n_tokens}", expected=f"at least {n_context}"
+            "fewer tokens are asked for than one context holds",
+            found=f"{n_tokens}",
+            expected=f"at least {n_context}",
         )
     if validation_start == 0:
         raise UserError(
@@ -302,7 +348,9 @@ def _check_enough(
         raise UserError(
             "no document is left for validation",
             where=where,
-            expected=f"documents with at least {n_context} tokens beside those for training; no document is in both",
+            expected=f"documents with at least {n_context} tokens beside those for training; no "
+            "document is in both",
             found=layout.contents(),
-            mend="add documents, cut long ones (max_document_tokens), or ask for fewer tokens (n_tokens)",
+            mend="add documents, cut long ones (max_document_tokens), or ask for fewer tokens "
+            "(n_tokens)",
         )

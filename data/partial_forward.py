@@ -1,8 +1,10 @@
-"""Run a model from the middle: skip the blocks up to a layer and go on with a given residual stream.
+"""Run a model from the middle: skip the blocks up to a layer and go on with a given residual
+stream.
 
-Causal checks repeat the same context thousands of times with one vector changed at one layer. What lies below that
-layer is the same every time, so it is computed once; `continued_from` makes a forward pass start above it. Cost: the
-blocks above the layer only (with `LanguageModel.activations`, only those up to the last wanted site).
+Causal checks repeat the same context thousands of times with one vector changed at one layer. What
+lies below that layer is the same every time, so it is computed once; `continued_from` makes a
+forward pass start above it. Cost: the blocks above the layer only (with
+`LanguageModel.activations`, only those up to the last wanted site).
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ _GIVES_TUPLE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def continued_from(
     model: LanguageModel, layer: int, residual: Float[Tensor, "batch position d_model"]
 ) -> Iterator[None]:
-    """Inside, a forward pass treats `residual` as `resid_post` of block `layer`; blocks 0 … `layer` are not computed
-    (hooks on their outputs still run, and the last of them sees `residual`). The ids passed in give only the shape."""
+    """Inside, a forward pass treats `residual` as `resid_post` of block `layer`; blocks 0 … `layer`
+    are not computed (hooks on their outputs still run, and the last of them sees `residual`). The
+    ids passed in give only the shape."""
     blocks = [sites.block for sites in model.blocks[: layer + 1]]
     if blocks[0] not in _GIVES_TUPLE:
         _GIVES_TUPLE[blocks[0]] = _output_is_tuple(model, blocks[0])
@@ -52,7 +55,9 @@ def _constant(value: Tensor, as_tuple: bool) -> Callable[..., Any]:
 def _output_is_tuple(model: LanguageModel, block: nn.Module) -> bool:
     """What this architecture's blocks return, seen in a pass over one token."""
     seen: list[bool] = []
-    handle = block.register_forward_hook(lambda _, __, output: seen.append(isinstance(output, tuple)))
+    handle = block.register_forward_hook(
+        lambda _, __, output: seen.append(isinstance(output, tuple))
+    )
     try:
         with torch.no_grad():
             model.base(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)

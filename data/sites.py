@@ -1,8 +1,9 @@
-"""Sites: the named places in a transformer where activations are read and edited, and the ids of features there.
+"""Sites: the named places in a transformer where activations are read and edited, and the ids of
+features there.
 
-A site is written as TransformerLens writes it, `blocks.12.hook_resid_post`; in feature ids and on pages it is short:
-`L12` (residual stream after block 12), `L12.mlp` (MLP output), `L12.attn` (attention output). A feature is
-`L12/402`, `L12.mlp/7`.
+A site is written as TransformerLens writes it, `blocks.12.hook_resid_post`; in feature ids and on
+pages it is short: `L12` (residual stream after block 12), `L12.mlp` (MLP output), `L12.attn`
+(attention output). A feature is `L12/402`, `L12.mlp/7`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _SHORT_PATTERN = re.compile(r"L(\d+)(\.mlp|\.attn|\.pre|\.mid|)")
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """A place in the model: `layer` counts blocks from 0, `kind` is the hook there. `str(site)` is the long name."""
+    """A place in the model: `layer` counts blocks from 0, `kind` is the hook there. `str(site)` is
+    the long name."""
 
     layer: int
     kind: SiteKind
@@ -64,14 +66,16 @@ class FeatureId:
 
 
 def parse_site(text: str) -> Site:
-    """Read `blocks.12.hook_resid_post` or `L12`, `L12.mlp`. Raises UserError with the accepted forms."""
+    """Read `blocks.12.hook_resid_post` or `L12`, `L12.mlp`. Raises UserError with the accepted
+    forms."""
     if match := _LONG_PATTERN.fullmatch(text):
         return Site(int(match[1]), match[2])  # type: ignore[arg-type]  # the pattern admits only SiteKind
     if match := _SHORT_PATTERN.fullmatch(text):
         return Site(int(match[1]), _KIND_OF_SHORT[match[2]])
     raise UserError(
         f"{text!r} is not a site",
-        expected="blocks.<layer>.hook_<resid_post|mlp_out|attn_out|resid_pre|resid_mid>, or L12, L12.mlp, L12.attn",
+        expected="blocks.<layer>.hook_<resid_post|mlp_out|attn_out|resid_pre|resid_mid>, or L12, "
+        "L12.mlp, L12.attn",
     )
 
 
@@ -79,5 +83,8 @@ def parse_feature(text: str) -> FeatureId:
     """Read `L12/402`, `L12.mlp/7`. Raises UserError."""
     site, slash, latent = text.rpartition("/")
     if not slash or not latent.isdecimal():
-        raise UserError(f"{text!r} is not a feature", expected="<site>/<latent>, for example L12/402 or L12.mlp/7")
+        raise UserError(
+            f"{text!r} is not a feature",
+            expected="<site>/<latent>, for example L12/402 or L12.mlp/7",
+        )
     return FeatureId(parse_site(site), int(latent))

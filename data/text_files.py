@@ -1,7 +1,8 @@
 """Documents from a person's own files: .txt and .md, .jsonl, .parquet.
 
-A text file is one document, cut at paragraph ends when it is longer than asked; a JSON line or a Parquet row is one
-document, whose text, title and label are in named fields. Files are read as a stream in the order of their names.
+A text file is one document, cut at paragraph ends when it is longer than asked; a JSON line or a
+Parquet row is one document, whose text, title and label are in named fields. Files are read as a
+stream in the order of their names.
 """
 
 from __future__ import annotations
@@ -41,11 +42,17 @@ def find_text_files(paths: Sequence[str]) -> list[Path]:
         if not files:
             problems.append(_problem_of_path(path))
     problems += [
-        Problem(what="not a kind of file that is read", where=str(path), expected=", ".join(SUFFIXES))
+        Problem(
+            what="not a kind of file that is read", where=str(path), expected=", ".join(SUFFIXES)
+        )
         for path in found
         if path.suffix.lower() not in SUFFIXES
     ]
-    problems += [Problem(what="the file is empty", where=str(path)) for path in found if path.stat().st_size == 0]
+    problems += [
+        Problem(what="the file is empty", where=str(path))
+        for path in found
+        if path.stat().st_size == 0
+    ]
     if not paths:
         problems.append(Problem(what="no text files are named", expected='paths = ["my-texts/"]'))
     if problems:
@@ -53,8 +60,11 @@ def find_text_files(paths: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def iter_file_documents(file: Path, fields: Fields, *, n_characters: int | None) -> Iterator[Document]:
-    """The documents of one file. Raises UserError naming the file and the byte or line that is wrong."""
+def iter_file_documents(
+    file: Path, fields: Fields, *, n_characters: int | None
+) -> Iterator[Document]:
+    """The documents of one file. Raises UserError naming the file and the byte or line that is
+    wrong."""
     suffix = file.suffix.lower()
     if suffix in _TEXT:
         return _iter_text(file, n_characters)
@@ -66,15 +76,21 @@ def iter_file_documents(file: Path, fields: Fields, *, n_characters: int | None)
 def _files_of(path: str) -> list[Path]:
     place = Path(path).expanduser()
     if place.is_dir():
-        return sorted(each for each in place.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file())
+        return sorted(
+            each for each in place.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file()
+        )
     if place.is_file():
         return [place]
-    return sorted(Path(each) for each in glob.glob(str(place), recursive=True) if Path(each).is_file())
+    return sorted(
+        Path(each) for each in glob.glob(str(place), recursive=True) if Path(each).is_file()
+    )
 
 
 def _problem_of_path(path: str) -> Problem:
     if Path(path).expanduser().is_dir():
-        return Problem(what="no text files below this folder", where=path, expected=", ".join(SUFFIXES))
+        return Problem(
+            what="no text files below this folder", where=path, expected=", ".join(SUFFIXES)
+        )
     return Problem(what="there is no such file", where=path)
 
 
@@ -99,7 +115,8 @@ def _decoded(raw: bytes, file: Path, offset: int) -> str:
 
 
 def _iter_lines(file: Path, fields: Fields) -> Iterator[Document]:
-    """Good lines are given out as they come; a bad one ends the stream, naming every bad line that follows too."""
+    """Good lines are given out as they come; a bad one ends the stream, naming every bad line that
+    follows too."""
     with file.open("rb") as stream:
         offset, n_documents = 0, 0
         for number, raw in enumerate(stream, start=1):
@@ -107,7 +124,9 @@ def _iter_lines(file: Path, fields: Fields) -> Iterator[Document]:
                 parsed = _parse_line(raw, file, number, offset, fields)
                 if isinstance(parsed, Problem):
                     offset += len(raw)
-                    raise _bad_lines(file, [parsed, *_iter_problems(stream, file, number + 1, offset, fields)])
+                    raise _bad_lines(
+                        file, [parsed, *_iter_problems(stream, file, number + 1, offset, fields)]
+                    )
                 n_documents += 1
                 yield parsed
             offset += len(raw)
@@ -115,7 +134,9 @@ def _iter_lines(file: Path, fields: Fields) -> Iterator[Document]:
         raise UserError("the file has no documents", where=str(file))
 
 
-def _iter_problems(stream: Any, file: Path, number: int, offset: int, fields: Fields) -> Iterator[Problem]:
+def _iter_problems(
+    stream: Any, file: Path, number: int, offset: int, fields: Fields
+) -> Iterator[Problem]:
     for raw in stream:
         parsed = _parse_line(raw, file, number, offset, fields) if raw.strip() else None
         if isinstance(parsed, Problem):
@@ -130,19 +151,29 @@ def _bad_lines(file: Path, problems: list[Problem]) -> UserError:
     return UserError(f"{file.name} has bad lines", problems=tuple(shown))
 
 
-def _parse_line(raw: bytes, file: Path, number: int, offset: int, fields: Fields) -> Document | Problem:
+def _parse_line(
+    raw: bytes, file: Path, number: int, offset: int, fields: Fields
+) -> Document | Problem:
     where = f"{file}, line {number} (byte {offset})"
     try:
         record = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return Problem(what="the line is not UTF-8", where=f"{file}, line {number}, byte {offset + error.start}")
+        return Problem(
+            what="the line is not UTF-8",
+            where=f"{file}, line {number}, byte {offset + error.start}",
+        )
     except ValueError as error:
         return Problem(what="the line is not JSON", where=where, found=str(error))
     if not isinstance(record, dict):
         return Problem(what="the line is not an object", where=where, found=type(record).__name__)
     if not isinstance(record.get(fields.text), str):
         found = ", ".join(record) or "an empty object"
-        return Problem(what=f"no text in the field {fields.text!r}", where=where, expected="a string", found=found)
+        return Problem(
+            what=f"no text in the field {fields.text!r}",
+            where=where,
+            expected="a string",
+            found=found,
+        )
     return _document(record, file, fields, number)
 
 
@@ -163,13 +194,25 @@ def _iter_table(file: Path, fields: Fields) -> Iterator[Document]:
     try:
         table = parquet.ParquetFile(file)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError("not a Parquet file that can be read", where=str(file), found=str(error)) from error
+        raise UserError(
+            "not a Parquet file that can be read", where=str(file), found=str(error)
+        ) from error
     with table:
         columns = table.schema_arrow.names
         kind = str(table.schema_arrow.field(fields.text).type) if fields.text in columns else None
-        if kind not in ("string", "large_string", "string_view", "dictionary<values=string, indices=int32, ordered=0>"):
+        if kind not in (
+            "string",
+            "large_string",
+            "string_view",
+            "dictionary<values=string, indices=int32, ordered=0>",
+        ):
             found = f"columns {', '.join(columns)}" if kind is None else f"a column of {kind}"
-            raise UserError(f"no text in the column {fields.text!r}", where=str(file), expected="strings", found=found)
+            raise UserError(
+                f"no text in the column {fields.text!r}",
+                where=str(file),
+                expected="strings",
+                found=found,
+            )
         if table.metadata.num_rows == 0:
             raise UserError("the file has no documents", where=str(file))
         wanted = [name for name in (fields.text, fields.title, fields.label) if name in columns]

@@ -1,11 +1,13 @@
 """Text ⇄ token ids, exactly by bytes; and documents packed into contexts of one length.
 
-Tokens. `Tokenizer` wraps a fast Hugging Face tokenizer. `token_bytes(id)` is what a token stands for in UTF-8, found
-from the vocabulary piece: byte-level pieces (GPT-2, Llama 3, SmolLM2, Qwen) map character by character to bytes,
-SentencePiece pieces (Gemma, Llama 2) map `▁` to a space and `<0xE2>` to that byte. Decoding joins bytes first and only
-then reads UTF-8, so that a character split over tokens survives.
+Tokens. `Tokenizer` wraps a fast Hugging Face tokenizer. `token_bytes(id)` is what a token stands
+for in UTF-8, found from the vocabulary piece: byte-level pieces (GPT-2, Llama 3, SmolLM2, Qwen) map
+character by character to bytes, SentencePiece pieces (Gemma, Llama 2) map `▁` to a space and
+`<0xE2>` to that byte. Decoding joins bytes first and only then reads UTF-8, so that a character
+split over tokens survives.
 
-Packing (`data/packing.py`) starts every context with `bos_id` and puts the same token between documents.
+Packing (`data/packing.py`) starts every context with `bos_id` and puts the same token between
+documents.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
-    """Encodes text adding nothing; decodes by bytes. `bos_id` starts contexts and separates documents."""
+    """Encodes text adding nothing; decodes by bytes. `bos_id` starts contexts and separates
+    documents."""
 
     def __init__(self, hf: PreTrainedTokenizerBase) -> None:
         self.hf = hf
@@ -39,11 +42,13 @@ class Tokenizer:
 
     @property
     def n_tokens(self) -> int:
-        """Entries of the vocabulary, added tokens included (the model's own vocabulary may be padded beyond)."""
+        """Entries of the vocabulary, added tokens included (the model's own vocabulary may be
+        padded beyond)."""
         return len(self.hf)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, nothing added. Special tokens written out in the text are read as plain text."""
+        """Ids of `text`, nothing added. Special tokens written out in the text are read as plain
+        text."""
         if self._backend is None:
             return list(self.hf.encode(text, add_special_tokens=False, split_special_tokens=True))
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -52,16 +57,23 @@ class Tokenizer:
         """`encode` of several texts at once; faster than one by one."""
         if self._backend is None:
             return [self.encode(text) for text in texts]
-        return [encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)
+        ]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; special tokens are written as they are named, broken UTF-8 as U+FFFD."""
+        """The text of `ids`; special tokens are written as they are named, broken UTF-8 as
+        U+FFFD."""
         return b"".join(self.token_bytes(int(id_)) for id_ in ids).decode("utf-8", errors="replace")
 
     def token_bytes(self, id_: int) -> bytes:
-        """The UTF-8 bytes the token stands for. Raises UserError for an id outside the vocabulary."""
+        """The UTF-8 bytes the token stands for. Raises UserError for an id outside the
+        vocabulary."""
         if not 0 <= id_ < len(self._bytes):
-            raise UserError("no such token", found=str(id_), expected=f"an id from 0 to {len(self._bytes) - 1}")
+            raise UserError(
+                "no such token", found=str(id_), expected=f"an id from 0 to {len(self._bytes) - 1}"
+            )
         return self._bytes[id_]
 
     def token_text(self, id_: int) -> str:
@@ -84,7 +96,8 @@ class Tokenizer:
 
     @cached_property
     def _backend(self) -> Any:
-        """A copy of the Rust tokenizer that reads special tokens in text as plain text; None for a slow tokenizer."""
+        """A copy of the Rust tokenizer that reads special tokens in text as plain text; None for a
+        slow tokenizer."""
         from tokenizers import Tokenizer as RustTokenizer
 
         backend = getattr(self.hf, "backend_tokenizer", None)
@@ -108,8 +121,8 @@ class Tokenizer:
 
 
 def _bos_id(hf: PreTrainedTokenizerBase) -> int:
-    """What documents began with in pre-training: the BOS token, unless that is a marker of chat turns; then the
-    separator `<|endoftext|>`, then EOS."""
+    """What documents began with in pre-training: the BOS token, unless that is a marker of chat
+    turns; then the separator `<|endoftext|>`, then EOS."""
     vocabulary = hf.get_vocab()
     candidates = [
         hf.bos_token if hf.bos_token and "im_start" not in hf.bos_token else None,
@@ -148,18 +161,22 @@ def _sentencepiece_piece(piece: str) -> bytes:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's printable alphabet for bytes: printable Latin-1 stands for itself, the others follow from U+0100."""
+    """GPT-2's printable alphabet for bytes: printable Latin-1 stands for itself, the others follow
+    from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + i): byte for i, byte in enumerate(hidden)
+    }
 
 
 _BYTE_OF_CHARACTER = _byte_of_character()
 
 
 def byte_level_tokenizer(n_tokens: int, texts: Iterable[str]) -> Tokenizer:
-    """A small byte-level BPE made here: id 0 is the separator, 1..256 the bytes, the rest merges learned from `texts`
-    (fewer when the texts have fewer pairs). The same texts give the same tokenizer."""
+    """A small byte-level BPE made here: id 0 is the separator, 1..256 the bytes, the rest merges
+    learned from `texts` (fewer when the texts have fewer pairs). The same texts give the same
+    tokenizer."""
     from tokenizers import Tokenizer as RustTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -174,4 +191,6 @@ def byte_level_tokenizer(n_tokens: int, texts: Iterable[str]) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=SEPARATOR, eos_token=SEPARATOR))
+    return Tokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=SEPARATOR, eos_token=SEPARATOR)
+    )

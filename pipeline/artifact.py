@@ -1,18 +1,22 @@
 """Artifacts: what a stage leaves behind, and the only way to open it.
 
-An artifact is a folder with `manifest.json`. The manifest is written last and the whole folder renamed into place, so
+An artifact is a folder with `manifest.json`. The manifest is written last and the whole folder
+renamed into place, so
 
-1. `Artifact.create(out, …)` works in `<out>.partial`, beside the final place; the previous artifact stays whole;
-2. on success it writes the manifest (with size and checksum of every file) and renames; on failure the partial folder
-   stays, and a later `create` with the same digest finds it and resumes, with another digest it is swept; while one
-   process makes it, another that wants the same place is refused;
-3. `Artifact.open(path, kind=…)` reads the manifest, checks kind, schema and the size of every file, and refuses
-   anything else with every problem at once. "The folder exists" never means "complete".
+1. `Artifact.create(out, …)` works in `<out>.partial`, beside the final place; the previous artifact
+   stays whole;
+2. on success it writes the manifest (with size and checksum of every file) and renames; on failure
+   the partial folder stays, and a later `create` with the same digest finds it and resumes, with
+   another digest it is swept; while one process makes it, another that wants the same place is
+   refused;
+3. `Artifact.open(path, kind=…)` reads the manifest, checks kind, schema and the size of every file,
+   and refuses anything else with every problem at once. "The folder exists" never means "complete".
 
-The digest names what an artifact *should* contain: `sha256` over the canonical JSON of kind, schema, config and the
-digests of its inputs. It is known before the work is done; equal digests mean the stage has nothing to do. The code is
-not in it (`SCHEMA` is raised when a stage's meaning changes), but `made_by.code` says which code wrote the artifact and
-`made_by.resumed_from` which other code an earlier, killed run had (docs/decisions/0002-artifacts-and-digests.md).
+The digest names what an artifact *should* contain: `sha256` over the canonical JSON of kind,
+schema, config and the digests of its inputs. It is known before the work is done; equal digests
+mean the stage has nothing to do. The code is not in it (`SCHEMA` is raised when a stage's meaning
+changes), but `made_by.code` says which code wrote the artifact and `made_by.resumed_from` which
+other code an earlier, killed run had (docs/decisions/0002-artifacts-and-digests.md).
 """
 
 from __future__ import annotations
@@ -33,25 +37,39 @@ from pipeline.made_by import code_digest, made_by
 from sae.errors import Problem, UserError
 
 MANIFEST = "manifest.json"
-SCHEMAS: Mapping[str, int] = {"collect": 2, "train": 1, "evaluate": 1, "link": 2, "atlas": 1, "steer": 2}
-"""The schema of each stage's artifact: raised when what it means changes, so that older ones are refused."""
+SCHEMAS: Mapping[str, int] = {
+    "collect": 2,
+    "train": 1,
+    "evaluate": 1,
+    "link": 2,
+    "atlas": 1,
+    "steer": 2,
+}
+"""The schema of each stage's artifact: raised when what it means changes, so that older ones are
+refused."""
 MARKER = ".digest"
 
 
 def canonical_json(value: object) -> str:
-    """JSON with sorted keys and no spaces; dataclasses become objects, paths strings, tuples lists."""
-    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    """JSON with sorted keys and no spaces; dataclasses become objects, paths strings, tuples
+    lists."""
+    return json.dumps(
+        _plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
 
 
 def digest_of(kind: str, schema: int, config: object, inputs: Mapping[str, str]) -> str:
     """The name of an artifact before it exists: sha256, hexadecimal."""
-    text = canonical_json({"kind": kind, "schema": schema, "config": config, "inputs": dict(inputs)})
+    text = canonical_json(
+        {"kind": kind, "schema": schema, "config": config, "inputs": dict(inputs)}
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """A finished artifact. `summary` holds its headline numbers, `inputs` the digests of what it was made from."""
+    """A finished artifact. `summary` holds its headline numbers, `inputs` the digests of what it
+    was made from."""
 
     path: Path
     kind: str
@@ -64,28 +82,39 @@ class Artifact:
     made_by: Mapping[str, Any]
 
     def file(self, name: str) -> Path:
-        """The path of one recorded file; a name that is not in the manifest (or leaves the folder) is refused."""
+        """The path of one recorded file; a name that is not in the manifest (or leaves the folder)
+        is refused."""
         if name not in self.files:
             raise UserError(
-                "the artifact has no such file", where=f"{self.path}/{name}", expected=", ".join(self.files)
+                "the artifact has no such file",
+                where=f"{self.path}/{name}",
+                expected=", ".join(self.files),
             )
         return self.path / name
 
     @classmethod
     def open(cls, path: Path, *, kind: str, schema: int, mend: str | None = None) -> Artifact:
-        """Read and validate. `mend` is the command that would make it; it is part of every error raised here."""
+        """Read and validate. `mend` is the command that would make it; it is part of every error
+        raised here."""
         path = Path(path)
-        mend = mend or (f"featureflow run --to {kind}" if kind in SCHEMAS else f"featureflow {kind}")
+        mend = mend or (
+            f"featureflow run --to {kind}" if kind in SCHEMAS else f"featureflow {kind}"
+        )
         document = _read_manifest(path, mend)
         problems = [
             *_problems_of_identity(document, kind, schema),
             *_problems_of_files(path, document.get("files", {})),
         ]
         if problems:
-            raise UserError(f"{path} is not a usable {kind} artifact", problems=tuple(problems), mend=mend)
+            raise UserError(
+                f"{path} is not a usable {kind} artifact", problems=tuple(problems), mend=mend
+            )
         return cls(
             path=path,
-            **{name: document[name] for name in ("kind", "schema", "digest", "config", "inputs", "summary", "files")},
+            **{
+                name: document[name]
+                for name in ("kind", "schema", "digest", "config", "inputs", "summary", "files")
+            },
             made_by=document["made_by"],
         )
 
@@ -94,15 +123,23 @@ class Artifact:
         """Whether a complete artifact with this digest lies at `path`. Never raises."""
         try:
             document = _read_manifest(Path(path), "")
-            return document.get("digest") == digest and not _problems_of_files(Path(path), document.get("files", {}))
-        except (UserError, AttributeError, OSError):  # no manifest, one with another shape, or one that cannot be read
+            return document.get("digest") == digest and not _problems_of_files(
+                Path(path), document.get("files", {})
+            )
+        except (
+            UserError,
+            AttributeError,
+            OSError,
+        ):  # no manifest, one with another shape, or one that cannot be read
             return False
 
     @classmethod
     @contextmanager
-    def create(cls, out: Path, *, kind: str, schema: int, config: object, inputs: Mapping[str, str]) -> Iterator[Draft]:
-        """Make an artifact: yield a Draft to fill, then write the manifest and rename. After an exception nothing at
-        `out` has changed and the partial folder waits for a resume."""
+    def create(
+        cls, out: Path, *, kind: str, schema: int, config: object, inputs: Mapping[str, str]
+    ) -> Iterator[Draft]:
+        """Make an artifact: yield a Draft to fill, then write the manifest and rename. After an
+        exception nothing at `out` has changed and the partial folder waits for a resume."""
         out = Path(out)
         with _only_maker(_partial_of(out)):
             draft = Draft._begin(out, kind=kind, schema=schema, config=config, inputs=inputs)
@@ -120,21 +157,31 @@ class Artifact:
     def verify(self) -> None:
         """Recompute every checksum. Raises UserError naming each damaged file."""
         problems = [
-            Problem(what="checksum differs", where=str(self.path / name), expected=entry["sha256"], found=found)
+            Problem(
+                what="checksum differs",
+                where=str(self.path / name),
+                expected=entry["sha256"],
+                found=found,
+            )
             for name, entry in self.files.items()
-            if entry.get("sha256") is not None and (found := _sha256(self.path / name)) != entry["sha256"]
+            if entry.get("sha256") is not None
+            and (found := _sha256(self.path / name)) != entry["sha256"]
         ]
         if problems:
             raise UserError(
-                f"{self.path} is damaged", problems=tuple(problems), mend=f"featureflow {self.kind} --force"
+                f"{self.path} is damaged",
+                problems=tuple(problems),
+                mend=f"featureflow {self.kind} --force",
             )
 
 
 @dataclass(kw_only=True)
 class Draft:
-    """An artifact being made. Write files under `path`; what an earlier, killed run left there may be reused.
+    """An artifact being made. Write files under `path`; what an earlier, killed run left there may
+    be reused.
 
-    Folders named in `externally_checked` (a Zarr store keeps checksums of its own) are recorded by size only.
+    Folders named in `externally_checked` (a Zarr store keeps checksums of its own) are recorded by
+    size only.
     """
 
     path: Path
@@ -158,7 +205,9 @@ class Draft:
             stream.write(json.dumps(_plain(record)) + "\n")
 
     @classmethod
-    def _begin(cls, out: Path, *, kind: str, schema: int, config: object, inputs: Mapping[str, str]) -> Draft:
+    def _begin(
+        cls, out: Path, *, kind: str, schema: int, config: object, inputs: Mapping[str, str]
+    ) -> Draft:
         digest = digest_of(kind, schema, config, inputs)
         partial = _partial_of(out)
         with _explained(partial):
@@ -168,7 +217,14 @@ class Draft:
                 earlier = [digest]
             codes = [*earlier[1:], *([] if code_digest() in earlier[1:] else [code_digest()])]
             write_text_atomically(partial / MARKER, "\n".join([digest, *codes]))
-        draft = cls(path=partial, kind=kind, schema=schema, digest=digest, config=_plain(config), inputs=dict(inputs))
+        draft = cls(
+            path=partial,
+            kind=kind,
+            schema=schema,
+            digest=digest,
+            config=_plain(config),
+            inputs=dict(inputs),
+        )
         draft.resumed_from = tuple(code for code in codes if code != code_digest())
         return draft
 
@@ -188,7 +244,9 @@ class Draft:
                 "seconds": round(time.time() - self.started, 3),
             },
         }
-        write_text_atomically(self.path / MANIFEST, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        write_text_atomically(
+            self.path / MANIFEST, json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+        )
         replace_folder(self.path, out)
         (out / MARKER).unlink(missing_ok=True)  # last: a kill before the rename must find it
 
@@ -203,13 +261,15 @@ def _explained(place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         mend = "free space or choose another --artifacts folder"
-        raise UserError("cannot write here", where=str(place), found=str(error), mend=mend) from error
+        raise UserError(
+            "cannot write here", where=str(place), found=str(error), mend=mend
+        ) from error
 
 
 @contextmanager
 def _only_maker(partial: Path) -> Iterator[None]:
-    """Hold the partial folder, made if need be, for this process. A kill lets go of it; where folders cannot be locked
-    (Windows, some network disks) nothing is held."""
+    """Hold the partial folder, made if need be, for this process. A kill lets go of it; where
+    folders cannot be locked (Windows, some network disks) nothing is held."""
     with _explained(partial):
         partial.mkdir(parents=True, exist_ok=True)
         try:
@@ -219,7 +279,9 @@ def _only_maker(partial: Path) -> Iterator[None]:
     try:
         if held is not None and not _locked(held):
             mend = "wait for it, end it, or choose another --artifacts folder"
-            raise UserError("another process is making this artifact", where=str(partial), mend=mend)
+            raise UserError(
+                "another process is making this artifact", where=str(partial), mend=mend
+            )
         yield
     finally:
         if held is not None:
@@ -239,8 +301,8 @@ def _locked(folder: int) -> bool:
 
 
 def _empty(folder: Path) -> None:
-    """Remove what is in the folder, the folder itself stays: it is what is locked. The marker goes first, so that a
-    kill half-way leaves nothing that looks like a draft to resume."""
+    """Remove what is in the folder, the folder itself stays: it is what is locked. The marker goes
+    first, so that a kill half-way leaves nothing that looks like a draft to resume."""
     (folder / MARKER).unlink(missing_ok=True)
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
@@ -250,13 +312,15 @@ def _empty(folder: Path) -> None:
 
 
 def _read_marker(partial: Path) -> list[str]:
-    """The digest that the partial folder is for, then the code of every run that worked on it; empty for none."""
+    """The digest that the partial folder is for, then the code of every run that worked on it;
+    empty for none."""
     marker = partial / MARKER
     return marker.read_text(encoding="utf-8").split() if marker.is_file() else []
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never a half."""
+    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never a
+    half."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with beside.open("w", encoding="utf-8") as stream:
         stream.write(text)
@@ -276,7 +340,8 @@ def replace_folder(new: Path, place: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """A folder with all in it; of a link to one (a stage shared with another run) the link alone."""
+    """A folder with all in it; of a link to one (a stage shared with another run) the link
+    alone."""
     if folder.is_symlink():
         folder.unlink()
     elif folder.exists():
@@ -292,9 +357,16 @@ def _read_manifest(path: Path, mend: str) -> dict[str, Any]:
     try:
         document = json.loads(manifest.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError("the manifest is not JSON", where=str(manifest), found=str(error), mend=mend) from error
+        raise UserError(
+            "the manifest is not JSON", where=str(manifest), found=str(error), mend=mend
+        ) from error
     if not isinstance(document, dict):
-        raise UserError("the manifest is not an object", where=str(manifest), found=type(document).__name__, mend=mend)
+        raise UserError(
+            "the manifest is not an object",
+            where=str(manifest),
+            found=type(document).__name__,
+            mend=mend,
+        )
     return document
 
 
@@ -314,7 +386,9 @@ def _problems_of_identity(document: Mapping[str, Any], kind: str, schema: int) -
         yield Problem(what="another kind of artifact", expected=kind, found=str(document["kind"]))
     elif document.get("schema", schema) != schema:
         yield Problem(
-            what="written by another version", expected=f"schema {schema}", found=f"schema {document['schema']}"
+            what="written by another version",
+            expected=f"schema {schema}",
+            found=f"schema {document['schema']}",
         )
 
 
@@ -345,7 +419,10 @@ def _record_files(root: Path, externally_checked: tuple[str, ...]) -> dict[str, 
         name = path.relative_to(root).as_posix()
         if name in (MANIFEST, MARKER) or name.endswith(".tmp"):
             continue
-        external = any(name == prefix or name.startswith(prefix.rstrip("/") + "/") for prefix in externally_checked)
+        external = any(
+            name == prefix or name.startswith(prefix.rstrip("/") + "/")
+            for prefix in externally_checked
+        )
         files[name] = {"size": path.stat().st_size, "sha256": None if external else _sha256(path)}
     return files
 
@@ -356,8 +433,8 @@ def _sha256(path: Path) -> str:
 
 
 def _plain(value: object) -> Any:
-    """Dataclasses, paths, mappings and sequences as JSON values; anything else that JSON lacks is an error. A field
-    whose metadata says `changes_no_result` is left out."""
+    """Dataclasses, paths, mappings and sequences as JSON values; anything else that JSON lacks is
+    an error. A field whose metadata says `changes_no_result` is left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = (f for f in dataclasses.fields(value) if not f.metadata.get("changes_no_result"))
         return {f.name: _plain(getattr(value, f.name)) for f in fields}

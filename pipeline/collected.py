@@ -1,4 +1,5 @@
-"""The language model that a collect artifact was made with, opened again and held against its fingerprint."""
+"""The language model that a collect artifact was made with, opened again and held against its
+fingerprint."""
 
 from __future__ import annotations
 
@@ -12,8 +13,11 @@ from pipeline.run import RunContext
 from sae.errors import UserError
 
 
-def open_collected_model(collect: Artifact, store: ActivationStore, context: RunContext) -> LanguageModel:
-    """The model that the activations were collected from. Raises UserError if its weights are others now."""
+def open_collected_model(
+    collect: Artifact, store: ActivationStore, context: RunContext
+) -> LanguageModel:
+    """The model that the activations were collected from. Raises UserError if its weights are
+    others now."""
     if "model" not in collect.config:
         raise UserError(
             "the activations do not say which model they are from",

@@ -1,6 +1,8 @@
-"""What a person sees in the terminal: bars with an ETA while a stage works, one line when it is done, errors that help.
+"""What a person sees in the terminal: bars with an ETA while a stage works, one line when it is
+done, errors that help.
 
-Bars appear only on a terminal and only for work that takes longer than two seconds; piped output gets plain lines.
+Bars appear only on a terminal and only for work that takes longer than two seconds; piped output
+gets plain lines.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ _PATIENCE = 2.0
 
 @dataclass(kw_only=True)
 class Bars:
-    """A progress callback that draws one bar a unit of work, its latest numbers before it, and leaves a line when a
-    unit with numbers ends. A bar waits `_PATIENCE` seconds before it shows."""
+    """A progress callback that draws one bar a unit of work, its latest numbers before it, and
+    leaves a line when a unit with numbers ends. A bar waits `_PATIENCE` seconds before it shows."""
 
     progress: Progress
     _tasks: dict[str, TaskID] = field(default_factory=dict)
@@ -47,11 +49,14 @@ class Bars:
                 return
             self._tasks[unit] = self.progress.add_task(label, total=total)
         task = self._tasks[unit]
-        self.progress.update(task, description=label, completed=done, total=total, visible=done < total)
+        self.progress.update(
+            task, description=label, completed=done, total=total, visible=done < total
+        )
 
 
 def tell_finished(label: str, done: int, total: int) -> None:
-    """The progress callback where there is no terminal: one line for each finished unit that has numbers to show."""
+    """The progress callback where there is no terminal: one line for each finished unit that has
+    numbers to show."""
     unit, detail, numbers = label.partition(DETAIL)
     if detail and done >= total:
         complain(f"  {unit}  {numbers}")
@@ -59,7 +64,8 @@ def tell_finished(label: str, done: int, total: int) -> None:
 
 @contextmanager
 def progress_bars(*, quiet: bool) -> Iterator[Any]:
-    """Yield a progress callback. Silent when quiet; a line for what is finished when standard error is no terminal."""
+    """Yield a progress callback. Silent when quiet; a line for what is finished when standard error
+    is no terminal."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         yield silent if quiet else tell_finished
@@ -91,7 +97,9 @@ def table(rows: Sequence[tuple[str, ...]], *, gap: str = "  ") -> list[str]:
     """Left-aligned columns, the last one free."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
     return [
-        gap.join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        gap.join(
+            [*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]
+        ).rstrip()
         for row in rows
     ]
 

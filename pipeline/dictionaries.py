@@ -14,12 +14,17 @@ FOLDER = "dictionaries"
 
 
 class Dictionaries(Mapping[Site, Sae]):
-    """Site → dictionary, in the order of the model. A dictionary is kept once read; `dict(…)` reads all of them."""
+    """Site → dictionary, in the order of the model. A dictionary is kept once read; `dict(…)` reads
+    all of them."""
 
     def __init__(self, folder: Path) -> None:
         names = [path.parent.name for path in folder.glob("*/sae.json")] if folder.is_dir() else []
         if not names:
-            raise UserError("there are no dictionaries here", where=str(folder), mend="featureflow run --to train")
+            raise UserError(
+                "there are no dictionaries here",
+                where=str(folder),
+                mend="featureflow run --to train",
+            )
         self._folder = folder
         self._sites = tuple(sorted(map(parse_site, names)))
         self._read: dict[Site, Sae] = {}
@@ -39,5 +44,6 @@ class Dictionaries(Mapping[Site, Sae]):
 
 
 def read_dictionaries(artifact: Artifact) -> Dictionaries:
-    """The dictionaries of a train artifact. Raises UserError when there are none or one is damaged."""
+    """The dictionaries of a train artifact. Raises UserError when there are none or one is
+    damaged."""
     return Dictionaries(artifact.path / FOLDER)

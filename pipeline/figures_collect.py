@@ -14,7 +14,9 @@ def site_table(store: ActivationStore) -> pd.DataFrame:
     rows = []
     for site in store.sites:
         statistics = store.statistics(site)
-        quantiles = {f"norm_q{round(100 * q):02d}": value for q, value in statistics.norm_quantiles.items()}
+        quantiles = {
+            f"norm_q{round(100 * q):02d}": value for q, value in statistics.norm_quantiles.items()
+        }
         rows.append(
             {
                 "site": site.short,
@@ -31,7 +33,8 @@ def site_table(store: ActivationStore) -> pd.DataFrame:
 
 
 def draw_norms(table: pd.DataFrame, path: Path) -> None:
-    """Median norm by layer for each kind of site, with the band from the 5th to the 95th percentile."""
+    """Median norm by layer for each kind of site, with the band from the 5th to the 95th
+    percentile."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -39,8 +42,12 @@ def draw_norms(table: pd.DataFrame, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for kind, part in table.sort_values("layer").groupby("kind", sort=True):
-        (line,) = axes.plot(part["layer"], part["norm_q50"], marker="o", markersize=3, label=str(kind))
-        axes.fill_between(part["layer"], part["norm_q05"], part["norm_q95"], alpha=0.15, color=line.get_color())
+        (line,) = axes.plot(
+            part["layer"], part["norm_q50"], marker="o", markersize=3, label=str(kind)
+        )
+        axes.fill_between(
+            part["layer"], part["norm_q05"], part["norm_q95"], alpha=0.15, color=line.get_color()
+        )
     axes.set(xlabel="layer", ylabel="norm of the activation (ordinary tokens)", yscale="log")
     axes.set_title("Median norm by layer; band: 5th to 95th percentile", fontsize=10)
     axes.legend(frameon=False)

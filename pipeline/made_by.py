@@ -1,4 +1,5 @@
-"""Which code, on what, makes an artifact: the digest of this project's own files, versions of packages, the commit."""
+"""Which code, on what, makes an artifact: the digest of this project's own files, versions of
+packages, the commit."""
 
 from __future__ import annotations
 
@@ -12,16 +13,29 @@ from pathlib import Path
 from typing import Any
 
 _ROOMS = ("sae", "data", "steering", "pipeline")
-_PACKAGES = ("torch", "transformer-lens", "transformers", "zarr", "dask", "numpy", "safetensors", "pyarrow")
+_PACKAGES = (
+    "torch",
+    "transformer-lens",
+    "transformers",
+    "zarr",
+    "dask",
+    "numpy",
+    "safetensors",
+    "pyarrow",
+)
 
 
 @cache
 def code_digest() -> str:
-    """sha256 over the Python files of this project, by name and bytes, shortened: which code is running."""
+    """sha256 over the Python files of this project, by name and bytes, shortened: which code is
+    running."""
     root = Path(__file__).parent.parent
     hasher = hashlib.sha256()
     for path in sorted(file for room in _ROOMS for file in (root / room).rglob("*.py")):
-        hasher.update(f"{path.relative_to(root).as_posix()}:".encode() + hashlib.sha256(path.read_bytes()).digest())
+        hasher.update(
+            f"{path.relative_to(root).as_posix()}:".encode()
+            + hashlib.sha256(path.read_bytes()).digest()
+        )
     return hasher.hexdigest()[:16]
 
 

@@ -1,9 +1,10 @@
 """The artifacts of one run, opened together and only if they belong together.
 
-`featureflow train --train.n_latents 4096` replaces the dictionaries and leaves the flow graph and the atlas of the
-earlier ones beside them: latent 402 is another feature then. Stages never read such a pair (the schedule compares
-digests); what opens a finished run (steering, the live atlas, second opinions, exports) comes through here. An artifact
-records the digests of what it was made from, so nothing is read but manifests.
+`featureflow train --train.n_latents 4096` replaces the dictionaries and leaves the flow graph and
+the atlas of the earlier ones beside them: latent 402 is another feature then. Stages never read
+such a pair (the schedule compares digests); what opens a finished run (steering, the live atlas,
+second opinions, exports) comes through here. An artifact records the digests of what it was made
+from, so nothing is read but manifests.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from sae.errors import Problem, UserError
 
 
 def open_run(root: Path, stages: Sequence[str]) -> dict[str, Artifact]:
-    """The artifacts `root/<stage>`. Raises UserError for one that is missing, damaged or made from others."""
-    opened = {stage: Artifact.open(root / stage, kind=stage, schema=SCHEMAS[stage]) for stage in stages}
+    """The artifacts `root/<stage>`. Raises UserError for one that is missing, damaged or made from
+    others."""
+    opened = {
+        stage: Artifact.open(root / stage, kind=stage, schema=SCHEMAS[stage]) for stage in stages
+    }
     if problems := tuple(misfits(opened)):
         raise UserError(
-            "these artifacts do not belong together: a stage was made anew and those after it were not",
+            "these artifacts do not belong together: a stage was made anew and those after it were "
+            "not",
             problems=problems,
             mend=f"featureflow run --to {max(stages, key=list(SCHEMAS).index)}",
         )
@@ -29,7 +34,8 @@ def open_run(root: Path, stages: Sequence[str]) -> dict[str, Artifact]:
 
 
 def whole_run(root: Path, made: Sequence[Artifact]) -> list[Artifact]:
-    """These artifacts and those of other stages in `root` that were made from them, in the order of the stages."""
+    """These artifacts and those of other stages in `root` that were made from them, in the order of
+    the stages."""
     found = {artifact.kind: artifact for artifact in made}
     for stage in SCHEMAS:
         if stage not in found:

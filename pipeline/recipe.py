@@ -2,8 +2,8 @@
 
 1. read the TOML (a name is looked up in `configs/`, anything else is a path);
 2. lay command-line overrides (`--train.steps 500`) over it, each value read as TOML;
-3. walk the stages' `Config` dataclasses beside the document. A union of dataclasses is chosen by its `kind`; leaves are
-   checked strictly by pydantic, bounds from `Annotated` included;
+3. walk the stages' `Config` dataclasses beside the document. A union of dataclasses is chosen by
+   its `kind`; leaves are checked strictly by pydantic, bounds from `Annotated` included;
 4. report every problem at once, with its place and, for a misspelt key, the nearest right one.
 """
 
@@ -38,7 +38,8 @@ class Recipe:
 
 
 def recipe_path(name_or_path: str) -> Path:
-    """The file of a recipe: a path that exists, or `configs/<name>.toml` here or beside the installed package."""
+    """The file of a recipe: a path that exists, or `configs/<name>.toml` here or beside the
+    installed package."""
     candidates = [Path(name_or_path)] if name_or_path.endswith(".toml") else []
     folders = (Path("configs"), Path(__file__).parent.parent / "configs")
     candidates += [folder / f"{name_or_path}.toml" for folder in folders]
@@ -47,8 +48,14 @@ def recipe_path(name_or_path: str) -> Path:
             return candidate
     known = sorted({p.stem for folder in folders if folder.is_dir() for p in folder.glob("*.toml")})
     beside = [str(p) for p in Path(name_or_path).parent.glob("*.toml")]
-    near = difflib.get_close_matches(name_or_path, [*known, *beside, *(b.removesuffix(".toml") for b in beside)], n=1)
-    meant = f"; did you mean {near[0] if near[0] in (*known, *beside) else near[0] + '.toml'}?" if near else ""
+    near = difflib.get_close_matches(
+        name_or_path, [*known, *beside, *(b.removesuffix(".toml") for b in beside)], n=1
+    )
+    meant = (
+        f"; did you mean {near[0] if near[0] in (*known, *beside) else near[0] + '.toml'}?"
+        if near
+        else ""
+    )
     raise UserError(
         f"there is no recipe {name_or_path!r}",
         expected=f"one of {', '.join(known)}, or the path of a .toml file{meant}",
@@ -64,16 +71,24 @@ def read_recipe(
     document = _read_toml(path)
     problems = _apply_overrides(document, overrides or {})
     problems += [
-        _unknown_key(key, (*STAGES, *_TOP_LEVEL), str(path)) for key in document if key not in (*STAGES, *_TOP_LEVEL)
+        _unknown_key(key, (*STAGES, *_TOP_LEVEL), str(path))
+        for key in document
+        if key not in (*STAGES, *_TOP_LEVEL)
     ]
     configs: dict[str, Any] = {}
     for stage in stages:
         config_type = StageName(stage).module.Config
         configs[stage] = _parse_dataclass(config_type, document.get(stage, {}), stage, problems)
     if problems:
-        named = {(problem.where or "").split(".")[0].split("[")[0].rstrip(":") for problem in problems}
+        named = {
+            (problem.where or "").split(".")[0].split("[")[0].rstrip(":") for problem in problems
+        }
         command = next((stage for stage in STAGES if named == {stage}), "run")
-        raise UserError(f"recipe {path} cannot be used", problems=tuple(problems), mend=f"featureflow {command} --help")
+        raise UserError(
+            f"recipe {path} cannot be used",
+            problems=tuple(problems),
+            mend=f"featureflow {command} --help",
+        )
     return Recipe(name=path.stem, description=document.get("description", ""), configs=configs)
 
 
@@ -92,7 +107,13 @@ def _apply_overrides(document: dict[str, Any], overrides: Mapping[str, str]) -> 
         for parent in parents:
             place = place.setdefault(parent, {}) if isinstance(place, dict) else None
         if not parents or not isinstance(place, dict):
-            problems.append(Problem(what="not a place in a recipe", where=f"--{dotted}", expected="--<stage>.<field>"))
+            problems.append(
+                Problem(
+                    what="not a place in a recipe",
+                    where=f"--{dotted}",
+                    expected="--<stage>.<field>",
+                )
+            )
         else:
             place[leaf] = _read_value(text)
     return problems
@@ -108,7 +129,9 @@ def _read_value(text: str) -> Any:
 
 def _parse_dataclass(cls: Any, raw: Any, where: str, problems: list[Problem]) -> Any:
     if not isinstance(raw, dict):
-        problems.append(Problem(what="not a section", where=where, expected="a table", found=_show(raw)))
+        problems.append(
+            Problem(what="not a section", where=where, expected="a table", found=_show(raw))
+        )
         return None
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
@@ -119,7 +142,9 @@ def _parse_dataclass(cls: Any, raw: Any, where: str, problems: list[Problem]) ->
         if name in raw:
             values[name] = _parse_value(hints[name], raw[name], f"{where}.{name}", problems)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            problems.append(Problem(what="missing", where=f"{where}.{name}", expected=_show_type(hints[name])))
+            problems.append(
+                Problem(what="missing", where=f"{where}.{name}", expected=_show_type(hints[name]))
+            )
     if len(problems) > before:
         return None
     try:
@@ -127,7 +152,8 @@ def _parse_dataclass(cls: Any, raw: Any, where: str, problems: list[Problem]) ->
     except (ValueError, UserError) as error:
         found = error.problems if isinstance(error, UserError) else (Problem(what=str(error)),)
         problems.extend(
-            dataclasses.replace(p, where=where if p.where is None else f"{where}: {p.where}") for p in found
+            dataclasses.replace(p, where=where if p.where is None else f"{where}: {p.where}")
+            for p in found
         )
         return None
 
@@ -137,18 +163,27 @@ def _parse_value(hint: Any, raw: Any, where: str, problems: list[Problem]) -> An
     if dataclasses.is_dataclass(bare):
         return _parse_dataclass(bare, raw, where, problems)
     if get_origin(bare) in (Union, types.UnionType):
-        choices = {kind: c for c in get_args(bare) if dataclasses.is_dataclass(c) for kind in _kinds(c)}
+        choices = {
+            kind: c for c in get_args(bare) if dataclasses.is_dataclass(c) for kind in _kinds(c)
+        }
         if choices and isinstance(raw, (dict, str)):
             return _parse_choice(choices, raw, where, problems)
     if get_origin(bare) is tuple and get_args(bare)[1:] == (Ellipsis,) and isinstance(raw, list):
-        return tuple(_parse_value(get_args(bare)[0], item, f"{where}[{i}]", problems) for i, item in enumerate(raw))
+        return tuple(
+            _parse_value(get_args(bare)[0], item, f"{where}[{i}]", problems)
+            for i, item in enumerate(raw)
+        )
     if get_origin(bare) in (dict, Mapping) and isinstance(raw, dict):
-        return {key: _parse_value(get_args(bare)[1], item, f"{where}.{key}", problems) for key, item in raw.items()}
+        return {
+            key: _parse_value(get_args(bare)[1], item, f"{where}.{key}", problems)
+            for key, item in raw.items()
+        }
     return _parse_leaf(hint, raw, where, problems)
 
 
 def _parse_choice(choices: Mapping[str, Any], raw: Any, where: str, problems: list[Problem]) -> Any:
-    """One of several dataclasses, named by `kind`; the bare name stands for a choice with all its defaults."""
+    """One of several dataclasses, named by `kind`; the bare name stands for a choice with all its
+    defaults."""
     table = {"kind": raw} if isinstance(raw, str) else raw
     kind = table.get("kind", next(iter(choices)) if len(choices) == 1 else None)
     if kind not in choices:
@@ -176,9 +211,15 @@ def _parse_leaf(hint: Any, raw: Any, where: str, problems: list[Problem]) -> Any
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             place = where + "".join(
-                f"[{p}]" if isinstance(p, int) else f".{p}" for p in detail["loc"] if isinstance(p, int)
+                f"[{p}]" if isinstance(p, int) else f".{p}"
+                for p in detail["loc"]
+                if isinstance(p, int)
             )
-            problems.append(Problem(what=detail["msg"], where=place, expected=_show_hint(hint), found=_show(raw)))
+            problems.append(
+                Problem(
+                    what=detail["msg"], where=place, expected=_show_hint(hint), found=_show(raw)
+                )
+            )
         return None
 
 
@@ -203,14 +244,17 @@ def _show_type(hint: Any) -> str:
     if get_origin(bare) in (dict, Mapping):
         return f"table of {_show_type(get_args(bare)[1])}"
     if get_origin(bare) in (Union, types.UnionType):
-        return " or ".join("none" if each is type(None) else _show_type(each) for each in get_args(bare))
+        return " or ".join(
+            "none" if each is type(None) else _show_type(each) for each in get_args(bare)
+        )
     if dataclasses.is_dataclass(bare):
         return "{" + ", ".join(f.name for f in dataclasses.fields(bare)) + "}"
     return bare.__name__ if isinstance(bare, type) else str(bare).replace("typing.", "")
 
 
 def describe_fields(cls: Any, prefix: str) -> list[tuple[str, str, str, str]]:
-    """Rows (field, type, default, meaning) of a config dataclass, choices unfolded; the source of every `--help`."""
+    """Rows (field, type, default, meaning) of a config dataclass, choices unfolded; the source of
+    every `--help`."""
     rows = []
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
@@ -224,26 +268,34 @@ def describe_fields(cls: Any, prefix: str) -> list[tuple[str, str, str, str]]:
         for option in options:
             if dataclasses.is_dataclass(option) and isinstance(option, type):
                 tag = f"{place}" if len(options) == 1 else f"{place}({_kinds(option)[0]})"
-                rows += [row for row in describe_fields(option, tag) if not row[0].endswith(".kind")]
+                rows += [
+                    row for row in describe_fields(option, tag) if not row[0].endswith(".kind")
+                ]
     return rows
 
 
 def _describe_entries(cls: Any, place: str) -> list[tuple[str, str, str, str]]:
-    """Rows of what one entry of a list of tables may say; choices inside are those of the fields above."""
+    """Rows of what one entry of a list of tables may say; choices inside are those of the fields
+    above."""
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = [f for f in dataclasses.fields(cls) if f.init]
     return [
-        (f"{place}[].{f.name}", _show_hint(hints[f.name]), _show_default(f), _doc_of(hints[f.name])) for f in fields
+        (f"{place}[].{f.name}", _show_hint(hints[f.name]), _show_default(f), _doc_of(hints[f.name]))
+        for f in fields
     ]
 
 
 def _show_hint(hint: Any) -> str:
     bare = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     if get_origin(bare) in (Union, types.UnionType):
-        kinds = [_kinds(o)[0] if dataclasses.is_dataclass(o) else _show_type(o) for o in get_args(bare)]
+        kinds = [
+            _kinds(o)[0] if dataclasses.is_dataclass(o) else _show_type(o) for o in get_args(bare)
+        ]
         return " | ".join("none" if kind == "NoneType" else kind for kind in kinds)
     bounds = (
-        [_show_bound(b) for b in get_args(hint)[1:] if type(b).__name__ in _BOUND_SIGNS] if hint is not bare else []
+        [_show_bound(b) for b in get_args(hint)[1:] if type(b).__name__ in _BOUND_SIGNS]
+        if hint is not bare
+        else []
     )
     return " ".join([_show_type(bare), *bounds])
 

@@ -1,4 +1,5 @@
-"""What every stage is handed besides config and inputs: how to report, where to compute. It changes no result."""
+"""What every stage is handed besides config and inputs: how to report, where to compute. It changes
+no result."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from sae.report import Metrics, Progress, discard, silent
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """`device` is a torch device; `scheduler` is `None` (this process), `"local"` with `n_workers`, or a Dask scheduler
-    address such as `tcp://10.0.0.1:8786`; `n_threads` is how many cores a stage may use."""
+    """`device` is a torch device; `scheduler` is `None` (this process), `"local"` with `n_workers`,
+    or a Dask scheduler address such as `tcp://10.0.0.1:8786`; `n_threads` is how many cores a stage
+    may use."""
 
     progress: Progress = field(default=silent)
     metrics: Metrics = field(default=discard)

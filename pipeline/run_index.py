@@ -1,4 +1,5 @@
-"""The front page of a run: `artifacts/<recipe>/index.html`, with every stage's headline numbers and figures."""
+"""The front page of a run: `artifacts/<recipe>/index.html`, with every stage's headline numbers and
+figures."""
 
 from __future__ import annotations
 
@@ -13,15 +14,21 @@ from pipeline.console import show_number
 from pipeline.recipe import Recipe
 from pipeline.stages import TITLES
 
-_PAGES = {"atlas": ("site/index.html", "browse the atlas"), "steer": ("report.html", "read the steering report")}
+_PAGES = {
+    "atlas": ("site/index.html", "browse the atlas"),
+    "steer": ("report.html", "read the steering report"),
+}
 
 
 def write_run_index(root: Path, recipe: Recipe, artifacts: Sequence[Artifact]) -> Path:
-    """Write the page beside the artifacts and return its path. All text is escaped; the page asks no network."""
-    template = Environment(loader=PackageLoader("pipeline", "templates"), autoescape=True).get_template(
-        "run_index.html"
+    """Write the page beside the artifacts and return its path. All text is escaped; the page asks
+    no network."""
+    template = Environment(
+        loader=PackageLoader("pipeline", "templates"), autoescape=True
+    ).get_template("run_index.html")
+    page = template.render(
+        recipe=recipe, stages=[_stage(a) for a in artifacts], links=[*_links(artifacts)]
     )
-    page = template.render(recipe=recipe, stages=[_stage(a) for a in artifacts], links=[*_links(artifacts)])
     place = root / "index.html"
     write_text_atomically(place, page)
     return place
@@ -29,14 +36,21 @@ def write_run_index(root: Path, recipe: Recipe, artifacts: Sequence[Artifact]) -
 
 def _stage(artifact: Artifact) -> dict[str, object]:
     stage = artifact.path.name
-    figures = [name for name in artifact.files if name.endswith(".png") and not name.startswith("site/")]
+    figures = [
+        name for name in artifact.files if name.endswith(".png") and not name.startswith("site/")
+    ]
     return {
         "kind": stage,
         "title": TITLES[stage].capitalize(),
         "seconds": show_number(artifact.made_by["seconds"]),
         "digest": artifact.digest[:12],
-        "summary": [(key.replace("_", " "), show_number(value)) for key, value in artifact.summary.items()],
-        "figures": [{"href": quote(f"{stage}/{name}"), "title": Path(name).stem.replace("_", " ")} for name in figures],
+        "summary": [
+            (key.replace("_", " "), show_number(value)) for key, value in artifact.summary.items()
+        ],
+        "figures": [
+            {"href": quote(f"{stage}/{name}"), "title": Path(name).stem.replace("_", " ")}
+            for name in figures
+        ],
     }
 
 

@@ -1,10 +1,13 @@
-"""The pipeline as a graph of artifacts: which stages are needed, which are current, and running the rest.
+"""The pipeline as a graph of artifacts: which stages are needed, which are current, and running the
+rest.
 
 1. a stage's inputs are the fields of its `Inputs`; following them gives the stages above it;
-2. its digest follows from its config, the digests of its inputs and what `outside_digests` says of the world;
-3. an artifact on disk with that digest is current and its stage returns at once; otherwise the stage runs, and goes on
-   with what a killed run of the same digest left, unless it is forced: then it starts anew. First the checksums of its
-   inputs are compared (a second a gigabyte or so; a store compares its own as it is read).
+2. its digest follows from its config, the digests of its inputs and what `outside_digests` says of
+   the world;
+3. an artifact on disk with that digest is current and its stage returns at once; otherwise the
+   stage runs, and goes on with what a killed run of the same digest left, unless it is forced: then
+   it starts anew. First the checksums of its inputs are compared (a second a gigabyte or so; a
+   store compares its own as it is read).
 
 While a stage runs, memory that it frees is kept for what it allocates next (sae/kernels/memory.py).
 
@@ -45,7 +48,8 @@ class StageResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Events:
-    """Called as a run goes on: `started` only for a stage that really runs, `finished` for every stage."""
+    """Called as a run goes on: `started` only for a stage that really runs, `finished` for every
+    stage."""
 
     started: Callable[[str], None] = lambda stage: None
     finished: Callable[[StageResult], None] = lambda result: None
@@ -68,15 +72,18 @@ def run_recipe(
     force: tuple[str, ...] = (),
     shared: Path | None = None,
 ) -> list[StageResult]:
-    """Bring every stage up to and including `to` up to date. Artifacts lie in `root/<stage>`; one that the run `shared`
-    has already as it is wanted here is linked to instead of made (collect to link: later ones are written into)."""
+    """Bring every stage up to and including `to` up to date. Artifacts lie in `root/<stage>`; one
+    that the run `shared` has already as it is wanted here is linked to instead of made (collect to
+    link: later ones are written into)."""
     events = events or Events()
     results: list[StageResult] = []
     for stage in stages_above(to):
         inputs = {result.stage: result.artifact for result in results}
         if stage not in force:
             _share(stage, recipe.configs[stage], inputs, root, shared)
-        result = _run_stage(stage, recipe.configs[stage], inputs, root, context_of, events, stage in force)
+        result = _run_stage(
+            stage, recipe.configs[stage], inputs, root, context_of, events, stage in force
+        )
         results.append(result)
         events.finished(result)
     return results
@@ -92,7 +99,8 @@ def run_single(
     force: bool = False,
     shared: Path | None = None,
 ) -> StageResult:
-    """Run one stage on the artifacts that are there; a missing or outdated input is an error that names its command."""
+    """Run one stage on the artifacts that are there; a missing or outdated input is an error that
+    names its command."""
     events = events or Events()
     inputs: dict[str, Artifact] = {}
     for above in stages_above(stage)[:-1]:
@@ -133,16 +141,23 @@ def _run_stage(
         Artifact.discard_partial(out)
     events.started(stage)
     started = time.monotonic()
-    inputs = module.Inputs(**{name: available[name] for name in _input_names(module) if name in available})
+    inputs = module.Inputs(
+        **{name: available[name] for name in _input_names(module) if name in available}
+    )
     for name in _input_names(module):
         available[name].verify()
     with kept_memory():
         artifact = module.run(config, inputs, out, context_of(stage))
-    return StageResult(stage=stage, artifact=artifact, was_current=False, seconds=time.monotonic() - started)
+    return StageResult(
+        stage=stage, artifact=artifact, was_current=False, seconds=time.monotonic() - started
+    )
 
 
-def _share(stage: str, config: Any, available: Mapping[str, Artifact], root: Path, shared: Path | None) -> None:
-    """Let `root/<stage>` point to the artifact of the run `shared`, if it is current there and not here."""
+def _share(
+    stage: str, config: Any, available: Mapping[str, Artifact], root: Path, shared: Path | None
+) -> None:
+    """Let `root/<stage>` point to the artifact of the run `shared`, if it is current there and not
+    here."""
     if shared is None or stage not in _SHARED or shared.resolve() == root.resolve():
         return
     digest = _digest(StageName(stage).module, config, available)

@@ -1,12 +1,15 @@
-"""Audition: which candidates make the model write their own words, and leave it coherent, when steered along the flow?
+"""Audition: which candidates make the model write their own words, and leave it coherent, when
+steered along the flow?
 
-1. Lay a plan along each candidate's flow and calibrate it to the stage's middle dose on a little neutral text.
+1. Lay a plan along each candidate's flow and calibrate it to the stage's middle dose on a little
+   neutral text.
 2. Continue the openers kept for this with every plan at once; read back with the unsteered model.
-3. Best first: text that stays coherent at least half of the time before the rest, then the gain in own words.
+3. Best first: text that stays coherent at least half of the time before the rest, then the gain in
+   own words.
 
-These openers are used for nothing else (pipeline/steer_choice.py), so what the stage reports afterwards is not what was
-selected on; the features remain selected for being steerable, and that is said. Cost: three short passes and a few
-lines a candidate.
+These openers are used for nothing else (pipeline/steer_choice.py), so what the stage reports
+afterwards is not what was selected on; the features remain selected for being steerable, and that
+is said. Cost: three short passes and a few lines a candidate.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ _N_NEUTRAL, _TOLERANCE = 5, 0.15
 
 @dataclass(frozen=True, kw_only=True)
 class Audition:
-    """How a candidate did: own words per 100 tokens without and with steering, share of samples coherent."""
+    """How a candidate did: own words per 100 tokens without and with steering, share of samples
+    coherent."""
 
     unsteered: float
     steered: float
@@ -44,7 +48,8 @@ class Audition:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditionOptions:
-    """The way of steering that the stage's headline uses, what it is tried on, and what counts as coherent."""
+    """The way of steering that the stage's headline uses, what it is tried on, and what counts as
+    coherent."""
 
     prompts: tuple[str, ...]
     limits: CoherenceLimits
@@ -65,12 +70,22 @@ def auditioned(
     neutral = NeutralText.prepare(model, read_prompts().neutral_texts[-_N_NEUTRAL:], n_tokens=32)
     plans = [_calibrated(model, saes, norms, flow, neutral, options) for flow, _ in candidates]
     made = generate(
-        model, saes, options.prompts, [None, *plans], seed=options.seed + 2, sampling=options.sampling, batch_size=104
+        model,
+        saes,
+        options.prompts,
+        [None, *plans],
+        seed=options.seed + 2,
+        sampling=options.sampling,
+        batch_size=104,
     ).samples
     readings = read_back(model, saes, made, [], batch_size=48)
     found = []
     for place, (_, own) in enumerate(candidates, 1):
-        coherent = [is_coherent(r, options.limits) for s, r in zip(made, readings, strict=True) if s.plan == place]
+        coherent = [
+            is_coherent(r, options.limits)
+            for s, r in zip(made, readings, strict=True)
+            if s.plan == place
+        ]
         found.append(
             Audition(
                 unsteered=own_rate([s for s in made if s.plan == 0], own),
@@ -91,5 +106,7 @@ def _calibrated(
 ) -> Plan:
     scales = Scales(norms=norms, activations={feature: 1.0 for feature, _ in flow.steps})
     plan = flow_additive(flow, scales, schedule=options.schedule, strength=0.2)
-    (found,) = calibrate(model, saes, plan, neutral, [options.dose], tolerance=_TOLERANCE, monitor=False)
+    (found,) = calibrate(
+        model, saes, plan, neutral, [options.dose], tolerance=_TOLERANCE, monitor=False
+    )
     return plan.with_strength(found.strength, dose=found.measured.kl)

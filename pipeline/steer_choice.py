@@ -1,10 +1,14 @@
-"""What the steer stage settles before it reports, and on which prompts: no prompt is used for two of these things.
+"""What the steer stage settles before it reports, and on which prompts: no prompt is used for two
+of these things.
 
-1. `prompt_split`: development openers for the audition of features, for the dose, and for ordinary text; the openers to
-   report on are drawn by the seed from the test openers, without those that were read while the stage was made.
-2. `ordinary_limits`: text counts as coherent within limits that nine in ten ordinary (unsteered) texts keep.
-3. `chosen_dose`: the headline's dose is that of the ladder at which steering along the flow adds most own words, among
-   the doses that leave at least half of the text coherent; the smallest where none does.
+1. `prompt_split`: development openers for the audition of features, for the dose, and for ordinary
+   text; the openers to report on are drawn by the seed from the test openers, without those that
+   were read while the stage was made.
+2. `ordinary_limits`: text counts as coherent within limits that nine in ten ordinary (unsteered)
+   texts keep.
+3. `chosen_dose`: the headline's dose is that of the ladder at which steering along the flow adds
+   most own words, among the doses that leave at least half of the text coherent; the smallest where
+   none does.
 
 Cost: about a hundred unsteered and eight samples a feature and dose.
 """
@@ -30,7 +34,8 @@ LEAST_COHERENT = 0.5
 N_REPORTABLE = 122
 _ORDINARY_SHARE = 0.9
 _N_AUDITION, _N_DOSE = 8, 8
-# The doses, the arms and how features are chosen were settled by reading what the first test openers gave.
+# The doses, the arms and how features are chosen were settled by reading what the first test
+# openers gave.
 _N_SEEN = 6
 
 
@@ -46,7 +51,8 @@ class PromptSplit:
 
 @dataclass(frozen=True, kw_only=True)
 class DoseTrial:
-    """One dose of the ladder on development prompts: own words in 100 tokens, mean over features; share coherent."""
+    """One dose of the ladder on development prompts: own words in 100 tokens, mean over features;
+    share coherent."""
 
     dose: float
     unsteered: float
@@ -55,7 +61,11 @@ class DoseTrial:
 
     @property
     def merit(self) -> tuple[bool, float]:
-        return (True, self.steered - self.unsteered) if self.coherent >= LEAST_COHERENT else (False, -self.dose)
+        return (
+            (True, self.steered - self.unsteered)
+            if self.coherent >= LEAST_COHERENT
+            else (False, -self.dose)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +101,18 @@ def ordinary_limits(
 ) -> CoherenceLimits:
     """Limits from unsteered text of the openers kept for that, two samples each."""
     made = generate(
-        model, saes, split.ordinary, [None], n_samples=2, seed=seed, sampling=sampling, batch_size=batch_size
+        model,
+        saes,
+        split.ordinary,
+        [None],
+        n_samples=2,
+        seed=seed,
+        sampling=sampling,
+        batch_size=batch_size,
     )
-    return limits_passing(read_back(model, saes, made.samples, [], batch_size=48), share=_ORDINARY_SHARE)
+    return limits_passing(
+        read_back(model, saes, made.samples, [], batch_size=48), share=_ORDINARY_SHARE
+    )
 
 
 def tried_doses(
@@ -109,7 +128,9 @@ def tried_doses(
 ) -> list[DoseTrial]:
     """What every dose among the candidates does on the openers kept for that, smallest first."""
     plans = [None, *(candidate.plan for candidate in candidates)]
-    samples = generate(model, saes, split.dose, plans, seed=seed, sampling=sampling, batch_size=batch_size).samples
+    samples = generate(
+        model, saes, split.dose, plans, seed=seed, sampling=sampling, batch_size=batch_size
+    ).samples
     by_plan: dict[int, list[Sample]] = {}
     for sample in samples:
         by_plan.setdefault(sample.plan, []).append(sample)

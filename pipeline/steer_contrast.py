@@ -1,13 +1,17 @@
-"""Two sets of texts → a plan that pushes towards the first: by a feature and its flow, or by a difference of means.
+"""Two sets of texts → a plan that pushes towards the first: by a feature and its flow, or by a
+difference of means.
 
 1. Read both sets with the unsteered model, mean over the tokens of a text (steering/discovery.py).
-2. Difference of means: topical mean minus contrast mean at the layers asked for; that is the plan's vector.
-3. Otherwise rank features by AUROC or d′; ask the best for their output side: of the KL that a push at the feature's
-   layer makes on neutral text, the share that moves probability to the words in which the sets differ. The plan goes
-   along the flow of the feature with the largest share: one that reads a topic need not make the model write it.
+2. Difference of means: topical mean minus contrast mean at the layers asked for; that is the plan's
+   vector.
+3. Otherwise rank features by AUROC or d′; ask the best for their output side: of the KL that a push
+   at the feature's layer makes on neutral text, the share that moves probability to the words in
+   which the sets differ. The plan goes along the flow of the feature with the largest share: one
+   that reads a topic need not make the model write it.
 
-Texts of one register, some about the topic and some not, give what the topic adds; other differences between the sets
-would be found just as well. Cost: one pass over the texts, one short pass a candidate.
+Texts of one register, some about the topic and some not, give what the topic adds; other
+differences between the sets would be found just as well. Cost: one pass over the texts, one short
+pass a candidate.
 """
 
 from __future__ import annotations
@@ -56,24 +60,37 @@ def read_lines(path: Path) -> list[str]:
     kept = [text for text in texts if text]
     if len(kept) < _LEAST_TEXTS:
         raise UserError(
-            "too few texts", where=str(path), expected=f"{_LEAST_TEXTS} lines or more", found=str(len(kept))
+            "too few texts",
+            where=str(path),
+            expected=f"{_LEAST_TEXTS} lines or more",
+            found=str(len(kept)),
         )
     return kept
 
 
 def plan_by_difference(
-    session: SteerSession, topical: Sequence[str], other: Sequence[str], layers: Sequence[int], *, dose: float
+    session: SteerSession,
+    topical: Sequence[str],
+    other: Sequence[str],
+    layers: Sequence[int],
+    *,
+    dose: float,
 ) -> Plan:
-    """Add the difference of means at residual layers, at the strength that gives the dose. Raises UserError."""
+    """Add the difference of means at residual layers, at the strength that gives the dose. Raises
+    UserError."""
     known = {site.layer: site for site in session.saes}
     if missing := [layer for layer in layers if layer not in known]:
         raise UserError(
-            "no dictionary at a layer", expected=f"some of {sorted(known)}", found=", ".join(map(str, missing))
+            "no dictionary at a layer",
+            expected=f"some of {sorted(known)}",
+            found=", ".join(map(str, missing)),
         )
     sites = [known[layer] for layer in layers]
     states = read_texts(session.model, dict.fromkeys(sites, None), [*topical, *other])
     vectors = difference_of_means(states, _labels(topical, other))
-    plan = difference(vectors, Scales(norms=session.norms, activations={}), strength=_SCORING_STRENGTH)
+    plan = difference(
+        vectors, Scales(norms=session.norms, activations={}), strength=_SCORING_STRENGTH
+    )
     return session.calibrated(session.signed(plan), dose)
 
 
@@ -85,25 +102,33 @@ def features_of_contrast(
     by: Literal["auroc", "d_prime"],
     n_best: int = 32,
 ) -> list[Found]:
-    """The best readers of the contrast, by their output side, best first. Raises UserError where none is active."""
+    """The best readers of the contrast, by their output side, best first. Raises UserError where
+    none is active."""
     saes: Mapping[Site, Sae] = session.saes
     states: TextStates = read_texts(session.model, saes, [*topical, *other])
     contrasts = rank_features(states, _labels(topical, other), n_best=n_best, by=by)
     if not contrasts:
-        raise UserError("no feature is active on a tenth of the topical texts", mend="give longer texts, or more")
+        raise UserError(
+            "no feature is active on a tenth of the topical texts",
+            mend="give longer texts, or more",
+        )
     tokens = telling_tokens(session.model.tokenizer, topical, other)
     if not tokens:
         raise UserError(
-            "no word tells the topical texts from the others", mend="give more texts, or use --by difference"
+            "no word tells the topical texts from the others",
+            mend="give more texts, or use --by difference",
         )
     scores = _output_side(session, [contrast.feature for contrast in contrasts], tokens)
     found = [Found(contrast=c, output=s) for c, s in zip(contrasts, scores, strict=True)]
     return sorted(found, key=lambda each: each.output.on_target_share, reverse=True)
 
 
-def telling_tokens(tokenizer: Tokenizer, topical: Sequence[str], other: Sequence[str]) -> tuple[int, ...]:
-    """Content words (as tokens) that at least two topical texts have, three times as often as the others; at most 40,
-    those first that say most. Tokens of any kind where a tokenizer has none that are words."""
+def telling_tokens(
+    tokenizer: Tokenizer, topical: Sequence[str], other: Sequence[str]
+) -> tuple[int, ...]:
+    """Content words (as tokens) that at least two topical texts have, three times as often as the
+    others; at most 40, those first that say most. Tokens of any kind where a tokenizer has none
+    that are words."""
     counts, texts, totals = [], [], []
     for part in (topical, other):
         ids = [list(tokenizer.encode(f" {text}")) for text in part]
@@ -125,11 +150,20 @@ def _is_content(text: str) -> bool:
     return len(word) >= 3 and word.isalpha() and word not in ENGLISH_STOP_WORDS
 
 
-def _output_side(session: SteerSession, features: Sequence[FeatureId], tokens: tuple[int, ...]) -> list[OutputScore]:
-    profiles = [Profile(feature=f, density=0.0, strong=1.0, own_tokens=tokens, purity=1.0) for f in features]
-    neutral = NeutralText.prepare(session.model, read_prompts().neutral_texts[-_N_NEUTRAL:], n_tokens=32)
+def _output_side(
+    session: SteerSession, features: Sequence[FeatureId], tokens: tuple[int, ...]
+) -> list[OutputScore]:
+    profiles = [
+        Profile(feature=f, density=0.0, strong=1.0, own_tokens=tokens, purity=1.0) for f in features
+    ]
+    neutral = NeutralText.prepare(
+        session.model, read_prompts().neutral_texts[-_N_NEUTRAL:], n_tokens=32
+    )
     scales = Scales(norms=session.norms, activations={})
-    plans = [single(Flow(seed=f, steps=((f, 1.0),)), scales, strength=_SCORING_STRENGTH) for f in features]
+    plans = [
+        single(Flow(seed=f, steps=((f, 1.0),)), scales, strength=_SCORING_STRENGTH)
+        for f in features
+    ]
     return output_scores(session.model, session.saes, profiles, plans, neutral)
 
 

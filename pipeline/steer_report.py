@@ -1,7 +1,9 @@
-"""The steering artifact's page, `report.html`: what was steered, whether it did anything, and samples to judge by.
+"""The steering artifact's page, `report.html`: what was steered, whether it did anything, and
+samples to judge by.
 
-Samples are drawn with the stage's seed, the same (prompt, sample) pairs for every arm of a feature and dose, the
-unsteered twin beside each; the feature's own words are marked. Nothing is picked by hand, and all text is escaped.
+Samples are drawn with the stage's seed, the same (prompt, sample) pairs for every arm of a feature
+and dose, the unsteered twin beside each; the feature's own words are marked. Nothing is picked by
+hand, and all text is escaped.
 """
 
 from __future__ import annotations
@@ -46,9 +48,13 @@ def write_steer_report(
         remarks=remarks,
         dose=dose,
         columns=list(_COLUMNS.values()),
-        figures=[{"href": quote(f"figures/{name}"), "title": Path(name).stem.replace("_", " ")} for name in figures],
+        figures=[
+            {"href": quote(f"figures/{name}"), "title": Path(name).stem.replace("_", " ")}
+            for name in figures
+        ],
         features=[
-            _feature(record, samples[samples["feature"] == record["feature"]], effects, seed) for record in features
+            _feature(record, samples[samples["feature"] == record["feature"]], effects, seed)
+            for record in features
         ],
     )
     path = folder / PAGE
@@ -56,7 +62,9 @@ def write_steer_report(
     return path
 
 
-def _feature(record: Mapping[str, Any], samples: pd.DataFrame, effects: pd.DataFrame, seed: int) -> dict[str, Any]:
+def _feature(
+    record: Mapping[str, Any], samples: pd.DataFrame, effects: pd.DataFrame, seed: int
+) -> dict[str, Any]:
     own = effects[effects["feature"] == record["feature"]]
     drawn = _drawn(samples, seed)
     mark = _marker(record["own_tokens"])
@@ -65,7 +73,10 @@ def _feature(record: Mapping[str, Any], samples: pd.DataFrame, effects: pd.DataF
             "target": target,
             "rows": _rows(own[own["target"] == target]),
             "arms": [
-                {"arm": arm.replace("_", " "), "samples": [_sample(row, mark) for row in rows.itertuples()]}
+                {
+                    "arm": arm.replace("_", " "),
+                    "samples": [_sample(row, mark) for row in rows.itertuples()],
+                }
                 for arm, rows in drawn[drawn["target"] == target].groupby("arm", sort=False)
             ],
         }
@@ -77,7 +88,9 @@ def _feature(record: Mapping[str, Any], samples: pd.DataFrame, effects: pd.DataF
 def _drawn(samples: pd.DataFrame, seed: int) -> pd.DataFrame:
     """The same few (prompt, sample) pairs for every arm and dose."""
     pairs = samples[["prompt", "sample"]].drop_duplicates().reset_index(drop=True)
-    chosen = np.random.default_rng(seed).choice(len(pairs), size=min(_SHOWN, len(pairs)), replace=False)
+    chosen = np.random.default_rng(seed).choice(
+        len(pairs), size=min(_SHOWN, len(pairs)), replace=False
+    )
     return samples.merge(pairs.iloc[np.sort(chosen)], on=["prompt", "sample"])
 
 
@@ -97,13 +110,19 @@ def _cell(effect: pd.Series) -> str:
 
 
 def _sample(row: Any, mark: re.Pattern[str] | None) -> dict[str, Any]:
-    return {"prompt": row.prompt, "unsteered": _marked(row.unsteered, mark), "steered": _marked(row.steered, mark)}
+    return {
+        "prompt": row.prompt,
+        "unsteered": _marked(row.unsteered, mark),
+        "steered": _marked(row.steered, mark),
+    }
 
 
 def _marker(tokens: Sequence[str]) -> re.Pattern[str] | None:
     """Matches the feature's own tokens where they stand as words."""
     words = sorted({token.strip() for token in tokens if token.strip()}, key=len, reverse=True)
-    return re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, words)) + r")(?!\w)") if words else None
+    return (
+        re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, words)) + r")(?!\w)") if words else None
+    )
 
 
 def _marked(text: str, mark: re.Pattern[str] | None) -> Markup:
@@ -111,6 +130,11 @@ def _marked(text: str, mark: re.Pattern[str] | None) -> Markup:
         return escape(text)
     parts, end = [], 0
     for match in mark.finditer(text):
-        parts += [escape(text[end : match.start()]), Markup("<mark>"), escape(match[0]), Markup("</mark>")]
+        parts += [
+            escape(text[end : match.start()]),
+            Markup("<mark>"),
+            escape(match[0]),
+            Markup("</mark>"),
+        ]
         end = match.end()
     return Markup("").join([*parts, escape(text[end:])])

@@ -1,18 +1,21 @@
 """Which features to steer with, found in the flow graph, the store and the model's own output.
 
-1. Candidates: living residual features of middle layers that flow through several layers and fire neither too seldom
-   nor on more than `max_density` of the tokens.
-2. Input side: their own tokens and purity, from activations in the store. Those whose own tokens are mostly content
-   words come before all others, those with a label that passed its test before those without, and then those whose
-   direction at the end of the flow points at their own tokens' unembeddings (`reach`, free of forward passes).
-3. Output side: what steering along the flow makes the model write on neutral text; ranked by the share of the KL that
-   moves probability to their own tokens.
-4. Audition (pipeline/steer_audition.py): the best dozen, no two of one chain or with the same tokens, continue
-   development prompts at the middle dose; those that write their own words and stay coherent are taken.
-5. Each gets its flow (the chain around it, without steps that never fired), units, and a placebo: another feature of
-   its site with like density and a flow over the same layers.
+1. Candidates: living residual features of middle layers that flow through several layers and fire
+   neither too seldom nor on more than `max_density` of the tokens.
+2. Input side: their own tokens and purity, from activations in the store. Those whose own tokens
+   are mostly content words come before all others, those with a label that passed its test before
+   those without, and then those whose direction at the end of the flow points at their own tokens'
+   unembeddings (`reach`, free of forward passes).
+3. Output side: what steering along the flow makes the model write on neutral text; ranked by the
+   share of the KL that moves probability to their own tokens.
+4. Audition (pipeline/steer_audition.py): the best dozen, no two of one chain or with the same
+   tokens, continue development prompts at the middle dose; those that write their own words and
+   stay coherent are taken.
+5. Each gets its flow (the chain around it, without steps that never fired), units, and a placebo:
+   another feature of its site with like density and a flow over the same layers.
 
-Features named in the config skip 1–4. When too few candidates meet the conditions, these are relaxed, and that is said.
+Features named in the config skip 1–4. When too few candidates meet the conditions, these are
+relaxed, and that is said.
 """
 
 from __future__ import annotations
@@ -95,7 +98,9 @@ class Sources:
         rows = self.rows(n_rows)
         for part in np.array_split(rows, max(1, len(rows) // 2048)):
             start, stop = int(part[0]), int(part[-1]) + 1
-            yield torch.from_numpy(np.ascontiguousarray(self.store.read(site, start, stop)[part - start]))
+            yield torch.from_numpy(
+                np.ascontiguousarray(self.store.read(site, start, stop)[part - start])
+            )
 
     def rows(self, n_rows: int) -> np.ndarray:
         return self.store.kept_rows("train")[:n_rows]
@@ -111,13 +116,16 @@ class Sources:
         found = [
             profile
             for site, latents in by_site.items()
-            for profile in profile_features(self.saes[site], site, self.blocks(site, n_rows), self.ids(n_rows), latents)
+            for profile in profile_features(
+                self.saes[site], site, self.blocks(site, n_rows), self.ids(n_rows), latents
+            )
         ]
         return {profile.feature: profile for profile in found}
 
 
 def choose_features(sources: Sources, options: SelectionOptions) -> tuple[list[Chosen], list[str]]:
-    """The features to steer with, best first, and remarks on what had to be relaxed. Raises UserError if none can."""
+    """The features to steer with, best first, and remarks on what had to be relaxed. Raises
+    UserError if none can."""
     remarks: list[str] = []
     if options.features:
         seeds = [_checked(sources, name) for name in options.features]
@@ -137,8 +145,13 @@ def choose_features(sources: Sources, options: SelectionOptions) -> tuple[list[C
             mend="name features: --steer.features '[\"L12/402\"]'",
         )
     if len(taken) < options.n_features and not options.features:
-        remarks.append(f"only {len(taken)} of {options.n_features} features found that differ in tokens and chain")
-    windows = [window_of_chain(sources, p.feature, options.n_before, options.n_after) for p, _, _ in taken]
+        remarks.append(
+            f"only {len(taken)} of {options.n_features} features found that differ in tokens and "
+            "chain"
+        )
+    windows = [
+        window_of_chain(sources, p.feature, options.n_before, options.n_after) for p, _, _ in taken
+    ]
     along = [feature for steps in windows for feature, _ in steps]
     profiles = sources.profiles(along, min(options.n_rows, _N_ROWS_ALONG))
     seeds_taken = {profile.feature for profile, _, _ in taken}
@@ -153,7 +166,11 @@ def _checked(sources: Sources, name: str) -> FeatureId:
     feature = parse_feature(name)
     sources.graph.number(feature)
     if feature.site not in sources.saes:
-        raise UserError("there is no dictionary for it", where=name, expected=", ".join(s.short for s in sources.saes))
+        raise UserError(
+            "there is no dictionary for it",
+            where=name,
+            expected=", ".join(s.short for s in sources.saes),
+        )
     return feature
 
 
@@ -180,9 +197,12 @@ def _ranked_candidates(
     return sorted(scored, key=lambda pair: (*rank_of(pair[0])[:3], -pair[1].on_target_share))
 
 
-def reach(sources: Sources, profiles: Sequence[Profile], options: SelectionOptions) -> dict[FeatureId, float]:
-    """How far the direction at the end of each feature's flow points at its own tokens: their mean logit for it, in
-    standard deviations over the vocabulary. No forward pass; it misses what later blocks would do."""
+def reach(
+    sources: Sources, profiles: Sequence[Profile], options: SelectionOptions
+) -> dict[FeatureId, float]:
+    """How far the direction at the end of each feature's flow points at its own tokens: their mean
+    logit for it, in standard deviations over the vocabulary. No forward pass; it misses what later
+    blocks would do."""
     unembedding, gain = (tensor.float() for tensor in sources.model.unembedding())
     centred = unembedding - unembedding.mean(0)
     second_moment = centred.T @ centred / len(centred)
@@ -191,24 +211,35 @@ def reach(sources: Sources, profiles: Sequence[Profile], options: SelectionOptio
         end = window_of_chain(sources, profile.feature, 0, options.n_after)[-1][0]
         direction = sources.saes[end.site].W_dec[end.latent].float() * gain
         spread = (direction @ second_moment @ direction).clamp(min=1e-12).sqrt()
-        found[profile.feature] = float((centred[list(profile.own_tokens)] @ direction).mean() / spread)
+        found[profile.feature] = float(
+            (centred[list(profile.own_tokens)] @ direction).mean() / spread
+        )
     return found
 
 
 def _content_share(sources: Sources, tokens: Sequence[int]) -> float:
-    """The share of tokens that are content words: at least three letters, and no English function word. A reader can
-    tell whether a text turned to tomatoes, hardly whether it turned to ‘its’."""
+    """The share of tokens that are content words: at least three letters, and no English function
+    word. A reader can tell whether a text turned to tomatoes, hardly whether it turned to ‘its’."""
     texts = [sources.model.tokenizer.decode([token]).strip().lower() for token in tokens]
-    content = [len(text) >= 3 and text.isalpha() and text not in ENGLISH_STOP_WORDS for text in texts]
+    content = [
+        len(text) >= 3 and text.isalpha() and text not in ENGLISH_STOP_WORDS for text in texts
+    ]
     return sum(content) / max(len(content), 1)
 
 
-def candidate_features(nodes: pd.DataFrame, options: SelectionOptions, remarks: list[str]) -> list[FeatureId]:
-    """Living residual features of up to five layers from 40 % to 85 % of the depth; relaxed if there are too few."""
+def candidate_features(
+    nodes: pd.DataFrame, options: SelectionOptions, remarks: list[str]
+) -> list[FeatureId]:
+    """Living residual features of up to five layers from 40 % to 85 % of the depth; relaxed if
+    there are too few."""
     residual = nodes[(nodes["kind"] == "resid_post") & nodes["alive"]]
     layers = sorted(residual["layer"].unique())
     if not layers:
-        raise UserError("no residual feature is alive", where="flow graph", mend="featureflow train, with more steps")
+        raise UserError(
+            "no residual feature is alive",
+            where="flow graph",
+            mend="featureflow train, with more steps",
+        )
     low, high = int(0.4 * len(layers)), int(0.85 * len(layers))
     middle = layers[low : max(high, low + 1)]
     spread = [middle[round(k)] for k in np.linspace(0, len(middle) - 1, min(_N_SITES, len(middle)))]
@@ -218,10 +249,13 @@ def candidate_features(nodes: pd.DataFrame, options: SelectionOptions, remarks: 
     chosen = here[rare & lasting]
     if len(chosen) < 4 * options.n_features:
         remarks.append(
-            f"fewer than {4 * options.n_features} features last {options.min_persistence} layers: any may do"
+            f"fewer than {4 * options.n_features} features last {options.min_persistence} layers: "
+            "any may do"
         )
         chosen = here[rare] if rare.any() else here
-    ordered = chosen.sort_values(["persistence", "density", "latent"], ascending=[False, False, True], kind="stable")
+    ordered = chosen.sort_values(
+        ["persistence", "density", "latent"], ascending=[False, False, True], kind="stable"
+    )
     top = ordered.groupby("layer", sort=True).head(_PER_SITE)
     return [FeatureId(parse_site(row.site), int(row.latent)) for row in top.itertuples()]
 
@@ -232,7 +266,9 @@ def _scored(
     flows = [_living_flow(sources, profile.feature, options) for profile in profiles]
     norms = {site: _norm(sources, site) for site in {site for flow in flows for site in flow.sites}}
     scales = Scales(norms=norms, activations={})
-    neutral = NeutralText.prepare(sources.model, read_prompts().neutral_texts[-_N_NEUTRAL:], n_tokens=32)
+    neutral = NeutralText.prepare(
+        sources.model, read_prompts().neutral_texts[-_N_NEUTRAL:], n_tokens=32
+    )
     plans = [flow_additive(flow, scales, strength=_SCORING_STRENGTH) for flow in flows]
     scores = output_scores(sources.model, sources.saes, profiles, plans, neutral)
     return list(zip(profiles, scores, strict=True))
@@ -241,13 +277,16 @@ def _scored(
 def _different(
     graph: FlowGraph, ranked: Sequence[tuple[Profile, OutputScore]], n: int
 ) -> list[tuple[Profile, OutputScore]]:
-    """The first `n` that share neither a chain nor a quarter of their tokens with one before them."""
+    """The first `n` that share neither a chain nor a quarter of their tokens with one before
+    them."""
     taken: list[tuple[Profile, OutputScore]] = []
     used: set[FeatureId] = set()
     for profile, score in ranked:
         own = set(profile.own_tokens)
         chain = {step.feature for step in graph.chain(profile.feature)}
-        alike = any(len(own & set(p.own_tokens)) > 0.25 * min(len(own), len(p.own_tokens)) for p, _ in taken)
+        alike = any(
+            len(own & set(p.own_tokens)) > 0.25 * min(len(own), len(p.own_tokens)) for p, _ in taken
+        )
         if len(taken) < n and not alike and not chain & used:
             taken.append((profile, score))
             used |= chain
@@ -256,7 +295,9 @@ def _different(
 
 def _n_heard(options: SelectionOptions) -> int:
     """How many are auditioned; without an audition, no more than are wanted."""
-    return options.n_features if options.audition is None else max(_N_AUDITIONED, options.n_features)
+    return (
+        options.n_features if options.audition is None else max(_N_AUDITIONED, options.n_features)
+    )
 
 
 def _auditioned(
@@ -267,15 +308,22 @@ def _auditioned(
         return [(profile, score, None) for profile, score in pairs]
     flows = [_living_flow(sources, profile.feature, options) for profile, _ in pairs]
     norms = {site: _norm(sources, site) for flow in flows for site in flow.sites}
-    candidates = [(flow, frozenset(p.own_tokens)) for flow, (p, _) in zip(flows, pairs, strict=True)]
+    candidates = [
+        (flow, frozenset(p.own_tokens)) for flow, (p, _) in zip(flows, pairs, strict=True)
+    ]
     heard = auditioned(sources.model, sources.saes, norms, candidates, options.audition)
     ranked = sorted(zip(pairs, heard, strict=True), key=lambda item: item[1].merit, reverse=True)
-    return [(profile, score, audition) for (profile, score), audition in ranked[: options.n_features]]
+    return [
+        (profile, score, audition) for (profile, score), audition in ranked[: options.n_features]
+    ]
 
 
 def _living_flow(sources: Sources, seed: FeatureId, options: SelectionOptions) -> Flow:
     steps = window_of_chain(sources, seed, options.n_before, options.n_after)
-    return Flow(seed=seed, steps=tuple(s for s in steps if s[0] == seed or sources.graph.node(s[0])["alive"]))
+    return Flow(
+        seed=seed,
+        steps=tuple(s for s in steps if s[0] == seed or sources.graph.node(s[0])["alive"]),
+    )
 
 
 def _with_flow(
@@ -297,7 +345,9 @@ def _with_flow(
         flow=Flow(seed=seed, steps=tuple(firing)),
         placebo=placebo,
         scales=Scales(norms={site: _norm(sources, site) for site in sites}, activations=strong),
-        target=Target(feature=seed, scale=profile.strong or 1.0, own_tokens=frozenset(profile.own_tokens)),
+        target=Target(
+            feature=seed, scale=profile.strong or 1.0, own_tokens=frozenset(profile.own_tokens)
+        ),
         profile=profile,
         score=score,
         audition=audition,
@@ -305,8 +355,11 @@ def _with_flow(
     )
 
 
-def window_of_chain(sources: Sources, seed: FeatureId, n_before: int, n_after: int) -> list[tuple[FeatureId, float]]:
-    """The steps of the chain through `seed`, from `n_before` layers before it to `n_after` after."""
+def window_of_chain(
+    sources: Sources, seed: FeatureId, n_before: int, n_after: int
+) -> list[tuple[FeatureId, float]]:
+    """The steps of the chain through `seed`, from `n_before` layers before it to `n_after`
+    after."""
     low, high = seed.site.layer - n_before, seed.site.layer + n_after
     return [
         (step.feature, 1.0 if step.cosine is None else step.cosine)
@@ -316,18 +369,28 @@ def window_of_chain(sources: Sources, seed: FeatureId, n_before: int, n_after: i
 
 
 def _placebo(
-    sources: Sources, seed: FeatureId, sites: Sequence[Site], taken: set[FeatureId], options: SelectionOptions
+    sources: Sources,
+    seed: FeatureId,
+    sites: Sequence[Site],
+    taken: set[FeatureId],
+    options: SelectionOptions,
 ) -> Flow:
-    """A random feature of the seed's site with like density; of a few draws, the one whose flow covers most sites."""
+    """A random feature of the seed's site with like density; of a few draws, the one whose flow
+    covers most sites."""
     generator = np.random.default_rng([options.seed, seed.site.layer, seed.latent])
     nodes = sources.graph.nodes
     here = nodes[(nodes["site"] == seed.site.short) & nodes["alive"]]
     own = float(sources.graph.node(seed)["density"])
     near = here[(here["density"] >= own / 4) & (here["density"] <= own * 4)]
-    pool = [FeatureId(seed.site, int(latent)) for latent in (near if len(near) > 1 else here)["latent"]]
+    pool = [
+        FeatureId(seed.site, int(latent)) for latent in (near if len(near) > 1 else here)["latent"]
+    ]
     free = [feature for feature in pool if feature not in taken and feature != seed] or [seed]
     drawn = [free[i] for i in generator.permutation(len(free))[:_N_PLACEBO_DRAWS]]
-    flows = [(feature, [step for step in _whole_chain(sources, feature) if step[0].site in sites]) for feature in drawn]
+    flows = [
+        (feature, [step for step in _whole_chain(sources, feature) if step[0].site in sites])
+        for feature in drawn
+    ]
     feature, steps = max(flows, key=lambda flow: len(flow[1]))
     return Flow(seed=feature, steps=tuple(steps))
 

@@ -1,4 +1,5 @@
-"""What steering found, as tables, as text side by side, as the atlas' document, as figures and as headline numbers."""
+"""What steering found, as tables, as text side by side, as the atlas' document, as figures and as
+headline numbers."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def sample_table(chosen: Chosen, twins: Sequence[Twin]) -> pd.DataFrame:
 
 
 def dose_table(chosen: Chosen, arm_doses: Sequence[ArmDose]) -> pd.DataFrame:
-    """One row an arm and dose: what was asked, what was reached, and what it did to neutral text."""
+    """One row an arm and dose: what was asked, what was reached, and what it did to neutral
+    text."""
     return pd.DataFrame(_dose_row(chosen, each) for each in arm_doses)
 
 
@@ -71,7 +73,9 @@ def _dose_row(chosen: Chosen, each: ArmDose) -> dict[str, Any]:
     }
 
 
-def effect_table(chosen: Chosen, arm_doses: Sequence[ArmDose], effects: Sequence[Effect]) -> pd.DataFrame:
+def effect_table(
+    chosen: Chosen, arm_doses: Sequence[ArmDose], effects: Sequence[Effect]
+) -> pd.DataFrame:
     """One row an arm, dose and measure: means, and the paired difference with its interval."""
     measured = {(each.arm, each.target): each.outcome.measured.kl for each in arm_doses}
     return pd.DataFrame(
@@ -92,7 +96,9 @@ def effect_table(chosen: Chosen, arm_doses: Sequence[ArmDose], effects: Sequence
     )
 
 
-def feature_records(chosen: Sequence[Chosen], labels: Mapping[str, str], decode: Any) -> list[dict[str, Any]]:
+def feature_records(
+    chosen: Sequence[Chosen], labels: Mapping[str, str], decode: Any
+) -> list[dict[str, Any]]:
     """Why each feature was taken: its label, what it reads and writes, its flow."""
     return [
         {
@@ -103,7 +109,9 @@ def feature_records(chosen: Sequence[Chosen], labels: Mapping[str, str], decode:
             "purity": each.profile.purity,
             "own_token_probability": {"unsteered": each.score.before, "steered": each.score.after},
             "audition": None if each.audition is None else dataclasses.asdict(each.audition),
-            "flow": [{"feature": str(feature), "cosine": cosine} for feature, cosine in each.flow.steps],
+            "flow": [
+                {"feature": str(feature), "cosine": cosine} for feature, cosine in each.flow.steps
+            ],
             "placebo": [str(feature) for feature, _ in each.placebo.steps],
             "n_silent_steps": each.n_silent_steps,
         }
@@ -118,13 +126,21 @@ def side_by_side(samples: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def atlas_document(
-    samples: pd.DataFrame, effects: pd.DataFrame, labels: Mapping[str, str], *, schedule: str, seed: int
+    samples: pd.DataFrame,
+    effects: pd.DataFrame,
+    labels: Mapping[str, str],
+    *,
+    schedule: str,
+    seed: int,
 ) -> dict[str, Any]:
-    """`attached/steering` of docs/decisions/0003-atlas-shards.md; the first samples of each arm and dose."""
+    """`attached/steering` of docs/decisions/0003-atlas-shards.md; the first samples of each arm and
+    dose."""
     shown = samples.groupby(["feature", "arm", "target"], sort=False).head(_SHOWN_PER_ARM)
     return {
         "version": 1,
-        "samples": [_atlas_sample(row, labels, schedule, seed) for row in shown.to_dict(orient="records")],
+        "samples": [
+            _atlas_sample(row, labels, schedule, seed) for row in shown.to_dict(orient="records")
+        ],
         "effects": [_atlas_effect(row) for row in effects.to_dict(orient="records")],
         "commands": {
             feature: f"featureflow steer --steer.features '{json.dumps([feature])}'"
@@ -133,7 +149,9 @@ def atlas_document(
     }
 
 
-def _atlas_sample(row: Mapping[Any, Any], labels: Mapping[str, str], schedule: str, seed: int) -> dict[str, Any]:
+def _atlas_sample(
+    row: Mapping[Any, Any], labels: Mapping[str, str], schedule: str, seed: int
+) -> dict[str, Any]:
     return {
         "feature": row["feature"],
         "label": labels.get(row["feature"], ""),
@@ -154,7 +172,10 @@ def _atlas_sample(row: Mapping[Any, Any], labels: Mapping[str, str], schedule: s
 
 
 def _atlas_effect(row: Mapping[Any, Any]) -> dict[str, Any]:
-    names = {"own_tokens": "own tokens per 100", "active": "share of tokens where the feature fires"}
+    names = {
+        "own_tokens": "own tokens per 100",
+        "active": "share of tokens where the feature fires",
+    }
     return {
         "feature": row["feature"],
         "arm": row["arm"].replace("_", " "),
@@ -168,7 +189,8 @@ def _atlas_effect(row: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def headline(effects: pd.DataFrame, doses: pd.DataFrame, dose: float) -> dict[str, Any]:
-    """How many features steering moved, and by how much, for the arm and dose settled beforehand."""
+    """How many features steering moved, and by how much, for the arm and dose settled
+    beforehand."""
     arm = HEADLINE_ARM if HEADLINE_ARM in set(effects["arm"]) else str(effects["arm"].iloc[0])
     own = effects[(effects["arm"] == arm) & (effects["target"] == dose)].set_index("measure")
     n_features = effects["feature"].nunique()
@@ -206,7 +228,9 @@ def labelled_by_atlas(folder: Path) -> Callable[[FeatureId], bool]:
     from pipeline.atlas.labels import NO_RULE, TOO_RARE
 
     atlas = Atlas.open(folder)
-    return lambda feature: bool(label := atlas.label_of(feature)) and not label.startswith((NO_RULE, TOO_RARE))
+    return lambda feature: (
+        bool(label := atlas.label_of(feature)) and not label.startswith((NO_RULE, TOO_RARE))
+    )
 
 
 def hand_to_atlas(folder: Path, document: Mapping[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""Sparse autoencoders: dictionaries over vectors. Knows torch; knows nothing of language models, stores or stages.
+"""Sparse autoencoders: dictionaries over vectors. Knows torch; knows nothing of language models,
+stores or stages.
 
 The names below load torch when they are first used, not when the package is imported.
 """
@@ -26,7 +27,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    **dict.fromkeys(("Activation", "Gated", "Relu", "Threshold", "TopKActivation"), "sae.activations"),
+    **dict.fromkeys(
+        ("Activation", "Gated", "Relu", "Threshold", "TopKActivation"), "sae.activations"
+    ),
     **dict.fromkeys(("Sae", "SparseCodes"), "sae.dictionary"),
     **dict.fromkeys(("load_sae", "save_sae"), "sae.formats.native"),
 }

@@ -1,13 +1,17 @@
 """The last step of an encoder: pre-activations to latents, as small frozen choices.
 
-Every activation is a function of the pre-activations alone, `z = activation(pre)`. All but TopK look at one entry at a
-time (`is_elementwise`), so a few latents can be computed without the others:
+Every activation is a function of the pre-activations alone, `z = activation(pre)`. All but TopK
+look at one entry at a time (`is_elementwise`), so a few latents can be computed without the others:
 
     Relu            z = max(pre, 0)
-    Threshold(θ)    z = pre where pre > θ, else 0            JumpReLU, calibrated BatchTopK; compared before any ReLU
-    Gated(g, o)     z = max(g·pre + o, 0) where pre > 0      Rajamanoharan et al. 2024, arXiv 2404.16014; in its
-                                                             names g = exp(r_mag), o = b_mag − g·b_gate
-    TopKActivation  z = max(pre, 0) at the k largest of a row, else 0      Gao et al. 2024, arXiv 2406.04093
+    Threshold(θ)    z = pre where pre > θ, else 0            JumpReLU, calibrated BatchTopK;
+    compared before any ReLU
+    Gated(g, o)     z = max(g·pre + o, 0) where pre > 0      Rajamanoharan et al. 2024, arXiv
+    2404.16014; in its
+                                                             names g = exp(r_mag), o = b_mag −
+                                                             g·b_gate
+    TopKActivation  z = max(pre, 0) at the k largest of a row, else 0      Gao et al. 2024, arXiv
+    2406.04093
 """
 
 from __future__ import annotations
@@ -38,7 +42,8 @@ class TopKActivation:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Threshold:
-    """Pre-activations above a threshold of their own. `theta` is never negative, so latents are positive."""
+    """Pre-activations above a threshold of their own. `theta` is never negative, so latents are
+    positive."""
 
     theta: Float[Tensor, "latent"]
     kind: Literal["threshold"] = "threshold"
@@ -46,7 +51,8 @@ class Threshold:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Gated:
-    """A gate decides whether a latent fires, an affine map of the same pre-activation how strongly."""
+    """A gate decides whether a latent fires, an affine map of the same pre-activation how
+    strongly."""
 
     gain: Float[Tensor, "latent"]
     offset: Float[Tensor, "latent"]
@@ -61,8 +67,11 @@ def is_elementwise(activation: Activation) -> bool:
     return not isinstance(activation, TopKActivation)
 
 
-def activate(activation: Activation, pre: Float[Tensor, "*token latent"]) -> Float[Tensor, "*token latent"]:
-    """Latents from all pre-activations, dense. Of equal pre-activations at TopK's edge, which stay is unspecified."""
+def activate(
+    activation: Activation, pre: Float[Tensor, "*token latent"]
+) -> Float[Tensor, "*token latent"]:
+    """Latents from all pre-activations, dense. Of equal pre-activations at TopK's edge, which stay
+    is unspecified."""
     match activation:
         case Relu():
             return pre.relu()
@@ -101,4 +110,6 @@ def with_tensors(activation: Activation, tensors: Mapping[str, Tensor]) -> Activ
 
 def describe(activation: Activation) -> dict[str, Any]:
     """The activation without its tensors, as JSON values: `{"kind": "topk", "k": 32}`."""
-    return {"kind": activation.kind} | ({"k": activation.k} if isinstance(activation, TopKActivation) else {})
+    return {"kind": activation.kind} | (
+        {"k": activation.k} if isinstance(activation, TopKActivation) else {}
+    )

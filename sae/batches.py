@@ -1,8 +1,9 @@
-"""Where a trainer's batches come from: a small protocol, and the reader for activations that fit in memory.
+"""Where a trainer's batches come from: a small protocol, and the reader for activations that fit in
+memory.
 
-A reader can tell its position and return to it exactly, so a killed run continues with the very batch it would have
-seen. `InMemoryBatches` shuffles all rows anew in every epoch, from `(seed, epoch)` alone; rows left over at the end
-of an epoch are left out of that epoch.
+A reader can tell its position and return to it exactly, so a killed run continues with the very
+batch it would have seen. `InMemoryBatches` shuffles all rows anew in every epoch, from `(seed,
+epoch)` alone; rows left over at the end of an epoch are left out of that epoch.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class InMemoryBatches:
     ) -> None:
         if len(x) < batch_size:
             raise UserError(
-                "too few activations for one batch", expected=f"{batch_size} rows or more", found=f"{len(x)} rows"
+                "too few activations for one batch",
+                expected=f"{batch_size} rows or more",
+                found=f"{len(x)} rows",
             )
         self._x, self._y, self._batch_size, self._seed = x, y, batch_size, seed
         self._name_of_row = name_of_row
@@ -84,4 +87,6 @@ class InMemoryBatches:
         return ", ".join(self._name_of_row(int(last[row])) for row in rows)
 
     def _shuffled(self, epoch: int) -> Tensor:
-        return torch.from_numpy(np.random.default_rng((self._seed, epoch)).permutation(len(self._x)))
+        return torch.from_numpy(
+            np.random.default_rng((self._seed, epoch)).permutation(len(self._x))
+        )

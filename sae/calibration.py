@@ -1,7 +1,10 @@
-"""The threshold that gives a requested L0: set after training, on activations that were not trained on.
+"""The threshold that gives a requested L0: set after training, on activations that were not trained
+on.
 
-    BatchTopK and its kin    one threshold θ for all latents: the (target × tokens)-th largest pre-activation
-    JumpReLU, Gated, ReLU    every latent keeps its own edge; all are moved by one shift, chosen from pre − edge alike
+    BatchTopK and its kin    one threshold θ for all latents: the (target × tokens)-th largest
+    pre-activation
+    JumpReLU, Gated, ReLU    every latent keeps its own edge; all are moved by one shift, chosen
+    from pre − edge alike
 
 Both are exact on the held-out rows they use, up to ties. One encoder pass, in float32.
 """
@@ -24,12 +27,14 @@ _MOST_ENTRIES = 2**25
 def calibrated_threshold(
     architecture: Architecture, weights: Weights, x: Float[Tensor, "token d_in"], *, tied: bool
 ) -> tuple[Weights, float]:
-    """Weights and threshold that give `architecture.target_l0` on the normalised rows `x`; threshold 0 where the rows
-    have fewer positive pre-activations than asked for."""
+    """Weights and threshold that give `architecture.target_l0` on the normalised rows `x`;
+    threshold 0 where the rows have fewer positive pre-activations than asked for."""
     centred = x - weights["b_dec"] if tied else x
     if (edges := architecture.edges(weights)) is not None:
         rows = centred[:: 1 + len(centred) * len(edges) // _MOST_ENTRIES]
-        return architecture.raised(weights, _shift(architecture.target_l0, weights, edges, rows)), 0.0
+        return architecture.raised(
+            weights, _shift(architecture.target_l0, weights, edges, rows)
+        ), 0.0
     selection = WholeBatch(k=architecture.target_l0)
     codes = encode(centred, weights["W_enc"], weights["b_enc"], selection, "float32")
     if len(codes.value) < selection.count(len(x)):
@@ -37,7 +42,9 @@ def calibrated_threshold(
     return weights, _just_below(float(codes.value.min()))
 
 
-def _shift(target_l0: float, weights: Weights, edges: Tensor, centred: Float[Tensor, "token d_in"]) -> float:
+def _shift(
+    target_l0: float, weights: Weights, edges: Tensor, centred: Float[Tensor, "token d_in"]
+) -> float:
     excess = (F.linear(centred, weights["W_enc"], weights["b_enc"]) - edges).flatten().cpu().numpy()
     rank = min(excess.size, max(1, round(target_l0 * len(centred))))
     return _just_below(float(np.partition(excess, excess.size - rank)[excess.size - rank]))

@@ -1,6 +1,8 @@
-"""A training run's whole state in one safetensors file: tensors in its body, plain JSON in its header.
+"""A training run's whole state in one safetensors file: tensors in its body, plain JSON in its
+header.
 
-The file is written beside its place, flushed to disk and renamed: a kill leaves the old state or the new one.
+The file is written beside its place, flushed to disk and renamed: a kill leaves the old state or
+the new one.
 """
 
 from __future__ import annotations
@@ -34,7 +36,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (on the CPU) and the state. Raises UserError when the file is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()[_STATE])  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file}, json.loads(
+                file.metadata()[_STATE]
+            )
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         mend = "delete it to start this site again"
-        raise UserError("the checkpoint cannot be read", where=str(path), found=str(error), mend=mend) from error
+        raise UserError(
+            "the checkpoint cannot be read", where=str(path), found=str(error), mend=mend
+        ) from error

@@ -1,14 +1,15 @@
 """The inference form of a sparse autoencoder: raw activations in, latents out, and back.
 
-Whatever it was trained as, a dictionary is used in one form. With `x` a raw activation (any input scale is folded):
+Whatever it was trained as, a dictionary is used in one form. With `x` a raw activation (any input
+scale is folded):
 
     1. pre = W_enc (x − b_in) + b_enc
     2. z   = activation(pre)                        sae/activations.py
     3. x̂   = Σ_i z_i W_dec[i] + b_dec (+ W_skip x for a skip transcoder)
 
-The rows of `W_dec` have unit length, so a latent is measured in units of the activation it adds. Encoding costs one
-product of `token × d_in × latent`; it runs over blocks of tokens so that no more than `_BLOCK_BYTES` of pre-activations
-exist at a time in the sparse functions.
+The rows of `W_dec` have unit length, so a latent is measured in units of the activation it adds.
+Encoding costs one product of `token × d_in × latent`; it runs over blocks of tokens so that no more
+than `_BLOCK_BYTES` of pre-activations exist at a time in the sparse functions.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.activations import Activation, TopKActivation, activate, is_elementwise, tensors_of, with_tensors
+from sae.activations import (
+    Activation,
+    TopKActivation,
+    activate,
+    is_elementwise,
+    tensors_of,
+    with_tensors,
+)
 from sae.errors import Problem, UserError
 from sae.selected import MOST_SELECTED, selected_of_topk
 
@@ -31,7 +39,8 @@ _BLOCK_BYTES = 64 << 20
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SparseCodes:
-    """Latents of some tokens, a few slots per token. A slot with value 0 is empty; its index is some other latent.
+    """Latents of some tokens, a few slots per token. A slot with value 0 is empty; its index is
+    some other latent.
 
     The indices of one token are distinct, in no promised order.
     """
@@ -48,10 +57,12 @@ class SparseCodes:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sae:
-    """A dictionary over the activations of one site. Immutable; `replace` and `to` make changed copies.
+    """A dictionary over the activations of one site. Immutable; `replace` and `to` make changed
+    copies.
 
-    `b_in` is subtracted before encoding. `W_skip` is None except for skip transcoders. `metadata` is plain JSON:
-    `site`, `initialisation`, how it was trained. Raises UserError with every misfit between the shapes.
+    `b_in` is subtracted before encoding. `W_skip` is None except for skip transcoders. `metadata`
+    is plain JSON: `site`, `initialisation`, how it was trained. Raises UserError with every misfit
+    between the shapes.
     """
 
     W_enc: Float[Tensor, "latent d_in"]
@@ -98,21 +109,24 @@ class Sae:
 
     @torch.no_grad()
     def encode_sparse(self, x: Float[Tensor, "*token d_in"]) -> SparseCodes:
-        """The active latents only: k slots per token for TopK, else as many as the busiest token needs."""
+        """The active latents only: k slots per token for TopK, else as many as the busiest token
+        needs."""
         flat = x.reshape(-1, x.shape[-1])
         parts = [self._sparse_block(block) for block in self._blocks(flat)]
         width = max((value.shape[1] for _, value in parts), default=1)
         index = torch.cat([_widen_index(index, width, self.n_latents) for index, _ in parts])
         value = torch.cat([F.pad(value, (0, width - value.shape[1])) for _, value in parts])
         lead = x.shape[:-1]
-        return SparseCodes(index=index.view(*lead, width), value=value.view(*lead, width), n_latents=self.n_latents)
+        return SparseCodes(
+            index=index.view(*lead, width), value=value.view(*lead, width), n_latents=self.n_latents
+        )
 
     @torch.no_grad()
     def encode_selected(
         self, x: Float[Tensor, "*token d_in"], latents: Sequence[int] | Int[Tensor, "selected"]
     ) -> Float[Tensor, "*token selected"]:
-        """The columns `latents` of `encode(x)`. Elementwise activations compute only those; TopK looks at others as far
-        as needed to decide (sae/selected.py)."""
+        """The columns `latents` of `encode(x)`. Elementwise activations compute only those; TopK
+        looks at others as far as needed to decide (sae/selected.py)."""
         chosen = torch.as_tensor(latents, dtype=torch.int64, device=self.device)
         if is_elementwise(self.activation):
             narrow = {name: tensor[chosen] for name, tensor in tensors_of(self.activation).items()}
@@ -120,33 +134,57 @@ class Sae:
             pre = F.linear(centred, self.W_enc[chosen], self.b_enc[chosen])
             return activate(with_tensors(self.activation, narrow), pre)
         blocks = self._blocks(x.reshape(-1, x.shape[-1]))
-        if isinstance(self.activation, TopKActivation) and len(chosen) <= MOST_SELECTED and self.device.type == "cpu":
+        if (
+            isinstance(self.activation, TopKActivation)
+            and len(chosen) <= MOST_SELECTED
+            and self.device.type == "cpu"
+        ):
             few = [
                 selected_of_topk(
-                    block.to(self.device, self.dtype) - self.b_in, self.W_enc, self.b_enc, self.activation, chosen
+                    block.to(self.device, self.dtype) - self.b_in,
+                    self.W_enc,
+                    self.b_enc,
+                    self.activation,
+                    chosen,
                 )
                 for block in blocks
             ]
             return torch.cat(few).view(*x.shape[:-1], len(chosen))
-        return torch.cat([self.encode(block)[:, chosen] for block in blocks]).view(*x.shape[:-1], len(chosen))
+        return torch.cat([self.encode(block)[:, chosen] for block in blocks]).view(
+            *x.shape[:-1], len(chosen)
+        )
 
-    def decode(self, z: Float[Tensor, "*token latent"] | SparseCodes) -> Float[Tensor, "*token d_out"]:
-        """The reconstruction that the latents stand for; a skip transcoder's linear part is not in it."""
+    def decode(
+        self, z: Float[Tensor, "*token latent"] | SparseCodes
+    ) -> Float[Tensor, "*token d_out"]:
+        """The reconstruction that the latents stand for; a skip transcoder's linear part is not in
+        it."""
         if not isinstance(z, SparseCodes):
             return z.to(self.device, self.dtype) @ self.W_dec + self.b_dec
-        index, value = z.index.reshape(-1, z.index.shape[-1]), z.value.reshape(-1, z.value.shape[-1])
+        index, value = (
+            z.index.reshape(-1, z.index.shape[-1]),
+            z.value.reshape(-1, z.value.shape[-1]),
+        )
         summed = F.embedding_bag(index, self.W_dec, per_sample_weights=value, mode="sum")
         return (summed + self.b_dec).view(*z.value.shape[:-1], self.d_out)
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_out"]:
         """Encode and decode; for a transcoder, the prediction of the other site."""
-        out = self.decode(self.encode_sparse(x) if not is_elementwise(self.activation) else self.encode(x))
-        return out if self.W_skip is None else out + F.linear(x.to(self.device, self.dtype), self.W_skip)
+        out = self.decode(
+            self.encode_sparse(x) if not is_elementwise(self.activation) else self.encode(x)
+        )
+        return (
+            out
+            if self.W_skip is None
+            else out + F.linear(x.to(self.device, self.dtype), self.W_skip)
+        )
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Sae:
         """A copy with its tensors on another device or in another dtype."""
-        return self._map(lambda tensor: tensor.to(device=device or self.device, dtype=dtype or self.dtype))
+        return self._map(
+            lambda tensor: tensor.to(device=device or self.device, dtype=dtype or self.dtype)
+        )
 
     def replace(self, **changes: Any) -> Sae:
         """A copy with some fields changed; validated anew."""
@@ -154,11 +192,14 @@ class Sae:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Sae:
         named: dict[str, Any] = {
-            name: change(getattr(self, name)) for name in ("W_enc", "b_enc", "W_dec", "b_dec", "b_in")
+            name: change(getattr(self, name))
+            for name in ("W_enc", "b_enc", "W_dec", "b_dec", "b_in")
         }
         tensors = {name: change(tensor) for name, tensor in tensors_of(self.activation).items()}
         skip = None if self.W_skip is None else change(self.W_skip)
-        return replace(self, **named, W_skip=skip, activation=with_tensors(self.activation, tensors))
+        return replace(
+            self, **named, W_skip=skip, activation=with_tensors(self.activation, tensors)
+        )
 
     def _blocks(self, flat: Float[Tensor, "token d_in"]) -> Iterator[Float[Tensor, "block d_in"]]:
         rows = max(1, _BLOCK_BYTES // (self.n_latents * self.W_enc.element_size()))
@@ -174,25 +215,38 @@ class Sae:
         return index, value
 
 
-def _widen_index(index: Int[Tensor, "token k"], width: int, n_latents: int) -> Int[Tensor, "token width"]:
-    """Fill the slots of a narrower block with latents that the row does not name yet, so that rows stay distinct."""
+def _widen_index(
+    index: Int[Tensor, "token k"], width: int, n_latents: int
+) -> Int[Tensor, "token width"]:
+    """Fill the slots of a narrower block with latents that the row does not name yet, so that rows
+    stay distinct."""
     missing = width - index.shape[1]
     if not missing:
         return index
-    used = torch.zeros(index.shape[0], n_latents, dtype=torch.bool, device=index.device).scatter_(1, index, True)
+    used = torch.zeros(index.shape[0], n_latents, dtype=torch.bool, device=index.device).scatter_(
+        1, index, True
+    )
     spare = used.to(torch.int8).topk(missing, dim=1, largest=False).indices
     return torch.cat([index, spare], dim=1)
 
 
 def _problems_of(sae: Sae) -> Iterator[Problem]:
-    """Every misfit between the tensors' shapes; W_enc and W_dec give the sizes that the others must have."""
+    """Every misfit between the tensors' shapes; W_enc and W_dec give the sizes that the others must
+    have."""
     for name in ("W_enc", "W_dec"):
         if getattr(sae, name).ndim != 2:
-            yield Problem(what="not a matrix", where=name, found=str(list(getattr(sae, name).shape)))
+            yield Problem(
+                what="not a matrix", where=name, found=str(list(getattr(sae, name).shape))
+            )
     if sae.W_enc.ndim != 2 or sae.W_dec.ndim != 2:
         return
     n_latents, d_in, d_out = sae.W_enc.shape[0], sae.W_enc.shape[1], sae.W_dec.shape[1]
-    expected = {"W_dec": (n_latents, d_out), "b_enc": (n_latents,), "b_dec": (d_out,), "b_in": (d_in,)}
+    expected = {
+        "W_dec": (n_latents, d_out),
+        "b_enc": (n_latents,),
+        "b_dec": (d_out,),
+        "b_in": (d_in,),
+    }
     found = {name: getattr(sae, name) for name in expected}
     if sae.W_skip is not None:
         expected["W_skip"], found["W_skip"] = (d_out, d_in), sae.W_skip
@@ -200,8 +254,16 @@ def _problems_of(sae: Sae) -> Iterator[Problem]:
         expected[f"activation.{name}"], found[f"activation.{name}"] = (n_latents,), tensor
     for name, shape in expected.items():
         if tuple(found[name].shape) != shape:
-            yield Problem(what="shape", where=name, expected=str(list(shape)), found=str(list(found[name].shape)))
+            yield Problem(
+                what="shape",
+                where=name,
+                expected=str(list(shape)),
+                found=str(list(found[name].shape)),
+            )
     if isinstance(sae.activation, TopKActivation) and not 1 <= sae.activation.k <= n_latents:
         yield Problem(
-            what="k is impossible", where="activation.k", expected=f"1 … {n_latents}", found=str(sae.activation.k)
+            what="k is impossible",
+            where="activation.k",
+            expected=f"1 … {n_latents}",
+            found=str(sae.activation.k),
         )

@@ -1,7 +1,8 @@
-"""The one error a user is meant to read: what is wrong, where, what was expected, what was found, and what mends it.
+"""The one error a user is meant to read: what is wrong, where, what was expected, what was found,
+and what mends it.
 
-Every package raises it (or a subclass) for bad input; the command line prints it without a traceback. All problems of
-one input are reported together, never one at a time.
+Every package raises it (or a subclass) for bad input; the command line prints it without a
+traceback. All problems of one input are reported together, never one at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that is wrong. Only `what` is required; the others are printed when they are known."""
+    """One thing that is wrong. Only `what` is required; the others are printed when they are
+    known."""
 
     what: str
     where: str | None = None
@@ -28,7 +30,8 @@ class Problem:
 
 
 class UserError(Exception):
-    """Bad input or a bad state of the disk, explained; `mend` is a command or an action that puts it right."""
+    """Bad input or a bad state of the disk, explained; `mend` is a command or an action that puts
+    it right."""
 
     def __init__(
         self,
@@ -40,7 +43,9 @@ class UserError(Exception):
         mend: str | None = None,
         problems: tuple[Problem, ...] = (),
     ) -> None:
-        self.problems = problems or (Problem(what=what, where=where, expected=expected, found=found),)
+        self.problems = problems or (
+            Problem(what=what, where=where, expected=expected, found=found),
+        )
         self.what = what
         self.mend = mend
         super().__init__(what)

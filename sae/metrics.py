@@ -1,13 +1,18 @@
-"""How well dictionaries reconstruct: activations, codes and reconstructions in, one row of numbers out.
+"""How well dictionaries reconstruct: activations, codes and reconstructions in, one row of numbers
+out.
 
-1. `ReconstructionMeter.update` adds one batch to float64 sums: errors, norms, firings, and the same sums by document.
-2. `ReconstructionMeter.result` turns the sums into `Reconstruction`; every formula is in docs/metrics.md.
-3. `bootstrap_ratio` and `ReconstructionMeter.fvu_interval` resample whole documents, because tokens of one document
-   are not independent.
-4. `CovarianceMeter` and `pca_fvu` give the baseline: what a PCA of k components leaves unexplained on the same rows.
+1. `ReconstructionMeter.update` adds one batch to float64 sums: errors, norms, firings, and the same
+   sums by document.
+2. `ReconstructionMeter.result` turns the sums into `Reconstruction`; every formula is in
+   docs/metrics.md.
+3. `bootstrap_ratio` and `ReconstructionMeter.fvu_interval` resample whole documents, because tokens
+   of one document are not independent.
+4. `CovarianceMeter` and `pca_fvu` give the baseline: what a PCA of k components leaves unexplained
+   on the same rows.
 
-Cost: one pass, O(batch · d + document · d + latent) memory; `pca_fvu` is one d×d eigendecomposition. Nothing here
-depends on how the rows are cut into batches, except the value kept under SAEBench's name, whose definition does.
+Cost: one pass, O(batch · d + document · d + latent) memory; `pca_fvu` is one d×d
+eigendecomposition. Nothing here depends on how the rows are cut into batches, except the value kept
+under SAEBench's name, whose definition does.
 """
 
 from __future__ import annotations
@@ -27,7 +32,8 @@ DENSE_RATE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A 95 % percentile-bootstrap interval over documents; NaN on both sides for fewer than two documents."""
+    """A 95 % percentile-bootstrap interval over documents; NaN on both sides for fewer than two
+    documents."""
 
     low: float
     high: float
@@ -53,8 +59,9 @@ class Reconstruction:
 
 @dataclass(kw_only=True)
 class ReconstructionMeter:
-    """Streaming sums over batches of one dictionary. `centre` is any fixed vector near the mean of the activations: it
-    changes no result, it keeps the subtraction of the mean exact when the mean is large."""
+    """Streaming sums over batches of one dictionary. `centre` is any fixed vector near the mean of
+    the activations: it changes no result, it keeps the subtraction of the mean exact when the mean
+    is large."""
 
     n_latents: int
     d_out: int
@@ -78,11 +85,12 @@ class ReconstructionMeter:
         active: Int[Tensor, "firing"],
         documents: Int[Tensor, "token"] | None = None,
     ) -> None:
-        """Add one batch. `active` lists the latent of every non-zero code of the batch, in any order (`active_latents`
-        makes it). Without `documents` the batch counts as one document."""
+        """Add one batch. `active` lists the latent of every non-zero code of the batch, in any
+        order (`active_latents` makes it). Without `documents` the batch counts as one document."""
         if not torch.isfinite(reconstruction).all() or not torch.isfinite(target).all():
             raise UserError(
-                "activations or reconstructions are not finite", where=f"evaluated rows after {self.n_tokens}"
+                "activations or reconstructions are not finite",
+                where=f"evaluated rows after {self.n_tokens}",
             )
         x, y = target.double().cpu(), reconstruction.double().cpu()
         error = (x - y).square().sum(-1)
@@ -90,7 +98,9 @@ class ReconstructionMeter:
         self._sums["cosine"] += _safe_ratio((x * y).sum(-1), norm_x * norm_y).sum().item()
         self._sums["l2_ratio"] += _safe_ratio(norm_y, norm_x).sum().item()
         self._sums["squared_norm"] += norm_x.square().sum().item()
-        self._sums["legacy"] += (1 - _safe_ratio(error, (x - x.mean(0)).square().sum(-1))).sum().item()
+        self._sums["legacy"] += (
+            (1 - _safe_ratio(error, (x - x.mean(0)).square().sum(-1))).sum().item()
+        )
         self.firings += torch.bincount(active.cpu(), minlength=self.n_latents)
         self.n_tokens += len(x)
         self._add_documents(x - self._centre, error, documents)
@@ -114,17 +124,22 @@ class ReconstructionMeter:
             dense_fraction=(rate > DENSE_RATE).double().mean().item(),
             cosine=sums["cosine"] / n,
             l2_ratio=sums["l2_ratio"] / n,
-            saebench_explained_variance=float(1 - mean_error / (mean_norm - (mean_norm / self.d_out) ** 2)),
+            saebench_explained_variance=float(
+                1 - mean_error / (mean_norm - (mean_norm / self.d_out) ** 2)
+            ),
             saebench_explained_variance_legacy=sums["legacy"] / n,
         )
 
     def fvu_interval(self, *, n_resamples: int, seed: int) -> Interval:
-        """95 % interval of FVU; the global mean is taken anew from the documents of every resample."""
+        """95 % interval of FVU; the global mean is taken anew from the documents of every
+        resample."""
         table = self._document_table()
         weights = _document_weights(len(table.n), n_resamples=n_resamples, seed=seed)
         n, error, squares = weights @ table.n, weights @ table.error, weights @ table.squares
         total = squares - np.square(weights @ table.vectors).sum(1) / n
-        return _percentile_interval(error / np.where(total > 0, total, np.nan), n_documents=len(table.n))
+        return _percentile_interval(
+            error / np.where(total > 0, total, np.nan), n_documents=len(table.n)
+        )
 
     def _add_documents(
         self,
@@ -138,7 +153,9 @@ class ReconstructionMeter:
         squares = centred.square().sum(-1)
         for i, name in enumerate(names.tolist()):
             mine = where == i
-            entry = self._documents.setdefault(name, _DocumentSums(vector=torch.zeros(self.d_out, dtype=torch.float64)))
+            entry = self._documents.setdefault(
+                name, _DocumentSums(vector=torch.zeros(self.d_out, dtype=torch.float64))
+            )
             entry.n += int(mine.sum())
             entry.error += error[mine].sum().item()
             entry.squares += squares[mine].sum().item()
@@ -154,11 +171,15 @@ class ReconstructionMeter:
             n=np.array([entry.n for entry in entries], dtype=np.float64),
             error=np.array([entry.error for entry in entries]),
             squares=np.array([entry.squares for entry in entries]),
-            vectors=np.stack([entry.vector.numpy() for entry in entries]) if entries else np.zeros((0, self.d_out)),
+            vectors=np.stack([entry.vector.numpy() for entry in entries])
+            if entries
+            else np.zeros((0, self.d_out)),
         )
 
 
-def active_latents(index: Int[Tensor, "token k"], value: Float[Tensor, "token k"]) -> Int[Tensor, "firing"]:
+def active_latents(
+    index: Int[Tensor, "token k"], value: Float[Tensor, "token k"]
+) -> Int[Tensor, "firing"]:
     """The latents of the slots that hold a non-zero value (empty slots of sparse codes hold 0)."""
     return index[value != 0]
 
@@ -173,7 +194,9 @@ def bootstrap_ratio(
     """95 % interval of `numerator.sum() / denominator.sum()` over resampled documents."""
     weights = _document_weights(len(numerator), n_resamples=n_resamples, seed=seed)
     below = weights @ denominator
-    return _percentile_interval((weights @ numerator) / np.where(below != 0, below, np.nan), n_documents=len(numerator))
+    return _percentile_interval(
+        (weights @ numerator) / np.where(below != 0, below, np.nan), n_documents=len(numerator)
+    )
 
 
 @dataclass(kw_only=True)
@@ -210,18 +233,23 @@ class CovarianceMeter:
 def pca_fvu(train: CovarianceMeter, held_out: CovarianceMeter) -> Float[np.ndarray, "n_components"]:
     """FVU on the held-out rows of the PCA fitted on the train rows, for 0, 1, …, d components.
 
-    The PCA subtracts the train mean and keeps the leading eigenvectors of the train covariance; the denominator is the
-    held-out variance about the held-out mean, as for a dictionary. So entry 0 is slightly above 1.
+    The PCA subtracts the train mean and keeps the leading eigenvectors of the train covariance; the
+    denominator is the held-out variance about the held-out mean, as for a dictionary. So entry 0 is
+    slightly above 1.
     """
     if train.n < 2 or held_out.n < 2:
         raise UserError(
-            "too few rows for a PCA", expected="at least 2 train and 2 held-out rows", found=f"{train.n}, {held_out.n}"
+            "too few rows for a PCA",
+            expected="at least 2 train and 2 held-out rows",
+            found=f"{train.n}, {held_out.n}",
         )
     _, vectors = torch.linalg.eigh(train.scatter_about(train.mean) / train.n)
     scatter = held_out.scatter_about(train.mean)
     explained = ((scatter @ vectors) * vectors).sum(0).flip(0)
     total = torch.trace(held_out.scatter_about(held_out.mean))
-    left = torch.trace(scatter) - torch.cat([torch.zeros(1, dtype=torch.float64), explained.cumsum(0)])
+    left = torch.trace(scatter) - torch.cat(
+        [torch.zeros(1, dtype=torch.float64), explained.cumsum(0)]
+    )
     return (left.clamp_min(0) / total).numpy()
 
 
@@ -246,17 +274,23 @@ class _DocumentTable:
     vectors: Float[np.ndarray, "document d_out"]
 
 
-def _safe_ratio(above: Float[Tensor, "token"], below: Float[Tensor, "token"]) -> Float[Tensor, "token"]:
+def _safe_ratio(
+    above: Float[Tensor, "token"], below: Float[Tensor, "token"]
+) -> Float[Tensor, "token"]:
     """above / below, and 0 where below is 0: a zero vector has no direction."""
-    return torch.where(below > 0, above / below.clamp_min(torch.finfo(below.dtype).tiny), torch.zeros_like(above))
+    return torch.where(
+        below > 0, above / below.clamp_min(torch.finfo(below.dtype).tiny), torch.zeros_like(above)
+    )
 
 
-def _document_weights(n_documents: int, *, n_resamples: int, seed: int) -> Float[np.ndarray, "resample document"]:
+def _document_weights(
+    n_documents: int, *, n_resamples: int, seed: int
+) -> Float[np.ndarray, "resample document"]:
     """How often each document is drawn in each resample (rows sum to n_documents)."""
     generator = np.random.default_rng(seed)
-    return generator.multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=n_resamples).astype(
-        np.float64
-    )
+    return generator.multinomial(
+        n_documents, np.full(n_documents, 1 / n_documents), size=n_resamples
+    ).astype(np.float64)
 
 
 def _percentile_interval(values: Float[np.ndarray, "resample"], *, n_documents: int) -> Interval:

@@ -1,13 +1,14 @@
 """The space a dictionary is trained in, and the way back to raw activations.
 
-Training sees x' = (x − mean) / scale, with `mean` the site's mean activation and `scale` such that the mean square of
-x' is 1 per channel: learning rates and penalties then mean the same at every site, and centring prevents latents that
-are dead from the start (arXiv 2605.31518). Folding gives the same function of raw activations, with unit decoder
-rows: a latent z = scale · z' adds z times its row. For an encoder that subtracts b' (a tied b_dec), decoder rows of
-length n:
+Training sees x' = (x − mean) / scale, with `mean` the site's mean activation and `scale` such that
+the mean square of x' is 1 per channel: learning rates and penalties then mean the same at every
+site, and centring prevents latents that are dead from the start (arXiv 2605.31518). Folding gives
+the same function of raw activations, with unit decoder rows: a latent z = scale · z' adds z times
+its row. For an encoder that subtracts b' (a tied b_dec), decoder rows of length n:
 
     W = n · W'            b_enc = scale · n · b'_enc          b_in = mean + scale · b'
-    W_dec = W'_dec / n    b_dec = mean_out + scale · b'_dec   θ = scale · n · θ', gate offset likewise
+    W_dec = W'_dec / n    b_dec = mean_out + scale · b'_dec   θ = scale · n · θ', gate offset
+    likewise
 
 (With another output site: W gets scale_out / scale_in, and W_skip is folded into b_dec and itself.)
 """
@@ -66,7 +67,8 @@ def fold(
     target: Normalisation | None,
     metadata: dict[str, Any],
 ) -> Sae:
-    """Trained weights as a dictionary over raw activations. `target` is the output site's, for a transcoder."""
+    """Trained weights as a dictionary over raw activations. `target` is the output site's, for a
+    transcoder."""
     out = target or source
     length = weights["W_dec"].norm(dim=1)
     skip = None if "W_skip" not in weights else weights["W_skip"] * (out.scale / source.scale)
@@ -84,8 +86,11 @@ def fold(
     )
 
 
-def unfold(sae: Sae, source: Normalisation, target: Normalisation | None = None) -> dict[str, Tensor]:
-    """The weights that `fold` would turn into `sae`: what a neighbouring site's training starts from."""
+def unfold(
+    sae: Sae, source: Normalisation, target: Normalisation | None = None
+) -> dict[str, Tensor]:
+    """The weights that `fold` would turn into `sae`: what a neighbouring site's training starts
+    from."""
     out = target or source
     weights = {
         "W_enc": sae.W_enc * (source.scale / out.scale),

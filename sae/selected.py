@@ -1,19 +1,24 @@
-"""A few latents of a TopK encoder, without selecting in every row: raw pre-activations in, those latents out.
+"""A few latents of a TopK encoder, without selecting in every row: raw pre-activations in, those
+latents out.
 
-A latent is in its row's TopK only if fewer than k others lie above it. To know that it is not there, it is enough to
-find k that are, and nearly always a few columns show them:
+A latent is in its row's TopK only if fewer than k others lie above it. To know that it is not
+there, it is enough to find k that are, and nearly always a few columns show them:
 
-1. `wanted`: the pre-activations of the selected latents, for all rows. A row in which all are 0 or less is done: all 0.
-2. Blocks of columns, the first about √(2kN) wide, each as wide as all before it. After each, rows leave in which every
-   selected latent is decided: not positive, or k columns above it by more than rounding.
-3. Rows that are left have seen all columns; their TopK is taken as the encoder takes it, equals included. Values are
-   those of step 1.
+1. `wanted`: the pre-activations of the selected latents, for all rows. A row in which all are 0 or
+   less is done: all 0.
+2. Blocks of columns, the first about √(2kN) wide, each as wide as all before it. After each, rows
+   leave in which every selected latent is decided: not positive, or k columns above it by more than
+   rounding.
+3. Rows that are left have seen all columns; their TopK is taken as the encoder takes it, equals
+   included. Values are those of step 1.
 
-NaN is handed on as the encoder hands it on: it ranks above every number, so it takes a place among the k, and where the
-encoder's latent is NaN, so is this one. It is never taken for a latent that does not fire.
+NaN is handed on as the encoder hands it on: it ranks above every number, so it takes a place among
+the k, and where the encoder's latent is NaN, so is this one. It is never taken for a latent that
+does not fire.
 
-Cost where every rank of the latent has the same chance, as for a random direction: a fifth of the product and a
-fiftieth of the selections. A latent that fires in every row saves nothing. Memory: one block of pre-activations.
+Cost where every rank of the latent has the same chance, as for a random direction: a fifth of the
+product and a fiftieth of the selections. A latent that fires in every row saves nothing. Memory:
+one block of pre-activations.
 """
 
 from __future__ import annotations
@@ -39,7 +44,8 @@ def selected_of_topk(
     activation: TopKActivation,
     chosen: Int[Tensor, "selected"],
 ) -> Float[Tensor, "token selected"]:
-    """The columns `chosen` of the encoder's latents; `centred` is what its product sees (x − b_in)."""
+    """The columns `chosen` of the encoder's latents; `centred` is what its product sees (x −
+    b_in)."""
     wanted = F.linear(centred, W_enc[chosen], b_enc[chosen])
     found = torch.zeros_like(wanted)
     rows = _may_fire(wanted).any(-1).nonzero().squeeze(1)
@@ -77,14 +83,20 @@ def _blocks(n_latents: int, k: int) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def _count_above(part: Float[Tensor, "row column"], bar: Float[Tensor, "row selected"]) -> Int[Tensor, "row selected"]:
-    """Comparisons with NaN are False, so such a row is read to the end and the encoder's TopK decides."""
+def _count_above(
+    part: Float[Tensor, "row column"], bar: Float[Tensor, "row selected"]
+) -> Int[Tensor, "row selected"]:
+    """Comparisons with NaN are False, so such a row is read to the end and the encoder's TopK
+    decides."""
     return torch.stack([(part > each[:, None]).sum(-1) for each in bar.unbind(-1)], dim=-1)
 
 
 def _rounding(
-    x: Float[Tensor, "row d_in"], rows: Float[Tensor, "selected d_in"], bias: Float[Tensor, "selected"]
+    x: Float[Tensor, "row d_in"],
+    rows: Float[Tensor, "selected d_in"],
+    bias: Float[Tensor, "selected"],
 ) -> Float[Tensor, "row selected"]:
-    """How far a product may come out differently in a matrix of another shape; in float32 a few times what is seen."""
+    """How far a product may come out differently in a matrix of another shape; in float32 a few
+    times what is seen."""
     size = x.norm(dim=-1, keepdim=True) * rows.norm(dim=-1) + bias.abs()
     return size * (_ROUNDING if x.dtype == torch.float32 else 64 * torch.finfo(x.dtype).eps)

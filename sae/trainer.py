@@ -1,13 +1,18 @@
-"""Training one dictionary: batches in, a dictionary over raw activations out, stoppable after any step.
+"""Training one dictionary: batches in, a dictionary over raw activations out, stoppable after any
+step.
 
     1. normalise the batch; refuse NaN and infinity, naming the rows
     2. gradients from the architecture (sparse step or autograd), dead latents and schedule given
-    3. one Adam update: linear warm-up, constant rate, linear decay to 0 over the last part of the run
-    4. bookkeeping: how long each latent has been silent; the closed loop's coefficient; sums for the next record
-    5. at the end: thresholds calibrated on held-out rows where the architecture asks for it, then fold
+    3. one Adam update: linear warm-up, constant rate, linear decay to 0 over the last part of the
+       run
+    4. bookkeeping: how long each latent has been silent; the closed loop's coefficient; sums for
+       the next record
+    5. at the end: thresholds calibrated on held-out rows where the architecture asks for it, then
+       fold
 
 A latent is dead when it has been silent for the schedule's `dead_after` tokens (sae/schedule.py).
-`state` holds everything: a run killed after any checkpoint ends with the same bits as one that was not (CPU).
+`state` holds everything: a run killed after any checkpoint ends with the same bits as one that was
+not (CPU).
 """
 
 from __future__ import annotations
@@ -49,7 +54,8 @@ class _Sums:
 
 @dataclass(kw_only=True, eq=False)
 class Trainer:
-    """One dictionary being trained. `weights` are in the normalised space; `records` are the curve so far."""
+    """One dictionary being trained. `weights` are in the normalised space; `records` are the curve
+    so far."""
 
     architecture: Architecture
     schedule: Schedule
@@ -67,7 +73,11 @@ class Trainer:
         names = {"W_enc", "b_enc", "W_dec", "b_dec", "W_skip"}
         n_latents = len(self.weights["W_enc"])
         extra = self.architecture.extra_parameters(n_latents)
-        kept = {name: tensor.clone() for name, tensor in self.weights.items() if name in names or name in extra}
+        kept = {
+            name: tensor.clone()
+            for name, tensor in self.weights.items()
+            if name in names or name in extra
+        }
         device = self.weights["W_enc"].device
         self.weights = {name: tensor.to(device) for name, tensor in extra.items()} | kept
         self.silent_for = torch.zeros(n_latents, dtype=torch.int64, device=device)
@@ -79,8 +89,8 @@ class Trainer:
         return self.step >= self.schedule.steps
 
     def train_on(self, batch: Batch, batches: Batches | None = None) -> dict[str, float] | None:
-        """One step. Returns a record every `record_every` steps and at the end. Raises UserError for NaN or infinity,
-        before any weight has changed."""
+        """One step. Returns a record every `record_every` steps and at the end. Raises UserError
+        for NaN or infinity, before any weight has changed."""
         x = self.source.apply(batch.x)
         y = None if batch.y is None else (self.target or self.source).apply(batch.y)
         now = Situation(
@@ -105,27 +115,41 @@ class Trainer:
         return self._book(seen, loss, len(x))
 
     def finish(self, held_out: Batch | None, metadata: Mapping[str, Any]) -> Sae:
-        """The dictionary. `held_out` rows set the thresholds of architectures that are calibrated."""
+        """The dictionary. `held_out` rows set the thresholds of architectures that are
+        calibrated."""
         weights, threshold = self.weights, self.threshold
         if self.architecture.calibrated and held_out is not None:
             x = self.source.apply(held_out.x)
-            weights, threshold = calibrated_threshold(self.architecture, weights, x, tied=held_out.y is None)
+            weights, threshold = calibrated_threshold(
+                self.architecture, weights, x, tied=held_out.y is None
+            )
         activation = self.architecture.activation(weights, threshold)
-        return fold(weights, activation, self.source, self.target, {**metadata, "scale": self.source.scale}).to("cpu")
+        return fold(
+            weights, activation, self.source, self.target, {**metadata, "scale": self.source.scale}
+        ).to("cpu")
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All there is to continue from: tensors and plain JSON."""
         moments, n_updates = self.adam.state()
         tensors = {f"weight.{name}": tensor for name, tensor in self.weights.items()}
-        tensors |= {f"adam.{name}": tensor for name, tensor in moments.items()} | {"silent_for": self.silent_for}
-        numbers = {name: getattr(self, name) for name in ("step", "pressure", "threshold", "l0_average", "records")}
+        tensors |= {f"adam.{name}": tensor for name, tensor in moments.items()} | {
+            "silent_for": self.silent_for
+        }
+        numbers = {
+            name: getattr(self, name)
+            for name in ("step", "pressure", "threshold", "l0_average", "records")
+        }
         return tensors, numbers | {"n_updates": n_updates, "sums": vars(self._sums)}
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Continue from a `state`."""
         for name, weight in self.weights.items():
             weight.copy_(tensors[f"weight.{name}"])
-        moments = {name.removeprefix("adam."): tensor for name, tensor in tensors.items() if name.startswith("adam.")}
+        moments = {
+            name.removeprefix("adam."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("adam.")
+        }
         self.adam.restore(moments, numbers["n_updates"])
         self.silent_for.copy_(tensors["silent_for"])
         for name in ("step", "pressure", "threshold", "l0_average", "records"):
@@ -136,22 +160,34 @@ class Trainer:
         self.silent_for += n_tokens
         self.silent_for[seen.fired] = 0
         l0 = float(seen.n_active) / n_tokens
-        self.l0_average = l0 if self.step == 0 else _L0_MEMORY * self.l0_average + (1 - _L0_MEMORY) * l0
+        self.l0_average = (
+            l0 if self.step == 0 else _L0_MEMORY * self.l0_average + (1 - _L0_MEMORY) * l0
+        )
         if seen.threshold is not None:
             edge = float(seen.threshold)
             self.threshold = edge if self.step == 0 else 0.95 * self.threshold + 0.05 * edge
         if self.architecture.closed_loop and self.step >= _LOOP_START * self.schedule.steps:
             self.pressure *= self._excess() ** _LOOP_SPEED
         sums = self._sums
-        sums.steps, sums.loss, sums.tokens = sums.steps + 1, sums.loss + loss, sums.tokens + n_tokens
-        sums.error, sums.target = sums.error + float(seen.squared_error), sums.target + float(seen.squared_target)
+        sums.steps, sums.loss, sums.tokens = (
+            sums.steps + 1,
+            sums.loss + loss,
+            sums.tokens + n_tokens,
+        )
+        sums.error, sums.target = (
+            sums.error + float(seen.squared_error),
+            sums.target + float(seen.squared_target),
+        )
         sums.active += float(seen.n_active)
         self.step += 1
-        return self._record() if self.step % self.schedule.record_every == 0 or self.finished else None
+        return (
+            self._record() if self.step % self.schedule.record_every == 0 or self.finished else None
+        )
 
     def _excess(self) -> float:
-        """How many times too high L0 is, within a factor of 4. The coefficient follows it at once (the factor itself)
-        and for good (its slow accumulation in `pressure`); the first part without the second settles off the target."""
+        """How many times too high L0 is, within a factor of 4. The coefficient follows it at once
+        (the factor itself) and for good (its slow accumulation in `pressure`); the first part
+        without the second settles off the target."""
         if not self.architecture.closed_loop or self.step == 0:
             return 1.0
         return min(max(self.l0_average / self.architecture.target_l0, 0.25), 4.0)
@@ -178,7 +214,8 @@ def train(
     checkpoint: Callable[[], None] | None = None,
     checkpoint_every: int = 500,
 ) -> None:
-    """Run `trainer` to its end. `each_step` may raise to stop; `checkpoint` is called between steps."""
+    """Run `trainer` to its end. `each_step` may raise to stop; `checkpoint` is called between
+    steps."""
     while not trainer.finished:
         record = trainer.train_on(batches.next_batch(), batches)
         if record is not None:
@@ -191,25 +228,41 @@ def train(
 def random_start(
     n_latents: int, d_in: int, *, seed: int, d_out: int | None = None, skip: bool = False
 ) -> dict[str, Float[Tensor, "..."]]:
-    """Unit decoder rows in uniformly random directions and a tied encoder. A transcoder starts from a decoder of its
-    own and, with `skip`, from a linear part that is zero."""
+    """Unit decoder rows in uniformly random directions and a tied encoder. A transcoder starts from
+    a decoder of its own and, with `skip`, from a linear part that is zero."""
     generator = torch.Generator().manual_seed(seed)
     encoder = torch.nn.functional.normalize(torch.randn(n_latents, d_in, generator=generator))
     decoder = encoder.clone()
     if d_out is not None:
         decoder = torch.nn.functional.normalize(torch.randn(n_latents, d_out, generator=generator))
     width = d_in if d_out is None else d_out
-    weights = {"W_enc": encoder, "b_enc": torch.zeros(n_latents), "W_dec": decoder, "b_dec": torch.zeros(width)}
+    weights = {
+        "W_enc": encoder,
+        "b_enc": torch.zeros(n_latents),
+        "W_dec": decoder,
+        "b_dec": torch.zeros(width),
+    }
     return weights | ({"W_skip": torch.zeros(width, d_in)} if skip else {})
 
 
 def _bad_batch(batch: Batch, batches: Batches | None, step: int) -> UserError:
-    """The error for a loss that is not finite: the rows that hold NaN or infinity, or else divergence."""
+    """The error for a loss that is not finite: the rows that hold NaN or infinity, or else
+    divergence."""
     parts = [part for part in (batch.x, batch.y) if part is not None]
-    bad = torch.stack([~torch.isfinite(part).all(dim=1) for part in parts]).any(0).nonzero().flatten().tolist()
+    bad = (
+        torch.stack([~torch.isfinite(part).all(dim=1) for part in parts])
+        .any(0)
+        .nonzero()
+        .flatten()
+        .tolist()
+    )
     if not bad:
         mend = "lower the learning rate"
-        return UserError("training diverged: the loss is not finite", where=f"step {step}", mend=mend)
+        return UserError(
+            "training diverged: the loss is not finite", where=f"step {step}", mend=mend
+        )
     where = batches.locate(bad[:8]) if batches is not None else f"rows {bad[:8]} of the batch"
     mend = "collect these activations again, or leave out the documents"
-    return UserError("NaN or infinity among the activations", where=where, found=f"{len(bad)} rows", mend=mend)
+    return UserError(
+        "NaN or infinity among the activations", where=where, found=f"{len(bad)} rows", mend=mend
+    )

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 _HOMES = {
     **dict.fromkeys(("RowPlan", "applied"), "steering.applied"),
     **dict.fromkeys(("Calibrated", "Dose", "NeutralText", "calibrate", "measure"), "steering.dose"),
-    **dict.fromkeys(("Generation", "Sample", "Sampling", "generate", "stream"), "steering.generation"),
+    **dict.fromkeys(
+        ("Generation", "Sample", "Sampling", "generate", "stream"), "steering.generation"
+    ),
     **dict.fromkeys(("Node", "Plan"), "steering.plan"),
     **dict.fromkeys(("read_plan", "write_plan"), "steering.plan_files"),
 }

@@ -1,19 +1,21 @@
-"""Putting plans onto a model: hooks for as long as a `with` block lasts, and an account of what they did.
+"""Putting plans onto a model: hooks for as long as a `with` block lasts, and an account of what
+they did.
 
     with applied(model, saes, plan) as run:
         model.hf(input_ids=ids)
     run.report()
 
 1. Each plan's nodes are gathered by site: decoder rows, strengths, encoder columns to read.
-2. At a site the hook reads the incoming vector, asks every plan for its change (all from the same vector, so plans at
-   one site commute), adds the changes and leaves every untouched token as it was, to the bit.
-3. `rows` gives a plan only some rows of the batch, so that one batch can hold many plans, strengths and an unsteered
-   twin.
-4. The report counts tokens seen and touched and the realised size of the change. Nothing touched is a warning; hooks
-   that never fired are an error.
+2. At a site the hook reads the incoming vector, asks every plan for its change (all from the same
+   vector, so plans at one site commute), adds the changes and leaves every untouched token as it
+   was, to the bit.
+3. `rows` gives a plan only some rows of the batch, so that one batch can hold many plans, strengths
+   and an unsteered twin.
+4. The report counts tokens seen and touched and the realised size of the change. Nothing touched is
+   a warning; hooks that never fired are an error.
 
-Cost: per site one product with the plan's decoder rows and, for edits of features, the selected encoder columns (TopK:
-as many others as decide, sae/selected.py) where a token is in scope.
+Cost: per site one product with the plan's decoder rows and, for edits of features, the selected
+encoder columns (TopK: as many others as decide, sae/selected.py) where a token is in scope.
 """
 
 from __future__ import annotations
@@ -30,7 +32,15 @@ from torch import Tensor
 
 from data.sites import FeatureId, Site, parse_feature
 from sae.errors import UserError
-from steering.edits import Add, NodeValues, Rotate, coefficients, reads_activation, rotated, with_norm_of
+from steering.edits import (
+    Add,
+    NodeValues,
+    Rotate,
+    coefficients,
+    reads_activation,
+    rotated,
+    with_norm_of,
+)
 from steering.fit import RowPlan, misfits
 from steering.plan import Node, Plan
 from steering.protocols import Dictionary, SteerableModel
@@ -51,7 +61,8 @@ class SteeringRun:
         self._tracker = tracker
 
     def expect_prompt(self, n_columns: int | None) -> None:
-        """When sequences are run again from the start without a cache, say how many columns are prompt."""
+        """When sequences are run again from the start without a cache, say how many columns are
+        prompt."""
         self._tracker.expect_prompt(n_columns)
 
     def report(self) -> SteeringReport:
@@ -69,8 +80,8 @@ def applied(
 ) -> Iterator[SteeringRun]:
     """Steer `model` inside the block. Hooks are removed however it ends.
 
-    `monitor` also reads the activations of features whose edit does not need them, for `mean_before`.
-    Raises UserError with every misfit between plans, model and dictionaries.
+    `monitor` also reads the activations of features whose edit does not need them, for
+    `mean_before`. Raises UserError with every misfit between plans, model and dictionaries.
     """
     row_plans = _row_plans(plans)
     if problems := tuple(misfits(model, saes, row_plans)):
@@ -118,9 +129,21 @@ class _Part:
     ) -> None:
         plan = row_plan.plan
         device = next(model.hf.parameters()).device
-        self.site, self.nodes, self.number, self.plan, self.tracker = site, nodes, number, plan, tracker
-        self.rows = None if row_plan.rows is None else torch.tensor(row_plan.rows, dtype=torch.long, device=device)
-        self.directions = torch.stack([direction_of_node(node, plan, saes) for node in nodes]).float().to(device)
+        self.site, self.nodes, self.number, self.plan, self.tracker = (
+            site,
+            nodes,
+            number,
+            plan,
+            tracker,
+        )
+        self.rows = (
+            None
+            if row_plan.rows is None
+            else torch.tensor(row_plan.rows, dtype=torch.long, device=device)
+        )
+        self.directions = (
+            torch.stack([direction_of_node(node, plan, saes) for node in nodes]).float().to(device)
+        )
         self.values = NodeValues(
             strength=torch.tensor([plan.strength * node.weight for node in nodes], device=device),
             scale=torch.tensor([node.scale for node in nodes], device=device),
@@ -128,7 +151,9 @@ class _Part:
         )
         own_condition = isinstance(plan.scope, WhereActive) and plan.scope.feature is None
         self.reads = (
-            reads_activation(plan.edit) or own_condition or (monitor and all(node.is_feature for node in nodes))
+            reads_activation(plan.edit)
+            or own_condition
+            or (monitor and all(node.is_feature for node in nodes))
         )
         self.sae = saes.get(site)
         self.latents = [parse_feature(node.at).latent for node in nodes] if self.reads else []
@@ -148,18 +173,23 @@ class _Part:
             c = (mask & (self.values.strength != 0)).float()
             delta = (rotated(flat, self.directions[0], self.values.strength[0]) - flat) * c
         else:
-            c = torch.where(mask, coefficients(self.plan.edit, flat, a, self.directions, self.values), 0.0)
+            c = torch.where(
+                mask, coefficients(self.plan.edit, flat, a, self.directions, self.values), 0.0
+            )
             delta = c @ self.directions
         if isinstance(self.plan.edit, Add) and self.plan.edit.keep_norm:
             delta = with_norm_of(flat + delta, flat) - flat
         touched = (c != 0).any(dim=-1)
-        self.tally.add(flat, delta, touched, mask, c, a, adds=not isinstance(self.plan.edit, Rotate))
+        self.tally.add(
+            flat, delta, touched, mask, c, a, adds=not isinstance(self.plan.edit, Rotate)
+        )
         return delta.view(h.shape), touched.view(h.shape[:-1])
 
     def _activations(self, flat: Float[Tensor, "token d_model"], in_scope: Tensor) -> Tensor | None:
-        """Of every token; nothing is encoded where none is in scope, as when a plan for the prompt meets a new token.
-        On a GPU to ask would cost more than to encode. Always all tokens or none: a product over some of them may round
-        otherwise, and then holding a feature at its present value would change it."""
+        """Of every token; nothing is encoded where none is in scope, as when a plan for the prompt
+        meets a new token. On a GPU to ask would cost more than to encode. Always all tokens or
+        none: a product over some of them may round otherwise, and then holding a feature at its
+        present value would change it."""
         if not self.reads or self.sae is None:
             return None
         if flat.is_cuda or in_scope.any():
@@ -173,7 +203,9 @@ class _Part:
             mask = mask & (self.condition.activation > self.plan.scope.above)  # type: ignore[union-attr]  # WhereActive
         return (mask if self.rows is None else mask[self.rows]).reshape(-1)
 
-    def _mask(self, in_scope: Bool[Tensor, "token"], a: Tensor | None) -> Bool[Tensor, "token node"]:
+    def _mask(
+        self, in_scope: Bool[Tensor, "token"], a: Tensor | None
+    ) -> Bool[Tensor, "token node"]:
         if isinstance(self.plan.scope, WhereActive) and self.condition is None and a is not None:
             return in_scope[:, None] & (a > self.plan.scope.above)
         return in_scope[:, None].expand(-1, len(self.nodes))
@@ -182,7 +214,9 @@ class _Part:
         yield from self.tally.reports(self.number, [node.at for node in self.nodes])
 
 
-def _edits_by_site(parts: Sequence[_Part], conditions: Sequence[_Condition]) -> dict[Site, Callable[[Tensor], Tensor]]:
+def _edits_by_site(
+    parts: Sequence[_Part], conditions: Sequence[_Condition]
+) -> dict[Site, Callable[[Tensor], Tensor]]:
     by_site: dict[Site, list[_Part]] = {}
     for part in parts:
         by_site.setdefault(part.site, []).append(part)
@@ -191,11 +225,14 @@ def _edits_by_site(parts: Sequence[_Part], conditions: Sequence[_Condition]) -> 
             part.condition = next(c for c in conditions if str(c.feature) == scope.feature)
     sites = {*by_site, *(condition.feature.site for condition in conditions)}
     return {
-        site: _site_edit(by_site.get(site, []), [c for c in conditions if c.feature.site == site]) for site in sites
+        site: _site_edit(by_site.get(site, []), [c for c in conditions if c.feature.site == site])
+        for site in sites
     }
 
 
-def _site_edit(parts: Sequence[_Part], conditions: Sequence[_Condition]) -> Callable[[Tensor], Tensor]:
+def _site_edit(
+    parts: Sequence[_Part], conditions: Sequence[_Condition]
+) -> Callable[[Tensor], Tensor]:
     @torch.no_grad()
     def edit(h: Float[Tensor, "batch position d_model"]) -> Float[Tensor, "batch position d_model"]:
         for condition in conditions:
@@ -236,17 +273,28 @@ def _row_plans(plans: Any) -> list[RowPlan]:
 def _conditions(
     row_plans: Sequence[RowPlan], saes: Mapping[Site, Dictionary], tracker: WindowTracker
 ) -> list[_Condition]:
-    named = {p.plan.scope.feature for p in row_plans if isinstance(p.plan.scope, WhereActive) and p.plan.scope.feature}
+    named = {
+        p.plan.scope.feature
+        for p in row_plans
+        if isinstance(p.plan.scope, WhereActive) and p.plan.scope.feature
+    }
     features = [parse_feature(name) for name in sorted(named)]
-    return [_Condition(feature=feature, sae=saes[feature.site], tracker=tracker) for feature in features]
+    return [
+        _Condition(feature=feature, sae=saes[feature.site], tracker=tracker) for feature in features
+    ]
 
 
 def _warn_if_nothing_happened(run: SteeringRun, row_plans: Sequence[RowPlan]) -> None:
     report = run.report()
     if report.n_passes == 0:
         return
-    if all(node.n_seen == 0 for node in report.nodes) and all(part.tally.n_calls == 0 for part in run._parts):
-        raise UserError("the model ran, but no edited site did", expected="the model that was given to `applied`")
+    if all(node.n_seen == 0 for node in report.nodes) and all(
+        part.tally.n_calls == 0 for part in run._parts
+    ):
+        raise UserError(
+            "the model ran, but no edited site did",
+            expected="the model that was given to `applied`",
+        )
     for number, row_plan in enumerate(row_plans):
         if row_plan.plan.strength != 0 and report.n_touched(number) == 0:
             name = row_plan.plan.name or f"plan {number}"

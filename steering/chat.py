@@ -1,9 +1,9 @@
 """One question to a language model at an address that speaks OpenAI's chat protocol, one answer.
 
-1. Send the question at temperature 0, with the key if there is one. Only to that address: a redirection is refused, as
-   it would take question and key to a place that nobody named.
-2. The answer is the text of the first choice. Whatever else comes is an error that names the address: no server, an
-   HTTP error (with what the server said), no JSON, an answer without text.
+1. Send the question at temperature 0, with the key if there is one. Only to that address: a
+   redirection is refused, as it would take question and key to a place that nobody named.
+2. The answer is the text of the first choice. Whatever else comes is an error that names the
+   address: no server, an HTTP error (with what the server said), no JSON, an answer without text.
 
 Cost: one request a question. Standard library only.
 """
@@ -35,19 +35,31 @@ class ChatModel:
     def ask(self, question: str, *, max_tokens: int) -> str:
         """The answer as it came. Raises UserError when the address does not answer as expected."""
         if not self.url.startswith(("http://", "https://")):
-            raise UserError("not an http address", where=self.url, expected="http://127.0.0.1:8000/v1")
+            raise UserError(
+                "not an http address", where=self.url, expected="http://127.0.0.1:8000/v1"
+            )
         try:
             request = self._request(question, max_tokens)
             with _OPENER.open(request, timeout=self.timeout_s) as answer:
-                content = json.loads(answer.read(_MOST_ANSWERED))["choices"][0]["message"]["content"]
+                content = json.loads(answer.read(_MOST_ANSWERED))["choices"][0]["message"][
+                    "content"
+                ]
         except urllib.error.HTTPError as error:
             with error:
                 said = error.read(_LONGEST).decode(errors="replace")
-            raise UserError("the language model refuses", where=self.url, found=f"{error.code}: {said}") from error
+            raise UserError(
+                "the language model refuses", where=self.url, found=f"{error.code}: {said}"
+            ) from error
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-            raise UserError("the language model did not answer", where=self.url, found=_told(error)) from error
+            raise UserError(
+                "the language model did not answer", where=self.url, found=_told(error)
+            ) from error
         if not isinstance(content, str):
-            raise UserError("the language model answered without text", where=self.url, found=repr(content)[:_LONGEST])
+            raise UserError(
+                "the language model answered without text",
+                where=self.url,
+                found=repr(content)[:_LONGEST],
+            )
         return content
 
     def _request(self, question: str, max_tokens: int) -> urllib.request.Request:

@@ -1,7 +1,8 @@
 """The base of every small dataclass that a plan file may hold.
 
-A subclass is a frozen dataclass with named arguments, and keys that it does not know are refused when it is read. A
-choice among several (an edit, a scope, a schedule) is a union of subclasses told apart by their `kind`.
+A subclass is a frozen dataclass with named arguments, and keys that it does not know are refused
+when it is read. A choice among several (an edit, a scope, a schedule) is a union of subclasses told
+apart by their `kind`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Is a text about a concept? A classifier and a lexicon, both from other sources than the features came from.
+"""Is a text about a concept? A classifier and a lexicon, both from other sources than the features
+came from.
 
-- `ConceptClassifier`: TF-IDF of words with logistic regression, topic against all others. A text succeeds when its
-  probability exceeds the 95th percentile of *unsteered* development text (`threshold_on`), so chance is 5 % by
-  construction.
-- `lexicon_hits`: words of an independent lexicon per 100 words, and how many different ones: "pizza pizza pizza" is
-  one.
+- `ConceptClassifier`: TF-IDF of words with logistic regression, topic against all others. A text
+  succeeds when its probability exceeds the 95th percentile of *unsteered* development text
+  (`threshold_on`), so chance is 5 % by construction.
+- `lexicon_hits`: words of an independent lexicon per 100 words, and how many different ones: "pizza
+  pizza pizza" is one.
 
 A language model can judge as well (steering/judge.py); nothing here needs one.
 """
@@ -29,7 +30,9 @@ class ConceptClassifier:
     model: Any
 
     @classmethod
-    def train(cls, topic_texts: Sequence[str], other_texts: Sequence[str], *, seed: int = 0) -> ConceptClassifier:
+    def train(
+        cls, topic_texts: Sequence[str], other_texts: Sequence[str], *, seed: int = 0
+    ) -> ConceptClassifier:
         """Fit on texts of the topic and of everything else."""
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
@@ -37,11 +40,14 @@ class ConceptClassifier:
 
         if not topic_texts or not other_texts:
             raise UserError(
-                "a classifier needs texts of both kinds", found=f"{len(topic_texts)} and {len(other_texts)}"
+                "a classifier needs texts of both kinds",
+                found=f"{len(topic_texts)} and {len(other_texts)}",
             )
         made = make_pipeline(
             TfidfVectorizer(sublinear_tf=True, min_df=2, token_pattern=r"[a-zA-Z]{2,}"),
-            LogisticRegression(C=20.0, class_weight="balanced", solver="liblinear", random_state=seed),
+            LogisticRegression(
+                C=20.0, class_weight="balanced", solver="liblinear", random_state=seed
+            ),
         )
         made.fit([*topic_texts, *other_texts], [1] * len(topic_texts) + [0] * len(other_texts))
         return cls(model=made)
@@ -58,7 +64,9 @@ class ConceptClassifier:
         from steering.discovery import auroc
 
         values = self.probability([*topic_texts, *other_texts])[:, None]
-        return float(auroc(values, np.array([True] * len(topic_texts) + [False] * len(other_texts)))[0])
+        return float(
+            auroc(values, np.array([True] * len(topic_texts) + [False] * len(other_texts)))[0]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +79,8 @@ class LexiconHits:
 
 def lexicon_hits(text: str, lexicon: frozenset[str]) -> LexiconHits:
     words = re.findall(r"[a-z]+", text.lower())
-    singular = (word if word in lexicon else word[:-1] if word.endswith("s") else word for word in words)
+    singular = (
+        word if word in lexicon else word[:-1] if word.endswith("s") else word for word in words
+    )
     hits = [word for word in singular if word in lexicon]
     return LexiconHits(rate=100 * len(hits) / max(len(words), 1), distinct=len(set(hits)))

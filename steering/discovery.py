@@ -1,11 +1,11 @@
 """Features and directions for a concept, from texts with it and texts of the same kind without it.
 
-1. `activations_on`: per text, the mean activation of every latent at a site over the text's tokens (first token left
-   out).
-2. `rank_features`: by AUROC (does the activation tell topical from contrast texts?) and by d′; features that fire on
-   fewer than `min_fire_rate` of the topical texts are left out.
-3. The best fifty by AUROC are then asked for their output side (steering/profile.py or token mass): a feature that
-   reads a topic need not make the model write it.
+1. `activations_on`: per text, the mean activation of every latent at a site over the text's tokens
+   (first token left out).
+2. `rank_features`: by AUROC (does the activation tell topical from contrast texts?) and by d′;
+   features that fire on fewer than `min_fire_rate` of the topical texts are left out.
+3. The best fifty by AUROC are then asked for their output side (steering/profile.py or token mass):
+   a feature that reads a topic need not make the model write it.
 4. `difference_of_means`: the mean vector of topical texts minus that of contrast texts, per site.
 
 Cost: one forward pass over the texts, one encoding a site.
@@ -41,7 +41,8 @@ class Contrast:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextStates:
-    """Per site: mean vector and, where a dictionary was given, mean activation of every latent, one row a text."""
+    """Per site: mean vector and, where a dictionary was given, mean activation of every latent, one
+    row a text."""
 
     vectors: Mapping[Site, Float[Tensor, "text d_model"]]
     latents: Mapping[Site, Float[Tensor, "text latent"]]
@@ -70,7 +71,9 @@ def read_texts(
             encode = getattr(saes[site], "encode", None)
             if encode is not None:
                 latents[site].append(
-                    _masked_mean(encode(h.reshape(-1, h.shape[-1]).float()).view(*mask.shape, -1), mask)
+                    _masked_mean(
+                        encode(h.reshape(-1, h.shape[-1]).float()).view(*mask.shape, -1), mask
+                    )
                 )
     back = torch.tensor(np.argsort(order))
     return TextStates(
@@ -87,26 +90,38 @@ def rank_features(
     n_best: int = 50,
     by: Literal["auroc", "d_prime"] = "auroc",
 ) -> list[Contrast]:
-    """The best features of all sites by AUROC or d′, best first; the other decides between equals."""
+    """The best features of all sites by AUROC or d′, best first; the other decides between
+    equals."""
     topic = np.asarray(is_topic, dtype=bool)
     if not topic.any() or topic.all():
-        raise UserError("a contrast needs texts of both kinds", found=f"{int(topic.sum())} of {len(topic)} are topical")
+        raise UserError(
+            "a contrast needs texts of both kinds",
+            found=f"{int(topic.sum())} of {len(topic)} are topical",
+        )
     found = [
         contrast
         for site, latents in states.latents.items()
         for contrast in _contrasts(site, latents.numpy(), topic, min_fire_rate)
     ]
     second: Literal["auroc", "d_prime"] = "d_prime" if by == "auroc" else "auroc"
-    return sorted(found, key=lambda c: (-getattr(c, by), -getattr(c, second), str(c.feature)))[:n_best]
+    return sorted(found, key=lambda c: (-getattr(c, by), -getattr(c, second), str(c.feature)))[
+        :n_best
+    ]
 
 
-def difference_of_means(states: TextStates, is_topic: Sequence[bool]) -> dict[Site, Float[Tensor, "d_model"]]:
+def difference_of_means(
+    states: TextStates, is_topic: Sequence[bool]
+) -> dict[Site, Float[Tensor, "d_model"]]:
     """Topical mean minus contrast mean, per site."""
     topic = torch.as_tensor(list(is_topic), dtype=torch.bool)
-    return {site: rows[topic].mean(0) - rows[~topic].mean(0) for site, rows in states.vectors.items()}
+    return {
+        site: rows[topic].mean(0) - rows[~topic].mean(0) for site, rows in states.vectors.items()
+    }
 
 
-def auroc(values: Float[np.ndarray, "text feature"], is_topic: np.ndarray) -> Float[np.ndarray, "feature"]:
+def auroc(
+    values: Float[np.ndarray, "text feature"], is_topic: np.ndarray
+) -> Float[np.ndarray, "feature"]:
     """P(a topical text has the larger value), ties half."""
     ranks = rankdata(values, axis=0)
     n_topic = int(is_topic.sum())
@@ -114,7 +129,9 @@ def auroc(values: Float[np.ndarray, "text feature"], is_topic: np.ndarray) -> Fl
     return (ranks[is_topic].sum(0) - n_topic * (n_topic + 1) / 2) / (n_topic * n_other)
 
 
-def _contrasts(site: Site, latents: np.ndarray, topic: np.ndarray, min_fire_rate: float) -> list[Contrast]:
+def _contrasts(
+    site: Site, latents: np.ndarray, topic: np.ndarray, min_fire_rate: float
+) -> list[Contrast]:
     fire_rate = (latents[topic] > 0).mean(0)
     kept = np.flatnonzero(fire_rate >= min_fire_rate)
     if not len(kept):
@@ -149,5 +166,7 @@ def _recorded(model: SteerableModel, sites: Sequence[Site], batch: Batch) -> dic
     return seen
 
 
-def _masked_mean(values: Float[Tensor, "batch position n"], mask: Float[Tensor, "batch position"]) -> Tensor:
+def _masked_mean(
+    values: Float[Tensor, "batch position n"], mask: Float[Tensor, "batch position"]
+) -> Tensor:
     return torch.einsum("bpn,bp->bn", values, mask) / mask.sum(-1, keepdim=True).clamp(min=1)

@@ -1,17 +1,19 @@
-"""Dose: how strongly a plan changes the model, in nats of KL on neutral text, and the strength that gives a wanted
-dose.
+"""Dose: how strongly a plan changes the model, in nats of KL on neutral text, and the strength that
+gives a wanted dose.
 
-1. `NeutralText.prepare` runs the unsteered model once over neutral text and keeps its log-probabilities.
-2. `measure` runs the steered model over the same tokens: mean over tokens of KL(p_steered ‖ p_unsteered), its 95th
-   percentile, the share of unchanged first choices and the change of cross-entropy.
-3. `calibrate` solves measure(strength) = dose by regula falsi on log KL against log strength, kept off the ends of the
-   bracket; for small pushes KL grows with the square of the strength, so it starts with slope 2. All targets of one
-   plan share their evaluations. A dose that no strength reaches is reported, not raised: the closest point is returned
-   with `reached=False`.
+1. `NeutralText.prepare` runs the unsteered model once over neutral text and keeps its
+   log-probabilities.
+2. `measure` runs the steered model over the same tokens: mean over tokens of KL(p_steered ‖
+   p_unsteered), its 95th percentile, the share of unchanged first choices and the change of
+   cross-entropy.
+3. `calibrate` solves measure(strength) = dose by regula falsi on log KL against log strength, kept
+   off the ends of the bracket; for small pushes KL grows with the square of the strength, so it
+   starts with slope 2. All targets of one plan share their evaluations. A dose that no strength
+   reaches is reported, not raised: the closest point is returned with `reached=False`.
 
-A raw strength means nothing across features (the best one varies a hundredfold); doses are comparable. Cost: one
-forward pass over the neutral text an evaluation, from the first edited block on; 2–4 evaluations a target. Source:
-steering-lite's iso-KL calibration.
+A raw strength means nothing across features (the best one varies a hundredfold); doses are
+comparable. Cost: one forward pass over the neutral text an evaluation, from the first edited block
+on; 2–4 evaluations a target. Source: steering-lite's iso-KL calibration.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ _LEAST_KL = 1e-7
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NeutralText:
-    """Neutral text and what the unsteered model thinks of it. Scored: every real token but the first of each row.
-    `blocks` are the outputs of its blocks: a steered pass starts at the first edited one."""
+    """Neutral text and what the unsteered model thinks of it. Scored: every real token but the
+    first of each row. `blocks` are the outputs of its blocks: a steered pass starts at the first
+    edited one."""
 
     batch: Batch
     log_probs: Float[Tensor, "token vocab"]
@@ -47,7 +50,9 @@ class NeutralText:
     blocks: Sequence[Any] = ()
 
     @classmethod
-    def prepare(cls, model: SteerableModel, texts: Sequence[str], *, n_tokens: int = 64) -> NeutralText:
+    def prepare(
+        cls, model: SteerableModel, texts: Sequence[str], *, n_tokens: int = 64
+    ) -> NeutralText:
         """The first `n_tokens` tokens of each text. Memory: 4 bytes × tokens × vocabulary."""
         if not texts:
             raise UserError("a dose needs neutral text", expected="at least one text")
@@ -55,7 +60,9 @@ class NeutralText:
         with block_outputs(model) as blocks:
             log_probs = _scored(forward(model, batch), batch).float().log_softmax(-1)
         following = batch.ids.roll(-1, dims=1)
-        return cls(batch=batch, log_probs=log_probs, next_ids=_scored(following, batch), blocks=blocks)
+        return cls(
+            batch=batch, log_probs=log_probs, next_ids=_scored(following, batch), blocks=blocks
+        )
 
     @property
     def n_tokens(self) -> int:
@@ -64,7 +71,8 @@ class NeutralText:
 
 @dataclass(frozen=True, kw_only=True)
 class Dose:
-    """A measured dose. `kl` and `kl_p95` in nats a token; `delta_ce` is the rise of cross-entropy on that text."""
+    """A measured dose. `kl` and `kl_p95` in nats a token; `delta_ce` is the rise of cross-entropy
+    on that text."""
 
     strength: float
     kl: float
@@ -76,7 +84,8 @@ class Dose:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """The strength found for a wanted dose. When none gives it, `reached` is False and `measured` the closest."""
+    """The strength found for a wanted dose. When none gives it, `reached` is False and `measured`
+    the closest."""
 
     target: float
     measured: Dose
@@ -96,13 +105,17 @@ def measure(
     *,
     monitor: bool = True,
 ) -> Dose:
-    """The dose of the plan as it stands. Without `monitor` the report has no activations where the edit reads none."""
+    """The dose of the plan as it stands. Without `monitor` the report has no activations where the
+    edit reads none."""
     with applied(model, saes, plan, monitor=monitor) as run:
         steered = _steered(model, plan, neutral)
     kl = torch.linalg.vecdot(steered.exp(), steered - neutral.log_probs).double().clamp(min=0)
     rows = torch.arange(neutral.n_tokens, device=kl.device)
     has_next = neutral.next_ids >= 0
-    rise = neutral.log_probs[rows, neutral.next_ids.clamp(min=0)] - steered[rows, neutral.next_ids.clamp(min=0)]
+    rise = (
+        neutral.log_probs[rows, neutral.next_ids.clamp(min=0)]
+        - steered[rows, neutral.next_ids.clamp(min=0)]
+    )
     return Dose(
         strength=plan.strength,
         kl=float(kl.mean()),
@@ -121,14 +134,16 @@ def steered_log_probs(
         return _steered(model, plan, neutral)
 
 
-def _steered(model: SteerableModel, plan: Plan, neutral: NeutralText) -> Float[Tensor, "token vocab"]:
+def _steered(
+    model: SteerableModel, plan: Plan, neutral: NeutralText
+) -> Float[Tensor, "token vocab"]:
     with resumed(model, neutral.blocks, _first_edited(plan)):
         return _scored(forward(model, neutral.batch), neutral.batch).float().log_softmax(-1)
 
 
 def _first_edited(plan: Plan) -> int:
-    """The first block that must be computed: everything before it is as in the unsteered model. A condition's feature
-    must be read too."""
+    """The first block that must be computed: everything before it is as in the unsteered model. A
+    condition's feature must be read too."""
     sites = [node.site for node in plan.nodes]
     if isinstance(plan.scope, WhereActive) and plan.scope.feature is not None:
         sites.append(parse_feature(plan.scope.feature).site)
@@ -136,10 +151,15 @@ def _first_edited(plan: Plan) -> int:
 
 
 def persistence(steered: SteeringReport, unsteered: SteeringReport) -> float | None:
-    """Does the push survive? Mean over the nodes after the first of (activation as it arrives, steered) / (the same,
-    unsteered): 1 is a push that is gone at the next node. None where activations are not known or never present."""
+    """Does the push survive? Mean over the nodes after the first of (activation as it arrives,
+    steered) / (the same, unsteered): 1 is a push that is gone at the next node. None where
+    activations are not known or never present."""
     pairs = zip(steered.nodes[1:], unsteered.nodes[1:], strict=True)
-    ratios = [s.mean_before / u.mean_before for s, u in pairs if u.mean_before and s.mean_before is not None]
+    ratios = [
+        s.mean_before / u.mean_before
+        for s, u in pairs
+        if u.mean_before and s.mean_before is not None
+    ]
     return sum(ratios) / len(ratios) if ratios else None
 
 
@@ -155,8 +175,8 @@ def calibrate(
     max_strength: float = 1e4,
     monitor: bool = True,
 ) -> list[Calibrated]:
-    """The strength for each dose, to a relative error. The plan's own strength is the first guess and gives the sign:
-    a plan that pushes away from a feature still does."""
+    """The strength for each dose, to a relative error. The plan's own strength is the first guess
+    and gives the sign: a plan that pushes away from a feature still does."""
     if any(dose <= 0 or not math.isfinite(dose) for dose in doses):
         raise UserError("a dose is a positive number of nats", found=str(list(doses)))
     measured: dict[float, Dose] = {}
@@ -165,7 +185,9 @@ def calibrate(
 
     def at(strength: float) -> float:
         if strength not in measured:
-            measured[strength] = measure(model, saes, plan.with_strength(sign * strength), neutral, monitor=monitor)
+            measured[strength] = measure(
+                model, saes, plan.with_strength(sign * strength), neutral, monitor=monitor
+            )
         return measured[strength].kl
 
     guess = abs(plan.strength) or 1.0
@@ -173,11 +195,21 @@ def calibrate(
     for dose in doses:
         before = len(measured)
         strength, reached = solve_for_dose(
-            at, dose, guess=guess, known={s: m.kl for s, m in measured.items()},
-            tolerance=tolerance, max_evaluations=max_evaluations, max_strength=max_strength,
-        )  # fmt: skip
+            at,
+            dose,
+            guess=guess,
+            known={s: m.kl for s, m in measured.items()},
+            tolerance=tolerance,
+            max_evaluations=max_evaluations,
+            max_strength=max_strength,
+        )
         found.append(
-            Calibrated(target=dose, measured=measured[strength], reached=reached, n_evaluations=len(measured) - before)
+            Calibrated(
+                target=dose,
+                measured=measured[strength],
+                reached=reached,
+                n_evaluations=len(measured) - before,
+            )
         )
         guess = strength
     return found
@@ -212,7 +244,9 @@ def _next_strength(points: Mapping[float, float], dose: float, guess: float) -> 
     if not points:
         return guess
     below = max((s for s, kl in points.items() if kl <= dose), default=None)
-    above = min((s for s, kl in points.items() if kl > dose and (below is None or s > below)), default=None)
+    above = min(
+        (s for s, kl in points.items() if kl > dose and (below is None or s > below)), default=None
+    )
     if below is not None and above is not None:
         return _between(below, points[below], above, points[above], dose)
     edge = below if below is not None else min(points)
@@ -221,7 +255,8 @@ def _next_strength(points: Mapping[float, float], dose: float, guess: float) -> 
 
 
 def _between(low: float, kl_low: float, high: float, kl_high: float, dose: float) -> float:
-    """Interpolated in log-log, kept off the ends of the bracket so that it shrinks from both sides."""
+    """Interpolated in log-log, kept off the ends of the bracket so that it shrinks from both
+    sides."""
     fall, rise = math.log(max(kl_low, _LEAST_KL)), math.log(kl_high)
     share = (math.log(dose) - fall) / max(rise - fall, 1e-12)
     share = min(max(share, 0.05), 0.95)
@@ -233,7 +268,8 @@ def _is_close(kl: float, dose: float, tolerance: float) -> bool:
 
 
 def _is_saturated(points: Mapping[float, float], dose: float) -> bool:
-    """Two rising strengths, a factor of two apart or more, that moved KL by less than 2 % and stay below the dose."""
+    """Two rising strengths, a factor of two apart or more, that moved KL by less than 2 % and stay
+    below the dose."""
     ordered = sorted(points)
     if len(ordered) < 3 or points[ordered[-1]] >= dose:
         return False
@@ -242,7 +278,8 @@ def _is_saturated(points: Mapping[float, float], dose: float) -> bool:
 
 
 def _scored(values: Tensor, batch: Batch) -> Tensor:
-    """The values at real tokens, without the first of each row; the last column has no next token (-1 for ids)."""
+    """The values at real tokens, without the first of each row; the last column has no next token
+    (-1 for ids)."""
     if values.dtype == torch.long:
         values = values.clone()
         values[:, -1] = -1

@@ -1,12 +1,14 @@
-"""Edits of an activation: from the vector `h` at a site to the edited vector, one small formula each.
+"""Edits of an activation: from the vector `h` at a site to the edited vector, one small formula
+each.
 
 Edits of a feature read its activation `a = encode(h)` and choose a new one `a'`; the vector becomes
 
     h' = h + Σ (a'_i − a_i) · d_i                        (d_i: decoder row i)
 
-so what the dictionary does not explain stays, and nothing changes, to the bit, where `a' = a`. Edits of a direction
-need no encoder. `s` is the strength of a node (the plan's strength × the node's weight); `m` is the node's scale, in
-units of activation. At `s = 0` every edit leaves `h` alone.
+so what the dictionary does not explain stays, and nothing changes, to the bit, where `a' = a`.
+Edits of a direction need no encoder. `s` is the strength of a node (the plan's strength × the
+node's weight); `m` is the node's scale, in units of activation. At `s = 0` every edit leaves `h`
+alone.
 
 | edit         | formula                                                        |
 |--------------|----------------------------------------------------------------|
@@ -20,8 +22,9 @@ units of activation. At `s = 0` every edit leaves `h` alone.
 | ProjectOut   | h' = h − min(s, 1)·((h·u) − mean)·u, several u at once by their pseudo-inverse |
 | Rotate       | h' = ‖h‖(cos θ·ĥ + sin θ·u⊥), θ = min(s, 1)·90°                |
 
-Cost: one product with the selected decoder rows a site; the encoder columns only for edits of features. Sources:
-AxBench (clamp, min-clamp), Feature Flow (rescale, add), saklas (rotation), refusal-direction (projection).
+Cost: one product with the selected decoder rows a site; the encoder columns only for edits of
+features. Sources: AxBench (clamp, min-clamp), Feature Flow (rescale, add), saklas (rotation),
+refusal-direction (projection).
 """
 
 from __future__ import annotations
@@ -124,13 +127,16 @@ def coefficients(
     rows: Float[Tensor, "node d_model"],
     values: NodeValues,
 ) -> Float[Tensor, "token node"]:
-    """`c` such that the edit moves `h` by `c @ rows`. `a` is needed where `reads_activation`; Rotate has none."""
+    """`c` such that the edit moves `h` by `c @ rows`. `a` is needed where `reads_activation`;
+    Rotate has none."""
     match edit:
         case Add():
             unit_length = rows.norm(dim=-1).clamp(min=1e-12)
             return (values.strength * values.scale / unit_length).expand(h.shape[0], -1)
         case ProjectOut():
-            along = (h @ rows.T - values.mean * rows.norm(dim=-1)) @ torch.linalg.pinv(rows @ rows.T, hermitian=True)
+            along = (h @ rows.T - values.mean * rows.norm(dim=-1)) @ torch.linalg.pinv(
+                rows @ rows.T, hermitian=True
+            )
             return -values.strength.clamp(max=1) * along
         case Rotate():
             raise TypeError("a rotation is not a sum of rows; use `rotated`")
@@ -143,7 +149,8 @@ def coefficients(
 def rotated(
     h: Float[Tensor, "token d_model"], row: Float[Tensor, "d_model"], strength: float | Tensor
 ) -> Float[Tensor, "token d_model"]:
-    """`h` turned towards `row` by min(strength, 1) × 90°, its norm kept. Vectors parallel to `row` stay."""
+    """`h` turned towards `row` by min(strength, 1) × 90°, its norm kept. Vectors parallel to `row`
+    stay."""
     angle = float(min(float(strength), 1.0)) * math.pi / 2
     norm = h.norm(dim=-1, keepdim=True)
     unit = h / norm.clamp(min=1e-12)
@@ -158,4 +165,6 @@ def with_norm_of(
     edited: Float[Tensor, "token d_model"], h: Float[Tensor, "token d_model"]
 ) -> Float[Tensor, "token d_model"]:
     """`edited` scaled to the norm of `h`."""
-    return edited * (h.norm(dim=-1, keepdim=True) / edited.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+    return edited * (
+        h.norm(dim=-1, keepdim=True) / edited.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    )

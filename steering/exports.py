@@ -1,12 +1,12 @@
-"""Plans for other programs: llama.cpp control vectors (GGUF), plain vectors (safetensors), Neuronpedia steering
-requests.
+"""Plans for other programs: llama.cpp control vectors (GGUF), plain vectors (safetensors),
+Neuronpedia steering requests.
 
-Only a plan that adds fixed vectors to the residual stream can leave its activations behind: a control vector has no
-encoder, no scope and no gate. Anything else is refused, with every reason.
+Only a plan that adds fixed vectors to the residual stream can leave its activations behind: a
+control vector has no encoder, no scope and no gate. Anything else is refused, with every reason.
 
-- GGUF: architecture `controlvector`, tensors `direction.<layer>` float32 `[d_model]`, added to the *output* of block
-  `layer`; llama.cpp numbers its layers so that block 0 cannot be steered, so a plan that needs it is refused. Strength,
-  weights and scales are folded in: load it with scale 1.
+- GGUF: architecture `controlvector`, tensors `direction.<layer>` float32 `[d_model]`, added to the
+  *output* of block `layer`; llama.cpp numbers its layers so that block 0 cannot be steered, so a
+  plan that needs it is refused. Strength, weights and scales are folded in: load it with scale 1.
 - safetensors: the same vectors named by site, with the plan and its digests in the metadata.
 - Neuronpedia: one entry a feature with `modelId`, `layer`, `index`, `strength`.
 """
@@ -37,24 +37,35 @@ from steering.scopes import Everywhere
 _ARCHITECTURE = "controlvector"
 
 
-def added_vectors(plan: Plan, saes: Mapping[Site, Dictionary]) -> dict[Site, Float[Tensor, "d_model"]]:
-    """What the plan adds at each site, everything folded in. Raises UserError if it does more than add."""
+def added_vectors(
+    plan: Plan, saes: Mapping[Site, Dictionary]
+) -> dict[Site, Float[Tensor, "d_model"]]:
+    """What the plan adds at each site, everything folded in. Raises UserError if it does more than
+    add."""
     if not is_linear(plan):
         raise UserError(
-            f"a plan that does `{plan.edit.kind}` has no fixed vectors: what it adds depends on the activation",
+            f"a plan that does `{plan.edit.kind}` has no fixed vectors: what it adds depends on "
+            "the activation",
             expected="a plan with the edit add",
             mend="make the plan with edit add, or export the plan itself (.safetensors)",
         )
     found: dict[Site, Tensor] = {}
     for node in plan.nodes:
         direction = direction_of_node(node, plan, saes).detach().float().cpu()
-        vector = direction / direction.norm().clamp(min=1e-12) * (plan.strength * node.weight * node.scale)
+        vector = (
+            direction
+            / direction.norm().clamp(min=1e-12)
+            * (plan.strength * node.weight * node.scale)
+        )
         found[node.site] = found[node.site] + vector if node.site in found else vector
     return found
 
 
-def write_gguf(plan: Plan, saes: Mapping[Site, Dictionary], path: str | Path, *, model_type: str) -> Path:
-    """Write a llama.cpp control vector. `model_type` is the Hugging Face name of the architecture (llama, gemma2 …)."""
+def write_gguf(
+    plan: Plan, saes: Mapping[Site, Dictionary], path: str | Path, *, model_type: str
+) -> Path:
+    """Write a llama.cpp control vector. `model_type` is the Hugging Face name of the architecture
+    (llama, gemma2 …)."""
     from gguf import GGUFWriter
 
     vectors = added_vectors(plan, saes)
@@ -85,9 +96,15 @@ def read_gguf(path: str | Path) -> dict[int, Float[Tensor, "d_model"]]:
     architecture = bytes(field.parts[-1]).decode() if field is not None else ""
     if architecture != _ARCHITECTURE:
         raise UserError(
-            "this GGUF file is no control vector", where=str(path), expected=_ARCHITECTURE, found=architecture
+            "this GGUF file is no control vector",
+            where=str(path),
+            expected=_ARCHITECTURE,
+            found=architecture,
         )
-    named = {tensor.name: torch.from_numpy(np.array(tensor.data, dtype=np.float32)) for tensor in reader.tensors}
+    named = {
+        tensor.name: torch.from_numpy(np.array(tensor.data, dtype=np.float32))
+        for tensor in reader.tensors
+    }
     return {int(name.removeprefix("direction.")): vector for name, vector in named.items()}
 
 
@@ -104,17 +121,30 @@ def read_vectors(path: str | Path) -> tuple[dict[str, Float[Tensor, "d_model"]],
     with safe_open(path, framework="pt") as stream:
         metadata = stream.metadata() or {}
         if metadata.get("format") != "featureflow-vectors":
-            raise UserError("this file holds no steering vectors", where=str(path), expected="written by write_vectors")
-        return {name: stream.get_tensor(name) for name in stream.keys()}, json.loads(metadata["plan"])  # noqa: SIM118
+            raise UserError(
+                "this file holds no steering vectors",
+                where=str(path),
+                expected="written by write_vectors",
+            )
+        return {name: stream.get_tensor(name) for name in stream}, json.loads(metadata["plan"])
 
 
 def neuronpedia_request(
-    plan: Plan, *, model_id: str, sources: Mapping[Site, str], prompt: str, n_tokens: int = 64, seed: int = 0
+    plan: Plan,
+    *,
+    model_id: str,
+    sources: Mapping[Site, str],
+    prompt: str,
+    n_tokens: int = 64,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """The body of a Neuronpedia steering request. `sources` names the dictionary of each site there, such as
-    `12-res-jb`. Raises UserError for what the service cannot do."""
+    """The body of a Neuronpedia steering request. `sources` names the dictionary of each site
+    there, such as `12-res-jb`. Raises UserError for what the service cannot do."""
     if not is_linear(plan):
-        what = f"Neuronpedia cannot do `{plan.edit.kind}`{' with keep_norm' if isinstance(plan.edit, Add) else ''}"
+        what = (
+            "Neuronpedia cannot do "
+            f"`{plan.edit.kind}`{' with keep_norm' if isinstance(plan.edit, Add) else ''}"
+        )
         raise UserError(what, expected="a plan with the edit add, without keep_norm")
     problems = [
         Problem(what="Neuronpedia steers features where they were found", where=node.at)
@@ -127,7 +157,9 @@ def neuronpedia_request(
         if site not in sources
     ]
     if not isinstance(plan.scope, Everywhere):
-        problems.append(Problem(what="Neuronpedia steers every token", where="scope", found=plan.scope.kind))
+        problems.append(
+            Problem(what="Neuronpedia steers every token", where="scope", found=plan.scope.kind)
+        )
     if problems:
         raise UserError("this plan cannot be asked of Neuronpedia", problems=tuple(problems))
     features = [
@@ -157,8 +189,12 @@ def neuronpedia_request(
 def _obstacles(plan: Plan, vectors: Mapping[Site, Tensor]) -> Iterator[Problem]:
     for site in vectors:
         if site.kind != "resid_post":
-            yield Problem(what="control vectors are added to the residual stream only", where=site.short)
+            yield Problem(
+                what="control vectors are added to the residual stream only", where=site.short
+            )
         elif site.layer == 0:
             yield Problem(what="llama.cpp cannot steer the output of block 0", where=site.short)
     if not isinstance(plan.scope, Everywhere):
-        yield Problem(what="a control vector is added at every token", where="scope", found=plan.scope.kind)
+        yield Problem(
+            what="a control vector is added at every token", where="scope", found=plan.scope.kind
+        )

@@ -1,4 +1,5 @@
-"""Whether plans fit a model and its dictionaries, checked before anything runs; every misfit is reported."""
+"""Whether plans fit a model and its dictionaries, checked before anything runs; every misfit is
+reported."""
 
 from __future__ import annotations
 
@@ -21,12 +22,18 @@ class RowPlan:
     rows: tuple[int, ...] | None = None
 
 
-def misfits(model: SteerableModel, saes: Mapping[Site, Dictionary], row_plans: Sequence[RowPlan]) -> Iterator[Problem]:
+def misfits(
+    model: SteerableModel, saes: Mapping[Site, Dictionary], row_plans: Sequence[RowPlan]
+) -> Iterator[Problem]:
     sites = set(model.sites())
     for row_plan in row_plans:
         plan = row_plan.plan
         if plan.model and plan.model != model.fingerprint:
-            yield Problem(what="the plan was made for another model", expected=plan.model, found=model.fingerprint)
+            yield Problem(
+                what="the plan was made for another model",
+                expected=plan.model,
+                found=model.fingerprint,
+            )
         for node in plan.nodes:
             yield from _misfits_of_node(node, plan, sites, saes, model.d_model)
         if isinstance(plan.scope, WhereActive) and plan.scope.feature is not None:
@@ -53,11 +60,15 @@ def _misfits_of_node(
     sae = saes.get(feature.site) if feature is not None else None
     if feature is None or sae is None:
         yield Problem(
-            what="there is no dictionary for it", where=node.at, found=", ".join(s.short for s in sorted(saes))
+            what="there is no dictionary for it",
+            where=node.at,
+            found=", ".join(s.short for s in sorted(saes)),
         )
     elif not feature.latent < sae.W_dec.shape[0]:
         yield Problem(
-            what="the dictionary has no such latent", where=str(feature), expected=f"below {sae.W_dec.shape[0]}"
+            what="the dictionary has no such latent",
+            where=str(feature),
+            expected=f"below {sae.W_dec.shape[0]}",
         )
     elif sae.W_dec.shape[1] != d_model:
         yield Problem(
@@ -68,7 +79,9 @@ def _misfits_of_node(
         )
 
 
-def _misfits_of_condition(feature: FeatureId, plan: Plan, saes: Mapping[Site, Dictionary]) -> Iterator[Problem]:
+def _misfits_of_condition(
+    feature: FeatureId, plan: Plan, saes: Mapping[Site, Dictionary]
+) -> Iterator[Problem]:
     if feature.site not in saes:
         yield Problem(what="there is no dictionary for the scope's feature", where=str(feature))
     if any(node.site.depth < feature.site.depth for node in plan.nodes):
@@ -90,7 +103,9 @@ def _overlaps(row_plans: Sequence[RowPlan]) -> Iterator[Problem]:
                     and reads_activation(other.plan.edit)
                     and _share_rows(row_plan, other)
                 ):
-                    yield Problem(what="two plans set the same feature for the same rows", where=node.at)
+                    yield Problem(
+                        what="two plans set the same feature for the same rows", where=node.at
+                    )
             seen.setdefault(node.at, []).append(row_plan)
 
 

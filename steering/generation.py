@@ -1,14 +1,16 @@
 """Generation: paired samples of text, steered and unsteered, from the same random numbers.
 
-1. Every (prompt, sample) has a random stream of its own, seeded by (seed, prompt, sample) and nothing else: the same
-   in every batch, for every plan. At each step it draws one Gumbel number a token of the vocabulary.
-2. Rows = plans × prompts × samples, left-padded, with a key-value cache; plans are applied to their own rows, so a
-   steered row and its unsteered twin run in one batch.
-3. Next token = argmax(log p / temperature + Gumbel) over the `top_k` likeliest tokens, cut to `top_p`. Twins pick the
-   same token until their distributions differ enough to matter.
+1. Every (prompt, sample) has a random stream of its own, seeded by (seed, prompt, sample) and
+   nothing else: the same in every batch, for every plan. At each step it draws one Gumbel number a
+   token of the vocabulary.
+2. Rows = plans × prompts × samples, left-padded, with a key-value cache; plans are applied to their
+   own rows, so a steered row and its unsteered twin run in one batch.
+3. Next token = argmax(log p / temperature + Gumbel) over the `top_k` likeliest tokens, cut to
+   `top_p`. Twins pick the same token until their distributions differ enough to matter.
 4. Kept per token: its log-probability at temperature 1 under the model that wrote it.
 
-`stream` yields after every token; `generate` collects. Cost: one forward pass of one token per row a step.
+`stream` yields after every token; `generate` collects. Cost: one forward pass of one token per row
+a step.
 """
 
 from __future__ import annotations
@@ -46,9 +48,13 @@ class Sampling:
     def __post_init__(self) -> None:
         problems = []
         if self.n_tokens < 1:
-            problems.append(Problem(what="at least one token", where="n_tokens", found=str(self.n_tokens)))
+            problems.append(
+                Problem(what="at least one token", where="n_tokens", found=str(self.n_tokens))
+            )
         if not 0 <= self.temperature < math.inf:
-            problems.append(Problem(what="0 or more", where="temperature", found=str(self.temperature)))
+            problems.append(
+                Problem(what="0 or more", where="temperature", found=str(self.temperature))
+            )
         if not 0 < self.top_p <= 1:
             problems.append(Problem(what="in (0, 1]", where="top_p", found=str(self.top_p)))
         if self.top_k < 1:
@@ -59,7 +65,8 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A continuation. `plan` indexes the plans given (the prompt is not part of `text`); `finished` by a stop token."""
+    """A continuation. `plan` indexes the plans given (the prompt is not part of `text`); `finished`
+    by a stop token."""
 
     plan: int
     prompt_index: int
@@ -134,8 +141,8 @@ def stream(
     sampling: Sampling = Sampling(),
     reports: list[SteeringReport] | None = None,
 ) -> Generator[Step, None, None]:
-    """One row a plan, token by token; a row ends at a stop token. At the end `reports` gets what steering touched. The
-    model is steered until then: close what is not exhausted."""
+    """One row a plan, token by token; a row ends at a stop token. At the end `reports` gets what
+    steering touched. The model is steered until then: close what is not exhausted."""
     rows = [_Row(plan=p, prompt_index=0, sample=0, prompt=prompt) for p in range(len(plans))]
     yield from _steps(model, saes, rows, plans, seed, sampling, [] if reports is None else reports)
 
@@ -171,7 +178,11 @@ def _generate_block(
 
 
 def _sample(
-    model: SteerableModel, row: _Row, ids: tuple[int, ...], log_probs: tuple[float, ...], sampling: Sampling
+    model: SteerableModel,
+    row: _Row,
+    ids: tuple[int, ...],
+    log_probs: tuple[float, ...],
+    sampling: Sampling,
 ) -> Sample:
     finished = bool(ids) and ids[-1] in stop_tokens(model, sampling)
     return Sample(
@@ -205,24 +216,36 @@ def _steps(
     cache: Any = None
     with steering:
         run = steering.enter_context(applied(model, saes, row_plans)) if row_plans else None
-        steering.callback(lambda: reports.append(run.report() if run else SteeringReport(nodes=(), n_passes=0)))
+        steering.callback(
+            lambda: reports.append(run.report() if run else SteeringReport(nodes=(), n_passes=0))
+        )
         for _ in range(sampling.n_tokens):
             logits, cache = _next_logits(model, batch, cache)
             chosen, log_probs = _choose(logits.float(), noise.next().to(device), sampling)
             kept = alive.nonzero().squeeze(1).tolist()
-            yield Step(rows=tuple(kept), ids=tuple(chosen[alive].tolist()), log_probs=tuple(log_probs[alive].tolist()))
+            yield Step(
+                rows=tuple(kept),
+                ids=tuple(chosen[alive].tolist()),
+                log_probs=tuple(log_probs[alive].tolist()),
+            )
             alive = alive & ~torch.isin(chosen, stops)
             if not alive.any():
                 break
             batch = _extended(batch, chosen)
 
 
-def _next_logits(model: SteerableModel, batch: Batch, cache: Any) -> tuple[Float[Tensor, "batch vocab"], Any]:
+def _next_logits(
+    model: SteerableModel, batch: Batch, cache: Any
+) -> tuple[Float[Tensor, "batch vocab"], Any]:
     """Logits after the last column. The cache holds every column but the new ones."""
     n_past = 0 if cache is None else cache.get_seq_length()
-    arguments = forward_arguments(model, mask=batch.real, positions=batch.positions()[:, n_past:], n_last=1)
+    arguments = forward_arguments(
+        model, mask=batch.real, positions=batch.positions()[:, n_past:], n_last=1
+    )
     with torch.no_grad():
-        out = model.hf(input_ids=batch.ids[:, n_past:], past_key_values=cache, use_cache=True, **arguments)
+        out = model.hf(
+            input_ids=batch.ids[:, n_past:], past_key_values=cache, use_cache=True, **arguments
+        )
     return out.logits[:, -1], out.past_key_values
 
 
@@ -233,7 +256,9 @@ def _choose(
     if sampling.temperature == 0:
         chosen = logits.argmax(-1)
     else:
-        top, index = (logits / sampling.temperature).topk(min(sampling.top_k, logits.shape[-1]), dim=-1)
+        top, index = (logits / sampling.temperature).topk(
+            min(sampling.top_k, logits.shape[-1]), dim=-1
+        )
         probability = top.softmax(-1)
         before = probability.cumsum(-1) - probability
         scores = torch.where(before < sampling.top_p, top + noise.gather(1, index), -torch.inf)
@@ -242,22 +267,29 @@ def _choose(
 
 
 class _Noise:
-    """Gumbel numbers for each row; rows of one (prompt, sample) get the same ones, whatever else is in the batch."""
+    """Gumbel numbers for each row; rows of one (prompt, sample) get the same ones, whatever else is
+    in the batch."""
 
     def __init__(self, keys: Sequence[tuple[str, int]], seed: int, d_vocab: int) -> None:
         unique = sorted(set(keys))
-        self._generators = [torch.Generator().manual_seed(_stream_seed(seed, *key)) for key in unique]
+        self._generators = [
+            torch.Generator().manual_seed(_stream_seed(seed, *key)) for key in unique
+        ]
         self._rows = torch.tensor([unique.index(key) for key in keys])
         self._d_vocab = d_vocab
 
     def next(self) -> Float[Tensor, "batch vocab"]:
-        drawn = torch.stack([torch.rand(self._d_vocab, generator=generator) for generator in self._generators])
+        drawn = torch.stack(
+            [torch.rand(self._d_vocab, generator=generator) for generator in self._generators]
+        )
         return -torch.log(-torch.log(drawn.clamp(1e-20, 1 - 1e-7)))[self._rows]
 
 
 def _stream_seed(seed: int, prompt: str, sample: int) -> int:
     """Independent of the other prompts, of the batch and of Python's hash seed."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{prompt}\0{sample}".encode()).digest()[:7], "big")
+    return int.from_bytes(
+        hashlib.sha256(f"{seed}\0{prompt}\0{sample}".encode()).digest()[:7], "big"
+    )
 
 
 def _row_plans(rows: Sequence[_Row], plans: Sequence[Plan | None]) -> list[RowPlan]:
@@ -268,7 +300,9 @@ def _row_plans(rows: Sequence[_Row], plans: Sequence[Plan | None]) -> list[RowPl
     for number, places in sorted(by_plan.items()):
         plan = plans[number]
         if plan is not None and plan.strength != 0:
-            listed.append(RowPlan(plan=plan, rows=None if len(places) == len(rows) else tuple(places)))
+            listed.append(
+                RowPlan(plan=plan, rows=None if len(places) == len(rows) else tuple(places))
+            )
     return listed
 
 
@@ -282,7 +316,9 @@ def stop_tokens(model: SteerableModel, sampling: Sampling) -> set[int]:
 
 def _extended(batch: Batch, chosen: Int[Tensor, "batch"]) -> Batch:
     real = torch.ones_like(chosen, dtype=torch.bool)[:, None]
-    return Batch(ids=torch.cat([batch.ids, chosen[:, None]], 1), real=torch.cat([batch.real, real], 1))
+    return Batch(
+        ids=torch.cat([batch.ids, chosen[:, None]], 1), real=torch.cat([batch.real, real], 1)
+    )
 
 
 def _refuse_too_long(model: SteerableModel, n_columns: int) -> None:

@@ -1,7 +1,9 @@
-"""The paper's steering experiments as figures and as a text: what the paper saw, what this model shows.
+"""The paper's steering experiments as figures and as a text: what the paper saw, what this model
+shows.
 
-Figures: `deactivation.png` (removed against r, and against the loss guard), `activation.png` (selectivity against s and
-against dose), `layers.png` (layer × s, the mean selectivity of single layers and of layers up to).
+Figures: `deactivation.png` (removed against r, and against the loss guard), `activation.png`
+(selectivity against s and against dose), `layers.png` (layer × s, the mean selectivity of single
+layers and of layers up to).
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from steering.statistics import Interval, bootstrap_mean
 REPORT = "report.md"
 
 
-def write_paper_report(deactivation: pd.DataFrame, activation: pd.DataFrame, folder: Path, *, seed: int = 0) -> Path:
+def write_paper_report(
+    deactivation: pd.DataFrame, activation: pd.DataFrame, folder: Path, *, seed: int = 0
+) -> Path:
     """Tables, figures and text into `folder`; the path of the text."""
     folder.mkdir(parents=True, exist_ok=True)
     deactivation.to_parquet(folder / "deactivation.parquet", index=False)
@@ -26,8 +30,10 @@ def write_paper_report(deactivation: pd.DataFrame, activation: pd.DataFrame, fol
     lines = [
         "# The paper's steering experiments on this model",
         "",
-        f"Topics: {', '.join(deactivation['topic'].unique())}. Intervals: 95 %, bootstrap over topics. Texts are "
-        "WordNet definitions of the test split; no judge. Paper: Feature Flow, section 5.3, appendices B and C.3, on "
+        f"Topics: {', '.join(deactivation['topic'].unique())}. Intervals: 95 %, bootstrap over "
+        "topics. Texts are "
+        "WordNet definitions of the test split; no judge. Paper: Feature Flow, section 5.3, "
+        "appendices B and C.3, on "
         "Gemma 2 2B.",
         "",
         "## Deactivation over r",
@@ -40,7 +46,8 @@ def write_paper_report(deactivation: pd.DataFrame, activation: pd.DataFrame, fol
         "",
         *_grid(deactivation, _best_layers(deactivation, "removed"), "r", "removed"),
         "",
-        "Fall of the topic texts' log-likelihood, nats a token; layer modes: the best layer of each topic and r.",
+        "Fall of the topic texts' log-likelihood, nats a token; layer modes: the best layer of "
+        "each topic and r.",
         "",
         "## Activation over s",
         "",
@@ -75,13 +82,18 @@ def _deactivation_findings(table: pd.DataFrame, seed: int) -> list[tuple[str, st
         ),
         (
             "cumulative beats the best single layer where the perturbation is small",
-            f"whole flow minus best single layer: {_shown(flow_layer)} at r = {small:g}, {_shown(large_layer)} at "
+            f"whole flow minus best single layer: {_shown(flow_layer)} at r = {small:g}, "
+            f"{_shown(large_layer)} at "
             f"r = {large:g}",
         ),
-        ("(no control)", f"at r = 0, whole flow minus as many random features: {_shown(control)} nats a token"),
         (
             "(no control)",
-            f"at r = {large:g}, rise of the loss on other texts, whole flow minus random: {_shown(guard)} (relative)",
+            f"at r = 0, whole flow minus as many random features: {_shown(control)} nats a token",
+        ),
+        (
+            "(no control)",
+            f"at r = {large:g}, rise of the loss on other texts, whole flow minus random: "
+            f"{_shown(guard)} (relative)",
         ),
         (
             "a larger perturbation moves the best single layer earlier",
@@ -94,23 +106,27 @@ def _activation_findings(table: pd.DataFrame, seed: int) -> list[tuple[str, str]
     whole = table[table["layer"].isna()]
     s = sorted(whole["s"].unique())[len(whole["s"].unique()) // 2]
     at = whole[whole["s"] == s].assign(arm=lambda t: t["mode"] + " " + t["schedule"])
+
+    def beside(arm: str, other: str, measure: str) -> str:
+        return _shown(_difference(at, arm, other, measure, seed, key="arm"))
+
     rows = [
         (
             "cumulative steering raises the topic more than the single layer",
             f"at s = {s:g} a layer, selectivity, whole flow minus seed's layer: "
-            f"{_shown(_difference(at, 'whole flow constant', 'seeds constant', 'selectivity', seed, key='arm'))}",
+            + beside("whole flow constant", "seeds constant", "selectivity"),
         ),
         (
             "but can lower coherence",
-            f"share of samples coherent, the same: "
-            f"{_shown(_difference(at, 'whole flow constant', 'seeds constant', 'coherent', seed, key='arm'))}",
+            "share of samples coherent, the same: "
+            + beside("whole flow constant", "seeds constant", "coherent"),
         ),
     ]
     rows += [
         (
             "which schedule is best differs by theme",
             f"{name} minus constant, samples on topic and coherent: "
-            f"{_shown(_difference(at, f'whole flow {name}', 'whole flow constant', 'succ_coh', seed, key='arm'))}",
+            + beside(f"whole flow {name}", "whole flow constant", "succ_coh"),
         )
         for name in ("exponential", "linear")
     ]
@@ -118,21 +134,24 @@ def _activation_findings(table: pd.DataFrame, seed: int) -> list[tuple[str, str]
         (
             "(no control)",
             f"at s = {s:g}, selectivity, whole flow minus {name}: "
-            f"{_shown(_difference(at, 'whole flow constant', f'{name} constant', 'selectivity', seed, key='arm'))}",
+            + beside("whole flow constant", f"{name} constant", "selectivity"),
         )
         for name in ("copied", "random")
     ]
     return rows
 
 
-def _difference(table: pd.DataFrame, one: str, other: str, value: str, seed: int, *, key: str = "mode") -> Interval:
+def _difference(
+    table: pd.DataFrame, one: str, other: str, value: str, seed: int, *, key: str = "mode"
+) -> Interval:
     """Paired over topics."""
     sides = [table[table[key] == name].groupby("topic")[value].mean() for name in (one, other)]
     return bootstrap_mean((sides[0] - sides[1]).dropna().tolist(), seed=seed)
 
 
 def _best_layers(table: pd.DataFrame, value: str) -> pd.DataFrame:
-    """Layer modes reduced to each topic's best layer at each r; chosen on the very texts, hence a ceiling."""
+    """Layer modes reduced to each topic's best layer at each r; chosen on the very texts, hence a
+    ceiling."""
     layered = table[table["layer"].notna()]
     best = layered.loc[layered.groupby(["topic", "mode", "r"])[value].idxmax()]
     return pd.concat([table[table["layer"].isna()], best], ignore_index=True)
@@ -144,29 +163,59 @@ def _mean_layer(table: pd.DataFrame, r: float) -> float:
 
 
 def _draw(deactivation: pd.DataFrame, activation: pd.DataFrame, folder: Path) -> None:
-    best = _best_layers(deactivation, "removed").groupby(["mode", "r"], sort=False)[["removed", "guard"]].mean()
+    best = (
+        _best_layers(deactivation, "removed")
+        .groupby(["mode", "r"], sort=False)[["removed", "guard"]]
+        .mean()
+    )
     curves = best.reset_index().rename(columns={"mode": "arm"})
     draw_curves(
-        [(curves.assign(value=curves["removed"]), "removed, nats a token on the topic's texts"),
-         (curves.assign(value=curves["guard"]), "relative rise of the loss on other texts")],
-        folder / "deactivation.png", x="r", xlabel="r (what is left of the features)", title="Deactivation", log=False,
-    )  # fmt: skip
-    whole = activation[activation["layer"].isna()].assign(arm=lambda t: t["mode"] + ", " + t["schedule"])
-    mean = whole.groupby(["arm", "s"], sort=False)[["kl", "selectivity", "succ_coh"]].mean().reset_index()
+        [
+            (curves.assign(value=curves["removed"]), "removed, nats a token on the topic's texts"),
+            (curves.assign(value=curves["guard"]), "relative rise of the loss on other texts"),
+        ],
+        folder / "deactivation.png",
+        x="r",
+        xlabel="r (what is left of the features)",
+        title="Deactivation",
+        log=False,
+    )
+    whole = activation[activation["layer"].isna()].assign(
+        arm=lambda t: t["mode"] + ", " + t["schedule"]
+    )
+    mean = (
+        whole.groupby(["arm", "s"], sort=False)[["kl", "selectivity", "succ_coh"]]
+        .mean()
+        .reset_index()
+    )
     draw_curves(
-        [(mean.assign(value=mean["selectivity"]), "selectivity, nats a token"),
-         (mean.assign(value=mean["succ_coh"]), "samples on topic and coherent")],
-        folder / "activation.png", x="kl", xlabel="dose (nats on neutral text)", title="Activation",
-    )  # fmt: skip
+        [
+            (mean.assign(value=mean["selectivity"]), "selectivity, nats a token"),
+            (mean.assign(value=mean["succ_coh"]), "samples on topic and coherent"),
+        ],
+        folder / "activation.png",
+        x="kl",
+        xlabel="dose (nats on neutral text)",
+        title="Activation",
+    )
     layered = activation[activation["mode"] == "up to"].rename(columns={"s": "target"})
-    draw_heat(layered, folder / "layers.png", value="selectivity", title="Selectivity, layers up to", xlabel="s")
+    draw_heat(
+        layered,
+        folder / "layers.png",
+        value="selectivity",
+        title="Selectivity, layers up to",
+        xlabel="s",
+    )
 
 
 def _grid(table: pd.DataFrame, reduced: pd.DataFrame, columns: str, value: str) -> list[str]:
     grid = reduced.pivot_table(index="mode", columns=columns, values=value, sort=False)
     grid = grid[sorted(grid.columns, reverse=True)]
     head = "| mode | " + " | ".join(f"{columns} = {name:g}" for name in grid.columns) + " |"
-    body = [f"| {mode} | " + " | ".join(f"{cell:.3f}" for cell in row) + " |" for mode, row in grid.iterrows()]
+    body = [
+        f"| {mode} | " + " | ".join(f"{cell:.3f}" for cell in row) + " |"
+        for mode, row in grid.iterrows()
+    ]
     return [head, "|" + "---|" * (grid.shape[1] + 1), *body] if len(table) else []
 
 
@@ -176,7 +225,9 @@ def _activation_grid(table: pd.DataFrame) -> list[str]:
     mean = whole.groupby(["mode", "schedule", "s"], sort=False)[list(measures)].mean().reset_index()
     head = "| mode | schedule | s | " + " | ".join(measures).replace("_", " ") + " |"
     body = [
-        f"| {row['mode']} | {row['schedule']} | {row['s']:g} | " + " | ".join(f"{row[m]:.3f}" for m in measures) + " |"
+        f"| {row['mode']} | {row['schedule']} | {row['s']:g} | "
+        + " | ".join(f"{row[m]:.3f}" for m in measures)
+        + " |"
         for row in mean.to_dict(orient="records")
     ]
     return [head, "|" + "---|" * (len(measures) + 3), *body]

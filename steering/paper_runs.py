@@ -1,22 +1,29 @@
-"""The steering experiments of Feature Flow on one's own model, with the controls they lacked, and no judge.
+"""The steering experiments of Feature Flow on one's own model, with the controls they lacked, and
+no judge.
 
-For a topic: its best-reading features (`n_seeds`) and the flows through them, cut where a link's cosine is below 0.5.
+For a topic: its best-reading features (`n_seeds`) and the flows through them, cut where a link's
+cosine is below 0.5.
 
-Deactivation, h ← h + (r − 1)·Σ a·d over r, on texts of the topic and of other topics (teacher-forced):
+Deactivation, h ← h + (r − 1)·Σ a·d over r, on texts of the topic and of other topics
+(teacher-forced):
 
-- `seeds`: the seed features only (the paper's baseline); `layer l`: the flow's nodes of one layer; `up to l`: of all
-  layers to l (the paper's cumulative mode); `random`: for every node another feature of its site that fires as often
-  (the control that the paper has not).
-- `removed`: fall of the topic texts' log-likelihood, nats a token; `guard`: relative rise of the loss on other texts.
+- `seeds`: the seed features only (the paper's baseline); `layer l`: the flow's nodes of one layer;
+  `up to l`: of all layers to l (the paper's cumulative mode); `random`: for every node another
+  feature of its site that fires as often (the control that the paper has not).
+- `removed`: fall of the topic texts' log-likelihood, nats a token; `guard`: relative rise of the
+  loss on other texts.
 
-Activation, h ← h + s·w_l·u at every token over s, along the best seed's flow; s in units of the median norm at the
-seed's site, weights constant, exponential (e^(−0.05 l)) or linear (to the smallest s at the last layer):
+Activation, h ← h + s·w_l·u at every token over s, along the best seed's flow; s in units of the
+median norm at the seed's site, weights constant, exponential (e^(−0.05 l)) or linear (to the
+smallest s at the last layer):
 
-- modes as above, and `copied` (the seed's direction at every layer) and `random` (another feature's flow).
-- `kl` on neutral text, `selectivity` on texts; for the whole flow also samples: `success`, `coherent`, both.
+- modes as above, and `copied` (the seed's direction at every layer) and `random` (another feature's
+  flow).
+- `kl` on neutral text, `selectivity` on texts; for the whole flow also samples: `success`,
+  `coherent`, both.
 
-Cost: about 100 passes over the texts and as many short samples a topic. Source: Feature Flow, section 5.3, appendices
-B and C.3; there one prompt, one language model as judge, no control.
+Cost: about 100 passes over the texts and as many short samples a topic. Source: Feature Flow,
+section 5.3, appendices B and C.3; there one prompt, one language model as judge, no control.
 """
 
 from __future__ import annotations
@@ -48,7 +55,8 @@ _LEAST_COSINE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class PaperOptions:
-    """Grids and sizes. `remaining` are the paper's r, `strengths` its s in median norms at the seed's site."""
+    """Grids and sizes. `remaining` are the paper's r, `strengths` its s in median norms at the
+    seed's site."""
 
     remaining: tuple[float, ...] = (0.5, 0.0, -1.0, -2.0, -4.0, -8.0)
     strengths: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08, 0.16)
@@ -74,12 +82,16 @@ class Paper:
 
 def neutral_text(model: SteerableModel) -> NeutralText:
     """What doses of activation are measured on."""
-    return NeutralText.prepare(model, read_prompts().neutral_texts[:N_NEUTRAL_TEXTS], n_tokens=N_NEUTRAL_TOKENS)
+    return NeutralText.prepare(
+        model, read_prompts().neutral_texts[:N_NEUTRAL_TEXTS], n_tokens=N_NEUTRAL_TOKENS
+    )
 
 
 def deactivation(paper: Paper, setup: TopicSetup, seeds: Sequence[FeatureId]) -> pd.DataFrame:
     """One row a mode, layer and r."""
-    nodes = sorted({feature for seed in seeds for feature in _kept_flow(paper.world, seed)}, key=_order)
+    nodes = sorted(
+        {feature for seed in seeds for feature in _kept_flow(paper.world, seed)}, key=_order
+    )
     texts = paper.bench.texts(setup.topic, "test")
     before = log_likelihoods(paper.world.model, [*texts[0], *texts[1]])
     usual = float(np.mean(before[len(texts[0]) :]))
@@ -88,11 +100,25 @@ def deactivation(paper: Paper, setup: TopicSetup, seeds: Sequence[FeatureId]) ->
     rows = []
     for done, (mode, layer, features) in enumerate(modes):
         for r in paper.options.remaining:
-            plan = Plan(nodes=tuple(Node(at=str(f)) for f in features), edit=Rescale(), strength=1 - r)
-            changed = selectivity(paper.world.model, paper.world.saes, plan, *texts, unsteered=before)
+            plan = Plan(
+                nodes=tuple(Node(at=str(f)) for f in features), edit=Rescale(), strength=1 - r
+            )
+            changed = selectivity(
+                paper.world.model, paper.world.saes, plan, *texts, unsteered=before
+            )
             removed, spared = -float(np.mean(changed.topic)), -float(np.mean(changed.contrast))
-            rows.append({"topic": setup.topic, "mode": mode, "layer": layer, "r": r, "n_nodes": len(features),
-                         "removed": removed, "guard": spared / -usual, "selectivity": changed.score})  # fmt: skip
+            rows.append(
+                {
+                    "topic": setup.topic,
+                    "mode": mode,
+                    "layer": layer,
+                    "r": r,
+                    "n_nodes": len(features),
+                    "removed": removed,
+                    "guard": spared / -usual,
+                    "selectivity": changed.score,
+                }
+            )
         paper.progress(f"deactivate {setup.topic}", done + 1, len(modes))
     return pd.DataFrame(rows)
 
@@ -110,7 +136,9 @@ def activation(paper: Paper, setup: TopicSetup) -> pd.DataFrame:
         rows.append({"topic": setup.topic, **keys, "kl": kl, "selectivity": changed.score})
         paper.progress(f"activate {setup.topic}", done + 1, len(plans))
     whole = [place for place, (keys, _) in enumerate(plans) if keys["layer"] is None]
-    for place, found in zip(whole, _sampled(paper, setup, [plans[place][1] for place in whole]), strict=True):
+    for place, found in zip(
+        whole, _sampled(paper, setup, [plans[place][1] for place in whole]), strict=True
+    ):
         rows[place].update(found)
     return pd.DataFrame(rows)
 
@@ -121,12 +149,18 @@ def run_paper(paper: Paper, topics: Sequence[str]) -> Iterator[tuple[pd.DataFram
     for topic in topics:
         setup = set_up_topic(paper.world, topic, seed=paper.options.seed)
         contrasts = [contrast.feature for contrast in setup.contrasts]
-        off.append(deactivation(paper, setup, seeds_of(paper.world, setup, contrasts, paper.options.n_seeds)))
+        off.append(
+            deactivation(
+                paper, setup, seeds_of(paper.world, setup, contrasts, paper.options.n_seeds)
+            )
+        )
         on.append(activation(paper, setup))
         yield pd.concat(off, ignore_index=True), pd.concat(on, ignore_index=True)
 
 
-def seeds_of(world: World, setup: TopicSetup, contrasts: Sequence[FeatureId], n: int) -> list[FeatureId]:
+def seeds_of(
+    world: World, setup: TopicSetup, contrasts: Sequence[FeatureId], n: int
+) -> list[FeatureId]:
     """The first `n` features that tell the topic, no two on one flow; the study's seed first."""
     taken: list[FeatureId] = []
     used: set[FeatureId] = set()
@@ -145,47 +179,69 @@ def _kept_flow(world: World, seed: FeatureId) -> list[FeatureId]:
 
 def _cut(flow: Flow) -> Flow:
     plan = Plan.from_chain(
-        flow.steps, edit=Add(), scales={f: 1.0 for f, _ in flow.steps}, seed=flow.seed, minimum_cosine=_LEAST_COSINE
+        flow.steps,
+        edit=Add(),
+        scales={f: 1.0 for f, _ in flow.steps},
+        seed=flow.seed,
+        minimum_cosine=_LEAST_COSINE,
     )
     kept = {node.at for node in plan.nodes}
     return replace(flow, steps=tuple(step for step in flow.steps if str(step[0]) in kept))
 
 
-def _modes(nodes: Sequence[FeatureId], n_layers: int) -> Iterator[tuple[str, int | None, list[FeatureId]]]:
-    """Single layers and layers up to, at up to `n_layers` places spread over the flow, and the whole."""
+def _modes(
+    nodes: Sequence[FeatureId], n_layers: int
+) -> Iterator[tuple[str, int | None, list[FeatureId]]]:
+    """Single layers and layers up to, at up to `n_layers` places spread over the flow, and the
+    whole."""
     layers = sorted({feature.site.layer for feature in nodes})
-    for place in np.unique(np.linspace(0, len(layers) - 1, min(n_layers, len(layers))).round().astype(int)):
+    for place in np.unique(
+        np.linspace(0, len(layers) - 1, min(n_layers, len(layers))).round().astype(int)
+    ):
         layer = layers[place]
         yield "layer", layer, [f for f in nodes if f.site.layer == layer]
         yield "up to", layer, [f for f in nodes if f.site.layer <= layer]
     yield "whole flow", None, list(nodes)
 
 
-def _activation_plans(paper: Paper, setup: TopicSetup, flow: Flow) -> Iterator[tuple[dict[str, Any], Plan]]:
+def _activation_plans(
+    paper: Paper, setup: TopicSetup, flow: Flow
+) -> Iterator[tuple[dict[str, Any], Plan]]:
     smallest = min(paper.options.strengths)
     placebo = tuple(step for step in setup.placebo.steps if step[0].site in set(flow.sites))
     for s in paper.options.strengths:
         schedules: list[Schedule] = [Constant(), Exponential(), Linear(end=smallest / s)]
         for schedule in schedules:
-            yield _keys("whole flow", None, schedule.kind, s), _pushed(paper, flow, flow.steps, schedule, s)
+            yield (
+                _keys("whole flow", None, schedule.kind, s),
+                _pushed(paper, flow, flow.steps, schedule, s),
+            )
         whole = _pushed(paper, flow, flow.steps, Constant(), s)
-        seed_only = replace(whole, nodes=tuple(node for node in whole.nodes if node.at == str(flow.seed)))
+        seed_only = replace(
+            whole, nodes=tuple(node for node in whole.nodes if node.at == str(flow.seed))
+        )
         yield _keys("seeds", None, "constant", s), seed_only
         same = copied(flow, setup.scales, strength=s)
         weighted = tuple(replace(node, weight=1.0, scale=_unit(paper, flow)) for node in same.nodes)
         yield _keys("copied", None, "constant", s), replace(same, nodes=weighted)
         yield _keys("random", None, "constant", s), _pushed(paper, flow, placebo, Constant(), s)
-        for mode, layer, features in _modes([feature for feature, _ in flow.steps], paper.options.n_layers):
+        for mode, layer, features in _modes(
+            [feature for feature, _ in flow.steps], paper.options.n_layers
+        ):
             if layer is not None:
                 kept = {str(feature) for feature in features}
                 nodes = tuple(node for node in whole.nodes if node.at in kept)
                 yield _keys(mode, layer, "constant", s), replace(whole, nodes=nodes)
 
 
-def _pushed(paper: Paper, flow: Flow, steps: Sequence[tuple[FeatureId, float]], schedule: Schedule, s: float) -> Plan:
+def _pushed(
+    paper: Paper, flow: Flow, steps: Sequence[tuple[FeatureId, float]], schedule: Schedule, s: float
+) -> Plan:
     """The raw formula: every node gets s × the schedule's weight, no budget."""
     scales = {feature: _unit(paper, flow) for feature, _ in steps}
-    return Plan.from_chain(steps, edit=Add(), scales=scales, schedule=schedule, budget="none", strength=s)
+    return Plan.from_chain(
+        steps, edit=Add(), scales=scales, schedule=schedule, budget="none", strength=s
+    )
 
 
 def _unit(paper: Paper, flow: Flow) -> float:
@@ -205,16 +261,19 @@ def _sampled(paper: Paper, setup: TopicSetup, plans: Sequence[Plan]) -> list[dic
     found = []
     for samples in paper.bench.generated(prompts, plans, n_samples=1):
         table = pd.DataFrame(paper.bench.records(setup, samples, limits, threshold))
-        found.append({
-            "success": float(table["success"].mean()),
-            "coherent": float(table["coherent"].mean()),
-            "succ_coh": float((table["success"] & table["coherent"]).mean()),
-        })  # fmt: skip
+        found.append(
+            {
+                "success": float(table["success"].mean()),
+                "coherent": float(table["coherent"].mean()),
+                "succ_coh": float((table["success"] & table["coherent"]).mean()),
+            }
+        )
     return found
 
 
 def _random_like(paper: Paper, nodes: Sequence[FeatureId]) -> set[FeatureId]:
-    """For every node another feature of its site that fires about as often, and is none of the nodes."""
+    """For every node another feature of its site that fires about as often, and is none of the
+    nodes."""
     taken = set(nodes)
     found: set[FeatureId] = set()
     for node in nodes:

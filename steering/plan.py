@@ -3,13 +3,14 @@
 A plan has nodes, one edit, one scope and a strength. A node is
 
 - a feature: `at = "L12/402"`;
-- a feature's direction used at another site: `at = "L15"`, `direction_of = "L12/402"` (Add, ProjectOut, Rotate only);
+- a feature's direction used at another site: `at = "L15"`, `direction_of = "L12/402"` (Add,
+  ProjectOut, Rotate only);
 - a vector of the plan: `at = "L15"`, `vector = "cooking"`, with the tensor in `plan.vectors`.
 
-Its strength is `plan.strength × weight`, in units of `scale` (see `steering.edits`). `Plan.from_chain` lays a plan
-along the flow of a feature; `at_layer` and `up_to_layer` are the paper's single-layer and cumulative modes. `digests`
-name what the plan was made from (`dictionary L12`, `graph`), `dose` is the KL in nats that its strength was
-calibrated to.
+Its strength is `plan.strength × weight`, in units of `scale` (see `steering.edits`).
+`Plan.from_chain` lays a plan along the flow of a feature; `at_layer` and `up_to_layer` are the
+paper's single-layer and cumulative modes. `digests` name what the plan was made from (`dictionary
+L12`, `graph`), `dose` is the KL in nats that its strength was calibrated to.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from steering.scopes import Everywhere, Scope
 
 
 class Node(FromFile):
-    """One place that a plan edits. `scale` is in units of activation; mean ablation and projection read `mean`."""
+    """One place that a plan edits. `scale` is in units of activation; mean ablation and projection
+    read `mean`."""
 
     at: str
     weight: float = 1.0
@@ -46,7 +48,8 @@ class Node(FromFile):
 
     @property
     def feature(self) -> FeatureId | None:
-        """The feature whose decoder row is used, at its own site or elsewhere; None for a vector."""
+        """The feature whose decoder row is used, at its own site or elsewhere; None for a
+        vector."""
         if "/" in self.at:
             return parse_feature(self.at)
         return None if self.direction_of is None else parse_feature(self.direction_of)
@@ -58,7 +61,8 @@ class Node(FromFile):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """A steering plan. `skip_first` tokens of every sequence are never touched (the first is an attention sink)."""
+    """A steering plan. `skip_first` tokens of every sequence are never touched (the first is an
+    attention sink)."""
 
     nodes: tuple[Node, ...]
     edit: Edit = field(default_factory=Add)
@@ -83,23 +87,29 @@ class Plan:
         *,
         edit: Edit,
         scales: Mapping[FeatureId, float],
-        schedule: Schedule = Constant(),  # noqa: B008
+        schedule: Schedule = Constant(),
         budget: Budget | None = None,
         seed: FeatureId | None = None,
         minimum_cosine: float | None = None,
         means: Mapping[FeatureId, float] | None = None,
         **rest: Any,
     ) -> Plan:
-        """A plan along a flow. `steps` are (feature, cosine of its link from the step before), in order of depth.
+        """A plan along a flow. `steps` are (feature, cosine of its link from the step before), in
+        order of depth.
 
-        `minimum_cosine` cuts the flow where a link is weaker, keeping the part that holds the seed (the paper: 0.5).
-        The budget is `sum` for edits that add up and `peak` for edits that set levels.
+        `minimum_cosine` cuts the flow where a link is weaker, keeping the part that holds the seed
+        (the paper: 0.5). The budget is `sum` for edits that add up and `peak` for edits that set
+        levels.
         """
         if not steps:
             raise UserError("a flow without steps gives no plan", expected="at least one feature")
         features = [feature for feature, _ in steps]
         if seed is not None and seed not in features:
-            raise UserError("the seed is not on the flow", expected=", ".join(map(str, features)), found=str(seed))
+            raise UserError(
+                "the seed is not on the flow",
+                expected=", ".join(map(str, features)),
+                found=str(seed),
+            )
         middle = features.index(seed) if seed is not None else len(steps) // 2
         kept = range(*_span_around(middle, [c for _, c in steps], minimum_cosine))
         share = weights(
@@ -125,12 +135,17 @@ class Plan:
         return replace(self, strength=strength, dose=dose)
 
     def at_layer(self, layer: int) -> Plan:
-        """The paper's single-layer mode: only the nodes of one layer, each with the weight it had."""
-        return self._only(tuple(node for node in self.nodes if node.site.layer == layer), f"layer {layer}")
+        """The paper's single-layer mode: only the nodes of one layer, each with the weight it
+        had."""
+        return self._only(
+            tuple(node for node in self.nodes if node.site.layer == layer), f"layer {layer}"
+        )
 
     def up_to_layer(self, layer: int) -> Plan:
         """The paper's cumulative mode: the nodes of layers 0 … `layer`."""
-        return self._only(tuple(node for node in self.nodes if node.site.layer <= layer), f"layers up to {layer}")
+        return self._only(
+            tuple(node for node in self.nodes if node.site.layer <= layer), f"layers up to {layer}"
+        )
 
     def by_site(self) -> dict[Site, list[Node]]:
         """The nodes in the order in which the model meets their sites' layers."""
@@ -142,12 +157,15 @@ class Plan:
     def _only(self, nodes: tuple[Node, ...], what: str) -> Plan:
         if not nodes:
             layers = sorted({node.site.layer for node in self.nodes})
-            raise UserError(f"the plan has no node at {what}", expected=f"one of the layers {layers}")
+            raise UserError(
+                f"the plan has no node at {what}", expected=f"one of the layers {layers}"
+            )
         return replace(self, nodes=nodes)
 
 
 def _span_around(seed: int, cosines: Sequence[float], minimum: float | None) -> tuple[int, int]:
-    """The longest run of steps around the seed without a link below `minimum`; (first, one past the last)."""
+    """The longest run of steps around the seed without a link below `minimum`; (first, one past the
+    last)."""
     first, stop = seed, seed + 1
     while first > 0 and (minimum is None or cosines[first] >= minimum):
         first -= 1
@@ -176,13 +194,17 @@ def _problems_of_node(where: str, node: Node, plan: Plan) -> Iterator[Problem]:
         return
     for name in ("weight", "scale", "mean"):
         if not math.isfinite(getattr(node, name)):
-            yield Problem(what="not a finite number", where=f"{where}.{name}", found=str(getattr(node, name)))
+            yield Problem(
+                what="not a finite number", where=f"{where}.{name}", found=str(getattr(node, name))
+            )
     if node.scale <= 0:
         yield Problem(what="the scale must be positive", where=where, found=str(node.scale))
     sources = [node.is_feature, node.direction_of is not None, node.vector is not None]
     if sum(sources) != 1:
         yield Problem(
-            what="a node has one direction", where=where, expected=f"{site.short}/<latent>, direction_of or vector"
+            what="a node has one direction",
+            where=where,
+            expected=f"{site.short}/<latent>, direction_of or vector",
         )
     elif reads_activation(plan.edit) and not node.is_feature:
         yield Problem(
@@ -192,12 +214,16 @@ def _problems_of_node(where: str, node: Node, plan: Plan) -> Iterator[Problem]:
         )
     if node.vector is not None and node.vector not in plan.vectors:
         yield Problem(
-            what="no such vector in the plan", where=where, expected=node.vector, found=str(sorted(plan.vectors))
+            what="no such vector in the plan",
+            where=where,
+            expected=node.vector,
+            found=str(sorted(plan.vectors)),
         )
 
 
 def _conflicts(plan: Plan) -> Iterator[Problem]:
-    """Two nodes with the same direction at one site, and rotations that share one, have no single meaning."""
+    """Two nodes with the same direction at one site, and rotations that share one, have no single
+    meaning."""
     seen: set[tuple[str, ...]] = set()
     sites: set[str] = set()
     for node in plan.nodes:
@@ -207,12 +233,15 @@ def _conflicts(plan: Plan) -> Iterator[Problem]:
             yield Problem(what="two nodes edit the same direction at one site", where=node.at)
         if isinstance(plan.edit, Rotate) and site in sites:
             yield Problem(
-                what="two rotations at one site depend on their order", where=site, expected="one node a site"
+                what="two rotations at one site depend on their order",
+                where=site,
+                expected="one node a site",
             )
         seen.add(key)
         sites.add(site)
 
 
 def is_linear(plan: Plan) -> bool:
-    """Whether the edit adds the same vector everywhere, whatever the activation: what a control vector can hold."""
+    """Whether the edit adds the same vector everywhere, whatever the activation: what a control
+    vector can hold."""
     return isinstance(plan.edit, Add) and not plan.edit.keep_norm

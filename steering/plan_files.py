@@ -1,10 +1,11 @@
-"""Plan files: TOML or JSON (vectors beside them in `<name>.safetensors`), or one safetensors file with the plan inside.
+"""Plan files: TOML or JSON (vectors beside them in `<name>.safetensors`), or one safetensors file
+with the plan inside.
 
     read_plan("cooking.toml")      write_plan(plan, "cooking.safetensors")
 
-A file is checked as a whole: unknown and missing keys, wrong types and impossible values are all reported together. A
-file of vectors lies in the plan's own folder and is named by the plan's file name, so no path in a plan can lead
-elsewhere.
+A file is checked as a whole: unknown and missing keys, wrong types and impossible values are all
+reported together. A file of vectors lies in the plan's own folder and is named by the plan's file
+name, so no path in a plan can lead elsewhere.
 """
 
 from __future__ import annotations
@@ -49,16 +50,21 @@ class _Document(FromFile):
 
 
 def write_plan(plan: Plan, path: str | Path) -> Path:
-    """Write by suffix. Returns the path; vectors of a .toml or .json plan go to `<stem>.safetensors` beside it."""
+    """Write by suffix. Returns the path; vectors of a .toml or .json plan go to
+    `<stem>.safetensors` beside it."""
     path = Path(path)
     document = plan_document(plan)
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in plan.vectors.items()}
+    tensors = {
+        name: tensor.detach().float().cpu().contiguous() for name, tensor in plan.vectors.items()
+    }
     match _suffix(path):
         case ".safetensors":
             save_file(tensors, path, metadata={"plan": json.dumps(document, ensure_ascii=False)})
             return path
         case ".json":
-            path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            path.write_text(
+                json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
         case _:
             path.write_text(_toml(document), encoding="utf-8")
     if tensors:
@@ -71,16 +77,24 @@ def read_plan(path: str | Path) -> Plan:
     path = Path(path)
     suffix = _suffix(path)
     if not path.is_file():
-        raise UserError("there is no such plan", where=str(path), mend="featureflow steer plan L12/402 --out PLAN.toml")
+        raise UserError(
+            "there is no such plan",
+            where=str(path),
+            mend="featureflow steer plan L12/402 --out PLAN.toml",
+        )
     if suffix == ".safetensors":
         return _read_safetensors(path)
     try:
         text = path.read_text(encoding="utf-8")
         document = tomllib.loads(text) if suffix == ".toml" else json.loads(text)
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"the plan is not {suffix[1:].upper()}", where=str(path), found=str(error)) from error
+        raise UserError(
+            f"the plan is not {suffix[1:].upper()}", where=str(path), found=str(error)
+        ) from error
     beside = path.with_suffix(".safetensors")
-    return plan_of_document(document, where=str(path), vectors=_tensors(beside) if beside.is_file() else {})
+    return plan_of_document(
+        document, where=str(path), vectors=_tensors(beside) if beside.is_file() else {}
+    )
 
 
 def plan_document(plan: Plan) -> dict[str, Any]:
@@ -89,23 +103,35 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "schema": SCHEMA,
         **{f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "vectors"},
     }
-    document["edit"], document["scope"] = dataclasses.asdict(plan.edit), dataclasses.asdict(plan.scope)
+    document["edit"], document["scope"] = (
+        dataclasses.asdict(plan.edit),
+        dataclasses.asdict(plan.scope),
+    )
     document["digests"] = dict(plan.digests)
     document["nodes"] = [_without_none(dataclasses.asdict(node)) for node in plan.nodes]
     return _without_none(document)
 
 
-def plan_of_document(document: Any, *, where: str = "plan", vectors: Mapping[str, Tensor] | None = None) -> Plan:
+def plan_of_document(
+    document: Any, *, where: str = "plan", vectors: Mapping[str, Tensor] | None = None
+) -> Plan:
     """Parse JSON values into a Plan."""
     try:
         parsed = _adapter().validate_python(document)
     except ValidationError as error:
-        raise UserError(f"{where} is not a steering plan", problems=tuple(map(_problem, error.errors()))) from error
+        raise UserError(
+            f"{where} is not a steering plan", problems=tuple(map(_problem, error.errors()))
+        ) from error
     if parsed.schema != SCHEMA:
         raise UserError(
-            "written by another version", where=where, expected=f"schema {SCHEMA}", found=str(parsed.schema)
+            "written by another version",
+            where=where,
+            expected=f"schema {SCHEMA}",
+            found=str(parsed.schema),
         )
-    fields = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(parsed) if f.name != "schema"}
+    fields = {
+        f.name: getattr(parsed, f.name) for f in dataclasses.fields(parsed) if f.name != "schema"
+    }
     return Plan(**fields, vectors=dict(vectors or {}))
 
 
@@ -124,9 +150,13 @@ def _read_safetensors(path: Path) -> Plan:
         with safe_open(path, framework="pt") as stream:
             text = (stream.metadata() or {}).get("plan")
     except (SafetensorError, OSError) as error:
-        raise UserError("the plan is not a safetensors file", where=str(path), found=str(error)) from error
+        raise UserError(
+            "the plan is not a safetensors file", where=str(path), found=str(error)
+        ) from error
     if text is None:
-        raise UserError("this safetensors file holds no plan", where=str(path), expected="metadata key `plan`")
+        raise UserError(
+            "this safetensors file holds no plan", where=str(path), expected="metadata key `plan`"
+        )
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
@@ -138,7 +168,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError("the plan's vectors cannot be read", where=str(path), found=str(error)) from error
+        raise UserError(
+            "the plan's vectors cannot be read", where=str(path), found=str(error)
+        ) from error
 
 
 def _suffix(path: Path) -> str:
@@ -163,12 +195,23 @@ def _toml(document: Mapping[str, Any]) -> str:
 
 def _toml_table(head: str, table: Mapping[str, Any]) -> str:
     return "\n".join(
-        [head, *(f"{_toml_key(key)} = {_toml_value(value)}" for key, value in table.items() if value is not None)]
+        [
+            head,
+            *(
+                f"{_toml_key(key)} = {_toml_value(value)}"
+                for key, value in table.items()
+                if value is not None
+            ),
+        ]
     )
 
 
 def _toml_key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _toml_value(key)
+    return (
+        key
+        if key.replace("_", "").replace("-", "").isalnum() and key.isascii()
+        else _toml_value(key)
+    )
 
 
 def _toml_value(value: Any) -> str:

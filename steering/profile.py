@@ -2,18 +2,20 @@
 
 Input side (`profile_features`), from activations at a site and the tokens there:
 
-1. `density`: share of tokens where it fires; `strong`: the 95th percentile of its activation where it fires.
-2. `own_tokens`: token ids on which it fires at least `min_rate` of the time, common tokens left out, by activation
-   mass.
+1. `density`: share of tokens where it fires; `strong`: the 95th percentile of its activation where
+   it fires.
+2. `own_tokens`: token ids on which it fires at least `min_rate` of the time, common tokens left
+   out, by activation mass.
 3. `purity`: the share of its activation mass that falls on them. 1 is a feature of a few words.
 
-Output side (`output_scores`): steer neutral text with the feature and see how much probability its own tokens gain,
-over all positions: after an opener alone, few nouns could come next whatever is pushed. `on_target_share` is how much
-of the change of the output, in nats, moves probability to those tokens; the rest is disruption. A feature that reads a
-word does not always make the model write it; both are needed to steer.
+Output side (`output_scores`): steer neutral text with the feature and see how much probability its
+own tokens gain, over all positions: after an opener alone, few nouns could come next whatever is
+pushed. `on_target_share` is how much of the change of the output, in nats, moves probability to
+those tokens; the rest is disruption. A feature that reads a word does not always make the model
+write it; both are needed to steer.
 
-Cost: one encoding of the text a site; one short forward pass a feature. Sources: Arad et al., input and output scores;
-ActAdd's effectiveness and disruption.
+Cost: one encoding of the text a site; one short forward pass a feature. Sources: Arad et al., input
+and output scores; ActAdd's effectiveness and disruption.
 """
 
 from __future__ import annotations
@@ -49,8 +51,9 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputScore:
-    """The output side: probability of the feature's own tokens unsteered and steered, mean over positions; the KL of
-    the steered from the unsteered output, and the part of it between own and other tokens, nats a token."""
+    """The output side: probability of the feature's own tokens unsteered and steered, mean over
+    positions; the KL of the steered from the unsteered output, and the part of it between own and
+    other tokens, nats a token."""
 
     feature: FeatureId
     before: float
@@ -83,11 +86,24 @@ def profile_features(
     parts = [sae.encode_selected(block.float(), list(latents)).cpu().numpy() for block in blocks]
     activations = np.concatenate(parts) if parts else np.zeros((0, len(latents)), dtype=np.float32)
     if len(activations) != len(ids) or not len(ids):
-        raise UserError("tokens and activations differ in number", expected=str(len(ids)), found=str(len(activations)))
+        raise UserError(
+            "tokens and activations differ in number",
+            expected=str(len(ids)),
+            found=str(len(activations)),
+        )
     tokens, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
     usable = counts <= max(max_frequency * len(ids), 8)
     return [
-        _profile(FeatureId(site, latent), activations[:, column], tokens, inverse, counts, usable, min_rate, n_own)
+        _profile(
+            FeatureId(site, latent),
+            activations[:, column],
+            tokens,
+            inverse,
+            counts,
+            usable,
+            min_rate,
+            n_own,
+        )
         for column, latent in enumerate(latents)
     ]
 
@@ -131,9 +147,13 @@ def output_scores(
     return scores
 
 
-def _score(profile: Profile, base: Float[Tensor, "token vocab"], steered: Float[Tensor, "token vocab"]) -> OutputScore:
+def _score(
+    profile: Profile, base: Float[Tensor, "token vocab"], steered: Float[Tensor, "token vocab"]
+) -> OutputScore:
     own = list(profile.own_tokens)
-    before, after = (each[:, own].exp().sum(-1).double().clamp(_RARE, 1 - _RARE) for each in (base, steered))
+    before, after = (
+        each[:, own].exp().sum(-1).double().clamp(_RARE, 1 - _RARE) for each in (base, steered)
+    )
     between = after * (after / before).log() + (1 - after) * ((1 - after) / (1 - before)).log()
     return OutputScore(
         feature=profile.feature,

@@ -1,6 +1,7 @@
 """What steering needs from a language model and from a dictionary, and nothing more.
 
-`data.language_model.LanguageModel` and `sae.Sae` satisfy these; so does any object of your own with the same methods.
+`data.language_model.LanguageModel` and `sae.Sae` satisfy these; so does any object of your own with
+the same methods.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from data.sites import Site
 
 
 class SteerableModel(Protocol):
-    """A language model whose sites can be edited. `hf` is the Hugging Face module that is really run."""
+    """A language model whose sites can be edited. `hf` is the Hugging Face module that is really
+    run."""
 
     name: str
     n_layers: int
@@ -29,7 +31,9 @@ class SteerableModel(Protocol):
     @property
     def fingerprint(self) -> str: ...
     def sites(self) -> tuple[Site, ...]: ...
-    def edited(self, edits: Mapping[Site, Callable[[Tensor], Tensor]]) -> AbstractContextManager[Any]: ...
+    def edited(
+        self, edits: Mapping[Site, Callable[[Tensor], Tensor]]
+    ) -> AbstractContextManager[Any]: ...
 
 
 class Dictionary(Protocol):
@@ -37,4 +41,6 @@ class Dictionary(Protocol):
 
     @property
     def W_dec(self) -> Float[Tensor, "latent d_out"]: ...
-    def encode_selected(self, x: Float[Tensor, "token d_in"], latents: Any) -> Float[Tensor, "token selected"]: ...
+    def encode_selected(
+        self, x: Float[Tensor, "token d_in"], latents: Any
+    ) -> Float[Tensor, "token selected"]: ...

@@ -1,15 +1,18 @@
-"""Reading generated text back with the unsteered model: is it still language, and is it about the feature?
+"""Reading generated text back with the unsteered model: is it still language, and is it about the
+feature?
 
 For every sample, over its continuation only:
 
-1. `nll`: mean −log p of its tokens under the unsteered model. Too high is gibberish, too low is a loop.
-2. `activation`, `active`: the feature's mean activation (in units of its scale) and the share of tokens where it fires,
-   read at the feature's site by the unsteered model: the text itself must carry the concept, no hook is left.
+1. `nll`: mean −log p of its tokens under the unsteered model. Too high is gibberish, too low is a
+   loop.
+2. `activation`, `active`: the feature's mean activation (in units of its scale) and the share of
+   tokens where it fires, read at the feature's site by the unsteered model: the text itself must
+   carry the concept, no hook is left.
 3. `own_tokens`: how many of 100 tokens are the feature's own (those it fires on in the corpus).
 4. `repetition`: the share of 3-grams that are repeats; `squeeze`: zlib-compressed length / length.
 
-`coherence_limits` takes them from unsteered samples, `limits_passing` so that a wanted share of those keeps them all;
-`is_coherent` judges by them. Cost: one forward pass a sample.
+`coherence_limits` takes them from unsteered samples, `limits_passing` so that a wanted share of
+those keeps them all; `is_coherent` judges by them. Cost: one forward pass a sample.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ from steering.sequences import Batch, device_of, encoded, forward, in_batches, p
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a text should become more of: a feature, its scale (a typical strong activation) and its own tokens."""
+    """What a text should become more of: a feature, its scale (a typical strong activation) and its
+    own tokens."""
 
     feature: FeatureId
     scale: float
@@ -40,7 +44,8 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """Measurements of one sample. `activation`, `active` and `own_tokens` have one entry a target."""
+    """Measurements of one sample. `activation`, `active` and `own_tokens` have one entry a
+    target."""
 
     nll: float
     activation: tuple[float, ...]
@@ -89,8 +94,9 @@ def read_back(
 
 
 def coherence_limits(unsteered: Sequence[Reading], *, tail: float = 0.05) -> CoherenceLimits:
-    """1 % of the likelihood and `tail` of its other end, of the repetition and of the compressibility of unsteered
-    samples. Three tails of 5 % fail about one ordinary text in seven, of 2.5 % one in thirteen."""
+    """1 % of the likelihood and `tail` of its other end, of the repetition and of the
+    compressibility of unsteered samples. Three tails of 5 % fail about one ordinary text in seven,
+    of 2.5 % one in thirteen."""
     return CoherenceLimits(
         nll_low=float(np.nanquantile([r.nll for r in unsteered], 0.01)),
         nll_high=float(np.nanquantile([r.nll for r in unsteered], 1 - tail)),
@@ -100,7 +106,8 @@ def coherence_limits(unsteered: Sequence[Reading], *, tail: float = 0.05) -> Coh
 
 
 def limits_passing(unsteered: Sequence[Reading], *, share: float) -> CoherenceLimits:
-    """The tightest limits, by the tail that all have in common, that at least `share` of these samples keep."""
+    """The tightest limits, by the tail that all have in common, that at least `share` of these
+    samples keep."""
     for tail in np.linspace(1 - share, 0.0, 101):
         limits = coherence_limits(unsteered, tail=float(tail))
         if sum(is_coherent(reading, limits) for reading in unsteered) >= share * len(unsteered):
@@ -118,24 +125,31 @@ def is_coherent(reading: Reading, limits: CoherenceLimits) -> bool:
 
 
 def _read_block(
-    model: SteerableModel, saes: Mapping[Site, Dictionary], samples: Sequence[Sample], targets: Sequence[Target]
+    model: SteerableModel,
+    saes: Mapping[Site, Dictionary],
+    samples: Sequence[Sample],
+    targets: Sequence[Target],
 ) -> list[Reading]:
     prompts = [encoded(model, sample.prompt) for sample in samples]
     batch = padded(
-        [[*prompt, *sample.ids] for prompt, sample in zip(prompts, samples, strict=True)], device=device_of(model)
+        [[*prompt, *sample.ids] for prompt, sample in zip(prompts, samples, strict=True)],
+        device=device_of(model),
     )
     activations, log_probs = _activations_and_log_probs(model, saes, batch, targets)
     readings = []
     for row, sample in enumerate(samples):
         own = slice(batch.ids.shape[1] - len(sample.ids), None)
-        readings.append(_reading(sample, log_probs[row, own], [a[row, own] for a in activations], targets))
+        readings.append(
+            _reading(sample, log_probs[row, own], [a[row, own] for a in activations], targets)
+        )
     return readings
 
 
 def _activations_and_log_probs(
     model: SteerableModel, saes: Mapping[Site, Dictionary], batch: Batch, targets: Sequence[Target]
 ) -> tuple[list[Tensor], Tensor]:
-    """Per target `[batch, column]`, and the log-probability of every token given those before it (the first is 0)."""
+    """Per target `[batch, column]`, and the log-probability of every token given those before it
+    (the first is 0)."""
     by_site: dict[Site, list[int]] = {}
     for place, target in enumerate(targets):
         by_site.setdefault(target.feature.site, []).append(place)
@@ -160,13 +174,20 @@ def _activations_and_log_probs(
     return [found[place] for place in range(len(targets))], log_probs
 
 
-def _reading(sample: Sample, log_probs: Tensor, activations: Sequence[Tensor], targets: Sequence[Target]) -> Reading:
+def _reading(
+    sample: Sample, log_probs: Tensor, activations: Sequence[Tensor], targets: Sequence[Target]
+) -> Reading:
     n = len(sample.ids)
     return Reading(
         nll=float(-log_probs.mean()) if n else float("nan"),
-        activation=tuple(float(a.mean()) / t.scale if n else 0.0 for a, t in zip(activations, targets, strict=True)),
+        activation=tuple(
+            float(a.mean()) / t.scale if n else 0.0
+            for a, t in zip(activations, targets, strict=True)
+        ),
         active=tuple(float((a > 0).float().mean()) if n else 0.0 for a in activations),
-        own_tokens=tuple(100 * sum(token in t.own_tokens for token in sample.ids) / max(n, 1) for t in targets),
+        own_tokens=tuple(
+            100 * sum(token in t.own_tokens for token in sample.ids) / max(n, 1) for t in targets
+        ),
         repetition=repetition(sample.ids),
         squeeze=squeeze(sample.text),
         n_tokens=n,

@@ -1,9 +1,9 @@
 """Schedules: how a plan's strength is shared among the layers of a flow.
 
-A schedule gives one weight a node; the strength of a node is the plan's strength × its weight. Weights are brought to
-one budget afterwards, so that schedules can be compared: `sum` (they add up to 1: the pushes together are the
-strength), `peak` (the largest is 1: for levels such as a floor or a cap, which do not add up) or `none` (the paper's
-raw formulas).
+A schedule gives one weight a node; the strength of a node is the plan's strength × its weight.
+Weights are brought to one budget afterwards, so that schedules can be compared: `sum` (they add up
+to 1: the pushes together are the strength), `peak` (the largest is 1: for levels such as a floor or
+a cap, which do not add up) or `none` (the paper's raw formulas).
 
 | schedule      | weight of a node at layer l                                                   |
 |---------------|-------------------------------------------------------------------------------|
@@ -64,7 +64,12 @@ Schedule = Constant | Linear | Exponential | CosineProduct | Gaussian
 
 
 def weights(
-    schedule: Schedule, *, layers: Sequence[int], cosines: Sequence[float], seed: int, budget: Budget = "sum"
+    schedule: Schedule,
+    *,
+    layers: Sequence[int],
+    cosines: Sequence[float],
+    seed: int,
+    budget: Budget = "sum",
 ) -> list[float]:
     """One weight a node. `cosines[k]` is the link from node k − 1 to node k; `seed` is an index."""
     if not layers:
@@ -79,12 +84,16 @@ def normalised(raw: Sequence[float], budget: Budget) -> list[float]:
     total = sum(raw) if budget == "sum" else max(raw)
     if not math.isfinite(total) or total <= 0:
         raise UserError(
-            "these weights have no budget", expected=f"a positive {budget}", found=str([round(w, 4) for w in raw])
+            "these weights have no budget",
+            expected=f"a positive {budget}",
+            found=str([round(w, 4) for w in raw]),
         )
     return [weight / total for weight in raw]
 
 
-def _raw(schedule: Schedule, layers: Sequence[int], cosines: Sequence[float], seed: int) -> list[float]:
+def _raw(
+    schedule: Schedule, layers: Sequence[int], cosines: Sequence[float], seed: int
+) -> list[float]:
     first, last = min(layers), max(layers)
     match schedule:
         case Constant():

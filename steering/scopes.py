@@ -1,8 +1,9 @@
 """Scopes: which tokens an edit may touch.
 
-A scope turns the Window of a pass into a mask `[batch, position]`; padding is never in it. Positions count the real
-tokens of a sequence from 0, so they mean the same under left padding and with a key-value cache. `WhereActive` asks a
-feature: its own node's feature, or one named by `feature` at the same or an earlier site.
+A scope turns the Window of a pass into a mask `[batch, position]`; padding is never in it.
+Positions count the real tokens of a sequence from 0, so they mean the same under left padding and
+with a key-value cache. `WhereActive` asks a feature: its own node's feature, or one named by
+`feature` at the same or an earlier site.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ class InPrompt(FromFile):
 
 
 class Generated(FromFile):
-    """The tokens after the prompt; the prompt's last token, which chooses the first of them, belongs to the prompt."""
+    """The tokens after the prompt; the prompt's last token, which chooses the first of them,
+    belongs to the prompt."""
 
     kind: Literal["generated"] = "generated"
 
 
 class Positions(FromFile):
-    """Positions from the start of the sequence; negative ones count back from the end of the prompt (-1: its last)."""
+    """Positions from the start of the sequence; negative ones count back from the end of the prompt
+    (-1: its last)."""
 
     positions: tuple[int, ...]
     kind: Literal["positions"] = "positions"
@@ -51,7 +54,8 @@ class AfterToken(FromFile):
 
 
 class WhereActive(FromFile):
-    """Tokens where a feature's activation exceeds `above`; without `feature`, each node asks its own."""
+    """Tokens where a feature's activation exceeds `above`; without `feature`, each node asks its
+    own."""
 
     feature: str | None = None
     above: float = 0.0
@@ -62,7 +66,8 @@ Scope = Everywhere | InPrompt | Generated | Positions | FirstTokens | AfterToken
 
 
 def scope_mask(scope: Scope, window: Window) -> Bool[Tensor, "batch position"]:
-    """The tokens of the pass in the scope. `WhereActive` gives every real token: activity is asked at the site."""
+    """The tokens of the pass in the scope. `WhereActive` gives every real token: activity is asked
+    at the site."""
     here = window.here()
     match scope:
         case Everywhere() | WhereActive():

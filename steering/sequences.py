@@ -1,8 +1,8 @@
 """Prompts and texts as padded batches of token ids, and one forward pass over them.
 
-Every sequence starts with the tokenizer's start token when it has one. Prompts are padded on the left, so that
-generation appends at the right edge of every row; positions are counted over real tokens and handed to the model, so
-padding changes nothing but float noise.
+Every sequence starts with the tokenizer's start token when it has one. Prompts are padded on the
+left, so that generation appends at the right edge of every row; positions are counted over real
+tokens and handed to the model, so padding changes nothing but float noise.
 """
 
 from __future__ import annotations
@@ -45,13 +45,17 @@ def padded(rows: Sequence[Sequence[int]], *, device: Any = "cpu") -> Batch:
         raise UserError("an empty sequence cannot be run", expected="at least one token a row")
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    real = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
+    real = torch.tensor(
+        [[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device
+    )
     return Batch(ids=ids, real=real)
 
 
-def forward(model: SteerableModel, batch: Batch, *, n_last: int = 0) -> Float[Tensor, "batch column vocab"]:
-    """Logits at every column, in the model's dtype; columns of padding are meaningless. `n_last` > 0 computes only
-    that many last columns."""
+def forward(
+    model: SteerableModel, batch: Batch, *, n_last: int = 0
+) -> Float[Tensor, "batch column vocab"]:
+    """Logits at every column, in the model's dtype; columns of padding are meaningless. `n_last` >
+    0 computes only that many last columns."""
     kwargs = forward_arguments(model, mask=batch.real, positions=batch.positions(), n_last=n_last)
     with torch.no_grad():
         return model.hf(input_ids=batch.ids, use_cache=False, **kwargs).logits[:, -n_last:]
@@ -59,10 +63,13 @@ def forward(model: SteerableModel, batch: Batch, *, n_last: int = 0) -> Float[Te
 
 @contextmanager
 def block_outputs(model: SteerableModel) -> Iterator[list[Any]]:
-    """Filled with what each transformer block gives in the forward pass made inside; stays empty for a model that does
-    not say which its blocks are."""
+    """Filled with what each transformer block gives in the forward pass made inside; stays empty
+    for a model that does not say which its blocks are."""
     found: list[Any] = []
-    handles = [block.register_forward_hook(lambda *seen: found.append(seen[-1])) for block in _blocks(model)]
+    handles = [
+        block.register_forward_hook(lambda *seen: found.append(seen[-1]))
+        for block in _blocks(model)
+    ]
     try:
         yield found
     finally:
@@ -72,8 +79,9 @@ def block_outputs(model: SteerableModel) -> Iterator[list[Any]]:
 
 @contextmanager
 def resumed(model: SteerableModel, outputs: Sequence[Any], n_blocks: int) -> Iterator[None]:
-    """Inside, the first `n_blocks` blocks are not computed but give `outputs`, recorded on the same batch. Edits at the
-    last of them and later still act; the rest of the pass is the same to the bit."""
+    """Inside, the first `n_blocks` blocks are not computed but give `outputs`, recorded on the same
+    batch. Edits at the last of them and later still act; the rest of the pass is the same to the
+    bit."""
     skipped = list(zip(_blocks(model), outputs, strict=False))[:n_blocks]
     try:
         for block, output in skipped:

@@ -1,12 +1,15 @@
-"""A local endpoint that speaks OpenAI's completions protocol, with steering plans named per request.
+"""A local endpoint that speaks OpenAI's completions protocol, with steering plans named per
+request.
 
     GET  /v1/models                 the model, and `<model>:<plan>` for each plan
-    POST /v1/completions            {"model": "smollm2-135m:cooking", "prompt": "I think", "max_tokens": 40, …}
+    POST /v1/completions            {"model": "smollm2-135m:cooking", "prompt": "I think",
+    "max_tokens": 40, …}
     POST /v1/chat/completions       the same with messages, joined as lines "role: content"
 
-What a request may say and what is answered: steering/serve_protocol.py. It listens on 127.0.0.1 unless told otherwise,
-serves one request at a time, refuses large bodies and foreign Host headers (steering/guarded_http.py), and can ask for
-a bearer token. A client that goes away ends its generation. Standard library only.
+What a request may say and what is answered: steering/serve_protocol.py. It listens on 127.0.0.1
+unless told otherwise, serves one request at a time, refuses large bodies and foreign Host headers
+(steering/guarded_http.py), and can ask for a bearer token. A client that goes away ends its
+generation. Standard library only.
 """
 
 from __future__ import annotations
@@ -42,8 +45,11 @@ __all__ = ["Endpoint", "make_server"]
 _GRACE_S = 0.5  # a client may send its next request before this thread has let go of the last one
 
 
-def make_server(endpoint: Endpoint, *, host: str = "127.0.0.1", port: int = 8089) -> ThreadingHTTPServer:
-    """A server ready for `serve_forever`; port 0 takes a free one. Raises UserError where it cannot listen."""
+def make_server(
+    endpoint: Endpoint, *, host: str = "127.0.0.1", port: int = 8089
+) -> ThreadingHTTPServer:
+    """A server ready for `serve_forever`; port 0 takes a free one. Raises UserError where it cannot
+    listen."""
     shared = {"endpoint": endpoint, "token": endpoint.token, "only_local": is_local(host)}
     server = listen(type("Handler", (_Handler,), shared), host, port)
     server.daemon_threads = True
@@ -60,16 +66,25 @@ class _Handler(GuardedHandler):
         if not self._is_allowed():
             return
         if self.path != "/v1/models":
-            return self.refuse(HTTPStatus.NOT_FOUND, "there is GET /v1/models and POST /v1/completions")
+            return self.refuse(
+                HTTPStatus.NOT_FOUND, "there is GET /v1/models and POST /v1/completions"
+            )
         base = self.endpoint.model.name
         names = [base, *(f"{base}:{plan}" for plan in self.endpoint.plans)]
-        self._json({"object": "list", "data": [{"id": n, "object": "model", "owned_by": "featureflow"} for n in names]})
+        self._json(
+            {
+                "object": "list",
+                "data": [{"id": n, "object": "model", "owned_by": "featureflow"} for n in names],
+            }
+        )
 
     def do_POST(self) -> None:
         if not self._is_allowed():
             return None
         if self.path not in ("/v1/completions", "/v1/chat/completions"):
-            return self.refuse(HTTPStatus.NOT_FOUND, "there is POST /v1/completions and /v1/chat/completions")
+            return self.refuse(
+                HTTPStatus.NOT_FOUND, "there is POST /v1/completions and /v1/chat/completions"
+            )
         try:
             request = parse_request(self.endpoint, self.json_body(), is_chat="chat" in self.path)
         except UserError as error:
@@ -77,7 +92,9 @@ class _Handler(GuardedHandler):
         if not self.endpoint.lock.acquire(timeout=_GRACE_S):
             return self.refuse(HTTPStatus.TOO_MANY_REQUESTS, "another request is running")
         try:
-            self._stream(request) if request.wants_stream else self._json(answer(self.endpoint, request))
+            self._stream(request) if request.wants_stream else self._json(
+                answer(self.endpoint, request)
+            )
         except UserError as error:
             self._error(HTTPStatus.BAD_REQUEST, str(error))
         finally:
@@ -91,10 +108,13 @@ class _Handler(GuardedHandler):
         return not self.token or self.has_token(given, "a bearer token is needed")
 
     def _stream(self, request: Request) -> None:
-        """Closing the pieces takes the plan off the model, also when the client has gone: before the next request."""
+        """Closing the pieces takes the plan off the model, also when the client has gone: before
+        the next request."""
         reports: list[SteeringReport] = []
         with closing(pieces_of(self.endpoint, request, reports)) as pieces:
-            first = next(pieces, None)  # what is wrong with a request shows here, while an error can be the answer
+            first = next(
+                pieces, None
+            )  # what is wrong with a request shows here, while an error can be the answer
             self._stream_head()
             with suppress(BrokenPipeError, ConnectionResetError):
                 try:
@@ -110,12 +130,17 @@ class _Handler(GuardedHandler):
         self.close_connection = True
 
     def _events(
-        self, request: Request, pieces: Iterable[tuple[str, int, float]], reports: Sequence[SteeringReport]
+        self,
+        request: Request,
+        pieces: Iterable[tuple[str, int, float]],
+        reports: Sequence[SteeringReport],
     ) -> None:
         head = head_of(request, "chunk")
         sent = 0
         for piece in pieces:
-            self._event({**head, "choices": [choice_of(request, piece[0], None, [piece], delta=True)]})
+            self._event(
+                {**head, "choices": [choice_of(request, piece[0], None, [piece], delta=True)]}
+            )
             sent += 1
         touched = touched_by(request, reports)
         if is_idle(request, touched):

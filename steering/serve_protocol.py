@@ -1,9 +1,10 @@
 """What the endpoint understands and answers: OpenAI's completions and chat, with a steering plan.
 
-A request names a plan in its model (`<model>:<plan>`), or carries `"steering": {"plan": "cooking", "strength": 0.4}` or
-a whole plan document under `"steering": {"document": {…}}`. `logprobs`, `seed`, `temperature`, `top_p`, `stop` and
-`stream` are honoured. The answer says how many tokens steering touched; a plan that touched none is an error (in a
-stream, its last event), never silently plain text.
+A request names a plan in its model (`<model>:<plan>`), or carries `"steering": {"plan": "cooking",
+"strength": 0.4}` or a whole plan document under `"steering": {"document": {…}}`. `logprobs`,
+`seed`, `temperature`, `top_p`, `stop` and `stream` are honoured. The answer says how many tokens
+steering touched; a plan that touched none is an error (in a stream, its last event), never silently
+plain text.
 """
 
 from __future__ import annotations
@@ -94,10 +95,14 @@ def _prompt_of(body: Mapping[str, Any], is_chat: bool) -> str:
     if not is_chat:
         prompt = body.get("prompt", "")
         if not isinstance(prompt, str):
-            raise UserError("one prompt a request, as a string", where="prompt", found=type(prompt).__name__)
+            raise UserError(
+                "one prompt a request, as a string", where="prompt", found=type(prompt).__name__
+            )
         return prompt
     messages = body.get("messages")
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and "content" in m for m in messages):
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and "content" in m for m in messages
+    ):
         raise UserError("a chat needs messages with role and content", where="messages")
     return "\n".join(f"{m.get('role', 'user')}: {m['content']}" for m in messages) + "\nassistant:"
 
@@ -108,7 +113,11 @@ def _plan_of(endpoint: Endpoint, body: Mapping[str, Any], name: str) -> Plan | N
         _, _, plan_name = name.partition(":")
         return _named(endpoint, plan_name) if plan_name else None
     if not isinstance(wanted, dict) or not {"plan", "document"} & set(wanted):
-        raise UserError("steering needs a plan's name or a document", where="steering", expected='{"plan": "name"}')
+        raise UserError(
+            "steering needs a plan's name or a document",
+            where="steering",
+            expected='{"plan": "name"}',
+        )
     plan = (
         plan_of_document(wanted["document"], where="steering.document")
         if "document" in wanted
@@ -121,12 +130,17 @@ def _strength_of(wanted: Mapping[str, Any]) -> float:
     try:
         return float(wanted["strength"])
     except (TypeError, ValueError, OverflowError) as error:
-        raise UserError("a strength is a number", where="steering.strength", found=str(error)) from error
+        raise UserError(
+            "a strength is a number", where="steering.strength", found=str(error)
+        ) from error
 
 
 def _named(endpoint: Endpoint, name: str) -> Plan:
     if name not in endpoint.plans:
-        raise UserError(f"there is no plan {name!r}", expected=", ".join(sorted(endpoint.plans)) or "none is loaded")
+        raise UserError(
+            f"there is no plan {name!r}",
+            expected=", ".join(sorted(endpoint.plans)) or "none is loaded",
+        )
     return endpoint.plans[name]
 
 
@@ -138,7 +152,12 @@ def answer(endpoint: Endpoint, request: Request) -> dict[str, Any]:
         raise UserError(IDLE, expected="a plan whose scope matches")
     text = "".join(piece for piece, _, _ in pieces)
     choice = choice_of(request, text, reason_of(request, len(pieces)), pieces)
-    return {**head_of(request), "choices": [choice], "usage": {"completion_tokens": len(pieces)}, "steering": touched}
+    return {
+        **head_of(request),
+        "choices": [choice],
+        "usage": {"completion_tokens": len(pieces)},
+        "steering": touched,
+    }
 
 
 def touched_by(request: Request, reports: Sequence[SteeringReport]) -> dict[str, Any]:
@@ -163,8 +182,9 @@ def error_document(status: HTTPStatus, message: str) -> dict[str, Any]:
 def pieces_of(
     endpoint: Endpoint, request: Request, reports: list[SteeringReport]
 ) -> Generator[tuple[str, int, float], None, None]:
-    """(new text, token, log-probability), until a stop. Each token comes when the next is known, since the last one
-    brings what was held back of the text. To be closed by who does not exhaust it: until then the model is steered."""
+    """(new text, token, log-probability), until a stop. Each token comes when the next is known,
+    since the last one brings what was held back of the text. To be closed by who does not exhaust
+    it: until then the model is steered."""
     text = SettledText(endpoint.model.tokenizer.decode, request.stops)
     waiting: tuple[str, int, float] | None = None
     with closing(_steps(endpoint, request, reports)) as steps:
@@ -178,7 +198,9 @@ def pieces_of(
         yield (waiting[0] + text.rest(), *waiting[1:])
 
 
-def _steps(endpoint: Endpoint, request: Request, reports: list[SteeringReport]) -> Generator[Step, None, None]:
+def _steps(
+    endpoint: Endpoint, request: Request, reports: list[SteeringReport]
+) -> Generator[Step, None, None]:
     """The steps, without the one that ends the text."""
     ends = stop_tokens(endpoint.model, request.sampling)
     steps = stream(
@@ -224,6 +246,9 @@ def choice_of(
         choice["logprobs"] = (
             {"content": [{"token": piece, "logprob": value} for piece, _, value in pieces]}
             if request.is_chat
-            else {"tokens": [piece for piece, _, _ in pieces], "token_logprobs": [value for _, _, value in pieces]}
+            else {
+                "tokens": [piece for piece, _, _ in pieces],
+                "token_logprobs": [value for _, _, value in pieces],
+            }
         )
     return choice

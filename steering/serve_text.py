@@ -1,9 +1,11 @@
 """Tokens into text as it may be sent: a token comes in, the text that is settled by it goes out.
 
 1. All tokens so far are decoded together; a token alone may be a part of a character.
-2. Held back is what may still change: replacement characters at the end (a tokenizer that falls back to bytes shows one
-   for each byte of a character that is not whole), and the beginning of a stop string.
-3. At a stop string the text ends before it. At the end of generation `rest` gives what was held back.
+2. Held back is what may still change: replacement characters at the end (a tokenizer that falls
+   back to bytes shows one for each byte of a character that is not whole), and the beginning of a
+   stop string.
+3. At a stop string the text ends before it. At the end of generation `rest` gives what was held
+   back.
 
 Cost: one decoding of all tokens a token.
 """
@@ -46,5 +48,8 @@ class SettledText:
 
     def _n_settled(self) -> int:
         text = self._text.rstrip(_NOT_WHOLE)
-        begun = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        begun = max(
+            (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            default=0,
+        )
         return len(text) - begun

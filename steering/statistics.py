@@ -1,8 +1,10 @@
 """Statistics of paired comparisons: intervals, tests, and corrections for many arms.
 
-- `bootstrap_mean`: percentile interval of a mean by resampling whole groups and, within each, its members (concepts →
-  prompts → samples): the groups are the unit, so repeated samples of one prompt do not count as independent.
-- `sign_flip_p`: two-sided permutation test of a mean of paired differences (exact up to 14 units, else sampled).
+- `bootstrap_mean`: percentile interval of a mean by resampling whole groups and, within each, its
+  members (concepts → prompts → samples): the groups are the unit, so repeated samples of one prompt
+  do not count as independent.
+- `sign_flip_p`: two-sided permutation test of a mean of paired differences (exact up to 14 units,
+  else sampled).
 - `holm`: adjusted p-values. `equivalent`: two one-sided tests by the interval at 1 − 2α.
 
 Everything takes a seed; nothing touches global generators.
@@ -37,10 +39,15 @@ class Interval:
 
 
 def bootstrap_mean(
-    values: Sequence[float], groups: Sequence[Sequence[object]] = (), *, seed: int, level: float = 0.95, n: int = 2000
+    values: Sequence[float],
+    groups: Sequence[Sequence[object]] = (),
+    *,
+    seed: int,
+    level: float = 0.95,
+    n: int = 2000,
 ) -> Interval:
-    """The mean of `values` with a hierarchical bootstrap. `groups` are the levels, outermost first, one key a value;
-    without groups every value is a unit. NaN values are left out."""
+    """The mean of `values` with a hierarchical bootstrap. `groups` are the levels, outermost first,
+    one key a value; without groups every value is a unit. NaN values are left out."""
     array = np.asarray(values, dtype=np.float64)
     if any(len(keys) != len(array) for keys in groups):
         raise UserError("every value needs one key a level", expected=str(len(array)))
@@ -97,15 +104,25 @@ def _tree(values: Float[np.ndarray, "value"], keys: Sequence[Sequence[object]]) 
     places: dict[object, list[int]] = {}
     for place, key in enumerate(keys[0]):
         places.setdefault(key, []).append(place)
-    return [_tree(values[own], [[level[i] for i in own] for level in keys[1:]]) for own in places.values()]
+    return [
+        _tree(values[own], [[level[i] for i in own] for level in keys[1:]])
+        for own in places.values()
+    ]
 
 
 def _mean(tree: _Tree) -> float:
-    return float(np.mean(tree)) if isinstance(tree, np.ndarray) else float(np.mean([_mean(branch) for branch in tree]))
+    return (
+        float(np.mean(tree))
+        if isinstance(tree, np.ndarray)
+        else float(np.mean([_mean(branch) for branch in tree]))
+    )
 
 
-def _resampled_means(tree: _Tree, n: int, generator: np.random.Generator) -> Float[np.ndarray, "draw"]:
-    """Means of `n` resamplings. A branch chosen twice in one draw is resampled twice, independently."""
+def _resampled_means(
+    tree: _Tree, n: int, generator: np.random.Generator
+) -> Float[np.ndarray, "draw"]:
+    """Means of `n` resamplings. A branch chosen twice in one draw is resampled twice,
+    independently."""
     chosen = generator.integers(len(tree), size=(n, len(tree)))
     if isinstance(tree, np.ndarray):
         return tree[chosen].mean(axis=1)

@@ -1,18 +1,24 @@
-"""The steering study: does steering along the flow beat its controls at equal dose? Development, lock, test, resumable.
+"""The steering study: does steering along the flow beat its controls at equal dose? Development,
+lock, test, resumable.
 
-1. `develop`: per topic and arm, calibrate to every dose, score `dev` texts teacher-forced (selectivity) and generate
-   from `dev` prompts at every dose. Every result is a file; a second run goes on where the first stopped. Doses of
-   activation are nats on neutral text; those of suppression, which does nothing there, are nats on the topic's texts.
-2. `lock`: per topic and arm take the dose with the largest share of samples that succeed and stay coherent, among
-   doses whose samples are coherent at least `min_coherent` as often as unsteered ones (ties: lower dose). None: the arm
-   is vacuous there and counts as unsteered. Plans, thresholds and limits go into one file with its own checksum.
-3. `test`: refuses to run without an intact lock; generates from `test` prompts and scores `test` texts with what the
-   lock says, nothing else. Suppression runs on topical prompts. Results of an earlier lock are made again.
+1. `develop`: per topic and arm, calibrate to every dose, score `dev` texts teacher-forced
+   (selectivity) and generate from `dev` prompts at every dose. Every result is a file; a second run
+   goes on where the first stopped. Doses of activation are nats on neutral text; those of
+   suppression, which does nothing there, are nats on the topic's texts.
+2. `lock`: per topic and arm take the dose with the largest share of samples that succeed and stay
+   coherent, among doses whose samples are coherent at least `min_coherent` as often as unsteered
+   ones (ties: lower dose). None: the arm is vacuous there and counts as unsteered. Plans,
+   thresholds and limits go into one file with its own checksum.
+3. `test`: refuses to run without an intact lock; generates from `test` prompts and scores `test`
+   texts with what the lock says, nothing else. Suppression runs on topical prompts. Results of an
+   earlier lock are made again.
 
-A folder belongs to one choice of sizes, model and dictionaries (`choices.json`); only topics may be added.
+A folder belongs to one choice of sizes, model and dictionaries (`choices.json`); only topics may be
+added.
 
-Sizes: steering/study_options.py; arms and texts: study_topic.py; samples and records: study_bench.py; the choice:
-study_choice.py; statistics and report: study_report.py. Cost: `cost_of` says before.
+Sizes: steering/study_options.py; arms and texts: study_topic.py; samples and records:
+study_bench.py; the choice: study_choice.py; statistics and report: study_report.py. Cost: `cost_of`
+says before.
 """
 
 from __future__ import annotations
@@ -88,7 +94,8 @@ class Study:
         return NeutralText.prepare(self.world.model, texts, n_tokens=N_NEUTRAL_TOKENS)
 
     def develop(self) -> None:
-        """Stage 1. Results go to `dev/<topic>/<arm>.json`. Raises UserError in a folder of other choices."""
+        """Stage 1. Results go to `dev/<topic>/<arm>.json`. Raises UserError in a folder of other
+        choices."""
         self._claim_folder()
         for done, topic in enumerate(self.options.topics):
             self.progress("develop", done, len(self.options.topics))
@@ -113,11 +120,19 @@ class Study:
     def read_lock(self) -> dict[str, Any]:
         """The lock, intact. Raises UserError otherwise."""
         if not self.lock_path.is_file():
-            raise UserError("nothing is locked yet", where=str(self.lock_path), mend="run the development part first")
+            raise UserError(
+                "nothing is locked yet",
+                where=str(self.lock_path),
+                mend="run the development part first",
+            )
         document = json.loads(self.lock_path.read_text(encoding="utf-8"))
         content = {key: value for key, value in document.items() if key != "sha256"}
         if document.get("sha256") != checksum(content):
-            raise UserError("the lock was changed after it was made", where=str(self.lock_path), mend="lock again")
+            raise UserError(
+                "the lock was changed after it was made",
+                where=str(self.lock_path),
+                mend="lock again",
+            )
         return document
 
     def test(self) -> None:
@@ -129,7 +144,9 @@ class Study:
             if not self._missing("test", topic, (UNSTEERED, PROMPTED, WHOLE_BUDGET, *ARMS)):
                 continue
             setup = self._setup(topic)
-            self._once("test", topic, UNSTEERED, lambda s=setup, k=locked: self._test_unsteered(s, k))
+            self._once(
+                "test", topic, UNSTEERED, lambda s=setup, k=locked: self._test_unsteered(s, k)
+            )
             self._once("test", topic, PROMPTED, lambda s=setup, k=locked: self._test_prompt(s, k))
             self._test_arms(setup, locked, (*ACTIVATION_ARMS, WHOLE_BUDGET))
             self._test_arms(setup, locked, SUPPRESSION_ARMS)
@@ -137,7 +154,8 @@ class Study:
     def _develop_arms(
         self, setup: TopicSetup, arms: Sequence[str], base: Mapping[str, Any], scale: NeutralText
     ) -> None:
-        """Calibrate and screen the arms that have no result yet, then generate all their doses at once."""
+        """Calibrate and screen the arms that have no result yet, then generate all their doses at
+        once."""
         missing = self._missing("dev", setup.topic, arms)
         if not missing:
             return
@@ -145,7 +163,9 @@ class Study:
         before = log_likelihoods(self.world.model, [*topical, *contrast])
         screened = {arm: self._screened(setup, arm, scale, before) for arm in missing}
         plans = [
-            setup.plans[arm].with_strength(entry["strength"]) for arm, entries in screened.items() for entry in entries
+            setup.plans[arm].with_strength(entry["strength"])
+            for arm, entries in screened.items()
+            for entry in entries
         ]
         made = iter(self.bench.samples(arms[0], setup.topic, "dev", plans))
         limits = CoherenceLimits(**base["limits"])
@@ -160,17 +180,29 @@ class Study:
     ) -> list[dict[str, Any]]:
         world, plan = self.world, setup.plans[arm]
         outcomes = calibrate(
-            world.model, world.saes, plan, scale, self.options.doses, tolerance=self.options.dose_tolerance,
-            max_evaluations=5, monitor=False,
-        )  # fmt: skip
+            world.model,
+            world.saes,
+            plan,
+            scale,
+            self.options.doses,
+            tolerance=self.options.dose_tolerance,
+            max_evaluations=5,
+            monitor=False,
+        )
         texts = self.bench.texts(setup.topic, "dev")
         return [
-            _entry(outcome, selectivity(world.model, world.saes, _at(plan, outcome), *texts, unsteered=before).score)
+            _entry(
+                outcome,
+                selectivity(
+                    world.model, world.saes, _at(plan, outcome), *texts, unsteered=before
+                ).score,
+            )
             for outcome in outcomes
         ]
 
     def _unsteered(self, setup: TopicSetup) -> dict[str, Any]:
-        """Unsteered samples: success threshold and coherence limits, and the noise floor from a second seed."""
+        """Unsteered samples: success threshold and coherence limits, and the noise floor from a
+        second seed."""
         made, again = self.bench.unsteered("dev"), self.bench.unsteered("dev", seed_shift=1)
         limits = coherence_limits(self.bench.read(made))
         threshold = setup.classifier.threshold_on([sample.text for sample in (*made, *again)])
@@ -183,7 +215,11 @@ class Study:
 
     def _locked_topic(self, topic: str) -> dict[str, Any]:
         base = self._read_json("dev", topic, UNSTEERED)
-        usual = float(np.mean([record["coherent"] for record in base.get("noise_floor", [{"coherent": True}])]))
+        usual = float(
+            np.mean(
+                [record["coherent"] for record in base.get("noise_floor", [{"coherent": True}])]
+            )
+        )
         arms = {}
         for arm in ARMS:
             found = self._read_json("dev", topic, arm)
@@ -221,9 +257,16 @@ class Study:
         limits = CoherenceLimits(**locked["limits"])
         for (arm, plan), samples in zip(chosen.items(), made, strict=True):
             records = self.bench.records(setup, samples, limits, locked["threshold"])
-            self._write("test", setup.topic, arm, {**self._tested(setup, locked, arm, plan), "records": records})
+            self._write(
+                "test",
+                setup.topic,
+                arm,
+                {**self._tested(setup, locked, arm, plan), "records": records},
+            )
 
-    def _tested(self, setup: TopicSetup, locked: Mapping[str, Any], arm: str, plan: Plan) -> dict[str, Any]:
+    def _tested(
+        self, setup: TopicSetup, locked: Mapping[str, Any], arm: str, plan: Plan
+    ) -> dict[str, Any]:
         world = self.world
         changed = selectivity(world.model, world.saes, plan, *self.bench.texts(setup.topic, "test"))
         named = locked["arms"]["flow" if arm == WHOLE_BUDGET else arm]["choice"]
@@ -232,18 +275,30 @@ class Study:
 
     def _claim_folder(self) -> None:
         """Results that are there are kept, so they must be those of these choices."""
-        sizes = {name: value for name, value in asdict(self.options).items() if name not in _MAY_CHANGE}
+        sizes = {
+            name: value for name, value in asdict(self.options).items() if name not in _MAY_CHANGE
+        }
         own = json.loads(json.dumps({**sizes, **self.made_from}))
         path = self.folder / "choices.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else own
         problems = tuple(
-            Problem(what="another choice", where=name, expected=str(known.get(name)), found=str(own.get(name)))
+            Problem(
+                what="another choice",
+                where=name,
+                expected=str(known.get(name)),
+                found=str(own.get(name)),
+            )
             for name in sorted(own | known)
             if own.get(name) != known.get(name)
         )
         if problems:
             mend = "choose another folder, or remove this one"
-            raise UserError("this study was begun with other choices", where=str(path), problems=problems, mend=mend)
+            raise UserError(
+                "this study was begun with other choices",
+                where=str(path),
+                problems=problems,
+                mend=mend,
+            )
         if not path.is_file():
             _write_json(path, own)
 
@@ -259,7 +314,9 @@ class Study:
         lock = self.read_lock()["sha256"]
         return self._read_json(part, topic, arm).get("lock", lock) == lock
 
-    def _once(self, part: str, topic: str, arm: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _once(
+        self, part: str, topic: str, arm: str, make: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
         """The result on disk, or a new one put there; the file appears only when it is whole."""
         if not self._is_done(part, topic, arm):
             self._write(part, topic, arm, make())
@@ -272,7 +329,11 @@ class Study:
     def _read_json(self, part: str, topic: str, arm: str) -> dict[str, Any]:
         path = self._path(part, topic, arm)
         if not path.is_file():
-            raise UserError("this part of the study has not run", where=str(path), mend="run the development part")
+            raise UserError(
+                "this part of the study has not run",
+                where=str(path),
+                mend="run the development part",
+            )
         return json.loads(path.read_text(encoding="utf-8"))
 
     def _path(self, part: str, topic: str, arm: str) -> Path:

@@ -1,7 +1,9 @@
-"""The study's measuring bench: prompts and texts of a split, samples of many plans at once, and one record a sample.
+"""The study's measuring bench: prompts and texts of a split, samples of many plans at once, and one
+record a sample.
 
-Everything that arms share is made once: unsteered samples serve all topics, and all plans of a topic are generated in
-one go, so that a batch holds many arms of few prompts (one stream of random numbers a prompt and sample).
+Everything that arms share is made once: unsteered samples serve all topics, and all plans of a
+topic are generated in one go, so that a batch holds many arms of few prompts (one stream of random
+numbers a prompt and sample).
 """
 
 from __future__ import annotations
@@ -41,15 +43,24 @@ class Bench:
             return (bundled.topical if split == "dev" else bundled.topical_test)[topic]
         return (bundled.dev if split == "dev" else bundled.test)[:n]
 
-    def samples(self, arm: str, topic: str, split: str, plans: Sequence[Plan | None]) -> list[tuple[Sample, ...]]:
-        """The samples of each plan, from the prompts of such an arm. Topical openers are few: each is used often enough
-        to give as many samples as neutral ones do."""
+    def samples(
+        self, arm: str, topic: str, split: str, plans: Sequence[Plan | None]
+    ) -> list[tuple[Sample, ...]]:
+        """The samples of each plan, from the prompts of such an arm. Topical openers are few: each
+        is used often enough to give as many samples as neutral ones do."""
         prompts = self.prompts(arm, topic, split)
         wanted = self.options.n_dev_prompts if split == "dev" else self.options.n_test_prompts
-        return self.generated(prompts, plans, n_samples=self.options.n_samples * max(1, wanted // len(prompts)))
+        return self.generated(
+            prompts, plans, n_samples=self.options.n_samples * max(1, wanted // len(prompts))
+        )
 
     def generated(
-        self, prompts: Sequence[str], plans: Sequence[Plan | None], *, n_samples: int, seed_shift: int = 0
+        self,
+        prompts: Sequence[str],
+        plans: Sequence[Plan | None],
+        *,
+        n_samples: int,
+        seed_shift: int = 0,
     ) -> list[tuple[Sample, ...]]:
         if not plans:
             return []
@@ -66,8 +77,8 @@ class Bench:
         return [made.of_plan(place) for place in range(len(plans))]
 
     def unsteered(self, split: str, *, seed_shift: int = 0) -> tuple[Sample, ...]:
-        """Unsteered samples of the neutral openers, made once for all topics. Thresholds and limits hang on those of
-        development, which are therefore of all its openers."""
+        """Unsteered samples of the neutral openers, made once for all topics. Thresholds and limits
+        hang on those of development, which are therefore of all its openers."""
         key = (split, seed_shift)
         if key not in self._unsteered:
             prompts = read_prompts().dev if split == "dev" else self.prompts("flow", "", split)
@@ -80,7 +91,11 @@ class Bench:
         return read_back(self.world.model, {}, samples, [], batch_size=self.options.batch_size)
 
     def records(
-        self, setup: TopicSetup, samples: Sequence[Sample], limits: CoherenceLimits, threshold: float
+        self,
+        setup: TopicSetup,
+        samples: Sequence[Sample],
+        limits: CoherenceLimits,
+        threshold: float,
     ) -> list[dict[str, Any]]:
         """One record a sample: is it about the topic, is it language?"""
         probability = setup.classifier.probability([sample.text for sample in samples])

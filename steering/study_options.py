@@ -6,9 +6,17 @@ from dataclasses import dataclass
 
 UNSTEERED, PROMPTED, WHOLE_BUDGET = "unsteered", "prompt", "single_budget"
 ACTIVATION_ARMS = (
-    "difference_single", "difference_flow", "random_direction", "random_flow", "single", "copied",
-    "flow", "flow_exponential", "flow_cosines", "flow_closed_loop",
-)  # fmt: skip
+    "difference_single",
+    "difference_flow",
+    "random_direction",
+    "random_flow",
+    "single",
+    "copied",
+    "flow",
+    "flow_exponential",
+    "flow_cosines",
+    "flow_closed_loop",
+)
 SUPPRESSION_ARMS = ("suppress_single", "suppress_flow", "suppress_random_flow")
 ARMS = (*ACTIVATION_ARMS, *SUPPRESSION_ARMS)
 N_NEUTRAL_TEXTS, N_NEUTRAL_TOKENS = 12, 32
@@ -32,7 +40,8 @@ class StudyOptions:
 
 
 def cost_of(options: StudyOptions) -> dict[str, int]:
-    """Tokens that a study generates and scores, roughly: for an estimate of its time before it starts."""
+    """Tokens that a study generates and scores, roughly: for an estimate of its time before it
+    starts."""
     n_doses, n_topics = len(options.doses), len(options.topics)
     dev = n_doses * options.n_dev_prompts * options.n_samples * options.n_tokens
     test = options.n_test_prompts * options.n_samples * options.n_tokens

@@ -1,11 +1,13 @@
-"""The study's results: one table, tests against the strongest control, and a page that says what was found.
+"""The study's results: one table, tests against the strongest control, and a page that says what
+was found.
 
-The unit is the topic. Per topic and arm: the share of test samples that succeed and stay coherent (`SuccCoh`); a
-vacuous arm counts as unsteered. An arm's gain over a control is the mean over topics of paired differences, with a
-bootstrap over topics, prompts and samples; p by sign flips of topics, Holm over the arms compared; equivalence by two
-one-sided tests at ±0.05. "Flow helps" means: the best flow arm beats the *best* of single, single_budget and copied.
-Suppression is apart: on topical prompts a sample should be coherent and no longer about the topic.
-Figures and the table of development doses: steering/study_figures.py.
+The unit is the topic. Per topic and arm: the share of test samples that succeed and stay coherent
+(`SuccCoh`); a vacuous arm counts as unsteered. An arm's gain over a control is the mean over topics
+of paired differences, with a bootstrap over topics, prompts and samples; p by sign flips of topics,
+Holm over the arms compared; equivalence by two one-sided tests at ±0.05. "Flow helps" means: the
+best flow arm beats the *best* of single, single_budget and copied. Suppression is apart: on topical
+prompts a sample should be coherent and no longer about the topic. Figures and the table of
+development doses: steering/study_figures.py.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ _N_SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """An arm against a control: paired difference of SuccCoh, p adjusted over the comparisons made."""
+    """An arm against a control: paired difference of SuccCoh, p adjusted over the comparisons
+    made."""
 
     arm: str
     control: str
@@ -44,29 +47,49 @@ class Comparison:
 
 
 def read_records(folder: Path, part: str = "test") -> pd.DataFrame:
-    """One row a sample: topic, arm, prompt, sample, hit (succeeded and coherent), success, coherent, nll, text."""
+    """One row a sample: topic, arm, prompt, sample, hit (succeeded and coherent), success,
+    coherent, nll, text."""
     rows = []
     for path in sorted((folder / part).glob("*/*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
         for name, key in ((path.stem, "records"), ("unsteered_topical", "topical_records")):
-            rows += [{"topic": path.parent.name, "arm": name, **record} for record in document.get(key, [])]
+            rows += [
+                {"topic": path.parent.name, "arm": name, **record}
+                for record in document.get(key, [])
+            ]
         if document.get("vacuous"):
             rows += _as_unsteered(path)
     if not rows:
-        raise UserError("the study has no results here", where=str(folder / part), mend="run the study's test part")
+        raise UserError(
+            "the study has no results here",
+            where=str(folder / part),
+            mend="run the study's test part",
+        )
     table = pd.DataFrame(rows)
-    return table.assign(hit=table["success"] & table["coherent"], removed=~table["success"] & table["coherent"])
+    return table.assign(
+        hit=table["success"] & table["coherent"], removed=~table["success"] & table["coherent"]
+    )
 
 
 def compare(
-    records: pd.DataFrame, arms: Sequence[str], controls: Sequence[str], *, seed: int = 0, value: str = "hit"
+    records: pd.DataFrame,
+    arms: Sequence[str],
+    controls: Sequence[str],
+    *,
+    seed: int = 0,
+    value: str = "hit",
 ) -> list[Comparison]:
     """Every arm against the control that is best on these records, Holm over arms."""
     present = [control for control in controls if (records["arm"] == control).any()]
     means = {control: topic_means(records, control, value).mean() for control in present}
     best = max(means, key=lambda control: means[control])
-    found = [(arm, paired(records, arm, best, value)) for arm in arms if (records["arm"] == arm).any()]
-    p_values = [sign_flip_p(table.groupby("topic")["difference"].mean().tolist(), seed=seed) for _, table in found]
+    found = [
+        (arm, paired(records, arm, best, value)) for arm in arms if (records["arm"] == arm).any()
+    ]
+    p_values = [
+        sign_flip_p(table.groupby("topic")["difference"].mean().tolist(), seed=seed)
+        for _, table in found
+    ]
     adjusted = holm(p_values)
     return [
         Comparison(
@@ -82,11 +105,13 @@ def compare(
 
 
 def arm_table(folder: Path, records: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
-    """One row an arm: SuccCoh with its interval, success, coherence, lexicon, dose, selectivity, vacuous topics."""
+    """One row an arm: SuccCoh with its interval, success, coherence, lexicon, dose, selectivity,
+    vacuous topics."""
     rows = []
     for arm, part in records.groupby("arm", sort=True):
         documents = [
-            json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "test").glob(f"*/{arm}.json"))
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted((folder / "test").glob(f"*/{arm}.json"))
         ]
         keys = [part["topic"].tolist(), part["prompt"].tolist()]
         interval = bootstrap_mean(part["hit"].astype(float).tolist(), keys, seed=seed, n=1000)
@@ -111,25 +136,36 @@ def arm_table(folder: Path, records: pd.DataFrame, *, seed: int = 0) -> pd.DataF
 
 def write_report(folder: Path, out: Path, *, seed: int = 0, about: str = "") -> Path:
     """The page in Markdown, figures in `images/<name of the page>` beside it. Returns its path."""
-    from steering.study_figures import developed, developed_doses, draw_study, selectivity_at_equal_dose
+    from steering.study_figures import (
+        developed,
+        developed_doses,
+        draw_study,
+        selectivity_at_equal_dose,
+    )
 
     records = read_records(folder)
     arms = arm_table(folder, records, seed=seed)
     against_controls = compare(records, FLOWS, CONTROLS, seed=seed)
-    against_unsteered = compare(records, sorted(set(arms["arm"]) - _not_activation()), (UNSTEERED,), seed=seed)
+    against_unsteered = compare(
+        records, sorted(set(arms["arm"]) - _not_activation()), (UNSTEERED,), seed=seed
+    )
     suppressed = _compared_suppression(records, seed)
     by_topic = developed(folder)
     doses = developed_doses(by_topic)
     equal = selectivity_at_equal_dose(by_topic, FLOWS, ("single", "copied"), seed=seed)
-    pictures = draw_study(records, doses, out.parent / "images" / out.stem, against_controls, seed=seed)
+    pictures = draw_study(
+        records, doses, out.parent / "images" / out.stem, against_controls, seed=seed
+    )
     lines = [
         "# Steering study",
         "",
         about,
         "",
-        f"{records['topic'].nunique()} topics ({N_FOR_A_CLAIM} are needed for a claim; with n topics no sign-flip p "
+        f"{records['topic'].nunique()} topics ({N_FOR_A_CLAIM} are needed for a claim; with n "
+        "topics no sign-flip p "
         f"is below 2/2^n). SuccCoh: share of samples "
-        "that the topic's classifier accepts (5 % of unsteered development text passes) and that stay coherent. "
+        "that the topic's classifier accepts (5 % of unsteered development text passes) and that "
+        "stay coherent. "
         "Vacuous arms (no dose left development text coherent) count as unsteered.",
         "",
         f"- Activation: {verdict(against_controls)}",
@@ -168,23 +204,27 @@ def write_report(folder: Path, out: Path, *, seed: int = 0, about: str = "") -> 
 
 
 def _dose_section(doses: pd.DataFrame, equal: pd.DataFrame) -> list[str]:
-    """What development saw at every dose: selectivity by arm, flow against controls at equal dose, samples."""
+    """What development saw at every dose: selectivity by arm, flow against controls at equal dose,
+    samples."""
     return [
         "## At which dose? Development texts and prompts, all doses",
         "",
         *_markdown(_by_dose(doses, "selectivity")),
         "",
-        "Selectivity by arm and dose: rise of the log-likelihood of definitions of the topic minus that of others, "
+        "Selectivity by arm and dose: rise of the log-likelihood of definitions of the topic minus "
+        "that of others, "
         "nats a token, teacher-forced. Nothing is sampled and nothing was chosen by it.",
         "",
         *_markdown(equal),
         "",
-        "Flow arms against the better of `single` and `copied` at the same dose (`single_budget` has none of its own), "
+        "Flow arms against the better of `single` and `copied` at the same dose (`single_budget` "
+        "has none of its own), "
         "bootstrap over topics.",
         "",
         *_markdown(_by_dose(doses, "succ_coh")),
         "",
-        "SuccCoh by arm and dose (nats; of suppression: share of samples coherent and off topic). Exploratory: the "
+        "SuccCoh by arm and dose (nats; of suppression: share of samples coherent and off topic). "
+        "Exploratory: the "
         "lock was chosen on these samples.",
         "",
     ]
@@ -212,18 +252,27 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     if not comparisons:
         return "There is no flow arm to compare."
     best = max(comparisons, key=lambda c: c.difference.mean)
-    change = f"{best.difference.mean:+.3f} [{best.difference.low:+.3f}, {best.difference.high:+.3f}]"
+    change = (
+        f"{best.difference.mean:+.3f} [{best.difference.low:+.3f}, {best.difference.high:+.3f}]"
+    )
     if best.difference.low > 0 and best.p_holm < 0.05:
         return f"The arm {best.arm} beats {best.control}: {change}."
     if best.is_equivalent:
-        return f"The best flow arm, {best.arm}, and {best.control} are equivalent within ±{MARGIN}: {change}."
+        return (
+            f"The best flow arm, {best.arm}, and {best.control} are equivalent within "
+            f"±{MARGIN}: {change}."
+        )
     if best.difference.high < 0:
         return f"Every flow arm is worse than {best.control}; the best is {best.arm}: {change}."
-    return f"No flow arm beats {best.control}; the best is {best.arm}: {change}. Neither is equivalence shown."
+    return (
+        f"No flow arm beats {best.control}; the best is {best.arm}: {change}. Neither is "
+        "equivalence shown."
+    )
 
 
 def equal_dose_verdict(table: pd.DataFrame) -> str:
-    """What the arm `flow`, and the best flow arm, gain in selectivity over the better control, by dose."""
+    """What the arm `flow`, and the best flow arm, gain in selectivity over the better control, by
+    dose."""
     if table.empty:
         return "no doses were developed."
     parts = []
@@ -231,7 +280,11 @@ def equal_dose_verdict(table: pd.DataFrame) -> str:
         best = part.loc[part["difference"].idxmax()]
         change = f"{best['difference']:+.3f} [{best['low']:+.3f}, {best['high']:+.3f}]"
         parts.append(f"{dose:g} nats: {best['arm']} − {best['control']} {change}")
-    return "best flow arm minus the better of single and copied, selectivity in nats a token. " + "; ".join(parts) + "."
+    return (
+        "best flow arm minus the better of single and copied, selectivity in nats a token. "
+        + "; ".join(parts)
+        + "."
+    )
 
 
 def _as_unsteered(path: Path) -> list[dict[str, Any]]:
@@ -242,14 +295,17 @@ def _as_unsteered(path: Path) -> list[dict[str, Any]]:
 
 
 def paired(records: pd.DataFrame, arm: str, control: str, value: str = "hit") -> pd.DataFrame:
-    """Differences by topic and place; prompts are matched by their place, since one arm puts a sentence before them."""
+    """Differences by topic and place; prompts are matched by their place, since one arm puts a
+    sentence before them."""
     sides = []
     for name in (arm, control):
         part = records[records["arm"] == name].copy()
         part["place"] = part.groupby("topic").cumcount()
         sides.append(part.set_index(["topic", "place"]))
     both = sides[0].join(sides[1][[value]], rsuffix="_control", how="inner").reset_index()
-    return both.assign(difference=both[value].astype(float) - both[f"{value}_control"].astype(float))
+    return both.assign(
+        difference=both[value].astype(float) - both[f"{value}_control"].astype(float)
+    )
 
 
 def _interval(table: pd.DataFrame, seed: int, *, level: float = 0.95) -> Interval:
@@ -320,7 +376,10 @@ def _markdown(table: pd.DataFrame) -> list[str]:
         return f"{value:.3f}" if isinstance(value, (float, np.floating)) else str(value)
 
     head = "| " + " | ".join(str(name).replace("_", " ") for name in table.columns) + " |"
-    body = ["| " + " | ".join(shown(value) for value in row) + " |" for row in table.itertuples(index=False)]
+    body = [
+        "| " + " | ".join(shown(value) for value in row) + " |"
+        for row in table.itertuples(index=False)
+    ]
     return [head, "|" + "---|" * len(table.columns), *body]
 
 

@@ -1,6 +1,8 @@
-"""The account of what steering did: tokens seen and touched, realised size of the change, activations before and after.
+"""The account of what steering did: tokens seen and touched, realised size of the change,
+activations before and after.
 
-Sums are kept as tensors on the model's device and read once, at the end, so that counting never waits for the device.
+Sums are kept as tensors on the model's device and read once, at the end, so that counting never
+waits for the device.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class NodeReport:
-    """What happened at one node of one plan. `mean_before` is the feature's mean activation as it arrived, over the
-    tokens in scope; `relative_size` is mean ‖change‖/‖h‖ at the node's site over the tokens touched."""
+    """What happened at one node of one plan. `mean_before` is the feature's mean activation as it
+    arrived, over the tokens in scope; `relative_size` is mean ‖change‖/‖h‖ at the node's site over
+    the tokens touched."""
 
     plan: int
     at: str
@@ -64,7 +67,15 @@ class Tally:
         )
 
     def add(
-        self, h: Tensor, delta: Tensor, touched: Tensor, mask: Tensor, c: Tensor, a: Tensor | None, *, adds: bool
+        self,
+        h: Tensor,
+        delta: Tensor,
+        touched: Tensor,
+        mask: Tensor,
+        c: Tensor,
+        a: Tensor | None,
+        *,
+        adds: bool,
     ) -> None:
         self.n_calls += 1
         self.seen += mask.sum(0)

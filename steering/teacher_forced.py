@@ -1,14 +1,17 @@
-"""Teacher-forced measures: what steering does to the probability of texts that other people wrote. Nothing is sampled.
+"""Teacher-forced measures: what steering does to the probability of texts that other people wrote.
+Nothing is sampled.
 
 1. `log_likelihoods`: mean log p a token of each text, under the model as it is (steered or not).
-2. `selectivity`: S = ΔLL(topic) − ΔLL(contrast), where Δ is steered minus unsteered and the contrast is text of the
-   same register about other things. General damage cancels; what is left is the topic.
-3. `token_mass`: on neutral prompts, log-probability mass of a set of topic tokens at the next token, and how much of
-   the KL goes into moving mass between the set and the rest: KL = KL_between + disruption, share = KL_between / KL.
+2. `selectivity`: S = ΔLL(topic) − ΔLL(contrast), where Δ is steered minus unsteered and the
+   contrast is text of the same register about other things. General damage cancels; what is left is
+   the topic.
+3. `token_mass`: on neutral prompts, log-probability mass of a set of topic tokens at the next
+   token, and how much of the KL goes into moving mass between the set and the rest: KL = KL_between
+   + disruption, share = KL_between / KL.
 
-Texts of topics have their feature active already; `lift` scores the first tokens of topical texts behind a neutral
-prefix. Cost: one forward pass over the texts per steering. Sources: ActAdd (effectiveness, disruption); the chain
-rule of KL.
+Texts of topics have their feature active already; `lift` scores the first tokens of topical texts
+behind a neutral prefix. Cost: one forward pass over the texts per steering. Sources: ActAdd
+(effectiveness, disruption); the chain rule of KL.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from steering.sequences import device_of, encoded, forward, in_batches, padded
 
 @dataclass(frozen=True, kw_only=True)
 class Selectivity:
-    """Mean changes of log p a token on topical and contrast texts; per text in `topic` and `contrast`."""
+    """Mean changes of log p a token on topical and contrast texts; per text in `topic` and
+    `contrast`."""
 
     topic: tuple[float, ...]
     contrast: tuple[float, ...]
@@ -56,17 +60,28 @@ class TokenMass:
 
 
 def log_likelihoods(
-    model: SteerableModel, texts: Sequence[str], *, n_tokens: int = 48, prefix: str = "", batch_size: int = 32
+    model: SteerableModel,
+    texts: Sequence[str],
+    *,
+    n_tokens: int = 48,
+    prefix: str = "",
+    batch_size: int = 32,
 ) -> list[float]:
-    """Mean log p a token of each text behind `prefix`, whose tokens are not scored. Edits in force apply."""
+    """Mean log p a token of each text behind `prefix`, whose tokens are not scored. Edits in force
+    apply."""
     if not texts:
         raise UserError("no texts to score", expected="at least one")
     skipped = len(encoded(model, prefix)) if prefix else 1
-    rows = [encoded(model, f"{prefix} {text}" if prefix else text)[: skipped + n_tokens] for text in texts]
+    rows = [
+        encoded(model, f"{prefix} {text}" if prefix else text)[: skipped + n_tokens]
+        for text in texts
+    ]
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
     found = [0.0] * len(rows)
     for block in in_batches(order, batch_size):
-        for place, value in zip(block, _scores(model, [rows[p] for p in block], skipped), strict=True):
+        for place, value in zip(
+            block, _scores(model, [rows[p] for p in block], skipped), strict=True
+        ):
             found[place] = value
     return found
 
@@ -82,13 +97,16 @@ def selectivity(
     prefix: str = "",
     n_tokens: int = 48,
 ) -> Selectivity:
-    """Changes on both sets of texts. `unsteered` may give the log-likelihoods of topic + contrast, to save a pass."""
+    """Changes on both sets of texts. `unsteered` may give the log-likelihoods of topic + contrast,
+    to save a pass."""
     texts = [*topic_texts, *contrast_texts]
     before = unsteered or log_likelihoods(model, texts, prefix=prefix, n_tokens=n_tokens)
     with applied(model, saes, plan):
         after = log_likelihoods(model, texts, prefix=prefix, n_tokens=n_tokens)
     change = [b - a for a, b in zip(before, after, strict=True)]
-    return Selectivity(topic=tuple(change[: len(topic_texts)]), contrast=tuple(change[len(topic_texts) :]))
+    return Selectivity(
+        topic=tuple(change[: len(topic_texts)]), contrast=tuple(change[len(topic_texts) :])
+    )
 
 
 def token_mass(
@@ -106,7 +124,9 @@ def token_mass(
     inside[list(tokens)] = True
     log_in = [each[:, inside].logsumexp(-1).double() for each in (before, after)]
     log_out = [each[:, ~inside].logsumexp(-1).double() for each in (before, after)]
-    between = log_in[1].exp() * (log_in[1] - log_in[0]) + log_out[1].exp() * (log_out[1] - log_out[0])
+    between = log_in[1].exp() * (log_in[1] - log_in[0]) + log_out[1].exp() * (
+        log_out[1] - log_out[0]
+    )
     kl = (after.exp() * (after - before)).sum(-1).double()
     return TokenMass(
         before=float(log_in[0].exp().mean()),

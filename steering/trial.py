@@ -1,12 +1,16 @@
-"""A trial: one feature, several arms, several doses, on the same prompts and seeds as unsteered text.
+"""A trial: one feature, several arms, several doses, on the same prompts and seeds as unsteered
+text.
 
-1. Calibrate every arm's plan to every dose on neutral text; `single_budget` takes the flow's coefficient and its dose
-   is measured.
-2. Generate from every prompt with the unsteered model and with every plan, from the same random numbers.
+1. Calibrate every arm's plan to every dose on neutral text; `single_budget` takes the flow's
+   coefficient and its dose is measured.
+2. Generate from every prompt with the unsteered model and with every plan, from the same random
+   numbers.
 3. Read everything back with the unsteered model.
-4. Pair each steered sample with its unsteered twin; report mean differences with a bootstrap over prompts.
+4. Pair each steered sample with its unsteered twin; report mean differences with a bootstrap over
+   prompts.
 
-A dose that no strength reaches is kept as an outcome (`reached` False), generated at the closest strength, and said.
+A dose that no strength reaches is kept as an outcome (`reached` False), generated at the closest
+strength, and said.
 """
 
 from __future__ import annotations
@@ -41,7 +45,8 @@ class ArmDose:
 
 @dataclass(frozen=True, kw_only=True)
 class Twin:
-    """A steered sample beside the unsteered one with the same prompt and random numbers, and both readings."""
+    """A steered sample beside the unsteered one with the same prompt and random numbers, and both
+    readings."""
 
     arm_dose: ArmDose
     unsteered: Sample
@@ -52,7 +57,8 @@ class Twin:
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:
-    """The mean of a measure over unsteered and steered samples, and of the paired difference with its interval."""
+    """The mean of a measure over unsteered and steered samples, and of the paired difference with
+    its interval."""
 
     arm: str
     dose: float
@@ -77,7 +83,9 @@ def calibrated_arms(
     progress: Progress = silent,
 ) -> list[ArmDose]:
     """Every arm at every dose."""
-    plans = plans_of(arms, flow, placebo, scales, d_model=model.d_model, seed=seed, schedule=schedule)
+    plans = plans_of(
+        arms, flow, placebo, scales, d_model=model.d_model, seed=seed, schedule=schedule
+    )
     found: list[ArmDose] = []
     for done, (arm, plan) in enumerate(plans.items()):
         progress(f"calibrate {flow.seed}", done, len(plans))
@@ -88,7 +96,9 @@ def calibrated_arms(
         for each in [each for each in found if each.arm == "flow"]:
             plan = with_whole_budget(flow, scales, each.plan)
             measured = measure(model, saes, plan, neutral)
-            outcome = Calibrated(target=each.target, measured=measured, reached=True, n_evaluations=1)
+            outcome = Calibrated(
+                target=each.target, measured=measured, reached=True, n_evaluations=1
+            )
             found.append(_arm_dose("single_budget", plan, outcome, measured))
     progress(f"calibrate {flow.seed}", len(plans), len(plans))
     return found
@@ -109,8 +119,8 @@ def run_trial(
     batch_size: int = 48,
     progress: Progress = silent,
 ) -> list[Twin]:
-    """Generate and read back every arm and dose; `unsteered` (plan 0) and its readings of this target are given, since
-    all features of a run share them."""
+    """Generate and read back every arm and dose; `unsteered` (plan 0) and its readings of this
+    target are given, since all features of a run share them."""
     made = generate(
         model,
         saes,
@@ -123,7 +133,10 @@ def run_trial(
         progress=progress,
     )
     after = read_back(model, saes, made.samples, [target], progress=progress)
-    twins = {(s.prompt_index, s.sample): (s, r) for s, r in zip(unsteered.of_plan(0), before, strict=True)}
+    twins = {
+        (s.prompt_index, s.sample): (s, r)
+        for s, r in zip(unsteered.of_plan(0), before, strict=True)
+    }
     return [
         Twin(
             arm_dose=arm_doses[sample.plan],
@@ -142,7 +155,9 @@ def effects_of(twins: Sequence[Twin], limits: CoherenceLimits, *, seed: int) -> 
     for twin in twins:
         groups.setdefault((twin.arm_dose.arm, twin.arm_dose.target), []).append(twin)
     return [
-        _effect(arm, dose, name, members, limits, seed) for (arm, dose), members in groups.items() for name in MEASURES
+        _effect(arm, dose, name, members, limits, seed)
+        for (arm, dose), members in groups.items()
+        for name in MEASURES
     ]
 
 
@@ -157,7 +172,9 @@ def value_of(measure_name: str, reading: Reading, limits: CoherenceLimits) -> fl
             return float(getattr(reading, measure_name)[0])
 
 
-def _effect(arm: str, dose: float, name: str, members: Sequence[Twin], limits: CoherenceLimits, seed: int) -> Effect:
+def _effect(
+    arm: str, dose: float, name: str, members: Sequence[Twin], limits: CoherenceLimits, seed: int
+) -> Effect:
     before = [value_of(name, twin.before, limits) for twin in members]
     after = [value_of(name, twin.after, limits) for twin in members]
     differences = [a - b for a, b in zip(after, before, strict=True)]

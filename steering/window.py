@@ -1,15 +1,17 @@
-"""Where in its sequence each token of a forward pass stands: the same answer with a key-value cache and without, with
-left padding and without, for every row of a batch.
+"""Where in its sequence each token of a forward pass stands: the same answer with a key-value cache
+and without, with left padding and without, for every row of a batch.
 
-1. `WindowTracker.watching(model)` sets a pre-hook on the module that runs the layers; before every pass it reads the
-   token ids, the attention mask and the length of the cache.
-2. A pass with an empty cache starts new sequences: all its columns are prompt, unless `expect_prompt` said how many
-   are. A pass with a cache continues them: its columns are generated text.
-3. `Window` answers for the columns of the present pass: which are real (not padding), their position in their sequence
-   (padding not counted), which belong to the prompt, and which token stands there.
+1. `WindowTracker.watching(model)` sets a pre-hook on the module that runs the layers; before every
+   pass it reads the token ids, the attention mask and the length of the cache.
+2. A pass with an empty cache starts new sequences: all its columns are prompt, unless
+   `expect_prompt` said how many are. A pass with a cache continues them: its columns are generated
+   text.
+3. `Window` answers for the columns of the present pass: which are real (not padding), their
+   position in their sequence (padding not counted), which belong to the prompt, and which token
+   stands there.
 
-Beam search reorders the rows of a cache without telling anybody; scopes that look back at earlier tokens are wrong
-there.
+Beam search reorders the rows of a cache without telling anybody; scopes that look back at earlier
+tokens are wrong there.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Window:
 
     @cached_property
     def position(self) -> Int[Tensor, "batch position"]:
-        """0 for the first real token of each row; negative on padding. Asked by every plan at every site of a pass."""
+        """0 for the first real token of each row; negative on padding. Asked by every plan at every
+        site of a pass."""
         return (self.real.long().cumsum(dim=-1) - 1)[:, self.start :].masked_fill(~self.here(), -1)
 
     def here(self) -> Bool[Tensor, "batch position"]:
@@ -71,7 +74,8 @@ class WindowTracker:
         return self._window
 
     def expect_prompt(self, n_columns: int | None) -> None:
-        """Say how many columns are prompt when sequences are run again from the start without a cache."""
+        """Say how many columns are prompt when sequences are run again from the start without a
+        cache."""
         self._expected_prompt = n_columns
 
     @contextmanager
@@ -83,10 +87,14 @@ class WindowTracker:
             handle.remove()
             self._window = None
 
-    def _before_pass(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_pass(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
-            ids = kwargs["inputs_embeds"].new_full(kwargs["inputs_embeds"].shape[:2], -1, dtype=torch.long)
+            ids = kwargs["inputs_embeds"].new_full(
+                kwargs["inputs_embeds"].shape[:2], -1, dtype=torch.long
+            )
         cache = kwargs.get("past_key_values")
         n_past = 0 if cache is None else int(cache.get_seq_length())
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -101,7 +109,11 @@ class WindowTracker:
             expected = self._expected_prompt
             prompt_columns = ids.shape[1] if expected is None else min(expected, ids.shape[1])
         else:
-            prompt_columns = self._expected_prompt if self._expected_prompt is not None else self.window.prompt_columns
+            prompt_columns = (
+                self._expected_prompt
+                if self._expected_prompt is not None
+                else self.window.prompt_columns
+            )
         return Window(ids=known_ids, real=real, start=n_past, prompt_columns=prompt_columns)
 
     def _past(self, ids: Tensor, n_past: int) -> Window | None:

@@ -1,11 +1,13 @@
 """A steered model that other programs take for an ordinary Hugging Face model.
 
     steered = SteeredModel(model, saes, plan)
-    steered(input_ids=…)        steered.generate(input_ids, max_new_tokens=…)        steered.config …
+    steered(input_ids=…)        steered.generate(input_ids, max_new_tokens=…)        steered.config
+    …
 
-`forward` and `generate` have the signatures of the wrapped model and run with the plan applied; everything else is the
-wrapped model's own. The hooks are on only while such a call runs, so the same weights serve unsteered calls in between.
-An evaluation harness that calls the model in a loop needs nothing else. Beam search is refused: it reorders the cache.
+`forward` and `generate` have the signatures of the wrapped model and run with the plan applied;
+everything else is the wrapped model's own. The hooks are on only while such a call runs, so the
+same weights serve unsteered calls in between. An evaluation harness that calls the model in a loop
+needs nothing else. Beam search is refused: it reorders the cache.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ class SteeredModel(torch.nn.Module):
     """See the module's text. `last_report` tells what the latest call touched."""
 
     def __init__(
-        self, model: SteerableModel, saes: Mapping[Site, Dictionary], plan: Plan | Sequence[Plan | RowPlan]
+        self,
+        model: SteerableModel,
+        saes: Mapping[Site, Dictionary],
+        plan: Plan | Sequence[Plan | RowPlan],
     ) -> None:
         super().__init__()
         self.hf = model.hf

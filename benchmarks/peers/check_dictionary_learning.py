@@ -13,7 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dictionary_learning.dictionary import AutoEncoder, AutoEncoderNew, GatedAutoEncoder, JumpReluAutoEncoder
+from dictionary_learning.dictionary import (
+    AutoEncoder,
+    AutoEncoderNew,
+    GatedAutoEncoder,
+    JumpReluAutoEncoder,
+)
 from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
 from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
 from dictionary_learning.trainers.top_k import AutoEncoderTopK
@@ -48,13 +53,22 @@ def main(root: Path) -> None:
         folder = root / name
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(dictionary.state_dict(), folder / "ae.pt")
-        trainer = {"dict_class": name, "layer": 3, "submodule_name": "resid_post_layer_3", "activation_dim": D}
-        (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 128}}))
+        trainer = {
+            "dict_class": name,
+            "layer": 3,
+            "submodule_name": "resid_post_layer_3",
+            "activation_dim": D,
+        }
+        (folder / "config.json").write_text(
+            json.dumps({"trainer": trainer, "buffer": {"ctx_len": 128}})
+        )
         arrays = {"x": x, "latents": latents, "reconstruction": reconstruction}
         np.savez(folder / "case.npz", **{key: value.numpy() for key, value in arrays.items()})
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     main(parser.parse_args().folder)

@@ -1,9 +1,14 @@
-"""Files both ways with SAELens itself. Runs in SAELens' environment, imports nothing of featureflow.
+"""Files both ways with SAELens itself. Runs in SAELens' environment, imports nothing of
+featureflow.
 
-python check_saelens.py write FOLDER    SAELens makes one dictionary of each architecture and saves it, with inputs,
-                                        latents and reconstructions as SAELens computes them (case.npz)
-python check_saelens.py read FOLDER     SAELens opens every dictionary under FOLDER and reports, as one JSON line
-                                        each, how far its latents and reconstructions are from those in case.npz
+python check_saelens.py write FOLDER    SAELens makes one dictionary of each architecture and saves
+it, with inputs,
+                                        latents and reconstructions as SAELens computes them
+                                        (case.npz)
+python check_saelens.py read FOLDER     SAELens opens every dictionary under FOLDER and reports, as
+one JSON line
+                                        each, how far its latents and reconstructions are from those
+                                        in case.npz
 """
 
 from __future__ import annotations
@@ -23,7 +28,10 @@ ARCHITECTURES = {
     "standard": {},
     "standard_no_input_bias": {"architecture": "standard", "apply_b_dec_to_input": False},
     "standard_layer_norm": {"architecture": "standard", "normalize_activations": "layer_norm"},
-    "standard_constant_norm": {"architecture": "standard", "normalize_activations": "constant_norm_rescale"},
+    "standard_constant_norm": {
+        "architecture": "standard",
+        "normalize_activations": "constant_norm_rescale",
+    },
     "topk": {"k": K},
     "topk_by_norm": {"architecture": "topk", "k": K, "rescale_acts_by_decoder_norm": True},
     "jumprelu": {},
@@ -40,7 +48,9 @@ def write(root: Path) -> None:
     for name, options in ARCHITECTURES.items():
         settings = {"architecture": name, "d_in": D_IN, "d_sae": D_SAE} | options
         sae_class, config_class = get_sae_class(settings["architecture"])
-        sae = sae_class(config_class.from_dict(settings | {"metadata": {"sae_lens_version": __version__}}))
+        sae = sae_class(
+            config_class.from_dict(settings | {"metadata": {"sae_lens_version": __version__}})
+        )
         with torch.no_grad():
             for parameter_name, parameter in sae.named_parameters():
                 scale = 0.5 if parameter.ndim == 1 else 0.3
@@ -74,13 +84,20 @@ def write_checkpoint(architecture: str, folder: Path) -> None:
 def save_case(sae: SAE, x: torch.Tensor, folder: Path) -> None:
     with torch.no_grad():
         latents, reconstruction = sae.encode(x), sae(x)
-    np.savez(folder / "case.npz", x=x.numpy(), latents=latents.numpy(), reconstruction=reconstruction.numpy())
+    np.savez(
+        folder / "case.npz",
+        x=x.numpy(),
+        latents=latents.numpy(),
+        reconstruction=reconstruction.numpy(),
+    )
 
 
 def read(root: Path) -> None:
     for folder in sorted(path.parent for path in root.glob("*/case.npz")):
         sae = SAE.load_from_disk(folder)
-        case = {name: torch.from_numpy(value) for name, value in np.load(folder / "case.npz").items()}
+        case = {
+            name: torch.from_numpy(value) for name, value in np.load(folder / "case.npz").items()
+        }
         with torch.no_grad():
             latents, reconstruction = sae.encode(case["x"]), sae(case["x"])
         record = {
@@ -90,7 +107,9 @@ def read(root: Path) -> None:
             "active": int((latents != 0).sum()),
             "same_active": bool(((latents != 0) == (case["latents"] != 0)).all()),
             "latents_difference": relative_difference(latents, case["latents"]),
-            "reconstruction_difference": relative_difference(reconstruction, case["reconstruction"]),
+            "reconstruction_difference": relative_difference(
+                reconstruction, case["reconstruction"]
+            ),
         }
         print(json.dumps(record), flush=True)
 
@@ -101,7 +120,9 @@ def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("direction", choices=("write", "read"))
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()

@@ -1,10 +1,12 @@
-"""SAELens' `CacheActivationsRunner`, timed. Runs in SAELens' environment; benchmarks/store_saelens.py drives it.
+"""SAELens' `CacheActivationsRunner`, timed. Runs in SAELens' environment;
+benchmarks/store_saelens.py drives it.
 
-    python collect_saelens.py --model FOLDER --tokens FILE.npy --batch 8 --dtype bfloat16 --threads 2
+    python collect_saelens.py --model FOLDER --tokens FILE.npy --batch 8 --dtype bfloat16 --threads
+    2
 
-The model is loaded once. Then every line on standard input, `{"site": "model.layers.14", "out": FOLDER}`, caches that
-site for all tokens into a new folder, as `CacheActivationsRunner.run` does, and answers with a line of JSON: seconds.
-SAELens stores float32, which is its default.
+The model is loaded once. Then every line on standard input, `{"site": "model.layers.14", "out":
+FOLDER}`, caches that site for all tokens into a new folder, as `CacheActivationsRunner.run` does,
+and answers with a line of JSON: seconds. SAELens stores float32, which is its default.
 """
 
 from __future__ import annotations
@@ -25,9 +27,13 @@ from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig, __ver
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
-    parser.add_argument("--tokens", type=Path, required=True, help=".npy of ids, [context, position]")
+    parser.add_argument(
+        "--tokens", type=Path, required=True, help=".npy of ids, [context, position]"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
@@ -44,10 +50,14 @@ def main() -> None:
         answers.write(json.dumps({"ready": __version__}) + "\n")
         for line in sys.stdin:
             task = json.loads(line)
-            answers.write(json.dumps({"seconds": seconds_to_cache(runner.model, options, ids, **task)}) + "\n")
+            answers.write(
+                json.dumps({"seconds": seconds_to_cache(runner.model, options, ids, **task)}) + "\n"
+            )
 
 
-def seconds_to_cache(model: object, options: argparse.Namespace, ids: np.ndarray, *, site: str, out: str) -> float:
+def seconds_to_cache(
+    model: object, options: argparse.Namespace, ids: np.ndarray, *, site: str, out: str
+) -> float:
     """One whole run; the model is there already, as it would be the second time in a session."""
     made = CacheActivationsRunner.__new__(CacheActivationsRunner)
     with_model(made, model, settings(options, ids, site, out), as_dataset(ids))
@@ -57,7 +67,10 @@ def seconds_to_cache(model: object, options: argparse.Namespace, ids: np.ndarray
 
 
 def with_model(
-    runner: CacheActivationsRunner, model: object, config: CacheActivationsRunnerConfig, dataset: Dataset
+    runner: CacheActivationsRunner,
+    model: object,
+    config: CacheActivationsRunnerConfig,
+    dataset: Dataset,
 ) -> None:
     """What `CacheActivationsRunner.__init__` does, but with a model that is loaded."""
     import sae_lens.cache_activations_runner as module
@@ -70,7 +83,9 @@ def with_model(
         module.load_model = original
 
 
-def settings(options: argparse.Namespace, ids: np.ndarray, site: str, out: str) -> CacheActivationsRunnerConfig:
+def settings(
+    options: argparse.Namespace, ids: np.ndarray, site: str, out: str
+) -> CacheActivationsRunnerConfig:
     """Two buffers for all the tokens, so that the runner's own splitting is in the measurement."""
     from transformers import AutoConfig
 

@@ -1,8 +1,11 @@
-"""Run SAEDashboard on the case of tests/pipeline/atlas/dashboard_case.py and record what it finds for the tests.
+"""Run SAEDashboard on the case of tests/pipeline/atlas/dashboard_case.py and record what it finds
+for the tests.
 
-    python -m benchmarks.peers.record_saedashboard FOLDER      writes tests/pipeline/atlas/saedashboard.json
+    python -m benchmarks.peers.record_saedashboard FOLDER      writes
+    tests/pipeline/atlas/saedashboard.json
 
-FOLDER holds the peers' environments (benchmarks/peers/make_environments.sh). Cost: some ten seconds.
+FOLDER holds the peers' environments (benchmarks/peers/make_environments.sh). Cost: some ten
+seconds.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from tests.pipeline.atlas.dashboard_case import RECORDED, Case, ask
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("peers", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

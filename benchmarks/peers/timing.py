@@ -1,12 +1,16 @@
-"""What the peers' training runs share: the command line, the batches, the clock, and how the result is judged.
+"""What the peers' training runs share: the command line, the batches, the clock, and how the result
+is judged.
 
-Runs in a peer's environment with numpy and torch only. Every trainer sees the same rows in the same order:
-`numpy.random.default_rng(seed)` permutes the training rows anew each epoch. Rows are centred and divided by one number
-taken from the training rows, so that the mean square of a dimension is 1 (or of a row, where the peer asks for that).
+Runs in a peer's environment with numpy and torch only. Every trainer sees the same rows in the same
+order: `numpy.random.default_rng(seed)` permutes the training rows anew each epoch. Rows are centred
+and divided by one number taken from the training rows, so that the mean square of a dimension is 1
+(or of a row, where the peer asks for that).
 
     --activations FILE.npy   float32 [row, d]; the last --held-out rows are not trained on
-    --save FOLDER            the dictionary in the peer's own format, and normalisation.npz (mean, scale of the rows)
-    prints one JSON line: times of whole steps in milliseconds, and FVU, L0 and dead latents on the held-out rows
+    --save FOLDER            the dictionary in the peer's own format, and normalisation.npz (mean,
+    scale of the rows)
+    prints one JSON line: times of whole steps in milliseconds, and FVU, L0 and dead latents on the
+    held-out rows
 """
 
 from __future__ import annotations
@@ -57,15 +61,20 @@ class Task:
 
 
 def read_task(architectures: tuple[str, ...], *, row_norm_one: bool = False) -> Task:
-    """The task on the command line. `row_norm_one`: the mean square norm of a row is 1, not of a dimension."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The task on the command line. `row_norm_one`: the mean square norm of a row is 1, not of a
+    dimension."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--activations", type=Path, required=True)
     parser.add_argument("--architecture", choices=architectures, default=architectures[0])
     parser.add_argument("--n-latents", type=int, default=4096)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=200, help="steps in all, timed and untimed")
-    parser.add_argument("--untimed-steps", type=int, default=5, help="first steps that are not timed")
+    parser.add_argument(
+        "--untimed-steps", type=int, default=5, help="first steps that are not timed"
+    )
     parser.add_argument("--learning-rate", type=float, default=4e-4)
     parser.add_argument("--lr-warmup-steps", type=int, default=50)
     parser.add_argument("--lr-decay-fraction", type=float, default=0.2)
@@ -103,7 +112,8 @@ def read_task(architectures: tuple[str, ...], *, row_norm_one: bool = False) -> 
 
 
 def normalisation(train: torch.Tensor, *, row_norm_one: bool) -> tuple[torch.Tensor, float]:
-    """What is subtracted from every row, and by what it is divided then; summed in float64, block by block."""
+    """What is subtracted from every row, and by what it is divided then; summed in float64, block
+    by block."""
     total, squares = torch.zeros(train.shape[1], dtype=torch.float64), 0.0
     for block in train.split(65536):
         total += block.double().sum(0)
@@ -121,7 +131,8 @@ def run(
     save: Callable[[Path], object],
     **about: object,
 ) -> None:
-    """Train, timing every step; judge; save. `reconstruct` gives latents and reconstruction of some rows."""
+    """Train, timing every step; judge; save. `reconstruct` gives latents and reconstruction of some
+    rows."""
     seconds = []
     batches = task.batches()
     for index in range(task.steps):
@@ -154,13 +165,18 @@ def run(
     if task.save is not None:
         task.save.mkdir(parents=True, exist_ok=True)
         save(task.save)
-        np.savez(task.save / "normalisation.npz", mean=task.mean.numpy(), scale=np.float64(task.scale))
+        np.savez(
+            task.save / "normalisation.npz", mean=task.mean.numpy(), scale=np.float64(task.scale)
+        )
     print(json.dumps(record), flush=True)
 
 
 @torch.no_grad()
-def judged(task: Task, reconstruct: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
-    """FVU against the mean of the held-out rows, L0, and the share of latents that never fired on them."""
+def judged(
+    task: Task, reconstruct: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+) -> dict[str, float]:
+    """FVU against the mean of the held-out rows, L0, and the share of latents that never fired on
+    them."""
     error, active, fired = 0.0, 0, torch.zeros(task.n_latents, dtype=torch.bool)
     for rows in task.held_out.split(2048):
         latents, reconstruction = reconstruct(rows.to(task.device))

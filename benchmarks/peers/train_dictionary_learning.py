@@ -1,8 +1,10 @@
-"""dictionary_learning's own training step, timed. Runs in its environment; options and output are in timing.py.
+"""dictionary_learning's own training step, timed. Runs in its environment; options and output are
+in timing.py.
 
-The step is the trainer's `update`: auxiliary loss, backward, projection, clipping, Adam, scheduler, decoder norms. Rows
-have mean square norm 1, as its training script scales them. Its dead-latent window is 10 million tokens; here it is 30
-batches, as for the others, so that the auxiliary loss takes part in short runs too.
+The step is the trainer's `update`: auxiliary loss, backward, projection, clipping, Adam, scheduler,
+decoder norms. Rows have mean square norm 1, as its training script scales them. Its dead-latent
+window is 10 million tokens; here it is 30 batches, as for the others, so that the auxiliary loss
+takes part in short runs too.
 """
 
 from __future__ import annotations
@@ -45,10 +47,20 @@ def main() -> None:
 
     def save(folder: Path) -> None:
         torch.save(trainer.ae.state_dict(), folder / "ae.pt")
-        config = {"trainer": {"dict_class": type(trainer.ae).__name__, "activation_dim": task.d}, "buffer": {}}
+        config = {
+            "trainer": {"dict_class": type(trainer.ae).__name__, "activation_dim": task.d},
+            "buffer": {},
+        }
         (folder / "config.json").write_text(json.dumps(config))
 
-    run(task, trainer.update, reconstruct, save, peer="dictionary_learning", version=version("dictionary-learning"))
+    run(
+        task,
+        trainer.update,
+        reconstruct,
+        save,
+        peer="dictionary_learning",
+        version=version("dictionary-learning"),
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""SAELens' own training step, timed. Runs in SAELens' environment; options and output are in timing.py.
+"""SAELens' own training step, timed. Runs in SAELens' environment; options and output are in
+timing.py.
 
-The step is `SAETrainer.step`: forward with its auxiliary loss, backward, gradient clipping, Adam, schedulers and firing
-statistics, as `SAETrainer.fit` calls it, without its progress bar and logging. Decoder and L1 options are SAELens'
-defaults; its auxiliary loss is on with coefficient --aux-coefficient.
+The step is `SAETrainer.step`: forward with its auxiliary loss, backward, gradient clipping, Adam,
+schedulers and firing statistics, as `SAETrainer.fit` calls it, without its progress bar and
+logging. Decoder and L1 options are SAELens' defaults; its auxiliary loss is on with coefficient
+--aux-coefficient.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def main() -> None:
 
 
 def with_threshold(sae: torch.nn.Module, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """BatchTopK as SAELens exports it for inference: a fixed threshold instead of a choice within the batch."""
+    """BatchTopK as SAELens exports it for inference: a fixed threshold instead of a choice within
+    the batch."""
     _, pre = sae.encode_with_hidden_pre(rows)
     latents = pre.relu() * (pre > sae.topk_threshold)
     return latents, sae.decode(latents)

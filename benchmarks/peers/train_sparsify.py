@@ -1,9 +1,11 @@
-"""sparsify's training step, timed. Runs in sparsify's environment; options and output are in timing.py.
+"""sparsify's training step, timed. Runs in sparsify's environment; options and output are in
+timing.py.
 
-sparsify trains inside a forward hook of the language model. Here the same calls of its `SparseCoder` are made on stored
-rows, in the order of `Trainer.fit` (decoder norms, batch variance, forward, backward, removal of the parallel gradient,
-optimizer, scheduler, firing counts), with Adam instead of its default SignSGD, so that losses can be compared.
-Triton kernels are left out where there is no GPU, as its environment variable does. There is no BatchTopK in it.
+sparsify trains inside a forward hook of the language model. Here the same calls of its
+`SparseCoder` are made on stored rows, in the order of `Trainer.fit` (decoder norms, batch variance,
+forward, backward, removal of the parallel gradient, optimizer, scheduler, firing counts), with Adam
+instead of its default SignSGD, so that losses can be compared. Triton kernels are left out where
+there is no GPU, as its environment variable does. There is no BatchTopK in it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ DEAD_AFTER_BATCHES = 30
 def main() -> None:
     task = read_task(("topk",))
     torch.set_float32_matmul_precision("high")  # as Trainer.fit does
-    coder = SparseCoder(task.d, SparseCoderConfig(num_latents=task.n_latents, k=task.k), device=task.device)
+    coder = SparseCoder(
+        task.d, SparseCoderConfig(num_latents=task.n_latents, k=task.k), device=task.device
+    )
     optimizer = torch.optim.Adam(coder.parameters(), lr=task.learning_rate)
     scheduler = get_linear_schedule_with_warmup(optimizer, task.lr_warmup_steps, task.steps)
     silent = torch.zeros(task.n_latents, dtype=torch.long, device=task.device)
@@ -54,10 +58,19 @@ def main() -> None:
 
     def reconstruct(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         values, indices, _ = coder.encode(rows)
-        latents = torch.zeros(len(rows), task.n_latents, device=rows.device).scatter_(1, indices, values)
+        latents = torch.zeros(len(rows), task.n_latents, device=rows.device).scatter_(
+            1, indices, values
+        )
         return latents, coder.decode(values, indices)
 
-    run(task, step, reconstruct, coder.save_to_disk, peer="sparsify", version=version("eai-sparsify"))
+    run(
+        task,
+        step,
+        reconstruct,
+        coder.save_to_disk,
+        peer="sparsify",
+        version=version("eai-sparsify"),
+    )
 
 
 if __name__ == "__main__":

@@ -1,1 +1,2 @@
-"""Concept data: neutral and topical prompts of our own, and topics from WordNet's glosses (see `topics`)."""
+"""Concept data: neutral and topical prompts of our own, and topics from WordNet's glosses (see
+`topics`)."""

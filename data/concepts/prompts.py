@@ -1,8 +1,8 @@
 """Prompts and neutral texts written for this project: what steering is measured on.
 
-Neutral openers begin a text about nothing in particular; `dev` ones may be used to choose, `test` ones only to report.
-Neutral texts are the scale on which doses are measured. Topical openers begin a text about one topic, for suppression:
-`topical` to choose, `topical_test` to report.
+Neutral openers begin a text about nothing in particular; `dev` ones may be used to choose, `test`
+ones only to report. Neutral texts are the scale on which doses are measured. Topical openers begin
+a text about one topic, for suppression: `topical` to choose, `topical_test` to report.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class Prompts:
 @cache
 def read_prompts() -> Prompts:
     """The bundled prompts."""
-    document: dict[str, Any] = json.loads(files("data.concepts").joinpath("prompts.json").read_text(encoding="utf-8"))
+    document: dict[str, Any] = json.loads(
+        files("data.concepts").joinpath("prompts.json").read_text(encoding="utf-8")
+    )
     return Prompts(
         dev=tuple(document["neutral_openers"]["dev"]),
         test=tuple(document["neutral_openers"]["test"]),

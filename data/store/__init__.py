@@ -1,4 +1,5 @@
-"""The activation store: rows of activations at named sites in a Zarr v3 group that cannot be read wrong."""
+"""The activation store: rows of activations at named sites in a Zarr v3 group that cannot be read
+wrong."""
 
 from data.store.layout import SiteLayout, StoreLayout
 from data.store.statistics import SiteStatistics

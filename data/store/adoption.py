@@ -1,4 +1,5 @@
-"""Taking over from an earlier store what is sound in it, so that mending one shard costs one shard."""
+"""Taking over from an earlier store what is sound in it, so that mending one shard costs one
+shard."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ from sae.errors import UserError
 
 
 def adopt_shards(writer: StoreWriter, earlier: Path) -> list[int]:
-    """Link the shards that `earlier`, a store of the same run, has whole into the store being written; every byte is
-    compared with its record first. Both must be folders. Returns the shards; an unusable store gives none."""
+    """Link the shards that `earlier`, a store of the same run, has whole into the store being
+    written; every byte is compared with its record first. Both must be folders. Returns the shards;
+    an unusable store gives none."""
     place = writer.place
     if not isinstance(place, LocalPlace) or not (earlier / "zarr.json").is_file():
         return []
@@ -36,7 +38,11 @@ def _sound_record(source: LocalPlace, writer: StoreWriter, shard: int) -> ShardR
         record = read_record(source, shard)
     except UserError:
         return None
-    if record is None or layout.identity != writer.layout.identity or layout.n_rows != writer.layout.n_rows:
+    if (
+        record is None
+        or layout.identity != writer.layout.identity
+        or layout.n_rows != writer.layout.n_rows
+    ):
         return None
     sizes = {name: size for name in record.files if (size := source.size(name)) is not None}
     if any(iter_problems_of_record(record, writer.layout, sizes)):

@@ -1,9 +1,10 @@
-"""Shuffled batches for training: a store and a seed in, batches of the same rows at several sites out.
+"""Shuffled batches for training: a store and a seed in, batches of the same rows at several sites
+out.
 
-Two threads read the next window of random blocks (`data.store.plans`, `data.store.windows`) while two others gather
-batches from the present one: rows are gathered as stored, 16 bits each, then widened to float32, or sent to a GPU as
-they are and widened there. Memory: two windows of every site. `state()` and `restore()` continue at exactly the next
-batch.
+Two threads read the next window of random blocks (`data.store.plans`, `data.store.windows`) while
+two others gather batches from the present one: rows are gathered as stored, 16 bits each, then
+widened to float32, or sent to a GPU as they are and widened there. Memory: two windows of every
+site. `state()` and `restore()` continue at exactly the next batch.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ _GATHERERS = 2
 
 
 class BatchReader:
-    """An iterator over batches. Use it as a context manager, or `close` it, to stop its threads early."""
+    """An iterator over batches. Use it as a context manager, or `close` it, to stop its threads
+    early."""
 
     def __init__(
         self,
@@ -58,8 +60,9 @@ class BatchReader:
         prefetch: int = 2,
         reuse_buffers: bool = False,
     ) -> None:
-        """`n_epochs` None goes on for ever. `window_rows` is rounded to blocks; by default 65,536, or what fits in
-        1 GiB for two windows of all sites. With `reuse_buffers` a batch is overwritten `prefetch` + 2 batches later."""
+        """`n_epochs` None goes on for ever. `window_rows` is rounded to blocks; by default 65,536,
+        or what fits in 1 GiB for two windows of all sites. With `reuse_buffers` a batch is
+        overwritten `prefetch` + 2 batches later."""
         self.store = store
         self.sites = tuple(sites)
         self.layouts = [store.site_layout(site) for site in sites]
@@ -71,7 +74,12 @@ class BatchReader:
         self._reuse_buffers = reuse_buffers
         blocks = max(1, (window_rows or _default_window(store, self.layouts)) // store.chunk_rows)
         self.choices = ShuffleChoices(
-            seed=seed, batch_size=batch_size, window_blocks=blocks, block_rows=store.chunk_rows, rank=rank, world=world
+            seed=seed,
+            batch_size=batch_size,
+            window_blocks=blocks,
+            block_rows=store.chunk_rows,
+            rank=rank,
+            world=world,
         )
         self._rows = store.kept_rows(split, self._filters, sites=sites)
         self._position = (0, 0)
@@ -101,7 +109,8 @@ class BatchReader:
         return {**self._identity, "epoch": self._position[0], "batch": self._position[1]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue at a state. Raises UserError if it was taken with another store or other choices."""
+        """Continue at a state. Raises UserError if it was taken with another store or other
+        choices."""
         problems = [
             Problem(
                 what="the state was taken with another choice",
@@ -158,11 +167,21 @@ class BatchReader:
     def _refuse_bad_choices(self) -> None:
         choices, problems = self.choices, []
         if choices.batch_size < 1:
-            problems.append(Problem(what="impossible batch size", found=str(choices.batch_size), expected="at least 1"))
+            problems.append(
+                Problem(
+                    what="impossible batch size",
+                    found=str(choices.batch_size),
+                    expected="at least 1",
+                )
+            )
         if not 0 <= choices.rank < choices.world:
-            problems.append(Problem(what="impossible rank", found=f"{choices.rank} of {choices.world}"))
+            problems.append(
+                Problem(what="impossible rank", found=f"{choices.rank} of {choices.world}")
+            )
         if self._split not in ("train", "validation"):
-            problems.append(Problem(what="unknown split", found=str(self._split), expected="train, validation"))
+            problems.append(
+                Problem(what="unknown split", found=str(self._split), expected="train, validation")
+            )
         if not problems and self.plan(0).n_batches == 0:
             what = f"the {self._split} split has too few rows for one batch"
             problems.append(
@@ -186,14 +205,21 @@ class _Pipeline:
         self._stopped = threading.Event()
         ring = reader._prefetch + 2 if reader._reuse_buffers or reader._device.type == "cuda" else 0
         self._buffers = StagingBuffers(
-            reader.layouts, reader.store.layout.dtype, reader.choices.batch_size, reader._device, ring
+            reader.layouts,
+            reader.store.layout.dtype,
+            reader.choices.batch_size,
+            reader._device,
+            ring,
         )
         self._ended = False
-        self._thread = threading.Thread(target=self._run, args=(position,), name="store-batches", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(position,), name="store-batches", daemon=True
+        )
         self._thread.start()
 
     def next(self) -> tuple[tuple[int, int], Batch] | None:
-        """The next batch and the position after it; None at the end. Errors of the threads are raised here."""
+        """The next batch and the position after it; None at the end. Errors of the threads are
+        raised here."""
         if self._ended:
             return None
         item = self._queue.get()
@@ -225,12 +251,16 @@ class _Pipeline:
                 try:
                     self._produce(position, readers, gatherers)
                 finally:
-                    readers.shutdown(wait=False, cancel_futures=True)  # a window nobody will ask for
+                    readers.shutdown(
+                        wait=False, cancel_futures=True
+                    )  # a window nobody will ask for
             self._put(None)
         except BaseException as error:  # handed to the consumer, who raises it
             self._put(error)
 
-    def _produce(self, position: tuple[int, int], readers: ThreadPoolExecutor, gatherers: ThreadPoolExecutor) -> None:
+    def _produce(
+        self, position: tuple[int, int], readers: ThreadPoolExecutor, gatherers: ThreadPoolExecutor
+    ) -> None:
         epoch, first = position
         windows = Windows(self._reader, readers)
         while self._reader.n_epochs is None or epoch < self._reader.n_epochs:
@@ -240,7 +270,9 @@ class _Pipeline:
                 for index, start, stop in plan.spans_of(batch):
                     window = windows.at(index)
                     slots = window.slots()[start:stop]
-                    parts.append(gatherers.submit(self._buffers.gather, staged, window.rows, slots, at=n))
+                    parts.append(
+                        gatherers.submit(self._buffers.gather, staged, window.rows, slots, at=n)
+                    )
                     window.gathering.append(parts[-1])
                     n += len(slots)
                 after = (epoch, batch + 1) if batch + 1 < plan.n_batches else (epoch + 1, 0)

@@ -1,7 +1,8 @@
 """Is a store what its records say? A store in, a report of everything that is wrong with it out.
 
-Quick: metadata, records, and existence and size of every file. Full: also the xxh3 of every byte against the records,
-which finds flipped bits and files of another run; for a damaged shard file the chunks that fail their crc32c are named.
+Quick: metadata, records, and existence and size of every file. Full: also the xxh3 of every byte
+against the records, which finds flipped bits and files of another run; for a damaged shard file the
+chunks that fail their crc32c are named.
 """
 
 from __future__ import annotations
@@ -43,21 +44,28 @@ class Report:
     def raise_if_damaged(self) -> None:
         """Raises UserError with every problem."""
         if self.problems:
-            raise UserError(f"{self.url} cannot be trusted", problems=self.problems, mend=MEND_DAMAGE)
+            raise UserError(
+                f"{self.url} cannot be trusted", problems=self.problems, mend=MEND_DAMAGE
+            )
 
 
 def verify_store(url: str | Path, full: bool, context: Machines) -> Report:
-    """Check a store. Raises UserError only when there is no store at all; everything else is in the report."""
+    """Check a store. Raises UserError only when there is no store at all; everything else is in the
+    report."""
     place = open_place(url)
     try:
         layout = parse_layout(place.read("zarr.json"), where=f"{place.url}/zarr.json")
         completion = read_completion(place)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError("there is no activation store here", where=place.url, mend="featureflow collect") from None
+        raise UserError(
+            "there is no activation store here", where=place.url, mend="featureflow collect"
+        ) from None
     except UserError as error:
         return _report(place.url, full, [], list(error.problems))
     if completion is None:
-        problem = Problem(what="the store is not finished", where=place.url, expected="records/complete.json")
+        problem = Problem(
+            what="the store is not finished", where=place.url, expected="records/complete.json"
+        )
         return _report(place.url, full, [], [problem])
     records, problems = read_records(place, layout, completion)
     problems += _problems_of_metadata(place, layout)
@@ -73,7 +81,9 @@ def describe_store(url: str | Path) -> dict[str, Any]:
     try:
         layout = parse_layout(place.read("zarr.json"), where=f"{place.url}/zarr.json")
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError("there is no activation store here", where=place.url, mend="featureflow collect") from None
+        raise UserError(
+            "there is no activation store here", where=place.url, mend="featureflow collect"
+        ) from None
     is_complete = read_completion(place) is not None
     found = {
         "url": place.url,
@@ -81,14 +91,20 @@ def describe_store(url: str | Path) -> dict[str, Any]:
         "n_rows": layout.n_rows,
         "n_context": layout.n_context,
         "n_shards": layout.n_shards,
-        "n_shards_recorded": sum(read_record(place, shard) is not None for shard in range(layout.n_shards)),
+        "n_shards_recorded": sum(
+            read_record(place, shard) is not None for shard in range(layout.n_shards)
+        ),
         "shard_rows": layout.shard_rows,
         "chunk_rows": layout.chunk_rows,
         "dtype": layout.dtype,
         "n_bytes": sum(place.sizes().values()),
         "provenance": dict(layout.provenance),
     }
-    return {**found, **_describe_rows(url)} if is_complete else {**found, "sites": [site.name for site in layout.sites]}
+    return (
+        {**found, **_describe_rows(url)}
+        if is_complete
+        else {**found, "sites": [site.name for site in layout.sites]}
+    )
 
 
 def _describe_rows(url: str | Path) -> dict[str, Any]:
@@ -116,7 +132,12 @@ def _describe_rows(url: str | Path) -> dict[str, Any]:
 def _report(url: str, full: bool, records: list[ShardRecord], problems: list[Problem]) -> Report:
     sizes = [each.size for record in records for each in record.files.values()]
     return Report(
-        url=url, is_full=full, n_shards=len(records), n_files=len(sizes), n_bytes=sum(sizes), problems=tuple(problems)
+        url=url,
+        is_full=full,
+        n_shards=len(records),
+        n_files=len(sizes),
+        n_bytes=sum(sizes),
+        problems=tuple(problems),
     )
 
 
@@ -152,18 +173,24 @@ def _problems_of_bytes(
 
 
 def problems_of_shard(url: str, layout: StoreLayout, record: ShardRecord) -> list[Problem]:
-    """Files of a shard whose bytes are not those of its record. Missing files and sizes are reported elsewhere."""
+    """Files of a shard whose bytes are not those of its record. Missing files and sizes are
+    reported elsewhere."""
     place = open_place(url)
     problems = []
     chunks_of = {layout.rows_array(site).file_of(record.shard): site for site in layout.sites}
     for name, expected in record.files.items():
-        if place.size(name) != expected.size or _xxh3_of(place, name, expected.size) == expected.xxh3:
+        if (
+            place.size(name) != expected.size
+            or _xxh3_of(place, name, expected.size) == expected.xxh3
+        ):
             continue
         found = None
         if name in chunks_of:
             bad = _bad_chunks(place, layout, record, chunks_of[name].name)
             found = f"chunks {', '.join(map(str, bad))}" if bad else "a whole file of another run"
-        problems.append(Problem(what=f"shard {record.shard}: checksum differs", where=name, found=found))
+        problems.append(
+            Problem(what=f"shard {record.shard}: checksum differs", where=name, found=found)
+        )
     return problems
 
 
@@ -176,7 +203,9 @@ def _xxh3_of(place: Place, name: str, size: int) -> str:
     return hasher.hexdigest()
 
 
-def _bad_chunks(place: Place, layout: StoreLayout, record: ShardRecord, site_name: str) -> list[int]:
+def _bad_chunks(
+    place: Place, layout: StoreLayout, record: ShardRecord, site_name: str
+) -> list[int]:
     site = next(site for site in layout.sites if site.name == site_name)
     array = layout.rows_array(site)
     out = np.empty((layout.chunk_rows, site.width), dtype=array.dtype)

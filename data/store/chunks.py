@@ -1,4 +1,5 @@
-"""Chunks of one shard while it is written: buffered rows of all sites in, encoded chunks, flags and statistics out."""
+"""Chunks of one shard while it is written: buffered rows of all sites in, encoded chunks, flags and
+statistics out."""
 
 from __future__ import annotations
 
@@ -17,13 +18,16 @@ from data.store.statistics import N_BINS, Moments, empty_moments, histogram_of, 
 from data.store.tokens import FLAG_NON_FINITE, FLAG_SINK, TokenTable
 from sae.errors import Problem, UserError
 
-_FLUSHES = 8  # at a time: one after the other, three files a site wait for the disk longer than they take to write
+# at a time: one after the other, three files a site wait for the disk longer than they take to
+# write
+_FLUSHES = 8
 _RESIDUAL = ("resid_post", "resid_pre", "resid_mid")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkStatistics:
-    """What a shard's record and small arrays need. `flags` has the sinks and non-finite rows added."""
+    """What a shard's record and small arrays need. `flags` has the sinks and non-finite rows
+    added."""
 
     flags: np.ndarray
     n_kept: int
@@ -35,12 +39,19 @@ class ShardChunks:
     """Collects rows into chunks and writes each chunk of all sites when it is full."""
 
     def __init__(
-        self, place: Place, layout: StoreLayout, shard: int, tokens: TokenTable, allow_non_finite: bool
+        self,
+        place: Place,
+        layout: StoreLayout,
+        shard: int,
+        tokens: TokenTable,
+        allow_non_finite: bool,
     ) -> None:
         self._place, self._layout, self._shard = place, layout, shard
         self._allow_non_finite = allow_non_finite
         self._flags = tokens.flags.astype(np.uint8, copy=True)
-        self._sites = [_SiteChunks(place, layout, site, shard, len(tokens)) for site in layout.sites]
+        self._sites = [
+            _SiteChunks(place, layout, site, shard, len(tokens)) for site in layout.sites
+        ]
         residual = [each for each in self._sites if each.site.name.endswith(_RESIDUAL)]
         self._sink_sites = residual or self._sites
         self._n_written = 0
@@ -53,14 +64,17 @@ class ShardChunks:
         while done < n:
             step = min(n - done, self._layout.chunk_rows - self._n_pending)
             for each in self._sites:
-                each.buffer[self._n_pending : self._n_pending + step] = encoded[each.site.name][done : done + step]
+                each.buffer[self._n_pending : self._n_pending + step] = encoded[each.site.name][
+                    done : done + step
+                ]
             self._n_pending += step
             done += step
             if self._n_pending == self._layout.chunk_rows:
                 self._write_chunk()
 
     def finish(self) -> tuple[dict[str, FileSum], ChunkStatistics]:
-        """Write the last, shorter chunk and the small arrays. Raises UserError if rows are missing."""
+        """Write the last, shorter chunk and the small arrays. Raises UserError if rows are
+        missing."""
         if self._n_pending:
             self._write_chunk()
         if self._n_written != len(self._flags):
@@ -98,7 +112,9 @@ class ShardChunks:
         for each in self._sink_sites:
             values = norms[each.site.name]
             if plain.any():
-                flags[plain & (values > self._layout.sink_ratio * np.median(values[plain]))] |= FLAG_SINK
+                flags[plain & (values > self._layout.sink_ratio * np.median(values[plain]))] |= (
+                    FLAG_SINK
+                )
         for each in self._sites:
             each.write(n, self._n_written, flags == 0)
         self._n_written += n
@@ -107,7 +123,9 @@ class ShardChunks:
     def _checked_length(self, rows: Mapping[str, Tensor | np.ndarray]) -> int:
         missing = [each.site.name for each in self._sites if each.site.name not in rows]
         if missing:
-            raise UserError("activations are missing", where=f"shard {self._shard}", expected=", ".join(missing))
+            raise UserError(
+                "activations are missing", where=f"shard {self._shard}", expected=", ".join(missing)
+            )
         shapes = {each.site.name: tuple(rows[each.site.name].shape) for each in self._sites}
         n = next(iter(shapes.values()))[0]
         problems = [
@@ -121,7 +139,9 @@ class ShardChunks:
             if (found := shapes[each.site.name]) != (n, each.site.width)
         ]
         if self._n_written + self._n_pending + n > len(self._flags):
-            problems.append(Problem(what="more rows than the shard has", where=f"shard {self._shard}"))
+            problems.append(
+                Problem(what="more rows than the shard has", where=f"shard {self._shard}")
+            )
         if problems:
             raise UserError("these rows do not fit the store", problems=tuple(problems))
         return n
@@ -132,17 +152,22 @@ class ShardChunks:
             raise UserError(
                 "activations are not finite",
                 problems=tuple(
-                    Problem(what=f"{n} numbers are not finite", where=f"{name}, shard {self._shard}")
+                    Problem(
+                        what=f"{n} numbers are not finite", where=f"{name}, shard {self._shard}"
+                    )
                     for name, n in bad.items()
                 ),
-                mend="dtype = bfloat16 or float32 if float16 overflows; allow_non_finite counts and skips such rows",
+                mend="dtype = bfloat16 or float32 if float16 overflows; allow_non_finite counts "
+                "and skips such rows",
             )
 
 
 class _SiteChunks:
     """One site: a buffer of one chunk, its open shard file, and statistics so far."""
 
-    def __init__(self, place: Place, layout: StoreLayout, site: SiteLayout, shard: int, n_rows: int) -> None:
+    def __init__(
+        self, place: Place, layout: StoreLayout, site: SiteLayout, shard: int, n_rows: int
+    ) -> None:
         self.site = site
         self._place, self._layout, self._shard = place, layout, shard
         self._is_int8 = layout.dtype == "int8"
@@ -196,7 +221,9 @@ class _SiteChunks:
         return files
 
     def _values(self, n: int) -> np.ndarray:
-        return self.buffer[:n].copy() if self._is_int8 else decode(self.buffer[:n], self._layout.dtype)
+        return (
+            self.buffer[:n].copy() if self._is_int8 else decode(self.buffer[:n], self._layout.dtype)
+        )
 
     def _write_int8(self, n: int, start: int, kept: np.ndarray) -> np.ndarray:
         if self._standard is None:

@@ -1,8 +1,10 @@
-"""Shards on several processes or machines, through Dask. One task is one shard; what travels is a token table.
+"""Shards on several processes or machines, through Dask. One task is one shard; what travels is a
+token table.
 
-Without a scheduler the same functions run here, one shard after the other. Dask only says who does what: a task that is
-run twice, on a worker that died or was thought dead, finds the shard recorded or claims and writes it anew, and what is
-finished is known from the shard records, never from the scheduler.
+Without a scheduler the same functions run here, one shard after the other. Dask only says who does
+what: a task that is run twice, on a worker that died or was thought dead, finds the shard recorded
+or claims and writes it anew, and what is finished is known from the shard records, never from the
+scheduler.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class Machines(Protocol):
 
 @contextmanager
 def connected(machines: Machines) -> Iterator[Client | None]:
-    """A Dask client: of the scheduler's address, of workers started here for `local`, or None without a scheduler."""
+    """A Dask client: of the scheduler's address, of workers started here for `local`, or None
+    without a scheduler."""
     if machines.scheduler is None:
         yield None
         return
@@ -54,7 +57,9 @@ def connected(machines: Machines) -> Iterator[Client | None]:
     if machines.scheduler == "local":
         n_workers = max(1, machines.n_workers)
         with (
-            LocalCluster(n_workers=n_workers, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+            LocalCluster(
+                n_workers=n_workers, threads_per_worker=1, processes=True, dashboard_address=None
+            ) as cluster,
             Client(cluster) as client,
         ):
             yield client
@@ -66,17 +71,23 @@ def connected(machines: Machines) -> Iterator[Client | None]:
             "no Dask scheduler answers",
             where=machines.scheduler,
             found=str(error) or type(error).__name__,
-            mend="start one with `dask scheduler`, workers with `dask worker <address> --nthreads 1`",
+            mend="start one with `dask scheduler`, workers with `dask worker <address> --nthreads "
+            "1`",
         ) from error
     with client:
         yield client
 
 
 def map_shards(
-    function: Callable[[Task], Result], tasks: Sequence[Task], machines: Machines, *, client: Client | None = None
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    machines: Machines,
+    *,
+    client: Client | None = None,
 ) -> Iterator[Result]:
-    """The results of `function` for every task, as they finish. Raises UserError for a worker that dies again and
-    again or a scheduler that is gone; a UserError of a task is raised here, not retried."""
+    """The results of `function` for every task, as they finish. Raises UserError for a worker that
+    dies again and again or a scheduler that is gone; a UserError of a task is raised here, not
+    retried."""
     if client is not None:
         yield from _map_on(client, function, tasks)
         return
@@ -85,8 +96,13 @@ def map_shards(
 
 
 def threads_of_worker(machines: Machines) -> int | None:
-    """Torch threads of each worker: a share of this machine's for local workers; None leaves it to a remote worker."""
-    return max(1, machines.n_threads // max(1, machines.n_workers)) if machines.scheduler == "local" else None
+    """Torch threads of each worker: a share of this machine's for local workers; None leaves it to
+    a remote worker."""
+    return (
+        max(1, machines.n_threads // max(1, machines.n_workers))
+        if machines.scheduler == "local"
+        else None
+    )
 
 
 def dask_array_of(store: ActivationStore, site: Site | str) -> dask.array.Array:
@@ -103,8 +119,11 @@ def dask_array_of(store: ActivationStore, site: Site | str) -> dask.array.Array:
     return da.concatenate(parts)
 
 
-def _map_on(client: Client, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
-    """Two tasks a worker are under way at a time, so that the scheduler never holds all token tables."""
+def _map_on(
+    client: Client, function: Callable[[Task], Result], tasks: Sequence[Task]
+) -> Iterator[Result]:
+    """Two tasks a worker are under way at a time, so that the scheduler never holds all token
+    tables."""
     from distributed import as_completed
 
     waiting = iter(tasks)
@@ -150,7 +169,9 @@ def _explained() -> Iterator[None]:
             mend=mend,
         ) from error
     except (CommClosedError, FutureCancelledError, TimeoutError) as error:
-        raise UserError("the Dask scheduler is gone", found=type(error).__name__, mend=mend) from error
+        raise UserError(
+            "the Dask scheduler is gone", found=type(error).__name__, mend=mend
+        ) from error
 
 
 def _read_part(url: str, site: str, start: int, stop: int) -> np.ndarray:

@@ -1,7 +1,9 @@
-"""Collection on a Dask cluster: one task runs the model over one shard's tokens and writes that shard for all sites.
+"""Collection on a Dask cluster: one task runs the model over one shard's tokens and writes that
+shard for all sites.
 
-A worker loads the model once and keeps it. The task carries the token columns (about 13 bytes a row) and brings back a
-line; activations go from the model straight to the store, which every worker must reach under the same path or URL.
+A worker loads the model once and keeps it. The task carries the token columns (about 13 bytes a
+row) and brings back a line; activations go from the model straight to the store, which every worker
+must reach under the same path or URL.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def collect_on_cluster(
         ShardTask(
             url=writer.place.url,
             shard=shard,
-            tokens=TokenTable(id=table.id, document=table.document, position=table.position, flags=table.flags),
+            tokens=TokenTable(
+                id=table.id, document=table.document, position=table.position, flags=table.flags
+            ),
             model=model,
             sites=tuple(sites),
             batch_rows=batch_rows,

@@ -1,8 +1,9 @@
 """Running a model over packed tokens: tokens in, shards of activations out.
 
-The model runs in the calling thread; a second thread encodes, checks, counts and writes what the model has made, so the
-disk costs no model time while it keeps up. At most `_AHEAD` batches wait. A batch never crosses a shard, so that a
-resumed run computes exactly the batches an uninterrupted one would, and ends with the same bytes.
+The model runs in the calling thread; a second thread encodes, checks, counts and writes what the
+model has made, so the disk costs no model time while it keeps up. At most `_AHEAD` batches wait. A
+batch never crosses a shard, so that a resumed run computes exactly the batches an uninterrupted one
+would, and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -53,18 +54,25 @@ def collect_shards(
     rows_done: RowsDone,
     shard_done: Callable[[CollectedShard], None] = lambda shard: None,
 ) -> None:
-    """Collect shards one after the other, each from its own tokens. Raises what the model or the writer raises."""
+    """Collect shards one after the other, each from its own tokens. Raises what the model or the
+    writer raises."""
     with _WriterThread(writer, shard_done) as thread:
         for shard, tokens in shards:
             thread.begin(shard, tokens)
-            for rows in _iter_activations(model, tokens, sites, writer.layout.n_context, batch_rows):
+            for rows in _iter_activations(
+                model, tokens, sites, writer.layout.n_context, batch_rows
+            ):
                 thread.put(rows)
                 rows_done(len(next(iter(rows.values()))))
             thread.end()
 
 
 def _iter_activations(
-    model: ActivationSource, tokens: TokenTable, sites: Sequence[Site], n_context: int, batch_rows: int
+    model: ActivationSource,
+    tokens: TokenTable,
+    sites: Sequence[Site],
+    n_context: int,
+    batch_rows: int,
 ) -> Iterator[dict[str, Tensor]]:
     ids = torch.from_numpy(tokens.id.astype("int64")).reshape(-1, n_context)
     n_batch = max(1, batch_rows // n_context)
@@ -78,7 +86,8 @@ class _Stopped(Exception):
 
 
 class _WriterThread:
-    """Writes shards from a short queue. An error in the thread is raised at the next `put`, or at the end."""
+    """Writes shards from a short queue. An error in the thread is raised at the next `put`, or at
+    the end."""
 
     def __init__(self, writer: StoreWriter, shard_done: Callable[[CollectedShard], None]) -> None:
         self._writer = writer
@@ -123,7 +132,9 @@ class _WriterThread:
                 started = time.monotonic()
                 record = self._writer.write_shard(shard, tokens, self._iter_rows())
                 seconds = time.monotonic() - started
-                self._shard_done(CollectedShard(shard=shard, n_rows=record.stop - record.start, seconds=seconds))
+                self._shard_done(
+                    CollectedShard(shard=shard, n_rows=record.stop - record.start, seconds=seconds)
+                )
         except _Stopped:
             return
         except BaseException as error:  # handed to the model's thread, which raises it

@@ -1,8 +1,10 @@
-"""Activations as stored, and back: bfloat16 as uint16 bits, float16, float32, and int8 with a scale a row.
+"""Activations as stored, and back: bfloat16 as uint16 bits, float16, float32, and int8 with a scale
+a row.
 
-int8: with mean m and spread s of each dimension (measured on the first chunk of the shard), z = (x − m) / s is stored
-as q = round(z / scale), scale = max|z| / 127 of the row. On residual streams the fraction of variance lost stays below
-1e-4, because standardising first keeps outlier dimensions from using up the range of the others.
+int8: with mean m and spread s of each dimension (measured on the first chunk of the shard), z = (x
+− m) / s is stored as q = round(z / scale), scale = max|z| / 127 of the row. On residual streams the
+fraction of variance lost stays below 1e-4, because standardising first keeps outlier dimensions
+from using up the range of the others.
 """
 
 from __future__ import annotations
@@ -49,23 +51,29 @@ def standard_of(rows: Float[np.ndarray, "row d_model"], kept: np.ndarray) -> Sta
     """Mean and spread over the kept rows; all finite rows when none is kept."""
     usable = rows[kept] if kept.any() else rows[np.isfinite(rows).all(axis=1)]
     if not len(usable):
-        return Standard(mean=np.zeros(rows.shape[1], np.float32), spread=np.ones(rows.shape[1], np.float32))
+        return Standard(
+            mean=np.zeros(rows.shape[1], np.float32), spread=np.ones(rows.shape[1], np.float32)
+        )
     spread = usable.std(axis=0)
     return Standard(
-        mean=usable.mean(axis=0).astype(np.float32), spread=np.maximum(spread, _SMALLEST_SPREAD).astype(np.float32)
+        mean=usable.mean(axis=0).astype(np.float32),
+        spread=np.maximum(spread, _SMALLEST_SPREAD).astype(np.float32),
     )
 
 
 def encode_int8(
     rows: Float[np.ndarray, "row d_model"], standard: Standard
 ) -> tuple[np.ndarray, Float[np.ndarray, "row"]]:
-    """int8 rows and their scales. A row that is not finite gets scale NaN, so that it reads as NaN, not as a number."""
+    """int8 rows and their scales. A row that is not finite gets scale NaN, so that it reads as NaN,
+    not as a number."""
     z = (rows - standard.mean) / standard.spread
     largest = np.abs(z).max(axis=1)
     scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
     finite = np.isfinite(scale)
     quantised = np.rint(np.where(finite[:, None], z, 0) / np.where(finite, scale, 1)[:, None])
-    return np.clip(quantised, -127, 127).astype(np.int8), np.where(finite, scale, np.nan).astype(np.float32)
+    return np.clip(quantised, -127, 127).astype(np.int8), np.where(finite, scale, np.nan).astype(
+        np.float32
+    )
 
 
 def decode_int8(

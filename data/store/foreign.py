@@ -1,4 +1,5 @@
-"""Readers of foreign activations: a folder or file in, named arrays of rows that are read a part at a time out."""
+"""Readers of foreign activations: a folder or file in, named arrays of rows that are read a part at
+a time out."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class _Piece:
 
 
 def find_foreign(source: Path, rename: Mapping[str, str]) -> list[ForeignRows]:
-    """The sites of a source, in the order of their names. Raises UserError when nothing there can be read."""
+    """The sites of a source, in the order of their names. Raises UserError when nothing there can
+    be read."""
     if not source.exists():
         raise UserError("there is nothing here to import", where=str(source))
     for read in (read_arrow, _read_zarr, _read_safetensors, _read_npy):
@@ -45,7 +47,8 @@ def find_foreign(source: Path, rename: Mapping[str, str]) -> list[ForeignRows]:
 
 
 def _read_npy(source: Path, rename: Mapping[str, str]) -> list[ForeignRows]:
-    """`L3.npy`, or several a site: `L3-0.npy`, `L3-1.npy` (a last `-<number>` or `_<number>` is no part of a name)."""
+    """`L3.npy`, or several a site: `L3-0.npy`, `L3-1.npy` (a last `-<number>` or `_<number>` is no
+    part of a name)."""
     return _joined("npy", rename, (_npy_piece(path) for path in files_of(source, ".npy")))
 
 
@@ -53,8 +56,12 @@ def _npy_piece(path: Path) -> _Piece:
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError) as error:
-        raise UserError("not an array that can be read", where=str(path), found=str(error)) from error
-    return _Piece(name=re.sub(r"[-_]\d+$", "", path.stem), shape=values.shape, read_all=lambda: values)
+        raise UserError(
+            "not an array that can be read", where=str(path), found=str(error)
+        ) from error
+    return _Piece(
+        name=re.sub(r"[-_]\d+$", "", path.stem), shape=values.shape, read_all=lambda: values
+    )
 
 
 def _read_safetensors(source: Path, rename: Mapping[str, str]) -> list[ForeignRows]:
@@ -72,7 +79,11 @@ def _iter_safetensors(files: Sequence[Path]) -> Iterator[_Piece]:
             raise UserError("not a safetensors file", where=str(path), found=str(error)) from error
         for name, shape in shapes.items():
             if len(shape) in (2, 3):
-                yield _Piece(name=name, shape=shape, read_all=lambda path=path, name=name: _load_tensor(path, name))
+                yield _Piece(
+                    name=name,
+                    shape=shape,
+                    read_all=lambda path=path, name=name: _load_tensor(path, name),
+                )
 
 
 def _load_tensor(path: Path, name: str) -> Tensor:
@@ -95,7 +106,11 @@ def _read_zarr(source: Path, rename: Mapping[str, str]) -> list[ForeignRows]:
             read = _zarr_reader(array)
             found.append(
                 ForeignRows(
-                    name=site_name(name, rename), format="zarr", n_rows=array.shape[0], width=array.shape[1], read=read
+                    name=site_name(name, rename),
+                    format="zarr",
+                    n_rows=array.shape[0],
+                    width=array.shape[1],
+                    read=read,
                 )
             )
     return found
@@ -106,7 +121,9 @@ def _zarr_reader(array: Any) -> ReadRows:
 
     def read(start: int, stop: int) -> Tensor | np.ndarray:
         values = np.asarray(array[start:stop])
-        return torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16) if is_bfloat16 else values
+        return (
+            torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16) if is_bfloat16 else values
+        )
 
     return read
 
@@ -123,13 +140,20 @@ def _joined(format_: str, rename: Mapping[str, str], pieces: Iterator[_Piece]) -
                 expected="(row, d) or (context, position, d)",
             )
         by_name.setdefault(piece.name, []).append(piece)
-    return [_joined_site(format_, site_name(name, rename), parts) for name, parts in sorted(by_name.items())]
+    return [
+        _joined_site(format_, site_name(name, rename), parts)
+        for name, parts in sorted(by_name.items())
+    ]
 
 
 def _joined_site(format_: str, name: str, parts: Sequence[_Piece]) -> ForeignRows:
     widths = {part.shape[-1] for part in parts}
     if len(widths) > 1:
-        raise UserError("the files of one site differ in width", where=name, found=", ".join(map(str, sorted(widths))))
+        raise UserError(
+            "the files of one site differ in width",
+            where=name,
+            found=", ".join(map(str, sorted(widths))),
+        )
     bounds = np.cumsum([0, *(part.n_rows for part in parts)])
     contexts = {part.shape[1] for part in parts if len(part.shape) == 3}
     return ForeignRows(

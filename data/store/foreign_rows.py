@@ -1,4 +1,5 @@
-"""What readers of foreign activations share: named rows, names of sites, files in order, rows across several pieces."""
+"""What readers of foreign activations share: named rows, names of sites, files in order, rows
+across several pieces."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ ReadRows = Callable[[int, int], "Tensor | np.ndarray"]
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignRows:
-    """One site of a foreign source: `read(start, stop)` gives (row, width); `token_ids` likewise, if there are any."""
+    """One site of a foreign source: `read(start, stop)` gives (row, width); `token_ids` likewise,
+    if there are any."""
 
     name: str
     format: str
@@ -31,7 +33,8 @@ class ForeignRows:
 
 
 def site_name(name: str, rename: Mapping[str, str]) -> str:
-    """The store's name for a site: as renamed, and the long form where it is a site of a transformer."""
+    """The store's name for a site: as renamed, and the long form where it is a site of a
+    transformer."""
     wanted = rename.get(name, name)
     try:
         return parse_site(wanted).name
@@ -41,7 +44,12 @@ def site_name(name: str, rename: Mapping[str, str]) -> str:
 
 def numbered(paths: Sequence[Path]) -> list[Path]:
     """Paths in the order of their names, numbers read as numbers: part-2 before part-10."""
-    return sorted(paths, key=lambda p: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(p))])
+    return sorted(
+        paths,
+        key=lambda p: [
+            int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(p))
+        ],
+    )
 
 
 def files_of(source: Path, suffix: str) -> list[Path]:

@@ -1,15 +1,19 @@
-"""Activations that others have stored, into a store: SAELens' cache, safetensors, .npy files, any Zarr array.
+"""Activations that others have stored, into a store: SAELens' cache, safetensors, .npy files, any
+Zarr array.
 
 A source is a folder or a file; what it is, is seen from what lies there:
 
-    SAELens     `*.arrow` files of a Hugging Face data set: a column of (context, d) arrays named as a hook, `token_ids`
-    safetensors `*.safetensors`; each tensor (row, d) or (context, position, d) is a site of that name
+    SAELens     `*.arrow` files of a Hugging Face data set: a column of (context, d) arrays named as
+    a hook, `token_ids`
+    safetensors `*.safetensors`; each tensor (row, d) or (context, position, d) is a site of that
+    name
     .npy        `<site>.npy` files of shape (row, d) or (context, position, d), read by memory map
     Zarr        a folder with `zarr.json` whose arrays are (row, d) sites, read by zarr-python
 
-Several files of one site follow each other in the order of their names, numbers read as numbers. Nothing is unpickled.
-Rows are read a part at a time, so memory stays at one shard of every site. The store's provenance names the source by a
-digest of its files: a run that is killed goes on, another source under the same name is refused.
+Several files of one site follow each other in the order of their names, numbers read as numbers.
+Nothing is unpickled. Rows are read a part at a time, so memory stays at one shard of every site.
+The store's provenance names the source by a digest of its files: a run that is killed goes on,
+another source under the same name is refused.
 """
 
 from __future__ import annotations
@@ -49,11 +53,14 @@ def import_activations(
     allow_non_finite: bool = False,
 ) -> Report:
     """Store what lies in `source` and verify it. `rename` maps names found there to sites, such as
-    `{"hidden_states": "L12"}`; `n_context` splits rows into contexts where the source does not say; each context counts
-    as a document, and the last ones are for validation. Raises UserError with all problems."""
+    `{"hidden_states": "L12"}`; `n_context` splits rows into contexts where the source does not say;
+    each context counts as a document, and the last ones are for validation. Raises UserError with
+    all problems."""
     found = find_foreign(Path(source), rename or {})
     n_rows = _common_rows(found)
-    context_rows = n_context or next((each.n_context for each in found if each.n_context), None) or 1
+    context_rows = (
+        n_context or next((each.n_context for each in found if each.n_context), None) or 1
+    )
     shard_rows = _whole_shards(shard_rows, chunk_rows, context_rows, n_rows)
     n_contexts = -(-n_rows // context_rows)  # the last one may be short
     n_train = n_contexts - round(validation_fraction * n_contexts)
@@ -74,7 +81,13 @@ def import_activations(
     documents = [DocumentRow(source=Path(source).name)] * n_contexts
     write_activations(
         url,
-        _iter_parts(found, n_rows, context_rows, first_is_bos, lambda n: context.progress("import", n, n_rows)),
+        _iter_parts(
+            found,
+            n_rows,
+            context_rows,
+            first_is_bos,
+            lambda n: context.progress("import", n, n_rows),
+        ),
         layout=layout,
         documents=documents,
         allow_non_finite=allow_non_finite,
@@ -83,15 +96,23 @@ def import_activations(
 
 
 def digest_of_source(source: Path) -> str:
-    """sha256 over names and contents (of large files: stretches), so that a source which changed under its name is not
-    taken for the one that an earlier run began to store."""
-    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    """sha256 over names and contents (of large files: stretches), so that a source which changed
+    under its name is not taken for the one that an earlier run began to store."""
+    files = (
+        [source]
+        if source.is_file()
+        else sorted(path for path in source.rglob("*") if path.is_file())
+    )
     parts = [f"{path.relative_to(source).as_posix()}:{digest_of_file(path)}" for path in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _iter_parts(
-    found: Sequence[ForeignRows], n_rows: int, n_context: int, first_is_bos: bool, done: Callable[[int], None]
+    found: Sequence[ForeignRows],
+    n_rows: int,
+    n_context: int,
+    first_is_bos: bool,
+    done: Callable[[int], None],
 ) -> Iterator[tuple[dict[str, Any], TokenTable]]:
     ids = next((each.token_ids for each in found if each.token_ids is not None), None)
     for start in range(0, n_rows, _PART_ROWS):
@@ -100,7 +121,9 @@ def _iter_parts(
         position = (rows % n_context).astype(np.uint32)
         flags = np.where(first_is_bos & (position == 0), FLAG_BOS, 0).astype(np.uint8)
         tokens = TokenTable(
-            id=np.zeros(len(rows), np.uint32) if ids is None else ids(start, stop).astype(np.uint32),
+            id=np.zeros(len(rows), np.uint32)
+            if ids is None
+            else ids(start, stop).astype(np.uint32),
             document=(rows // n_context).astype(np.uint32),
             position=position,
             flags=flags,
@@ -113,11 +136,15 @@ def _common_rows(found: Sequence[ForeignRows]) -> int:
     lengths = {each.name: each.n_rows for each in found}
     if len(set(lengths.values())) != 1:
         problems = tuple(Problem(what=f"{n} rows", where=name) for name, n in lengths.items())
-        raise UserError("the sites differ in length: rows must be the same tokens at every site", problems=problems)
+        raise UserError(
+            "the sites differ in length: rows must be the same tokens at every site",
+            problems=problems,
+        )
     return next(iter(lengths.values()))
 
 
 def _whole_shards(shard_rows: int, chunk_rows: int, n_context: int, n_rows: int) -> int:
-    """The smallest multiple of chunk and context that is not less than asked for, or than all rows."""
+    """The smallest multiple of chunk and context that is not less than asked for, or than all
+    rows."""
     unit = int(np.lcm(chunk_rows, n_context))
     return -(-min(shard_rows, max(n_rows, 1)) // unit) * unit

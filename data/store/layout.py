@@ -1,19 +1,24 @@
-"""The layout of an activation store: names, shapes, dtypes and the Zarr v3 metadata of every array in it.
+"""The layout of an activation store: names, shapes, dtypes and the Zarr v3 metadata of every array
+in it.
 
 A store is one Zarr v3 group (docs/formats.md, "Activation store", is the normative text):
 
     zarr.json                       the group; attributes.featureflow describes the store
     tokens/{id,document,position,flags}    one value a row, stored once for all sites
-    sites/<name>/rows               (row, d_model); shards of `shard_rows`, inner chunks of `chunk_rows`, crc32c on each
+    sites/<name>/rows               (row, d_model); shards of `shard_rows`, inner chunks of
+    `chunk_rows`, crc32c on each
     sites/<name>/norm               (row,) float32, the norm of the row as stored
-    sites/<name>/moments            (shard, 2, d_model) float64: mean, and sum of squared deviations, over kept rows
-    sites/<name>/{scale,standard}   int8 only: a scale a row; mean and spread of each dimension, a pair a shard
-    records/<shard>.json            sizes and checksums of the shard's files, written last: no record, no shard
+    sites/<name>/moments            (shard, 2, d_model) float64: mean, and sum of squared
+    deviations, over kept rows
+    sites/<name>/{scale,standard}   int8 only: a scale a row; mean and spread of each dimension, a
+    pair a shard
+    records/<shard>.json            sizes and checksums of the shard's files, written last: no
+    record, no shard
     records/complete.json           the checksums of all records; written when the store is complete
     records/documents.parquet       one row a document: source, title, label
 
-The metadata is written here as plain JSON, so that making a store costs no engine; tests open it with
-two foreign engines.
+The metadata is written here as plain JSON, so that making a store costs no engine; tests open it
+with two foreign engines.
 """
 
 from __future__ import annotations
@@ -31,15 +36,33 @@ from sae.errors import Problem, UserError
 SCHEMA = 1
 FORMAT = "featureflow activation store"
 StoredDtype = Literal["bfloat16", "float16", "float32", "int8"]
-STORED_AS: dict[str, str] = {"bfloat16": "uint16", "float16": "float16", "float32": "float32", "int8": "int8"}
-TOKEN_COLUMNS: dict[str, str] = {"id": "uint32", "document": "uint32", "position": "uint32", "flags": "uint8"}
+STORED_AS: dict[str, str] = {
+    "bfloat16": "uint16",
+    "float16": "float16",
+    "float32": "float32",
+    "int8": "int8",
+}
+TOKEN_COLUMNS: dict[str, str] = {
+    "id": "uint32",
+    "document": "uint32",
+    "position": "uint32",
+    "flags": "uint8",
+}
 COMPLETE = "records/complete.json"
 DOCUMENTS = "records/documents.parquet"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 _LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 _SINGLE_BYTE = {"name": "bytes"}
 _CRC = {"name": "crc32c"}
-_ITEM_SIZE = {"uint8": 1, "int8": 1, "uint16": 2, "float16": 2, "uint32": 4, "float32": 4, "float64": 8}
+_ITEM_SIZE = {
+    "uint8": 1,
+    "int8": 1,
+    "uint16": 2,
+    "float16": 2,
+    "uint32": 4,
+    "float32": 4,
+    "float64": 8,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +75,8 @@ class SiteLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayLayout:
-    """One Zarr array: chunks of `chunk` (the unit that is one file), each in `inner` rows when it is a shard."""
+    """One Zarr array: chunks of `chunk` (the unit that is one file), each in `inner` rows when it
+    is a shard."""
 
     path: str
     shape: tuple[int, ...]
@@ -82,7 +106,9 @@ class ArrayLayout:
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             "fill_value": 0,
             "codecs": plain if self.inner_rows is None else [self._sharding(plain)],
-            "attributes": {} if self.logical_dtype is None else {"logical_dtype": self.logical_dtype},
+            "attributes": {}
+            if self.logical_dtype is None
+            else {"logical_dtype": self.logical_dtype},
             "dimension_names": list(self.dimensions),
             "storage_transformers": [],
         }
@@ -99,9 +125,11 @@ class ArrayLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreLayout:
-    """Everything that fixes the bytes of a store except the activations. `n_rows` is None while it is not known yet.
+    """Everything that fixes the bytes of a store except the activations. `n_rows` is None while it
+    is not known yet.
 
-    `validation_start` is the first row of the validation part, which holds whole documents and runs to the end.
+    `validation_start` is the first row of the validation part, which holds whole documents and runs
+    to the end.
     """
 
     sites: tuple[SiteLayout, ...]
@@ -121,8 +149,9 @@ class StoreLayout:
 
     @property
     def identity(self) -> str:
-        """The name of the run that may fill this store. Records of another run are refused. `n_rows` of a run over
-        a stream is known only at its end, so it is no part of the name; provenance names the tokens."""
+        """The name of the run that may fill this store. Records of another run are refused.
+        `n_rows` of a run over a stream is known only at its end, so it is no part of the name;
+        provenance names the tokens."""
         plain = {**self.attributes(), "n_rows": None, "validation_start": None}
         return hashlib.sha256(canonical_json(plain).encode()).hexdigest()
 
@@ -186,7 +215,11 @@ class StoreLayout:
 
     def arrays_of_site(self, site: SiteLayout) -> tuple[ArrayLayout, ...]:
         always = (self.rows_array(site), self.norm_array(site), self.moments_array(site))
-        return (*always, self.scale_array(site), self.standard_array(site)) if self.dtype == "int8" else always
+        return (
+            (*always, self.scale_array(site), self.standard_array(site))
+            if self.dtype == "int8"
+            else always
+        )
 
     def iter_metadata(self) -> Iterator[tuple[str, str]]:
         """Every `zarr.json` of the store: its name and its text. The root comes last."""
@@ -199,7 +232,11 @@ class StoreLayout:
 
     def _per_row(self, path: str, dtype: str) -> ArrayLayout:
         return ArrayLayout(
-            path=path, shape=(self.n_rows or 0,), chunk=(self.shard_rows,), dtype=dtype, dimensions=("row",)
+            path=path,
+            shape=(self.n_rows or 0,),
+            chunk=(self.shard_rows,),
+            dtype=dtype,
+            dimensions=("row",),
         )
 
     def _per_shard(self, site: SiteLayout, name: str, dtype: str) -> ArrayLayout:
@@ -218,22 +255,30 @@ def record_name(shard: int) -> str:
 
 def canonical_json(value: object) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
 
 
 def parse_layout(text: bytes, *, where: str) -> StoreLayout:
-    """Read the root `zarr.json`. Raises UserError with every problem: not a store, another schema, missing keys."""
+    """Read the root `zarr.json`. Raises UserError with every problem: not a store, another schema,
+    missing keys."""
     try:
         document = json.loads(text)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError("the store's metadata is not JSON", where=where, found=str(error), mend=_MEND) from error
-    attributes = document.get("attributes", {}).get("featureflow") if isinstance(document, dict) else None
+        raise UserError(
+            "the store's metadata is not JSON", where=where, found=str(error), mend=_MEND
+        ) from error
+    attributes = (
+        document.get("attributes", {}).get("featureflow") if isinstance(document, dict) else None
+    )
     if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
         raise UserError(
             "this is not an activation store",
             where=where,
             expected=f"attributes.featureflow.format = {FORMAT!r}",
-            mend="give the folder that ends in store.zarr; other activations come in by `featureflow store import`",
+            mend="give the folder that ends in store.zarr; other activations come in by "
+            "`featureflow store import`",
         )
     if attributes.get("schema") != SCHEMA:
         raise UserError(
@@ -251,27 +296,55 @@ _MEND = "collect the activations again: featureflow collect --force"
 
 
 def _layout_of_attributes(attributes: Mapping[str, Any], where: str) -> StoreLayout:
-    expected = {"n_rows": int, "n_context": int, "shard_rows": int, "chunk_rows": int, "dtype": str, "sites": list}
+    expected = {
+        "n_rows": int,
+        "n_context": int,
+        "shard_rows": int,
+        "chunk_rows": int,
+        "dtype": str,
+        "sites": list,
+    }
     problems = [
-        Problem(what="missing or of the wrong type", where=f"{where}: {key}", expected=kind.__name__)
+        Problem(
+            what="missing or of the wrong type", where=f"{where}: {key}", expected=kind.__name__
+        )
         for key, kind in expected.items()
-        if not (isinstance(attributes.get(key), kind) or (key == "n_rows" and attributes.get(key, 0) is None))
+        if not (
+            isinstance(attributes.get(key), kind)
+            or (key == "n_rows" and attributes.get(key, 0) is None)
+        )
     ]
     if not problems:
         try:
-            sites = tuple(SiteLayout(name=str(site["name"]), width=int(site["width"])) for site in attributes["sites"])
+            sites = tuple(
+                SiteLayout(name=str(site["name"]), width=int(site["width"]))
+                for site in attributes["sites"]
+            )
         except (KeyError, TypeError, ValueError):
-            problems.append(Problem(what="not a list of sites", where=f"{where}: sites", expected="name, width"))
+            problems.append(
+                Problem(what="not a list of sites", where=f"{where}: sites", expected="name, width")
+            )
     if problems:
         raise UserError("the store's metadata is damaged", problems=tuple(problems), mend=_MEND)
-    plain = {key: attributes[key] for key in ("n_rows", "n_context", "shard_rows", "chunk_rows", "dtype")}
-    optional = {key: attributes[key] for key in ("validation_start", "sink_ratio", "provenance") if key in attributes}
+    plain = {
+        key: attributes[key] for key in ("n_rows", "n_context", "shard_rows", "chunk_rows", "dtype")
+    }
+    optional = {
+        key: attributes[key]
+        for key in ("validation_start", "sink_ratio", "provenance")
+        if key in attributes
+    }
     return StoreLayout(sites=sites, **plain, **optional)
 
 
 def _problems_of_layout(layout: StoreLayout) -> Iterator[Problem]:
     if layout.dtype not in STORED_AS:
-        yield Problem(what="unknown dtype", where="dtype", expected=", ".join(STORED_AS), found=str(layout.dtype))
+        yield Problem(
+            what="unknown dtype",
+            where="dtype",
+            expected=", ".join(STORED_AS),
+            found=str(layout.dtype),
+        )
     if not layout.sites:
         yield Problem(what="a store needs at least one site", where="sites")
     names = [site.name for site in layout.sites]
@@ -285,7 +358,11 @@ def _problems_of_layout(layout: StoreLayout) -> Iterator[Problem]:
                 found=f"{site.name!r}, width {site.width}",
                 expected="letters, digits, '_', '.', '-' and a width of at least 1",
             )
-    if layout.chunk_rows < 1 or layout.shard_rows < 1 or layout.shard_rows % max(layout.chunk_rows, 1):
+    if (
+        layout.chunk_rows < 1
+        or layout.shard_rows < 1
+        or layout.shard_rows % max(layout.chunk_rows, 1)
+    ):
         yield Problem(
             what="shards are whole numbers of chunks",
             where="shard_rows, chunk_rows",

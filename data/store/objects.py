@@ -1,9 +1,10 @@
 """A store on S3, GCS or Azure, through obstore.
 
-A PUT is atomic, so a file is there whole or not at all; files are built locally and uploaded in parts. Records are put
-with "only if it is not there yet". A writer claims a shard by an object that it renews every minute; one not renewed
-for five minutes belongs to a dead writer and is taken over, by a PUT that demands the version that was seen.
-Credentials and endpoints come from the environment (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_…`, `AZURE_…`).
+A PUT is atomic, so a file is there whole or not at all; files are built locally and uploaded in
+parts. Records are put with "only if it is not there yet". A writer claims a shard by an object that
+it renews every minute; one not renewed for five minutes belongs to a dead writer and is taken over,
+by a PUT that demands the version that was seen. Credentials and endpoints come from the environment
+(`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_…`, `AZURE_…`).
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class ObjectPlace:
             return bytes(self._store.get(name).bytes())
 
     def read_into(self, name: str, offset: int, buffers: list[memoryview]) -> int:
-        """Fill the buffers from one ranged GET; fewer bytes than asked for mean that the object ends there."""
+        """Fill the buffers from one ranged GET; fewer bytes than asked for mean that the object
+        ends there."""
         wanted = sum(len(buffer) for buffer in buffers)
         with self._explained():
             content = memoryview(self._store.get_range(name, start=offset, length=wanted))
@@ -53,7 +55,11 @@ class ObjectPlace:
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         with self._explained():
-            return {entry["path"]: int(entry["size"]) for page in self._store.list(prefix or None) for entry in page}
+            return {
+                entry["path"]: int(entry["size"])
+                for page in self._store.list(prefix or None)
+                for entry in page
+            }
 
     def size(self, name: str) -> int | None:
         try:
@@ -172,6 +178,6 @@ class ObjectPlace:
 
 
 def _version_of(answer: Mapping[str, Any]) -> dict[str, str]:
-    """What a conditional PUT has to name, out of the answer to a PUT or HEAD: S3 and Azure compare the entity tag, GCS
-    the generation, without which obstore refuses the PUT."""
+    """What a conditional PUT has to name, out of the answer to a PUT or HEAD: S3 and Azure compare
+    the entity tag, GCS the generation, without which obstore refuses the PUT."""
     return {key: answer[key] for key in ("e_tag", "version") if answer.get(key) is not None}

@@ -1,7 +1,7 @@
 """Sites as a recipe writes them: patterns in, sites of a model out.
 
-`resid_post` is that kind at every layer, `mlp_out:0,5,10` at some, `attn_out:0-29/3` at every third of a range, and
-`L12.mlp` or `blocks.12.hook_mlp_out` one site.
+`resid_post` is that kind at every layer, `mlp_out:0,5,10` at some, `attn_out:0-29/3` at every third
+of a range, and `L12.mlp` or `blocks.12.hook_mlp_out` one site.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ _FORMS = "resid_post, mlp_out:0,5,10, attn_out:0-29/3, L12.mlp or blocks.12.hook
 
 
 def parse_sites(patterns: Sequence[str], available: Sequence[Site]) -> tuple[Site, ...]:
-    """The sites that the patterns name, in the order of the model, each once. Raises UserError with all problems."""
+    """The sites that the patterns name, in the order of the model, each once. Raises UserError with
+    all problems."""
     chosen: set[Site] = set()
     problems: list[Problem] = []
     for pattern in patterns:
@@ -27,7 +28,12 @@ def parse_sites(patterns: Sequence[str], available: Sequence[Site]) -> tuple[Sit
             problems.extend(error.problems)
             continue
         problems += [
-            Problem(what="there is no such site", where=pattern, found=site.name, expected=_span(available))
+            Problem(
+                what="there is no such site",
+                where=pattern,
+                found=site.name,
+                expected=_span(available),
+            )
             for site in sorted(sites - set(available))
         ]
         chosen |= sites
@@ -47,7 +53,10 @@ def _iter_sites(pattern: str, available: Sequence[Site]) -> Iterator[Site]:
         yield from (site for site in available if site.kind == kind)
     else:
         for part in layers.split(","):
-            yield from (parse_site(f"blocks.{layer}.hook_{kind}") for layer in _layers(part.strip(), pattern))
+            yield from (
+                parse_site(f"blocks.{layer}.hook_{kind}")
+                for layer in _layers(part.strip(), pattern)
+            )
 
 
 def _single(pattern: str, kinds: set[str]) -> Site:
@@ -55,21 +64,27 @@ def _single(pattern: str, kinds: set[str]) -> Site:
         return parse_site(pattern)
     except UserError:
         expected = f"{_FORMS}; kinds there are: {', '.join(sorted(kinds))}"
-        raise UserError("not a site or a pattern of sites", where=pattern, expected=expected) from None
+        raise UserError(
+            "not a site or a pattern of sites", where=pattern, expected=expected
+        ) from None
 
 
 def _layers(part: str, pattern: str) -> range:
     match = _RANGE.fullmatch(part)
     if match is None:
         raise UserError(
-            "not a layer or a range of layers", where=pattern, found=part, expected="0,5,10 or 0-29 or 0-29/3"
+            "not a layer or a range of layers",
+            where=pattern,
+            found=part,
+            expected="0,5,10 or 0-29 or 0-29/3",
         )
     first = int(match[1])
     return range(first, int(match[2] or first) + 1, int(match[3] or 1))
 
 
 def _span(available: Sequence[Site]) -> str:
-    """`resid_post:0-29, mlp_out:2,6,10`: each kind with the layers it is at, as a pattern may say it."""
+    """`resid_post:0-29, mlp_out:2,6,10`: each kind with the layers it is at, as a pattern may say
+    it."""
     layers: dict[str, list[int]] = {}
     for site in available:
         layers.setdefault(site.kind, []).append(site.layer)

@@ -1,8 +1,10 @@
-"""Where a store lies: a local folder or an object store, behind the few operations that the store needs.
+"""Where a store lies: a local folder or an object store, behind the few operations that the store
+needs.
 
-A place reads a byte range into a buffer, lists sizes, and publishes a finished file under its name at once: locally by
-rename of a file that is already flushed to disk, on an object store by one PUT (which is atomic). Every file is built
-locally first, so memory stays bounded and both places hold the same bytes.
+A place reads a byte range into a buffer, lists sizes, and publishes a finished file under its name
+at once: locally by rename of a file that is already flushed to disk, on an object store by one PUT
+(which is atomic). Every file is built locally first, so memory stays bounded and both places hold
+the same bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ POINTER = "featureflow_store"
 
 
 class Place(Protocol):
-    """Names are relative, with `/`. `url` names the place for people and for opening it again in another process."""
+    """Names are relative, with `/`. `url` names the place for people and for opening it again in
+    another process."""
 
     url: str
 
@@ -45,7 +48,8 @@ class Place(Protocol):
 
 
 def open_place(url: str | Path) -> Place:
-    """A place by path or URL (`s3://bucket/folder`, `gs://…`). Credentials come from the environment only.
+    """A place by path or URL (`s3://bucket/folder`, `gs://…`). Credentials come from the
+    environment only.
 
     A file, made by `write_pointer`, stands for the place whose URL it holds."""
     text = str(url).removeprefix("file://")
@@ -66,9 +70,13 @@ def _read_pointer(path: Path) -> str:
     try:
         url = json.loads(path.read_text(encoding="utf-8"))[POINTER]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError("this file is no activation store", where=str(path), expected="a folder or a URL") from error
+        raise UserError(
+            "this file is no activation store", where=str(path), expected="a folder or a URL"
+        ) from error
     if not isinstance(url, str) or "://" not in url:
-        raise UserError("this file points nowhere", where=str(path), found=str(url), expected="a URL")
+        raise UserError(
+            "this file points nowhere", where=str(path), found=str(url), expected="a URL"
+        )
     return url
 
 
@@ -82,7 +90,8 @@ def explained_writes(url: str) -> Iterator[None]:
             "cannot write here",
             where=error.filename or url,
             found=error.strerror or str(error),
-            mend="free space, or choose another folder or its permissions; what is finished is kept",
+            mend="free space, or choose another folder or its permissions; what is finished is "
+            "kept",
         ) from error
 
 
@@ -97,7 +106,8 @@ def write_bytes(place: Place, name: str, content: bytes) -> None:
 
 
 class LocalPlace:
-    """A folder. Descriptors of files that are read stay open, the least recently used are closed."""
+    """A folder. Descriptors of files that are read stay open, the least recently used are
+    closed."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -131,7 +141,9 @@ class LocalPlace:
                     if entry.is_dir(follow_symlinks=False):
                         stack.append(Path(entry.path))
                     else:
-                        found[Path(entry.path).relative_to(self.root).as_posix()] = entry.stat().st_size
+                        found[Path(entry.path).relative_to(self.root).as_posix()] = (
+                            entry.stat().st_size
+                        )
         return found
 
     def size(self, name: str) -> int | None:
@@ -188,7 +200,8 @@ class LocalPlace:
 
     @contextmanager
     def claimed(self, name: str) -> Iterator[bool]:
-        """Hold an exclusive claim; yields False if another living process holds it. The system frees it on death."""
+        """Hold an exclusive claim; yields False if another living process holds it. The system
+        frees it on death."""
         import fcntl
 
         path = self.root / f"{name}.lock"

@@ -1,12 +1,17 @@
-"""The order of an epoch: kept rows and a seed in, windows of random blocks and batches of rows out. Arithmetic only.
+"""The order of an epoch: kept rows and a seed in, windows of random blocks and batches of rows out.
+Arithmetic only.
 
-1. A block is one inner chunk of the store. The blocks that hold kept rows are permuted; rank r of W takes every W-th.
-2. `window_blocks` blocks in a row make a window, which is what is in memory; its kept rows are permuted.
-3. The rows of all windows make one sequence; batch i is the i-th stretch of it, so a batch may span two windows.
-   The last, incomplete batch is left out, and every rank has the same number of batches.
+1. A block is one inner chunk of the store. The blocks that hold kept rows are permuted; rank r of W
+   takes every W-th.
+2. `window_blocks` blocks in a row make a window, which is what is in memory; its kept rows are
+   permuted.
+3. The rows of all windows make one sequence; batch i is the i-th stretch of it, so a batch may span
+   two windows. The last, incomplete batch is left out, and every rank has the same number of
+   batches.
 
-Random blocks in a window of 16–64 thousand rows train dictionaries as well as a full shuffle (FVU within 2 %,
-measured on synthetic activations with 256-token documents), while reading only what a disk reads fast.
+Random blocks in a window of 16–64 thousand rows train dictionaries as well as a full shuffle (FVU
+within 2 %, measured on synthetic activations with 256-token documents), while reading only what a
+disk reads fast.
 """
 
 from __future__ import annotations
@@ -37,12 +42,15 @@ class EpochPlan:
         self.epoch = epoch
         self._rows = rows
         block_of_row = rows // choices.block_rows
-        starts = np.flatnonzero(np.diff(block_of_row, prepend=-1))  # rows ascend, so nothing needs sorting
+        starts = np.flatnonzero(
+            np.diff(block_of_row, prepend=-1)
+        )  # rows ascend, so nothing needs sorting
         blocks, bounds = block_of_row[starts], np.append(starts, len(rows))
         order = np.random.default_rng([choices.seed, epoch]).permutation(len(blocks))
         sizes = np.diff(bounds)
         self.n_batches = min(
-            int(sizes[order[rank :: choices.world]].sum()) // choices.batch_size for rank in range(choices.world)
+            int(sizes[order[rank :: choices.world]].sum()) // choices.batch_size
+            for rank in range(choices.world)
         )
         mine = order[choices.rank :: choices.world]
         self._blocks, self._begin, self._end = blocks[mine], bounds[:-1][mine], bounds[1:][mine]
@@ -56,7 +64,8 @@ class EpochPlan:
 
     @property
     def last_window(self) -> int:
-        """The window with the end of the last batch; what lies behind it is left out of this epoch."""
+        """The window with the end of the last batch; what lies behind it is left out of this
+        epoch."""
         return self.spans_of(self.n_batches - 1)[-1][0]
 
     def blocks_of(self, window: int) -> Int64[np.ndarray, "block"]:
@@ -92,12 +101,15 @@ class EpochPlan:
         return spans
 
     def rows_of(self, batch: int) -> Int64[np.ndarray, "row"]:
-        """The row numbers of a batch. For tests and for looking up tokens; batches are not read this way."""
+        """The row numbers of a batch. For tests and for looking up tokens; batches are not read
+        this way."""
         block_rows = self.choices.block_rows
         parts = []
         for window, start, stop in self.spans_of(batch):
             slots = self.slots_of(window)[start:stop]
-            parts.append(self.blocks_of(window)[slots // block_rows] * block_rows + slots % block_rows)
+            parts.append(
+                self.blocks_of(window)[slots // block_rows] * block_rows + slots % block_rows
+            )
         return np.concatenate(parts)
 
     def _part(self, window: int) -> slice:

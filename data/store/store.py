@@ -1,8 +1,10 @@
 """Reading a store: a path or URL in, rows that can be trusted out.
 
-1. `ActivationStore.open` reads the metadata, the completion record and every shard record, and compares the size of
-   every file; a store that is unfinished, damaged or of another version is refused with all problems.
-2. `read` and `batches` compare the crc32c of every chunk they touch. A missing chunk is an error, never zeros.
+1. `ActivationStore.open` reads the metadata, the completion record and every shard record, and
+   compares the size of every file; a store that is unfinished, damaged or of another version is
+   refused with all problems.
+2. `read` and `batches` compare the crc32c of every chunk they touch. A missing chunk is an error,
+   never zeros.
 3. `kept_rows` says which rows to train on, or to validate on; no document is in both.
 """
 
@@ -21,7 +23,15 @@ from jaxtyping import Float, Int64
 
 from data.sites import Site, parse_site
 from data.store.encoding import Standard, decode, decode_int8
-from data.store.layout import DOCUMENTS, MEND_DAMAGE, TOKEN_COLUMNS, SiteLayout, StoreLayout, parse_layout, record_name
+from data.store.layout import (
+    DOCUMENTS,
+    MEND_DAMAGE,
+    TOKEN_COLUMNS,
+    SiteLayout,
+    StoreLayout,
+    parse_layout,
+    record_name,
+)
 from data.store.places import Place, open_place
 from data.store.records import (
     Completion,
@@ -79,7 +89,9 @@ class ActivationStore:
             )
         records, problems = read_records(place, layout, completion)
         if problems:
-            raise UserError(f"{place.url} cannot be trusted", problems=tuple(problems), mend=MEND_DAMAGE)
+            raise UserError(
+                f"{place.url} cannot be trusted", problems=tuple(problems), mend=MEND_DAMAGE
+            )
         return cls(place, layout, records)
 
     @property
@@ -88,7 +100,8 @@ class ActivationStore:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The sites as they are named in the store; also those of models that are no transformers."""
+        """The sites as they are named in the store; also those of models that are no
+        transformers."""
         return tuple(self._by_name)
 
     @cached_property
@@ -150,7 +163,11 @@ class ActivationStore:
     def read(self, site: Site | str, start: int, stop: int) -> Float[np.ndarray, "row d_model"]:
         """Rows `start` to `stop` as float32, checksums compared. Reads whole chunks."""
         if not 0 <= start <= stop <= self.n_rows:
-            raise UserError("rows outside the store", found=f"{start}:{stop}", expected=f"within 0:{self.n_rows}")
+            raise UserError(
+                "rows outside the store",
+                found=f"{start}:{stop}",
+                expected=f"within 0:{self.n_rows}",
+            )
         layout = self.site_layout(site)
         out = np.empty((stop - start, layout.width), dtype=np.float32)
         chunk = self.chunk_rows
@@ -159,7 +176,9 @@ class ActivationStore:
             shard = row // self.shard_rows
             end = min(stop, (shard + 1) * self.shard_rows)
             first, last = row // chunk, -(-end // chunk)
-            stored = np.empty(((last - first) * chunk, layout.width), dtype=self.layout.rows_array(layout).dtype)
+            stored = np.empty(
+                ((last - first) * chunk, layout.width), dtype=self.layout.rows_array(layout).dtype
+            )
             self.read_stored(layout, first, stored)
             values = self.decoded(layout, stored, first * chunk)
             out[row - start : end - start] = values[row - first * chunk : end - first * chunk]
@@ -167,12 +186,15 @@ class ActivationStore:
         return out
 
     def read_stored(self, site: SiteLayout, first_chunk: int, out: np.ndarray) -> None:
-        """Whole chunks of one shard as stored, into a contiguous buffer. The fast path under `read` and `batches`."""
+        """Whole chunks of one shard as stored, into a contiguous buffer. The fast path under `read`
+        and `batches`."""
         per_shard = self.shard_rows // self.chunk_rows
         shard, first = divmod(first_chunk, per_shard)
         read_chunks(self.place, self.layout.rows_array(site), shard, first, out)
 
-    def decoded(self, site: SiteLayout, stored: np.ndarray, start: int) -> Float[np.ndarray, "row d_model"]:
+    def decoded(
+        self, site: SiteLayout, stored: np.ndarray, start: int
+    ) -> Float[np.ndarray, "row d_model"]:
         """float32 values of stored rows that begin at row `start` and lie in one shard."""
         if self.layout.dtype != "int8":
             return decode(stored, self.layout.dtype)
@@ -187,12 +209,16 @@ class ActivationStore:
 
     def scales(self, site: SiteLayout) -> Float[np.ndarray, "row"]:
         """The int8 scale of every row."""
-        return self._column([self._shard_scale(site, shard) for shard in range(self.layout.n_shards)])
+        return self._column(
+            [self._shard_scale(site, shard) for shard in range(self.layout.n_shards)]
+        )
 
     def norms(self, site: Site | str) -> Float[np.ndarray, "row"]:
         """The norm of every row, as gathered when it was written."""
         array = self.layout.norm_array(self.site_layout(site))
-        return self._column([read_chunk_file(self.place, array, shard) for shard in range(self.layout.n_shards)])
+        return self._column(
+            [read_chunk_file(self.place, array, shard) for shard in range(self.layout.n_shards)]
+        )
 
     def norms_of_shard(self, site: SiteLayout, shard: int) -> Float[np.ndarray, "row"]:
         """The stored norms of one shard's rows."""
@@ -200,7 +226,8 @@ class ActivationStore:
         return read_chunk_file(self.place, self.layout.norm_array(site), shard)[: stop - start]
 
     def statistics(self, site: Site | str) -> SiteStatistics:
-        """Statistics over rows with flags = 0, from what was gathered while writing. Reads no activations."""
+        """Statistics over rows with flags = 0, from what was gathered while writing. Reads no
+        activations."""
         layout = self.site_layout(site)
         histogram = np.zeros(N_BINS, dtype=np.int64)
         for record in self.records:
@@ -225,9 +252,14 @@ class ActivationStore:
         )
 
     def kept_rows(
-        self, split: Split = "train", filters: RowFilters | None = None, *, sites: Sequence[Site | str] = ()
+        self,
+        split: Split = "train",
+        filters: RowFilters | None = None,
+        *,
+        sites: Sequence[Site | str] = (),
     ) -> Int64[np.ndarray, "row"]:
-        """Rows of a split that the filters allow, ascending. `max_norm_ratio` looks at the norms of `sites`."""
+        """Rows of a split that the filters allow, ascending. `max_norm_ratio` looks at the norms of
+        `sites`."""
         filters = filters or RowFilters()
         kept = filters.keeps(self.tokens())
         if split == "train":
@@ -251,15 +283,24 @@ class ActivationStore:
         n_epochs: int | None = None,
         **options: Any,
     ) -> BatchReader:
-        """Shuffled batches of the same rows at all `sites`; see `data.store.batches.BatchReader` for the options."""
+        """Shuffled batches of the same rows at all `sites`; see `data.store.batches.BatchReader`
+        for the options."""
         from data.store.batches import BatchReader
 
         return BatchReader(
-            self, sites, batch_size=batch_size, seed=seed, split=split, filters=filters, n_epochs=n_epochs, **options
+            self,
+            sites,
+            batch_size=batch_size,
+            seed=seed,
+            split=split,
+            filters=filters,
+            n_epochs=n_epochs,
+            **options,
         )
 
     def as_dask(self, site: Site | str) -> dask.array.Array:
-        """The rows of a site as a float32 Dask array, one chunk a shard, each read with its checksums."""
+        """The rows of a site as a float32 Dask array, one chunk a shard, each read with its
+        checksums."""
         from data.store.cluster import dask_array_of
 
         return dask_array_of(self, site)
@@ -289,11 +330,16 @@ class ActivationStore:
         return reduce(Moments.merged, parts)
 
 
-def read_records(place: Place, layout: StoreLayout, completion: Completion) -> tuple[list[ShardRecord], list[Problem]]:
-    """All records, and everything that names, sizes and the records' own checksums show to be wrong."""
+def read_records(
+    place: Place, layout: StoreLayout, completion: Completion
+) -> tuple[list[ShardRecord], list[Problem]]:
+    """All records, and everything that names, sizes and the records' own checksums show to be
+    wrong."""
     sizes, records, problems = place.sizes(), [], []
     if completion.identity != layout.identity or completion.n_rows != layout.n_rows:
-        problems.append(Problem(what="the completion record belongs to another store", where=place.url))
+        problems.append(
+            Problem(what="the completion record belongs to another store", where=place.url)
+        )
     if sorted(completion.records) != list(range(layout.n_shards)):
         problems.append(Problem(what="the completion record names other shards", where=place.url))
     for shard, expected in sorted(completion.records.items()):
@@ -303,13 +349,17 @@ def read_records(place: Place, layout: StoreLayout, completion: Completion) -> t
             problems.append(Problem(what=f"shard {shard}: no record", where=record_name(shard)))
             continue
         if xxhash.xxh3_128_hexdigest(content) != expected:
-            problems.append(Problem(what=f"shard {shard}: the record was changed", where=record_name(shard)))
+            problems.append(
+                Problem(what=f"shard {shard}: the record was changed", where=record_name(shard))
+            )
             continue
         record = parse_record(content, where=record_name(shard))
         problems.extend(iter_problems_of_record(record, layout, sizes))
         records.append(record)
     if sizes.get(DOCUMENTS) != completion.documents.size:
-        problems.append(Problem(what="the document table is missing or of the wrong size", where=DOCUMENTS))
+        problems.append(
+            Problem(what="the document table is missing or of the wrong size", where=DOCUMENTS)
+        )
     return records, problems
 
 
@@ -317,6 +367,8 @@ def _read_documents(place: Place) -> tuple[DocumentRow, ...]:
     content = place.read(DOCUMENTS)
     completion = read_completion(place)
     if completion is None or sum_of(content) != completion.documents:
-        raise UserError("the document table is damaged", where=f"{place.url}/{DOCUMENTS}", mend=MEND_DAMAGE)
+        raise UserError(
+            "the document table is damaged", where=f"{place.url}/{DOCUMENTS}", mend=MEND_DAMAGE
+        )
     rows = pq.read_table(io.BytesIO(content)).to_pylist()
     return tuple(DocumentRow(**row) for row in rows)

@@ -1,7 +1,7 @@
 """Activations of any model into a store: an iterator of rows of unknown length in, shards out.
 
-The token columns of a shard are kept until it is full, because its record needs them; rows wait with them, so
-memory is one shard of every site.
+The token columns of a shard are kept until it is full, because its record needs them; rows wait
+with them, so memory is one shard of every site.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from sae.errors import UserError
 
 
 def write_stream(
-    writer: StoreWriter, batches: Iterable[tuple[Rows, TokenTable | None]], documents: Sequence[DocumentRow]
+    writer: StoreWriter,
+    batches: Iterable[tuple[Rows, TokenTable | None]],
+    documents: Sequence[DocumentRow],
 ) -> None:
-    """Fill the store from its first row on; finishes it. Rows of the last, shorter shard are kept too."""
+    """Fill the store from its first row on; finishes it. Rows of the last, shorter shard are kept
+    too."""
     shard_rows = writer.layout.shard_rows
     n_rows = 0
     for shard, (tokens, parts) in enumerate(_iter_shards(batches, shard_rows)):

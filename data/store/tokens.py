@@ -1,4 +1,5 @@
-"""The tokens of a store: which token a row is, of which document, where in its context, and what is special about it.
+"""The tokens of a store: which token a row is, of which document, where in its context, and what is
+special about it.
 
 `RowFilters` says which rows are worth training on. A row with flags = 0 is an ordinary one.
 """
@@ -25,7 +26,8 @@ FLAG_NON_FINITE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentRow:
-    """One document of the corpus: where it comes from, what it is called, its label (empty when it has none)."""
+    """One document of the corpus: where it comes from, what it is called, its label (empty when it
+    has none)."""
 
     source: str = ""
     title: str = ""
@@ -43,7 +45,9 @@ class TokenTable:
     documents: Sequence[DocumentRow] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        lengths = {name: len(getattr(self, name)) for name in ("id", "document", "position", "flags")}
+        lengths = {
+            name: len(getattr(self, name)) for name in ("id", "document", "position", "flags")
+        }
         if len(set(lengths.values())) != 1:
             raise UserError("the columns of the token table differ in length", found=str(lengths))
 
@@ -66,23 +70,38 @@ class TokenTable:
 class RowFilters:
     """Which rows to leave out. The defaults leave what the statistics of the store are over."""
 
-    drop_bos: Annotated[bool, Doc("leave out the first token of every context, whose norm is far from all others")] = (
-        True
-    )
-    drop_special: Annotated[bool, Doc("leave out special tokens, such as the separator of documents")] = True
-    drop_sinks: Annotated[bool, Doc("leave out tokens whose norm is far above the median (massive activations)")] = True
-    min_position: Annotated[int, Ge(0), Doc("first position of a context that is used, in tokens")] = 0
-    max_position: Annotated[int | None, Doc("last position of a context that is used, in tokens; none for all")] = None
+    drop_bos: Annotated[
+        bool, Doc("leave out the first token of every context, whose norm is far from all others")
+    ] = True
+    drop_special: Annotated[
+        bool, Doc("leave out special tokens, such as the separator of documents")
+    ] = True
+    drop_sinks: Annotated[
+        bool, Doc("leave out tokens whose norm is far above the median (massive activations)")
+    ] = True
+    min_position: Annotated[
+        int, Ge(0), Doc("first position of a context that is used, in tokens")
+    ] = 0
+    max_position: Annotated[
+        int | None, Doc("last position of a context that is used, in tokens; none for all")
+    ] = None
     max_norm_ratio: Annotated[
         float | None,
         Gt(0),
-        Doc("leave out rows whose norm exceeds this many medians at any site read; none for no limit"),
+        Doc(
+            "leave out rows whose norm exceeds this many medians at any site read; none for no "
+            "limit"
+        ),
     ] = None
 
     @property
     def flags(self) -> int:
         """The flags that exclude a row. Padding and non-finite rows are never used."""
-        chosen = [(self.drop_bos, FLAG_BOS), (self.drop_special, FLAG_SPECIAL), (self.drop_sinks, FLAG_SINK)]
+        chosen = [
+            (self.drop_bos, FLAG_BOS),
+            (self.drop_special, FLAG_SPECIAL),
+            (self.drop_sinks, FLAG_SINK),
+        ]
         return FLAG_PADDING | FLAG_NON_FINITE | sum(flag for wanted, flag in chosen if wanted)
 
     def keeps(self, tokens: TokenTable) -> np.ndarray:

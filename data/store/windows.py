@@ -1,8 +1,10 @@
-"""Windows of random blocks in memory: a plan in, the present window out, while the one after it is read.
+"""Windows of random blocks in memory: a plan in, the present window out, while the one after it is
+read.
 
-Two windows take turns. When one becomes the present one, the other is read anew, by several threads and as soon as the
-last batches gathered from it are done; at the end of an epoch that is the first window of the next. A reader that waits
-there instead spends a third of its time waiting, at four windows an epoch (docs/log.md, 2026-11-23).
+Two windows take turns. When one becomes the present one, the other is read anew, by several threads
+and as soon as the last batches gathered from it are done; at the end of an epoch that is the first
+window of the next. A reader that waits there instead spends a third of its time waiting, at four
+windows an epoch (docs/log.md, 2026-11-23).
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ READERS = 2
 
 
 class Windows:
-    """The present window, and the one after it being read: at the end of an epoch, the first of the next."""
+    """The present window, and the one after it being read: at the end of an epoch, the first of the
+    next."""
 
     def __init__(self, reader: BatchReader, readers: ThreadPoolExecutor) -> None:
         self._reader, self._readers = reader, readers
@@ -32,11 +35,14 @@ class Windows:
         self._plans: dict[int, Future[EpochPlan]] = {}
 
     def begin(self, epoch: int) -> EpochPlan:
-        """The plan of an epoch; the one after it is drawn up meanwhile, which takes seconds for very many rows."""
+        """The plan of an epoch; the one after it is drawn up meanwhile, which takes seconds for
+        very many rows."""
         kept = {each: plan for each, plan in self._plans.items() if each >= epoch}
         n_epochs = self._reader.n_epochs
         wanted = [epoch, epoch + 1] if n_epochs is None or epoch + 1 < n_epochs else [epoch]
-        self._plans = {each: kept.get(each) or self._readers.submit(self._reader.plan, each) for each in wanted}
+        self._plans = {
+            each: kept.get(each) or self._readers.submit(self._reader.plan, each) for each in wanted
+        }
         self._plan = self._plans[epoch].result()
         return self._plan
 
@@ -67,7 +73,8 @@ class Window:
         self.rows = [np.zeros((n_rows, site.width), dtype=dtype) for site in reader.layouts]
 
     def load(self, plan: EpochPlan, index: int, readers: ThreadPoolExecutor) -> None:
-        """Have a window read, each thread its share of the blocks, when all batches from this memory are gathered."""
+        """Have a window read, each thread its share of the blocks, when all batches from this
+        memory are gathered."""
         self.holds, before, self.gathering = (plan.epoch, index), self.gathering, []
         blocks = plan.blocks_of(index)
         shares = np.array_split(np.argsort(blocks, kind="stable"), READERS)

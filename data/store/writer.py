@@ -1,12 +1,15 @@
 """Writing a store: activations of one shard after another in, files and shard records out.
 
-1. `StoreWriter.create` writes the metadata, or takes up a store that the same run began; another run is refused.
-2. `write_shard` claims a shard, and for each inner chunk of rows (a) decodes it as a reader will, (b) flags sinks and
-   non-finite rows, (c) adds to the statistics, (d) appends the chunk to the shard file of each site.
-3. The small arrays follow, then the record, last. `finish` writes the document table and the completion record.
+1. `StoreWriter.create` writes the metadata, or takes up a store that the same run began; another
+   run is refused.
+2. `write_shard` claims a shard, and for each inner chunk of rows (a) decodes it as a reader will,
+   (b) flags sinks and non-finite rows, (c) adds to the statistics, (d) appends the chunk to the
+   shard file of each site.
+3. The small arrays follow, then the record, last. `finish` writes the document table and the
+   completion record.
 
-Memory: one chunk of every site. Every file is flushed, and gets its name by rename. Deterministic: the same activations
-give the same bytes, whatever was interrupted in between.
+Memory: one chunk of every site. Every file is flushed, and gets its name by rename. Deterministic:
+the same activations give the same bytes, whatever was interrupted in between.
 """
 
 from __future__ import annotations
@@ -23,9 +26,24 @@ import xxhash
 from torch import Tensor
 
 from data.store.chunks import ChunkStatistics, ShardChunks
-from data.store.layout import COMPLETE, DOCUMENTS, MEND_DAMAGE, TOKEN_COLUMNS, StoreLayout, parse_layout, record_name
+from data.store.layout import (
+    COMPLETE,
+    DOCUMENTS,
+    MEND_DAMAGE,
+    TOKEN_COLUMNS,
+    StoreLayout,
+    parse_layout,
+    record_name,
+)
 from data.store.places import LocalPlace, Place, explained_writes, open_place, write_bytes
-from data.store.records import Completion, ShardRecord, iter_problems_of_record, read_completion, read_record, sum_of
+from data.store.records import (
+    Completion,
+    ShardRecord,
+    iter_problems_of_record,
+    read_completion,
+    read_record,
+    sum_of,
+)
 from data.store.shards import FileSum, write_chunk_file
 from data.store.tokens import DocumentRow, TokenTable
 from sae.errors import UserError
@@ -35,15 +53,20 @@ Rows = Mapping[str, Tensor | np.ndarray]
 
 
 class StoreWriter:
-    """A store that is being written. Several processes may write different shards of it at the same time."""
+    """A store that is being written. Several processes may write different shards of it at the same
+    time."""
 
-    def __init__(self, place: Place, layout: StoreLayout, *, allow_non_finite: bool = False) -> None:
+    def __init__(
+        self, place: Place, layout: StoreLayout, *, allow_non_finite: bool = False
+    ) -> None:
         self.place = place
         self.layout = layout
         self.allow_non_finite = allow_non_finite
 
     @classmethod
-    def create(cls, url: str | Path, layout: StoreLayout, *, allow_non_finite: bool = False) -> StoreWriter:
+    def create(
+        cls, url: str | Path, layout: StoreLayout, *, allow_non_finite: bool = False
+    ) -> StoreWriter:
         """Begin a store, or take up the one that lies there if the same run began it.
 
         Raises UserError if another run's store is there, or if the place cannot be written."""
@@ -80,10 +103,11 @@ class StoreWriter:
         return [shard for shard in range(self.layout.n_shards) if not self._is_sound(shard, sizes)]
 
     def write_shard(self, shard: int, tokens: TokenTable, batches: Iterable[Rows]) -> ShardRecord:
-        """Write one shard from batches of rows in order. `tokens` are the tokens of this shard alone.
+        """Write one shard from batches of rows in order. `tokens` are the tokens of this shard
+        alone.
 
-        A shard that has a sound record already is left as it is. Raises UserError for too few or too many rows, rows
-        that are not finite, or another living writer of the same shard."""
+        A shard that has a sound record already is left as it is. Raises UserError for too few or
+        too many rows, rows that are not finite, or another living writer of the same shard."""
         with self.open_shard(shard, tokens) as writing:
             for rows in batches:
                 writing.append(rows)
@@ -93,16 +117,24 @@ class StoreWriter:
         """The same in steps, for a caller that pushes: `append` …, `commit`. A context manager."""
         return ShardWriter(self, shard, tokens)
 
-    def finish(self, documents: Sequence[DocumentRow] = (), *, validation_start: int | None = None) -> None:
-        """Write the document table, the final metadata and the completion record, and remove what killed writers left.
-        Refused while shards are missing, or while another process is at it."""
+    def finish(
+        self, documents: Sequence[DocumentRow] = (), *, validation_start: int | None = None
+    ) -> None:
+        """Write the document table, the final metadata and the completion record, and remove what
+        killed writers left. Refused while shards are missing, or while another process is at it."""
         if missing := self.missing_shards():
-            raise UserError("shards are missing", where=self.place.url, found=", ".join(map(str, missing[:20])))
+            raise UserError(
+                "shards are missing", where=self.place.url, found=", ".join(map(str, missing[:20]))
+            )
         if validation_start is not None:
             self.layout = replace(self.layout, validation_start=validation_start)
         with explained_writes(self.place.url), self.place.claimed("locks/finish") as held:
             if not held:
-                raise UserError("another process is finishing this store", where=self.place.url, mend="wait for it")
+                raise UserError(
+                    "another process is finishing this store",
+                    where=self.place.url,
+                    mend="wait for it",
+                )
             self.place.remove(COMPLETE)
             self.place.sweep_all()
             self._write_metadata()
@@ -212,7 +244,9 @@ class ShardWriter:
             values = statistics.flags if column == "flags" else getattr(self._tokens, column)
             array = layout.token_array(column)
             files[array.file_of(self._shard)] = write_chunk_file(place, array, self._shard, values)
-        record = _record_of(layout, self._shard, start, start + len(self._tokens), files, statistics)
+        record = _record_of(
+            layout, self._shard, start, start + len(self._tokens), files, statistics
+        )
         self._publish(record)
         return record
 
@@ -221,11 +255,16 @@ class ShardWriter:
         place.remove(COMPLETE)
         place.remove(record_name(self._shard))
         place.sweep([array.file_of(self._shard) for array in layout.iter_arrays()])
-        self._chunks = ShardChunks(place, layout, self._shard, self._tokens, self._store.allow_non_finite)
+        self._chunks = ShardChunks(
+            place, layout, self._shard, self._tokens, self._store.allow_non_finite
+        )
 
     def _publish(self, record: ShardRecord) -> None:
         place, content = self._store.place, record.to_json()
-        if not place.create(record_name(self._shard), content) and place.read(record_name(self._shard)) != content:
+        if (
+            not place.create(record_name(self._shard), content)
+            and place.read(record_name(self._shard)) != content
+        ):
             raise UserError(
                 "two writers wrote different activations into one shard",
                 where=f"{place.url}/{record_name(self._shard)}",
@@ -234,7 +273,12 @@ class ShardWriter:
 
 
 def _record_of(
-    layout: StoreLayout, shard: int, start: int, stop: int, files: Mapping[str, FileSum], statistics: ChunkStatistics
+    layout: StoreLayout,
+    shard: int,
+    start: int,
+    stop: int,
+    files: Mapping[str, FileSum],
+    statistics: ChunkStatistics,
 ) -> ShardRecord:
     return ShardRecord(
         identity=layout.identity,
@@ -249,7 +293,9 @@ def _record_of(
 
 
 def _documents_parquet(documents: Sequence[DocumentRow]) -> bytes:
-    columns = {name: [getattr(each, name) for each in documents] for name in ("source", "title", "label")}
+    columns = {
+        name: [getattr(each, name) for each in documents] for name in ("source", "title", "label")
+    }
     table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
@@ -264,10 +310,13 @@ def write_activations(
     documents: Sequence[DocumentRow] = (),
     allow_non_finite: bool = False,
 ) -> None:
-    """Store activations of any model: batches of rows at named sites, each with a token table or None.
+    """Store activations of any model: batches of rows at named sites, each with a token table or
+    None.
 
-    Without a table a row is its own document-less token: id 0, document 0, position 0, no flags. `layout.n_rows` may be
-    None. Memory: one shard of every site."""
+    Without a table a row is its own document-less token: id 0, document 0, position 0, no flags.
+    `layout.n_rows` may be None. Memory: one shard of every site."""
     from data.store.streams import write_stream
 
-    write_stream(StoreWriter.create(url, layout, allow_non_finite=allow_non_finite), batches, documents)
+    write_stream(
+        StoreWriter.create(url, layout, allow_non_finite=allow_non_finite), batches, documents
+    )

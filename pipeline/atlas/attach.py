@@ -1,8 +1,10 @@
-"""Later stages hand the atlas something to show: `site/attached/` is the one part of it that may still change.
+"""Later stages hand the atlas something to show: `site/attached/` is the one part of it that may
+still change.
 
-The artifact's manifest lists every file, so it is told too: first it forgets the file, then the file is replaced,
-then it learns the new size and checksum. Killed at any point, the atlas still opens. An atlas made again from the same
-dictionaries takes over what was attached to the one before (`carry_over`), since ids mean the same features there.
+The artifact's manifest lists every file, so it is told too: first it forgets the file, then the
+file is replaced, then it learns the new size and checksum. Killed at any point, the atlas still
+opens. An atlas made again from the same dictionaries takes over what was attached to the one before
+(`carry_over`), since ids mean the same features there.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ _TEXTS = ("feature", "arm", "prompt", "unsteered", "steered")
 
 
 def attach_steering(atlas_folder: Path | str, document: Mapping[str, Any]) -> None:
-    """Let the atlas show steering samples: `attached/steering` of docs/decisions/0003-atlas-shards.md. An earlier
-    attachment is replaced. Raises UserError when there is no atlas or the document has another form."""
+    """Let the atlas show steering samples: `attached/steering` of
+    docs/decisions/0003-atlas-shards.md. An earlier attachment is replaced. Raises UserError when
+    there is no atlas or the document has another form."""
     folder = Path(atlas_folder)
     _check_place(folder)
     problems = _problems_of(document)
@@ -35,13 +38,16 @@ def attach_steering(atlas_folder: Path | str, document: Mapping[str, Any]) -> No
 
 
 def attach_scores(atlas_folder: Path | str, features: Mapping[str, Mapping[str, Any]]) -> None:
-    """Let the atlas show what was found out about some features afterwards, by feature id: `attached/scores` of
-    docs/decisions/0003-atlas-shards.md. Scores of other features attached earlier stay, and of these what is not said
-    anew. Raises UserError when there is no atlas."""
+    """Let the atlas show what was found out about some features afterwards, by feature id:
+    `attached/scores` of docs/decisions/0003-atlas-shards.md. Scores of other features attached
+    earlier stay, and of these what is not said anew. Raises UserError when there is no atlas."""
     folder = Path(atlas_folder)
     _check_place(folder)
     known = read_scores(folder)
-    merged = {**known, **{name: {**known.get(name, {}), **found} for name, found in features.items()}}
+    merged = {
+        **known,
+        **{name: {**known.get(name, {}), **found} for name, found in features.items()},
+    }
     _attach(folder, SCORES, {"version": ATTACHED_VERSION, "features": dict(sorted(merged.items()))})
 
 
@@ -54,13 +60,17 @@ def read_scores(atlas_folder: Path | str) -> dict[str, dict[str, Any]]:
 
 
 def carry_over(before: Path, site: Path, *, train: str) -> bool:
-    """Take over what was attached to the atlas at `before`, if it was made of the same dictionaries (`train`, a
-    digest), into a new `site` folder. Returns whether there was anything."""
+    """Take over what was attached to the atlas at `before`, if it was made of the same dictionaries
+    (`train`, a digest), into a new `site` folder. Returns whether there was anything."""
     try:
         earlier = Artifact.open(before, kind="atlas", schema=SCHEMAS["atlas"])
     except UserError:  # none, or of another version: nothing that can be relied on
         return False
-    carried = [name for name in (STEERING, SCORES) if name in earlier.files and earlier.inputs.get("train") == train]
+    carried = [
+        name
+        for name in (STEERING, SCORES)
+        if name in earlier.files and earlier.inputs.get("train") == train
+    ]
     for name in carried:
         place = site.parent / name
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +108,10 @@ def _record(folder: Path, name: str, path: Path | None) -> None:
     document["files"].pop(name, None)
     if path is not None:
         content = path.read_bytes()
-        document["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        document["files"][name] = {
+            "size": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
     write_text_atomically(manifest, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -109,7 +122,13 @@ def _problems_of(document: Mapping[str, Any]) -> list[Problem]:
         if not isinstance(document.get(name, []), list)
     ]
     if document.get("version", ATTACHED_VERSION) != ATTACHED_VERSION:
-        problems.append(Problem(what="another version", expected=str(ATTACHED_VERSION), found=str(document["version"])))
+        problems.append(
+            Problem(
+                what="another version",
+                expected=str(ATTACHED_VERSION),
+                found=str(document["version"]),
+            )
+        )
     return problems or [
         Problem(what="text missing", where=f"samples[{i}].{name}")
         for i, sample in enumerate(document.get("samples", []))

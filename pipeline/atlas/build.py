@@ -1,9 +1,13 @@
 """Store, dictionaries and flow graph → the atlas' folders `site/` and `tables/`.
 
-1. prepare: vocabulary, unembedding, and where everything lies                                  Workshop
-2. survey every site, spread over processes (or Dask workers); finished sites are kept on disk  survey_job
-3. label and write every site; labels are inherited along the graph, so this waits for all      write_job
-4. what all sites share: corpus, search, communities, trunks, manifest, tables                  site_folder, tables
+1. prepare: vocabulary, unembedding, and where everything lies
+   Workshop
+2. survey every site, spread over processes (or Dask workers); finished sites are kept on disk
+   survey_job
+3. label and write every site; labels are inherited along the graph, so this waits for all
+   write_job
+4. what all sites share: corpus, search, communities, trunks, manifest, tables
+   site_folder, tables
 
 Memory: one site per process. A killed run goes on with the sites it had finished.
 """
@@ -31,7 +35,15 @@ from pipeline.atlas.intermediate import load_columns
 from pipeline.atlas.shards import read_shard
 from pipeline.atlas.tables import write_tables
 from pipeline.atlas.vocabulary import Vocabulary
-from pipeline.atlas.workshop import UNEMBEDDING, VOCABULARY, Workshop, corpus_for, graph_for, survey_job, write_job
+from pipeline.atlas.workshop import (
+    UNEMBEDDING,
+    VOCABULARY,
+    Workshop,
+    corpus_for,
+    graph_for,
+    survey_job,
+    write_job,
+)
 from pipeline.run import RunContext
 
 Run = Callable[[Callable[[Workshop, str], str], Workshop], Iterator[str]]
@@ -40,7 +52,8 @@ Run = Callable[[Callable[[Workshop, str], str], Workshop], Iterator[str]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModelFacts:
-    """What the atlas needs of the language model: its card, its tokens, and how it reads out the residual stream."""
+    """What the atlas needs of the language model: its card, its tokens, and how it reads out the
+    residual stream."""
 
     card: Mapping[str, Any]
     vocabulary: Vocabulary
@@ -76,15 +89,22 @@ def prepare(shop: Workshop, model: ModelFacts) -> None:
     shop.work.mkdir(parents=True, exist_ok=True)
     model.vocabulary.save(shop.work / VOCABULARY)
     if model.W_U is not None and model.gain is not None:
-        hidden = sorted(model.vocabulary.special | set(range(len(model.vocabulary), len(model.W_U))))
+        hidden = sorted(
+            model.vocabulary.special | set(range(len(model.vocabulary), len(model.W_U)))
+        )
         np.savez(
-            shop.work / UNEMBEDDING, weight=model.W_U.float().numpy(), gain=model.gain.float().numpy(),
+            shop.work / UNEMBEDDING,
+            weight=model.W_U.float().numpy(),
+            gain=model.gain.float().numpy(),
             hidden=np.array(hidden, dtype=np.int64),
-        )  # fmt: skip
+        )
 
 
-def each_site(run: Run, job: Callable[[Workshop, str], str], shop: Workshop, context: RunContext, verb: str) -> None:
-    """Run a job for every site, as many at a time as the runner does. The first failure is raised."""
+def each_site(
+    run: Run, job: Callable[[Workshop, str], str], shop: Workshop, context: RunContext, verb: str
+) -> None:
+    """Run a job for every site, as many at a time as the runner does. The first failure is
+    raised."""
     context.progress(verb, 0, len(shop.sites))
     for i, _ in enumerate(run(job, shop)):
         context.progress(verb, i + 1, len(shop.sites))
@@ -101,11 +121,16 @@ def finish(shop: Workshop, model: ModelFacts, facts: AtlasFacts, tables: Path) -
     if graph is not None:
         shards = [read_shard(site, f"sites/{short}/labels") for short in shop.sites]
         shown = [shard.json["labels"] for shard in shards]
-        scores = [np.where(s.columns["score"] == 255, np.nan, s.columns["score"] / 254.0) for s in shards]
+        scores = [
+            np.where(s.columns["score"] == 255, np.nan, s.columns["score"] / 254.0) for s in shards
+        ]
         n_trunks = site_folder.write_flow(site, graph, shown, scores, columns, corpus)
     site_folder.write_attached(site)
     site_folder.copy_app(site)
-    summaries = [json.loads((shop.work / short / "summary.json").read_text(encoding="utf-8")) for short in shop.sites]
+    summaries = [
+        json.loads((shop.work / short / "summary.json").read_text(encoding="utf-8"))
+        for short in shop.sites
+    ]
     headline = _headline(summaries, None if graph is None else len(graph.links), n_trunks)
     corpus_part = site_folder.manifest_of_corpus(
         corpus, n_shards=n_shards, holdout=shop.holdout, filters=_filters_of(shop)
@@ -117,7 +142,10 @@ def finish(shop: Workshop, model: ModelFacts, facts: AtlasFacts, tables: Path) -
         "profile": shop.profile,
         "precision": shop.precision,
         "model": dict(model.card),
-        "sites": [_site_json(short, s, facts.metrics) for short, s in zip(shop.sites, summaries, strict=True)],
+        "sites": [
+            _site_json(short, s, facts.metrics)
+            for short, s in zip(shop.sites, summaries, strict=True)
+        ],
         "search": {"tokens_per_shard": site_folder.TOKENS_PER_SHARD, "shards": search},
         "has": dict.fromkeys(("flow", "communities", "trunks"), graph is not None),
         "headline": headline,
@@ -129,48 +157,70 @@ def finish(shop: Workshop, model: ModelFacts, facts: AtlasFacts, tables: Path) -
     return headline
 
 
-def _site_json(short: str, summary: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _site_json(
+    short: str, summary: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     site = parse_site(short)
     place = {"site": site.name, "short": short, "layer": site.layer, "kind": site.kind}
     return {**place, **summary, "metrics": dict(metrics.get(short, {}))}
 
 
-def _headline(summaries: list[dict[str, Any]], n_links: int | None, n_trunks: int) -> dict[str, Any]:
-    totals = {name: sum(s[f"n_{name}"] for s in summaries) for name in ("latents", "alive", "labelled")}
+def _headline(
+    summaries: list[dict[str, Any]], n_links: int | None, n_trunks: int
+) -> dict[str, Any]:
+    totals = {
+        name: sum(s[f"n_{name}"] for s in summaries) for name in ("latents", "alive", "labelled")
+    }
     graph = {} if n_links is None else {"n_links": n_links, "n_trunks": n_trunks}
     return {
-        "n_sites": len(summaries), "n_features": totals["latents"], "n_alive": totals["alive"],
+        "n_sites": len(summaries),
+        "n_features": totals["latents"],
+        "n_alive": totals["alive"],
         "n_labelled": totals["labelled"],
-        "labelled_share": round(totals["labelled"] / max(1, totals["alive"]), 4), **graph,
-    }  # fmt: skip
+        "labelled_share": round(totals["labelled"] / max(1, totals["alive"]), 4),
+        **graph,
+    }
 
 
 def _filters_of(shop: Workshop) -> dict[str, Any]:
     f = shop.filters
-    return {"drop_bos": f.drop_bos, "drop_special": f.drop_special, "drop_sinks": f.drop_sinks,
-            "min_position": f.min_position, "max_position": f.max_position}  # fmt: skip
+    return {
+        "drop_bos": f.drop_bos,
+        "drop_special": f.drop_special,
+        "drop_sinks": f.drop_sinks,
+        "min_position": f.min_position,
+        "max_position": f.max_position,
+    }
 
 
 @contextmanager
 def _runner(context: RunContext, n_sites: int) -> Iterator[Run]:
-    """How jobs are run, by what the context offers: here, in processes, or on the workers of a Dask scheduler."""
+    """How jobs are run, by what the context offers: here, in processes, or on the workers of a Dask
+    scheduler."""
     if context.scheduler not in (None, "local"):
         from distributed import Client
         from distributed import as_completed as completed
 
         with Client(context.scheduler) as client:
             yield lambda job, shop: (
-                f.result() for f in completed([client.submit(job, shop, s, pure=False) for s in shop.sites])
+                f.result()
+                for f in completed([client.submit(job, shop, s, pure=False) for s in shop.sites])
             )
         return
     n_processes = min(max(context.n_workers, context.n_threads), n_sites)
     if n_processes <= 1:
         yield lambda job, shop: (job(shop, short) for short in shop.sites)
         return
-    pool = ProcessPoolExecutor(n_processes, mp_context=get_context("spawn"), initializer=_one_thread)
+    pool = ProcessPoolExecutor(
+        n_processes, mp_context=get_context("spawn"), initializer=_one_thread
+    )
     try:
-        yield lambda job, shop: (f.result() for f in as_completed([pool.submit(job, shop, s) for s in shop.sites]))
-    except BaseException:  # an interrupt must not wait for sites that have not begun; finished ones are kept
+        yield lambda job, shop: (
+            f.result() for f in as_completed([pool.submit(job, shop, s) for s in shop.sites])
+        )
+    except (
+        BaseException
+    ):  # an interrupt must not wait for sites that have not begun; finished ones are kept
         for worker in list((pool._processes or {}).values()):
             worker.terminate()
         pool.shutdown(wait=False, cancel_futures=True)

@@ -4,8 +4,8 @@
     card = cards.card("L12/402")
     card.examples[0].tokens, card.examples[0].values
 
-This is the second reader of the shard format (the app is the first); exports are made from it, and tests hold it
-against the tables.
+This is the second reader of the shard format (the app is the first); exports are made from it, and
+tests hold it against the tables.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ READABLE = (1, 2)  # format versions; cards are the same in both
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A window of text: token ids, the feature's activation on each (0 unless it fires), and where the peak is."""
+    """A window of text: token ids, the feature's activation on each (0 unless it fires), and where
+    the peak is."""
 
     tab: str
     decile: int | None
@@ -69,9 +70,12 @@ class Cards:
         manifest = read_shard(Path(folder), "manifest").json
         if manifest.get("format") != "featureflow-atlas" or manifest.get("version") not in READABLE:
             raise UserError(
-                "an atlas of another version", where=str(folder), expected=f"version {READABLE[-1]}",
-                found=str(manifest.get("version")), mend="featureflow atlas --force",
-            )  # fmt: skip
+                "an atlas of another version",
+                where=str(folder),
+                expected=f"version {READABLE[-1]}",
+                found=str(manifest.get("version")),
+                mend="featureflow atlas --force",
+            )
         return cls(Path(folder), manifest)
 
     @cached_property
@@ -129,7 +133,10 @@ class Cards:
         c, reach = shard.columns, int(self.manifest["window"])
         row = int(c["example_row"][e])
         run = int(np.searchsorted(self._run_row, row, side="right")) - 1
-        low, high = max(int(self._run_row[run]), row - reach), min(int(self._run_row[run + 1]), row + reach + 1)
+        low, high = (
+            max(int(self._run_row[run]), row - reach),
+            min(int(self._run_row[run + 1]), row + reach + 1),
+        )
         values = np.zeros(high - low)
         acts = slice(int(c["act_offset"][e]), int(c["act_offset"][e + 1]))
         values[row - low + c["act_at"][acts].astype(int)] = c["act_value"][acts] / 255 * largest

@@ -1,8 +1,10 @@
-"""Communities of the flow graph → what their pages show: size, layers, typical tokens, for every one of them.
+"""Communities of the flow graph → what their pages show: size, layers, typical tokens, for every
+one of them.
 
-1. communities come with the nodes of the graph; those with two features or more in this atlas are kept;
-2. a token is typical of a community when its members fire on it and few other communities do (class-TF-IDF over the
-   members' token shares); the three most typical name it.
+1. communities come with the nodes of the graph; those with two features or more in this atlas are
+   kept;
+2. a token is typical of a community when its members fire on it and few other communities do
+   (class-TF-IDF over the members' token shares); the three most typical name it.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def community_shard(graph: AtlasGraph, columns: Sequence[Columns], corpus: Corpu
     )
 
 
-def _typical_tokens(graph: AtlasGraph, columns: Sequence[Columns], corpus: Corpus) -> dict[int, list[int]]:
+def _typical_tokens(
+    graph: AtlasGraph, columns: Sequence[Columns], corpus: Corpus
+) -> dict[int, list[int]]:
     """The members' token shares, weighed by how few communities share the token."""
     community = graph.column("community", -1)
     token = np.concatenate([c["token"] for c in columns]).astype(np.int64)

@@ -1,9 +1,11 @@
-"""The corpus of an atlas: every row of the store as token, document, position, and what may be counted.
+"""The corpus of an atlas: every row of the store as token, document, position, and what may be
+counted.
 
-1. rows come from the store's token table; filters say which are `kept` (BOS, special tokens and sinks are not);
+1. rows come from the store's token table; filters say which are `kept` (BOS, special tokens and
+   sinks are not);
 2. consecutive rows of one document inside one context form a *run*; no window leaves its run;
-3. documents are dealt once into three parts: labels are proposed on the first, the second decides which one a feature
-   gets, and on the held-out third it is scored;
+3. documents are dealt once into three parts: labels are proposed on the first, the second decides
+   which one a feature gets, and on the held-out third it is scored;
 4. every row has a digest of the tokens around it, so that repeated text gives one example.
 
 Everything is O(rows), a few bytes each.
@@ -28,14 +30,38 @@ PARTS = ("proposing", "choosing", "held out")
 PROPOSING, CHOOSING, HELD_OUT = range(3)
 DIGEST_REACH = 8
 _ROWS_WITH_PARTS = 20_000
-POSITION_EDGES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
+POSITION_EDGES = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    6,
+    8,
+    12,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+    192,
+    256,
+    384,
+    512,
+    768,
+    1024,
+    2048,
+    4096,
+)
 _LARGEST_LABELS, _LARGEST_SOURCES = 64, 32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
-    """Per row: token, document, position, kept, and which of PARTS its document is of. Per document: title, source,
-    label (index or −1)."""
+    """Per row: token, document, position, kept, and which of PARTS its document is of. Per
+    document: title, source, label (index or −1)."""
 
     token: Int32[np.ndarray, "row"]
     document: Int32[np.ndarray, "row"]
@@ -49,7 +75,9 @@ class Corpus:
     labels: tuple[str, ...]
     vocabulary: Vocabulary
 
-    _attributes: dict[str, Int32[np.ndarray, "row"]] = field(default_factory=dict, init=False, repr=False)
+    _attributes: dict[str, Int32[np.ndarray, "row"]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __len__(self) -> int:
         return len(self.token)
@@ -71,7 +99,9 @@ class Corpus:
 
     @cached_property
     def position_bin(self) -> Int32[np.ndarray, "row"]:
-        return (np.searchsorted(self.position_edges, self.position, side="right") - 1).astype(np.int32)
+        return (np.searchsorted(self.position_edges, self.position, side="right") - 1).astype(
+            np.int32
+        )
 
     @cached_property
     def run_start(self) -> Int64[np.ndarray, "run"]:
@@ -127,7 +157,10 @@ class Corpus:
         """Kept rows with each value of an attribute, in each of PARTS."""
         values, n = self.attribute(name), self.n_values(name)
         usable = self.kept & (values >= 0)
-        parts = [np.bincount(values[usable & (self.part == part)], minlength=n) for part in range(len(PARTS))]
+        parts = [
+            np.bincount(values[usable & (self.part == part)], minlength=n)
+            for part in range(len(PARTS))
+        ]
         return np.stack(parts)
 
     def quoted(self, token: int) -> str:
@@ -137,7 +170,8 @@ class Corpus:
 
     @cached_property
     def characters(self) -> dict[int, str]:
-        """For tokens that are only part of a character: the one they are most often part of in this text."""
+        """For tokens that are only part of a character: the one they are most often part of in this
+        text."""
         is_part = self.vocabulary.classes == CLASSES.index("parts of characters")
         found: dict[int, Counter[str]] = {}
         rows = np.flatnonzero(is_part[self.token])
@@ -147,25 +181,35 @@ class Corpus:
         return {token: counted.most_common(1)[0][0] for token, counted in sorted(found.items())}
 
     def _character_at(self, row: int) -> str | None:
-        """What the shortest stretch of tokens around a row reads that is whole UTF-8, if four suffice."""
+        """What the shortest stretch of tokens around a row reads that is whole UTF-8, if four
+        suffice."""
         for length in (2, 3, 4):
             for start in range(max(0, row - length + 1), min(row, len(self) - length) + 1):
                 if self.run[start] == self.run[start + length - 1]:
                     try:
                         tokens = self.token[start : start + length]
-                        return b"".join(self.vocabulary.tokens[t] for t in tokens).decode("utf-8").strip() or None
+                        return (
+                            b"".join(self.vocabulary.tokens[t] for t in tokens)
+                            .decode("utf-8")
+                            .strip()
+                            or None
+                        )
                     except UnicodeDecodeError:
                         continue
         return None
 
     def pieces(self, row: int, *, before: int, after: int) -> tuple[str, str, str]:
-        """The text before a row's token, of the token, and after it, inside its run; a character cut over tokens is
-        read whole, with the token."""
+        """The text before a row's token, of the token, and after it, inside its run; a character
+        cut over tokens is read whole, with the token."""
         run = int(self.run[row])
         last = int(self.run_start[run + 1]) if run + 1 < len(self.run_start) else len(self)
         is_part = self.vocabulary.classes == CLASSES.index("parts of characters")
         start, stop = row, row + 1
-        while is_part[self.token[row]] and start > self.run_start[run] and is_part[self.token[start - 1]]:
+        while (
+            is_part[self.token[row]]
+            and start > self.run_start[run]
+            and is_part[self.token[start - 1]]
+        ):
             start -= 1
         while is_part[self.token[row]] and stop < last and is_part[self.token[stop]]:
             stop += 1
@@ -174,17 +218,22 @@ class Corpus:
 
     def _text(self, start: int, stop: int) -> str:
         """What the tokens of some rows read that are text."""
-        return self.vocabulary.join([t for t in self.token[start:stop].tolist() if t not in self.vocabulary.special])
+        return self.vocabulary.join(
+            [t for t in self.token[start:stop].tolist() if t not in self.vocabulary.special]
+        )
 
     def chunks(self, size: int) -> Iterator[tuple[int, int]]:
-        """Row ranges of about `size` that end where a document ends, or at least a run, so that no window is cut."""
+        """Row ranges of about `size` that end where a document ends, or at least a run, so that no
+        window is cut."""
         starts = self.run_start
         document = self.document[starts]
         whole = np.concatenate([starts[1:][np.diff(document) != 0], [len(self)]])
         ends = np.concatenate([starts[1:], [len(self)]])
         start = 0
         while start < len(self):
-            stop = _last_between(whole, start, start + size) or _last_between(ends, start, start + size)
+            stop = _last_between(whole, start, start + size) or _last_between(
+                ends, start, start + size
+            )
             if stop is None:
                 stop = int(ends[np.searchsorted(ends, start, side="right")])
             yield start, stop
@@ -209,10 +258,16 @@ class Corpus:
 
 
 def corpus_of(
-    table: TokenTable, vocabulary: Vocabulary, *, filters: RowFilters, holdout: float, choice: float, seed: int
+    table: TokenTable,
+    vocabulary: Vocabulary,
+    *,
+    filters: RowFilters,
+    holdout: float,
+    choice: float,
+    seed: int,
 ) -> Corpus:
-    """The corpus of a store's token table; `holdout` and `choice` are shares of its documents. Raises UserError when
-    nothing is left to describe."""
+    """The corpus of a store's token table; `holdout` and `choice` are shares of its documents.
+    Raises UserError when nothing is left to describe."""
     kept = filters.keeps(table)
     if not len(table) or not kept.any():
         raise UserError(
@@ -243,28 +298,39 @@ def corpus_of(
 
 
 def mix(x: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
-    """The finaliser of splitmix64: a fixed bijection of 64-bit integers whose output looks random."""
+    """The finaliser of splitmix64: a fixed bijection of 64-bit integers whose output looks
+    random."""
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
 
 
-def _dealt(n_documents: int, holdout: float, choice: float, seed: int) -> UInt8[np.ndarray, "document"]:
-    """A fixed choice by hash; with few documents still at least one in each part if there are three, so that a score
-    exists."""
+def _dealt(
+    n_documents: int, holdout: float, choice: float, seed: int
+) -> UInt8[np.ndarray, "document"]:
+    """A fixed choice by hash; with few documents still at least one in each part if there are
+    three, so that a score exists."""
     with np.errstate(over="ignore"):
-        priority = mix(np.arange(n_documents, dtype=np.uint64) + mix(np.array([seed + 1], dtype=np.uint64)))
-    n_held = int(np.clip(round(holdout * n_documents), min(1, n_documents - 1), max(n_documents - 1, 0)))
+        priority = mix(
+            np.arange(n_documents, dtype=np.uint64) + mix(np.array([seed + 1], dtype=np.uint64))
+        )
+    n_held = int(
+        np.clip(round(holdout * n_documents), min(1, n_documents - 1), max(n_documents - 1, 0))
+    )
     n_rest = n_documents - n_held
-    n_choosing = int(np.clip(round(choice * n_documents), min(1, max(n_rest - 1, 0)), max(n_rest - 1, 0)))
+    n_choosing = int(
+        np.clip(round(choice * n_documents), min(1, max(n_rest - 1, 0)), max(n_rest - 1, 0))
+    )
     part = np.full(n_documents, PROPOSING, dtype=np.uint8)
     order = np.argsort(priority, kind="stable")
     part[order[:n_held]], part[order[n_held : n_held + n_choosing]] = HELD_OUT, CHOOSING
     return part
 
 
-def _index(values: list[str], n: int, largest: int) -> tuple[Int32[np.ndarray, "document"], tuple[str, ...]]:
+def _index(
+    values: list[str], n: int, largest: int
+) -> tuple[Int32[np.ndarray, "document"], tuple[str, ...]]:
     """Index of every value among the `largest` most frequent non-empty ones; −1 for the rest."""
     names, counts = np.unique(np.array([v for v in values if v], dtype=object), return_counts=True)
     order = np.lexsort((names, -counts))[:largest]

@@ -1,21 +1,25 @@
-"""Counts of firings by latent and by something about the token: which it is, which came before, where it stands.
+"""Counts of firings by latent and by something about the token: which it is, which came before,
+where it stands.
 
-Every attribute of a token position is a partition of the rows, so one kind of table serves statistics, labels and their
-scores. Per (latent, value) there are nine numbers, all additive:
+Every attribute of a token position is a partition of the rows, so one kind of table serves
+statistics, labels and their scores. Per (latent, value) there are nine numbers, all additive:
 
-    n_propose, strong_propose        firings and strong firings on documents where labels are proposed
+    n_propose, strong_propose        firings and strong firings on documents where labels are
+    proposed
     n_choose, strong_choose          the same on documents that decide which label is taken
     n_held, strong_held              the same on held-out documents
     mass_held, near_held             Σa and near-misses on held-out documents
     mass_rest                        Σa on all others
 
-A rule is about all firings or about strong ones (`Counts.about`); then five numbers matter: firings on each part of
-the documents, Σa held out, and the negatives that are hardest to tell: near-misses, or firings that are not strong.
+A rule is about all firings or about strong ones (`Counts.about`); then five numbers matter: firings
+on each part of the documents, Σa held out, and the negatives that are hardest to tell: near-misses,
+or firings that are not strong.
 
-`Counts` is sparse: sorted unique keys `latent · n_values + value`. To count entries, each one becomes a single 64-bit
-number `key | code | Σa`, and these are sorted: one sort of plain numbers is several times faster than sorting an
-index and gathering nine columns by it. Tables merge by sums, so chunks, workers and machines may be joined in any
-order; since merging costs more than counting, entries are collected (`Entries.joined`) until there are many.
+`Counts` is sparse: sorted unique keys `latent · n_values + value`. To count entries, each one
+becomes a single 64-bit number `key | code | Σa`, and these are sorted: one sort of plain numbers is
+several times faster than sorting an index and gathering nine columns by it. Tables merge by sums,
+so chunks, workers and machines may be joined in any order; since merging costs more than counting,
+entries are collected (`Entries.joined`) until there are many.
 """
 
 from __future__ import annotations
@@ -32,9 +36,16 @@ from pipeline.atlas.corpus import CHOOSING, HELD_OUT, PROPOSING
 from pipeline.atlas.firings import Firings
 
 COLUMNS = (
-    "n_propose", "strong_propose", "n_choose", "strong_choose", "n_held", "strong_held", "mass_held", "near_held",
+    "n_propose",
+    "strong_propose",
+    "n_choose",
+    "strong_choose",
+    "n_held",
+    "strong_held",
+    "mass_held",
+    "near_held",
     "mass_rest",
-)  # fmt: skip
+)
 PROPOSE, CHOOSE, HELD, MASS, NEGATIVE = range(5)
 Target = Literal["all", "strong"]
 _NEAR, _N_CODES = 6, 7
@@ -45,7 +56,8 @@ _DENSE = 1 << 21
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Counts:
-    """Rows sorted by latent, then value. `columns[i]` is COLUMNS[i], or one of the five of a target."""
+    """Rows sorted by latent, then value. `columns[i]` is COLUMNS[i], or one of the five of a
+    target."""
 
     n_latents: int
     n_values: int
@@ -89,7 +101,9 @@ class Counts:
 
     def totals(self) -> Float64[np.ndarray, "latent column"]:
         """The sums over all values."""
-        parts = [np.bincount(self.latent, weights=c, minlength=self.n_latents) for c in self.columns]
+        parts = [
+            np.bincount(self.latent, weights=c, minlength=self.n_latents) for c in self.columns
+        ]
         return np.stack(parts, axis=1)
 
     def plus(self, other: Counts) -> Counts:
@@ -103,14 +117,19 @@ class Counts:
         )
 
     def about(self, target: Target) -> Counts:
-        """The columns PROPOSE, CHOOSE, HELD, MASS, NEGATIVE of rules about all firings, or about strong ones."""
+        """The columns PROPOSE, CHOOSE, HELD, MASS, NEGATIVE of rules about all firings, or about
+        strong ones."""
         if target == "all":
             names = ("n_propose", "n_choose", "n_held", "mass_held", "near_held")
             chosen = tuple(self.column(name) for name in names)
         else:
-            propose, choose, held = (self.column(name) for name in ("strong_propose", "strong_choose", "strong_held"))
+            propose, choose, held = (
+                self.column(name) for name in ("strong_propose", "strong_choose", "strong_held")
+            )
             chosen = (propose, choose, held, np.zeros(len(held)), self.column("n_held") - held)
-        return Counts(n_latents=self.n_latents, n_values=self.n_values, key=self.key, columns=chosen)
+        return Counts(
+            n_latents=self.n_latents, n_values=self.n_values, key=self.key, columns=chosen
+        )
 
     def mapped(self, value_of: Int32[np.ndarray, "value"], n_values: int) -> Counts:
         """The table of a coarser attribute: `value_of[v]` is what v becomes, −1 to drop it."""
@@ -120,8 +139,9 @@ class Counts:
         return _summed(self.n_latents, n_values, key, [c[keep] for c in self.columns])
 
     def pruned(self, most: int) -> Counts:
-        """At most `most` values per latent, the ones with the most firings: what keeps a table bounded. Sums over the
-        rest are lost, so it is used only when a table has outgrown its limit."""
+        """At most `most` values per latent, the ones with the most firings: what keeps a table
+        bounded. Sums over the rest are lost, so it is used only when a table has outgrown its
+        limit."""
         order = np.lexsort((self.key, -self.n, self.latent))
         latent = self.latent[order]
         place = np.arange(len(order)) - self.start[latent]
@@ -130,7 +150,9 @@ class Counts:
     def taken(self, pairs: np.ndarray) -> Counts:
         """Some of the pairs, in order: a mask, or ascending indices."""
         columns = tuple(c[pairs] for c in self.columns)
-        return Counts(n_latents=self.n_latents, n_values=self.n_values, key=self.key[pairs], columns=columns)
+        return Counts(
+            n_latents=self.n_latents, n_values=self.n_values, key=self.key[pairs], columns=columns
+        )
 
     def at(self, latent: np.ndarray, value: np.ndarray) -> tuple[Float64[np.ndarray, "query"], ...]:
         """The numbers of some pairs, column by column; zeros for pairs never seen."""
@@ -144,8 +166,9 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Entries:
-    """Firings, or near-misses, sorted by latent, with what is known of them whatever the attribute they are counted by.
-    `code` is part · 2 + strong for firings, _NEAR for near-misses on held-out documents (others count for nothing)."""
+    """Firings, or near-misses, sorted by latent, with what is known of them whatever the attribute
+    they are counted by. `code` is part · 2 + strong for firings, _NEAR for near-misses on held-out
+    documents (others count for nothing)."""
 
     latent: Int32[np.ndarray, "entry"]
     row: UInt32[np.ndarray, "entry"]
@@ -161,7 +184,9 @@ class Entries:
     ) -> Entries:
         """All firings; strong are those of at least `strong[latent]`."""
         code = part[fired.row] * np.uint8(2) + (fired.value >= strong[fired.latent])
-        return cls(latent=fired.latent, row=fired.row.astype(np.uint32), mass=fired.value, code=code)
+        return cls(
+            latent=fired.latent, row=fired.row.astype(np.uint32), mass=fired.value, code=code
+        )
 
     @classmethod
     def of_near_misses(cls, near: Firings, part: UInt8[np.ndarray, "row"]) -> Entries:
@@ -174,32 +199,42 @@ class Entries:
     def between(self, low: int, high: int) -> Entries:
         """Those of latents from `low` to below `high`."""
         here = slice(*np.searchsorted(self.latent, [low, high]))
-        return Entries(latent=self.latent[here], row=self.row[here], mass=self.mass[here], code=self.code[here])
+        return Entries(
+            latent=self.latent[here], row=self.row[here], mass=self.mass[here], code=self.code[here]
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[Entries]) -> Entries:
         """All entries of at least one part, one part after the other."""
         names = ("latent", "row", "mass", "code")
-        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+        return cls(
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowValues:
-    """An attribute: its value for every row of the corpus, −1 for none, and how many values there are."""
+    """An attribute: its value for every row of the corpus, −1 for none, and how many values there
+    are."""
 
     of_row: Int32[np.ndarray, "row"]
     n_values: int
 
 
-def count(parts: Sequence[Entries], attributes: Mapping[str, RowValues], n_latents: int) -> dict[str, Counts]:
-    """The tables of some entries. Latents are taken a range at a time, of so few entries that everything stays in the
-    processor's cache and in memory already at hand: fresh memory for large arrays costs as much as the counting."""
+def count(
+    parts: Sequence[Entries], attributes: Mapping[str, RowValues], n_latents: int
+) -> dict[str, Counts]:
+    """The tables of some entries. Latents are taken a range at a time, of so few entries that
+    everything stays in the processor's cache and in memory already at hand: fresh memory for large
+    arrays costs as much as the counting."""
     pieces: dict[str, list[Counts]] = {name: [] for name in attributes}
     most_values = max(attribute.n_values for attribute in attributes.values())
     for low, high in _latent_ranges(sum(map(len, parts)), n_latents, most_values):
         entries = Entries.joined([part.between(low, high) for part in parts])
         for name, attribute in attributes.items():
-            pieces[name].append(_count_range(entries, attribute.of_row[entries.row], low, high, attribute.n_values))
+            pieces[name].append(
+                _count_range(entries, attribute.of_row[entries.row], low, high, attribute.n_values)
+            )
     return {name: _joined(found, n_latents) for name, found in pieces.items()}
 
 
@@ -225,8 +260,15 @@ def _count_range(entries: Entries, value: np.ndarray, low: int, high: int, n_val
 
 
 def _by_counting(
-    latent: np.ndarray, value: np.ndarray, mass: np.ndarray, code: np.ndarray, n_latents: int, n_values: int
-) -> tuple[Int64[np.ndarray, "pair"], Float64[np.ndarray, "code pair"], Float64[np.ndarray, "code pair"]]:
+    latent: np.ndarray,
+    value: np.ndarray,
+    mass: np.ndarray,
+    code: np.ndarray,
+    n_latents: int,
+    n_values: int,
+) -> tuple[
+    Int64[np.ndarray, "pair"], Float64[np.ndarray, "code pair"], Float64[np.ndarray, "code pair"]
+]:
     """Few possible pairs: count into arrays of all of them, no sort."""
     size = n_latents * n_values
     place = code.astype(np.int64) * size + latent.astype(np.int64) * n_values + value
@@ -238,7 +280,9 @@ def _by_counting(
 
 def _by_sorting(
     latent: np.ndarray, value: np.ndarray, mass: np.ndarray, code: np.ndarray, n_values: int
-) -> tuple[Int64[np.ndarray, "pair"], Float64[np.ndarray, "code pair"], Float64[np.ndarray, "code pair"]]:
+) -> tuple[
+    Int64[np.ndarray, "pair"], Float64[np.ndarray, "code pair"], Float64[np.ndarray, "code pair"]
+]:
     """Every entry as one number `key | code | Σa`, sorted."""
     packed = latent.astype(np.uint64) * np.uint64(n_values)
     packed += value.astype(np.uint64)
@@ -251,12 +295,19 @@ def _by_sorting(
         return np.zeros(0, np.int64), np.zeros((_N_CODES, 0)), np.zeros((_N_CODES, 0))
     group = (packed >> np.uint64(_MASS_BITS)).astype(np.uint32)
     starts = np.flatnonzero(np.concatenate([[True], group[1:] != group[:-1]]))
-    key, code = group[starts] >> np.uint32(_CODE_BITS), group[starts] & np.uint32((1 << _CODE_BITS) - 1)
+    key, code = (
+        group[starts] >> np.uint32(_CODE_BITS),
+        group[starts] & np.uint32((1 << _CODE_BITS) - 1),
+    )
     new = np.concatenate([[True], key[1:] != key[:-1]])
     n, total = np.zeros((2, _N_CODES, int(new.sum())))
-    place = code.astype(np.int64) * n.shape[1] + np.cumsum(new) - 1  # a pair has at most one group of each code
+    place = (
+        code.astype(np.int64) * n.shape[1] + np.cumsum(new) - 1
+    )  # a pair has at most one group of each code
     n.ravel()[place] = np.diff(starts, append=len(group))
-    total.ravel()[place] = np.add.reduceat(packed.astype(np.uint32).view(np.float32).astype(np.float64), starts)
+    total.ravel()[place] = np.add.reduceat(
+        packed.astype(np.uint32).view(np.float32).astype(np.float64), starts
+    )
     return key[new].astype(np.int64), n, total
 
 
@@ -264,7 +315,11 @@ def _columns_of(
     n: Float64[np.ndarray, "code pair"], mass: Float64[np.ndarray, "code pair"]
 ) -> tuple[Float64[np.ndarray, "pair"], ...]:
     """COLUMNS from numbers by code."""
-    propose, choose, held = 2 * PROPOSING, 2 * CHOOSING, 2 * HELD_OUT  # the weaker firings; the strong ones come after
+    propose, choose, held = (
+        2 * PROPOSING,
+        2 * CHOOSING,
+        2 * HELD_OUT,
+    )  # the weaker firings; the strong ones come after
     return (
         n[propose] + n[propose + 1],
         n[propose + 1],
@@ -285,19 +340,28 @@ def _joined(pieces: Sequence[Counts], n_latents: int) -> Counts:
     return Counts(
         n_latents=n_latents,
         n_values=n_values,
-        key=np.concatenate([piece.key + f * n_values for piece, f in zip(pieces, first[:-1], strict=True)]),
-        columns=tuple(np.concatenate(parts) for parts in zip(*(piece.columns for piece in pieces), strict=True)),
+        key=np.concatenate(
+            [piece.key + f * n_values for piece, f in zip(pieces, first[:-1], strict=True)]
+        ),
+        columns=tuple(
+            np.concatenate(parts)
+            for parts in zip(*(piece.columns for piece in pieces), strict=True)
+        ),
     )
 
 
-def _summed(n_latents: int, n_values: int, key: np.ndarray, columns: Sequence[np.ndarray]) -> Counts:
+def _summed(
+    n_latents: int, n_values: int, key: np.ndarray, columns: Sequence[np.ndarray]
+) -> Counts:
     """The table of pairs that may come several times."""
     if n_latents * n_values <= _DENSE:
         dense = [np.bincount(key, weights=c, minlength=n_latents * n_values) for c in columns]
         key = np.flatnonzero(np.bincount(key, minlength=n_latents * n_values))
         summed: tuple[np.ndarray, ...] = tuple(c[key] for c in dense)
     else:
-        narrow = key.astype(np.uint32) if n_latents * n_values < 1 << 32 else key  # sorts in half the time
+        narrow = (
+            key.astype(np.uint32) if n_latents * n_values < 1 << 32 else key
+        )  # sorts in half the time
         order = np.argsort(narrow, kind="stable")
         key = key[order]
         starts = np.flatnonzero(np.diff(key, prepend=-1))

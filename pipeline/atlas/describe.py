@@ -1,7 +1,9 @@
-"""A finished survey → the columns of the feature cards of one site, one array per column over all latents.
+"""A finished survey → the columns of the feature cards of one site, one array per column over all
+latents.
 
-Names, dtypes and meanings are those of docs/decisions/0003-atlas-shards.md, so that a card shard is a slice of these.
-Cost: sorts of the (latent, token) pairs, and one product of `latent × latent × d_model` for the nearest decoder rows.
+Names, dtypes and meanings are those of docs/decisions/0003-atlas-shards.md, so that a card shard is
+a slice of these. Cost: sorts of the (latent, token) pairs, and one product of `latent × latent ×
+d_model` for the nearest decoder rows.
 """
 
 from __future__ import annotations
@@ -28,8 +30,11 @@ _BLOCK = 512
 Columns = dict[str, np.ndarray]
 
 
-def describe_site(survey: Survey, sae: Sae, corpus: Corpus, projection: Projection | None, profile: Profile) -> Columns:
-    """All columns of the site's cards. `projection` is None where the decoder does not write to the residual stream."""
+def describe_site(
+    survey: Survey, sae: Sae, corpus: Corpus, projection: Projection | None, profile: Profile
+) -> Columns:
+    """All columns of the site's cards. `projection` is None where the decoder does not write to the
+    residual stream."""
     deciles, tables = deciles_of(survey), survey.tables(corpus)
     return {
         **_moments(survey),
@@ -80,7 +85,11 @@ def _moments(survey: Survey) -> Columns:
 def _page_histogram(survey: Survey) -> np.ndarray:
     """Two of the pass's bins make one of the page's."""
     n_latents, n_bins = survey.histogram.shape
-    return survey.histogram.reshape(n_latents, PAGE_BINS, n_bins // PAGE_BINS).sum(axis=2).astype(np.uint32)
+    return (
+        survey.histogram.reshape(n_latents, PAGE_BINS, n_bins // PAGE_BINS)
+        .sum(axis=2)
+        .astype(np.uint32)
+    )
 
 
 def _dense(table: Counts) -> np.ndarray:
@@ -115,9 +124,13 @@ def _token_columns(table: Counts, corpus: Corpus, attribute: str, name: str, n: 
 def largest_places(
     latent: Int64[np.ndarray, "pair"], weight: Float64[np.ndarray, "pair"], n: int
 ) -> tuple[Int64[np.ndarray, "kept"], Int64[np.ndarray, "kept"]]:
-    """The n heaviest pairs of every latent, heaviest first: the place of each, and its index. `latent` is ascending;
-    weights of 0 are left out."""
-    near = np.flatnonzero(weight >= _nth_largest(latent, weight, n)) if len(latent) else np.zeros(0, np.int64)
+    """The n heaviest pairs of every latent, heaviest first: the place of each, and its index.
+    `latent` is ascending; weights of 0 are left out."""
+    near = (
+        np.flatnonzero(weight >= _nth_largest(latent, weight, n))
+        if len(latent)
+        else np.zeros(0, np.int64)
+    )
     near = near[weight[near] > 0]
     order = near[np.lexsort((-weight[near], latent[near]))]
     owner = latent[order]
@@ -126,8 +139,9 @@ def largest_places(
 
 
 def _nth_largest(latent: np.ndarray, weight: np.ndarray, n: int) -> Float32[np.ndarray, "pair"]:
-    """For every pair a number just below its latent's n-th largest weight (or smallest, with fewer): the float32 bits
-    of weights that are not negative sort as they do, so one sort of whole numbers finds it."""
+    """For every pair a number just below its latent's n-th largest weight (or smallest, with
+    fewer): the float32 bits of weights that are not negative sort as they do, so one sort of whole
+    numbers finds it."""
     bits = np.nextafter(weight.astype(np.float32), np.float32(0)).view(np.uint32)
     packed = (latent.astype(np.uint64) << np.uint64(32)) | ~bits
     packed.sort()
@@ -138,8 +152,16 @@ def _nth_largest(latent: np.ndarray, weight: np.ndarray, n: int) -> Float32[np.n
 
 def _projection_columns(projection: Projection | None, n_latents: int) -> Columns:
     if projection is None:
-        pad, none = np.full((n_latents, 10), PAD, np.uint32), np.full((n_latents, 10), np.nan, np.float32)
-        listed = {"promotes": pad, "promotes_score": none, "suppresses": pad, "suppresses_score": none}
+        pad, none = (
+            np.full((n_latents, 10), PAD, np.uint32),
+            np.full((n_latents, 10), np.nan, np.float32),
+        )
+        listed = {
+            "promotes": pad,
+            "promotes_score": none,
+            "suppresses": pad,
+            "suppresses_score": none,
+        }
         return {**listed, "output_kurtosis": np.full(n_latents, np.nan, np.float32)}
     return {
         "promotes": projection.promotes.astype(np.uint32),
@@ -164,7 +186,8 @@ def _cofiring_columns(cofiring: sp.csr_matrix, count: Int64[np.ndarray, "latent"
 
 
 def _similar_columns(W_dec: Float[Tensor, "latent d_out"]) -> Columns:
-    """The latents whose decoder rows point the same way; rows of zeros have no direction and are never listed."""
+    """The latents whose decoder rows point the same way; rows of zeros have no direction and are
+    never listed."""
     unit = F.normalize(W_dec.detach().float(), dim=1, eps=1e-12)
     dead = (unit.square().sum(dim=1) < 0.5).numpy()
     blocks = []
@@ -185,7 +208,9 @@ def _largest_of_rows(score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.take_along_axis(index, order, axis=1), np.take_along_axis(value, order, axis=1)
 
 
-def _nearest_columns(name: str, score_name: str, blocks: list[tuple[np.ndarray, np.ndarray]]) -> Columns:
+def _nearest_columns(
+    name: str, score_name: str, blocks: list[tuple[np.ndarray, np.ndarray]]
+) -> Columns:
     index = np.concatenate([b[0] for b in blocks])
     score = np.concatenate([b[1] for b in blocks])
     n_latents = len(index)

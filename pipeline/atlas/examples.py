@@ -1,13 +1,14 @@
 """From the kept samples to the examples a card shows, in four tabs.
 
 1. *top*: the strongest firings, one per document, no repeated text;
-2. *decile*: firings from every tenth of the activation range by count, strongest tenth first. All are real firings: the
-   intervals are between quantiles of the firings, never between 0 and the maximum;
+2. *decile*: firings from every tenth of the activation range by count, strongest tenth first. All
+   are real firings: the intervals are between quantiles of the firings, never between 0 and the
+   maximum;
 3. *uniform*: firings drawn uniformly;
 4. *near_miss*: tokens where the latent almost fired.
 
-Quantiles are exact while the uniform sample holds every firing; otherwise they come from the histogram, whose bins
-are a
+Quantiles are exact while the uniform sample holds every firing; otherwise they come from the
+histogram, whose bins are a
 quarter of an octave wide, by interpolation in log a.
 """
 
@@ -45,8 +46,8 @@ PROFILES = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Examples:
-    """Examples of all latents of a site; those of latent f are `offset[f] … offset[f + 1]`, in tab order. `act_*` are
-    the
+    """Examples of all latents of a site; those of latent f are `offset[f] … offset[f + 1]`, in tab
+    order. `act_*` are the
     latent's firings around each peak: `act_offset[e] … act_offset[e + 1]`."""
 
     offset: Int64[np.ndarray, "latent_and_one"]
@@ -74,23 +75,38 @@ def deciles_of(survey: Survey) -> Float32[np.ndarray, "latent eleven"]:
     return np.minimum(out, survey.largest[:, None]).astype(np.float32)
 
 
-def choose_examples(survey: Survey, deciles: Float32[np.ndarray, "latent eleven"], profile: Profile) -> Examples:
+def choose_examples(
+    survey: Survey, deciles: Float32[np.ndarray, "latent eleven"], profile: Profile
+) -> Examples:
     """Pick what the card shows; vectorised over all latents of the site."""
     decile_of = (survey.uniform.value[:, :, None] >= deciles[:, None, 1:10]).sum(axis=2)
     picks = [
         _pick(survey.top, _first(survey.top.filled, profile.n_top), 0, None),
-        _pick(survey.uniform, _per_decile(survey.uniform.filled, decile_of, profile.n_per_decile), 1, decile_of),
+        _pick(
+            survey.uniform,
+            _per_decile(survey.uniform.filled, decile_of, profile.n_per_decile),
+            1,
+            decile_of,
+        ),
         _pick(survey.uniform, _first(survey.uniform.filled, profile.n_uniform), 2, decile_of),
         _pick(survey.near, _first(survey.near.filled, profile.n_near), 3, None),
     ]
-    latent, tab, decile, row, value, gap, around = (np.concatenate(parts) for parts in zip(*picks, strict=True))
+    latent, tab, decile, row, value, gap, around = (
+        np.concatenate(parts) for parts in zip(*picks, strict=True)
+    )
     strongest_first = np.where(tab == 1, 255 - decile, 0)
     order = np.lexsort((np.arange(len(latent)), strongest_first, tab, latent))
-    latent, tab, decile, row, value, gap, around = (a[order] for a in (latent, tab, decile, row, value, gap, around))
-    decile = np.where(tab == 0, (value[:, None] >= deciles[latent, 1:10]).sum(axis=1), decile).astype(np.uint8)
+    latent, tab, decile, row, value, gap, around = (
+        a[order] for a in (latent, tab, decile, row, value, gap, around)
+    )
+    decile = np.where(
+        tab == 0, (value[:, None] >= deciles[latent, 1:10]).sum(axis=1), decile
+    ).astype(np.uint8)
     decile[tab == 3] = NO_DECILE
     example, place = np.nonzero(around)
-    share = around[example, place].astype(np.float32) * value[example] / survey.largest[latent[example]]
+    share = (
+        around[example, place].astype(np.float32) * value[example] / survey.largest[latent[example]]
+    )
     return Examples(
         offset=np.searchsorted(latent, np.arange(survey.n_latents + 1)),
         tab=tab,
@@ -111,7 +127,8 @@ def _first(filled: Bool[np.ndarray, "latent place"], n: int) -> Bool[np.ndarray,
 def _per_decile(
     filled: Bool[np.ndarray, "latent place"], decile_of: Int64[np.ndarray, "latent place"], n: int
 ) -> Bool[np.ndarray, "latent place"]:
-    """The first n of every decile; the sample is in random order, so these are random firings of the decile."""
+    """The first n of every decile; the sample is in random order, so these are random firings of
+    the decile."""
     chosen = np.zeros_like(filled)
     for decile in range(10):
         member = filled & (decile_of == decile)
@@ -120,10 +137,17 @@ def _per_decile(
 
 
 def _pick(
-    selection: Selection, mask: Bool[np.ndarray, "latent place"], tab: int, decile_of: np.ndarray | None
+    selection: Selection,
+    mask: Bool[np.ndarray, "latent place"],
+    tab: int,
+    decile_of: np.ndarray | None,
 ) -> tuple[np.ndarray, ...]:
     latent, place = np.nonzero(mask)
-    decile = np.zeros(len(latent), np.uint8) if decile_of is None else decile_of[latent, place].astype(np.uint8)
+    decile = (
+        np.zeros(len(latent), np.uint8)
+        if decile_of is None
+        else decile_of[latent, place].astype(np.uint8)
+    )
     chosen = (selection.row, selection.value, selection.gap, selection.around)
     return latent, np.full(len(latent), tab, np.uint8), decile, *(a[latent, place] for a in chosen)
 
@@ -131,11 +155,16 @@ def _pick(
 def _quantiles_of_histogram(
     histogram: Int64[np.ndarray, "latent bin"], shares: Float64[np.ndarray, "share"]
 ) -> Float64[np.ndarray, "latent share"]:
-    """Interpolated quantiles: in the bin that holds the share, log a grows linearly with the count."""
+    """Interpolated quantiles: in the bin that holds the share, log a grows linearly with the
+    count."""
     running = histogram.cumsum(axis=1)
     total = running[:, -1:]
     target = shares[None, :] * total
-    bins = (running[:, None, :] < np.maximum(target, 1e-9)[:, :, None]).sum(axis=2).clip(max=histogram.shape[1] - 1)
+    bins = (
+        (running[:, None, :] < np.maximum(target, 1e-9)[:, :, None])
+        .sum(axis=2)
+        .clip(max=histogram.shape[1] - 1)
+    )
     below = np.take_along_axis(np.pad(running, ((0, 0), (1, 0))), bins, axis=1)
     inside = np.maximum(np.take_along_axis(histogram, bins, axis=1), 1)
     return 2.0 ** (LOG2_LOW + (bins + (target - below) / inside) / BINS_PER_OCTAVE)

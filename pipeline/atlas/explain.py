@@ -1,15 +1,17 @@
-"""Second opinions on chosen features of a finished atlas: what a sentence model and a chat model make of their text.
+"""Second opinions on chosen features of a finished atlas: what a sentence model and a chat model
+make of their text.
 
-1. windows: a feature's examples on documents that labels were proposed on are what a chat model is shown; those on
-   held-out documents, and held-out windows in which the feature is silent (drawn at random, and around near-misses),
-   are what both are scored on;
+1. windows: a feature's examples on documents that labels were proposed on are what a chat model is
+   shown; those on held-out documents, and held-out windows in which the feature is silent (drawn at
+   random, and around near-misses), are what both are scored on;
 2. a sentence model says how well firing windows belong together, and how well the label fits them
    (pipeline/atlas/sentences.py);
-3. a chat model writes a label from the shown examples and is scored by telling held-out windows apart, and windows
-   marked rightly from ones marked wrongly (pipeline/atlas/explainer.py).
+3. a chat model writes a label from the shown examples and is scored by telling held-out windows
+   apart, and windows marked rightly from ones marked wrongly (pipeline/atlas/explainer.py).
 
-Silence is checked with the dictionary itself on stored activations. Cost a site: one reading of `_CANDIDATES` windows;
-a feature: some twenty sentence embeddings, or ten questions to the chat model.
+Silence is checked with the dictionary itself on stored activations. Cost a site: one reading of
+`_CANDIDATES` windows; a feature: some twenty sentence embeddings, or ten questions to the chat
+model.
 """
 
 from __future__ import annotations
@@ -42,8 +44,9 @@ _ROUNDED = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """Texts about one feature: `shown` marked, on documents for proposing; the rest on held-out ones. In `near` it
-    nearly fired, in `right` and `wrong` windows of `firing` are marked where it fires, and on as many other tokens."""
+    """Texts about one feature: `shown` marked, on documents for proposing; the rest on held-out
+    ones. In `near` it nearly fired, in `right` and `wrong` windows of `firing` are marked where it
+    fires, and on as many other tokens."""
 
     shown: tuple[str, ...]
     firing: tuple[str, ...]
@@ -94,21 +97,31 @@ class Evidence:
         misplaced = [self._misplaced(example, generator) for example in in_test]
         silent = np.flatnonzero(~self._silence(wanted.site)[:, wanted.latent])[:MOST]
         return Windows(
-            shown=tuple(self._marked(example) for row, example in fired.items() if proposing[row])[:MOST],
+            shown=tuple(self._marked(example) for row, example in fired.items() if proposing[row])[
+                :MOST
+            ],
             firing=tuple(self._text(example.row) for example in in_test),
             silent=tuple(self._text(int(self._candidates[i])) for i in silent),
             near=tuple(self._text(row) for row in missed if not self._fires_near(wanted, row)),
-            right=tuple(self._marked(e) for e, other in zip(in_test, misplaced, strict=True) if other is not None),
+            right=tuple(
+                self._marked(e)
+                for e, other in zip(in_test, misplaced, strict=True)
+                if other is not None
+            ),
             wrong=tuple(self._marked(other) for other in misplaced if other is not None),
         )
 
     def chosen(self, n: int, *, short: str | None = None) -> list[str]:
         """`n` features that fire, drawn from the seed, over all dictionaries or one."""
         features = self.atlas.features
-        alive = features[features["alive"] & ((features["site"] == short) if short else True)]["feature"].to_numpy(str)
+        alive = features[features["alive"] & ((features["site"] == short) if short else True)][
+            "feature"
+        ].to_numpy(str)
         if not len(alive):
             raise UserError("no feature fires there", where=short or str(self.atlas.folder))
-        drawn = np.random.default_rng(self._seed).choice(len(alive), size=min(n, len(alive)), replace=False)
+        drawn = np.random.default_rng(self._seed).choice(
+            len(alive), size=min(n, len(alive)), replace=False
+        )
         return [str(alive[i]) for i in sorted(drawn)]
 
     @property
@@ -136,7 +149,9 @@ class Evidence:
         rows = self._rows(row)
         kept = self._tokens["kept"].to_numpy()[rows]
         x = self._store.read(feature.site, int(rows[0]), int(rows[-1]) + 1)[kept]
-        return bool((self._saes[feature.site].encode(torch.from_numpy(x))[:, feature.latent] > 0).any())
+        return bool(
+            (self._saes[feature.site].encode(torch.from_numpy(x))[:, feature.latent] > 0).any()
+        )
 
     def _rows(self, row: int) -> Int64[np.ndarray, "row"]:
         """The rows of a window: those near enough in the same run of its document."""
@@ -150,8 +165,8 @@ class Evidence:
         return self.atlas.vocabulary.join([int(t) for t in token if int(t) not in special]).strip()
 
     def _misplaced(self, example: Example, generator: np.random.Generator) -> Example | None:
-        """The example with as many marks as before, all on tokens where the feature does not fire; None where such
-        tokens are too few."""
+        """The example with as many marks as before, all on tokens where the feature does not fire;
+        None where such tokens are too few."""
         near = _near(example)
         here, special = range(*near.indices(len(example.tokens))), self.atlas.vocabulary.special
         firing = sum(example.values[i] > 0 for i in here)
@@ -159,24 +174,32 @@ class Evidence:
         if not 0 < firing <= len(free):
             return None
         chosen = set(generator.choice(free, size=firing, replace=False).tolist())
-        return replace(example, values=tuple(float(i in chosen) for i in range(len(example.values))))
+        return replace(
+            example, values=tuple(float(i in chosen) for i in range(len(example.values)))
+        )
 
     def _marked(self, example: Example) -> str:
         vocabulary, near = self.atlas.vocabulary, _near(example)
-        kept = [(t, v) for t, v in zip(example.tokens[near], example.values[near], strict=True)
-                if t not in vocabulary.special]  # fmt: skip
+        kept = [
+            (t, v)
+            for t, v in zip(example.tokens[near], example.values[near], strict=True)
+            if t not in vocabulary.special
+        ]
         return marked([vocabulary.join([token]) for token, _ in kept], [value for _, value in kept])
 
 
 def second_opinions(
     evidence: Evidence, features: Sequence[str], opinions: Opinions
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Feature by feature what `attach_scores` takes. Where held-out windows are too few a score is None."""
+    """Feature by feature what `attach_scores` takes. Where held-out windows are too few a score is
+    None."""
     for feature in features:
         windows = evidence.windows(feature)
         found: dict[str, Any] = {}
         if opinions.sentences is not None:
-            found |= sentence_scores(opinions.sentences, windows, _accepted_label(evidence.atlas, feature))
+            found |= sentence_scores(
+                opinions.sentences, windows, _accepted_label(evidence.atlas, feature)
+            )
         if opinions.chat is not None:
             found |= chat_label(opinions.chat, windows, fuzzing=opinions.fuzz)
         yield feature, found
@@ -189,7 +212,9 @@ def sentence_scores(model: SentenceModel, windows: Windows, label: str | None) -
     silent = rest[: len(windows.silent)]
     return {
         "examples_score": _rounded(example_embedding_score(firing, silent)),
-        "label_score": None if label is None else _rounded(embedding_score(rest[-1], firing, silent)),
+        "label_score": None
+        if label is None
+        else _rounded(embedding_score(rest[-1], firing, silent)),
         "n_firing": len(firing),
         "n_silent": len(silent),
     }

@@ -1,4 +1,5 @@
-"""Figures of the atlas for the run's front page: how often features fire, and how many have a label that held."""
+"""Figures of the atlas for the run's front page: how often features fire, and how many have a label
+that held."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ _KINDS: dict[SiteKind, tuple[str, str]] = {
 
 
 def draw_atlas(features: pd.DataFrame, path: Path) -> None:
-    """Two panels by layer: median firing density with its middle 90 %, and the share of living features with a label
-    that passed its held-out test. `features` is the atlas' table of that name."""
+    """Two panels by layer: median firing density with its middle 90 %, and the share of living
+    features with a label that passed its held-out test. `features` is the atlas' table of that
+    name."""
     sites = {short: parse_site(short) for short in features["site"].unique()}
     figure = Figure(figsize=(9.0, 5.2), layout="constrained")
     density, labelled = figure.subplots(2, 1, sharex=True)
@@ -35,11 +37,15 @@ def draw_atlas(features: pd.DataFrame, path: Path) -> None:
         share = [part["label_accepted"].mean() if len(part) else np.nan for part in alive]
         labelled.plot(layers, share, "o-", color=colour, markersize=3)
     density.set_yscale("log")
-    density.set_title("share of tokens a living feature fires on: median, middle 90 %", loc="left", fontsize=10)
+    density.set_title(
+        "share of tokens a living feature fires on: median, middle 90 %", loc="left", fontsize=10
+    )
     density.legend(fontsize=8)
     labelled.set_ylim(0, 1)
     labelled.set_xlabel("layer")
-    labelled.set_title("living features with a label that held on other documents", loc="left", fontsize=10)
+    labelled.set_title(
+        "living features with a label that held on other documents", loc="left", fontsize=10
+    )
     figure.savefig(path, dpi=130)
 
 

@@ -1,12 +1,13 @@
-"""Firings of a dictionary on some rows: which latent, at which row, how strongly; and those that nearly fired.
+"""Firings of a dictionary on some rows: which latent, at which row, how strongly; and those that
+nearly fired.
 
-1. pre-activations of a block of rows: `(x − b_in) W_encᵀ + b_enc`; the product may run in bfloat16 (four times faster
-   on
+1. pre-activations of a block of rows: `(x − b_in) W_encᵀ + b_enc`; the product may run in bfloat16
+   (four times faster on
    CPUs that have it; activations are then exact to about 0.4 %), the rest in float32;
-2. TopK: a bound from the maxima of groups of latents leaves few candidates, and one sort of these gives the k largest
-   and the few below them, which are the near-misses.
-   Thresholds: everything above `theta` fires, what lies within `_NEAR` of it nearly fired. ReLU and gated dictionaries
-   have no near-misses, since they fire at the smallest excess;
+2. TopK: a bound from the maxima of groups of latents leaves few candidates, and one sort of these
+   gives the k largest and the few below them, which are the near-misses.
+   Thresholds: everything above `theta` fires, what lies within `_NEAR` of it nearly fired. ReLU and
+   gated dictionaries have no near-misses, since they fire at the smallest excess;
 3. the entries are sorted by latent, then row.
 
 Cost: one product of `row × d_in × latent` and two passes over `row × latent`.
@@ -37,8 +38,8 @@ _LATENT_BITS = 20
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Firings:
-    """Entries sorted by latent, then row. `row` counts in the corpus; `gap` says of near-misses how far they stayed
-    below
+    """Entries sorted by latent, then row. `row` counts in the corpus; `gap` says of near-misses how
+    far they stayed below
     what firing takes, as a share of it, and is NaN for firings."""
 
     latent: Int32[np.ndarray, "entry"]
@@ -51,7 +52,9 @@ class Firings:
     def none(cls, n_latents: int) -> Firings:
         """No entries."""
         whole, real = np.zeros(0, np.int64), np.zeros(0, np.float32)
-        return cls(latent=whole.astype(np.int32), row=whole, value=real, gap=real, n_latents=n_latents)
+        return cls(
+            latent=whole.astype(np.int32), row=whole, value=real, gap=real, n_latents=n_latents
+        )
 
     def __len__(self) -> int:
         return len(self.row)
@@ -85,7 +88,9 @@ class Encoder:
         centred = (x.to(self.sae.dtype) - self.sae.b_in).to(self.weight.dtype)
         return F.linear(centred, self.weight).to(torch.float32).add_(self.sae.b_enc)
 
-    def firings(self, x: Float32[np.ndarray, "row d_in"], rows: Int64[np.ndarray, "row"]) -> tuple[Firings, Firings]:
+    def firings(
+        self, x: Float32[np.ndarray, "row d_in"], rows: Int64[np.ndarray, "row"]
+    ) -> tuple[Firings, Firings]:
         """What fires and what nearly fires; `rows` are the corpus rows of `x`, ascending."""
         parts = [self._block(torch.from_numpy(x[a:b]), rows[a:b]) for a, b in _blocks(len(x))]
         return _sorted([fired for fired, _ in parts], self.sae.n_latents), _sorted(
@@ -102,7 +107,9 @@ class Encoder:
             case Relu() | Gated():
                 value = activate(self.sae.activation, pre).numpy()
                 row, latent = np.nonzero(value)
-                return _Entries(rows[row], latent, value[row, latent]), _Entries(rows[:0], latent[:0], value[:0, 0])
+                return _Entries(rows[row], latent, value[row, latent]), _Entries(
+                    rows[:0], latent[:0], value[:0, 0]
+                )
             case other:
                 assert_never(other)
 
@@ -126,8 +133,8 @@ def threshold_of(sae: Sae) -> Float32[np.ndarray, "latent"]:
 def _top_k(
     pre: Float[Tensor, "row latent"], rows: Int64[np.ndarray, "row"], k: int, n_near: int
 ) -> tuple[_Entries, _Entries]:
-    """The k largest fire where positive; of the next `n_near`, the positive ones nearly did. The last one that fires
-    says what firing took. Of equal ones the first latent comes first."""
+    """The k largest fire where positive; of the next `n_near`, the positive ones nearly did. The
+    last one that fires says what firing took. Of equal ones the first latent comes first."""
     n = pre.shape[1]
     wide = min(n, k + n_near)
     values = pre.numpy()
@@ -135,7 +142,8 @@ def _top_k(
     value = values.ravel()[candidate]
     candidate, value = candidate[value > 0], value[value > 0]
     row, latent = np.divmod(candidate.astype(np.uint32), np.uint32(n))
-    # one number per candidate that sorts by row, then falling value, then latent: sorting it replaces three gathers
+    # one number per candidate that sorts by row, then falling value, then latent: sorting it
+    # replaces three gathers
     packed = (row.astype(np.uint64) << np.uint64(32 + _LATENT_BITS)) | latent
     packed |= (~value.view(np.uint32)).astype(np.uint64) << np.uint64(_LATENT_BITS)
     packed.sort()
@@ -153,8 +161,8 @@ def _top_k(
 
 
 def _below_the_largest(pre: Float[Tensor, "row latent"], n: int) -> Float32[np.ndarray, "row"]:
-    """A number per row that its n largest entries reach and few others: latents are dealt into groups, and of the
-    groups' maxima the n-th largest is at most the n-th largest entry."""
+    """A number per row that its n largest entries reach and few others: latents are dealt into
+    groups, and of the groups' maxima the n-th largest is at most the n-th largest entry."""
     n_groups = 1 << max(7, (3 * n).bit_length())
     whole = pre.shape[1] // n_groups * n_groups
     if whole < 2 * n_groups:
@@ -164,7 +172,9 @@ def _below_the_largest(pre: Float[Tensor, "row latent"], n: int) -> Float32[np.n
 
 
 def _above(
-    pre: Float32[np.ndarray, "row latent"], rows: Int64[np.ndarray, "row"], theta: Float32[np.ndarray, "latent"]
+    pre: Float32[np.ndarray, "row latent"],
+    rows: Int64[np.ndarray, "row"],
+    theta: Float32[np.ndarray, "latent"],
 ) -> tuple[_Entries, _Entries]:
     """Above theta fires; within `_NEAR` below it nearly does (theta 0 has no near-misses)."""
     row, latent = np.nonzero((pre > theta) | ((pre > theta * (1 - _NEAR)) & (theta > 0)))
@@ -183,7 +193,9 @@ def _sorted(parts: list[_Entries], n_latents: int) -> Firings:
         return Firings.none(n_latents)
     latent = np.concatenate([p.latent for p in parts])
     narrow = latent.astype(np.uint16) if n_latents <= 0x10000 else latent
-    order = np.argsort(narrow, kind="stable")  # rows are ascending already; 16-bit keys take the radix sort
+    order = np.argsort(
+        narrow, kind="stable"
+    )  # rows are ascending already; 16-bit keys take the radix sort
     gap = [np.full(len(p.row), np.nan, np.float32) if p.gap is None else p.gap for p in parts]
     return Firings(
         latent=latent[order].astype(np.int32),

@@ -1,11 +1,14 @@
 """The flow graph as the atlas shows it: links by target, the fate of every feature, pairs.
 
-Read from the link artifact's `nodes.parquet`, `edges.parquet`, `pairs.parquet` (docs/formats.md, "Flow graph"); only
-kept links are shown. A site of the atlas that the graph does not know simply has no links.
+Read from the link artifact's `nodes.parquet`, `edges.parquet`, `pairs.parquet` (docs/formats.md,
+"Flow graph"); only kept links are shown. A site of the atlas that the graph does not know simply
+has no links.
 
 1. links are grouped by target site and sorted by target and rank;
-2. the parent of a feature is its best kept predecessor along the residual stream; labels are inherited from it;
-3. what is shown of the whole graph is made from it: trunks (trunks.py) and communities (communities.py).
+2. the parent of a feature is its best kept predecessor along the residual stream; labels are
+   inherited from it;
+3. what is shown of the whole graph is made from it: trunks (trunks.py) and communities
+   (communities.py).
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ _EDGE_COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Links:
-    """Kept links as columns; sites are indices into the atlas' sites. Sorted by target site, target, rank."""
+    """Kept links as columns; sites are indices into the atlas' sites. Sorted by target site,
+    target, rank."""
 
     source_site: Int64[np.ndarray, "link"]
     source: Int64[np.ndarray, "link"]
@@ -51,7 +55,8 @@ class Links:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AtlasGraph:
-    """Sites in the atlas' order, latents per site, kept links, and a node table with `site_index` and `number`."""
+    """Sites in the atlas' order, latents per site, kept links, and a node table with `site_index`
+    and `number`."""
 
     sites: tuple[Site, ...]
     n_latents: tuple[int, ...]
@@ -66,7 +71,8 @@ class AtlasGraph:
 
     @cached_property
     def parent(self) -> tuple[Int64[np.ndarray, "feature"], Float32[np.ndarray, "feature"]]:
-        """The best kept predecessor along the residual stream of every feature (number, −1 none), and the cosine."""
+        """The best kept predecessor along the residual stream of every feature (number, −1 none),
+        and the cosine."""
         links = self.links
         best = np.flatnonzero((links.relation == 0) & (links.rank == 0))
         parent = np.full(self.start[-1], -1, dtype=np.int64)
@@ -104,7 +110,9 @@ class AtlasGraph:
         """Index into CLASSES."""
         out = np.zeros(self.start[-1], dtype=np.int64)
         names = {name: i for i, name in enumerate(CLASSES)}
-        out[self.nodes["number"]] = self.nodes["class"].astype(object).map(names).fillna(0).to_numpy(np.int64)
+        out[self.nodes["number"]] = (
+            self.nodes["class"].astype(object).map(names).fillna(0).to_numpy(np.int64)
+        )
         return out
 
     @cached_property
@@ -114,16 +122,20 @@ class AtlasGraph:
         onward = np.zeros(self.start[-1], dtype=bool)
         onward[(self.start[links.source_site] + links.source)[links.relation == 0]] = True
         linked = set(self.nodes["site_index"])
-        residual = [i for i, site in enumerate(self.sites) if site.kind == "resid_post" and i in linked]
+        residual = [
+            i for i, site in enumerate(self.sites) if site.kind == "resid_post" and i in linked
+        ]
         out = np.zeros(self.start[-1], dtype=bool)
         for site in residual[:-1]:
-            out[self.start[site] : self.start[site + 1]] = ~onward[self.start[site] : self.start[site + 1]]
+            out[self.start[site] : self.start[site + 1]] = ~onward[
+                self.start[site] : self.start[site + 1]
+            ]
         return out
 
 
 def read_graph(folder: Path, sites: Sequence[Site], n_latents: Sequence[int]) -> AtlasGraph:
-    """Read the link artifact's tables. Raises UserError when a column is missing or a latent lies outside its
-    dictionary."""
+    """Read the link artifact's tables. Raises UserError when a column is missing or a latent lies
+    outside its dictionary."""
     index = {site.short: i for i, site in enumerate(sites)}
     nodes = _read(folder / "nodes.parquet", _NODE_COLUMNS)
     edges = _read(folder / "edges.parquet", _EDGE_COLUMNS)
@@ -133,7 +145,8 @@ def read_graph(folder: Path, sites: Sequence[Site], n_latents: Sequence[int]) ->
     _check_latents(folder, nodes["site_index"], nodes["latent"], n_latents)
     nodes = nodes.assign(number=start[nodes["site_index"]] + nodes["latent"]).reset_index(drop=True)
     pairs = pairs.assign(
-        source=_site_index(pairs["source_site"], index), target=_site_index(pairs["target_site"], index)
+        source=_site_index(pairs["source_site"], index),
+        target=_site_index(pairs["target_site"], index),
     )
     return AtlasGraph(
         sites=tuple(sites),
@@ -174,16 +187,22 @@ def overview_columns(graph: AtlasGraph | None, site: int, n_latents: int) -> dic
         unknown = np.full(n_latents, -1, np.int16)
         zero = np.zeros(n_latents, np.uint16)
         return {
-            "class": np.zeros(n_latents, np.uint8), "birth": unknown, "death": unknown.copy(),
-            "community": np.full(n_latents, 65535, np.uint16), "n_in": zero, "n_out": zero.copy(),
-        }  # fmt: skip
+            "class": np.zeros(n_latents, np.uint8),
+            "birth": unknown,
+            "death": unknown.copy(),
+            "community": np.full(n_latents, 65535, np.uint16),
+            "n_in": zero,
+            "n_out": zero.copy(),
+        }
     here = slice(graph.start[site], graph.start[site + 1])
     community = graph.column("community", -1)[here]
     return {
         "class": graph.node_class[here].astype(np.uint8),
         "birth": graph.column("birth_layer", -1)[here].astype(np.int16),
         "death": graph.column("death_layer", -1)[here].astype(np.int16),
-        "community": np.where((community < 0) | (community >= 65535), 65535, community).astype(np.uint16),
+        "community": np.where((community < 0) | (community >= 65535), 65535, community).astype(
+            np.uint16
+        ),
         "n_in": np.minimum(graph.degree[0][here], 65535).astype(np.uint16),
         "n_out": np.minimum(graph.degree[1][here], 65535).astype(np.uint16),
     }
@@ -196,7 +215,10 @@ def pairs_json(graph: AtlasGraph) -> list[dict[str, Any]]:
 
 def _links(edges: pd.DataFrame, index: Mapping[str, int]) -> Links:
     edges = edges[edges["kept"].to_numpy(bool)]
-    source_site, target_site = _site_index(edges["source_site"], index), _site_index(edges["target_site"], index)
+    source_site, target_site = (
+        _site_index(edges["source_site"], index),
+        _site_index(edges["target_site"], index),
+    )
     known = (source_site >= 0) & (target_site >= 0)
     edges, source_site, target_site = edges[known], source_site[known], target_site[known]
     relation = (
@@ -223,7 +245,9 @@ def _links(edges: pd.DataFrame, index: Mapping[str, int]) -> Links:
 def _site_index(names: pd.Series, index: Mapping[str, int]) -> Int64[np.ndarray, "row"]:
     """Short or long site names to indices; −1 for a site the atlas does not have."""
     codes = pd.Categorical(names.astype(str))
-    known = np.array([index.get(parse_site(name).short, -1) for name in codes.categories], dtype=np.int64)
+    known = np.array(
+        [index.get(parse_site(name).short, -1) for name in codes.categories], dtype=np.int64
+    )
     return known[codes.codes] if len(known) else np.zeros(len(names), dtype=np.int64)
 
 
@@ -232,16 +256,25 @@ def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         frame = pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise UserError(
-            "the flow graph cannot be read", where=str(path), found=str(error), mend="featureflow run --to link"
+            "the flow graph cannot be read",
+            where=str(path),
+            found=str(error),
+            mend="featureflow run --to link",
         ) from error
     missing = [name for name in columns if name not in frame.columns]
     if missing:
-        problems = tuple(Problem(what="column missing", where=f"{path}: {name}") for name in missing)
-        raise UserError("not a flow graph's table", problems=problems, mend="featureflow run --to link")
+        problems = tuple(
+            Problem(what="column missing", where=f"{path}: {name}") for name in missing
+        )
+        raise UserError(
+            "not a flow graph's table", problems=problems, mend="featureflow run --to link"
+        )
     return frame
 
 
-def _check_latents(folder: Path, site: pd.Series, latent: pd.Series, n_latents: Sequence[int]) -> None:
+def _check_latents(
+    folder: Path, site: pd.Series, latent: pd.Series, n_latents: Sequence[int]
+) -> None:
     limit = np.asarray(n_latents)[site.to_numpy()]
     if len(latent) and ((latent.to_numpy() >= limit) | (latent.to_numpy() < 0)).any():
         raise UserError(
@@ -267,7 +300,9 @@ def _pair_json(row: Mapping[Any, Any]) -> dict[str, Any]:
         "n_links": n_links,
         "n_possible": None if number("n_targets") is None else int(row["n_targets"]),
         "median_cosine": number("cosine_median"),
-        "mutual": None if n_mutual is None or not n_links else round(min(1.0, n_mutual / n_links), 4),
+        "mutual": None
+        if n_mutual is None or not n_links
+        else round(min(1.0, n_mutual / n_links), 4),
         "threshold": number("threshold"),
         "null_median": number("null_median"),
         "null_p99": number("null_p99"),
@@ -299,4 +334,6 @@ def _log_q(frame: pd.DataFrame) -> np.ndarray:
     q = _floats(frame, "q_value")
     with np.errstate(divide="ignore"):
         scaled = np.rint(-10 * np.log10(q))
-    return np.where(np.isnan(q), 255, np.clip(np.nan_to_num(scaled, posinf=254), 0, 254)).astype(np.uint8)
+    return np.where(np.isnan(q), 255, np.clip(np.nan_to_num(scaled, posinf=254), 0, 254)).astype(
+        np.uint8
+    )

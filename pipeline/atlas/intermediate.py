@@ -1,11 +1,14 @@
-"""What one site leaves on disk between the survey and the writing of its pages: three .npz files of plain arrays.
+"""What one site leaves on disk between the survey and the writing of its pages: three .npz files of
+plain arrays.
 
     <work>/<short>/columns.npz   the cards' columns                      pipeline/atlas/describe.py
     <work>/<short>/rules.npz     every rule with its scores              pipeline/atlas/labels.py
-    <work>/<short>/held.npz      counts on choosing and held-out documents, so that rules of other sites can be
+    <work>/<short>/held.npz      counts on choosing and held-out documents, so that rules of other
+    sites can be
                                  judged here
 
-The folder is renamed into place when it is whole, so a killed run goes on with the sites it had finished.
+The folder is renamed into place when it is whole, so a killed run goes on with the sites it had
+finished.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ def is_surveyed(work: Path, short: str) -> bool:
     return (work / short).is_dir()
 
 
-def save_site(work: Path, short: str, columns: Columns, rules: SiteRules, tables: Mapping[str, Counts]) -> None:
+def save_site(
+    work: Path, short: str, columns: Columns, rules: SiteRules, tables: Mapping[str, Counts]
+) -> None:
     """Write the three files; visible under their name only when all are there."""
     partial = work / f"{short}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -95,9 +100,13 @@ def _scored(arrays: Mapping[str, np.ndarray], method: str) -> Scored:
 def _table_arrays(tables: Mapping[str, Counts]) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     for name, table in tables.items():
-        needed = np.flatnonzero(table.column("n_choose") + table.column("n_held") + table.column("near_held"))
+        needed = np.flatnonzero(
+            table.column("n_choose") + table.column("n_held") + table.column("near_held")
+        )
         small = table.n_latents * table.n_values < 1 << 32
         arrays[f"{name}/key"] = table.key[needed].astype(np.uint32 if small else np.int64)
-        arrays[f"{name}/columns"] = np.stack([table.column(c)[needed].astype(np.float32) for c in _KEPT])
+        arrays[f"{name}/columns"] = np.stack(
+            [table.column(c)[needed].astype(np.float32) for c in _KEPT]
+        )
         arrays[f"{name}/n_values"] = np.array(table.n_values)
     return arrays

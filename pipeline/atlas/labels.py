@@ -1,16 +1,18 @@
-"""Labels of a site: several per latent, each with how well it did on documents it was not made from.
+"""Labels of a site: several per latent, each with how well it did on documents it was not made
+from.
 
-1. every kind of rule is proposed, and judged on documents of their own (pipeline/atlas/rules.py): the one that did best
-   there is the latent's rule, about all firings and about strong ones;
-2. tokens that are typical of the latent by log-odds (Monroe et al. 2008, Dirichlet prior) and by class-TF-IDF, and
-   tokens
-   that its decoder promotes, are descriptions; they are scored as rules too ("fires on", "fires before"), and seldom
-   pass;
-3. the rule of the best predecessor in the flow graph is scored on the latent itself: an inherited label with
-   provenance;
-4. a rule is *accepted* from `min_f1` on those choosing documents, with at least `min_firings` held-out firings. The
-   score comes from the held-out documents, which chose nothing, so it may lie below the bar. Without an accepted rule
-   the label is "no simple rule", with the score that the best rule reached.
+1. every kind of rule is proposed, and judged on documents of their own (pipeline/atlas/rules.py):
+   the one that did best there is the latent's rule, about all firings and about strong ones;
+2. tokens that are typical of the latent by log-odds (Monroe et al. 2008, Dirichlet prior) and by
+   class-TF-IDF, and tokens
+   that its decoder promotes, are descriptions; they are scored as rules too ("fires on", "fires
+   before"), and seldom pass;
+3. the rule of the best predecessor in the flow graph is scored on the latent itself: an inherited
+   label with provenance;
+4. a rule is *accepted* from `min_f1` on those choosing documents, with at least `min_firings`
+   held-out firings. The score comes from the held-out documents, which chose nothing, so it may lie
+   below the bar. Without an accepted rule the label is "no simple rule", with the score that the
+   best rule reached.
 """
 
 from __future__ import annotations
@@ -58,14 +60,34 @@ class Method:
 
 METHODS: tuple[Method, ...] = (
     *(
-        Method(name=name, kind="rule", about=r.about.replace("fires", "fires strongly") if name != r.name else r.about)
+        Method(
+            name=name,
+            kind="rule",
+            about=r.about.replace("fires", "fires strongly") if name != r.name else r.about,
+        )
         for name, r in METHOD_RULES.items()
     ),
-    Method(name="log_odds", kind="tokens", about="tokens typical of its strong firings by log-odds, Dirichlet prior"),
-    Method(name="ctfidf", kind="tokens", about="tokens typical of its strong firings by class-TF-IDF"),
-    Method(name="promotes", kind="output", about="tokens its decoder direction promotes; scored as: fires before them"),
-    Method(name="inherited", kind="flow", about="the rule of its best predecessor, scored on this feature"),
-    Method(name="none", kind="none", about="no rule reached the bar; the score is that of the best one"),
+    Method(
+        name="log_odds",
+        kind="tokens",
+        about="tokens typical of its strong firings by log-odds, Dirichlet prior",
+    ),
+    Method(
+        name="ctfidf", kind="tokens", about="tokens typical of its strong firings by class-TF-IDF"
+    ),
+    Method(
+        name="promotes",
+        kind="output",
+        about="tokens its decoder direction promotes; scored as: fires before them",
+    ),
+    Method(
+        name="inherited",
+        kind="flow",
+        about="the rule of its best predecessor, scored on this feature",
+    ),
+    Method(
+        name="none", kind="none", about="no rule reached the bar; the score is that of the best one"
+    ),
     Method(name="model", kind="model", about="written by a language model"),
     Method(name="human", kind="human", about="written by a person"),
     Method(name="imported", kind="human", about="imported from another atlas or site"),
@@ -76,8 +98,8 @@ METHOD_INDEX = {method.name: i for i, method in enumerate(METHODS)}
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """What a rule must reach on the choosing documents to be accepted, and how many held-out firings its score takes
-    (half as many on the choosing documents, of which there are fewer)."""
+    """What a rule must reach on the choosing documents to be accepted, and how many held-out
+    firings its score takes (half as many on the choosing documents, of which there are fewer)."""
 
     min_f1: float = 0.6
     min_firings: int = 5
@@ -85,8 +107,8 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
-    """One label of one latent. Scores are None where nothing could be measured; `choice` is the F1 on the documents
-    that decided. `origin` is a feature id."""
+    """One label of one latent. Scores are None where nothing could be measured; `choice` is the F1
+    on the documents that decided. `origin` is a feature id."""
 
     text: str
     method: str
@@ -120,15 +142,15 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SiteRules:
-    """All rules of one site by method, and which method is each latent's best for either target (index into
-    RULE_METHODS; −1: none was proposed)."""
+    """All rules of one site by method, and which method is each latent's best for either target
+    (index into RULE_METHODS; −1: none was proposed)."""
 
     by_method: Mapping[str, Scored]
     best: Int64[np.ndarray, "target latent"]
 
     def accepted(self, bar: Bar) -> Int64[np.ndarray, "latent"]:
-        """The method whose rule is each latent's best and passes: about all firings if one does, else about strong
-        ones; −1 for none."""
+        """The method whose rule is each latent's best and passes: about all firings if one does,
+        else about strong ones; −1 for none."""
         out = np.full(self.best.shape[1], -1, dtype=np.int64)
         for best in self.best[::-1]:
             for i, name in enumerate(RULE_METHODS):
@@ -139,14 +161,17 @@ class SiteRules:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inherited:
-    """Rules taken over from predecessors: per latent the predecessor's id, the cosine, and the rule (by attribute)."""
+    """Rules taken over from predecessors: per latent the predecessor's id, the cosine, and the rule
+    (by attribute)."""
 
     origin: list[str | None]
     cosine: Float32[np.ndarray, "latent"]
     by_attribute: Mapping[str, Scored]
 
 
-def make_rules(tables: Mapping[str, AttributeTable], promotes: Int64[np.ndarray, "latent ten"] | None) -> SiteRules:
+def make_rules(
+    tables: Mapping[str, AttributeTable], promotes: Int64[np.ndarray, "latent ten"] | None
+) -> SiteRules:
     """Propose and score every kind of rule and description."""
     by_method = {name: scored(propose(table), table) for name, table in tables.items()}
     if token := tables.get("strong_token"):
@@ -156,7 +181,11 @@ def make_rules(tables: Mapping[str, AttributeTable], promotes: Int64[np.ndarray,
         listed = promotes[:, :N_TYPICAL]
         start = np.arange(len(listed) + 1) * listed.shape[1]
         rules = RuleSets(
-            attribute="next", target="all", start=start, value=listed.ravel().astype(np.int64), f1=np.zeros(len(listed))
+            attribute="next",
+            target="all",
+            start=start,
+            value=listed.ravel().astype(np.int64),
+            f1=np.zeros(len(listed)),
         )
         by_method["promotes"] = scored(rules, following)
     return SiteRules(by_method=by_method, best=_best(by_method))
@@ -169,7 +198,8 @@ def passes(scores: RuleScores, bar: Bar) -> np.ndarray:
 
 
 def typical_tokens(table: AttributeTable, weigh: Weigh) -> RuleSets:
-    """The few tokens with the largest positive weight for every latent, on the documents for proposing."""
+    """The few tokens with the largest positive weight for every latent, on the documents for
+    proposing."""
     usable = np.flatnonzero(table.counts.columns[PROPOSE] >= 1)
     weight = np.maximum(weigh(table, usable), 0)
     place, rows = largest_places(table.counts.latent[usable], weight, N_TYPICAL)
@@ -191,20 +221,26 @@ def labels_of(
     """The labels of one latent, best first; empty for one that never fired."""
     if not count:
         return []
-    made = [label for label in _candidates(latent, rules, inherited, corpus, bar) if label is not None]
+    made = [
+        label for label in _candidates(latent, rules, inherited, corpus, bar) if label is not None
+    ]
     accepted = sorted((x for x in made if x.accepted), key=lambda x: -(x.choice or 0))
-    rest = [x for x in made if not x.accepted and (x.method in ("log_odds", "inherited") or _holds(x))]
+    rest = [
+        x for x in made if not x.accepted and (x.method in ("log_odds", "inherited") or _holds(x))
+    ]
     return [*accepted, *([] if accepted else [_no_rule(latent, rules, bar)]), *rest]
 
 
 def shown_text(labels: list[Label], example: str = "") -> str:
-    """The one line for lists and search: the best label; after "no simple rule", what the feature is strongest on if
-    that held on other documents too, else an example."""
+    """The one line for lists and search: the best label; after "no simple rule", what the feature
+    is strongest on if that held on other documents too, else an example."""
     if not labels:
         return ""
     if labels[0].accepted:
         return labels[0].text
-    often = next((label.text for label in labels if label.method == "log_odds" and _holds(label)), None)
+    often = next(
+        (label.text for label in labels if label.method == "log_odds" and _holds(label)), None
+    )
     more = often or (f"as in “{example}”" if example else "")
     return f"{labels[0].text} · {more}" if more else labels[0].text
 
@@ -293,8 +329,9 @@ def _no_rule(latent: int, rules: SiteRules, bar: Bar) -> Label:
 
 
 def _best(by_method: Mapping[str, Scored]) -> Int64[np.ndarray, "target latent"]:
-    """For either target the method with the best F1 on the choosing documents; of near equals (0.02) the earlier,
-    plainer one. What was proposed but never right there still counts as proposed."""
+    """For either target the method with the best F1 on the choosing documents; of near equals
+    (0.02) the earlier, plainer one. What was proposed but never right there still counts as
+    proposed."""
     n = len(next(iter(by_method.values())).rules.f1)
     best = np.full((len(TARGETS), n), -1, dtype=np.int64)
     for row, target in enumerate(TARGETS):
@@ -313,8 +350,11 @@ def scored(rules: RuleSets, table: AttributeTable) -> Scored:
     return Scored(rules=rules, scores=score(rules, table))
 
 
-def _log_odds(table: AttributeTable, pairs: Int64[np.ndarray, "usable"]) -> Float64[np.ndarray, "usable"]:
-    """z of the log-odds of a token among firings against the rest of the text; the prior is the corpus itself."""
+def _log_odds(
+    table: AttributeTable, pairs: Int64[np.ndarray, "usable"]
+) -> Float64[np.ndarray, "usable"]:
+    """z of the log-odds of a token among firings against the rest of the text; the prior is the
+    corpus itself."""
     y = table.counts.columns[PROPOSE][pairs]
     latent, value = table.counts.latent[pairs], table.counts.value[pairs]
     n = table.totals[latent, PROPOSE]
@@ -329,8 +369,11 @@ def _log_odds(table: AttributeTable, pairs: Int64[np.ndarray, "usable"]) -> Floa
     return np.nan_to_num(z)
 
 
-def _class_tf_idf(table: AttributeTable, pairs: Int64[np.ndarray, "usable"]) -> Float64[np.ndarray, "usable"]:
-    """p_f(t) · ln(1 + A / Σ_f n_f(t)), with p_f the share of firings and A the mean number of firings of a latent."""
+def _class_tf_idf(
+    table: AttributeTable, pairs: Int64[np.ndarray, "usable"]
+) -> Float64[np.ndarray, "usable"]:
+    """p_f(t) · ln(1 + A / Σ_f n_f(t)), with p_f the share of firings and A the mean number of
+    firings of a latent."""
     fired = table.counts.columns[PROPOSE]
     latent, value = table.counts.latent[pairs], table.counts.value[pairs]
     everywhere = np.bincount(table.counts.value, weights=fired, minlength=table.counts.n_values)

@@ -1,14 +1,20 @@
-"""A language model beside the atlas: which features fire on a typed text, which links were live, and steering.
+"""A language model beside the atlas: which features fire on a typed text, which links were live,
+and steering.
 
-    live = LiveAtlas.open(Path("artifacts/laptop"))          collect, train and atlas artifacts of one run
+    live = LiveAtlas.open(Path("artifacts/laptop"))          collect, train and atlas artifacts of
+    one run
     for record in live.read_text("The capital of France"): …
     for record in live.steer(["L12/402"], "I think", dose=0.3): …
 
-1. one forward pass records every site; every dictionary encodes its own site, so the first records come early;
-2. a link is live on a token when both its ends fire there; all kept links are looked at, by a sorted search;
-3. steering adds the features' directions, scaled so that the push costs `dose` nats a token on neutral text.
+1. one forward pass records every site; every dictionary encodes its own site, so the first records
+   come early;
+2. a link is live on a token when both its ends fire there; all kept links are looked at, by a
+   sorted search;
+3. steering adds the features' directions, scaled so that the push costs `dose` nats a token on
+   neutral text.
 
-Records are the lines of docs/decisions/0003-atlas-shards.md, "Live server". `stop()` ends a generator after its step.
+Records are the lines of docs/decisions/0003-atlas-shards.md, "Live server". `stop()` ends a
+generator after its step.
 """
 
 from __future__ import annotations
@@ -51,7 +57,8 @@ class _Stopped(Exception):
 
 @dataclass(kw_only=True, eq=False)
 class LiveAtlas:
-    """Model, dictionaries and links, opened. One generator may run at a time; `stop` is safe from another thread."""
+    """Model, dictionaries and links, opened. One generator may run at a time; `stop` is safe from
+    another thread."""
 
     model: LanguageModel
     cards: Cards
@@ -80,7 +87,9 @@ class LiveAtlas:
     @cached_property
     def saes(self) -> dict[Site, Sae]:
         """All dictionaries, read once and kept."""
-        return {parse_site(short): load_sae(self.dictionaries / short) for short in self.cards.sites}
+        return {
+            parse_site(short): load_sae(self.dictionaries / short) for short in self.cards.sites
+        }
 
     def stop(self) -> None:
         self.stopped.set()
@@ -92,7 +101,9 @@ class LiveAtlas:
         ids = [tokenizer.bos_id, *tokenizer.encode(text)]
         if not 1 < len(ids) <= MAX_TOKENS:
             raise UserError(
-                "the text is empty or too long", found=f"{len(ids) - 1} tokens", expected=f"1 … {MAX_TOKENS - 1}"
+                "the text is empty or too long",
+                found=f"{len(ids) - 1} tokens",
+                expected=f"1 … {MAX_TOKENS - 1}",
             )
         yield {"tokens": ids, "pieces": [tokenizer.token_text(i) for i in ids]}
         activations = self.model.activations(torch.tensor([ids]), tuple(self.saes))
@@ -117,16 +128,19 @@ class LiveAtlas:
         n_new_tokens: int = 60,
         seed: int = 0,
     ) -> Iterator[Record]:
-        """The records of `POST /api/steer`: what it is at, then the text so far of either arm, after every token.
-        Raises UserError."""
+        """The records of `POST /api/steer`: what it is at, then the text so far of either arm,
+        after every token. Raises UserError."""
         self.stopped.clear()
         if not 1 <= n_samples <= MAX_SAMPLES or not 1 <= n_new_tokens <= MAX_NEW_TOKENS:
             raise UserError(
-                "too many or too few samples or tokens", found=f"{n_samples} × {n_new_tokens}",
+                "too many or too few samples or tokens",
+                found=f"{n_samples} × {n_new_tokens}",
                 expected=f"1 … {MAX_SAMPLES} × 1 … {MAX_NEW_TOKENS}",
-            )  # fmt: skip
+            )
         if not 0 < dose <= MAX_DOSE:
-            raise UserError("a dose is a positive number of nats", found=str(dose), expected=f"up to {MAX_DOSE}")
+            raise UserError(
+                "a dose is a positive number of nats", found=str(dose), expected=f"up to {MAX_DOSE}"
+            )
         plan = self._plan(features)
         yield {"status": "finding the strength for this dose on neutral text"}
         try:
@@ -136,7 +150,9 @@ class LiveAtlas:
         for sample in range(n_samples):
             sampling = Sampling(n_tokens=n_new_tokens)
             written: tuple[list[int], list[int]] = ([], [])
-            for step in stream(self.model, self.saes, prompt, [None, plan], seed=seed + sample, sampling=sampling):
+            for step in stream(
+                self.model, self.saes, prompt, [None, plan], seed=seed + sample, sampling=sampling
+            ):
                 for row, token in zip(step.rows, step.ids, strict=True):
                     written[row].append(token)
                     text = self.model.tokenizer.decode(written[row])
@@ -146,23 +162,30 @@ class LiveAtlas:
         yield {"done": True}
 
     def _site_record(self, index: int, sae: Sae, x: torch.Tensor) -> tuple[Record, np.ndarray]:
-        """What fires at one site, and its firings as sorted numbers (site, latent, position). The BOS is left out."""
+        """What fires at one site, and its firings as sorted numbers (site, latent, position). The
+        BOS is left out."""
         codes = sae.encode_sparse(x[1:].float())
         at, slot = np.nonzero(codes.value.numpy() > 0)
         latent, value = codes.index.numpy()[at, slot], codes.value.numpy()[at, slot]
         largest = np.maximum(self._largest(index)[latent], 1e-9)
         record = {
-            "site": index, "at": (at + 1).tolist(), "latent": latent.tolist(),
-            "value": np.round(value, 4).tolist(), "share": np.round(np.minimum(value / largest, 9.99), 4).tolist(),
-        }  # fmt: skip
+            "site": index,
+            "at": (at + 1).tolist(),
+            "latent": latent.tolist(),
+            "value": np.round(value, 4).tolist(),
+            "share": np.round(np.minimum(value / largest, 9.99), 4).tolist(),
+        }
         start = 0 if self.graph is None else int(self.graph.start[index])
         return record, (start + latent.astype(np.int64)) * MAX_TOKENS + at + 1
 
     def _largest(self, index: int) -> np.ndarray:
-        return read_shard(self.cards.folder, f"sites/{list(self.cards.sites)[index]}/overview").columns["max"]
+        return read_shard(
+            self.cards.folder, f"sites/{list(self.cards.sites)[index]}/overview"
+        ).columns["max"]
 
     def _live_links(self, fired: np.ndarray, n_tokens: int) -> list[list[int]]:
-        """(target site, target, source site, source, position) of the links whose two ends fire on the same token."""
+        """(target site, target, source site, source, position) of the links whose two ends fire on
+        the same token."""
         if self.graph is None or not len(fired):
             return []
         links = self.graph.links
@@ -172,7 +195,13 @@ class LiveAtlas:
         for position in range(1, n_tokens):
             here = fired[fired % MAX_TOKENS == position] // MAX_TOKENS
             for e in np.flatnonzero(np.isin(source, here) & np.isin(target, here)):
-                row = (links.target_site[e], links.target[e], links.source_site[e], links.source[e], position)
+                row = (
+                    links.target_site[e],
+                    links.target[e],
+                    links.source_site[e],
+                    links.source[e],
+                    position,
+                )
                 found.append([int(x) for x in row])
             if len(found) > MAX_LINKS:
                 break
@@ -187,7 +216,8 @@ class LiveAtlas:
         return Plan.from_chain([(f, 1.0) for f in chosen], edit=Add(), scales=scales)
 
     def _at_dose(self, plan: Plan, dose: float) -> Plan:
-        """The plan as strong as costs `dose` on neutral text; looks after every try whether to stop."""
+        """The plan as strong as costs `dose` on neutral text; looks after every try whether to
+        stop."""
 
         def kl_at(strength: float) -> float:
             if self.stopped.is_set():
@@ -201,4 +231,6 @@ class LiveAtlas:
 
     @cached_property
     def _neutral(self) -> NeutralText:
-        return NeutralText.prepare(self.model, read_prompts().neutral_texts[:_NEUTRAL_TEXTS], n_tokens=32)
+        return NeutralText.prepare(
+            self.model, read_prompts().neutral_texts[:_NEUTRAL_TEXTS], n_tokens=32
+        )

@@ -1,4 +1,5 @@
-"""An atlas opened for programs: tables as data frames, labels, examples as text; and two atlases compared.
+"""An atlas opened for programs: tables as data frames, labels, examples as text; and two atlases
+compared.
 
     atlas = Atlas.open("artifacts/laptop/atlas")
     atlas.features.query("label_accepted and layer == 12").sort_values("density")
@@ -31,15 +32,21 @@ KIND, SCHEMA = "atlas", SCHEMAS["atlas"]
 
 
 class Atlas:
-    """The tables of an atlas artifact. `features` has one row a feature, in the order of sites and latents."""
+    """The tables of an atlas artifact. `features` has one row a feature, in the order of sites and
+    latents."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @classmethod
     def open(cls, folder: str | Path) -> Atlas:
-        """Open an atlas artifact. Raises UserError when it is missing, unfinished, or of another version."""
-        return cls(Artifact.open(Path(folder), kind=KIND, schema=SCHEMA, mend="featureflow run --to atlas").path)
+        """Open an atlas artifact. Raises UserError when it is missing, unfinished, or of another
+        version."""
+        return cls(
+            Artifact.open(
+                Path(folder), kind=KIND, schema=SCHEMA, mend="featureflow run --to atlas"
+            ).path
+        )
 
     @cached_property
     def features(self) -> pd.DataFrame:
@@ -47,7 +54,9 @@ class Atlas:
         frame = self._read("features")
         sites = {short: parse_site(short) for short in frame["site"].unique()}
         return frame.assign(
-            layer=frame["site"].map({short: site.layer for short, site in sites.items()}).astype(int),
+            layer=frame["site"]
+            .map({short: site.layer for short, site in sites.items()})
+            .astype(int),
             kind=frame["site"].map({short: site.kind for short, site in sites.items()}).astype(str),
         )
 
@@ -88,13 +97,18 @@ class Atlas:
         return tuple(parse_site(str(short)) for short in self.features["site"].unique())
 
     def number(self, feature: FeatureId | str) -> int:
-        """The row of a feature in `features`. Raises UserError for one that the atlas does not have."""
+        """The row of a feature in `features`. Raises UserError for one that the atlas does not
+        have."""
         wanted = parse_feature(feature) if isinstance(feature, str) else feature
         start, n = self._extent.get(wanted.site.short, (0, 0))
         if not n:
-            raise UserError(f"the atlas has no site {wanted.site.short}", expected=", ".join(self._extent))
+            raise UserError(
+                f"the atlas has no site {wanted.site.short}", expected=", ".join(self._extent)
+            )
         if wanted.latent >= n:
-            raise UserError(f"{wanted.site.short} has no latent {wanted.latent}", expected=f"0 … {n - 1}")
+            raise UserError(
+                f"{wanted.site.short} has no latent {wanted.latent}", expected=f"0 … {n - 1}"
+            )
         return start + wanted.latent
 
     def label_of(self, feature: FeatureId | str) -> str:
@@ -105,16 +119,25 @@ class Atlas:
         """All labels of a feature with their scores, best first."""
         return self.labels[self.labels["feature"] == str(feature)].sort_values("rank")
 
-    def examples_of(self, feature: FeatureId | str, *, tab: str = "top", reach: int = 16) -> pd.DataFrame:
-        """Examples with `before`, `token_text` and `after` as text, at most `reach` tokens each way."""
+    def examples_of(
+        self, feature: FeatureId | str, *, tab: str = "top", reach: int = 16
+    ) -> pd.DataFrame:
+        """Examples with `before`, `token_text` and `after` as text, at most `reach` tokens each
+        way."""
         self.number(feature)
         wanted = parse_feature(feature) if isinstance(feature, str) else feature
         table = self.examples
-        mine = (table["site"] == wanted.site.short) & (table["latent"] == wanted.latent) & (table["tab"] == tab)
+        mine = (
+            (table["site"] == wanted.site.short)
+            & (table["latent"] == wanted.latent)
+            & (table["tab"] == tab)
+        )
         chosen = table[mine]
         texts = [self._window(int(row), reach) for row in chosen["row"]]
         names = ("before", "token_text", "after")
-        return chosen.assign(**{name: [t[i] for t in texts] for i, name in enumerate(names)}).reset_index(drop=True)
+        return chosen.assign(
+            **{name: [t[i] for t in texts] for i, name in enumerate(names)}
+        ).reset_index(drop=True)
 
     def _window(self, row: int, reach: int) -> tuple[str, str, str]:
         low, high = max(0, row - reach), min(len(self._token), row + reach + 1)
@@ -138,13 +161,19 @@ class Atlas:
 
     @cached_property
     def _extent(self) -> dict[str, tuple[int, int]]:
-        names, first, counts = np.unique(self.features["site"].to_numpy(str), return_index=True, return_counts=True)
+        names, first, counts = np.unique(
+            self.features["site"].to_numpy(str), return_index=True, return_counts=True
+        )
         return {str(n): (int(f), int(c)) for n, f, c in zip(names, first, counts, strict=True)}
 
     def _read(self, name: str) -> pd.DataFrame:
         path = self.folder / "tables" / f"{name}.parquet"
         if not path.is_file():
-            raise UserError(f"the atlas has no table {name!r}", where=str(path), mend="featureflow atlas --force")
+            raise UserError(
+                f"the atlas has no table {name!r}",
+                where=str(path),
+                mend="featureflow atlas --force",
+            )
         return pq.read_table(path).to_pandas()
 
 
@@ -158,22 +187,33 @@ def diff_atlases(
 ) -> pd.DataFrame:
     """Features of two runs, seeds or fine-tunes matched by decoder direction, site by site.
 
-    A pair is a *match* when each is the other's closest and their cosine reaches `min_cosine`; the rest is *gone* or
-    *new*. One row a feature or pair: status, both ids, cosine, both labels, both densities. Costs one product of
-    `latent × latent × d_model` a site. Raises UserError when no site is in both."""
+    A pair is a *match* when each is the other's closest and their cosine reaches `min_cosine`; the
+    rest is *gone* or *new*. One row a feature or pair: status, both ids, cosine, both labels, both
+    densities. Costs one product of `latent × latent × d_model` a site. Raises UserError when no
+    site is in both."""
     import pandas as pd
 
-    common = [site for site in before.sites if site in saes_before and site in saes_after and site in after.sites]
+    common = [
+        site
+        for site in before.sites
+        if site in saes_before and site in saes_after and site in after.sites
+    ]
     if not common:
         raise UserError(
-            "the two atlases have no site in common", expected=", ".join(s.short for s in before.sites),
+            "the two atlases have no site in common",
+            expected=", ".join(s.short for s in before.sites),
             found=", ".join(s.short for s in after.sites),
-        )  # fmt: skip
-    parts = [_diff_site(before, after, site, saes_before[site], saes_after[site], min_cosine) for site in common]
+        )
+    parts = [
+        _diff_site(before, after, site, saes_before[site], saes_after[site], min_cosine)
+        for site in common
+    ]
     return pd.concat(parts, ignore_index=True)
 
 
-def _diff_site(before: Atlas, after: Atlas, site: Site, old: Sae, new: Sae, min_cosine: float) -> pd.DataFrame:
+def _diff_site(
+    before: Atlas, after: Atlas, site: Site, old: Sae, new: Sae, min_cosine: float
+) -> pd.DataFrame:
     import pandas as pd
     import torch.nn.functional as F
 

@@ -1,7 +1,8 @@
-"""The shards of one site: overview, labels, links, feature cards (docs/decisions/0003-atlas-shards.md).
+"""The shards of one site: overview, labels, links, feature cards
+(docs/decisions/0003-atlas-shards.md).
 
-Every column of a card shard is a slice of the site's columns, so writing is slicing, gzip and base64: about 0.4 ms a
-feature.
+Every column of a card shard is a slice of the site's columns, so writing is slicing, gzip and
+base64: about 0.4 ms a feature.
 """
 
 from __future__ import annotations
@@ -25,14 +26,35 @@ _EXAMPLE_COLUMNS = ("example_tab", "example_decile", "example_row", "example_val
 _ACT_COLUMNS = ("act_at", "act_value")
 _CSR = (*_EXAMPLE_COLUMNS, *_ACT_COLUMNS, "example_offset", "act_offset")
 _BITS = dict.fromkeys(("decile", "example_value", "example_gap"), 12) | dict.fromkeys(
-    ("token_share", "token_lift", "previous_share", "previous_lift", "promotes_score", "suppresses_score",
-     "cofiring_jaccard", "similar_cosine"), 10)  # fmt: skip
-_LABEL_FIELDS = ("score", "low", "high", "n", "precision", "recall", "mass_recall", "near_miss", "accepted")
+    (
+        "token_share",
+        "token_lift",
+        "previous_share",
+        "previous_lift",
+        "promotes_score",
+        "suppresses_score",
+        "cofiring_jaccard",
+        "similar_cosine",
+    ),
+    10,
+)
+_LABEL_FIELDS = (
+    "score",
+    "low",
+    "high",
+    "n",
+    "precision",
+    "recall",
+    "mass_recall",
+    "near_miss",
+    "accepted",
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SitePages:
-    """Everything known of one site, ready to be written. `labels[f]` are the labels of latent f, best first."""
+    """Everything known of one site, ready to be written. `labels[f]` are the labels of latent f,
+    best first."""
 
     index: int
     short: str
@@ -84,7 +106,9 @@ def write_site(folder: Path, pages: SitePages) -> dict[str, Any]:
         "n_alive": int(alive.sum()),
         "n_labelled": int(((flags & FLAG_LABELLED) > 0).sum()),
         "n_cards": n_cards,
-        "classes": {} if pages.graph is None else {n: int(c) for n, c in zip(CLASSES, counted, strict=True) if c},
+        "classes": {}
+        if pages.graph is None
+        else {n: int(c) for n, c in zip(CLASSES, counted, strict=True) if c},
         "n_dying": int(((flags & FLAG_DYING) > 0).sum()),
     }
 
@@ -105,10 +129,15 @@ def overview_shard(pages: SitePages) -> Shard:
 def labels_shard(pages: SitePages) -> Shard:
     best = [labels[0] if labels else None for labels in pages.labels]
     method = [255 if label is None else METHOD_INDEX[label.method] for label in best]
-    score = [255 if label is None or label.score is None else round(label.score * 254) for label in best]
+    score = [
+        255 if label is None or label.score is None else round(label.score * 254) for label in best
+    ]
     return Shard(
         json={"labels": pages.shown},
-        columns={"method": np.array(method, dtype=np.uint8), "score": np.array(score, dtype=np.uint8)},
+        columns={
+            "method": np.array(method, dtype=np.uint8),
+            "score": np.array(score, dtype=np.uint8),
+        },
     )
 
 
@@ -116,14 +145,18 @@ def card_shard(pages: SitePages, first: int) -> Shard:
     """The cards of 256 latents from `first` on."""
     last = min(first + CARDS_PER_SHARD, pages.n_latents)
     c = pages.columns
-    plain = {name: _packed(name, np.asarray(a[first:last])) for name, a in c.items() if name not in _CSR}
+    plain = {
+        name: _packed(name, np.asarray(a[first:last])) for name, a in c.items() if name not in _CSR
+    }
     e0, e1 = int(c["example_offset"][first]), int(c["example_offset"][last])
     a0, a1 = int(c["act_offset"][e0]), int(c["act_offset"][e1])
     return Shard(
         json={
             "first": first,
             "n": last - first,
-            "labels": [[label_json(label) for label in labels] for labels in pages.labels[first:last]],
+            "labels": [
+                [label_json(label) for label in labels] for labels in pages.labels[first:last]
+            ],
         },
         columns={
             **plain,
@@ -150,12 +183,16 @@ def label_json(label: Label) -> dict[str, Any]:
 def _flags(pages: SitePages, density: np.ndarray) -> np.ndarray:
     c = pages.columns
     flags = np.where(c["count"] > 0, FLAG_ALIVE, 0)
-    flags |= np.where([bool(labels) and labels[0].accepted for labels in pages.labels], FLAG_LABELLED, 0)
+    flags |= np.where(
+        [bool(labels) and labels[0].accepted for labels in pages.labels], FLAG_LABELLED, 0
+    )
     flags |= np.where(c["token_share"][:, 0] >= 0.9, FLAG_ONE_TOKEN, 0)
     flags |= np.where(density > 0.1, FLAG_DENSE, 0)
     if pages.graph is not None:
         start = int(pages.graph.start[pages.index])
         here = slice(start, start + pages.n_latents)
         flags |= np.where(pages.graph.dying[here] & (c["count"] > 0), FLAG_DYING, 0)
-        flags |= np.where([f in pages.trunk_starts for f in range(start, start + pages.n_latents)], FLAG_TRUNK, 0)
+        flags |= np.where(
+            [f in pages.trunk_starts for f in range(start, start + pages.n_latents)], FLAG_TRUNK, 0
+        )
     return flags.astype(np.uint8)

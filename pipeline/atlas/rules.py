@@ -1,24 +1,28 @@
-"""Rule labels: "fires where the attribute of the token is one of these values", proposed, chosen and scored on
-different documents.
+"""Rule labels: "fires where the attribute of the token is one of these values", proposed, chosen
+and scored on different documents.
 
-Rules are about all firings of a latent, or about its strong ones (the strongest tenth), which say more of a feature
-that fires weakly on many things.
+Rules are about all firings of a latent, or about its strong ones (the strongest tenth), which say
+more of a feature that fires weakly on many things.
 
 Proposal, for every latent at once, from the counts of the documents for proposing:
 
 1. sort an attribute's values by how often the latent fires given the value;
-2. the set with the best F1 is a beginning of that list (a value helps while its precision exceeds half the best F1), so
-   one cumulative sum finds it; sets are cut at `ATTRIBUTE_RULES[…].most` values, since a long list is no rule.
+2. the set with the best F1 is a beginning of that list (a value helps while its precision exceeds
+   half the best F1), so one cumulative sum finds it; sets are cut at `ATTRIBUTE_RULES[…].most`
+   values, since a long list is no rule.
 
-Choice: F1 on documents of their own says which rule is taken, so that the score is not the best of several.
+Choice: F1 on documents of their own says which rule is taken, so that the score is not the best of
+several.
 
-Score, from the counts of the held-out documents, with TP = firings on the set, n = firings, m = tokens on the set:
+Score, from the counts of the held-out documents, with TP = firings on the set, n = firings, m =
+tokens on the set:
 
     precision TP/m,   recall TP/n,   F1 = 2J/(1+J) with J = TP/(n + m − TP)
 
-J is a share of independent-looking events (token fires or matches), so Wilson's interval of J, mapped through the same
-increasing function, is the interval of F1. Near-misses add `near_miss`: the share of them the rule rejects.
-Tokens of one document are not independent: read the interval as the narrowest that is defensible.
+J is a share of independent-looking events (token fires or matches), so Wilson's interval of J,
+mapped through the same increasing function, is the interval of F1. Near-misses add `near_miss`: the
+share of them the rule rejects. Tokens of one document are not independent: read the interval as the
+narrowest that is defensible.
 """
 
 from __future__ import annotations
@@ -36,7 +40,8 @@ from pipeline.atlas.vocabulary import CLASSES, Vocabulary
 
 @dataclass(frozen=True, kw_only=True)
 class AttributeRule:
-    """A kind of rule: the table it is read from, how many values a rule may name, and how it reads."""
+    """A kind of rule: the table it is read from, how many values a rule may name, and how it
+    reads."""
 
     name: str
     table: str
@@ -50,9 +55,13 @@ ATTRIBUTE_RULES: tuple[AttributeRule, ...] = (
     AttributeRule(name="class", table="token", most=2, about="fires on tokens of these characters"),
     AttributeRule(name="previous", table="previous", most=12, about="fires after these tokens"),
     AttributeRule(name="next", table="next", most=12, about="fires before these tokens"),
-    AttributeRule(name="position", table="position", most=3, about="fires at these positions of the context"),
+    AttributeRule(
+        name="position", table="position", most=3, about="fires at these positions of the context"
+    ),
     AttributeRule(name="source", table="source", most=2, about="fires in text from these sources"),
-    AttributeRule(name="topic", table="topic", most=2, about="fires in documents about these topics"),
+    AttributeRule(
+        name="topic", table="topic", most=2, about="fires in documents about these topics"
+    ),
 )
 TARGETS: tuple[Target, ...] = ("all", "strong")
 _Z = 1.959963984540054
@@ -69,8 +78,9 @@ METHOD_RULES = {method_name(r.name, target): r for target in TARGETS for r in AT
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RuleSets:
-    """One rule per latent: the values of latent f are `value[start[f]:start[f+1]]`, best first (none: no proposal).
-    `f1` is the F1 on the documents it was proposed on; it serves to choose among rules, never as a score."""
+    """One rule per latent: the values of latent f are `value[start[f]:start[f+1]]`, best first
+    (none: no proposal). `f1` is the F1 on the documents it was proposed on; it serves to choose
+    among rules, never as a score."""
 
     attribute: str
     target: Target
@@ -82,19 +92,26 @@ class RuleSets:
         return self.value[self.start[latent] : self.start[latent + 1]]
 
     def taken_from(self, parents: Int64[np.ndarray, "latent"]) -> RuleSets:
-        """The rules of other latents: entry f is the rule of `parents[f]`, none where that is negative."""
+        """The rules of other latents: entry f is the rule of `parents[f]`, none where that is
+        negative."""
         lengths = np.where(parents >= 0, np.diff(self.start)[np.maximum(parents, 0)], 0)
         start = np.concatenate([[0], lengths.cumsum()])
         owner = np.repeat(np.arange(len(parents)), lengths)
         member = np.arange(len(owner)) - start[owner] + self.start[parents[owner]]
         f1 = np.where(parents >= 0, self.f1[np.maximum(parents, 0)], 0.0)
-        return RuleSets(attribute=self.attribute, target=self.target, start=start, value=self.value[member], f1=f1)
+        return RuleSets(
+            attribute=self.attribute,
+            target=self.target,
+            start=start,
+            value=self.value[member],
+            f1=f1,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RuleScores:
-    """Held-out scores per latent, and `choice`, the F1 on the documents that decide which rule is taken. NaN where
-    nothing could be measured (the latent never fired there)."""
+    """Held-out scores per latent, and `choice`, the F1 on the documents that decide which rule is
+    taken. NaN where nothing could be measured (the latent never fired there)."""
 
     f1: Float64[np.ndarray, "latent"]
     low: Float64[np.ndarray, "latent"]
@@ -110,8 +127,9 @@ class RuleScores:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttributeTable:
-    """Counts of one attribute about one target, the totals of the corpus per value, and the totals of each latent over
-    all rows (also those where the attribute has no value): what proposing and scoring need."""
+    """Counts of one attribute about one target, the totals of the corpus per value, and the totals
+    of each latent over all rows (also those where the attribute has no value): what proposing and
+    scoring need."""
 
     rule: AttributeRule
     counts: Counts
@@ -121,9 +139,12 @@ class AttributeTable:
 
 
 def attribute_tables(tables: Mapping[str, Counts], corpus: Corpus) -> dict[str, AttributeTable]:
-    """One table for every method of METHOD_RULES; families and classes are groupings of the token table."""
+    """One table for every method of METHOD_RULES; families and classes are groupings of the token
+    table."""
     out: dict[str, AttributeTable] = {}
-    whole = tables["position"]  # every row has a position and there are few, so this table is never pruned
+    whole = tables[
+        "position"
+    ]  # every row has a position and there are few, so this table is never pruned
     totals = {target: whole.about(target).totals() for target in TARGETS}
     for rule in ATTRIBUTE_RULES:
         counts = tables[rule.table]
@@ -131,7 +152,9 @@ def attribute_tables(tables: Mapping[str, Counts], corpus: Corpus) -> dict[str, 
         if rule.name in ("family", "class"):
             value_of, n = _grouping(rule.name, corpus.vocabulary)
             counts = counts.mapped(value_of, n)
-            seen = np.stack([np.bincount(value_of, weights=part, minlength=n).astype(np.int64) for part in seen])
+            seen = np.stack(
+                [np.bincount(value_of, weights=part, minlength=n).astype(np.int64) for part in seen]
+            )
         if counts.n_values > 1:
             for target in TARGETS:
                 out[method_name(rule.name, target)] = AttributeTable(
@@ -145,8 +168,9 @@ def attribute_tables(tables: Mapping[str, Counts], corpus: Corpus) -> dict[str, 
 
 
 def propose(table: AttributeTable, *, min_firings: int = 2, min_share: float = 0.01) -> RuleSets:
-    """The set of values with the best F1 for every latent, on the documents for proposing. Values with fewer than
-    `min_firings` firings, or less than `min_share` of them, are not worth naming. Members are ordered by firings."""
+    """The set of values with the best F1 for every latent, on the documents for proposing. Values
+    with fewer than `min_firings` firings, or less than `min_share` of them, are not worth naming.
+    Members are ordered by firings."""
     counts, n_latents = table.counts, table.counts.n_latents
     fired = counts.columns[PROPOSE]
     n_fired = table.totals[:, PROPOSE]
@@ -164,7 +188,13 @@ def propose(table: AttributeTable, *, min_firings: int = 2, min_share: float = 0
     start = np.concatenate([[0], length.cumsum()])
     member = np.arange(start[-1]) - np.repeat(start[:-1], length) + np.repeat(first[:-1], length)
     order = np.lexsort((value[member], -fired[member], latent[member]))
-    return RuleSets(attribute=table.rule.name, target=table.target, start=start, value=value[member][order], f1=best)
+    return RuleSets(
+        attribute=table.rule.name,
+        target=table.target,
+        start=start,
+        value=value[member][order],
+        f1=best,
+    )
 
 
 def score(rules: RuleSets, table: AttributeTable) -> RuleScores:
@@ -177,7 +207,9 @@ def score(rules: RuleSets, table: AttributeTable) -> RuleScores:
         return np.bincount(of, weights=column, minlength=n_latents).astype(np.float64)
 
     tp, mass, near, chosen_tp = (total(on_set[i], owner) for i in (HELD, MASS, NEGATIVE, CHOOSE))
-    m, chosen_m = (total(table.seen[part][rules.value].astype(float), owner) for part in (HELD_OUT, CHOOSING))
+    m, chosen_m = (
+        total(table.seen[part][rules.value].astype(float), owner) for part in (HELD_OUT, CHOOSING)
+    )
     n, all_mass, all_near = table.totals[:, HELD], table.totals[:, MASS], table.totals[:, NEGATIVE]
     chosen_n, proposed = table.totals[:, CHOOSE], np.diff(rules.start) > 0
     union = n + m - tp
@@ -258,14 +290,19 @@ def _grouping(name: str, vocabulary: Vocabulary) -> tuple[np.ndarray, int]:
     return index, len(names)
 
 
-def _cumulative(x: np.ndarray, first: np.ndarray, latent: np.ndarray) -> Float64[np.ndarray, "pair"]:
+def _cumulative(
+    x: np.ndarray, first: np.ndarray, latent: np.ndarray
+) -> Float64[np.ndarray, "pair"]:
     """Cumulative sum inside each latent's stretch."""
     running = np.concatenate([[0.0], np.cumsum(x)])
     return running[1:] - running[first[latent]]
 
 
-def _best_prefix(f1: np.ndarray, place: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Length of the beginning with the best F1 in every stretch (0 for an empty one), and that F1."""
+def _best_prefix(
+    f1: np.ndarray, place: np.ndarray, first: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Length of the beginning with the best F1 in every stretch (0 for an empty one), and that
+    F1."""
     n_latents = len(first) - 1
     best = np.zeros(n_latents)
     filled = np.flatnonzero(np.diff(first) > 0)
@@ -274,5 +311,7 @@ def _best_prefix(f1: np.ndarray, place: np.ndarray, first: np.ndarray) -> tuple[
     length = np.zeros(n_latents, dtype=np.int64)
     owner = np.repeat(np.arange(n_latents), np.diff(first))
     hit = np.flatnonzero(f1 == best[owner])
-    length[owner[hit[::-1]]] = place[hit[::-1]] + 1  # backwards, so that the shortest of equals stays
+    length[owner[hit[::-1]]] = (
+        place[hit[::-1]] + 1
+    )  # backwards, so that the shortest of equals stays
     return length, np.maximum(best, 0.0)

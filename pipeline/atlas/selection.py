@@ -2,13 +2,15 @@
 
 A `Selection` keeps, per latent, the `size` entries with the smallest order key:
 
-- top examples and near-misses: the key falls with the value, and entries must be *distinct*: one per document (its
-  strongest), then one per digest of the surrounding tokens;
-- a uniform sample of firings: the key is a hash of latent and row, so the smallest keys are a uniform sample without
-  replacement, whatever the order of the chunks, and two halves merge exactly.
+- top examples and near-misses: the key falls with the value, and entries must be *distinct*: one
+  per document (its strongest), then one per digest of the surrounding tokens;
+- a uniform sample of firings: the key is a hash of latent and row, so the smallest keys are a
+  uniform sample without replacement, whatever the order of the chunks, and two halves merge
+  exactly.
 
-With each entry goes the activity of its latent within `reach` rows, as a ratio to the entry's value (float16).
-State: latents × size × (2·reach + 20) bytes. Offering n entries costs one sort of those that beat the worst kept.
+With each entry goes the activity of its latent within `reach` rows, as a ratio to the entry's value
+(float16). State: latents × size × (2·reach + 20) bytes. Offering n entries costs one sort of those
+that beat the worst kept.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ EMPTY = np.uint32(0xFFFFFFFF)
 
 @dataclass(kw_only=True, eq=False)
 class Selection:
-    """Per latent and place: order key (EMPTY in free places), row, value, gap, and activity around."""
+    """Per latent and place: order key (EMPTY in free places), row, value, gap, and activity
+    around."""
 
     distinct: bool
     key: UInt32[np.ndarray, "latent place"]
@@ -55,13 +58,17 @@ class Selection:
     def filled(self) -> Bool[np.ndarray, "latent place"]:
         return self.row >= 0
 
-    def offer(self, entries: Firings, key: UInt32[np.ndarray, "entry"], corpus: Corpus, fired: Firings) -> None:
-        """Let `entries`, of later rows than those offered before, compete for places. `fired` are the firings of the
-        same rows, for the activity around."""
+    def offer(
+        self, entries: Firings, key: UInt32[np.ndarray, "entry"], corpus: Corpus, fired: Firings
+    ) -> None:
+        """Let `entries`, of later rows than those offered before, compete for places. `fired` are
+        the firings of the same rows, for the activity around."""
         chosen = np.flatnonzero(key < self._worst()[entries.latent])
         if self.distinct:
             chosen = chosen[
-                _best_of_document(entries.latent[chosen], corpus.document[entries.row[chosen]], key[chosen])
+                _best_of_document(
+                    entries.latent[chosen], corpus.document[entries.row[chosen]], key[chosen]
+                )
             ]
         else:
             chosen = chosen[_among_smallest(entries.latent[chosen], key[chosen], self.size)]
@@ -75,11 +82,15 @@ class Selection:
         if self.distinct:
             order = _distinct(order, all_latent, all_row, corpus)
         order, place = _first_places(order, all_latent, self.size)
-        self._rebuild(order, place, all_latent, old_latent, old_place, entries, chosen, key, corpus, fired)
+        self._rebuild(
+            order, place, all_latent, old_latent, old_place, entries, chosen, key, corpus, fired
+        )
 
     def merge(self, other: Selection, corpus: Corpus) -> Selection:
         """The selection over both sets of rows."""
-        merged = Selection.empty(len(self.key), self.size, reach=self.around.shape[2] // 2, distinct=self.distinct)
+        merged = Selection.empty(
+            len(self.key), self.size, reach=self.around.shape[2] // 2, distinct=self.distinct
+        )
         picks: list[tuple[Selection, np.ndarray, np.ndarray]] = []
         for s in (self, other):
             places = np.nonzero(s.filled)
@@ -96,7 +107,8 @@ class Selection:
         return merged
 
     def _worst(self) -> UInt64[np.ndarray, "latent"]:
-        """Keys below this may enter; with free places every key may (64 bits, so that EMPTY itself may too)."""
+        """Keys below this may enter; with free places every key may (64 bits, so that EMPTY itself
+        may too)."""
         worst = self.key.max(axis=1).astype(np.uint64)
         return np.where(self.filled.all(axis=1), worst, np.uint64(1 << 32))
 
@@ -113,8 +125,11 @@ class Selection:
         corpus: Corpus,
         fired: Firings,
     ) -> None:
-        """Write the winners: old ones move to their new place, new ones come in with the activity around them."""
-        fresh = Selection.empty(len(self.key), self.size, reach=self.around.shape[2] // 2, distinct=self.distinct)
+        """Write the winners: old ones move to their new place, new ones come in with the activity
+        around them."""
+        fresh = Selection.empty(
+            len(self.key), self.size, reach=self.around.shape[2] // 2, distinct=self.distinct
+        )
         stays = order < len(old_latent)
         source = (old_latent[order[stays]], old_place[order[stays]])
         target = (latent[order[stays]], place[stays])
@@ -122,10 +137,19 @@ class Selection:
             getattr(fresh, name)[target] = getattr(self, name)[source]
         new = chosen[order[~stays] - len(old_latent)]
         target = (latent[order[~stays]], place[~stays])
-        fresh.key[target], fresh.row[target], fresh.value[target] = key[new], entries.row[new], entries.value[new]
+        fresh.key[target], fresh.row[target], fresh.value[target] = (
+            key[new],
+            entries.row[new],
+            entries.value[new],
+        )
         fresh.gap[target] = entries.gap[new]
         fresh.around[target] = activity_around(
-            fired, entries.latent[new], entries.row[new], entries.value[new], corpus, reach=self.around.shape[2] // 2
+            fired,
+            entries.latent[new],
+            entries.row[new],
+            entries.value[new],
+            corpus,
+            reach=self.around.shape[2] // 2,
         )
         self.__dict__.update(fresh.__dict__)
 
@@ -138,8 +162,12 @@ def falling(value: Float32[np.ndarray, "entry"]) -> UInt32[np.ndarray, "entry"]:
 def random_key(entries: Firings, seed: int) -> UInt32[np.ndarray, "entry"]:
     """A key that depends on latent, row and seed only and looks uniform."""
     with np.errstate(over="ignore"):
-        x = entries.row.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + entries.latent.astype(np.uint64)
-        return (mix(x + np.uint64(seed) * np.uint64(0xD1342543DE82EF95)) >> np.uint64(33)).astype(np.uint32)
+        x = entries.row.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + entries.latent.astype(
+            np.uint64
+        )
+        return (mix(x + np.uint64(seed) * np.uint64(0xD1342543DE82EF95)) >> np.uint64(33)).astype(
+            np.uint32
+        )
 
 
 def activity_around(
@@ -159,8 +187,14 @@ def activity_around(
     low = np.searchsorted(fired.key, key - reach)
     high = np.searchsorted(fired.key, key + reach, side="right")
     example = np.repeat(np.arange(len(row)), high - low)
-    entry = np.arange(len(example)) - np.repeat((high - low).cumsum() - (high - low), high - low) + low[example]
-    same = (fired.latent[entry] == latent[example]) & (corpus.run[fired.row[entry]] == corpus.run[row[example]])
+    entry = (
+        np.arange(len(example))
+        - np.repeat((high - low).cumsum() - (high - low), high - low)
+        + low[example]
+    )
+    same = (fired.latent[entry] == latent[example]) & (
+        corpus.run[fired.row[entry]] == corpus.run[row[example]]
+    )
     example, entry = example[same], entry[same]
     ratio = fired.value[entry] / value[example]
     out[example, fired.row[entry] - row[example] + reach] = np.minimum(ratio, 60000.0)
@@ -168,9 +202,12 @@ def activity_around(
 
 
 def _best_of_document(
-    latent: Int32[np.ndarray, "entry"], document: Int32[np.ndarray, "entry"], key: UInt32[np.ndarray, "entry"]
+    latent: Int32[np.ndarray, "entry"],
+    document: Int32[np.ndarray, "entry"],
+    key: UInt32[np.ndarray, "entry"],
 ) -> Int64[np.ndarray, "best"]:
-    """Index of the smallest key in every stretch of one latent and document; the first of equals."""
+    """Index of the smallest key in every stretch of one latent and document; the first of
+    equals."""
     if not len(latent):
         return np.zeros(0, dtype=np.int64)
     change = np.ones(len(latent), dtype=bool)
@@ -183,9 +220,13 @@ def _best_of_document(
 
 
 def _distinct(
-    order: Int64[np.ndarray, "entry"], latent: np.ndarray, row: Int64[np.ndarray, "entry"], corpus: Corpus
+    order: Int64[np.ndarray, "entry"],
+    latent: np.ndarray,
+    row: Int64[np.ndarray, "entry"],
+    corpus: Corpus,
 ) -> Int64[np.ndarray, "kept"]:
-    """Of an ordering, what remains when each document, and then each digest, is used once per latent."""
+    """Of an ordering, what remains when each document, and then each digest, is used once per
+    latent."""
     document = (latent.astype(np.uint64) << np.uint64(32)) | corpus.document[row].astype(np.uint64)
     order = order[_first_of(document[order])]
     with np.errstate(over="ignore"):
@@ -196,8 +237,8 @@ def _distinct(
 def _among_smallest(
     latent: Int32[np.ndarray, "entry"], key: UInt32[np.ndarray, "entry"], n: int
 ) -> Bool[np.ndarray, "entry"]:
-    """Marks the n smallest keys of every latent, with all that equal the n-th: most entries need no further sorting.
-    `latent` is ascending."""
+    """Marks the n smallest keys of every latent, with all that equal the n-th: most entries need no
+    further sorting. `latent` is ascending."""
     if not len(latent):
         return np.zeros(0, dtype=bool)
     packed = (latent.astype(np.uint64) << np.uint64(32)) | key
@@ -208,8 +249,8 @@ def _among_smallest(
 
 
 def _first_of(group: UInt64[np.ndarray, "entry"]) -> Bool[np.ndarray, "entry"]:
-    """Marks the first entry of every group, in the given order. Most groups have one entry: a sort of the plain numbers
-    finds the others, and only these are looked at by place."""
+    """Marks the first entry of every group, in the given order. Most groups have one entry: a sort
+    of the plain numbers finds the others, and only these are looked at by place."""
     first = np.ones(len(group), dtype=bool)
     ordered = np.sort(group)
     repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
@@ -225,9 +266,12 @@ def _first_of(group: UInt64[np.ndarray, "entry"]) -> Bool[np.ndarray, "entry"]:
 def _first_places(
     order: Int64[np.ndarray, "entry"], latent: np.ndarray, size: int
 ) -> tuple[Int64[np.ndarray, "kept"], Int64[np.ndarray, "kept"]]:
-    """The first `size` entries of every latent, and which place each takes. `order` is sorted by latent."""
+    """The first `size` entries of every latent, and which place each takes. `order` is sorted by
+    latent."""
     sorted_latent = latent[order]
-    start = np.searchsorted(sorted_latent, np.arange(int(sorted_latent[-1]) + 1 if len(order) else 0))
+    start = np.searchsorted(
+        sorted_latent, np.arange(int(sorted_latent[-1]) + 1 if len(order) else 0)
+    )
     place = np.arange(len(order)) - start[sorted_latent]
     keep = place < size
     return order[keep], place[keep]

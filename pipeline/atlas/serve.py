@@ -1,9 +1,11 @@
-"""`featureflow atlas serve`: the site over http on this machine, with "test this text" and live steering.
+"""`featureflow atlas serve`: the site over http on this machine, with "test this text" and live
+steering.
 
-On this machine only localhost names are answered (steering/guarded_http.py), and the model only with the token;
-listening elsewhere, every file needs the token too, which the printed address leaves in a cookie. One request at a
-time; bodies, texts and samples have limits. Answers are lines of JSON, sent as they are made; when the reader goes
-away, or asks for `/api/cancel`, the work stops after its current step. Nothing outside the site folder is served.
+On this machine only localhost names are answered (steering/guarded_http.py), and the model only
+with the token; listening elsewhere, every file needs the token too, which the printed address
+leaves in a cookie. One request at a time; bodies, texts and samples have limits. Answers are lines
+of JSON, sent as they are made; when the reader goes away, or asks for `/api/cancel`, the work stops
+after its current step. Nothing outside the site folder is served.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ _COOKIE = "featureflow_atlas"
 def make_server(
     live: LiveAtlas, *, host: str = "127.0.0.1", port: int = 8765, token: str | None = None
 ) -> tuple[ThreadingHTTPServer, str]:
-    """A server, not yet running, and the address to open (with its token). Port 0 takes a free one. Raises UserError
-    where it cannot listen."""
+    """A server, not yet running, and the address to open (with its token). Port 0 takes a free one.
+    Raises UserError where it cannot listen."""
     token = token or secrets.token_urlsafe(24)
     shared = {"live": live, "token": token, "lock": threading.Lock(), "only_local": is_local(host)}
     server = listen(type("Handler", (_Handler,), shared), host, port)
@@ -70,7 +72,9 @@ class _Handler(GuardedHandler):
             return self._json({"stopped": True})
         makers = {"/api/text": self._text, "/api/steer": self._steer}
         if path not in makers:
-            return self._error(HTTPStatus.NOT_FOUND, "there is /api/text, /api/steer and /api/cancel")
+            return self._error(
+                HTTPStatus.NOT_FOUND, "there is /api/text, /api/steer and /api/cancel"
+            )
         try:
             body = self.json_body()
         except UserError as error:
@@ -98,14 +102,17 @@ class _Handler(GuardedHandler):
         )
 
     def _stream(self, make: Callable[[], Iterator[Record]]) -> None:
-        """Send records as they come. An error before the first is an answer of its own, later one is a record."""
+        """Send records as they come. An error before the first is an answer of its own, later one
+        is a record."""
         started = False
         try:
             for record in make():
                 if not started:
                     self._head(HTTPStatus.OK, "application/x-ndjson")
                     started = True
-                self.wfile.write(json.dumps(record, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n")
+                self.wfile.write(
+                    json.dumps(record, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n"
+                )
                 self.wfile.flush()
         except (BrokenPipeError, ConnectionResetError):
             self.live.stop()
@@ -116,7 +123,11 @@ class _Handler(GuardedHandler):
                 self._error(HTTPStatus.BAD_REQUEST, str(error))
 
     def _health(self) -> Record:
-        limits = {"max_tokens": MAX_TOKENS, "max_new_tokens": MAX_NEW_TOKENS, "max_samples": MAX_SAMPLES}
+        limits = {
+            "max_tokens": MAX_TOKENS,
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "max_samples": MAX_SAMPLES,
+        }
         return {"live": True, "model": self.live.model.name, "limits": limits, "steering": True}
 
     def _file(self, name: str) -> None:
@@ -133,14 +144,21 @@ class _Handler(GuardedHandler):
         return self._allowed(self.headers.get("X-Atlas-Token") or "")
 
     def _may_read(self) -> bool:
-        """Files carry the token in the address (the page itself) or in the cookie that it leaves."""
+        """Files carry the token in the address (the page itself) or in the cookie that it
+        leaves."""
         given = parse_qs(urlsplit(self.path).query).get("token", [""])[0]
         cookies = (self.headers.get("Cookie") or "").split(";")
-        kept = [value for name, _, value in (c.strip().partition("=") for c in cookies) if name == _COOKIE]
+        kept = [
+            value
+            for name, _, value in (c.strip().partition("=") for c in cookies)
+            if name == _COOKIE
+        ]
         return self._allowed(given or (kept[0] if kept else ""))
 
     def _allowed(self, given: str) -> bool:
-        return self.has_token(given, "the token is missing or wrong; open the address that was printed")
+        return self.has_token(
+            given, "the token is missing or wrong; open the address that was printed"
+        )
 
     def _json(self, document: Record) -> None:
         content = json.dumps(document).encode()
@@ -152,10 +170,19 @@ class _Handler(GuardedHandler):
         self._head(status, "text/plain; charset=utf-8", len(content))
         self.wfile.write(content)
 
-    def _head(self, status: HTTPStatus, content_type: str, length: int | None = None, *, cookie: bool = False) -> None:
+    def _head(
+        self,
+        status: HTTPStatus,
+        content_type: str,
+        length: int | None = None,
+        *,
+        cookie: bool = False,
+    ) -> None:
         self.send_response(status)
         if cookie:
-            self.send_header("Set-Cookie", f"{_COOKIE}={self.token}; HttpOnly; SameSite=Strict; Path=/")
+            self.send_header(
+                "Set-Cookie", f"{_COOKIE}={self.token}; HttpOnly; SameSite=Strict; Path=/"
+            )
         self.send_header("Content-Type", content_type)
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Referrer-Policy", "no-referrer")
@@ -167,5 +194,7 @@ class _Handler(GuardedHandler):
 def _typed(body: Mapping[str, Any], name: str, kind: Any, otherwise: Any = None) -> Any:
     value = body.get(name, otherwise)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError("a field is missing or of the wrong type", where=name, found=type(value).__name__)
+        raise UserError(
+            "a field is missing or of the wrong type", where=name, found=type(value).__name__
+        )
     return value

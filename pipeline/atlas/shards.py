@@ -2,10 +2,12 @@
 
 docs/decisions/0003-atlas-shards.md is the normative text. In short:
 
-1. `pack` puts a JSON object and named arrays into one little-endian container, columns at multiples of 8 bytes;
-2. `write_shard` gzips it (without a time stamp: same data, same bytes), writes `FF("<key>","<base64>")`;
-3. `read_shard` and `unpack` are the way back, used by tests, `validate` and the Python side of the atlas. They parse;
-   nothing in a shard is executed.
+1. `pack` puts a JSON object and named arrays into one little-endian container, columns at multiples
+   of 8 bytes;
+2. `write_shard` gzips it (without a time stamp: same data, same bytes), writes
+   `FF("<key>","<base64>")`;
+3. `read_shard` and `unpack` are the way back, used by tests, `validate` and the Python side of the
+   atlas. They parse; nothing in a shard is executed.
 
 Cost: gzip at level 6, about 25 MB/s of payload.
 """
@@ -65,7 +67,10 @@ def pack(shard: Shard) -> bytes:
         blobs.append(blob + bytes(-len(blob) % 8))
         offset += len(blobs[-1])
     header = json.dumps(
-        {"json": shard.json, "columns": columns}, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+        {"json": shard.json, "columns": columns},
+        ensure_ascii=False,
+        separators=(",", ":"),
+        allow_nan=False,
     ).encode("utf-8", errors="replace")
     header += b" " * (-(8 + len(header)) % 8)
     return b"".join([MAGIC, struct.pack("<I", len(header)), header, *blobs])
@@ -96,17 +101,22 @@ def write_shard(site: Path, key: str, shard: Shard) -> Path:
 
 
 def read_shard(site: Path, key: str) -> Shard:
-    """Read `site/<key>.js` without executing it. Raises UserError when it is missing, damaged or not such a script."""
+    """Read `site/<key>.js` without executing it. Raises UserError when it is missing, damaged or
+    not such a script."""
     path = site / f"{key}.js"
     try:
         text = path.read_text(encoding="ascii")
     except FileNotFoundError as error:
-        raise UserError("shard missing", where=str(path), mend="featureflow atlas --force") from error
+        raise UserError(
+            "shard missing", where=str(path), mend="featureflow atlas --force"
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError("a shard is ASCII", where=str(path), found=str(error)) from error
     match = _SCRIPT.fullmatch(text)
     if match is None or match[1] != key:
-        raise UserError("not a data shard", where=str(path), expected=f'FF("{key}","<base64>")', found=text[:60])
+        raise UserError(
+            "not a data shard", where=str(path), expected=f'FF("{key}","<base64>")', found=text[:60]
+        )
     try:
         return unpack(_gunzip(base64.b64decode(match[2], validate=True)))
     except (binascii.Error, zlib.error, EOFError) as error:
@@ -118,13 +128,14 @@ def read_shard(site: Path, key: str) -> Shard:
 
 
 def narrow(values: np.ndarray, largest: int) -> np.ndarray:
-    """Unsigned integers in the smallest dtype that holds `largest`; u16 at least, as token ids and latents are."""
+    """Unsigned integers in the smallest dtype that holds `largest`; u16 at least, as token ids and
+    latents are."""
     return values.astype(np.uint16 if largest < 0xFFFF else np.uint32)
 
 
 def rounded(values: np.ndarray, bits: int) -> np.ndarray:
-    """float32 with `bits` of the mantissa kept, to nearest, so that it packs well: the error is at most a share of
-    2 ** -(bits + 1). Order is kept; NaN and infinities stay."""
+    """float32 with `bits` of the mantissa kept, to nearest, so that it packs well: the error is at
+    most a share of 2 ** -(bits + 1). Order is kept; NaN and infinities stay."""
     raw, dropped = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32), 23 - bits
     half = np.uint32((1 << (dropped - 1)) - 1) + ((raw >> np.uint32(dropped)) & np.uint32(1))
     near = ((raw + half) >> np.uint32(dropped) << np.uint32(dropped)).view(np.float32)
@@ -141,7 +152,8 @@ def _column(payload: bytes, base: int, entry: Mapping[str, Any]) -> np.ndarray:
 
 
 def _gunzip(blob: bytes) -> bytes:
-    """Inflate, but never more than `_LARGEST_PAYLOAD`: a few bytes of gzip may stand for gigabytes."""
+    """Inflate, but never more than `_LARGEST_PAYLOAD`: a few bytes of gzip may stand for
+    gigabytes."""
     inflater = zlib.decompressobj(wbits=31)
     payload = inflater.decompress(blob, _LARGEST_PAYLOAD)
     if not inflater.eof:

@@ -1,10 +1,11 @@
-"""What the pages of all sites share: vocabulary, corpus, model-wide flow, token search, manifest, and the app's own
-files.
+"""What the pages of all sites share: vocabulary, corpus, model-wide flow, token search, manifest,
+and the app's own files.
 
 1. `vocab`, `corpus/…`: tokens as bytes, once; rows of the store; runs and documents
 2. `flow/model`, `flow/communities`, `flow/trunks`: the graph from afar
 3. `search/tokens/…`: which features fire on, or promote, a token
-4. `attached/steering`, `attached/scores`: empty until the steer stage and `featureflow atlas explain` fill them
+4. `attached/steering`, `attached/scores`: empty until the steer stage and `featureflow atlas
+   explain` fill them
 5. the app (`pipeline/atlas/site/dist`), and the manifest with size and sha256 of every shard
 """
 
@@ -34,10 +35,16 @@ from pipeline.atlas.trunks import FEWEST_LAYERS, trunk_shard, trunks_of
 FORMAT, VERSION = "featureflow-atlas", 2
 ATTACHED_VERSION = 1  # of what later stages add, which outlives a remade atlas
 ROWS_PER_SHARD, TOKENS_PER_SHARD = 262_144, 1024
-NO_STEERING: dict[str, Any] = {"version": ATTACHED_VERSION, "samples": [], "effects": [], "commands": {}}
+NO_STEERING: dict[str, Any] = {
+    "version": ATTACHED_VERSION,
+    "samples": [],
+    "effects": [],
+    "commands": {},
+}
 _SEARCH_SHARE, _SEARCH_TOKENS, _SEARCH_PROMOTES = 0.05, 5, 5
-_README = """This folder is an atlas of features. Open index.html by double click; nothing is loaded from the network.
-It also works from any static web host. The tables beside it (../tables) hold the same data for programs.
+_README = """This folder is an atlas of features. Open index.html by double click;
+nothing is loaded from the network. It also works from any static web host.
+The tables beside it (../tables) hold the same data for programs.
 """
 
 
@@ -72,7 +79,9 @@ def write_corpus(site: Path, corpus: Corpus) -> int:
         "source": corpus.document_source.astype(np.uint8),
         "label": np.where(corpus.document_label < 0, 255, corpus.document_label).astype(np.uint8),
     }
-    write_shard(site, "corpus/documents", Shard(json={"titles": list(corpus.titles)}, columns=columns))
+    write_shard(
+        site, "corpus/documents", Shard(json={"titles": list(corpus.titles)}, columns=columns)
+    )
     return len(starts)
 
 
@@ -84,14 +93,16 @@ def write_flow(
     columns: Sequence[Columns],
     corpus: Corpus,
 ) -> int:
-    """The graph from afar; `shown[s][f]` is the label of a feature, `scores` its score (NaN none). Returns the number
-    of trunks of three layers or more."""
+    """The graph from afar; `shown[s][f]` is the label of a feature, `scores` its score (NaN none).
+    Returns the number of trunks of three layers or more."""
     write_shard(site, "flow/model", Shard(json={"pairs": pairs_json(graph), "settings": {}}))
     write_shard(site, "flow/communities", community_shard(graph, columns, corpus))
     n_firings = np.concatenate([c["count"] for c in columns])
     trunks = trunks_of(graph, n_firings > 0)
     labels = [label for site_labels in shown for label in site_labels]
-    write_shard(site, "flow/trunks", trunk_shard(graph, trunks, n_firings, labels, np.concatenate(scores)))
+    write_shard(
+        site, "flow/trunks", trunk_shard(graph, trunks, n_firings, labels, np.concatenate(scores))
+    )
     return int((trunks.length >= FEWEST_LAYERS).sum())
 
 
@@ -119,13 +130,15 @@ def write_search(site: Path, corpus: Corpus, columns: Sequence[Columns]) -> list
 
 
 def write_attached(site: Path) -> None:
-    """The files that may be filled later, empty: a page that asks for a missing file would complain."""
+    """The files that may be filled later, empty: a page that asks for a missing file would
+    complain."""
     write_shard(site, "attached/steering", Shard(json=NO_STEERING))
     write_shard(site, "attached/scores", Shard(json={"version": ATTACHED_VERSION, "features": {}}))
 
 
 def copy_app(site: Path) -> bool:
-    """Copy the built app beside the data. Returns whether there was one (a source checkout may not have built it)."""
+    """Copy the built app beside the data. Returns whether there was one (a source checkout may not
+    have built it)."""
     (site / "README.txt").write_text(_README, encoding="utf-8")
     folder = resources.files("pipeline.atlas") / "site" / "dist"
     names = ("index.html", "app.js", "app.css")
@@ -138,7 +151,8 @@ def copy_app(site: Path) -> bool:
 
 
 def write_manifest(site: Path, document: Mapping[str, Any]) -> None:
-    """`manifest.js` for the app and `manifest.json` with the shards' sizes and checksums for `validate`."""
+    """`manifest.js` for the app and `manifest.json` with the shards' sizes and checksums for
+    `validate`."""
     write_shard(site, "manifest", Shard(json=document))
     shards = {}
     for path in sorted(site.rglob("*.js")):
@@ -150,10 +164,16 @@ def write_manifest(site: Path, document: Mapping[str, Any]) -> None:
     (site / "manifest.json").write_text(text, encoding="utf-8", errors="replace")
 
 
-def manifest_of_corpus(corpus: Corpus, *, n_shards: int, holdout: float, filters: Mapping[str, Any]) -> dict[str, Any]:
+def manifest_of_corpus(
+    corpus: Corpus, *, n_shards: int, holdout: float, filters: Mapping[str, Any]
+) -> dict[str, Any]:
     """The manifest's part about the text and the scales that columns refer to."""
-    n_source = np.bincount(corpus.document_source[corpus.document[corpus.kept]], minlength=len(corpus.sources))
-    documents = np.bincount(corpus.document_source[np.unique(corpus.document)], minlength=len(corpus.sources))
+    n_source = np.bincount(
+        corpus.document_source[corpus.document[corpus.kept]], minlength=len(corpus.sources)
+    )
+    documents = np.bincount(
+        corpus.document_source[np.unique(corpus.document)], minlength=len(corpus.sources)
+    )
     label = corpus.attribute("topic")[corpus.kept]
     n_label = np.bincount(label[label >= 0], minlength=len(corpus.labels))[: len(corpus.labels)]
     positions = np.bincount(corpus.position_bin[corpus.kept], minlength=len(corpus.position_edges))
@@ -168,7 +188,9 @@ def manifest_of_corpus(corpus: Corpus, *, n_shards: int, holdout: float, filters
                 {"name": n, "n_tokens": int(t), "n_documents": int(d)}
                 for n, t, d in zip(corpus.sources, n_source, documents, strict=True)
             ],
-            "labels": [{"name": n, "n_tokens": int(t)} for n, t in zip(corpus.labels, n_label, strict=True)],
+            "labels": [
+                {"name": n, "n_tokens": int(t)} for n, t in zip(corpus.labels, n_label, strict=True)
+            ],
             "filters": dict(filters),
             "n_dropped": {"all": len(corpus) - corpus.n_kept},
             "holdout": holdout,
@@ -188,7 +210,11 @@ def fixed_manifest() -> dict[str, Any]:
         "cards_per_shard": CARDS_PER_SHARD,
         "window": REACH,
         "example_tabs": list(TABS),
-        "histogram": {"log2_low": LOG2_LOW, "bins_per_octave": PAGE_BINS // 32, "n_bins": PAGE_BINS},
+        "histogram": {
+            "log2_low": LOG2_LOW,
+            "bins_per_octave": PAGE_BINS // 32,
+            "n_bins": PAGE_BINS,
+        },
         "label_methods": [{"name": m.name, "kind": m.kind, "about": m.about} for m in METHODS],
         "classes": list(CLASSES),
         "relations": list(RELATIONS),

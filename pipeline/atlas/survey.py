@@ -1,17 +1,20 @@
-"""One pass over a site: everything the atlas says about its latents, in bounded and mergeable state.
+"""One pass over a site: everything the atlas says about its latents, in bounded and mergeable
+state.
 
 For every chunk of rows (cut where documents end):
 
 1. read the kept rows, encode them: firings and near-misses  pipeline/atlas/firings.py
 2. counts, Σa, Σa², maximum, documents; log₂ histogram (four bins an octave)
-3. top examples, near-misses just below the threshold, a uniform sample of firings  pipeline/atlas/selection.py
-4. firings by token, previous token, next token, position, source and topic                     pipeline/atlas/counts.py
+3. top examples, near-misses just below the threshold, a uniform sample of firings
+   pipeline/atlas/selection.py
+4. firings by token, previous token, next token, position, source and topic
+   pipeline/atlas/counts.py
 5. co-firing inside the dictionary, on a fixed random share of the rows
 
-State: latents × (places × (window + 20 B) + bins) plus the pairs (latent, token) seen, pruned beyond `MOST_PAIRS`.
-Surveys of
-disjoint rows merge, so a site may be spread over workers. Cost: about one product of `row × d_in × latent`; the
-bookkeeping is
+State: latents × (places × (window + 20 B) + bins) plus the pairs (latent, token) seen, pruned
+beyond `MOST_PAIRS`. Surveys of
+disjoint rows merge, so a site may be spread over workers. Cost: about one product of `row × d_in ×
+latent`; the bookkeeping is
 a few sorts of the firings.
 """
 
@@ -39,7 +42,8 @@ PILOT_ROWS = 8192
 REACH = 24
 
 Rows = Callable[[int, int], Float32[np.ndarray, "row d_in"]]
-"""`rows(start, stop)`: the activations of those corpus rows, as `ActivationStore.read` gives them."""
+"""`rows(start, stop)`: the activations of those corpus rows, as `ActivationStore.read` gives
+them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +82,14 @@ class Survey:
 
     @classmethod
     def empty(
-        cls, n_latents: int, corpus: Corpus, options: SurveyOptions, strong: Float32[np.ndarray, "latent"] | None = None
+        cls,
+        n_latents: int,
+        corpus: Corpus,
+        options: SurveyOptions,
+        strong: Float32[np.ndarray, "latent"] | None = None,
     ) -> Survey:
-        """Nothing seen yet. `strong` is from where on each latent's firing counts as strong; None: always."""
+        """Nothing seen yet. `strong` is from where on each latent's firing counts as strong; None:
+        always."""
 
         def selection(size: int, distinct: bool) -> Selection:
             return Selection.empty(n_latents, size, reach=REACH, distinct=distinct)
@@ -125,7 +134,10 @@ class Survey:
             pruned=sorted({*self.pruned, *other.pruned}),
             counted={name: table.plus(theirs[name]) for name, table in self.tables(corpus).items()},
             **{n: getattr(self, n) + getattr(other, n) for n in _SUMS},
-            **{n: getattr(self, n).merge(getattr(other, n), corpus) for n in ("top", "near", "uniform")},
+            **{
+                n: getattr(self, n).merge(getattr(other, n), corpus)
+                for n in ("top", "near", "uniform")
+            },
         )
 
     def _add_moments(self, fired: Firings, corpus: Corpus) -> None:
@@ -135,8 +147,12 @@ class Survey:
         self.squares += np.bincount(f, weights=a * a, minlength=self.n_latents)
         busy = np.flatnonzero(np.diff(fired.start))
         if len(busy):
-            self.largest[busy] = np.maximum(self.largest[busy], np.maximum.reduceat(fired.value, fired.start[busy]))
-        bins = np.bincount(f.astype(np.int64) * N_BINS + bin_of(fired.value), minlength=self.n_latents * N_BINS)
+            self.largest[busy] = np.maximum(
+                self.largest[busy], np.maximum.reduceat(fired.value, fired.start[busy])
+            )
+        bins = np.bincount(
+            f.astype(np.int64) * N_BINS + bin_of(fired.value), minlength=self.n_latents * N_BINS
+        )
         self.histogram += bins.reshape(self.n_latents, N_BINS)
         if len(fired):
             document = corpus.document[fired.row]
@@ -145,10 +161,14 @@ class Survey:
 
     def _add_cofiring(self, fired: Firings, corpus: Corpus) -> None:
         share = min(1.0, self.options.cofiring_rows / max(1, corpus.n_kept))
-        chosen = (mix(fired.row.astype(np.uint64) + np.uint64(7)) >> np.uint64(11)).astype(np.float64) < share * 2.0**53
+        chosen = (mix(fired.row.astype(np.uint64) + np.uint64(7)) >> np.uint64(11)).astype(
+            np.float64
+        ) < share * 2.0**53
         rows, index = np.unique(fired.row[chosen], return_inverse=True)
         latent = fired.latent[chosen]
-        pattern = sp.csr_matrix((np.ones(len(latent), np.float32), (latent, index)), shape=(self.n_latents, len(rows)))
+        pattern = sp.csr_matrix(
+            (np.ones(len(latent), np.float32), (latent, index)), shape=(self.n_latents, len(rows))
+        )
         self.cofiring = (self.cofiring + pattern @ pattern.T).tocsr()
         self.cofiring_count += np.bincount(latent, minlength=self.n_latents)
 
@@ -156,7 +176,8 @@ class Survey:
         """Firings by attribute. Entries that wait are counted first."""
         if self._waiting:
             rows = {
-                name: RowValues(of_row=corpus.attribute(name), n_values=corpus.n_values(name)) for name in ATTRIBUTES
+                name: RowValues(of_row=corpus.attribute(name), n_values=corpus.n_values(name))
+                for name in ATTRIBUTES
             }
             for name, table in count(self._waiting, rows, self.n_latents).items():
                 self._grow(name, table)
@@ -165,8 +186,9 @@ class Survey:
 
     def _add_counts(self, fired: Firings, near: Firings, corpus: Corpus) -> None:
         self._waiting += [
-            Entries.of_firings(fired, corpus.part, self.strong), Entries.of_near_misses(near, corpus.part)
-        ]  # fmt: skip
+            Entries.of_firings(fired, corpus.part, self.strong),
+            Entries.of_near_misses(near, corpus.part),
+        ]
         if sum(map(len, self._waiting)) > COUNTED_AT_ONCE:
             self.tables(corpus)
 
@@ -199,7 +221,9 @@ def survey_site(
     return survey
 
 
-def add_rows(survey: Survey, rows: Rows, encoder: Encoder, corpus: Corpus, start: int, stop: int) -> None:
+def add_rows(
+    survey: Survey, rows: Rows, encoder: Encoder, corpus: Corpus, start: int, stop: int
+) -> None:
     """Read, encode and take in the kept rows from `start` to `stop`."""
     kept = start + np.flatnonzero(corpus.kept[start:stop])
     x = rows(start, stop)
@@ -211,8 +235,9 @@ def add_rows(survey: Survey, rows: Rows, encoder: Encoder, corpus: Corpus, start
 
 
 def strong_from(rows: Rows, encoder: Encoder, corpus: Corpus) -> Float32[np.ndarray, "latent"]:
-    """From where on a firing is among its latent's strongest tenth, estimated on PILOT_ROWS rows spread over the corpus
-    before the pass; 0, so that every firing counts, for a latent that did not fire there."""
+    """From where on a firing is among its latent's strongest tenth, estimated on PILOT_ROWS rows
+    spread over the corpus before the pass; 0, so that every firing counts, for a latent that did
+    not fire there."""
     n_parts = 8
     parts = []
     for part in range(n_parts):

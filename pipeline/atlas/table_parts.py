@@ -27,9 +27,13 @@ _N_LISTED = 5
 
 
 def write_parts(folder: Path, pages: SitePages) -> None:
-    """Write `features.parquet`, `labels.parquet`, `examples.parquet` of one site into `folder`, and the first two as
-    CSV, where the first site's part has the header."""
-    made = {"features": features_part(pages), "labels": labels_part(pages), "examples": examples_part(pages)}
+    """Write `features.parquet`, `labels.parquet`, `examples.parquet` of one site into `folder`, and
+    the first two as CSV, where the first site's part has the header."""
+    made = {
+        "features": features_part(pages),
+        "labels": labels_part(pages),
+        "examples": examples_part(pages),
+    }
     for name, table in made.items():
         pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
     for name in AS_CSV:
@@ -41,7 +45,9 @@ def write_csv(table: pa.Table, out: Path, *, header: bool) -> None:
     table = table.cast(plain_schema(table.schema))
     for i, field in enumerate(table.schema):
         if pa.types.is_list(field.type):
-            joined = pc.binary_join(table.column(i).combine_chunks().cast(pa.list_(pa.string())), " | ")
+            joined = pc.binary_join(
+                table.column(i).combine_chunks().cast(pa.list_(pa.string())), " | "
+            )
             table = table.set_column(i, field.name, joined)
     with (
         out.open("wb") as file,
@@ -70,8 +76,12 @@ def features_part(pages: SitePages) -> pa.Table:
             "latent": np.arange(n, dtype=np.int32),
             "label": pages.shown,
             "label_accepted": [label is not None and label.accepted for label in best],
-            "label_method": pa.array([None if label is None else label.method for label in best]).dictionary_encode(),
-            "label_score": pa.array([None if label is None else label.score for label in best], pa.float32()),
+            "label_method": pa.array(
+                [None if label is None else label.method for label in best]
+            ).dictionary_encode(),
+            "label_score": pa.array(
+                [None if label is None else label.score for label in best], pa.float32()
+            ),
             "alive": c["count"] > 0,
             "n_firings": c["count"],
             "n_documents": c["n_documents"],
@@ -95,12 +105,22 @@ def features_part(pages: SitePages) -> pa.Table:
 
 
 def labels_part(pages: SitePages) -> pa.Table:
-    flat = [(latent, rank, label) for latent, labels in enumerate(pages.labels) for rank, label in enumerate(labels)]
+    flat = [
+        (latent, rank, label)
+        for latent, labels in enumerate(pages.labels)
+        for rank, label in enumerate(labels)
+    ]
     columns: dict[str, list | pa.Array] = {
         "feature": [f"{pages.short}/{latent}" for latent, _, _ in flat],
         "rank": pa.array([rank for _, rank, _ in flat], pa.int16()),
     }
-    types = {"text": pa.string(), "method": pa.string(), "accepted": pa.bool_(), "n": pa.int32(), "origin": pa.string()}
+    types = {
+        "text": pa.string(),
+        "method": pa.string(),
+        "accepted": pa.bool_(),
+        "n": pa.int32(),
+        "origin": pa.string(),
+    }
     for field in fields(Label):
         values = [getattr(label, field.name) for _, _, label in flat]
         columns[field.name] = pa.array(values, types.get(field.name, pa.float32()))
@@ -115,7 +135,9 @@ def examples_part(pages: SitePages) -> pa.Table:
         {
             "site": pa.array([pages.short] * len(row)).dictionary_encode(),
             "latent": latent.astype(np.int32),
-            "tab": pa.DictionaryArray.from_arrays(pa.array(c["example_tab"], pa.int8()), list(TABS)),
+            "tab": pa.DictionaryArray.from_arrays(
+                pa.array(c["example_tab"], pa.int8()), list(TABS)
+            ),
             "decile": _known(c["example_decile"].astype(np.int16), NO_DECILE),
             "row": row,
             "document": corpus.document[row],

@@ -1,9 +1,10 @@
-"""The atlas as tables for programs: the sites' parts joined into `tables/*.parquet`, and features and labels as CSV
-too.
+"""The atlas as tables for programs: the sites' parts joined into `tables/*.parquet`, and features
+and labels as CSV too.
 
     features.parquet labels.parquet examples.parquet     one row a latent, a label, an example
     edges.parquet                                         kept links of the flow graph
-    tokens.parquet documents.parquet vocabulary.parquet   what `row`, `document` and `token` of an example refer to
+    tokens.parquet documents.parquet vocabulary.parquet   what `row`, `document` and `token` of an
+    example refer to
     features.csv.gz labels.csv.gz
 
 Parts are streamed one by one, so memory stays at one site.
@@ -26,7 +27,9 @@ from pipeline.atlas.graph import RELATIONS, AtlasGraph
 from pipeline.atlas.table_parts import AS_CSV, PARTS, plain_schema
 
 
-def write_tables(folder: Path, parts: Sequence[Path], corpus: Corpus, graph: AtlasGraph | None) -> None:
+def write_tables(
+    folder: Path, parts: Sequence[Path], corpus: Corpus, graph: AtlasGraph | None
+) -> None:
     """Write all tables into `folder`; `parts` are the sites' folders in order."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in PARTS:
@@ -59,24 +62,36 @@ def edges_table(graph: AtlasGraph) -> pa.Table:
     links = graph.links
     short = np.array([site.short for site in graph.sites])
     ids = {
-        name: pc.binary_join_element_wise(pa.array(short[site]), pa.array(latent).cast(pa.string()), "/")
-        for name, site, latent in (
-            ("source", links.source_site, links.source), ("target", links.target_site, links.target),
+        name: pc.binary_join_element_wise(
+            pa.array(short[site]), pa.array(latent).cast(pa.string()), "/"
         )
-    }  # fmt: skip
+        for name, site, latent in (
+            ("source", links.source_site, links.source),
+            ("target", links.target_site, links.target),
+        )
+    }
     drop = ("source_site", "source_latent", "target_site", "target_latent", "relation", "kept")
     evidence = links.evidence.drop(columns=[c for c in drop if c in links.evidence])
     relation = pa.DictionaryArray.from_arrays(pa.array(links.relation, pa.int8()), list(RELATIONS))
     rest = pa.Table.from_pandas(evidence, preserve_index=False)
-    return pa.table({**ids, "relation": relation, **dict(zip(rest.column_names, rest.columns, strict=True))})
+    return pa.table(
+        {**ids, "relation": relation, **dict(zip(rest.column_names, rest.columns, strict=True))}
+    )
 
 
 def _write_corpus(folder: Path, corpus: Corpus) -> None:
     tokens = pa.table(
-        {"token": corpus.token, "document": corpus.document, "position": corpus.position, "kept": corpus.kept,
-         "part": pa.DictionaryArray.from_arrays(pa.array(corpus.part, pa.int8()), list(DOCUMENT_PARTS)),
-         "held_out": corpus.held_out}
-    )  # fmt: skip
+        {
+            "token": corpus.token,
+            "document": corpus.document,
+            "position": corpus.position,
+            "kept": corpus.kept,
+            "part": pa.DictionaryArray.from_arrays(
+                pa.array(corpus.part, pa.int8()), list(DOCUMENT_PARTS)
+            ),
+            "held_out": corpus.held_out,
+        }
+    )
     pq.write_table(tokens, folder / "tokens.parquet", compression="zstd")
     source = np.array(corpus.sources)[corpus.document_source]
     labels = np.array([*corpus.labels, ""])[corpus.document_label]

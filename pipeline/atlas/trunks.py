@@ -1,11 +1,13 @@
-"""The flow graph → trunks: every living feature of the residual stream on exactly one path through the layers.
+"""The flow graph → trunks: every living feature of the residual stream on exactly one path through
+the layers.
 
-1. `f` continues in `g` when `f` is the best kept predecessor of `g` and, of the features it is that of, `g` is the
-   closest;
-2. a trunk is a maximal path of such steps, a feature without any is a trunk by itself: trunks share no feature, and
-   together they hold all living features of the residual stream;
+1. `f` continues in `g` when `f` is the best kept predecessor of `g` and, of the features it is that
+   of, `g` is the closest;
+2. a trunk is a maximal path of such steps, a feature without any is a trunk by itself: trunks share
+   no feature, and together they hold all living features of the residual stream;
 3. how a trunk begins and ends says what happens to features in a layer: BEGINS, ENDS;
-4. `trunk_shard` lays them out for the pages, with what writes into trunks on their way and what modules write at all.
+4. `trunk_shard` lays them out for the pages, with what writes into trunks on their way and what
+   modules write at all.
 
 Cost: O(features + links).
 """
@@ -24,8 +26,9 @@ from pipeline.atlas.graph import RELATIONS, AtlasGraph
 from pipeline.atlas.shards import Shard, narrow
 
 BEGINS = ("first", "branch", "mlp", "attention", "both", "unexplained", "unread")
-"""In the first layer; branching off a feature that goes on elsewhere; written by this layer's MLP, attention, both;
-neither though they could be looked at; not known, since this layer has no dictionary of its MLP or attention."""
+"""In the first layer; branching off a feature that goes on elsewhere; written by this layer's MLP,
+attention, both; neither though they could be looked at; not known, since this layer has no
+dictionary of its MLP or attention."""
 ENDS = ("last", "joins", "ends")
 """In the last layer; linked onward to features with a closer predecessor; without a link onward."""
 FEWEST_LAYERS = 3  # of what the headline and the flag on a feature call a trunk
@@ -33,8 +36,9 @@ FEWEST_LAYERS = 3  # of what the headline and the flag on a feature call a trunk
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trunks:
-    """Longest first, then by the product of cosines. `feature[offset[i] : offset[i + 1]]` are the numbers of trunk
-    i's features from its first layer to its last; `cosine` is that of the step to a feature, 0 for a trunk's first."""
+    """Longest first, then by the product of cosines. `feature[offset[i] : offset[i + 1]]` are the
+    numbers of trunk i's features from its first layer to its last; `cosine` is that of the step to
+    a feature, 0 for a trunk's first."""
 
     offset: Int64[np.ndarray, "trunk_and_one"]
     feature: Int64[np.ndarray, "member"]
@@ -85,12 +89,19 @@ def trunks_of(graph: AtlasGraph, alive: Bool[np.ndarray, "feature"]) -> Trunks:
 
 
 def trunk_shard(
-    graph: AtlasGraph, trunks: Trunks, n_firings: np.ndarray, labels: Sequence[str], score: np.ndarray
+    graph: AtlasGraph,
+    trunks: Trunks,
+    n_firings: np.ndarray,
+    labels: Sequence[str],
+    score: np.ndarray,
 ) -> Shard:
-    """`flow/trunks` of docs/decisions/0003-atlas-shards.md. `n_firings`, `labels`, `score` (NaN none) are by feature; a
-    trunk is named by its best-scored label."""
+    """`flow/trunks` of docs/decisions/0003-atlas-shards.md. `n_firings`, `labels`, `score` (NaN
+    none) are by feature; a trunk is named by its best-scored label."""
     known = np.nan_to_num(score[trunks.feature], nan=-1.0)
-    best = [a + int(known[a:b].argmax()) for a, b in zip(trunks.offset[:-1], trunks.offset[1:], strict=True)]
+    best = [
+        a + int(known[a:b].argmax())
+        for a, b in zip(trunks.offset[:-1], trunks.offset[1:], strict=True)
+    ]
     site = graph.site_of(trunks.feature)
     community = graph.column("community", -1)[trunks.feature[best]]
     columns = {
@@ -107,11 +118,14 @@ def trunk_shard(
     names = [labels[trunks.feature[i]] for i in best]
     return Shard(
         json={
-            "begins": list(BEGINS), "ends": list(ENDS), "labels": names, "written": _written(graph),
+            "begins": list(BEGINS),
+            "ends": list(ENDS),
+            "labels": names,
+            "written": _written(graph),
             "modules": _modules(graph, n_firings > 0),
         },
         columns=columns,
-    )  # fmt: skip
+    )
 
 
 def _path(first: int, child: np.ndarray) -> list[int]:
@@ -125,7 +139,9 @@ def _best_child(parent: np.ndarray, cosine: np.ndarray) -> np.ndarray:
     """Of the features that name f as parent, the closest; −1 for none."""
     has = np.flatnonzero(parent >= 0)
     order = has[np.lexsort((has, -cosine[has], parent[has]))]
-    first = np.concatenate([[True], np.diff(parent[order]) != 0]) if len(order) else np.zeros(0, bool)
+    first = (
+        np.concatenate([[True], np.diff(parent[order]) != 0]) if len(order) else np.zeros(0, bool)
+    )
     child = np.full(len(parent), -1, dtype=np.int64)
     child[parent[order[first]]] = order[first]
     return child
@@ -142,7 +158,9 @@ def _module_links(graph: AtlasGraph) -> dict[str, Bool[np.ndarray, "feature"]]:
     found = {}
     for relation in ("mlp", "attention"):
         found[relation] = np.zeros(graph.start[-1], dtype=bool)
-        found[relation][target[(links.relation == RELATIONS.index(relation)) & (links.rank == 0)]] = True
+        found[relation][
+            target[(links.relation == RELATIONS.index(relation)) & (links.rank == 0)]
+        ] = True
     return found
 
 
@@ -167,19 +185,26 @@ def _ends(graph: AtlasGraph, last: np.ndarray) -> np.ndarray:
     onward[(graph.start[links.source_site] + links.source)[links.relation == 0]] = True
     residual = [i for i, s in enumerate(graph.sites) if s.kind == "resid_post"]
     is_last = graph.site_of(last) == residual[-1] if residual else np.zeros(len(last), bool)
-    return np.select([is_last, onward[last]], [ENDS.index("last"), ENDS.index("joins")], ENDS.index("ends"))
+    return np.select(
+        [is_last, onward[last]], [ENDS.index("last"), ENDS.index("joins")], ENDS.index("ends")
+    )
 
 
 def _written(graph: AtlasGraph) -> dict[str, list[int]]:
-    """Per site, how many features that come from the layer before are also written to here, and by what."""
+    """Per site, how many features that come from the layer before are also written to here, and by
+    what."""
     carried, wrote = graph.parent[0] >= 0, _module_links(graph)
     mlp, attention = wrote["mlp"] & carried, wrote["attention"] & carried
     by = {"mlp": mlp & ~attention, "attention": attention & ~mlp, "both": mlp & attention}
-    return {name: np.add.reduceat(mask.astype(np.int64), graph.start[:-1]).tolist() for name, mask in by.items()}
+    return {
+        name: np.add.reduceat(mask.astype(np.int64), graph.start[:-1]).tolist()
+        for name, mask in by.items()
+    }
 
 
 def _modules(graph: AtlasGraph, alive: np.ndarray) -> list[dict[str, Any]]:
-    """Living features of every MLP and attention dictionary, and how many of them are linked into the stream."""
+    """Living features of every MLP and attention dictionary, and how many of them are linked into
+    the stream."""
     out = []
     for i, site in enumerate(graph.sites):
         if site.kind != "resid_post":

@@ -2,8 +2,9 @@
 
 1. the manifest is one of this version, and `manifest.json` lists every shard with size and sha256
 2. every shard is one call with base64 (nothing else in the file), and unpacks
-3. every column has the dtype, shape and range that docs/decisions/0003-atlas-shards.md gives it: offsets grow and
-   end at the number of entries, ids lie inside their dictionary or vocabulary, rows inside the corpus
+3. every column has the dtype, shape and range that docs/decisions/0003-atlas-shards.md gives it:
+   offsets grow and end at the number of entries, ids lie inside their dictionary or vocabulary,
+   rows inside the corpus
 4. no file but the app's own and the shards lies in the folder
 
 Cost: reads every byte once.
@@ -24,13 +25,26 @@ from pipeline.atlas.site_folder import FORMAT, VERSION
 from sae.errors import Problem, UserError
 
 APP_FILES = ("index.html", "app.js", "app.css", "README.txt", "manifest.json")
-_PER_LATENT = {"overview": ("density", "max", "class", "birth", "death", "community", "n_in", "n_out", "flags"),
-               "labels": ("method", "score")}  # fmt: skip
+_PER_LATENT = {
+    "overview": (
+        "density",
+        "max",
+        "class",
+        "birth",
+        "death",
+        "community",
+        "n_in",
+        "n_out",
+        "flags",
+    ),
+    "labels": ("method", "score"),
+}
 _TOKEN_LISTS = ("token", "previous", "promotes", "suppresses")
 
 
 def validate_atlas(folder: Path | str) -> dict[str, int]:
-    """Check a `site/` folder (or the artifact around it); returns counts. Raises UserError with every problem."""
+    """Check a `site/` folder (or the artifact around it); returns counts. Raises UserError with
+    every problem."""
     site = Path(folder)
     site = site / "site" if (site / "site" / "manifest.js").is_file() else site
     manifest = read_shard(site, "manifest").json
@@ -39,20 +53,46 @@ def validate_atlas(folder: Path | str) -> dict[str, int]:
         listing = json.loads((site / "manifest.json").read_text(encoding="utf-8"))["shards"]
         problems = [*_listing_problems(site, listing), *_shard_problems(site, manifest)]
     if problems:
-        raise UserError(f"{site} is not a whole atlas", problems=tuple(problems), mend="featureflow atlas --force")
+        raise UserError(
+            f"{site} is not a whole atlas",
+            problems=tuple(problems),
+            mend="featureflow atlas --force",
+        )
     n_features = sum(int(s["n_latents"]) for s in manifest["sites"])
-    return {"n_sites": len(manifest["sites"]), "n_features": n_features, "n_shards": len(listing) + 1}
+    return {
+        "n_sites": len(manifest["sites"]),
+        "n_features": n_features,
+        "n_shards": len(listing) + 1,
+    }
 
 
 def _manifest_problems(site: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:
     found = (manifest.get("format"), manifest.get("version"))
     if found != (FORMAT, VERSION):
         yield Problem(
-            what="another format or version", where="manifest", expected=f"{FORMAT} {VERSION}", found=str(found)
+            what="another format or version",
+            where="manifest",
+            expected=f"{FORMAT} {VERSION}",
+            found=str(found),
         )
         return
-    needed = ("model", "corpus", "sites", "cards_per_shard", "window", "example_tabs", "histogram", "position_edges",
-              "label_methods", "classes", "relations", "search", "has", "headline", "provenance")  # fmt: skip
+    needed = (
+        "model",
+        "corpus",
+        "sites",
+        "cards_per_shard",
+        "window",
+        "example_tabs",
+        "histogram",
+        "position_edges",
+        "label_methods",
+        "classes",
+        "relations",
+        "search",
+        "has",
+        "headline",
+        "provenance",
+    )
     for name in needed:
         if name not in manifest:
             yield Problem(what="missing key", where=f"manifest: {name}")
@@ -67,11 +107,19 @@ def _listing_problems(site: Path, listing: Mapping[str, Mapping[str, Any]]) -> I
         if not path.is_file():
             yield Problem(what="shard missing", where=f"{key}.js")
         elif (found := hashlib.sha256(path.read_bytes()).hexdigest()) != entry["sha256"]:
-            yield Problem(what="checksum differs", where=f"{key}.js", expected=entry["sha256"], found=found)
-    known = {f"{key}.js" for key in listing} | {"attached/steering.js", "attached/scores.js", *APP_FILES}
+            yield Problem(
+                what="checksum differs", where=f"{key}.js", expected=entry["sha256"], found=found
+            )
+    known = {f"{key}.js" for key in listing} | {
+        "attached/steering.js",
+        "attached/scores.js",
+        *APP_FILES,
+    }
     for path in sorted(p for p in site.rglob("*") if p.is_file()):
         if path.relative_to(site).as_posix() not in known:
-            yield Problem(what="a file that does not belong here", where=path.relative_to(site).as_posix())
+            yield Problem(
+                what="a file that does not belong here", where=path.relative_to(site).as_posix()
+            )
 
 
 def _shard_problems(site: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:
@@ -86,18 +134,25 @@ def _shard_problems(site: Path, manifest: Mapping[str, Any]) -> Iterator[Problem
         except UserError as error:
             yield from error.problems
         except (KeyError, IndexError, ValueError, TypeError) as error:
-            yield Problem(what="not as the format says", where=key, found=f"{type(error).__name__}: {error}")
+            yield Problem(
+                what="not as the format says", where=key, found=f"{type(error).__name__}: {error}"
+            )
 
 
 def _checks(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Every key that must exist, with what checks it; `vocab` first, since others need its size."""
-    yield "vocab", lambda shard, _v, _r: _csr(shard, "offset", int(shard.json["n_tokens"]), ("bytes",))
+    yield (
+        "vocab",
+        lambda shard, _v, _r: _csr(shard, "offset", int(shard.json["n_tokens"]), ("bytes",)),
+    )
     for i in range(int(manifest["corpus"]["n_shards"])):
         yield f"corpus/{i:03d}", lambda shard, v, _: _below(shard, "token", v)
     yield (
         "corpus/documents",
         lambda shard, _v, rows: (
-            [] if int(shard.columns["run_row"][-1]) == rows else ["run_row does not end at the last row"]
+            []
+            if int(shard.columns["run_row"][-1]) == rows
+            else ["run_row does not end at the last row"]
         ),
     )
     for entry in manifest["sites"]:
@@ -107,19 +162,28 @@ def _checks(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if manifest["has"]["flow"]:
             yield (
                 f"{base}/flow",
-                lambda shard, _v, _r, n=n: _csr(shard, "target_offset", n, ("source", "cosine", "rank")),
+                lambda shard, _v, _r, n=n: _csr(
+                    shard, "target_offset", n, ("source", "cosine", "rank")
+                ),
             )
         for card in range(int(entry["n_cards"])):
-            yield f"{base}/cards/{card:03d}", lambda shard, v, rows, n=n: _card_problems(shard, v, rows, n)
+            yield (
+                f"{base}/cards/{card:03d}",
+                lambda shard, v, rows, n=n: _card_problems(shard, v, rows, n),
+            )
     if manifest["has"]["flow"]:
         yield "flow/model", lambda shard, _v, _r: [] if shard.json else ["empty"]
         yield (
             "flow/communities",
-            lambda shard, _v, _r: _lengths(shard, ("id", "token", "n_by_site"), len(shard.json["labels"])),
+            lambda shard, _v, _r: _lengths(
+                shard, ("id", "token", "n_by_site"), len(shard.json["labels"])
+            ),
         )
         yield (
             "flow/trunks",
-            lambda shard, _v, _r: _trunk_problems(shard, [int(s["n_latents"]) for s in manifest["sites"]]),
+            lambda shard, _v, _r: _trunk_problems(
+                shard, [int(s["n_latents"]) for s in manifest["sites"]]
+            ),
         )
     size = int(manifest["search"]["tokens_per_shard"])
     for i in manifest["search"]["shards"]:
@@ -127,13 +191,21 @@ def _checks(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             f"search/tokens/{i:03d}",
             lambda shard, _v, _r: _csr(shard, "offset", size, ("site", "latent", "kind", "weight")),
         )
-    yield "attached/steering", lambda shard, _v, _r: [] if "samples" in shard.json else ["samples missing"]
-    yield "attached/scores", lambda shard, _v, _r: [] if "features" in shard.json else ["features missing"]
+    yield (
+        "attached/steering",
+        lambda shard, _v, _r: [] if "samples" in shard.json else ["samples missing"],
+    )
+    yield (
+        "attached/scores",
+        lambda shard, _v, _r: [] if "features" in shard.json else ["features missing"],
+    )
 
 
 def _card_problems(shard: Shard, n_tokens: int, n_rows: int, n_latents: int) -> list[str]:
     n, c = int(shard.json["n"]), shard.columns
-    problems = _lengths(shard, ("count", "mean", "max", "decile", "histogram", "token", "promotes", "similar"), n)
+    problems = _lengths(
+        shard, ("count", "mean", "max", "decile", "histogram", "token", "promotes", "similar"), n
+    )
     if len(shard.json["labels"]) != n:
         problems.append("labels: not one list a latent")
     problems += _csr(shard, "example_offset", n, ("example_tab", "example_row", "example_value"))
@@ -152,18 +224,24 @@ def _trunk_problems(shard: Shard, n_latents: list[int]) -> list[str]:
     """Trunks that share no feature, of features that exist, each with its label."""
     columns, n = shard.columns, len(shard.json["labels"])
     problems = _lengths(shard, ("length", "begin", "end", "community", "score"), n)
-    problems += _lengths(shard, ("site", "latent", "cosine", "count"), int(columns["length"].astype(np.int64).sum()))
+    problems += _lengths(
+        shard, ("site", "latent", "cosine", "count"), int(columns["length"].astype(np.int64).sum())
+    )
     if problems:
         return problems
     site, latent = columns["site"].astype(np.int64), columns["latent"].astype(np.int64)
     if (site >= len(n_latents)).any() or (latent >= np.asarray(n_latents)[site]).any():
         return ["a feature lies outside its dictionary"]
-    return [] if len(np.unique(site << 32 | latent)) == len(site) else ["a feature is on two trunks"]
+    return (
+        [] if len(np.unique(site << 32 | latent)) == len(site) else ["a feature is on two trunks"]
+    )
 
 
 def _lengths(shard: Shard, names: tuple[str, ...], n: int) -> list[str]:
     return [
-        f"{name}: {len(shard.columns[name])} entries instead of {n}" for name in names if len(shard.columns[name]) != n
+        f"{name}: {len(shard.columns[name])} entries instead of {n}"
+        for name in names
+        if len(shard.columns[name]) != n
     ]
 
 
@@ -171,8 +249,11 @@ def _csr(shard: Shard, offset: str, n: int, entries: tuple[str, ...]) -> list[st
     edges = shard.columns[offset].astype(np.int64)
     if len(edges) != n + 1 or edges[0] != 0 or (np.diff(edges) < 0).any():
         return [f"{offset}: not {n + 1} growing offsets from 0"]
-    return [f"{name}: {len(shard.columns[name])} entries, {offset} ends at {edges[-1]}" for name in entries
-            if len(shard.columns[name]) != edges[-1]]  # fmt: skip
+    return [
+        f"{name}: {len(shard.columns[name])} entries, {offset} ends at {edges[-1]}"
+        for name in entries
+        if len(shard.columns[name]) != edges[-1]
+    ]
 
 
 def _below(shard: Shard, name: str, limit: int) -> list[str]:

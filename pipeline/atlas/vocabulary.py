@@ -1,11 +1,15 @@
-"""The vocabulary as the atlas needs it: bytes of every token, texts to show, and two groupings of tokens.
+"""The vocabulary as the atlas needs it: bytes of every token, texts to show, and two groupings of
+tokens.
 
-1. a token is its bytes; text is made by joining bytes first and reading UTF-8 afterwards, so no `Ġ` and no half
-   characters;
-2. `families` groups tokens that differ in case, leading space or an English ending (" Run", "running" → run);
-3. `classes` puts each token into one class of characters (number, capitalised word, opening bracket, …).
+1. a token is its bytes; text is made by joining bytes first and reading UTF-8 afterwards, so no `Ġ`
+   and no half characters;
+2. `families` groups tokens that differ in case, leading space or an English ending (" Run",
+   "running" → run);
+3. `classes` puts each token into one class of characters (number, capitalised word, opening
+   bracket, …).
 
-Both groupings are partitions, so a rule over them is scored from the same counts as a rule over tokens.
+Both groupings are partitions, so a rule over them is scored from the same counts as a rule over
+tokens.
 """
 
 from __future__ import annotations
@@ -62,10 +66,13 @@ class Vocabulary:
 
     @staticmethod
     def quote(text: str) -> str:
-        """Text in quotes with line breaks and unusual spaces made visible, cut when it is very long."""
+        """Text in quotes with line breaks and unusual spaces made visible, cut when it is very
+        long."""
         shown = text.replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")
         if not shown.isascii():
-            shown = "".join(c if c == " " or not c.isspace() else f"⟨U+{ord(c):04X}⟩" for c in shown)
+            shown = "".join(
+                c if c == " " or not c.isspace() else f"⟨U+{ord(c):04X}⟩" for c in shown
+            )
         return f"‘{shown if len(shown) <= 32 else shown[:31] + '…'}’"
 
     def join(self, tokens: Sequence[int]) -> str:
@@ -79,7 +86,8 @@ class Vocabulary:
 
     @cached_property
     def families(self) -> tuple[Int32[np.ndarray, "token"], list[str]]:
-        """The family of every token, and a name for each: its first token in full, since stems are no words."""
+        """The family of every token, and a name for each: its first token in full, since stems are
+        no words."""
         number: dict[str, int] = {}
         names: list[str] = []
         index = np.zeros(len(self), dtype=np.int32)
@@ -91,7 +99,8 @@ class Vocabulary:
         return index, names
 
     def save(self, path: Path) -> None:
-        """As one .npz of plain arrays, groupings included, so that every process need not make them again."""
+        """As one .npz of plain arrays, groupings included, so that every process need not make them
+        again."""
         index, names = self.families
         arrays: dict[str, np.ndarray] = {
             **_packed_texts("token", self.tokens),
@@ -105,9 +114,15 @@ class Vocabulary:
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
         with np.load(path, allow_pickle=False) as arrays:
-            made = cls(tokens=_unpacked_texts("token", arrays), special=frozenset(int(t) for t in arrays["special"]))
+            made = cls(
+                tokens=_unpacked_texts("token", arrays),
+                special=frozenset(int(t) for t in arrays["special"]),
+            )
             made.__dict__["classes"] = arrays["classes"]
-            made.__dict__["families"] = arrays["families"], [t.decode() for t in _unpacked_texts("family", arrays)]
+            made.__dict__["families"] = (
+                arrays["families"],
+                [t.decode() for t in _unpacked_texts("family", arrays)],
+            )
         return made
 
     def _class_of(self, token: int) -> int:
@@ -122,7 +137,10 @@ class Vocabulary:
 
 def _packed_texts(name: str, texts: Sequence[bytes]) -> dict[str, np.ndarray]:
     offset = np.cumsum([0, *(len(t) for t in texts)])
-    return {f"{name}_offset": offset, f"{name}_bytes": np.frombuffer(b"".join(texts), dtype=np.uint8)}
+    return {
+        f"{name}_offset": offset,
+        f"{name}_bytes": np.frombuffer(b"".join(texts), dtype=np.uint8),
+    }
 
 
 def _unpacked_texts(name: str, arrays: Mapping[str, np.ndarray]) -> list[bytes]:
@@ -138,7 +156,10 @@ def _class_of_text(text: str) -> str:
 
 
 _TESTS: tuple[tuple[str, Callable[[str], bool]], ...] = (
-    ("digits", lambda body: all(c.isdigit() or c in ".," for c in body) and any(c.isdigit() for c in body)),
+    (
+        "digits",
+        lambda body: all(c.isdigit() or c in ".," for c in body) and any(c.isdigit() for c in body),
+    ),
     ("ends of sentences", lambda body: all(c in ".!?…" for c in body)),
     ("commas and colons", lambda body: all(c in ",;:" for c in body)),
     ("opening brackets and quotes", lambda body: all(c in _OPENING for c in body)),

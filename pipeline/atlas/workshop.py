@@ -1,9 +1,13 @@
-"""The two jobs per site, as functions of small picklable descriptions, so that processes or machines may run them.
+"""The two jobs per site, as functions of small picklable descriptions, so that processes or
+machines may run them.
 
-1. `survey_job`: pass over the store, cards' columns, rules; leaves `<work>/<short>/`  (heavy: the encoder's product)
-2. `write_job`: labels (with those inherited along the flow graph), shards and table parts    (light)
+1. `survey_job`: pass over the store, cards' columns, rules; leaves `<work>/<short>/`  (heavy: the
+   encoder's product)
+2. `write_job`: labels (with those inherited along the flow graph), shards and table parts
+   (light)
 
-`Workshop` says where everything lies. What the jobs of one process share (corpus, unembedding, graph) is opened once.
+`Workshop` says where everything lies. What the jobs of one process share (corpus, unembedding,
+graph) is opened once.
 """
 
 from __future__ import annotations
@@ -25,7 +29,15 @@ from pipeline.atlas.describe import describe_site
 from pipeline.atlas.examples import PROFILES
 from pipeline.atlas.firings import Encoder, Precision
 from pipeline.atlas.graph import AtlasGraph, read_graph
-from pipeline.atlas.labels import RULE_METHODS, Bar, Inherited, SiteRules, labels_of, make_rules, scored
+from pipeline.atlas.labels import (
+    RULE_METHODS,
+    Bar,
+    Inherited,
+    SiteRules,
+    labels_of,
+    make_rules,
+    scored,
+)
 from pipeline.atlas.pages import SitePages, write_site
 from pipeline.atlas.projection import Unembedding, project
 from pipeline.atlas.rules import attribute_tables
@@ -43,9 +55,9 @@ _kept = lru_cache(maxsize=1)  # what the jobs of one process share is of one atl
 
 @dataclass(frozen=True, kw_only=True)
 class Workshop:
-    """Paths and choices of one atlas in the making. `sites` are short names in the atlas' order; `made_from` are names
-    and digests of the artifacts, since what a process keeps must not outlive them: a store may be made anew in the same
-    place while the workers of a cluster stay."""
+    """Paths and choices of one atlas in the making. `sites` are short names in the atlas' order;
+    `made_from` are names and digests of the artifacts, since what a process keeps must not outlive
+    them: a store may be made anew in the same place while the workers of a cluster stay."""
 
     store: Path
     dictionaries: Path
@@ -73,16 +85,23 @@ def survey_job(shop: Workshop, short: str) -> str:
         check_fit(store, site, sae, shop)
         profile = PROFILES[shop.profile]
         options = SurveyOptions(
-            n_top=profile.n_top, n_near=profile.n_near, n_uniform=profile.n_reservoir,
-            cofiring_rows=shop.cofiring_rows, seed=shop.seed,
-        )  # fmt: skip
-        survey = survey_site(lambda a, b: store.read(site, a, b), Encoder.of(sae, shop.precision), corpus, options)
+            n_top=profile.n_top,
+            n_near=profile.n_near,
+            n_uniform=profile.n_reservoir,
+            cofiring_rows=shop.cofiring_rows,
+            seed=shop.seed,
+        )
+        survey = survey_site(
+            lambda a, b: store.read(site, a, b), Encoder.of(sae, shop.precision), corpus, options
+        )
         unembedding = unembedding_for(shop)
         fits = unembedding is not None and sae.d_out == unembedding.matrix.shape[1]
         projection = project(sae.W_dec, unembedding) if fits and unembedding is not None else None
         columns = describe_site(survey, sae, corpus, projection, profile)
         tables = survey.tables(corpus)
-        rules = make_rules(attribute_tables(tables, corpus), None if projection is None else projection.promotes)
+        rules = make_rules(
+            attribute_tables(tables, corpus), None if projection is None else projection.promotes
+        )
         intermediate.save_site(shop.work, short, columns, rules, tables)
     return short
 
@@ -92,7 +111,10 @@ def write_job(shop: Workshop, short: str) -> str:
     `<work>/<short>/summary.json`."""
     index = shop.sites.index(short)
     corpus, graph = corpus_for(shop), graph_for(shop)
-    columns, rules = intermediate.load_columns(shop.work, short), intermediate.load_rules(shop.work, short)
+    columns, rules = (
+        intermediate.load_columns(shop.work, short),
+        intermediate.load_rules(shop.work, short),
+    )
     inherited = None if graph is None else _inherited(shop, index, corpus, graph)
     labels = [
         labels_of(latent, int(count), rules, inherited, corpus, shop.bar)
@@ -122,9 +144,13 @@ def open_store(shop: Workshop) -> ActivationStore:
 def corpus_for(shop: Workshop) -> Corpus:
     vocabulary = Vocabulary.load(shop.work / VOCABULARY)
     return corpus_of(
-        open_store(shop).tokens(), vocabulary, filters=shop.filters, holdout=shop.holdout, choice=shop.choice,
+        open_store(shop).tokens(),
+        vocabulary,
+        filters=shop.filters,
+        holdout=shop.holdout,
+        choice=shop.choice,
         seed=shop.seed,
-    )  # fmt: skip
+    )
 
 
 @_kept
@@ -142,10 +168,15 @@ def unembedding_for(shop: Workshop) -> Unembedding | None:
     with np.load(path, allow_pickle=False) as arrays:
         weight, gain, hidden = (arrays[name] for name in ("weight", "gain", "hidden"))
     seen = np.bincount(corpus_for(shop).token, minlength=len(weight)) > 0
-    if seen.sum() >= FEWEST_LISTED:  # words that the text never uses are mostly ones the model hardly learned
+    if (
+        seen.sum() >= FEWEST_LISTED
+    ):  # words that the text never uses are mostly ones the model hardly learned
         hidden = np.union1d(hidden, np.flatnonzero(~seen))
     return Unembedding.of(
-        torch.from_numpy(weight), torch.from_numpy(gain), hidden=hidden.tolist(), precision=shop.precision
+        torch.from_numpy(weight),
+        torch.from_numpy(gain),
+        hidden=hidden.tolist(),
+        precision=shop.precision,
     )
 
 
@@ -160,7 +191,8 @@ def trunk_starts(shop: Workshop) -> frozenset[int]:
 
 
 def check_fit(store: ActivationStore, site: Site, sae: Sae, shop: Workshop) -> None:
-    """Raises UserError when the store lacks the site or its vectors have another width than the dictionary reads."""
+    """Raises UserError when the store lacks the site or its vectors have another width than the
+    dictionary reads."""
     if site not in store.sites:
         raise UserError(
             f"the store has no activations at {site.short}, though there is a dictionary for it",
@@ -192,7 +224,9 @@ def _inherited(shop: Workshop, index: int, corpus: Corpus, graph: AtlasGraph) ->
         local = np.where(origins == site, parent - graph.start[site], -1)
         for name, chosen in _by_method(rules, local, shop.bar):
             if name in tables:
-                found[f"{site}/{name}"] = scored(rules.by_method[name].rules.taken_from(chosen), tables[name])
+                found[f"{site}/{name}"] = scored(
+                    rules.by_method[name].rules.taken_from(chosen), tables[name]
+                )
                 for latent in np.flatnonzero(chosen >= 0):
                     named[latent] = graph.feature(int(parent[latent]))
     return Inherited(origin=named, cosine=cosine, by_attribute=found) if found else None

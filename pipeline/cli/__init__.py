@@ -1,11 +1,13 @@
-"""The command `featureflow`: stages, the whole run, and the tools around stores, flow graphs, atlases and plans.
+"""The command `featureflow`: stages, the whole run, and the tools around stores, flow graphs,
+atlases and plans.
 
     featureflow run --recipe laptop            the whole pipeline; what is up to date is left alone
-    featureflow train --recipe laptop --train.steps 500      one stage, with one field of the recipe changed
+    featureflow train --recipe laptop --train.steps 500      one stage, with one field of the recipe
+    changed
     featureflow flow show L12/402              a feature's flow, in the terminal
 
-Every field of every stage is explained by `featureflow <stage> --help`. Errors a user can mend are printed without a
-traceback (`--debug` shows it) and the exit code is not zero.
+Every field of every stage is explained by `featureflow <stage> --help`. Errors a user can mend are
+printed without a traceback (`--debug` shows it) and the exit code is not zero.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ from sae.errors import UserError
 @click.group(no_args_is_help=True)
 @click.version_option(package_name="featureflow")
 def app() -> None:
-    """Find the features inside a language model, follow them from layer to layer, steer along their flow."""
+    """Find the features inside a language model, follow them from layer to layer, steer along their
+    flow."""
 
 
 _TOOLS = {"atlas": (*QUESTIONS, *ATLAS_TOOLS), "steer": STEER_TOOLS}
@@ -47,7 +50,8 @@ for _command in (run, *_STAGE_COMMANDS, *_OTHERS):
 
 
 def main() -> None:
-    """Entry point: run the command line and turn every failure into an exit code and a readable message."""
+    """Entry point: run the command line and turn every failure into an exit code and a readable
+    message."""
     signal.signal(signal.SIGTERM, _interrupt)
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -73,12 +77,15 @@ def run_command(arguments: Sequence[str], *, debug: bool = False) -> int:
         _explain(error, f"error: {error.strerror or error}: {error.filename or ''}", debug)
         return 3
     except MemoryError as error:
-        _explain(error, "error: out of memory; use a smaller --train.batch_size or fewer sites", debug)
+        _explain(
+            error, "error: out of memory; use a smaller --train.batch_size or fewer sites", debug
+        )
         return 3
     except Exception as error:
         _explain(
             error,
-            f"internal error: {type(error).__name__}: {error}\n    run again with --debug for the traceback",
+            f"internal error: {type(error).__name__}: {error}\n    run again with --debug for the "
+            "traceback",
             debug,
         )
         return 1

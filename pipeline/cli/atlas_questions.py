@@ -1,4 +1,5 @@
-"""`featureflow atlas find | read`: features about a word, and features that fire on a text, in the terminal."""
+"""`featureflow atlas find | read`: features about a word, and features that fire on a text, in the
+terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from pipeline.console import say, show_number, table
 @recipe_option
 @artifacts_option
 def find(word: str, n: int, short: str | None, recipe: str, artifacts: Path) -> None:
-    """List features about WORD: in their label, the tokens they fire on most, or the tokens they promote.
+    """List features about WORD: in their label, the tokens they fire on most, or the tokens they
+    promote.
 
     WORD may be the beginning of a word. Accepted labels come first, by held-out score (F1)."""
     from data.sites import parse_site
@@ -38,13 +40,22 @@ def find(word: str, n: int, short: str | None, recipe: str, artifacts: Path) -> 
     ]
     for line in table(rows):
         say(line)
-    say(f"{min(n, len(found))} of {len(found)} features shown" if found else f"no feature is about {word!r}")
+    say(
+        f"{min(n, len(found))} of {len(found)} features shown"
+        if found
+        else f"no feature is about {word!r}"
+    )
 
 
 @click.command()
 @click.argument("text")
 @click.option("-n", "n", default=3, show_default=True, help="features a token, strongest first")
-@click.option("--site", "short", default=None, help="dictionary, such as L12; default: the middle residual one")
+@click.option(
+    "--site",
+    "short",
+    default=None,
+    help="dictionary, such as L12; default: the middle residual one",
+)
 @click.option("--device", default="cpu", show_default=True, help="torch device of the model")
 @recipe_option
 @artifacts_option

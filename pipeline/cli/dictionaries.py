@@ -16,7 +16,13 @@ def sae_commands() -> None:
 
 @sae_commands.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--format", "form", default="auto", show_default=True, help="format, if it should not be recognised")
+@click.option(
+    "--format",
+    "form",
+    default="auto",
+    show_default=True,
+    help="format, if it should not be recognised",
+)
 def info(path: Path, form: str) -> None:
     """Describe the dictionary at PATH (a file or folder of any known format)."""
     from sae.formats import read
@@ -35,7 +41,9 @@ def info(path: Path, form: str) -> None:
 @sae_commands.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Choice(["native", "saelens"]), required=True, help="format to write")
+@click.option(
+    "--to", type=click.Choice(["native", "saelens"]), required=True, help="format to write"
+)
 @click.option("--format", "form", default="auto", show_default=True, help="format of SOURCE")
 def convert(source: Path, out: Path, to: str, form: str) -> None:
     """Read the dictionary at SOURCE and write it to the folder OUT."""

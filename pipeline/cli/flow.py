@@ -35,8 +35,15 @@ def show(feature: str, recipe: str, artifacts: Path) -> None:
 
 @flow_commands.command()
 @click.argument("feature")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="picture to write: .png, .svg or .pdf")
-@click.option("--hops", default=3, show_default=True, help="links away from the feature that are shown")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="picture to write: .png, .svg or .pdf",
+)
+@click.option(
+    "--hops", default=3, show_default=True, help="links away from the feature that are shown"
+)
 @recipe_option
 @artifacts_option
 def figure(feature: str, out: Path, hops: int, recipe: str, artifacts: Path) -> None:
@@ -59,7 +66,14 @@ def trunks(n: int, recipe: str, artifacts: Path) -> None:
     rows = []
     for trunk in _graph(folder).trunks(n):
         first, middle, last = (str(trunk.features[i]) for i in (0, trunk.length // 2, -1))
-        rows.append((f"{first} … {last}", f"{trunk.length} layers", show_number(trunk.weakest), label_of(middle)))
+        rows.append(
+            (
+                f"{first} … {last}",
+                f"{trunk.length} layers",
+                show_number(trunk.weakest),
+                label_of(middle),
+            )
+        )
     for line in table(rows):
         say(line)
 
@@ -88,7 +102,8 @@ def _graph(folder: Path) -> FlowGraph:
     graph = FlowGraph.open(folder / "link")
     try:
         open_run(folder, ("train", "link") if (folder / "train").exists() else ("link",))
-    except UserError as error:  # the graph can be read all the same, but its features are not those of the dictionaries
+    # the graph can be read all the same, but its features are not those of the dictionaries
+    except UserError as error:
         complain(f"note: this graph is not that of the dictionaries beside it\n{error}")
     return graph
 

@@ -1,8 +1,8 @@
 """The command that mends, as this user has to type it.
 
-An error raised deep inside says `featureflow train`; the user ran `featureflow atlas -r mine.toml --artifacts /data
---train.n_latents 4096`. The same recipe, folder and fields of the stages up to the one named belong to the command that
-mends, or it mends another run.
+An error raised deep inside says `featureflow train`; the user ran `featureflow atlas -r mine.toml
+--artifacts /data --train.n_latents 4096`. The same recipe, folder and fields of the stages up to
+the one named belong to the command that mends, or it mends another run.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from pipeline.stages import STAGES
 
 _TOOLS = "plan|contrast|calibrate|generate|judge|export|paper|serve|explain|diff|validate|find|read"
 _COMMAND = re.compile(
-    rf"featureflow (?P<name>run|{'|'.join(STAGES)})\b(?P<kept>(?: --to \w+| --force)*)(?: --recipe [^\s,;:]+)?"
+    rf"featureflow (?P<name>run|{'|'.join(STAGES)})\b(?P<kept>(?: --to \w+| --force)*)(?: --recipe "
+    r"[^\s,;:]+)?"
     rf"(?P<more>(?: --to \w+| --force)*)(?! (?:--help|{_TOOLS})\b)"
 )
 _SHARED = (("--recipe", "-r"), ("--artifacts", None), ("--name", None))
 
 
 def completed(mend: str, arguments: Sequence[str]) -> str:
-    """`mend` with what `arguments`, the words of the command that failed, say of recipe, folder and fields."""
+    """`mend` with what `arguments`, the words of the command that failed, say of recipe, folder and
+    fields."""
     overrides, rest = split_overrides(arguments)
     shared = [*_shared(rest)]
 

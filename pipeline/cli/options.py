@@ -1,4 +1,5 @@
-"""Options that several commands share, and what they become: overrides of a recipe, and a RunContext."""
+"""Options that several commands share, and what they become: overrides of a recipe, and a
+RunContext."""
 
 from __future__ import annotations
 
@@ -15,7 +16,11 @@ DEFAULT_RECIPE = "laptop"
 TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 recipe_option = click.option(
-    "--recipe", "-r", default=DEFAULT_RECIPE, show_default=True, help="name of a recipe in configs/, or a TOML file"
+    "--recipe",
+    "-r",
+    default=DEFAULT_RECIPE,
+    show_default=True,
+    help="name of a recipe in configs/, or a TOML file",
 )
 artifacts_option = click.option(
     "--artifacts",
@@ -27,30 +32,45 @@ artifacts_option = click.option(
 name_option = click.option(
     "--name",
     default=None,
-    help="name of this run: its folder below --artifacts, for variants beside each other. What the recipe's own run "
-    "has as it is wanted here, from collect to link, is shared with it  [default: the recipe's name]",
+    help="name of this run: its folder below --artifacts, for variants beside each other. What the "
+    "recipe's own run "
+    "has as it is wanted here, from collect to link, is shared with it  [default: the recipe's "
+    "name]",
 )
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="no progress bars")
 _MACHINE_OPTIONS = (
-    click.option("--device", default="auto", show_default=True, help="torch device: cpu, cuda, cuda:1, mps, or auto"),
-    click.option("--threads", default=0, show_default=True, help="cores to use; 0: all that this process may"),
     click.option(
-        "--scheduler", default=None, help="address of a Dask scheduler that runs, such as tcp://10.0.0.1:8786"
+        "--device",
+        default="auto",
+        show_default=True,
+        help="torch device: cpu, cuda, cuda:1, mps, or auto",
     ),
     click.option(
-        "--workers", default=0, show_default=True, help="start a local Dask cluster with this many worker processes"
+        "--threads", default=0, show_default=True, help="cores to use; 0: all that this process may"
+    ),
+    click.option(
+        "--scheduler",
+        default=None,
+        help="address of a Dask scheduler that runs, such as tcp://10.0.0.1:8786",
+    ),
+    click.option(
+        "--workers",
+        default=0,
+        show_default=True,
+        help="start a local Dask cluster with this many worker processes",
     ),
 )
 
 
 def run_folder(artifacts: Path, recipe: str) -> Path:
-    """Where a recipe's artifacts lie, and those of a run with a --name: below `artifacts`, a dot in the name kept."""
+    """Where a recipe's artifacts lie, and those of a run with a --name: below `artifacts`, a dot in
+    the name kept."""
     return artifacts / Path(recipe).name.removesuffix(".toml")
 
 
 def folder_of_run(artifacts: Path, recipe_name: str, name: str | None) -> Path:
-    """`artifacts/<name>`, by default that of the recipe. Raises click.UsageError for a name that is no single folder
-    and one that tools would read as a file."""
+    """`artifacts/<name>`, by default that of the recipe. Raises click.UsageError for a name that is
+    no single folder and one that tools would read as a file."""
     if name is None:
         return artifacts / recipe_name
     if name in ("", ".", "..") or run_folder(artifacts, name) != artifacts / name:
@@ -66,9 +86,10 @@ def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _HOW = """
-How to write a VALUE below: as in TOML, a list '["L1", "L2"]', a table '{kind = "topk", k = 8}'. field(kind).x belongs
-to one kind of a choice: the kind's name alone may be VALUE of field, and --<stage>.field.x changes x of the kind that
-the recipe names. field[].x is what each table of a list says.
+How to write a VALUE below: as in TOML, a list '["L1", "L2"]', a table '{kind = "topk", k = 8}'.
+field(kind).x belongs to one kind of a choice: the kind's name alone may be VALUE of field, and
+--<stage>.field.x changes x of the kind that the recipe names. field[].x is what each table of a
+list says.
 """
 
 
@@ -80,8 +101,12 @@ class _StageHelp(click.Command):
 
         formatter.write(_HOW)
         for name in STAGES if self.name == "run" else (str(self.name),):
-            formatter.write(f"\nFields of [{name}], each also an option (--{name}.<field> VALUE):\n")
-            for place, kind, default, meaning in describe_fields(StageName(name).module.Config, name):
+            formatter.write(
+                f"\nFields of [{name}], each also an option (--{name}.<field> VALUE):\n"
+            )
+            for place, kind, default, meaning in describe_fields(
+                StageName(name).module.Config, name
+            ):
                 formatter.write(f"  --{place}  <{kind}>  default {default}\n")
                 if meaning:
                     formatter.write(f"      {meaning}\n")
@@ -94,7 +119,8 @@ class StageCommand(_StageHelp):
 class StageGroup(_StageHelp, click.Group):
     """A stage that also has tools as subcommands (`atlas serve`, `steer plan`).
 
-    A group takes what it does not know for a subcommand, so overrides of the recipe are set aside before it looks.
+    A group takes what it does not know for a subcommand, so overrides of the recipe are set aside
+    before it looks.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -144,7 +170,9 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
     return overrides
 
 
-def run_context(*, device: str, threads: int, scheduler: str | None, workers: int, progress: Any) -> Any:
+def run_context(
+    *, device: str, threads: int, scheduler: str | None, workers: int, progress: Any
+) -> Any:
     """The RunContext that the machine options describe; sets torch's thread count."""
     import torch
 
@@ -155,7 +183,9 @@ def run_context(*, device: str, threads: int, scheduler: str | None, workers: in
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     where = scheduler or ("local" if workers else None)
-    return RunContext(progress=progress, device=device, n_threads=n_threads, scheduler=where, n_workers=workers)
+    return RunContext(
+        progress=progress, device=device, n_threads=n_threads, scheduler=where, n_workers=workers
+    )
 
 
 def _n_cores() -> int:

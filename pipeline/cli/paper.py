@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli.options import artifacts_option, machine_options, quiet_option, recipe_option, run_context, run_folder
+from pipeline.cli.options import (
+    artifacts_option,
+    machine_options,
+    quiet_option,
+    recipe_option,
+    run_context,
+    run_folder,
+)
 from pipeline.console import progress_bars, say
 from pipeline.flow.experiments import EXPERIMENTS, FIGURE, REPORT
 
@@ -24,11 +31,19 @@ INPUTS = ("collect", "train", "link")
 
 @click.group("paper", no_args_is_help=True)
 def paper_commands() -> None:
-    """Rerun an experiment of the papers on a linked model: tables, a figure and a text in <recipe>/paper/."""
+    """Rerun an experiment of the papers on a linked model: tables, a figure and a text in
+    <recipe>/paper/."""
 
 
 def _effort_options(command: Callable[..., None], left_out: tuple[str, ...]) -> Callable[..., None]:
-    defaults = {"n_tokens": 8192, "n_pairs": 6, "n_targets": 150, "n_contexts": 32, "n_exhaustive": 20, "seed": 0}
+    defaults = {
+        "n_tokens": 8192,
+        "n_pairs": 6,
+        "n_targets": 150,
+        "n_contexts": 32,
+        "n_exhaustive": 20,
+        "seed": 0,
+    }
     meaning = {
         "n_tokens": "held-out tokens on which firing is looked at",
         "n_pairs": "layers or pairs of layers, spread over the depth",
@@ -41,16 +56,21 @@ def _effort_options(command: Callable[..., None], left_out: tuple[str, ...]) -> 
         if name in left_out:
             continue
         option = "--" + name.removeprefix("n_")
-        command = click.option(option, name, default=default, show_default=True, help=meaning[name])(command)
+        command = click.option(
+            option, name, default=default, show_default=True, help=meaning[name]
+        )(command)
     return command
 
 
 def _experiment_options(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """What every experiment takes: recipe, artifacts, effort (but for what is left out), force, machine."""
+    """What every experiment takes: recipe, artifacts, effort (but for what is left out), force,
+    machine."""
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
         command = machine_options(quiet_option(command))
-        command = click.option("--force", is_flag=True, help="run although the result is there")(command)
+        command = click.option("--force", is_flag=True, help="run although the result is there")(
+            command
+        )
         return recipe_option(artifacts_option(_effort_options(command, left_out)))
 
     return decorated
@@ -71,11 +91,18 @@ def _command(name: str) -> click.Command:
 
 @paper_commands.command("starts")
 @_experiment_options("n_pairs", "n_exhaustive")
-@click.option("--layers", default=6, show_default=True, help="neighbouring layers, in the middle of the model")
 @click.option(
-    "--steps", default=800, show_default=True, help="optimizer steps a dictionary, on average over the layers"
+    "--layers", default=6, show_default=True, help="neighbouring layers, in the middle of the model"
 )
-def starts(recipe: str, artifacts: Path, force: bool, quiet: bool, layers: int, steps: int, **others: Any) -> None:
+@click.option(
+    "--steps",
+    default=800,
+    show_default=True,
+    help="optimizer steps a dictionary, on average over the layers",
+)
+def starts(
+    recipe: str, artifacts: Path, force: bool, quiet: bool, layers: int, steps: int, **others: Any
+) -> None:
     """Train independent, shared and chained dictionaries, compare their links by four matchers."""
 
     def work(effort_fields: dict[str, int], context: RunContext) -> Artifact:
@@ -90,7 +117,9 @@ def starts(recipe: str, artifacts: Path, force: bool, quiet: bool, layers: int, 
     _run(work, others, quiet)
 
 
-def _run(work: Callable[[dict[str, int], RunContext], Artifact], others: dict[str, Any], quiet: bool) -> None:
+def _run(
+    work: Callable[[dict[str, int], RunContext], Artifact], others: dict[str, Any], quiet: bool
+) -> None:
     machine = {key: others.pop(key) for key in ("device", "threads", "scheduler", "workers")}
     with progress_bars(quiet=quiet) as progress:
         found = work(others, run_context(progress=progress, **machine))
@@ -98,7 +127,14 @@ def _run(work: Callable[[dict[str, int], RunContext], Artifact], others: dict[st
     say(f"{found.path}  (figure: {FIGURE})")
 
 
-def make(name: str, root: Path, effort_fields: dict[str, int], context: RunContext, *, force: bool = False) -> Artifact:
+def make(
+    name: str,
+    root: Path,
+    effort_fields: dict[str, int],
+    context: RunContext,
+    *,
+    force: bool = False,
+) -> Artifact:
     """The artifact of one experiment, made if it is not there. Raises UserError."""
     from pipeline.artifact import Artifact, digest_of
     from pipeline.flow.experiments import run_experiment, write_finding

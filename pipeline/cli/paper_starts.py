@@ -1,9 +1,11 @@
-"""`featureflow paper starts`: train dictionaries from each start at a few neighbouring layers, compare their links.
+"""`featureflow paper starts`: train dictionaries from each start at a few neighbouring layers,
+compare their links.
 
-1. The training section of the recipe's `train` artifact is taken over, at `--layers` neighbouring residual sites in the
-   middle of the model; every start gets the same total of optimizer steps (a chain's first dictionary gets what its
-   short successors leave).
-2. The three train artifacts are made under `<recipe>/paper/dictionaries/<start>` by the train stage, and kept.
+1. The training section of the recipe's `train` artifact is taken over, at `--layers` neighbouring
+   residual sites in the middle of the model; every start gets the same total of optimizer steps (a
+   chain's first dictionary gets what its short successors leave).
+2. The three train artifacts are made under `<recipe>/paper/dictionaries/<start>` by the train
+   stage, and kept.
 3. `pipeline/flow/experiments/starts.py` compares matchers on them; the result is an artifact too.
 """
 
@@ -52,14 +54,21 @@ def make_starts(
     store = ActivationStore.open(collect.path / STORE)
     configs = _training_configs(inputs["train"], store, n_layers=n_layers, steps=steps)
     folder = root / "paper" / "dictionaries"
-    trained = {name: _trained(config, collect, folder / name, context) for name, config in configs.items()}
-    digests = {"collect": collect.digest} | {name: artifact.digest for name, artifact in trained.items()}
+    trained = {
+        name: _trained(config, collect, folder / name, context) for name, config in configs.items()
+    }
+    digests = {"collect": collect.digest} | {
+        name: artifact.digest for name, artifact in trained.items()
+    }
     kind, out = f"paper-{NAME}", root / "paper" / NAME
     fields = dataclasses.asdict(effort) | {"n_layers": n_layers, "steps": steps}
     if force or not Artifact.is_current(out, digest_of(kind, SCHEMA, fields, digests)):
         with Artifact.create(out, kind=kind, schema=SCHEMA, config=fields, inputs=digests) as draft:
             finding = compare_starts(
-                [_start(name, artifact, store, context, effort) for name, artifact in trained.items()],
+                [
+                    _start(name, artifact, store, context, effort)
+                    for name, artifact in trained.items()
+                ],
                 held_out=HeldOutRows(url=store.url, rows=rows_after_contexts(store, effort)),
                 open_model=lambda: open_collected_model(collect, store, context),
                 contexts=contexts_of(store),
@@ -74,7 +83,8 @@ def make_starts(
 def _training_configs(
     recipe: Artifact, store: ActivationStore, *, n_layers: int, steps: int
 ) -> dict[str, train.Config]:
-    """What is trained for each start: the recipe's own choices but for sites, steps and start. Raises UserError."""
+    """What is trained for each start: the recipe's own choices but for sites, steps and start.
+    Raises UserError."""
     from pydantic import TypeAdapter
 
     from pipeline.stages import train
@@ -83,14 +93,21 @@ def _training_configs(
     base: train.Config = TypeAdapter(train.Config).validate_python(dict(recipe.config))
     sites = _middle_sites(store, n_layers)
     if steps < len(sites):
-        raise UserError("too few steps to share out", where="--steps", expected=str(len(sites)), found=str(steps))
+        raise UserError(
+            "too few steps to share out",
+            where="--steps",
+            expected=str(len(sites)),
+            found=str(steps),
+        )
     next_steps = max(1, steps // 4)
     base = dataclasses.replace(base, sites=sites, steps=steps, overrides=(), imported=None)
     first = steps * len(sites) - next_steps * (len(sites) - 1)
     return {
         "independent": dataclasses.replace(base, initialisation=Independent()),
         "shared": dataclasses.replace(base, initialisation=Shared()),
-        "chain": dataclasses.replace(base, initialisation=Chain(next_steps=next_steps), steps=first),
+        "chain": dataclasses.replace(
+            base, initialisation=Chain(next_steps=next_steps), steps=first
+        ),
     }
 
 
@@ -112,17 +129,23 @@ def _trained(config: train.Config, collect: Artifact, out: Path, context: RunCon
     from pipeline.artifact import Artifact, digest_of
     from pipeline.stages import train
 
-    if Artifact.is_current(out, digest_of(train.KIND, train.SCHEMA, config, {"collect": collect.digest})):
+    if Artifact.is_current(
+        out, digest_of(train.KIND, train.SCHEMA, config, {"collect": collect.digest})
+    ):
         return Artifact.open(out, kind=train.KIND, schema=train.SCHEMA)
     return train.run(config, train.Inputs(collect=collect), out, context)
 
 
-def _start(name: str, artifact: Artifact, store: ActivationStore, context: RunContext, effort: Effort) -> Start:
+def _start(
+    name: str, artifact: Artifact, store: ActivationStore, context: RunContext, effort: Effort
+) -> Start:
     from pipeline.dictionaries import FOLDER
     from pipeline.flow.experiments.starts import Start
     from pipeline.flow.sources import DictionaryFolder
     from pipeline.stages.link import trained_start_nulls
 
     dictionaries = DictionaryFolder(artifact.path / FOLDER)
-    nulls: Mapping[Any, Any] = trained_start_nulls(dictionaries, store, context, n_per_relation=1, seed=effort.seed)
+    nulls: Mapping[Any, Any] = trained_start_nulls(
+        dictionaries, store, context, n_per_relation=1, seed=effort.seed
+    )
     return Start(name=name, dictionaries=dictionaries, inertia=nulls.get("residual"))

@@ -1,4 +1,5 @@
-"""Which held-out tokens an experiment of `featureflow paper` looks at: contexts for targets, other rows for firing."""
+"""Which held-out tokens an experiment of `featureflow paper` looks at: contexts for targets, other
+rows for firing."""
 
 from __future__ import annotations
 
@@ -18,12 +19,17 @@ def contexts_of(store: ActivationStore) -> Callable[[LanguageModel, int], Contex
     """The first held-out contexts, at most half of them: targets and losses come from there."""
     from pipeline.flow.validation import held_out_contexts
 
-    return lambda model, n: held_out_contexts(model, store, n_contexts=min(n, _most_contexts(store)))
+    return lambda model, n: held_out_contexts(
+        model, store, n_contexts=min(n, _most_contexts(store))
+    )
 
 
 def rows_after_contexts(store: ActivationStore, effort: Effort) -> Any:
-    """Held-out rows after those contexts, so that what is fitted on them is tested on others. Raises UserError."""
-    first = -(-store.validation_start // store.n_context) + min(effort.n_contexts, _most_contexts(store))
+    """Held-out rows after those contexts, so that what is fitted on them is tested on others.
+    Raises UserError."""
+    first = -(-store.validation_start // store.n_context) + min(
+        effort.n_contexts, _most_contexts(store)
+    )
     kept = store.kept_rows("validation")
     rows = kept[kept >= first * store.n_context][: effort.n_tokens]
     if not len(rows):

@@ -31,9 +31,14 @@ _WARNINGS_SHOWN = 3
 
 @click.command(cls=StageCommand, context_settings=TAKES_OVERRIDES)
 @recipe_option
-@click.option("--to", type=click.Choice(STAGES), default=STAGES[-1], help="last stage to bring up to date")
 @click.option(
-    "--force", multiple=True, type=click.Choice(STAGES), help="stage to run although it is up to date; repeatable"
+    "--to", type=click.Choice(STAGES), default=STAGES[-1], help="last stage to bring up to date"
+)
+@click.option(
+    "--force",
+    multiple=True,
+    type=click.Choice(STAGES),
+    help="stage to run although it is up to date; repeatable",
 )
 @name_option
 @artifacts_option
@@ -41,9 +46,15 @@ _WARNINGS_SHOWN = 3
 @quiet_option
 @click.pass_context
 def run(
-    ctx: click.Context, recipe: str, to: str, force: tuple[str, ...], name: str | None, artifacts: Path, quiet: bool,
+    ctx: click.Context,
+    recipe: str,
+    to: str,
+    force: tuple[str, ...],
+    name: str | None,
+    artifacts: Path,
+    quiet: bool,
     **machine: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Run the pipeline of a recipe: every stage that is not up to date, in order."""
     from pipeline.opened_run import whole_run
     from pipeline.recipe import read_recipe
@@ -55,17 +66,27 @@ def run(
     say(f"featureflow, recipe {parsed.name}: {parsed.description}")
     with progress_bars(quiet=quiet) as progress:
         context = run_context(progress=progress, **machine)
-        events = Events(started=lambda stage: say(f"{stage}: {TITLES[stage]} …"), finished=_report_stage)
+        events = Events(
+            started=lambda stage: say(f"{stage}: {TITLES[stage]} …"), finished=_report_stage
+        )
         results = run_recipe(
-            parsed, to=to, root=root, context_of=lambda stage: context, events=events, force=force,
+            parsed,
+            to=to,
+            root=root,
+            context_of=lambda stage: context,
+            events=events,
+            force=force,
             shared=artifacts / parsed.name,
-        )  # fmt: skip
+        )
     index = write_run_index(root, parsed, whole_run(root, [result.artifact for result in results]))
     _report_run(results, index)
 
 
 def _report_stage(result: Any) -> None:
-    say(f"{result.stage}: " + ("up to date" if result.was_current else f"done in {result.seconds:.0f} s"))
+    say(
+        f"{result.stage}: "
+        + ("up to date" if result.was_current else f"done in {result.seconds:.0f} s")
+    )
 
 
 def _report_run(results: Sequence[Any], index: Path) -> None:
@@ -75,7 +96,9 @@ def _report_run(results: Sequence[Any], index: Path) -> None:
         for line in [*_summary_lines(result.artifact), *_warning_lines(result.artifact)]:
             say(f"    {line}")
     say("\nArtifacts (seconds are those of the run that made them)")
-    rows = [(r.stage, f"{r.artifact.made_by['seconds']:.0f} s", str(r.artifact.path)) for r in results]
+    rows = [
+        (r.stage, f"{r.artifact.made_by['seconds']:.0f} s", str(r.artifact.path)) for r in results
+    ]
     for line in table(rows):
         say(f"  {line}")
     say(f"  {sum(r.artifact.made_by['seconds'] for r in results):.0f} s altogether")
@@ -87,11 +110,14 @@ def _report_run(results: Sequence[Any], index: Path) -> None:
 
 
 def _summary_lines(artifact: Any) -> list[str]:
-    return table([(key.replace("_", " "), show_number(value)) for key, value in artifact.summary.items()])
+    return table(
+        [(key.replace("_", " "), show_number(value)) for key, value in artifact.summary.items()]
+    )
 
 
 def _warning_lines(artifact: Any) -> list[str]:
-    """What a stage wants known about its result: the first of its warnings, and where the others are."""
+    """What a stage wants known about its result: the first of its warnings, and where the others
+    are."""
     if "warnings.json" not in artifact.files:
         return []
     path = artifact.file("warnings.json")
@@ -112,7 +138,13 @@ def stage_command(stage: str, tools: Sequence[click.Command] = ()) -> click.Comm
     @quiet_option
     @click.pass_context
     def command(
-        ctx: click.Context, recipe: str, force: bool, name: str | None, artifacts: Path, quiet: bool, **machine: Any
+        ctx: click.Context,
+        recipe: str,
+        force: bool,
+        name: str | None,
+        artifacts: Path,
+        quiet: bool,
+        **machine: Any,
     ) -> None:
         if ctx.invoked_subcommand is not None:
             return
@@ -124,14 +156,21 @@ def stage_command(stage: str, tools: Sequence[click.Command] = ()) -> click.Comm
             context = run_context(progress=progress, **machine)
             root = folder_of_run(artifacts, parsed.name, name)
             result = run_single(
-                parsed, stage, root=root, context_of=lambda _: context, events=Events(finished=_report_stage),
-                force=force, shared=artifacts / parsed.name,
-            )  # fmt: skip
+                parsed,
+                stage,
+                root=root,
+                context_of=lambda _: context,
+                events=Events(finished=_report_stage),
+                force=force,
+                shared=artifacts / parsed.name,
+            )
         for line in [*_summary_lines(result.artifact), *_warning_lines(result.artifact)]:
             say(f"  {line}")
         say(f"  {result.artifact.path}")
 
-    command.__doc__ = f"{TITLES[stage].capitalize()} (this stage alone; its inputs must be up to date)."
+    command.__doc__ = (
+        f"{TITLES[stage].capitalize()} (this stage alone; its inputs must be up to date)."
+    )
     settings: dict[str, Any] = {
         "cls": StageGroup if tools else StageCommand,
         "short_help": TITLES[stage].capitalize(),
@@ -151,6 +190,8 @@ def recipes() -> None:
     found: dict[str, str] = {}
     for folder in (Path("configs"), Path(__file__).parents[2] / "configs"):
         for path in sorted(folder.glob("*.toml")) if folder.is_dir() else ():
-            found.setdefault(path.stem, tomllib.loads(path.read_text(encoding="utf-8")).get("description", ""))
+            found.setdefault(
+                path.stem, tomllib.loads(path.read_text(encoding="utf-8")).get("description", "")
+            )
     for line in table([*found.items()]):
         say(line)

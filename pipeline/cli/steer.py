@@ -1,4 +1,5 @@
-"""`featureflow steer export | paper` and `featureflow serve`; the other tools of `steer` are in the files beside."""
+"""`featureflow steer export | paper` and `featureflow serve`; the other tools of `steer` are in the
+files beside."""
 
 from __future__ import annotations
 
@@ -20,18 +21,28 @@ from pipeline.console import say
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--model-id", help="for .json: what Neuronpedia calls the model")
 @click.option(
-    "--source", "sources", multiple=True, help="for .json: Neuronpedia's name of a site's dictionary, L12=12-res-jb"
+    "--source",
+    "sources",
+    multiple=True,
+    help="for .json: Neuronpedia's name of a site's dictionary, L12=12-res-jb",
 )
 @click.option("--prompt", default="I think", show_default=True, help="for .json: text to continue")
 @device_option
 @recipe_option
 @artifacts_option
 def export(
-    plan_path: Path, out: Path, model_id: str | None, sources: tuple[str, ...], prompt: str, device: str, recipe: str,
+    plan_path: Path,
+    out: Path,
+    model_id: str | None,
+    sources: tuple[str, ...],
+    prompt: str,
+    device: str,
+    recipe: str,
     artifacts: Path,
-) -> None:  # fmt: skip
-    """Write a plan for other programs to OUT: .gguf (a control vector), .safetensors (vectors) or .json (the body of a
-    Neuronpedia steering request). Refused, with the reason, where the plan cannot be expressed there."""
+) -> None:
+    """Write a plan for other programs to OUT: .gguf (a control vector), .safetensors (vectors) or
+    .json (the body of a Neuronpedia steering request). Refused, with the reason, where the plan
+    cannot be expressed there."""
     from pipeline.steer_session import SteerSession
     from steering.exports import neuronpedia_request, write_gguf, write_vectors
 
@@ -46,7 +57,9 @@ def export(
     elif out.suffix == ".safetensors":
         write_vectors(made, session.saes, out)
     else:
-        body = neuronpedia_request(made, model_id=str(model_id), sources=_sources(sources), prompt=prompt)
+        body = neuronpedia_request(
+            made, model_id=str(model_id), sources=_sources(sources), prompt=prompt
+        )
         out.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     say(str(out))
 
@@ -55,54 +68,102 @@ def _sources(words: tuple[str, ...]) -> dict[Any, str]:
     from data.sites import parse_site
 
     pairs = [word.partition("=") for word in words]
-    if bad := [word for word, (_, equals, name) in zip(words, pairs, strict=True) if not equals or not name]:
-        raise click.UsageError(f"--source takes SITE=NAME such as L12=12-res-jb, not {', '.join(bad)}")
+    if bad := [
+        word for word, (_, equals, name) in zip(words, pairs, strict=True) if not equals or not name
+    ]:
+        raise click.UsageError(
+            f"--source takes SITE=NAME such as L12=12-res-jb, not {', '.join(bad)}"
+        )
     return {parse_site(site): name for site, _, name in pairs}
 
 
 @click.command()
 @click.option(
-    "--plan", "plan_paths", multiple=True, type=click.Path(path_type=Path), help="plan to offer by its file name"
+    "--plan",
+    "plan_paths",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="plan to offer by its file name",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on")
 @click.option("--port", default=8089, show_default=True, help="port; 0 takes a free one")
-@click.option("--token", default="", help="token that requests must carry; needed for any address but this machine")
+@click.option(
+    "--token",
+    default="",
+    help="token that requests must carry; needed for any address but this machine",
+)
 @device_option
 @recipe_option
 @artifacts_option
 def serve(
-    plan_paths: tuple[Path, ...], host: str, port: int, token: str, device: str, recipe: str, artifacts: Path
+    plan_paths: tuple[Path, ...],
+    host: str,
+    port: int,
+    token: str,
+    device: str,
+    recipe: str,
+    artifacts: Path,
 ) -> None:
-    """Answer OpenAI-style completion requests with the recipe's model; a request names a plan to be steered by it."""
+    """Answer OpenAI-style completion requests with the recipe's model; a request names a plan to be
+    steered by it."""
     from pipeline.steer_session import SteerSession
     from steering.serve import Endpoint, make_server
 
     if host not in ("127.0.0.1", "localhost", "::1") and not token:
         raise click.UsageError("--token is needed to listen on an address that others can reach")
-    if twice := sorted({path.stem for path in plan_paths if sum(p.stem == path.stem for p in plan_paths) > 1}):
+    if twice := sorted(
+        {path.stem for path in plan_paths if sum(p.stem == path.stem for p in plan_paths) > 1}
+    ):
         raise click.UsageError(f"two plans of one name: {', '.join(twice)}; rename a file")
     session = SteerSession.open(run_folder(artifacts, recipe), device=device)
     plans = {path.stem: session.read_plan(path) for path in plan_paths}
     server = make_server(
-        Endpoint(model=session.model, saes=session.saes, plans=plans, token=token), host=host, port=port
+        Endpoint(model=session.model, saes=session.saes, plans=plans, token=token),
+        host=host,
+        port=port,
     )
-    say(f"listening on http://{host}:{server.server_address[1]}/v1; plans: {', '.join(plans) or 'none'}")
+    say(
+        f"listening on http://{host}:{server.server_address[1]}/v1; plans: "
+        f"{', '.join(plans) or 'none'}"
+    )
     serve_until_interrupted(server)
 
 
 @click.command()
-@click.option("--topics", type=click.IntRange(1), default=4, show_default=True, help="how many of the bundled topics")
-@click.option("--seeds", default=10, show_default=True, help="features a topic whose flows are deactivated")
-@click.option("--texts", default=24, show_default=True, help="topical and as many other texts a topic")
-@click.option("--layers", default=6, show_default=True, help="layers that single and cumulative modes stop at")
-@click.option("--out", type=click.Path(path_type=Path), help="folder; default: <recipe>/steer-paper")
+@click.option(
+    "--topics",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="how many of the bundled topics",
+)
+@click.option(
+    "--seeds", default=10, show_default=True, help="features a topic whose flows are deactivated"
+)
+@click.option(
+    "--texts", default=24, show_default=True, help="topical and as many other texts a topic"
+)
+@click.option(
+    "--layers", default=6, show_default=True, help="layers that single and cumulative modes stop at"
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="folder; default: <recipe>/steer-paper"
+)
 @device_option
 @recipe_option
 @artifacts_option
 def paper(
-    topics: int, seeds: int, texts: int, layers: int, out: Path | None, device: str, recipe: str, artifacts: Path
+    topics: int,
+    seeds: int,
+    texts: int,
+    layers: int,
+    out: Path | None,
+    device: str,
+    recipe: str,
+    artifacts: Path,
 ) -> None:
-    """Rerun Feature Flow's steering experiments, with controls: tables, figures and a text in <recipe>/steer-paper."""
+    """Rerun Feature Flow's steering experiments, with controls: tables, figures and a text in
+    <recipe>/steer-paper."""
     from data.concepts.topics import read_topics
     from pipeline.console import progress_bars
     from pipeline.steer_session import SteerSession

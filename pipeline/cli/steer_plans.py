@@ -1,4 +1,5 @@
-"""`featureflow steer plan | contrast | calibrate`: make plans from a feature, from texts, or from a plan file."""
+"""`featureflow steer plan | contrast | calibrate`: make plans from a feature, from texts, or from a
+plan file."""
 
 from __future__ import annotations
 
@@ -12,16 +13,34 @@ from pipeline.cli.flow import labels_beside
 from pipeline.cli.options import artifacts_option, recipe_option, run_folder
 from pipeline.console import say, show_number
 
-_EDITS = ("add", "clamp", "floor", "cap", "rescale", "ablate", "mean_ablate", "project_out", "rotate")
+_EDITS = (
+    "add",
+    "clamp",
+    "floor",
+    "cap",
+    "rescale",
+    "ablate",
+    "mean_ablate",
+    "project_out",
+    "rotate",
+)
 _SCHEDULES = ("constant", "linear", "exponential", "cosine_product", "gaussian")
-device_option = click.option("--device", default="cpu", show_default=True, help="torch device of the model")
-_dose = click.option("--dose", default=0.3, show_default=True, help="nats of KL to the unsteered model on neutral text")
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="torch device of the model"
+)
+_dose = click.option(
+    "--dose",
+    default=0.3,
+    show_default=True,
+    help="nats of KL to the unsteered model on neutral text",
+)
 _LITTLE = 0.01
 _SUFFIXES = (".toml", ".json", ".safetensors")
 
 
 def _writable(ctx: click.Context, parameter: click.Parameter, path: Path) -> Path:
-    """Looked at before the model is loaded: minutes of calibration are not lost to a misspelt folder."""
+    """Looked at before the model is loaded: minutes of calibration are not lost to a misspelt
+    folder."""
     if path.suffix not in _SUFFIXES:
         raise click.BadParameter(f"{path} has no form of a plan: {', '.join(_SUFFIXES)}")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
@@ -30,30 +49,63 @@ def _writable(ctx: click.Context, parameter: click.Parameter, path: Path) -> Pat
 
 
 _out = click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, callback=_writable,
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    callback=_writable,
     help="plan to write: .toml, .json or .safetensors",
-)  # fmt: skip
+)
 
 
 @click.command()
 @click.argument("feature")
-@click.option("--along", type=click.Choice(["flow", "layer"]), default="flow", show_default=True, help="where to push")
-@click.option("--edit", type=click.Choice(_EDITS), default="add", show_default=True, help="what is done to it")
 @click.option(
-    "--schedule", type=click.Choice(_SCHEDULES), default="constant", show_default=True, help="shares by layer"
+    "--along",
+    type=click.Choice(["flow", "layer"]),
+    default="flow",
+    show_default=True,
+    help="where to push",
 )
-@click.option("--before", default=3, show_default=True, help="layers of the flow before the feature's own")
-@click.option("--after", default=5, show_default=True, help="layers of the flow after the feature's own")
+@click.option(
+    "--edit", type=click.Choice(_EDITS), default="add", show_default=True, help="what is done to it"
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(_SCHEDULES),
+    default="constant",
+    show_default=True,
+    help="shares by layer",
+)
+@click.option(
+    "--before", default=3, show_default=True, help="layers of the flow before the feature's own"
+)
+@click.option(
+    "--after", default=5, show_default=True, help="layers of the flow after the feature's own"
+)
 @_dose
-@click.option("--strength", type=float, help="take this strength and calibrate nothing; for suppression, 1 is all")
+@click.option(
+    "--strength",
+    type=float,
+    help="take this strength and calibrate nothing; for suppression, 1 is all",
+)
 @_out
 @device_option
 @recipe_option
 @artifacts_option
 def plan(
-    feature: str, along: str, edit: str, schedule: str, before: int, after: int, dose: float, strength: float | None,
-    out: Path, device: str, recipe: str, artifacts: Path,
-) -> None:  # fmt: skip
+    feature: str,
+    along: str,
+    edit: str,
+    schedule: str,
+    before: int,
+    after: int,
+    dose: float,
+    strength: float | None,
+    out: Path,
+    device: str,
+    recipe: str,
+    artifacts: Path,
+) -> None:
     """Make a plan for FEATURE along its flow, at the strength that gives the dose."""
     from pydantic import TypeAdapter
 
@@ -80,21 +132,40 @@ def plan(
 @click.argument("topical", type=click.Path(path_type=Path))
 @click.argument("other", type=click.Path(path_type=Path))
 @click.option(
-    "--by", type=click.Choice(["auroc", "d-prime", "difference"]), default="auroc", show_default=True,
+    "--by",
+    type=click.Choice(["auroc", "d-prime", "difference"]),
+    default="auroc",
+    show_default=True,
     help="rank features by AUROC or d′, or add the difference of means",
-)  # fmt: skip
-@click.option("--layers", help="layers of the difference of means, such as 12,13,14; default: the middle one")
-@click.option("--candidates", default=32, show_default=True, help="features that are asked for their output side")
+)
+@click.option(
+    "--layers", help="layers of the difference of means, such as 12,13,14; default: the middle one"
+)
+@click.option(
+    "--candidates",
+    default=32,
+    show_default=True,
+    help="features that are asked for their output side",
+)
 @_dose
 @_out
 @device_option
 @recipe_option
 @artifacts_option
 def contrast(
-    topical: Path, other: Path, by: Literal["auroc", "d-prime", "difference"], layers: str | None, candidates: int,
-    dose: float, out: Path, device: str, recipe: str, artifacts: Path,
-) -> None:  # fmt: skip
-    """Make a plan that pushes towards the texts in TOPICAL and away from those in OTHER (one text a line)."""
+    topical: Path,
+    other: Path,
+    by: Literal["auroc", "d-prime", "difference"],
+    layers: str | None,
+    candidates: int,
+    dose: float,
+    out: Path,
+    device: str,
+    recipe: str,
+    artifacts: Path,
+) -> None:
+    """Make a plan that pushes towards the texts in TOPICAL and away from those in OTHER (one text a
+    line)."""
     from dataclasses import replace
 
     from pipeline.steer_contrast import features_of_contrast, plan_by_difference, read_lines
@@ -103,20 +174,32 @@ def contrast(
     texts = read_lines(topical), read_lines(other)
     session = SteerSession.open(run_folder(artifacts, recipe), device=device)
     if by == "difference":
-        made = plan_by_difference(session, *texts, _layers(layers, sorted(s.layer for s in session.saes)), dose=dose)
+        made = plan_by_difference(
+            session, *texts, _layers(layers, sorted(s.layer for s in session.saes)), dose=dose
+        )
         _write(replace(made, name=f"{topical.stem} against {other.stem}, difference of means"), out)
         return
-    found = features_of_contrast(session, *texts, by="auroc" if by == "auroc" else "d_prime", n_best=candidates)
+    found = features_of_contrast(
+        session, *texts, by="auroc" if by == "auroc" else "d_prime", n_best=candidates
+    )
     label_of = labels_beside(run_folder(artifacts, recipe)) or (lambda name: "")
     for each in found[:5]:
         c = each.contrast
         say(
-            f"{c.feature!s:>10}  AUROC {c.auroc:.2f}  d′ {c.d_prime:.2f}  fires on {c.fire_rate:.0%} of the texts"
-            f"  {each.output.on_target_share:.1%} of a push goes to their words  {label_of(str(c.feature))}".rstrip()
+            f"{c.feature!s:>10}  AUROC {c.auroc:.2f}  d′ {c.d_prime:.2f}  fires on "
+            f"{c.fire_rate:.0%} of the texts"
+            f"  {each.output.on_target_share:.1%} of a push goes to their words  "
+            f"{label_of(str(c.feature))}".rstrip()
         )
     if found[0].output.on_target_share < _LITTLE:
-        say(f"note: each moves less than {_LITTLE:.0%} of its push to the words in which the texts differ: these")
-        say("      features read the topic rather than write it; more texts may find others, or try --by difference")
+        say(
+            f"note: each moves less than {_LITTLE:.0%} of its push to the words in which the texts "
+            "differ: these"
+        )
+        say(
+            "      features read the topic rather than write it; more texts may find others, or "
+            "try --by difference"
+        )
     best = found[0].contrast.feature
     made = session.plan_along_flow(best, dose=dose)
     _write(replace(made, name=f"{topical.stem} against {other.stem}, {made.name}"), out)
@@ -129,8 +212,11 @@ def contrast(
 @device_option
 @recipe_option
 @artifacts_option
-def calibrate(plan_path: Path, dose: float, out: Path, device: str, recipe: str, artifacts: Path) -> None:
-    """Find the strength at which a plan (written by hand, say) gives the dose, and write it with that strength."""
+def calibrate(
+    plan_path: Path, dose: float, out: Path, device: str, recipe: str, artifacts: Path
+) -> None:
+    """Find the strength at which a plan (written by hand, say) gives the dose, and write it with
+    that strength."""
     from pipeline.steer_session import SteerSession
 
     session = SteerSession.open(run_folder(artifacts, recipe), device=device)

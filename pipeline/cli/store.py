@@ -33,12 +33,21 @@ def info(url: str, as_json: bool) -> None:
         for key, value in found.items()
         if key not in ("sites", "provenance")
     ]
-    rows += [(key.replace("_", " "), show_number(value)) for key, value in found["provenance"].items()]
+    rows += [
+        (key.replace("_", " "), show_number(value)) for key, value in found["provenance"].items()
+    ]
     for line in table(rows):
         say(line)
     say("sites")
     for site in found["sites"]:
-        say("  " + (site if isinstance(site, str) else ", ".join(f"{k} {show_number(v)}" for k, v in site.items())))
+        say(
+            "  "
+            + (
+                site
+                if isinstance(site, str)
+                else ", ".join(f"{k} {show_number(v)}" for k, v in site.items())
+            )
+        )
 
 
 @store_commands.command()
@@ -48,12 +57,16 @@ def info(url: str, as_json: bool) -> None:
 @quiet_option
 @click.pass_context
 def verify(ctx: click.Context, url: str, full: bool, quiet: bool, **machine: Any) -> None:
-    """Check the store at URL against its records; every damage is named, with the command that mends it."""
+    """Check the store at URL against its records; every damage is named, with the command that
+    mends it."""
     from data.store.checks import verify_store
 
     with progress_bars(quiet=quiet) as progress:
         report = verify_store(url, full, run_context(progress=progress, **machine))
-    say(f"{report.url}: {report.n_shards} shards, {report.n_files} files, {show_number(report.n_bytes / 1e9)} GB")
+    say(
+        f"{report.url}: {report.n_shards} shards, {report.n_files} files, "
+        f"{show_number(report.n_bytes / 1e9)} GB"
+    )
     if report.is_sound:
         say("sound" + ("" if full else " (names and sizes; --full reads every byte)"))
         return
@@ -71,7 +84,8 @@ def verify(ctx: click.Context, url: str, full: bool, quiet: bool, **machine: Any
 @quiet_option
 @click.pass_context
 def statistics(ctx: click.Context, url: str, as_json: bool, quiet: bool, **machine: Any) -> None:
-    """Measure every site of the store at URL again from its rows, and compare with what was gathered while writing."""
+    """Measure every site of the store at URL again from its rows, and compare with what was
+    gathered while writing."""
     from data.store.recount import recount_store
 
     with progress_bars(quiet=quiet) as progress:
@@ -90,7 +104,12 @@ def statistics(ctx: click.Context, url: str, as_json: bool, quiet: bool, **machi
         say(json.dumps({"sites": rows, "as_gathered": not found.problems}, indent=1))
     else:
         for row in rows:
-            say("  " + ", ".join(f"{key.replace('_', ' ')} {show_number(value)}" for key, value in row.items()))
+            say(
+                "  "
+                + ", ".join(
+                    f"{key.replace('_', ' ')} {show_number(value)}" for key, value in row.items()
+                )
+            )
     if found.problems:
         complain("error: " + "; ".join(f"{each.where}: {each.what}" for each in found.problems))
         ctx.exit(2)
@@ -102,13 +121,27 @@ def statistics(ctx: click.Context, url: str, as_json: bool, quiet: bool, **machi
 @click.argument("source", type=click.Path(path_type=Path, exists=True))
 @click.argument("url")
 @click.option(
-    "--rename", multiple=True, metavar="NAME=SITE", help="name found in SOURCE and the site it is, e.g. acts=L12"
+    "--rename",
+    multiple=True,
+    metavar="NAME=SITE",
+    help="name found in SOURCE and the site it is, e.g. acts=L12",
 )
 @click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float16", "float32", "int8"]), default="bfloat16", show_default=True
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32", "int8"]),
+    default="bfloat16",
+    show_default=True,
 )
-@click.option("--context", "n_context", default=None, type=int, help="rows of one context, where SOURCE does not say")
-@click.option("--validation", default=0.05, show_default=True, help="share of the contexts set apart")
+@click.option(
+    "--context",
+    "n_context",
+    default=None,
+    type=int,
+    help="rows of one context, where SOURCE does not say",
+)
+@click.option(
+    "--validation", default=0.05, show_default=True, help="share of the contexts set apart"
+)
 @machine_options
 @quiet_option
 def import_(
@@ -121,7 +154,8 @@ def import_(
     quiet: bool,
     **machine: Any,
 ) -> None:
-    """Store the activations in SOURCE (SAELens' cache, a folder of safetensors or .npy, a Zarr array) at URL."""
+    """Store the activations in SOURCE (SAELens' cache, a folder of safetensors or .npy, a Zarr
+    array) at URL."""
     from data.store.importing import import_activations
 
     if wrong := [pair for pair in rename if "=" not in pair]:

@@ -1,4 +1,5 @@
-"""`featureflow verify`: is the run in a folder whole and of one piece? Manifests, sizes, checksums, digests, the store.
+"""`featureflow verify`: is the run in a folder whole and of one piece? Manifests, sizes, checksums,
+digests, the store.
 
 What is wrong is named with the command that mends it; nothing is written.
 """
@@ -23,29 +24,45 @@ if TYPE_CHECKING:
 @recipe_option
 @artifacts_option
 def verify(quick: bool, recipe: str, artifacts: Path) -> None:
-    """Check a finished run: every file by its checksum, and that each stage was made from those beside it."""
+    """Check a finished run: every file by its checksum, and that each stage was made from those
+    beside it."""
     from pipeline.artifact import SCHEMAS
     from pipeline.opened_run import misfits
 
     root = run_folder(artifacts, recipe)
     stages = [stage for stage in SCHEMAS if (root / stage).exists()]
     if not stages:
-        raise UserError("there is no run here", where=str(root), expected=", ".join(SCHEMAS), mend="featureflow run")
+        raise UserError(
+            "there is no run here",
+            where=str(root),
+            expected=", ".join(SCHEMAS),
+            mend="featureflow run",
+        )
     found: dict[str, Artifact] = {}
     damage = {stage: _damage(root, stage, found, quick=quick) for stage in stages}
     foreign = list(misfits(found))
-    for line in table([(stage, "DAMAGED" if damage[stage] else _contents(found[stage])) for stage in stages]):
+    for line in table(
+        [(stage, "DAMAGED" if damage[stage] else _contents(found[stage])) for stage in stages]
+    ):
         say(line)
     damaged = [stage for stage in stages if damage[stage]]
     if damaged or foreign:
-        mend = [f"featureflow {stage} --force" for stage in damaged] + (["featureflow run"] if foreign else [])
+        mend = [f"featureflow {stage} --force" for stage in damaged] + (
+            ["featureflow run"] if foreign else []
+        )
         problems = (*(problem for stage in stages for problem in damage[stage]), *foreign)
         raise UserError(f"{root} cannot be trusted", problems=problems, mend=", then ".join(mend))
-    say(f"{root}: sound" + (" (names and sizes; without --quick every byte is read)" if quick else ""))
+    say(
+        f"{root}: sound"
+        + (" (names and sizes; without --quick every byte is read)" if quick else "")
+    )
 
 
-def _damage(root: Path, stage: str, found: dict[str, Artifact], *, quick: bool) -> tuple[Problem, ...]:
-    """What is wrong with the files of one stage. The artifact goes to `found` if it can be opened."""
+def _damage(
+    root: Path, stage: str, found: dict[str, Artifact], *, quick: bool
+) -> tuple[Problem, ...]:
+    """What is wrong with the files of one stage. The artifact goes to `found` if it can be
+    opened."""
     from data.store.checks import verify_store
     from pipeline.artifact import SCHEMAS, Artifact
     from pipeline.run import RunContext

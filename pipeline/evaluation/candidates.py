@@ -1,8 +1,10 @@
-"""Which dictionaries are measured: those of a train artifact, and any others that the user points at.
+"""Which dictionaries are measured: those of a train artifact, and any others that the user points
+at.
 
-`source` tells them apart: `train` (what the later stages use), `variants/<name>` (the others of a sweep),
-`transcoders`, or the folder of a foreign one. A dictionary of another library must say its site in its own files, as
-most do (sae/formats); it is loaded when needed. One whose description names a site that it `reads` is a transcoder.
+`source` tells them apart: `train` (what the later stages use), `variants/<name>` (the others of a
+sweep), `transcoders`, or the folder of a foreign one. A dictionary of another library must say its
+site in its own files, as most do (sae/formats); it is loaded when needed. One whose description
+names a site that it `reads` is a transcoder.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ TRAINED = "train"
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A dictionary to measure, not yet loaded. `source` tells dictionaries of one site apart; `reads` is the input site
-    of a transcoder."""
+    """A dictionary to measure, not yet loaded. `source` tells dictionaries of one site apart;
+    `reads` is the input site of a transcoder."""
 
     site: Site
     source: str
@@ -40,8 +42,11 @@ class Candidate:
         return read(self.path).to(device)
 
 
-def find_candidates(train: Artifact, others: Sequence[str], store: ActivationStore) -> list[Candidate]:
-    """The trained dictionaries and those in `others`. Raises UserError with all that have no site in the store."""
+def find_candidates(
+    train: Artifact, others: Sequence[str], store: ActivationStore
+) -> list[Candidate]:
+    """The trained dictionaries and those in `others`. Raises UserError with all that have no site
+    in the store."""
     candidates = _trained(train.path)
     problems = []
     for root in map(Path, others):
@@ -52,12 +57,16 @@ def find_candidates(train: Artifact, others: Sequence[str], store: ActivationSto
             metadata = read(path).metadata
             site = metadata.get("site")
             if site is None:
-                problems.append(Problem(what="the dictionary does not say its site", where=str(path)))
+                problems.append(
+                    Problem(what="the dictionary does not say its site", where=str(path))
+                )
             else:
                 inside = path.relative_to(root).as_posix()
                 source = root.name if inside == "." else f"{root.name}/{inside}"
                 reads = parse_site(metadata["reads"]) if metadata.get("reads") else None
-                candidates.append(Candidate(site=parse_site(site), source=source, path=path, reads=reads))
+                candidates.append(
+                    Candidate(site=parse_site(site), source=source, path=path, reads=reads)
+                )
     problems += [
         Problem(what="the store has no such site", where=str(c.path), found=site.name)
         for c in candidates
@@ -66,7 +75,9 @@ def find_candidates(train: Artifact, others: Sequence[str], store: ActivationSto
     ]
     if problems or not candidates:
         raise UserError(
-            "dictionaries that cannot be measured", problems=tuple(problems), mend="featureflow run --to train"
+            "dictionaries that cannot be measured",
+            problems=tuple(problems),
+            mend="featureflow run --to train",
         )
     return sorted(candidates, key=lambda c: (c.site, c.source != TRAINED, c.source))
 
@@ -96,5 +107,7 @@ def _reads(description: Path) -> Site:
         return parse_site(json.loads(description.read_text(encoding="utf-8"))["metadata"]["reads"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            "the transcoder does not say what it reads", where=str(description), mend="featureflow train --force"
+            "the transcoder does not say what it reads",
+            where=str(description),
+            mend="featureflow train --force",
         ) from error

@@ -1,7 +1,9 @@
-"""The frontier of sparsity and error: which dictionaries of a site no other one beats on both L0 and FVU.
+"""The frontier of sparsity and error: which dictionaries of a site no other one beats on both L0
+and FVU.
 
-A dictionary is on the frontier when no other of its site has an L0 that is no larger and an FVU that is no larger, one
-of them smaller. A transcoder is compared with transcoders of the same input only: it solves another task.
+A dictionary is on the frontier when no other of its site has an L0 that is no larger and an FVU
+that is no larger, one of them smaller. A transcoder is compared with transcoders of the same input
+only: it solves another task.
 """
 
 from __future__ import annotations
@@ -10,7 +12,17 @@ from pathlib import Path
 
 import pandas as pd
 
-_COLUMNS = ["site", "reads", "source", "architecture", "n_latents", "l0", "fvu", "fvu_low", "fvu_high"]
+_COLUMNS = [
+    "site",
+    "reads",
+    "source",
+    "architecture",
+    "n_latents",
+    "l0",
+    "fvu",
+    "fvu_low",
+    "fvu_high",
+]
 
 
 def frontier_of(rows: pd.DataFrame) -> pd.DataFrame:

@@ -1,10 +1,13 @@
-"""The rows that dictionaries are measured on: whole contexts or blocks of rows, drawn by seed from one split.
+"""The rows that dictionaries are measured on: whole contexts or blocks of rows, drawn by seed from
+one split.
 
-1. `choose_rows` draws blocks of rows until enough of them pass the filters; `iter_rows` reads them block by block, so
-   memory does not grow with the store.
-2. `choose_contexts` draws whole held-out contexts, for running the model on: every position keeps its context.
+1. `choose_rows` draws blocks of rows until enough of them pass the filters; `iter_rows` reads them
+   block by block, so memory does not grow with the store.
+2. `choose_contexts` draws whole held-out contexts, for running the model on: every position keeps
+   its context.
 
-Held-out documents are never in the train split (the store sees to it), so nothing here was trained on.
+Held-out documents are never in the train split (the store sees to it), so nothing here was trained
+on.
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ from sae.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Contexts:
-    """Whole contexts of tokens. `spliced`: positions whose activation may be replaced (BOS, special, sink and padding
-    rows are left as they are). `counted`: spliced positions whose next token is ordinary, where loss is taken."""
+    """Whole contexts of tokens. `spliced`: positions whose activation may be replaced (BOS,
+    special, sink and padding rows are left as they are). `counted`: spliced positions whose next
+    token is ordinary, where loss is taken."""
 
     ids: Int[Tensor, "context position"]
     spliced: Bool[Tensor, "context position"]
@@ -48,8 +52,8 @@ def choose_rows(
     seed: int,
     sites: Sequence[Site] = (),
 ) -> list[Int[np.ndarray, "row"]]:
-    """Ascending blocks of kept rows, about `n_tokens` in all, fewer when the split has no more. `max_norm_ratio` of the
-    filters looks at the norms of `sites`."""
+    """Ascending blocks of kept rows, about `n_tokens` in all, fewer when the split has no more.
+    `max_norm_ratio` of the filters looks at the norms of `sites`."""
     kept = store.kept_rows(split, filters, sites=sites)
     if not len(kept):
         raise UserError(
@@ -66,7 +70,9 @@ def choose_rows(
             break
         chosen.append(int(index))
         n += len(blocks[index])
-    if n > n_tokens and chosen:  # the last block drawn is cut, so that the number asked for is kept to
+    if (
+        n > n_tokens and chosen
+    ):  # the last block drawn is cut, so that the number asked for is kept to
         last = chosen[-1]
         blocks[last] = blocks[last][: len(blocks[last]) - (n - n_tokens)]
     return [blocks[index] for index in sorted(chosen)]
@@ -83,8 +89,11 @@ def iter_rows(
         yield torch.from_numpy(values), torch.from_numpy(documents[rows].astype(np.int64))
 
 
-def choose_contexts(store: ActivationStore, n_tokens: int, *, filters: RowFilters, seed: int) -> Contexts:
-    """Held-out contexts with about `n_tokens` counted positions. Raises UserError if the store holds no contexts."""
+def choose_contexts(
+    store: ActivationStore, n_tokens: int, *, filters: RowFilters, seed: int
+) -> Contexts:
+    """Held-out contexts with about `n_tokens` counted positions. Raises UserError if the store
+    holds no contexts."""
     tokens, width = store.tokens(), store.n_context
     first, last = -(-store.validation_start // width), store.n_rows // width
     shape = (last - first, width)

@@ -1,7 +1,8 @@
-"""All dictionaries of one site on the same rows: encode, decode, measure; and the PCA of the same budget beside them.
+"""All dictionaries of one site on the same rows: encode, decode, measure; and the PCA of the same
+budget beside them.
 
-A transcoder encodes the rows of the site it reads and is measured against the site's. Each row is read once for all.
-Cost: one encoding per dictionary, two covariances and one eigendecomposition.
+A transcoder encodes the rows of the site it reads and is measured against the site's. Each row is
+read once for all. Cost: one encoding per dictionary, two covariances and one eigendecomposition.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from pipeline.evaluation.candidates import Candidate
 from pipeline.evaluation.held_out import iter_rows
 from sae import Sae
 from sae.errors import Problem, UserError
-from sae.metrics import CovarianceMeter, ReconstructionMeter, active_latents, n_components_to_match, pca_fvu
+from sae.metrics import (
+    CovarianceMeter,
+    ReconstructionMeter,
+    active_latents,
+    n_components_to_match,
+    pca_fvu,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +56,15 @@ def measure_site(
     *,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """`rows`: one flat record a dictionary; `pca`: the PCA's FVU for 0, 1, … components. Plain JSON values."""
+    """`rows`: one flat record a dictionary; `pca`: the PCA's FVU for 0, 1, … components. Plain JSON
+    values."""
     centre = torch.from_numpy(store.statistics(site).mean)
     dictionaries = [(candidate, candidate.load(device)) for candidate in candidates]
     _check_widths(dictionaries, store)
-    meters = [ReconstructionMeter(n_latents=sae.n_latents, d_out=sae.d_out, centre=centre) for _, sae in dictionaries]
+    meters = [
+        ReconstructionMeter(n_latents=sae.n_latents, d_out=sae.d_out, centre=centre)
+        for _, sae in dictionaries
+    ]
     covariance = CovarianceMeter(centre=centre)
     sites = tuple(dict.fromkeys([site, *(candidate.reads or site for candidate in candidates)]))
     for blocks in zip(*(iter_rows(store, other, rows.held_out) for other in sites), strict=True):
@@ -81,7 +92,9 @@ def _check_widths(dictionaries: Sequence[tuple[Candidate, Sae]], store: Activati
         if (sae.d_in, sae.d_out) != widths:
             found = f"{sae.d_in} in, {sae.d_out} out"
             expected = f"{widths[0]} in, {widths[1]} out"
-            problems.append(Problem(what="width", where=str(candidate.path), expected=expected, found=found))
+            problems.append(
+                Problem(what="width", where=str(candidate.path), expected=expected, found=found)
+            )
     if problems:
         raise UserError("dictionaries of another width than their site", problems=tuple(problems))
 
@@ -96,7 +109,10 @@ def reconstruct(sae: Sae, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pca_curve(
-    store: ActivationStore, site: Site, train: list[Int[np.ndarray, "row"]], held_out: CovarianceMeter
+    store: ActivationStore,
+    site: Site,
+    train: list[Int[np.ndarray, "row"]],
+    held_out: CovarianceMeter,
 ) -> np.ndarray:
     if not train:
         return np.zeros(0)
@@ -114,7 +130,11 @@ def _architecture(sae: Sae) -> str:
 
 
 def _row(
-    candidate: Candidate, sae: Sae, meter: ReconstructionMeter, curve: np.ndarray, bootstrap: Bootstrap
+    candidate: Candidate,
+    sae: Sae,
+    meter: ReconstructionMeter,
+    curve: np.ndarray,
+    bootstrap: Bootstrap,
 ) -> dict[str, Any]:
     result = meter.result()
     interval = meter.fvu_interval(n_resamples=bootstrap.n_resamples, seed=bootstrap.seed)
@@ -134,4 +154,7 @@ def _row(
         "pca_fvu": float(curve[same_budget]) if len(curve) else None,
         "pca_components_to_match": n_components_to_match(curve, result.fvu) if len(curve) else None,
     }
-    return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in row.items()}
+    return {
+        name: None if isinstance(value, float) and np.isnan(value) else value
+        for name, value in row.items()
+    }

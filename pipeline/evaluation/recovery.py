@@ -1,18 +1,19 @@
-"""Dictionaries with the model in the loop: how much of the model's loss survives when an activation is replaced by its
-reconstruction.
+"""Dictionaries with the model in the loop: how much of the model's loss survives when an activation
+is replaced by its reconstruction.
 
 1. Run the model on held-out contexts and keep the activations at every site wanted.
-2. For each site and each replacement (reconstruction, zero, mean), put the replacement at the ordinary positions, leave
-   BOS, special and sink positions as they are, and run the model from that site on: the blocks before it are skipped,
-   because what they would compute is known (`data/partial_forward.py`).
-3. Sum cross-entropy of the next token and KL(original ‖ replaced) by document; report what share of the ablation's
-   damage the reconstruction avoids, with bootstrap intervals over documents.
+2. For each site and each replacement (reconstruction, zero, mean), put the replacement at the
+   ordinary positions, leave BOS, special and sink positions as they are, and run the model from
+   that site on: the blocks before it are skipped, because what they would compute is known
+   (`data/partial_forward.py`).
+3. Sum cross-entropy of the next token and KL(original ‖ replaced) by document; report what share of
+   the ablation's damage the reconstruction avoids, with bootstrap intervals over documents.
 
     CE recovered = (CE_ablated − CE_replaced) / (CE_ablated − CE_original)
     KL recovered = 1 − KL_replaced / KL_ablated
 
-Cost: one forward pass per batch, and for each site 2 + (number of its dictionaries) passes over the blocks after it.
-Memory: batches are cut so that logits take no more than `_LOGIT_BYTES`.
+Cost: one forward pass per batch, and for each site 2 + (number of its dictionaries) passes over the
+blocks after it. Memory: batches are cut so that logits take no more than `_LOGIT_BYTES`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ ORIGINAL, ZERO, MEAN = "original", "zero", "mean"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Subject:
-    """A dictionary to splice in at `site`. A transcoder reads another site, `reads`. `mean` is the site's mean."""
+    """A dictionary to splice in at `site`. A transcoder reads another site, `reads`. `mean` is the
+    site's mean."""
 
     name: str
     site: Site
@@ -52,7 +54,8 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
-    """Losses in nats per token over the counted positions. A share is NaN where the ablation does no damage."""
+    """Losses in nats per token over the counted positions. A share is NaN where the ablation does
+    no damage."""
 
     n_tokens: int
     n_documents: int
@@ -107,13 +110,15 @@ def logits_with(
     value: Float[Tensor, "batch position d_model"],
     resid_pre: Float[Tensor, "batch position d_model"],
 ) -> Float[Tensor, "batch position vocab"]:
-    """Logits when the activation at `site` is `value`. `resid_pre` is what the stream held before the site's block;
-    blocks that come before are not run."""
+    """Logits when the activation at `site` is `value`. `resid_pre` is what the stream held before
+    the site's block; blocks that come before are not run."""
     is_stream = site.kind in ("resid_pre", "resid_post")
     last_skipped = site.layer if site.kind == "resid_post" else site.layer - 1
     with ExitStack() as stack:
         if last_skipped >= 0:
-            stack.enter_context(continued_from(model, last_skipped, value if is_stream else resid_pre))
+            stack.enter_context(
+                continued_from(model, last_skipped, value if is_stream else resid_pre)
+            )
         if last_skipped < 0 or not is_stream:
             stack.enter_context(model.edited({site: lambda _: value.to(model.device, model.dtype)}))
         return model.logits(ids)
@@ -161,20 +166,25 @@ class _Original:
     def replaced(self, site: Site, value: Tensor) -> _Losses:
         """Losses when `value` stands at the spliced positions of `site`."""
         original = self.seen[site]
-        where = rearrange(self.batch.spliced, "batch position -> batch position 1").to(original.device)
+        where = rearrange(self.batch.spliced, "batch position -> batch position 1").to(
+            original.device
+        )
         spliced = torch.where(where, value.to(original.device, original.dtype), original)
         before = self.seen[Site(site.layer, "resid_pre")]
         return self.losses(logits_with(self.model, self.batch.ids, site, spliced, before))
 
     def losses(self, logits: Float[Tensor, "batch position vocab"]) -> _Losses:
-        """CE and KL without the log-probabilities of all tokens: both follow from the logits and their log-sum."""
+        """CE and KL without the log-probabilities of all tokens: both follow from the logits and
+        their log-sum."""
         q = self._counted(logits)
         log_sum = q.logsumexp(-1)
         ce = log_sum - q.gather(1, self.batch.targets[:, None].to(q.device))[:, 0]
         kl = torch.linalg.vecdot(self.p, self.original_logits - q) + log_sum - self.log_sum
         return _Losses(ce=ce.double().cpu().numpy(), kl=kl.clamp_min(0).double().cpu().numpy())
 
-    def _counted(self, logits: Float[Tensor, "batch position vocab"]) -> Float[Tensor, "counted vocab"]:
+    def _counted(
+        self, logits: Float[Tensor, "batch position vocab"]
+    ) -> Float[Tensor, "counted vocab"]:
         return logits[self.batch.counted.to(logits.device)].float()
 
 
@@ -201,7 +211,9 @@ class _Sums:
     def recovery(self, subject: Subject, *, n_resamples: int, seed: int) -> Recovery:
         spliced, zero, mean = (f"{subject.site}:{name}" for name in (subject.name, ZERO, MEAN))
         n = self.n.sum()
-        against_zero, against_mean = (self._share(spliced, ablated, n_resamples, seed) for ablated in (zero, mean))
+        against_zero, against_mean = (
+            self._share(spliced, ablated, n_resamples, seed) for ablated in (zero, mean)
+        )
         return Recovery(
             n_tokens=int(n),
             n_documents=len(self.names),
@@ -220,14 +232,20 @@ class _Sums:
             kl_recovered_mean=_kl_share(self.kl[spliced], self.kl[mean]),
         )
 
-    def _share(self, spliced: str, ablated: str, n_resamples: int, seed: int) -> tuple[float, Interval]:
+    def _share(
+        self, spliced: str, ablated: str, n_resamples: int, seed: int
+    ) -> tuple[float, Interval]:
         kept, damage = self.ce[ablated] - self.ce[spliced], self.ce[ablated] - self.ce[ORIGINAL]
         if damage.sum() <= 0:
             return float("nan"), Interval(low=float("nan"), high=float("nan"))
-        return float(kept.sum() / damage.sum()), bootstrap_ratio(kept, damage, n_resamples=n_resamples, seed=seed)
+        return float(kept.sum() / damage.sum()), bootstrap_ratio(
+            kept, damage, n_resamples=n_resamples, seed=seed
+        )
 
 
-def _kl_share(spliced: Float[np.ndarray, "document"], ablated: Float[np.ndarray, "document"]) -> float:
+def _kl_share(
+    spliced: Float[np.ndarray, "document"], ablated: Float[np.ndarray, "document"]
+) -> float:
     return float(1 - spliced.sum() / ablated.sum()) if ablated.sum() > 0 else float("nan")
 
 

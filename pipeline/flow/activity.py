@@ -1,10 +1,13 @@
-"""Codes of a layer and of its predecessors → which predecessors fire with each firing feature: eight activity groups.
+"""Codes of a layer and of its predecessors → which predecessors fire with each firing feature:
+eight activity groups.
 
-1. For every firing of a target feature, look whether its best residual, MLP and attention predecessors fire on the same
-   token. The three answers give one of eight groups, from `nowhere` to `RES&MLP&ATT`.
-2. A group belongs to a firing, not to a feature, so a feature has a distribution over groups (`distributions`); a
-   layer has shares (`shares`), and two groups share features (`cooccurrence`).
-3. `separation` asks whether a score of the feature's links, such as s(R), differs between two groups (Mann–Whitney).
+1. For every firing of a target feature, look whether its best residual, MLP and attention
+   predecessors fire on the same token. The three answers give one of eight groups, from `nowhere`
+   to `RES&MLP&ATT`.
+2. A group belongs to a firing, not to a feature, so a feature has a distribution over groups
+   (`distributions`); a layer has shares (`shares`), and two groups share features (`cooccurrence`).
+3. `separation` asks whether a score of the feature's links, such as s(R), differs between two
+   groups (Mann–Whitney).
 
 Cost: one look-up per firing. Source: Feature Flow (arXiv 2502.03032) §5.1, Fig. 4, 5, 13 and 14.
 """
@@ -38,13 +41,17 @@ MEMBERS: dict[str, tuple[Relation, ...]] = {
 }
 _BIT: dict[Relation, int] = {name: 1 << place for place, name in enumerate(RELATIONS)}
 _GROUP_OF_BITS = np.array(
-    [next(i for i, g in enumerate(GROUPS) if sum(_BIT[m] for m in MEMBERS[g]) == bits) for bits in range(8)]
+    [
+        next(i for i, g in enumerate(GROUPS) if sum(_BIT[m] for m in MEMBERS[g]) == bits)
+        for bits in range(8)
+    ]
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predecessors:
-    """Codes of a site before the target, and for each target latent its best latent there (-1: none)."""
+    """Codes of a site before the target, and for each target latent its best latent there (-1:
+    none)."""
 
     codes: Codes
     best: Int64[np.ndarray, "target"]
@@ -52,8 +59,9 @@ class Predecessors:
 
 @dataclass(frozen=True, kw_only=True)
 class Activity:
-    """Every firing of a layer's features: its latent, its token and its group (a place in `GROUPS`). `looked_at` says
-    which predecessors there were; a firing cannot come from one that was not looked at."""
+    """Every firing of a layer's features: its latent, its token and its group (a place in
+    `GROUPS`). `looked_at` says which predecessors there were; a firing cannot come from one that
+    was not looked at."""
 
     latent: Int64[np.ndarray, "firing"]
     token: Int64[np.ndarray, "firing"]
@@ -71,7 +79,8 @@ class Activity:
         return self._only(np.isin(self.token, tokens))
 
     def one_per_feature(self, rng: np.random.Generator) -> Activity:
-        """One firing, drawn at random, of each feature in each group: samples that do not repeat a feature."""
+        """One firing, drawn at random, of each feature in each group: samples that do not repeat a
+        feature."""
         order = rng.permutation(len(self.latent))
         key = self.latent[order] * len(GROUPS) + self.group[order]
         _, first = np.unique(key, return_index=True)
@@ -90,7 +99,8 @@ class Activity:
 
 
 def activity_groups(target: Codes, predecessors: Mapping[Relation, Predecessors]) -> Activity:
-    """The group of every firing of `target`. All codes must be of the same tokens. Raises UserError."""
+    """The group of every firing of `target`. All codes must be of the same tokens. Raises
+    UserError."""
     _check(target, predecessors)
     n_latents = target.codes.shape[1]
     latent = np.repeat(np.arange(n_latents, dtype=np.int64), np.diff(target.codes.indptr))
@@ -98,7 +108,9 @@ def activity_groups(target: Codes, predecessors: Mapping[Relation, Predecessors]
     bits = np.zeros(len(latent), dtype=np.int64)
     for relation, before in predecessors.items():
         best = before.best[latent]
-        bits |= np.where((best >= 0) & fires_at(before.codes, np.maximum(best, 0), token), _BIT[relation], 0)
+        bits |= np.where(
+            (best >= 0) & fires_at(before.codes, np.maximum(best, 0), token), _BIT[relation], 0
+        )
     return Activity(
         latent=latent,
         token=token,
@@ -141,27 +153,33 @@ def shares(activity: Activity) -> Float[np.ndarray, "group"]:
 
 
 def cooccurrence(found: Int64[np.ndarray, "latent group"]) -> Float[np.ndarray, "row column"]:
-    """P(a feature seen in the row's group is also seen in the column's group); nan in rows of groups never seen.
-    Counts of several layers may be stacked."""
+    """P(a feature seen in the row's group is also seen in the column's group); nan in rows of
+    groups never seen. Counts of several layers may be stacked."""
     seen = (found > 0).astype(np.float64)
     both, alone = seen.T @ seen, seen.sum(axis=0)[:, None]
     return np.divide(both, alone, out=np.full(both.shape, np.nan), where=alone > 0)
 
 
-def stability(found: Int64[np.ndarray, "latent group"], min_firings: int) -> Float[np.ndarray, "latent"]:
-    """How much of a feature's firings its most frequent group holds, for features with enough firings; nan else."""
+def stability(
+    found: Int64[np.ndarray, "latent group"], min_firings: int
+) -> Float[np.ndarray, "latent"]:
+    """How much of a feature's firings its most frequent group holds, for features with enough
+    firings; nan else."""
     total = found.sum(axis=1)
     enough = total >= max(min_firings, 1)
     return np.divide(found.max(axis=1), total, out=np.full(len(found), np.nan), where=enough)
 
 
 def separation(
-    activity: Activity, scores: Mapping[Relation, Float[np.ndarray, "latent"]], *, min_firings: int = 8
+    activity: Activity,
+    scores: Mapping[Relation, Float[np.ndarray, "latent"]],
+    *,
+    min_firings: int = 8,
 ) -> pd.DataFrame:
     """Mann–Whitney tests of every score between every two groups, over firings.
 
-    One row a test: `score, group_a, group_b, n_a, n_b, auc, p_value`; `auc` is P(score in a > score in b), ties half.
-    Pairs of groups with fewer than `min_firings` on a side are left out."""
+    One row a test: `score, group_a, group_b, n_a, n_b, auc, p_value`; `auc` is P(score in a > score
+    in b), ties half. Pairs of groups with fewer than `min_firings` on a side are left out."""
     rows = []
     for relation, score in scores.items():
         of_firing = score[activity.latent]
@@ -173,21 +191,33 @@ def separation(
             test = mannwhitneyu(samples[a], samples[b], method="asymptotic")
             rows.append(
                 {
-                    "score": relation, "group_a": GROUPS[a], "group_b": GROUPS[b], "n_a": len(samples[a]),
-                    "n_b": len(samples[b]), "auc": float(test.statistic) / (len(samples[a]) * len(samples[b])),
+                    "score": relation,
+                    "group_a": GROUPS[a],
+                    "group_b": GROUPS[b],
+                    "n_a": len(samples[a]),
+                    "n_b": len(samples[b]),
+                    "auc": float(test.statistic) / (len(samples[a]) * len(samples[b])),
                     "p_value": float(test.pvalue),
                 }
-            )  # fmt: skip
+            )
     columns = ["score", "group_a", "group_b", "n_a", "n_b", "auc", "p_value"]
     return pd.DataFrame(rows, columns=columns)
 
 
 def separation_shares(tests: pd.DataFrame, *, alpha: float = 1e-3) -> pd.DataFrame:
-    """Over layers: per score and pair of groups the share of tests with p < alpha, how many there were, and whether the
-    score's predecessor fires in exactly one of the two groups (the paper's pattern)."""
-    grouped = tests.assign(different=tests["p_value"] < alpha).groupby(["score", "group_a", "group_b"], as_index=False)
-    found = grouped.agg(share=("different", "mean"), n_tests=("different", "size"), auc_median=("auc", "median"))
-    members = [(row.score in MEMBERS[row.group_a]) != (row.score in MEMBERS[row.group_b]) for row in found.itertuples()]
+    """Over layers: per score and pair of groups the share of tests with p < alpha, how many there
+    were, and whether the score's predecessor fires in exactly one of the two groups (the paper's
+    pattern)."""
+    grouped = tests.assign(different=tests["p_value"] < alpha).groupby(
+        ["score", "group_a", "group_b"], as_index=False
+    )
+    found = grouped.agg(
+        share=("different", "mean"), n_tests=("different", "size"), auc_median=("auc", "median")
+    )
+    members = [
+        (row.score in MEMBERS[row.group_a]) != (row.score in MEMBERS[row.group_b])
+        for row in found.itertuples()
+    ]
     return found.assign(expected=np.array(members, dtype=bool))
 
 

@@ -1,19 +1,21 @@
 """Two dictionaries → a one-to-one assignment of their latents, as SAE Match makes it.
 
-1. Each latent becomes one row: its decoder row, its encoder row, or both with its bias (`Objective`). `folded` first
-   moves JumpReLU thresholds into the weights: W_enc/θ, b_enc/θ, W_dec·θ, which leaves the dictionary's output as it is.
-2. The similarity of two latents is the inner product of their rows. For a full permutation the largest sum of
-   similarities is the smallest sum of squared distances.
-3. Dense: the whole matrix goes to a linear assignment solver. Sparse: only the best candidates of every latent, both
-   ways, are offered; each source may also stay alone, at the price of its worst candidate. Who stayed alone is then
-   assigned among the targets left over.
+1. Each latent becomes one row: its decoder row, its encoder row, or both with its bias
+   (`Objective`). `folded` first moves JumpReLU thresholds into the weights: W_enc/θ, b_enc/θ,
+   W_dec·θ, which leaves the dictionary's output as it is.
+2. The similarity of two latents is the inner product of their rows. For a full permutation the
+   largest sum of similarities is the smallest sum of squared distances.
+3. Dense: the whole matrix goes to a linear assignment solver. Sparse: only the best candidates of
+   every latent, both ways, are offered; each source may also stay alone, at the price of its worst
+   candidate. Who stayed alone is then assigned among the targets left over.
 4. Assignments of neighbouring layers compose to assignments of distant ones (`then`).
 
-Direction: `target_of[u]` receives what source latent `u` holds, `z_target[target_of[u]] = z_source[u]`. That is a
-scatter; indexing with the same numbers would apply the inverse permutation.
+Direction: `target_of[u]` receives what source latent `u` holds, `z_target[target_of[u]] =
+z_source[u]`. That is a scatter; indexing with the same numbers would apply the inverse permutation.
 
-Cost: dense O(n³) at worst (about 70 s at 16k latents), n² memory; sparse about n · candidates of memory.
-Source: SAE Match (Balagansky et al., arXiv 2410.07656) §3; sparse candidates are this project's.
+Cost: dense O(n³) at worst (about 70 s at 16k latents), n² memory; sparse about n · candidates of
+memory. Source: SAE Match (Balagansky et al., arXiv 2410.07656) §3; sparse candidates are this
+project's.
 """
 
 from __future__ import annotations
@@ -38,14 +40,16 @@ Objective = Literal["decoder", "encoder", "full"]
 OBJECTIVES: tuple[Objective, ...] = ("decoder", "encoder", "full")
 NOBODY = -1
 MOST_DENSE = 1 << 29
-"""Entries of the similarity matrix beyond which the dense solver is refused: 2 GiB and hours of work."""
+"""Entries of the similarity matrix beyond which the dense solver is refused: 2 GiB and hours of
+work."""
 _BLOCK_ROWS = 512
 _LEFT_OVER_BLOCK = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """`target_of[source]` is the latent that receives a source latent, -1 for nobody. One-to-one: no target twice."""
+    """`target_of[source]` is the latent that receives a source latent, -1 for nobody. One-to-one:
+    no target twice."""
 
     target_of: Int64[np.ndarray, "source"]
     n_targets: int
@@ -63,9 +67,14 @@ class Assignment:
         return inverse
 
     def apply(self, z: Float[Tensor, "*token source"]) -> Float[Tensor, "*token target"]:
-        """Latents of the source, written where the target keeps them; targets of nobody are 0. Raises UserError."""
+        """Latents of the source, written where the target keeps them; targets of nobody are 0.
+        Raises UserError."""
         if z.shape[-1] != len(self.target_of):
-            raise UserError("these latents are of another width", expected=str(len(self.target_of)), found=str(z.shape))
+            raise UserError(
+                "these latents are of another width",
+                expected=str(len(self.target_of)),
+                found=str(z.shape),
+            )
         matched = torch.from_numpy(np.flatnonzero(self.target_of != NOBODY))
         place = torch.from_numpy(self.target_of)[matched].to(z.device)
         moved = z.new_zeros(*z.shape[:-1], self.n_targets)
@@ -86,12 +95,19 @@ class Assignment:
 
 
 def assign(
-    source: Sae, target: Sae, *, objective: Objective = "decoder", fold: bool = False, n_candidates: int | None = None
+    source: Sae,
+    target: Sae,
+    *,
+    objective: Objective = "decoder",
+    fold: bool = False,
+    n_candidates: int | None = None,
 ) -> Assignment:
-    """The assignment with the largest sum of similarities. Of unequal widths the narrower is matched whole.
+    """The assignment with the largest sum of similarities. Of unequal widths the narrower is
+    matched whole.
 
-    `n_candidates` keeps so many best partners of each latent and solves the sparse problem; None solves the dense one.
-    Raises UserError for dictionaries of different spaces, and for dense problems too large to hold."""
+    `n_candidates` keeps so many best partners of each latent and solves the sparse problem; None
+    solves the dense one. Raises UserError for dictionaries of different spaces, and for dense
+    problems too large to hold."""
     left, right = (latent_rows(folded(sae) if fold else sae, objective) for sae in (source, target))
     if left.shape[1] != right.shape[1]:
         raise UserError(
@@ -100,13 +116,18 @@ def assign(
             found=f"rows of {right.shape[1]}",
             mend="match dictionaries of one model's residual stream",
         )
-    problem = Candidates.all_of(left, right) if n_candidates is None else Candidates.best_of(left, right, n_candidates)
+    problem = (
+        Candidates.all_of(left, right)
+        if n_candidates is None
+        else Candidates.best_of(left, right, n_candidates)
+    )
     return problem.solve()
 
 
 def folded(sae: Sae) -> Sae:
-    """The same function with thresholds of one: W_enc/θ, b_enc/θ, W_dec·θ. Only JumpReLU has thresholds to fold; other
-    dictionaries, and latents whose threshold is 0, come back as they are."""
+    """The same function with thresholds of one: W_enc/θ, b_enc/θ, W_dec·θ. Only JumpReLU has
+    thresholds to fold; other dictionaries, and latents whose threshold is 0, come back as they
+    are."""
     if not isinstance(sae.activation, Threshold):
         return sae
     theta = sae.activation.theta
@@ -120,8 +141,8 @@ def folded(sae: Sae) -> Sae:
 
 
 def latent_rows(sae: Sae, objective: Objective) -> Float[Tensor, "latent number"]:
-    """What of a latent is compared. The bias counts the centre that the encoder subtracts, so that dictionaries with
-    and without one are alike; b_dec belongs to no latent."""
+    """What of a latent is compared. The bias counts the centre that the encoder subtracts, so that
+    dictionaries with and without one are alike; b_dec belongs to no latent."""
     bias = sae.b_enc - sae.W_enc @ sae.b_in
     match objective:
         case "decoder":
@@ -137,14 +158,17 @@ def latent_rows(sae: Sae, objective: Objective) -> Float[Tensor, "latent number"
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """An assignment problem: rows of both sides and, for the sparse problem, the pairs that may be matched."""
+    """An assignment problem: rows of both sides and, for the sparse problem, the pairs that may be
+    matched."""
 
     left: Float[Tensor, "source number"]
     right: Float[Tensor, "target number"]
     pairs: sparse.csr_matrix | None
 
     @classmethod
-    def all_of(cls, left: Float[Tensor, "source number"], right: Float[Tensor, "target number"]) -> Candidates:
+    def all_of(
+        cls, left: Float[Tensor, "source number"], right: Float[Tensor, "target number"]
+    ) -> Candidates:
         """Every pair may be matched. Raises UserError when the matrix is too large."""
         if len(left) * len(right) > MOST_DENSE:
             raise UserError(
@@ -156,8 +180,11 @@ class Candidates:
         return cls(left=left, right=right, pairs=None)
 
     @classmethod
-    def best_of(cls, left: Float[Tensor, "source number"], right: Float[Tensor, "target number"], n: int) -> Candidates:
-        """The `n` best targets of every source and the `n` best sources of every target may be matched."""
+    def best_of(
+        cls, left: Float[Tensor, "source number"], right: Float[Tensor, "target number"], n: int
+    ) -> Candidates:
+        """The `n` best targets of every source and the `n` best sources of every target may be
+        matched."""
         if n < 1:
             raise UserError("a latent needs candidates", expected="n_candidates >= 1", found=str(n))
         forward, backward = _best(left, right, n), _best(right, left, n)
@@ -169,28 +196,41 @@ class Candidates:
         return cls(
             left=left,
             right=right,
-            pairs=sparse.csr_matrix((value[first], (key // len(right), key % len(right))), shape=shape),
+            pairs=sparse.csr_matrix(
+                (value[first], (key // len(right), key % len(right))), shape=shape
+            ),
         )
 
     def solve(self) -> Assignment:
         """One-to-one, largest total similarity."""
-        target_of = _dense(self.left, self.right) if self.pairs is None else self._left_over(_sparse(self.pairs))
+        target_of = (
+            _dense(self.left, self.right)
+            if self.pairs is None
+            else self._left_over(_sparse(self.pairs))
+        )
         return Assignment(target_of=target_of, n_targets=len(self.right))
 
     def _left_over(self, target_of: Int64[np.ndarray, "source"]) -> Int64[np.ndarray, "source"]:
-        """Whoever stayed alone is assigned among the targets left over, in blocks of a few thousand."""
+        """Whoever stayed alone is assigned among the targets left over, in blocks of a few
+        thousand."""
         sources = np.flatnonzero(target_of == NOBODY)
         targets = np.setdiff1d(np.arange(len(self.right)), target_of[target_of != NOBODY])
         n_blocks = max(1, -(-max(len(sources), len(targets)) // _LEFT_OVER_BLOCK))
         filled = target_of.copy()
-        for some, others in zip(np.array_split(sources, n_blocks), np.array_split(targets, n_blocks), strict=True):
+        for some, others in zip(
+            np.array_split(sources, n_blocks), np.array_split(targets, n_blocks), strict=True
+        ):
             if len(some) and len(others):
-                found = _dense(self.left[torch.from_numpy(some)], self.right[torch.from_numpy(others)])
+                found = _dense(
+                    self.left[torch.from_numpy(some)], self.right[torch.from_numpy(others)]
+                )
                 filled[some] = np.where(found == NOBODY, NOBODY, others[np.maximum(found, 0)])
         return filled
 
 
-def _dense(left: Float[Tensor, "source number"], right: Float[Tensor, "target number"]) -> np.ndarray:
+def _dense(
+    left: Float[Tensor, "source number"], right: Float[Tensor, "target number"]
+) -> np.ndarray:
     with full_precision():
         similarity = (left @ right.T).numpy()
     row, column = linear_sum_assignment(similarity, maximize=True)
@@ -199,7 +239,9 @@ def _dense(left: Float[Tensor, "source number"], right: Float[Tensor, "target nu
     return target_of
 
 
-def _best(rows: Float[Tensor, "row number"], others: Float[Tensor, "other number"], n: int) -> tuple[np.ndarray, ...]:
+def _best(
+    rows: Float[Tensor, "row number"], others: Float[Tensor, "other number"], n: int
+) -> tuple[np.ndarray, ...]:
     """Row, best others and similarity, flat, a block of rows at a time."""
     n = min(n, len(others))
     found = []
@@ -223,8 +265,8 @@ def _sparse(pairs: sparse.csr_matrix) -> Int64[np.ndarray, "source"]:
 
 
 def _sparse_narrow(pairs: sparse.csr_matrix) -> Int64[np.ndarray, "row"]:
-    """The column of each row. Every row has a partner of its own beside the columns, worth as much as its worst
-    candidate, so that a matching always exists; who takes that partner stays alone."""
+    """The column of each row. Every row has a partner of its own beside the columns, worth as much
+    as its worst candidate, so that a matching always exists; who takes that partner stays alone."""
     n_rows, n_columns = pairs.shape
     worst = np.minimum.reduceat(pairs.data, pairs.indptr[:-1])
     row = np.concatenate([np.repeat(np.arange(n_rows), np.diff(pairs.indptr)), np.arange(n_rows)])

@@ -1,18 +1,23 @@
-"""Does removing a predecessor silence its target? The deactivation experiment of Feature Flow (arXiv 2502.03032, 5.2).
+"""Does removing a predecessor silence its target? The deactivation experiment of Feature Flow
+(arXiv 2502.03032, 5.2).
 
 For a pair of sites, a predecessor site P and a residual site R at or after it:
 
 1. run contexts of held-out documents once, and encode P and R;
 2. draw targets: a token and a latent of R that fires there, a few per context, spread over tokens;
-3. a strategy names, for each target, latents of P (`Predecessors`); those that fire on that token are removed there
-   and only there: `h ← h + (r − 1) Σ a_i d_i`, r = 0 by default. It edits the stream; the dictionary's error stays;
-4. the model goes on from P, the target is read again: activation change = 1 − new / old, success = target silent.
+3. a strategy names, for each target, latents of P (`Predecessors`); those that fire on that token
+   are removed there and only there: `h ← h + (r − 1) Σ a_i d_i`, r = 0 by default. It edits the
+   stream; the dictionary's error stays;
+4. the model goes on from P, the target is read again: activation change = 1 − new / old, success =
+   target silent.
 
-Controls use the same targets: a latent that fires on the token, drawn at random or the strongest; now and then that is
-the predecessor itself, so the controls are, if anything, too strong. Exhaustive search tries every latent that fires
-and keeps the best, an upper bound for one-predecessor explanations.
+Controls use the same targets: a latent that fires on the token, drawn at random or the strongest;
+now and then that is the predecessor itself, so the controls are, if anything, too strong.
+Exhaustive search tries every latent that fires and keeps the best, an upper bound for
+one-predecessor explanations.
 
-Cost: one row of the context per edit, through the blocks from P to R only (`data/partial_forward.py`).
+Cost: one row of the context per edit, through the blocks from P to R only
+(`data/partial_forward.py`).
 """
 
 from __future__ import annotations
@@ -38,7 +43,8 @@ CONTROLS = (RANDOM_ACTIVE, STRONGEST_ACTIVE)
 
 @dataclass(frozen=True, kw_only=True)
 class Contexts:
-    """Held-out text: one row a context. `usable` marks tokens that may be targets (no BOS, no separators)."""
+    """Held-out text: one row a context. `usable` marks tokens that may be targets (no BOS, no
+    separators)."""
 
     ids: Int64[np.ndarray, "context position"]
     document: Int64[np.ndarray, "context position"]
@@ -47,7 +53,8 @@ class Contexts:
 
 @dataclass(frozen=True, kw_only=True)
 class DeactivationOptions:
-    """How much to test. `scale` is r: 0 removes, 1 changes nothing, negative values over-subtract."""
+    """How much to test. `scale` is r: 0 removes, 1 changes nothing, negative values
+    over-subtract."""
 
     n_targets: int = 200
     n_targets_per_context: int = 10
@@ -80,15 +87,19 @@ def measure_deactivation(
     recorded: Mapping[Site, Float[Tensor, "context position d_model"]] | None = None,
     progress: Progress = silent,
 ) -> pd.DataFrame:
-    """One row per target and strategy: `source, target, strategy, document, context, position, target_latent,
-    predecessor` (the first removed, −1 if none fired), `n_removed, before, after, change, success`.
+    """One row per target and strategy: `source, target, strategy, document, context, position,
+    target_latent, predecessor` (the first removed, −1 if none fired), `n_removed, before, after,
+    change, success`.
 
-    `predecessors[strategy][target_latent]` lists candidate latents of `source`, −1 for none. A row with `n_removed` 0
-    is a target whose candidates were silent; it was not run again. `recorded` is what `record_clean` gave for the sites
-    of `sites_to_record`, to share one undisturbed run among many pairs.
+    `predecessors[strategy][target_latent]` lists candidate latents of `source`, −1 for none. A row
+    with `n_removed` 0 is a target whose candidates were silent; it was not run again. `recorded` is
+    what `record_clean` gave for the sites of `sites_to_record`, to share one undisturbed run among
+    many pairs.
     """
     generator = np.random.default_rng(options.seed)
-    clean = _clean_of(recorded or record_clean(model, contexts, sites_to_record(source, target)), source, target)
+    clean = _clean_of(
+        recorded or record_clean(model, contexts, sites_to_record(source, target)), source, target
+    )
     codes_source = dictionaries[source].encode_sparse(clean.source)
     codes_target = dictionaries[target].encode_sparse(clean.target)
     targets = _draw_targets(codes_target, contexts, options, generator)
@@ -96,9 +107,15 @@ def measure_deactivation(
         *_strategy_edits(targets, codes_source, predecessors),
         *_control_edits(targets, codes_source, options, generator),
     ]
-    after = _read_after(model, dictionaries, clean, contexts, targets, edits, source, target, options, progress)
+    after = _read_after(
+        model, dictionaries, clean, contexts, targets, edits, source, target, options, progress
+    )
     table = _as_table(targets, edits, after, contexts, source, target)
-    return pd.concat([table, _best_of_exhaustive(table)], ignore_index=True) if options.n_exhaustive else table
+    return (
+        pd.concat([table, _best_of_exhaustive(table)], ignore_index=True)
+        if options.n_exhaustive
+        else table
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +139,8 @@ class _Edit:
 
 
 def sites_to_record(source: Site, target: Site) -> tuple[Site, ...]:
-    """The sites that testing a pair needs to see undisturbed: both, and the stream that edited runs go on from."""
+    """The sites that testing a pair needs to see undisturbed: both, and the stream that edited runs
+    go on from."""
     return tuple(dict.fromkeys((_start_site(source), source, target)))
 
 
@@ -155,9 +173,13 @@ def _start_site(source: Site) -> Site:
 
 
 def _draw_targets(
-    codes: SparseCodes, contexts: Contexts, options: DeactivationOptions, generator: np.random.Generator
+    codes: SparseCodes,
+    contexts: Contexts,
+    options: DeactivationOptions,
+    generator: np.random.Generator,
 ) -> _Targets:
-    """Firing (token, latent) pairs: at most one latent a token, at most so many tokens a context, in random order."""
+    """Firing (token, latent) pairs: at most one latent a token, at most so many tokens a context,
+    in random order."""
     value, index = codes.value.cpu().numpy(), codes.index.cpu().numpy()
     context, position = np.nonzero(contexts.usable & (value > 0).any(-1))
     order = generator.permutation(len(context))
@@ -176,29 +198,42 @@ def _draw_targets(
 
 
 def _strategy_edits(
-    targets: _Targets, codes: SparseCodes, predecessors: Mapping[str, Int64[np.ndarray, "latent candidate"]]
+    targets: _Targets,
+    codes: SparseCodes,
+    predecessors: Mapping[str, Int64[np.ndarray, "latent candidate"]],
 ) -> Iterator[_Edit]:
     for target, (latents, values) in enumerate(_firing(targets, codes)):
         for strategy, candidates in predecessors.items():
             wanted = np.isin(latents, candidates[targets.latent[target]])
-            yield _Edit(strategy=strategy, target=target, latents=latents[wanted], values=values[wanted])
+            yield _Edit(
+                strategy=strategy, target=target, latents=latents[wanted], values=values[wanted]
+            )
 
 
 def _control_edits(
-    targets: _Targets, codes: SparseCodes, options: DeactivationOptions, generator: np.random.Generator
+    targets: _Targets,
+    codes: SparseCodes,
+    options: DeactivationOptions,
+    generator: np.random.Generator,
 ) -> Iterator[_Edit]:
     for target, (latents, values) in enumerate(_firing(targets, codes)):
         if len(latents) == 0:
             continue
         if RANDOM_ACTIVE in options.controls:
             one = generator.integers(len(latents), size=1)
-            yield _Edit(strategy=RANDOM_ACTIVE, target=target, latents=latents[one], values=values[one])
+            yield _Edit(
+                strategy=RANDOM_ACTIVE, target=target, latents=latents[one], values=values[one]
+            )
         if STRONGEST_ACTIVE in options.controls:
             one = np.argmax(values, keepdims=True)
-            yield _Edit(strategy=STRONGEST_ACTIVE, target=target, latents=latents[one], values=values[one])
+            yield _Edit(
+                strategy=STRONGEST_ACTIVE, target=target, latents=latents[one], values=values[one]
+            )
         if target < options.n_exhaustive:
             for i in range(len(latents)):
-                yield _Edit(strategy=EXHAUSTIVE, target=target, latents=latents[[i]], values=values[[i]])
+                yield _Edit(
+                    strategy=EXHAUSTIVE, target=target, latents=latents[[i]], values=values[[i]]
+                )
 
 
 def _firing(targets: _Targets, codes: SparseCodes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -225,7 +260,8 @@ def _read_after(
     after = targets.before[[edit.target for edit in edits]].astype(np.float64)
     # rows of one batch end at about the same position, so little is computed beyond what is read
     order = sorted(
-        (i for i, edit in enumerate(edits) if len(edit.latents)), key=lambda i: targets.position[edits[i].target]
+        (i for i, edit in enumerate(edits) if len(edit.latents)),
+        key=lambda i: targets.position[edits[i].target],
     )
     for done in range(0, len(order), options.batch_size):
         progress(f"deactivate {source.short} → {target.short}", done, len(order))
@@ -237,7 +273,9 @@ def _read_after(
         ids = torch.from_numpy(contexts.ids[context, :length])
         value = _rerun(model, clean, ids, context, position, delta, source, target)
         codes = dictionaries[target].encode_sparse(value)
-        matches = codes.index == torch.from_numpy(targets.latent[chosen])[:, None].to(codes.index.device)
+        matches = codes.index == torch.from_numpy(targets.latent[chosen])[:, None].to(
+            codes.index.device
+        )
         after[batch] = (codes.value * matches).sum(-1).cpu().numpy()
     progress(f"deactivate {source.short} → {target.short}", len(order), len(order))
     return after
@@ -245,7 +283,11 @@ def _read_after(
 
 def _delta(dictionary: Sae, edit: _Edit, scale: float) -> Float[Tensor, "d_model"]:
     values = torch.from_numpy(edit.values).to(dictionary.device, dictionary.dtype)
-    return (scale - 1.0) * values @ dictionary.W_dec[torch.from_numpy(edit.latents).to(dictionary.device)]
+    return (
+        (scale - 1.0)
+        * values
+        @ dictionary.W_dec[torch.from_numpy(edit.latents).to(dictionary.device)]
+    )
 
 
 def _rerun(
@@ -258,7 +300,8 @@ def _rerun(
     source: Site,
     target: Site,
 ) -> Float[Tensor, "row d_model"]:
-    """The target site's activation at each row's token, when `delta` is added at the source there."""
+    """The target site's activation at each row's token, when `delta` is added at the source
+    there."""
     rows = torch.arange(len(context))
     at = torch.from_numpy(position)
 
@@ -313,11 +356,17 @@ def _best_of_exhaustive(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise_deactivation(
-    table: pd.DataFrame, by: Sequence[str] = ("strategy",), *, n_bootstrap: int = 1000, seed: int = 0
+    table: pd.DataFrame,
+    by: Sequence[str] = ("strategy",),
+    *,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """Success and activation change where a predecessor was removed, with 95 % intervals by resampling documents.
+    """Success and activation change where a predecessor was removed, with 95 % intervals by
+    resampling documents.
 
-    `n_targets` counts all targets of the group, `n` those with an active predecessor, `active_share` is their ratio.
+    `n_targets` counts all targets of the group, `n` those with an active predecessor,
+    `active_share` is their ratio.
     """
     generator = np.random.default_rng(seed)
     rows = []
@@ -334,21 +383,29 @@ def summarise_deactivation(
 def mean_with_interval(
     run: pd.DataFrame, column: str, n_bootstrap: int, generator: np.random.Generator
 ) -> dict[str, float]:
-    """The mean over rows and its percentile interval when whole documents are drawn with replacement."""
+    """The mean over rows and its percentile interval when whole documents are drawn with
+    replacement."""
     if run.empty:
         return {column: float("nan"), f"{column}_low": float("nan"), f"{column}_high": float("nan")}
     per_document = run.groupby("document")[column].agg(["sum", "count"]).to_numpy(dtype=np.float64)
     draws = generator.integers(len(per_document), size=(n_bootstrap, len(per_document)))
     sums, counts = per_document[draws, 0].sum(1), per_document[draws, 1].sum(1)
     low, high = np.quantile(sums / counts, [0.025, 0.975])
-    return {column: float(run[column].mean()), f"{column}_low": float(low), f"{column}_high": float(high)}
+    return {
+        column: float(run[column].mean()),
+        f"{column}_low": float(low),
+        f"{column}_high": float(high),
+    }
 
 
 def evidence_of_edges(table: pd.DataFrame, strategy: str) -> pd.DataFrame:
-    """Per tested edge: `source_latent, target_latent, causal_n, causal_success, causal_change`, from one strategy."""
+    """Per tested edge: `source_latent, target_latent, causal_n, causal_success, causal_change`,
+    from one strategy."""
     run = table[(table["strategy"] == strategy) & (table["n_removed"] == 1)]
     grouped = run.groupby(["source", "target", "predecessor", "target_latent"], as_index=False)
     evidence = grouped.agg(
-        causal_n=("success", "size"), causal_success=("success", "mean"), causal_change=("change", "mean")
+        causal_n=("success", "size"),
+        causal_success=("success", "mean"),
+        causal_change=("change", "mean"),
     )
     return evidence.rename(columns={"predecessor": "source_latent"})

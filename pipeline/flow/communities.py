@@ -1,10 +1,13 @@
-"""Kept links → communities of features, by label propagation (Raghavan et al. 2007, arXiv 0709.2938).
+"""Kept links → communities of features, by label propagation (Raghavan et al. 2007, arXiv
+0709.2938).
 
-1. Every node starts with a label of its own, or with that of the chain it belongs to: on bare chains propagation alone
-   stops at pairs.
-2. In each round half of the nodes, drawn at random, take the label with the largest summed weight among their
-   neighbours (both directions); ties go to the smallest label. Half at a time: all at once oscillates on chains.
-3. Stops when nobody changes. Labels are then numbered by size, largest first; nodes without links get -1.
+1. Every node starts with a label of its own, or with that of the chain it belongs to: on bare
+   chains propagation alone stops at pairs.
+2. In each round half of the nodes, drawn at random, take the label with the largest summed weight
+   among their neighbours (both directions); ties go to the smallest label. Half at a time: all at
+   once oscillates on chains.
+3. Stops when nobody changes. Labels are then numbered by size, largest first; nodes without links
+   get -1.
 
 Cost O(rounds · links · log links), vectorised: a graph of 60,000 nodes takes seconds.
 """
@@ -25,7 +28,8 @@ def communities_of(
     start: Int64[np.ndarray, "node"] | None = None,
     max_rounds: int = 60,
 ) -> Int64[np.ndarray, "node"]:
-    """The community of each node; -1 for a node without links. `start` gives nodes that belong together one label."""
+    """The community of each node; -1 for a node without links. `start` gives nodes that belong
+    together one label."""
     node = np.concatenate([source, target])
     neighbour = np.concatenate([target, source])
     both = np.concatenate([weight, weight])
@@ -41,8 +45,11 @@ def communities_of(
     return _numbered(label, np.unique(node))
 
 
-def _strongest_label(label: np.ndarray, node: np.ndarray, neighbour: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """For each node the label its neighbours carry most; its own label counts a little, so that ties do not flip."""
+def _strongest_label(
+    label: np.ndarray, node: np.ndarray, neighbour: np.ndarray, weight: np.ndarray
+) -> np.ndarray:
+    """For each node the label its neighbours carry most; its own label counts a little, so that
+    ties do not flip."""
     n = len(label)
     key = np.concatenate([node * n + label[neighbour], np.arange(n) * n + label])
     strength = np.concatenate([weight, np.full(n, 1e-6)])

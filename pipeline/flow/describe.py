@@ -1,4 +1,5 @@
-"""A feature's flow as text for a terminal: what it is, the chain through it, what feeds each step, where it forks.
+"""A feature's flow as text for a terminal: what it is, the chain through it, what feeds each step,
+where it forks.
 
 L12/402   translated · density 0.4 % · lives L8 … L15
   L8/77        born here
@@ -27,16 +28,28 @@ def describe_flow(
     name = f"{node['site']}/{node['latent']}"
     chain = graph.chain(feature)
     lines = [_head(name, node, chain, label_of), ""]
-    if len(chain) == 1 and not len(graph.predecessors(feature)) and not len(graph.successors(feature)):
+    if (
+        len(chain) == 1
+        and not len(graph.predecessors(feature))
+        and not len(graph.successors(feature))
+    ):
         return "\n".join(
-            [*lines, "No link of this feature is stronger than chance at the chosen rate.", _nearest(graph, node)]
+            [
+                *lines,
+                "No link of this feature is stronger than chance at the chosen rate.",
+                _nearest(graph, node),
+            ]
         )
-    lines += [_chain_line(graph, step, first=not place, here=str(step.feature) == name, label_of=label_of)
-              for place, step in enumerate(chain)]  # fmt: skip
+    lines += [
+        _chain_line(graph, step, first=not place, here=str(step.feature) == name, label_of=label_of)
+        for place, step in enumerate(chain)
+    ]
     before = [str(step.feature) for step in chain]
     lines += _others("flows in from", graph.predecessors(feature), "source", before, n_others)
     lines += _others("flows on to", graph.successors(feature), "target", before, n_others)
-    members = int((graph.nodes["community"] == node["community"]).sum()) if node["community"] >= 0 else 0
+    members = (
+        int((graph.nodes["community"] == node["community"]).sum()) if node["community"] >= 0 else 0
+    )
     if members:
         lines += ["", f"community {node['community']}: {members} features"]
     return "\n".join(lines)
@@ -54,10 +67,14 @@ def _head(name: str, node: pd.Series, chain: list[ChainStep], label_of: Labels |
     return f"{name}{label}   {' · '.join(parts)}"
 
 
-def _chain_line(graph: FlowGraph, step: ChainStep, *, first: bool, here: bool, label_of: Labels | None) -> str:
+def _chain_line(
+    graph: FlowGraph, step: ChainStep, *, first: bool, here: bool, label_of: Labels | None
+) -> str:
     mark = "▶" if here else " "
     link = "starts here" if first else _evidence(graph, step)
-    leaves = "".join(f"  + {leaf.feature} ({leaf.cosine:.2f})" for leaf in graph.leaves(step.feature))
+    leaves = "".join(
+        f"  + {leaf.feature} ({leaf.cosine:.2f})" for leaf in graph.leaves(step.feature)
+    )
     label = f"  “{label_of(str(step.feature))}”" if label_of else ""
     return f"{mark} {step.feature!s:<14}{link:<34}{leaves}{label}".rstrip()
 
@@ -77,7 +94,10 @@ def _others(title: str, edges: pd.DataFrame, end: str, shown: list[str], n: int)
     rest = edges[~names.isin(shown)]
     if not len(rest):
         return []
-    listed = [f"{name} ({cosine:.2f})" for name, cosine in zip(names[rest.index], rest["cosine"], strict=True)]
+    listed = [
+        f"{name} ({cosine:.2f})"
+        for name, cosine in zip(names[rest.index], rest["cosine"], strict=True)
+    ]
     more = f"  and {len(listed) - n} more" if len(listed) > n else ""
     return ["", f"also {title}:  " + "  ".join(listed[:n]) + more]
 
@@ -85,9 +105,12 @@ def _others(title: str, edges: pd.DataFrame, end: str, shown: list[str], n: int)
 def _nearest(graph: FlowGraph, node: pd.Series) -> str:
     edges = graph.edges
     here = edges[
-        (edges["target_site"] == node["site"]) & (edges["target_latent"] == node["latent"]) & (edges["rank"] == 0)
+        (edges["target_site"] == node["site"])
+        & (edges["target_latent"] == node["latent"])
+        & (edges["rank"] == 0)
     ]
     found = [
-        f"{row.source_site}/{row.source_latent} ({row.cosine:.2f}, q {row.q_value:.2g})" for row in here.itertuples()
+        f"{row.source_site}/{row.source_latent} ({row.cosine:.2f}, q {row.q_value:.2g})"
+        for row in here.itertuples()
     ]
     return "Nearest before it: " + ", ".join(found) if found else "Nothing before it was compared."

@@ -1,12 +1,15 @@
 """Decoder rows → unit directions that can be compared, with what was found on the way.
 
-1. Rows of the decoder become float32 (through `projection` where a dictionary lives before an output matrix, as
-   attention dictionaries before W_O do).
-2. Rows without a direction (zero norm, not finite) are set aside: they take part in nothing and never give a NaN.
-3. The rest is scaled to norm one. Duplicate rows are counted, and so is the share of the mean direction: in a
-   contaminated dictionary every row leans on one common vector and every cosine is high.
+1. Rows of the decoder become float32 (through `projection` where a dictionary lives before an
+   output matrix, as attention dictionaries before W_O do).
+2. Rows without a direction (zero norm, not finite) are set aside: they take part in nothing and
+   never give a NaN.
+3. The rest is scaled to norm one. Duplicate rows are counted, and so is the share of the mean
+   direction: in a contaminated dictionary every row leans on one common vector and every cosine is
+   high.
 
-Cost O(latents × d_model). Source: Feature Flow (arXiv 2502.03032) §3.2, which compares unit decoder columns.
+Cost O(latents × d_model). Source: Feature Flow (arXiv 2502.03032) §3.2, which compares unit decoder
+columns.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from sae.errors import UserError
 SAME_DIRECTION = 1 - 1e-6
 """Two unit rows with a cosine above this are one direction."""
 CONTAMINATED = 0.1
-"""Share of squared norm along the mean direction above which a dictionary is reported as leaning on it. A dictionary
-without a common direction has about 1 / latents."""
+"""Share of squared norm along the mean direction above which a dictionary is reported as leaning on
+it. A dictionary without a common direction has about 1 / latents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +66,15 @@ def directions_of(
     projection: Float[Tensor, "d_out d_model"] | None = None,
     device: str | torch.device = "cpu",
 ) -> Directions:
-    """Unit directions of decoder `rows`. `name` is used in messages. Raises UserError for a matrix that is not one."""
+    """Unit directions of decoder `rows`. `name` is used in messages. Raises UserError for a matrix
+    that is not one."""
     if rows.ndim != 2 or 0 in rows.shape:
-        raise UserError("not a dictionary", where=name, expected="rows [latent, d_out]", found=str(tuple(rows.shape)))
+        raise UserError(
+            "not a dictionary",
+            where=name,
+            expected="rows [latent, d_out]",
+            found=str(tuple(rows.shape)),
+        )
     matrix = rows.detach().to(device=device, dtype=torch.float32)
     if projection is not None:
         if projection.shape[0] != matrix.shape[1]:
@@ -78,7 +87,11 @@ def directions_of(
         matrix = matrix @ projection.to(matrix)
     norms = torch.linalg.vector_norm(matrix, dim=1)
     usable = torch.isfinite(norms) & (norms > torch.finfo(torch.float32).tiny)
-    unit = torch.where(usable[:, None], matrix / norms.clamp_min(1e-30)[:, None], torch.zeros((), device=matrix.device))
+    unit = torch.where(
+        usable[:, None],
+        matrix / norms.clamp_min(1e-30)[:, None],
+        torch.zeros((), device=matrix.device),
+    )
     duplicates = _count_duplicates(unit, usable)
     share = _mean_share(unit, usable)
     return Directions(
@@ -91,7 +104,8 @@ def directions_of(
 
 
 def _count_duplicates(unit: Float[Tensor, "latent d_model"], usable: Bool[Tensor, "latent"]) -> int:
-    """Rows equal to their neighbour when all rows are sorted along one fixed random line: equal rows fall together."""
+    """Rows equal to their neighbour when all rows are sorted along one fixed random line: equal
+    rows fall together."""
     rows = unit[usable]
     if rows.shape[0] < 2:
         return 0
@@ -106,14 +120,23 @@ def _mean_share(unit: Float[Tensor, "latent d_model"], usable: Bool[Tensor, "lat
     return float((unit.sum(0) / n).square().sum()) if n else 0.0
 
 
-def _warnings(name: str, usable: Bool[Tensor, "latent"], duplicates: int, share: float) -> tuple[str, ...]:
+def _warnings(
+    name: str, usable: Bool[Tensor, "latent"], duplicates: int, share: float
+) -> tuple[str, ...]:
     found = []
     if missing := int((~usable).sum()):
         found.append(
-            f"{name}: {missing} of {len(usable)} decoder rows have no direction (zero or not finite); left out"
+            f"{name}: {missing} of {len(usable)} decoder rows have no direction (zero or not "
+            "finite); left out"
         )
     if duplicates:
-        found.append(f"{name}: {duplicates} decoder rows repeat another row; which of them is linked is arbitrary")
+        found.append(
+            f"{name}: {duplicates} decoder rows repeat another row; which of them is linked is "
+            "arbitrary"
+        )
     if share > CONTAMINATED and int(usable.sum()) > 1:
-        found.append(f"{name}: {share:.0%} of every row lies along one common direction; cosines are inflated")
+        found.append(
+            f"{name}: {share:.0%} of every row lies along one common direction; cosines are "
+            "inflated"
+        )
     return tuple(found)

@@ -1,9 +1,12 @@
-"""A match both ways → one table of edges per pair of dictionaries, each with its cosine, rank, margin and mutuality.
+"""A match both ways → one table of edges per pair of dictionaries, each with its cosine, rank,
+margin and mutuality.
 
 1. Every target keeps its top-k predecessors (`rank` 0 is the best).
-2. Every source keeps its best successor too: forward chains need it even where the target prefers others. Such an edge
-   has `rank` -1; `forward_rank` is the place of the target among the source's successors, -1 outside its top-k.
-3. `margin` is the cosine minus that of the target's best other candidate; `mutual` means first choice both ways.
+2. Every source keeps its best successor too: forward chains need it even where the target prefers
+   others. Such an edge has `rank` -1; `forward_rank` is the place of the target among the source's
+   successors, -1 outside its top-k.
+3. `margin` is the cosine minus that of the target's best other candidate; `mutual` means first
+   choice both ways.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ class EdgeColumns:
 
 
 def edges_of(found: Match, *, top_k: int) -> EdgeColumns:
-    """All edges of a match whose k is at least `top_k` (and at least 2, so that the margin is known)."""
+    """All edges of a match whose k is at least `top_k` (and at least 2, so that the margin is
+    known)."""
     target, rank, source, cosine = _listed(found.predecessors, top_k)
     ahead, forward_rank, reached, strength = _listed(found.successors, top_k)
     n_sources = found.successors.index.shape[0]
@@ -51,9 +55,13 @@ def edges_of(found: Match, *, top_k: int) -> EdgeColumns:
         source=np.concatenate([source, ahead[extra]]),
         target=np.concatenate([target, reached[extra]]),
         rank=np.concatenate([rank, np.full(extra.sum(), -1)]),
-        forward_rank=np.concatenate([_looked_up(backward_key, forward_key, forward_rank), forward_rank[extra]]),
+        forward_rank=np.concatenate(
+            [_looked_up(backward_key, forward_key, forward_rank), forward_rank[extra]]
+        ),
         cosine=np.concatenate([cosine, strength[extra]]).astype(np.float64),
-        margin=np.concatenate([cosine - other, strength[extra] - best[reached[extra], 0]]).astype(np.float64),
+        margin=np.concatenate([cosine - other, strength[extra] - best[reached[extra], 0]]).astype(
+            np.float64
+        ),
     )
 
 

@@ -1,12 +1,13 @@
-"""The flow graph → files that other programs open: GraphML, GEXF, Cytoscape JSON, attribution-graph JSON.
+"""The flow graph → files that other programs open: GraphML, GEXF, Cytoscape JSON, attribution-graph
+JSON.
 
 1. Choose features: all that have kept links, or the flow around one feature.
 2. Make a networkx graph with plain attributes (no nulls: a number that is not known is left out).
 3. Write beside and rename.
 
-The attribution-graph form is the one circuit-tracer's viewer reads. A flow graph has no prompt, so the viewer's token
-axis shows where in a layer a feature lives: residual stream, MLP, attention, and before or inside the layer where
-there are dictionaries. `feature` is the Cantor pairing of layer
+The attribution-graph form is the one circuit-tracer's viewer reads. A flow graph has no prompt, so
+the viewer's token axis shows where in a layer a feature lives: residual stream, MLP, attention, and
+before or inside the layer where there are dictionaries. `feature` is the Cantor pairing of layer
 and latent, as that viewer expects now.
 """
 
@@ -26,7 +27,13 @@ from data.sites import FeatureId
 from pipeline.flow.graph import FlowGraph
 from sae.errors import UserError
 
-PLACES = ("residual stream", "MLP", "attention", "residual stream before the layer", "residual stream inside the layer")
+PLACES = (
+    "residual stream",
+    "MLP",
+    "attention",
+    "residual stream before the layer",
+    "residual stream inside the layer",
+)
 _PLACE_OF_KIND = {"resid_post": 0, "mlp_out": 1, "attn_out": 2, "resid_pre": 3, "resid_mid": 4}
 _N_USUAL = 3
 _NODE_COLUMNS = (
@@ -40,7 +47,17 @@ _NODE_COLUMNS = (
     "persistence",
     "community",
 )
-_EDGE_COLUMNS = ("relation", "rank", "cosine", "margin", "q_value", "mutual", "pearson", "jaccard", "causal_success")
+_EDGE_COLUMNS = (
+    "relation",
+    "rank",
+    "cosine",
+    "margin",
+    "q_value",
+    "mutual",
+    "pearson",
+    "jaccard",
+    "causal_success",
+)
 
 
 def export_graph(
@@ -51,14 +68,19 @@ def export_graph(
     max_hops: int | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write to `path`; its ending chooses the form: .graphml, .gexf, .cyjs, or .json for the attribution graph.
+    """Write to `path`; its ending chooses the form: .graphml, .gexf, .cyjs, or .json for the
+    attribution graph.
 
-    `around` and `max_hops` restrict to the flow through one feature; `labels` maps feature ids to text.
+    `around` and `max_hops` restrict to the flow through one feature; `labels` maps feature ids to
+    text.
     """
     target = Path(path)
     if target.suffix not in _WRITERS:
         raise UserError(
-            "no such export", where=str(target), expected=" | ".join(_WRITERS), found=target.suffix or "no ending"
+            "no such export",
+            where=str(target),
+            expected=" | ".join(_WRITERS),
+            found=target.suffix or "no ending",
         )
     made = to_networkx(graph, around=around, max_hops=max_hops, labels=labels)
     if not len(made):
@@ -81,24 +103,36 @@ def to_networkx(
     wanted = None if around is None else _flow_through(graph, around, max_hops)
     rows = graph.kept_between(wanted)
     made = nx.DiGraph()
-    numbers = np.union1d(rows["source"], rows["target"]) if wanted is None else np.array(sorted(wanted))
+    numbers = (
+        np.union1d(rows["source"], rows["target"]) if wanted is None else np.array(sorted(wanted))
+    )
     names = {int(number): str(graph.feature(int(number))) for number in numbers}
-    for name, facts in zip(names.values(), _known(graph.nodes.iloc[numbers], _NODE_COLUMNS), strict=True):
+    for name, facts in zip(
+        names.values(), _known(graph.nodes.iloc[numbers], _NODE_COLUMNS), strict=True
+    ):
         made.add_node(name, label=(labels or {}).get(name, name), **facts)
     ends = zip(rows["source"].map(names), rows["target"].map(names), strict=True)
-    for (source, target), facts in zip(ends, _known(graph.edges.iloc[rows["edge"]], _EDGE_COLUMNS), strict=True):
+    for (source, target), facts in zip(
+        ends, _known(graph.edges.iloc[rows["edge"]], _EDGE_COLUMNS), strict=True
+    ):
         made.add_edge(source, target, weight=facts["cosine"], **facts)
     return made
 
 
-def attribution_document(made: nx.DiGraph, *, slug: str = "flow-graph", scan: str = "featureflow") -> dict[str, Any]:
+def attribution_document(
+    made: nx.DiGraph, *, slug: str = "flow-graph", scan: str = "featureflow"
+) -> dict[str, Any]:
     """The attribution-graph JSON of a networkx flow graph."""
     names = {feature: _attribution_id(facts) for feature, facts in made.nodes(data=True)}
     last = max((_PLACE_OF_KIND[facts["kind"]] for _, facts in made.nodes(data=True)), default=0)
     places = PLACES[: max(last + 1, _N_USUAL)]
-    nodes = [_attribution_node(names[feature], facts, len(places)) for feature, facts in made.nodes(data=True)]
+    nodes = [
+        _attribution_node(names[feature], facts, len(places))
+        for feature, facts in made.nodes(data=True)
+    ]
     links = [
-        {"source": names[a], "target": names[b], "weight": facts["weight"]} for a, b, facts in made.edges(data=True)
+        {"source": names[a], "target": names[b], "weight": facts["weight"]}
+        for a, b, facts in made.edges(data=True)
     ]
     metadata = {
         "slug": slug,
@@ -108,9 +142,18 @@ def attribution_document(made: nx.DiGraph, *, slug: str = "flow-graph", scan: st
         "transcoder_list": [],
         "node_threshold": 1.0,
         "schema_version": 1,
-        "info": {"description": "Flow graph of sparse-autoencoder features", "generator": {"name": "featureflow"}},
+        "info": {
+            "description": "Flow graph of sparse-autoencoder features",
+            "generator": {"name": "featureflow"},
+        },
     }
-    parameters = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
+    parameters = {
+        "pinnedIds": [],
+        "supernodes": [],
+        "linkType": "both",
+        "clickedId": "",
+        "sg_pos": "",
+    }
     return {"metadata": metadata, "qParams": parameters, "nodes": nodes, "links": links}
 
 
@@ -139,7 +182,10 @@ def _attribution_node(name: str, facts: Mapping[str, Any], n_places: int) -> dic
 
 
 def _flow_through(graph: FlowGraph, feature: FeatureId | str, max_hops: int | None) -> set[int]:
-    reached = [*graph.ancestors(feature, max_hops=max_hops), *graph.descendants(feature, max_hops=max_hops)]
+    reached = [
+        *graph.ancestors(feature, max_hops=max_hops),
+        *graph.descendants(feature, max_hops=max_hops),
+    ]
     return {graph.number(feature), *(graph.number(found.feature) for found in reached)}
 
 
@@ -148,7 +194,10 @@ def _known(table: pd.DataFrame, columns: Iterable[str]) -> Iterator[dict[str, An
     chosen = table[[name for name in columns if name in table.columns]].astype(object)
     for record in chosen.to_dict(orient="records"):
         facts = {str(name): value for name, value in record.items() if not pd.isna(value)}
-        yield {name: value.item() if isinstance(value, np.generic) else value for name, value in facts.items()}
+        yield {
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in facts.items()
+        }
 
 
 def _write_graphml(made: nx.DiGraph, path: Path) -> None:
@@ -165,7 +214,9 @@ def _write_cytoscape(made: nx.DiGraph, path: Path) -> None:
 
 def _write_attribution(made: nx.DiGraph, path: Path) -> None:
     slug = path.name.split(".")[0]
-    path.write_text(json.dumps(attribution_document(made, slug=slug), ensure_ascii=False), encoding="utf-8")
+    path.write_text(
+        json.dumps(attribution_document(made, slug=slug), ensure_ascii=False), encoding="utf-8"
+    )
 
 
 _WRITERS: dict[str, Callable[[nx.DiGraph, Path], None]] = {

@@ -1,4 +1,5 @@
-"""Figures of the flow graph: link strength against chance, classes by layer, and the flow of one feature.
+"""Figures of the flow graph: link strength against chance, classes by layer, and the flow of one
+feature.
 
 The only module of this package that plots. Every function writes one PNG and returns nothing.
 """
@@ -17,7 +18,12 @@ from data.sites import FeatureId
 from pipeline.flow.graph import FlowGraph
 from pipeline.flow.nodes import CLASSES
 
-_COLOURS = {"translated": "#3b6fb6", "processed": "#7a5195", "newborn": "#e07b39", "unexplained": "#b8b8b8"}
+_COLOURS = {
+    "translated": "#3b6fb6",
+    "processed": "#7a5195",
+    "newborn": "#e07b39",
+    "unexplained": "#b8b8b8",
+}
 _TITLES = {
     "residual": "layer → next layer (residual)",
     "mlp": "MLP → residual stream",
@@ -26,7 +32,8 @@ _TITLES = {
 
 
 def draw_link_strengths(pairs: pd.DataFrame, path: Path) -> None:
-    """Per pair of dictionaries: median best cosine, the null's median and 99th percentile, the threshold at the FDR."""
+    """Per pair of dictionaries: median best cosine, the null's median and 99th percentile, the
+    threshold at the FDR."""
     relations = [name for name in _TITLES if name in set(pairs["relation"])]
     figure = Figure(figsize=(9.0, 2.6 * len(relations) + 0.4), layout="constrained")
     axes = np.atleast_1d(figure.subplots(len(relations), 1, sharey=True))
@@ -47,7 +54,14 @@ def draw_class_shares(nodes: pd.DataFrame, path: Path) -> None:
         below = np.zeros(len(shares))
         for name in CLASSES:
             height = shares[name].to_numpy() if name in shares else np.zeros(len(shares))
-            axis.bar(shares.index.to_numpy(), height, bottom=below, width=0.85, color=_COLOURS[name], label=name)
+            axis.bar(
+                shares.index.to_numpy(),
+                height,
+                bottom=below,
+                width=0.85,
+                color=_COLOURS[name],
+                label=name,
+            )
             below += height
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axis.set_xlabel("layer")
@@ -65,13 +79,16 @@ def draw_flow(
     max_hops: int = 3,
     n_per_site: int = 4,
 ) -> None:
-    """The flow through one feature: columns are layers, the chain is the middle line, strong links are thick."""
+    """The flow through one feature: columns are layers, the chain is the middle line, strong links
+    are thick."""
     here = graph.number(feature)
     chain = {graph.number(step.feature) for step in graph.chain(feature)}
     shown = _shown(graph, here, chain, max_hops, n_per_site)
     places = _places(graph, shown, chain)
     layers = [layer for layer, _ in places.values()]
-    figure = Figure(figsize=(max(5.0, 1.15 * (max(layers) - min(layers) + 2)), 4.2), layout="constrained")
+    figure = Figure(
+        figsize=(max(5.0, 1.15 * (max(layers) - min(layers) + 2)), 4.2), layout="constrained"
+    )
     axis = figure.subplots()
     _draw_links(axis, graph, places)
     for number, (x, y) in places.items():
@@ -85,23 +102,33 @@ def draw_flow(
     figure.savefig(path, dpi=150)
 
 
-def _shown(graph: FlowGraph, here: int, chain: set[int], max_hops: int, n_per_site: int) -> set[int]:
-    """The chain, its modules, and the strongest features within reach, at most `n_per_site` for each site."""
+def _shown(
+    graph: FlowGraph, here: int, chain: set[int], max_hops: int, n_per_site: int
+) -> set[int]:
+    """The chain, its modules, and the strongest features within reach, at most `n_per_site` for
+    each site."""
     feature = graph.feature(here)
-    reached = [*graph.ancestors(feature, max_hops=max_hops), *graph.descendants(feature, max_hops=max_hops)]
+    reached = [
+        *graph.ancestors(feature, max_hops=max_hops),
+        *graph.descendants(feature, max_hops=max_hops),
+    ]
     leaves = [leaf.feature for number in chain for leaf in graph.leaves(graph.feature(number))]
     shown = chain | {graph.number(leaf) for leaf in leaves}
     counts: dict[str, int] = {}
     for found in sorted(reached, key=lambda item: -item.strength):
         site = found.feature.site.short
-        if counts.get(site, 0) < n_per_site and found.feature.site.kind not in ("mlp_out", "attn_out"):
+        if counts.get(site, 0) < n_per_site and found.feature.site.kind not in (
+            "mlp_out",
+            "attn_out",
+        ):
             counts[site] = counts.get(site, 0) + 1
             shown.add(graph.number(found.feature))
     return shown
 
 
 def _places(graph: FlowGraph, shown: set[int], chain: set[int]) -> dict[int, tuple[float, float]]:
-    """The chain on the middle line, other residual features above it, modules below and a little to the left."""
+    """The chain on the middle line, other residual features above it, modules below and a little to
+    the left."""
     places: dict[int, tuple[float, float]] = {}
     taken: dict[str, int] = {}
     for number in sorted(shown):
@@ -126,11 +153,20 @@ def _draw_links(axis: Axes, graph: FlowGraph, places: dict[int, tuple[float, flo
         strength = float(cosine[row.edge])
         style = "-" if mutual[row.edge] else "--"
         width, alpha = 0.5 + 2.5 * strength, 0.25 + 0.6 * strength
-        axis.plot([x0, x1], [y0, y1], style, color="#555555", linewidth=width, alpha=alpha, zorder=1)
+        axis.plot(
+            [x0, x1], [y0, y1], style, color="#555555", linewidth=width, alpha=alpha, zorder=1
+        )
 
 
 def _draw_feature(
-    axis: Axes, graph: FlowGraph, number: int, x: float, y: float, *, here: bool, label_of: Callable[[str], str] | None
+    axis: Axes,
+    graph: FlowGraph,
+    number: int,
+    x: float,
+    y: float,
+    *,
+    here: bool,
+    label_of: Callable[[str], str] | None,
 ) -> None:
     name = str(graph.feature(number))
     kind = graph.nodes["class"].iat[number]
@@ -144,12 +180,29 @@ def _draw_feature(
 
 def _strengths(axis: Axes, pairs: pd.DataFrame) -> None:
     place = np.arange(len(pairs))
-    axis.plot(place, pairs["cosine_median"], color="#3b6fb6", marker="o", markersize=3, label="best cosine, median")
-    chance = (("null_median", ".-", "chance, median"), ("null_p99", ".--", "chance, 99th percentile"))
+    axis.plot(
+        place,
+        pairs["cosine_median"],
+        color="#3b6fb6",
+        marker="o",
+        markersize=3,
+        label="best cosine, median",
+    )
+    chance = (
+        ("null_median", ".-", "chance, median"),
+        ("null_p99", ".--", "chance, 99th percentile"),
+    )
     for column, style, label in chance:
-        axis.plot(place, pairs[column].astype(float), style, color="#888888", markersize=3, label=label)
+        axis.plot(
+            place, pairs[column].astype(float), style, color="#888888", markersize=3, label=label
+        )
     axis.scatter(
-        place, pairs["threshold"].astype(float), marker="_", color="#c0392b", label="kept from here on", zorder=3
+        place,
+        pairs["threshold"].astype(float),
+        marker="_",
+        color="#c0392b",
+        label="kept from here on",
+        zorder=3,
     )
     step = max(1, len(pairs) // 15)
     axis.set_xticks(place[::step], pairs["target_site"].astype(str)[::step], fontsize=7)

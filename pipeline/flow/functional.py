@@ -1,14 +1,17 @@
-"""Do linked latents fire together? Held-out activations → correlation and overlap of firing for links and for chance.
+"""Do linked latents fire together? Held-out activations → correlation and overlap of firing for
+links and for chance.
 
 1. Every dictionary encodes the same held-out tokens once; the codes are kept sparse (`Codes`).
-2. For a pair, Σ z_source·z_target and the number of common firings come from sparse products, in blocks of targets, so
-   only latents that ever fire together cost anything.
-3. Pearson correlation and Jaccard overlap follow for the links; per target also the best partner by correlation.
-4. Chance: each link's source is replaced by a source of similar density; the correlations of those pairs are the null.
-   A stronger null is the rival: the best correlation of the target with any source but the link's own.
+2. For a pair, Σ z_source·z_target and the number of common firings come from sparse products, in
+   blocks of targets, so only latents that ever fire together cost anything.
+3. Pearson correlation and Jaccard overlap follow for the links; per target also the best partner by
+   correlation.
+4. Chance: each link's source is replaced by a source of similar density; the correlations of those
+   pairs are the null. A stronger null is the rival: the best correlation of the target with any
+   source but the link's own.
 
-Memory: the codes (8 bytes a firing) and one block of the co-firing matrix. Source: Feature Flow appendix C.4 (Pearson);
-Balcells et al., arXiv 2410.08869 (Jaccard).
+Memory: the codes (8 bytes a firing) and one block of the co-firing matrix. Source: Feature Flow
+appendix C.4 (Pearson); Balcells et al., arXiv 2410.08869 (Jaccard).
 """
 
 from __future__ import annotations
@@ -56,21 +59,25 @@ class Firing:
 
 @dataclass(frozen=True, kw_only=True)
 class BestByFiring:
-    """Per target, the source that correlates best: its index (-1: none fires with it), its correlation, and that of the
-    runner-up (0 for none)."""
+    """Per target, the source that correlates best: its index (-1: none fires with it), its
+    correlation, and that of the runner-up (0 for none)."""
 
     index: Int64[np.ndarray, "target"]
     pearson: Float[np.ndarray, "target"]
     runner_up: Float[np.ndarray, "target"]
 
-    def rival(self, source: Int64[np.ndarray, "link"], target: Int64[np.ndarray, "link"]) -> Float[np.ndarray, "link"]:
-        """For each link the largest correlation of its target with any source but the link's own."""
+    def rival(
+        self, source: Int64[np.ndarray, "link"], target: Int64[np.ndarray, "link"]
+    ) -> Float[np.ndarray, "link"]:
+        """For each link the largest correlation of its target with any source but the link's
+        own."""
         return np.where(self.index[target] == source, self.runner_up[target], self.pearson[target])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cofiring:
-    """What a pair of dictionaries does on common tokens: the given links, chance, and the best partners."""
+    """What a pair of dictionaries does on common tokens: the given links, chance, and the best
+    partners."""
 
     links: Firing
     chance: Firing
@@ -85,8 +92,14 @@ def encode_tokens(sae: Sae, batches: Iterable[Float[Tensor, "token d_in"]]) -> C
         value = found.value.float().cpu().numpy()
         token, slot = np.nonzero(value)
         index = found.index.cpu().numpy()[token, slot]
-        parts.append(sparse.csr_matrix((value[token, slot], (token, index)), shape=(len(value), sae.n_latents)))
-    return codes_from(sparse.vstack(parts) if parts else sparse.csr_matrix((0, sae.n_latents), dtype=np.float32))
+        parts.append(
+            sparse.csr_matrix(
+                (value[token, slot], (token, index)), shape=(len(value), sae.n_latents)
+            )
+        )
+    return codes_from(
+        sparse.vstack(parts) if parts else sparse.csr_matrix((0, sae.n_latents), dtype=np.float32)
+    )
 
 
 def codes_from(matrix: sparse.spmatrix) -> Codes:
@@ -113,7 +126,8 @@ def compare_firing(
     rng: np.random.Generator,
     n_chance: int,
 ) -> Cofiring:
-    """Correlations of the links (source latents, target latents), of `n_chance` chance pairs, and the best partners."""
+    """Correlations of the links (source latents, target latents), of `n_chance` chance pairs, and
+    the best partners."""
     chosen = chance_pairs(source, links, rng=rng, n=n_chance)
     n_links = len(links[0])
     asked_source = np.concatenate([links[0], chosen[0]])
@@ -128,7 +142,9 @@ def compare_firing(
         pearson[here], jaccard[here] = _at(
             source, target, products, common, asked_source[here], asked_target[here], block[0]
         )
-        best_index[block], best_pearson[block], runner_up[block] = _best(source, target, products, block)
+        best_index[block], best_pearson[block], runner_up[block] = _best(
+            source, target, products, block
+        )
     return Cofiring(
         links=Firing(pearson=pearson[:n_links], jaccard=jaccard[:n_links]),
         chance=Firing(pearson=pearson[n_links:], jaccard=jaccard[n_links:]),
@@ -137,9 +153,15 @@ def compare_firing(
 
 
 def chance_pairs(
-    source: Codes, links: tuple[np.ndarray, np.ndarray], *, rng: np.random.Generator, n: int, window: int = 32
+    source: Codes,
+    links: tuple[np.ndarray, np.ndarray],
+    *,
+    rng: np.random.Generator,
+    n: int,
+    window: int = 32,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`n` pairs of a link's target with another source of nearly the density of the link's own source."""
+    """`n` pairs of a link's target with another source of nearly the density of the link's own
+    source."""
     n_sources = len(source.n_fired)
     if not len(links[0]) or n_sources < 2:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
@@ -155,7 +177,9 @@ def chance_pairs(
     return order[other], links[1][drawn]
 
 
-def _products(source: Codes, target: Codes, block: np.ndarray) -> tuple[sparse.csc_matrix, sparse.csc_matrix]:
+def _products(
+    source: Codes, target: Codes, block: np.ndarray
+) -> tuple[sparse.csc_matrix, sparse.csc_matrix]:
     right = target.codes[:, block]
     fired_left, fired_right = source.codes.astype(bool), right.astype(bool)
     products = (source.codes.T @ right).tocsc()
@@ -183,11 +207,16 @@ def _at(
 def _best(
     source: Codes, target: Codes, products: sparse.csc_matrix, block: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Index and correlation of the best source of each target of the block, and the correlation of the second best."""
+    """Index and correlation of the best source of each target of the block, and the correlation of
+    the second best."""
     products.sort_indices()
     right = np.repeat(block, np.diff(products.indptr))
     pearson = _pearson(source, target, products.data.astype(np.float64), products.indices, right)
-    index, best, second = np.full(len(block), -1, dtype=np.int64), np.zeros(len(block)), np.zeros(len(block))
+    index, best, second = (
+        np.full(len(block), -1, dtype=np.int64),
+        np.zeros(len(block)),
+        np.zeros(len(block)),
+    )
     order = np.lexsort((products.indices, -pearson, right))
     order = order[pearson[order] > 0]
     owner, place = np.unique(right[order], return_index=True)
@@ -201,7 +230,9 @@ def _best(
     return index, best, second
 
 
-def _pearson(source: Codes, target: Codes, total: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def _pearson(
+    source: Codes, target: Codes, total: np.ndarray, left: np.ndarray, right: np.ndarray
+) -> np.ndarray:
     """Correlation from Σ z_source·z_target; 0 where one of the two never varies."""
     covariance = total / max(source.n_tokens, 1) - source.mean[left] * target.mean[right]
     scale = source.deviation[left] * target.deviation[right]

@@ -1,13 +1,16 @@
-"""The flow graph, opened: features of all layers and the kept links between them, with queries of one line each.
+"""The flow graph, opened: features of all layers and the kept links between them, with queries of
+one line each.
 
     graph = FlowGraph.open("artifacts/laptop/link")
-    graph.chain("L12/402")          the residual chain through a feature, backward and forward, best link each time
+    graph.chain("L12/402")          the residual chain through a feature, backward and forward, best
+    link each time
     graph.ancestors("L12/402")      everything that flows into it;   graph.descendants(…)
     graph.best_path("L3/7", "L12/402")
     graph.trunks()      graph.splits()      graph.merges()      graph.communities()
 
-Every link points forward in the computation. Queries follow kept links only; `thresholds` can replace what the linking
-run kept by the paper's cosines or by another false-discovery rate. Cost: each query touches only the links it follows.
+Every link points forward in the computation. Queries follow kept links only; `thresholds` can
+replace what the linking run kept by the paper's cosines or by another false-discovery rate. Cost:
+each query touches only the links it follows.
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ class FlowGraph:
 
     @classmethod
     def open(cls, folder: str | Path, *, thresholds: Thresholds | None = None) -> FlowGraph:
-        """Open a link artifact, or a folder with a graph's tables alone. Raises UserError with every problem."""
+        """Open a link artifact, or a folder with a graph's tables alone. Raises UserError with
+        every problem."""
         folder = Path(folder)
         if (folder / MANIFEST).is_file():
             Artifact.open(folder, kind=KIND, schema=SCHEMA)
@@ -77,7 +81,8 @@ class FlowGraph:
             raise UserError(f"the flow graph has no site {wanted.site.short}", expected=known)
         if wanted.latent >= n:
             raise UserError(
-                f"the dictionary at {wanted.site.short} has no latent {wanted.latent}", expected=f"0 … {n - 1}"
+                f"the dictionary at {wanted.site.short} has no latent {wanted.latent}",
+                expected=f"0 … {n - 1}",
             )
         return start + wanted.latent
 
@@ -86,8 +91,11 @@ class FlowGraph:
         place = int(np.searchsorted(self._starts, number, side="right")) - 1
         return FeatureId(self.sites[place], int(number - self._starts[place]))
 
-    def chain(self, feature: FeatureId | str, *, backward: bool = True, forward: bool = True) -> list[ChainStep]:
-        """The residual chain through a feature: best kept predecessor again and again, then best kept successor."""
+    def chain(
+        self, feature: FeatureId | str, *, backward: bool = True, forward: bool = True
+    ) -> list[ChainStep]:
+        """The residual chain through a feature: best kept predecessor again and again, then best
+        kept successor."""
         here = self.number(feature)
         before = list(self._best_predecessor.walk(here))[::-1] if backward else []
         after = list(self._best_successor.walk(here)) if forward else []
@@ -111,27 +119,37 @@ class FlowGraph:
 
     def predecessors(self, feature: FeatureId | str) -> pd.DataFrame:
         """Kept edges into a feature, strongest first."""
-        return self.edges.iloc[self._in.rows(self.number(feature))].sort_values("cosine", ascending=False)
+        return self.edges.iloc[self._in.rows(self.number(feature))].sort_values(
+            "cosine", ascending=False
+        )
 
     def successors(self, feature: FeatureId | str) -> pd.DataFrame:
         """Kept edges out of a feature, strongest first."""
-        return self.edges.iloc[self._out.rows(self.number(feature))].sort_values("cosine", ascending=False)
+        return self.edges.iloc[self._out.rows(self.number(feature))].sort_values(
+            "cosine", ascending=False
+        )
 
     def ancestors(self, feature: FeatureId | str, *, max_hops: int | None = None) -> list[Reached]:
         """Every feature from which kept links lead to this one, nearest and strongest first."""
         return self._reached(self.number(feature), self._in, self._source, max_hops)
 
-    def descendants(self, feature: FeatureId | str, *, max_hops: int | None = None) -> list[Reached]:
+    def descendants(
+        self, feature: FeatureId | str, *, max_hops: int | None = None
+    ) -> list[Reached]:
         """Every feature to which kept links lead from this one, nearest and strongest first."""
         return self._reached(self.number(feature), self._out, self._target, max_hops)
 
     def best_path(self, start: FeatureId | str, end: FeatureId | str) -> list[ChainStep]:
-        """The path with the largest product of cosines; empty when no kept links lead from `start` to `end`."""
-        path = strongest_path(self.number(start), self.number(end), self._out, self._target, self._cosine)
+        """The path with the largest product of cosines; empty when no kept links lead from `start`
+        to `end`."""
+        path = strongest_path(
+            self.number(start), self.number(end), self._out, self._target, self._cosine
+        )
         return [self._step(number, edge) for edge, number in path or []]
 
     def trunks(self, n: int | None = 20, *, min_length: int = 3) -> list[Trunk]:
-        """The `n` longest residual paths whose every link is first choice both ways; no two share a feature."""
+        """The `n` longest residual paths whose every link is first choice both ways; no two share a
+        feature."""
         mutual = self.kept & self.edges["mutual"].to_numpy(bool) & self._is("residual")
         step = Step.of(mutual, self._source, self._target, len(self.nodes))
         return [
@@ -160,16 +178,20 @@ class FlowGraph:
         return {name: [self.feature(int(number)) for number in members[name]] for name in wanted}
 
     def kept_between(self, numbers: set[int] | None = None) -> pd.DataFrame:
-        """Kept edges among the given nodes (all): `edge` (row of the edge table), `source` and `target` (nodes)."""
+        """Kept edges among the given nodes (all): `edge` (row of the edge table), `source` and
+        `target` (nodes)."""
         rows = np.flatnonzero(self.kept)
         if numbers is not None:
             wanted = np.zeros(len(self.nodes), dtype=bool)
             wanted[list(numbers)] = True
             rows = rows[wanted[self._source[rows]] & wanted[self._target[rows]]]
-        return pd.DataFrame({"edge": rows, "source": self._source[rows], "target": self._target[rows]})
+        return pd.DataFrame(
+            {"edge": rows, "source": self._source[rows], "target": self._target[rows]}
+        )
 
     def life(self, feature: FeatureId | str) -> tuple[int, int]:
-        """Birth and death layer of a feature: how far back and forward its residual chain reaches."""
+        """Birth and death layer of a feature: how far back and forward its residual chain
+        reaches."""
         steps = self.chain(feature)
         return steps[0].feature.site.layer, steps[-1].feature.site.layer
 
@@ -178,7 +200,9 @@ class FlowGraph:
         counts = self.nodes["site"].value_counts(sort=False)
         sizes = [int(counts[site.short]) for site in self.sites]
         starts = np.cumsum([0, *sizes])
-        return {site.short: (int(a), n) for site, a, n in zip(self.sites, starts, sizes, strict=False)}
+        return {
+            site.short: (int(a), n) for site, a, n in zip(self.sites, starts, sizes, strict=False)
+        }
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -224,15 +248,26 @@ class FlowGraph:
         if edge is None:
             return ChainStep(feature=feature, cosine=None, q_value=None)
         q_value = float(self.edges["q_value"].iat[edge])
-        return ChainStep(feature=feature, cosine=float(self._cosine[edge]), q_value=q_value, edge=edge)
+        return ChainStep(
+            feature=feature, cosine=float(self._cosine[edge]), q_value=q_value, edge=edge
+        )
 
-    def _reached(self, start: int, along: Adjacency, other: np.ndarray, max_hops: int | None) -> list[Reached]:
+    def _reached(
+        self, start: int, along: Adjacency, other: np.ndarray, max_hops: int | None
+    ) -> list[Reached]:
         found = reachable(start, along, other, self._cosine, max_hops)
-        return [Reached(feature=self.feature(number), hops=hops, strength=strength) for number, hops, strength in found]
+        return [
+            Reached(feature=self.feature(number), hops=hops, strength=strength)
+            for number, hops, strength in found
+        ]
 
-    def _forks(self, one: np.ndarray, other: np.ndarray, relation: Relation, n: int | None) -> list[Fork]:
+    def _forks(
+        self, one: np.ndarray, other: np.ndarray, relation: Relation, n: int | None
+    ) -> list[Fork]:
         site = np.searchsorted(self._starts, other, side="right")
-        groups = forks(self.kept & self._is(relation), one, site, self._cosine, len(self.sites) + 1)[:n]
+        groups = forks(
+            self.kept & self._is(relation), one, site, self._cosine, len(self.sites) + 1
+        )[:n]
         return [
             Fork(
                 feature=self.feature(int(one[rows[0]])),

@@ -1,19 +1,20 @@
 """Cosines, nulls and firing of a pair of dictionaries → one p-value and one q-value for every edge.
 
-For dictionaries of different starts the decoder is the evidence: p is that of the cosine, the largest over the nulls.
-Firing stands beside it and decides nothing.
+For dictionaries of different starts the decoder is the evidence: p is that of the cosine, the
+largest over the nulls. Firing stands beside it and decides nothing.
 
-Dictionaries of one start may be alike because neither moved, so a cosine above chance is not enough. There a link must
-fulfil all of
+Dictionaries of one start may be alike because neither moved, so a cosine above chance is not
+enough. There a link must fulfil all of
 
     p_chance      the cosine beats the null that knows nothing of starts (rotation)
     p_firing      the two fire together more than a source of the same density would
-    p_beyond      the cosine beats what inertia leaves, or the link fires together more than any rival source does:
+    p_beyond      the cosine beats what inertia leaves, or the link fires together more than any
+    rival source does:
                   2 · min(p_inertia, p_rival), at most 1 (Bonferroni)
 
-and p is the largest of the three. The second half of p_beyond is what remains when training was so short that inertia
-explains every cosine; without held-out activations only p_chance and p_inertia are left. q is Benjamini and Hochberg's
-over the best link of each target.
+and p is the largest of the three. The second half of p_beyond is what remains when training was so
+short that inertia explains every cosine; without held-out activations only p_chance and p_inertia
+are left. q is Benjamini and Hochberg's over the best link of each target.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from pipeline.flow.significance import p_values, q_values
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """p-values of the edges of one pair. `cosine`: the largest over all decoder nulls; `firing` and `rival`: None
-    without held-out activations; `joint` is what is judged, `q` its false-discovery rate."""
+    """p-values of the edges of one pair. `cosine`: the largest over all decoder nulls; `firing` and
+    `rival`: None without held-out activations; `joint` is what is judged, `q` its false-discovery
+    rate."""
 
     cosine: Float[np.ndarray, "edge"]
     firing: Float[np.ndarray, "edge"] | None
@@ -50,7 +52,8 @@ def judge(
     *,
     same_start: bool,
 ) -> Evidence:
-    """`few` marks targets that fired too seldom for their rivals to say anything. No nulls: nothing is significant."""
+    """`few` marks targets that fired too seldom for their rivals to say anything. No nulls: nothing
+    is significant."""
     ones = np.ones(len(columns.source))
     if not nulls:
         return Evidence(cosine=ones, firing=None, rival=None, joint=ones, q=ones)
@@ -65,7 +68,13 @@ def judge(
     if same_start and firing is not None and rival is not None:
         beyond = rival if inertia is None else np.minimum(1.0, 2 * np.minimum(inertia, rival))
         joint = np.max([p for p in (chance, firing, beyond) if p is not None], axis=0)
-    return Evidence(cosine=cosine, firing=firing, rival=rival, joint=joint, q=q_values(joint, joint[columns.top]))
+    return Evidence(
+        cosine=cosine,
+        firing=firing,
+        rival=rival,
+        joint=joint,
+        q=q_values(joint, joint[columns.top]),
+    )
 
 
 def _largest(columns: EdgeColumns, nulls: Sequence[NullSample]) -> Float[np.ndarray, "edge"] | None:
@@ -76,7 +85,8 @@ def _largest(columns: EdgeColumns, nulls: Sequence[NullSample]) -> Float[np.ndar
 def _beyond_rivals(
     columns: EdgeColumns, cofiring: Cofiring, few: Bool[np.ndarray, "target"]
 ) -> Float[np.ndarray, "edge"]:
-    """How often the best source other than the linked one correlates as well, over the targets of the pair."""
+    """How often the best source other than the linked one correlates as well, over the targets of
+    the pair."""
     known = columns.top & ~few[columns.target]
     rivals = cofiring.best.rival(columns.source[known], columns.target[known])
     return p_values(cofiring.links.pearson, rivals)

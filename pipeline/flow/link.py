@@ -1,16 +1,22 @@
-"""Dictionaries of several sites → the flow graph: nodes, edges with evidence, and one report per pair of dictionaries.
+"""Dictionaries of several sites → the flow graph: nodes, edges with evidence, and one report per
+pair of dictionaries.
 
 For each pair that `pairing.py` finds, in order of depth:
 
-1. match      cosine of unit decoder rows, exact top-k both ways                                     match.py
-2. chance     the best cosines that a null model gives; for dictionaries of one start also what inertia leaves   null.py
-3. firing     correlation and overlap of firing on held-out tokens, with chance pairs beside         functional.py
-4. judge      one p-value from all of it, q by Benjamini and Hochberg                               judge.py
+1. match      cosine of unit decoder rows, exact top-k both ways
+   match.py
+2. chance     the best cosines that a null model gives; for dictionaries of one start also what
+   inertia leaves   null.py
+3. firing     correlation and overlap of firing on held-out tokens, with chance pairs beside
+   functional.py
+4. judge      one p-value from all of it, q by Benjamini and Hochberg
+   judge.py
 5. keep       by false-discovery rate, or by the paper's fixed cosines
 
-Then nodes get their classes, birth and death, and communities (nodes.py). Cost: one matrix product of
-[source, d_model] × [d_model, target] per pair and a fraction more for the null. Memory: the two dictionaries at hand,
-their codes, and the table of edges. Sources: Feature Flow (arXiv 2502.03032) §3; the calibration is this project's.
+Then nodes get their classes, birth and death, and communities (nodes.py). Cost: one matrix product
+of [source, d_model] × [d_model, target] per pair and a fraction more for the null. Memory: the two
+dictionaries at hand, their codes, and the table of edges. Sources: Feature Flow (arXiv 2502.03032)
+§3; the calibration is this project's.
 """
 
 from __future__ import annotations
@@ -35,7 +41,15 @@ from pipeline.flow.nodes import Side, node_table
 from pipeline.flow.null import DirectionNull, FarLayers, NullSample, NullSampler, Rotation, mirrored
 from pipeline.flow.options import Automatic, Calibrated, Fixed, LinkOptions
 from pipeline.flow.pair_report import edge_table, pair_row
-from pipeline.flow.pairing import Pair, Pairing, Relation, StartRelation, far_site, pair_sites, start_relation
+from pipeline.flow.pairing import (
+    Pair,
+    Pairing,
+    Relation,
+    StartRelation,
+    far_site,
+    pair_sites,
+    start_relation,
+)
 from pipeline.flow.shelf import HeldOut, Shelf
 from pipeline.flow.sources import facts_of
 from sae import Sae
@@ -44,7 +58,8 @@ from sae.report import Progress, silent
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """The flow graph as tables (schemas in docs/formats.md) and what the user should know about it."""
+    """The flow graph as tables (schemas in docs/formats.md) and what the user should know about
+    it."""
 
     nodes: pd.DataFrame
     edges: pd.DataFrame
@@ -63,7 +78,8 @@ class PairLinks:
 
 @dataclass(frozen=True, kw_only=True)
 class Stretch:
-    """Neighbouring pairs that one worker links, and all it needs for that. Travels between processes."""
+    """Neighbouring pairs that one worker links, and all it needs for that. Travels between
+    processes."""
 
     pairs: tuple[Pair, ...]
     dictionaries: Mapping[Site, Sae]
@@ -96,10 +112,11 @@ def link_dictionaries(
     progress: Progress = silent,
     machines: Machines | None = None,
 ) -> Links:
-    """Link all neighbouring dictionaries. Needs only decoders; with `held_out` links carry firing evidence and latents
-    that never fire are left out. `start_nulls` are samples of the best cosines that inertia alone leaves between
-    dictionaries of one start (start_null.py), by relation. A mapping that loads on access keeps memory at a few
-    dictionaries. `machines` with a Dask scheduler spreads the pairs over its workers. Raises UserError."""
+    """Link all neighbouring dictionaries. Needs only decoders; with `held_out` links carry firing
+    evidence and latents that never fire are left out. `start_nulls` are samples of the best cosines
+    that inertia alone leaves between dictionaries of one start (start_null.py), by relation. A
+    mapping that loads on access keeps memory at a few dictionaries. `machines` with a Dask
+    scheduler spreads the pairs over its workers. Raises UserError."""
     settings = options or LinkOptions()
     facts = facts_of(dictionaries)
     pairing = pair_sites(dictionaries)
@@ -133,7 +150,9 @@ def link_stretch(stretch: Stretch, progress: Progress = silent) -> StretchLinks:
         progress("link pairs", place, len(stretch.pairs))
         linked.append(_link_pair(pair, shelf, stretch))
     progress("link pairs", len(stretch.pairs), len(stretch.pairs))
-    return StretchLinks(pairs=stretch.pairs, linked=linked, sides=shelf.sides, warnings=shelf.warnings)
+    return StretchLinks(
+        pairs=stretch.pairs, linked=linked, sides=shelf.sides, warnings=shelf.warnings
+    )
 
 
 def _cut(whole: Stretch, n: int) -> list[Stretch]:
@@ -153,7 +172,9 @@ def _link_pair(pair: Pair, shelf: Shelf, stretch: Stretch) -> PairLinks:
     if source.codes is not None and target.codes is not None:
         rng = np.random.default_rng([options.seed, *_numbers(pair)])
         links = (columns.source, columns.target)
-        cofiring = compare_firing(source.codes, target.codes, links, rng=rng, n_chance=options.n_null)
+        cofiring = compare_firing(
+            source.codes, target.codes, links, rng=rng, n_chance=options.n_null
+        )
     few = None if target.codes is None else target.codes.n_fired < FEW_FIRINGS
     evidence = judge(columns, nulls, cofiring, few, same_start=start == "same_start")
     kept = _kept(columns, evidence, pair, options)
@@ -177,7 +198,9 @@ def _link_pair(pair: Pair, shelf: Shelf, stretch: Stretch) -> PairLinks:
     )
 
 
-def _null_samples(pair: Pair, shelf: Shelf, stretch: Stretch, start: StartRelation) -> list[NullSample]:
+def _null_samples(
+    pair: Pair, shelf: Shelf, stretch: Stretch, start: StartRelation
+) -> list[NullSample]:
     """The nulls that apply to a pair; none when one side is dead."""
     options = stretch.options
     if not all(bool(shelf.at(site).directions.usable.any()) for site in (pair.source, pair.target)):
@@ -186,17 +209,22 @@ def _null_samples(pair: Pair, shelf: Shelf, stretch: Stretch, start: StartRelati
         case Automatic():
             samples = [_drawn(Rotation(), pair, shelf, options)]
             if start == "same_start":
-                inertia = stretch.start_nulls.get(pair.relation) or _far_sample(pair, shelf, stretch, None)
+                inertia = stretch.start_nulls.get(pair.relation) or _far_sample(
+                    pair, shelf, stretch, None
+                )
                 samples += [inertia] if inertia is not None else []
                 if inertia is None:
                     shelf.warnings.append(
-                        f"{pair}: common start, and nothing tells what inertia leaves; judged by firing"
+                        f"{pair}: common start, and nothing tells what inertia leaves; judged by "
+                        "firing"
                     )
             return samples
         case FarLayers(min_distance=distance):
             sample = _far_sample(pair, shelf, stretch, distance)
             if sample is None:
-                shelf.warnings.append(f"{pair}: no dictionary is far enough for the far-layer null; rotation used")
+                shelf.warnings.append(
+                    f"{pair}: no dictionary is far enough for the far-layer null; rotation used"
+                )
             return [sample or _drawn(Rotation(), pair, shelf, options)]
         case choice:
             return [_drawn(choice, pair, shelf, options)]
@@ -206,17 +234,23 @@ def _drawn(choice: DirectionNull, pair: Pair, shelf: Shelf, options: LinkOptions
     entropy = np.random.SeedSequence([options.seed, *_numbers(pair)])
     generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
     sampler = NullSampler(choice=choice, n=options.n_null, tile=options.tile)
-    return sampler.sample(shelf.at(pair.source).directions, shelf.at(pair.target).directions, generator)
+    return sampler.sample(
+        shelf.at(pair.source).directions, shelf.at(pair.target).directions, generator
+    )
 
 
-def _far_sample(pair: Pair, shelf: Shelf, stretch: Stretch, min_distance: int | None) -> NullSample | None:
+def _far_sample(
+    pair: Pair, shelf: Shelf, stretch: Stretch, min_distance: int | None
+) -> NullSample | None:
     far = far_site(pair, list(shelf.dictionaries), min_distance)
     if far is None or not bool(shelf.at(far).directions.usable.any()):
         return None
     target = shelf.at(pair.target).directions
     best = match(shelf.at(far).directions, target, k=1).predecessors.cosine[target.usable, 0]
     same = start_relation(stretch.facts[far], stretch.facts[pair.target]) == "same_start"
-    return NullSample(name=f"far layers ({far.short})", best_cosine=mirrored(best.cpu().numpy()), of_start=same)
+    return NullSample(
+        name=f"far layers ({far.short})", best_cosine=mirrored(best.cpu().numpy()), of_start=same
+    )
 
 
 def _kept(columns: EdgeColumns, evidence: Evidence, pair: Pair, options: LinkOptions) -> np.ndarray:
@@ -230,11 +264,13 @@ def _kept(columns: EdgeColumns, evidence: Evidence, pair: Pair, options: LinkOpt
 
 
 def _unknown_starts(linked: Sequence[PairLinks]) -> Iterator[str]:
-    """What no null here can see: imported dictionaries that were started alike and do not say so."""
+    """What no null here can see: imported dictionaries that were started alike and do not say
+    so."""
     n_unknown = sum(pair.report["start"] == "unknown" for pair in linked)
     if n_unknown:
         yield (
-            f"{n_unknown} of {len(linked)} pairs: what the dictionaries were started from is not known. If it was one "
+            f"{n_unknown} of {len(linked)} pairs: what the dictionaries were started from is not "
+            "known. If it was one "
             "start, cosines are high without training, and more links are kept than are real"
         )
 
@@ -244,7 +280,10 @@ def _numbers(pair: Pair) -> tuple[int, ...]:
 
 
 def _assembled(
-    done: list[StretchLinks], dictionaries: Mapping[Site, Sae], pairing: Pairing, options: LinkOptions
+    done: list[StretchLinks],
+    dictionaries: Mapping[Site, Sae],
+    pairing: Pairing,
+    options: LinkOptions,
 ) -> Links:
     done = sorted(done, key=lambda part: pairing.pairs.index(part.pairs[0]))
     linked = [pair for part in done for pair in part.linked]
@@ -253,7 +292,9 @@ def _assembled(
     warnings = dict.fromkeys([*_unknown_starts(linked), *pairing.warnings, *found])
     alone = Shelf(dictionaries=dictionaries)
     for site in dictionaries:
-        if site not in sides:  # a module without a residual site: its features are nodes without links
+        if (
+            site not in sides
+        ):  # a module without a residual site: its features are nodes without links
             alone.at(site)
     edges = pd.concat([pair.edges for pair in linked], ignore_index=True)
     return Links(

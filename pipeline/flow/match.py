@@ -1,12 +1,15 @@
 """Two sets of unit directions → the k nearest partners of each row, both ways, exactly.
 
-1. The cosine matrix is computed in tiles of `tile` rows × `tile` columns and never kept whole: memory is O(tile²).
-2. In each tile the maximum of every chunk of 32 neighbours is taken; the k best entries of a row must lie in the k
-   chunks with the largest maxima, so only those few are looked at closely. The same along columns.
+1. The cosine matrix is computed in tiles of `tile` rows × `tile` columns and never kept whole:
+   memory is O(tile²).
+2. In each tile the maximum of every chunk of 32 neighbours is taken; the k best entries of a row
+   must lie in the k chunks with the largest maxima, so only those few are looked at closely. The
+   same along columns.
 3. The candidates are merged into the running k best of every row and of every column.
 
-Cost: one matrix product of [source, d_model] × [d_model, target], plus two reading passes over each tile.
-Only positive cosines count (Feature Flow §3.2); the arithmetic is float32 throughout, on GPUs too.
+Cost: one matrix product of [source, d_model] × [d_model, target], plus two reading passes over each
+tile. Only positive cosines count (Feature Flow §3.2); the arithmetic is float32 throughout, on GPUs
+too.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ class Nearest:
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """`predecessors`: for each target row its best source rows. `successors`: for each source row its best targets."""
+    """`predecessors`: for each target row its best source rows. `successors`: for each source row
+    its best targets."""
 
     predecessors: Nearest
     successors: Nearest
@@ -53,7 +57,9 @@ def match(source: Directions, target: Directions, *, k: int = 5, tile: int = 204
             mend="give the projection into the residual stream (W_O for attention dictionaries)",
         )
     if k < 1 or tile < CHUNK:
-        raise UserError("bad matcher settings", expected=f"k >= 1, tile >= {CHUNK}", found=f"k {k}, tile {tile}")
+        raise UserError(
+            "bad matcher settings", expected=f"k >= 1, tile >= {CHUNK}", found=f"k {k}, tile {tile}"
+        )
     backward = _empty(target, k)
     forward = _empty(source, k)
     with full_precision(), torch.no_grad():
@@ -66,13 +72,18 @@ def match(source: Directions, target: Directions, *, k: int = 5, tile: int = 204
     return Match(predecessors=_finished(backward), successors=_finished(forward))
 
 
-def best_cosines(rows: Float[Tensor, "row d_model"], source: Directions, *, tile: int = 2048) -> Float[Tensor, "row"]:
-    """The largest cosine of each of `rows` (unit) with any row of `source`; what a null sample needs."""
+def best_cosines(
+    rows: Float[Tensor, "row d_model"], source: Directions, *, tile: int = 2048
+) -> Float[Tensor, "row"]:
+    """The largest cosine of each of `rows` (unit) with any row of `source`; what a null sample
+    needs."""
     best = torch.zeros(rows.shape[0], device=rows.device)
     with full_precision(), torch.no_grad():
         for columns in _spans(source.n_latents, tile):
             for span in _spans(rows.shape[0], tile):
-                best[span] = torch.maximum(best[span], (rows[span] @ source.unit[columns].T).amax(1))
+                best[span] = torch.maximum(
+                    best[span], (rows[span] @ source.unit[columns].T).amax(1)
+                )
     return best
 
 
@@ -131,7 +142,9 @@ def _best_of_columns(
     return value, row.gather(1, place) + offset
 
 
-def _merge(best: Nearest, span: slice, value: Float[Tensor, "row found"], index: Int64[Tensor, "row found"]) -> None:
+def _merge(
+    best: Nearest, span: slice, value: Float[Tensor, "row found"], index: Int64[Tensor, "row found"]
+) -> None:
     k = best.cosine.shape[1]
     both = torch.cat([best.cosine[span], value], dim=1)
     top, place = both.topk(k, dim=1)
@@ -140,7 +153,8 @@ def _merge(best: Nearest, span: slice, value: Float[Tensor, "row found"], index:
 
 
 def _finished(best: Nearest) -> Nearest:
-    """A partner must have a positive cosine; rounding may leave a cosine of identical rows a hair above 1."""
+    """A partner must have a positive cosine; rounding may leave a cosine of identical rows a hair
+    above 1."""
     positive = best.cosine > 0
     return Nearest(
         cosine=torch.where(positive, best.cosine, 0.0).clamp_max_(1.0),

@@ -1,22 +1,27 @@
-"""How much of what an ancestor does to a feature goes through the chain between them? Path patching along one chain.
+"""How much of what an ancestor does to a feature goes through the chain between them? Path patching
+along one chain.
 
-A chain is one latent a site, from the ancestor a at its site S to the target t: a → f₁ → … → fₘ → t. On a token where
-both ends fire, the model goes on from S several times, changed on that token only:
+A chain is one latent a site, from the ancestor a at its site S to the target t: a → f₁ → … → fₘ →
+t. On a token where both ends fire, the model goes on from S several times, changed on that token
+only:
 
 1. `removed`          a is taken out, h ← h − z_a v_a; the chain's latents are read on the way
-2. `chain held`       a is taken out, and at every site between the chain's latent is put back to its undisturbed
+2. `chain held`       a is taken out, and at every site between the chain's latent is put back to
+   its undisturbed
                       value, h ← h + (z_clean − z) v; what t loses now went around the chain
-3. `chain alone`      a stays, and the chain's latents are put to the values of run 1; what t loses went through it
+3. `chain alone`      a stays, and the chain's latents are put to the values of run 1; what t loses
+   went through it
 4. `random held`      as 2, with another latent that fires there at each site, drawn at random
 5. `strongest held`   as 2, with the strongest other latent
 
-The share of the effect that needs the chain is 1 − Σ change(2) / Σ change(1); that of the chain alone is
-Σ change(3) / Σ change(1); 4 and 5 are controls of the first. Sums over targets, so that targets which the ancestor
-hardly matters to do not divide by nothing. Every edit keeps the dictionaries' errors in the stream. Since a target sees
-only its own and earlier tokens, and only its own is changed, no effect leaves that token.
+The share of the effect that needs the chain is 1 − Σ change(2) / Σ change(1); that of the chain
+alone is Σ change(3) / Σ change(1); 4 and 5 are controls of the first. Sums over targets, so that
+targets which the ancestor hardly matters to do not divide by nothing. Every edit keeps the
+dictionaries' errors in the stream. Since a target sees only its own and earlier tokens, and only
+its own is changed, no effect leaves that token.
 
-Cost: five rows of the context per target, through the blocks from S to the target. Source: path patching
-(Goldowsky-Dill et al., arXiv 2304.05969), here with dictionary latents as the nodes.
+Cost: five rows of the context per target, through the blocks from S to the target. Source: path
+patching (Goldowsky-Dill et al., arXiv 2304.05969), here with dictionary latents as the nodes.
 """
 
 from __future__ import annotations
@@ -37,14 +42,19 @@ from pipeline.flow.causal import Contexts
 from sae import Sae, SparseCodes
 from sae.report import Progress, silent
 
-CHAIN_HELD, CHAIN_ALONE, RANDOM_HELD, STRONGEST_HELD = "chain_held", "chain_alone", "random_held", "strongest_held"
+CHAIN_HELD, CHAIN_ALONE, RANDOM_HELD, STRONGEST_HELD = (
+    "chain_held",
+    "chain_alone",
+    "random_held",
+    "strongest_held",
+)
 RUNS = ("removed", CHAIN_HELD, CHAIN_ALONE, RANDOM_HELD, STRONGEST_HELD)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chains:
-    """For every latent of the last site, its chain: `latent[i]` are the latents at `sites[i]`, -1 where there is none.
-    The last row counts up: a target is its own end."""
+    """For every latent of the last site, its chain: `latent[i]` are the latents at `sites[i]`, -1
+    where there is none. The last row counts up: a target is its own end."""
 
     sites: tuple[Site, ...]
     latent: Int64[np.ndarray, "site target"]
@@ -52,7 +62,8 @@ class Chains:
 
 @dataclass(frozen=True, kw_only=True)
 class _Trials:
-    """Drawn tokens: where they are, the chain's latents, the two controls' latents, and their undisturbed values."""
+    """Drawn tokens: where they are, the chain's latents, the two controls' latents, and their
+    undisturbed values."""
 
     context: Int64[np.ndarray, "trial"]
     position: Int64[np.ndarray, "trial"]
@@ -83,11 +94,12 @@ def measure_mediation(
     seed: int = 0,
     progress: Progress = silent,
 ) -> pd.DataFrame:
-    """One row per target whose ancestor fires on its token: `ancestor_site, target_site, steps, document, context,
-    position, ancestor, target_latent, before`, and for each of `RUNS` the relative `change_…` of the target.
+    """One row per target whose ancestor fires on its token: `ancestor_site, target_site, steps,
+    document, context, position, ancestor, target_latent, before`, and for each of `RUNS` the
+    relative `change_…` of the target.
 
-    The first site must be a `resid_post`, the chain at least two links long; `recorded` holds the undisturbed run at
-    all its sites (`record_clean`)."""
+    The first site must be a `resid_post`, the chain at least two links long; `recorded` holds the
+    undisturbed run at all its sites (`record_clean`)."""
     rng = np.random.default_rng(seed)
     codes = [dictionaries[site].encode_sparse(recorded[site]) for site in chains.sites]
     trials = _draw(codes, chains, contexts, n_targets, n_targets_per_context, rng)
@@ -134,7 +146,10 @@ def _run_batch(
 
     seen: dict[Site, Tensor] = {}
     removal = {first: _removed(dictionaries[first], chain[0], clean[0], at)}
-    reading = {site: _noted(dictionaries[site], chain[1 + i], at, seen, site) for i, site in enumerate(between)}
+    reading = {
+        site: _noted(dictionaries[site], chain[1 + i], at, seen, site)
+        for i, site in enumerate(between)
+    }
     results = [target_after(removal | reading)]
     results.append(target_after(removal | held(chain[1:-1], clean[1:-1])))
     results.append(target_after(held(chain[1:-1], torch.stack([seen[site] for site in between]))))
@@ -142,7 +157,10 @@ def _run_batch(
         latents = torch.from_numpy(trials.others[name][:, batch])
         rows = (torch.from_numpy(trials.context[batch]), at)
         values = torch.stack(
-            [_read(dictionaries[site], recorded[site][rows], latents[i]) for i, site in enumerate(between)]
+            [
+                _read(dictionaries[site], recorded[site][rows], latents[i])
+                for i, site in enumerate(between)
+            ]
         )
         results.append(target_after(removal | held(latents, values)))
     return torch.stack(results).double().cpu().numpy()
@@ -156,7 +174,8 @@ def _draw(
     n_per_context: int,
     rng: np.random.Generator,
 ) -> _Trials:
-    """Usable tokens in random order, one target each, whose whole chain exists and whose ancestor fires."""
+    """Usable tokens in random order, one target each, whose whole chain exists and whose ancestor
+    fires."""
     value, index = codes[-1].value.cpu().numpy(), codes[-1].index.cpu().numpy()
     context, position, slot = np.nonzero((value > 0) & contexts.usable[..., None])
     chain = chains.latent[:, index[context, position, slot]]
@@ -172,7 +191,12 @@ def _draw(
         context=context,
         position=position,
         chain=chain,
-        clean=np.stack([_values_at(code, context, position, row) for code, row in zip(codes, chain, strict=True)]),
+        clean=np.stack(
+            [
+                _values_at(code, context, position, row)
+                for code, row in zip(codes, chain, strict=True)
+            ]
+        ),
         others=_others(codes[1:-1], context, position, chain[1:-1], rng),
     )
 
@@ -184,22 +208,34 @@ def _others(
     chain: Int64[np.ndarray, "between trial"],
     rng: np.random.Generator,
 ) -> dict[str, Int64[np.ndarray, "between trial"]]:
-    """At each site between, another latent that fires on the token: at random, and the strongest; the chain's own where
-    nothing else fires."""
+    """At each site between, another latent that fires on the token: at random, and the strongest;
+    the chain's own where nothing else fires."""
     found = {name: chain.copy() for name in (RANDOM_HELD, STRONGEST_HELD)}
     for i, code in enumerate(codes):
-        index, value = code.index.cpu().numpy()[context, position], code.value.cpu().numpy()[context, position]
+        index, value = (
+            code.index.cpu().numpy()[context, position],
+            code.value.cpu().numpy()[context, position],
+        )
         free = (value > 0) & (index != chain[i][:, None])
         some = free.any(1)
         noise = np.where(free, rng.random(free.shape), -1.0)
-        found[RANDOM_HELD][i, some] = np.take_along_axis(index, noise.argmax(1)[:, None], 1)[some, 0]
+        found[RANDOM_HELD][i, some] = np.take_along_axis(index, noise.argmax(1)[:, None], 1)[
+            some, 0
+        ]
         strength = np.where(free, value, -1.0)
-        found[STRONGEST_HELD][i, some] = np.take_along_axis(index, strength.argmax(1)[:, None], 1)[some, 0]
+        found[STRONGEST_HELD][i, some] = np.take_along_axis(index, strength.argmax(1)[:, None], 1)[
+            some, 0
+        ]
     return found
 
 
-def _values_at(codes: SparseCodes, context: np.ndarray, position: np.ndarray, latent: np.ndarray) -> np.ndarray:
-    index, value = codes.index.cpu().numpy()[context, position], codes.value.cpu().numpy()[context, position]
+def _values_at(
+    codes: SparseCodes, context: np.ndarray, position: np.ndarray, latent: np.ndarray
+) -> np.ndarray:
+    index, value = (
+        codes.index.cpu().numpy()[context, position],
+        codes.value.cpu().numpy()[context, position],
+    )
     hit: Bool[np.ndarray, "trial slot"] = index == latent[:, None]
     return (value * hit).sum(1, dtype=np.float64)
 
@@ -208,10 +244,17 @@ def _rows(value: Float[Tensor, "row position d_model"], at: Tensor) -> Float[Ten
     return value[torch.arange(len(at)), at].float()
 
 
-def _read(sae: Sae, rows: Float[Tensor, "row d_model"], latent: Int64[Tensor, "row"]) -> Float[Tensor, "row"]:
+def _read(
+    sae: Sae, rows: Float[Tensor, "row d_model"], latent: Int64[Tensor, "row"]
+) -> Float[Tensor, "row"]:
     """One latent's activation a row; 0 where it is silent."""
     codes = sae.encode_sparse(rows)
-    return (codes.value * (codes.index == latent[:, None].to(codes.index.device))).sum(-1).double().cpu()
+    return (
+        (codes.value * (codes.index == latent[:, None].to(codes.index.device)))
+        .sum(-1)
+        .double()
+        .cpu()
+    )
 
 
 def _removed(sae: Sae, latent: Tensor, value: Tensor, at: Tensor) -> Callable[[Tensor], Tensor]:
@@ -228,7 +271,9 @@ def _held(hold: _Hold, at: Tensor) -> Callable[[Tensor], Tensor]:
     return put
 
 
-def _noted(sae: Sae, latent: Tensor, at: Tensor, seen: dict[Site, Tensor], site: Site) -> Callable[[Tensor], Tensor]:
+def _noted(
+    sae: Sae, latent: Tensor, at: Tensor, seen: dict[Site, Tensor], site: Site
+) -> Callable[[Tensor], Tensor]:
     def look(stream: Tensor) -> Tensor:
         seen[site] = _read(sae, _rows(stream, at), latent)
         return stream
@@ -242,7 +287,9 @@ def _added(stream: Tensor, delta: Float[Tensor, "row d_model"], at: Tensor) -> T
     return edited
 
 
-def _as_table(chains: Chains, contexts: Contexts, trials: _Trials, after: np.ndarray) -> pd.DataFrame:
+def _as_table(
+    chains: Chains, contexts: Contexts, trials: _Trials, after: np.ndarray
+) -> pd.DataFrame:
     before = trials.clean[-1]
     facts = {
         "ancestor_site": chains.sites[0].short,
@@ -255,15 +302,18 @@ def _as_table(chains: Chains, contexts: Contexts, trials: _Trials, after: np.nda
         "target_latent": trials.chain[-1],
         "before": before,
     }
-    return pd.DataFrame(facts | {f"change_{run}": 1.0 - after[i] / before for i, run in enumerate(RUNS)})
+    return pd.DataFrame(
+        facts | {f"change_{run}": 1.0 - after[i] / before for i, run in enumerate(RUNS)}
+    )
 
 
 def summarise_mediation(
     table: pd.DataFrame, by: Sequence[str] = ("steps",), *, n_bootstrap: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Per group: `n`, the mean `change` of the target when the ancestor is removed, and the shares of that change that
-    need the chain (`through_chain`), that the chain alone makes (`chain_alone`), and that need other latents
-    (`through_random`, `through_strongest`); 95 % percentile intervals of a bootstrap over documents."""
+    """Per group: `n`, the mean `change` of the target when the ancestor is removed, and the shares
+    of that change that need the chain (`through_chain`), that the chain alone makes
+    (`chain_alone`), and that need other latents (`through_random`, `through_strongest`); 95 %
+    percentile intervals of a bootstrap over documents."""
     rng = np.random.default_rng(seed)
     rows = []
     for key, group in table.groupby(list(by), sort=False):
@@ -273,15 +323,31 @@ def summarise_mediation(
         drawn = _shares(sums[draws].sum(1), counts[draws].sum(1))
         low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
         whole = _shares(sums.sum(0)[None], np.array([counts.sum()]))[0]
-        row = dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True)) | {"n": len(group)}
-        for i, name in enumerate(("change", "through_chain", "chain_alone", "through_random", "through_strongest")):
-            row |= {name: float(whole[i]), f"{name}_low": float(low[i]), f"{name}_high": float(high[i])}
+        row = dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True)) | {
+            "n": len(group)
+        }
+        for i, name in enumerate(
+            ("change", "through_chain", "chain_alone", "through_random", "through_strongest")
+        ):
+            row |= {
+                name: float(whole[i]),
+                f"{name}_low": float(low[i]),
+                f"{name}_high": float(high[i]),
+            }
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _shares(sums: Float[np.ndarray, "draw run"], counts: np.ndarray) -> Float[np.ndarray, "draw share"]:
+def _shares(
+    sums: Float[np.ndarray, "draw run"], counts: np.ndarray
+) -> Float[np.ndarray, "draw share"]:
     total = np.where(sums[:, 0] == 0, np.nan, sums[:, 0])
     removed, held, alone, random, strongest = sums.T
-    shares = (removed / counts, 1 - held / total, alone / total, 1 - random / total, 1 - strongest / total)
+    shares = (
+        removed / counts,
+        1 - held / total,
+        alone / total,
+        1 - random / total,
+        1 - strongest / total,
+    )
     return np.stack(shares, axis=1)

@@ -1,11 +1,13 @@
 """Sites and kept edges → the node table: class, life span and community of every latent.
 
-1. Scores: s(P) is the best predecessor cosine for P in residual, MLP, attention; "high" means that the link is kept.
-2. Class (Feature Flow §3.3): high s(R) alone `translated`; with a module `processed`; a module alone `newborn`; nothing
-   `unexplained`. Null where it cannot be said: dead latents, modules, and the first residual site. `class_fixed` is the
-   same by the paper's fixed cosines.
-3. Birth: the earliest layer reached by going back along kept best predecessors in the residual chain; death: the latest
-   layer reached by going forward along kept best successors; persistence counts the layers from birth to death.
+1. Scores: s(P) is the best predecessor cosine for P in residual, MLP, attention; "high" means that
+   the link is kept.
+2. Class (Feature Flow §3.3): high s(R) alone `translated`; with a module `processed`; a module
+   alone `newborn`; nothing `unexplained`. Null where it cannot be said: dead latents, modules, and
+   the first residual site. `class_fixed` is the same by the paper's fixed cosines.
+3. Birth: the earliest layer reached by going back along kept best predecessors in the residual
+   chain; death: the latest layer reached by going forward along kept best successors; persistence
+   counts the layers from birth to death.
 4. Communities over all kept links.
 """
 
@@ -28,7 +30,8 @@ _SCORES = {"residual": "s_residual", "mlp": "s_mlp", "attention": "s_attention"}
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """What is known of one dictionary besides its links. `n_fired` is None when no activations were at hand."""
+    """What is known of one dictionary besides its links. `n_fired` is None when no activations were
+    at hand."""
 
     site: Site
     alive: Bool[np.ndarray, "latent"]
@@ -42,7 +45,13 @@ def node_table(sides: Mapping[Site, Side], edges: pd.DataFrame, *, seed: int) ->
     """One row a latent, sites in order of depth, latents in order."""
     ordered = [sides[site] for site in sorted(sides, key=lambda site: site.depth)]
     nodes = pd.concat([_bare(side) for side in ordered], ignore_index=True)
-    start = dict(zip((s.site.short for s in ordered), np.cumsum([0, *(len(s.alive) for s in ordered)]), strict=False))
+    start = dict(
+        zip(
+            (s.site.short for s in ordered),
+            np.cumsum([0, *(len(s.alive) for s in ordered)]),
+            strict=False,
+        )
+    )
     source = node_numbers(start, edges["source_site"], edges["source_latent"])
     target = node_numbers(start, edges["target_site"], edges["target_latent"])
     kept = edges["kept"].to_numpy(bool)
@@ -55,15 +64,25 @@ def node_table(sides: Mapping[Site, Side], edges: pd.DataFrame, *, seed: int) ->
     nodes["persistence"] = nodes["death_layer"] - nodes["birth_layer"] + 1
     weight = edges["cosine"].to_numpy()[kept]
     nodes["community"] = communities_of(
-        len(nodes), source[kept], target[kept], weight, seed=seed, start=_chains(nodes, edges, source, target)
+        len(nodes),
+        source[kept],
+        target[kept],
+        weight,
+        seed=seed,
+        start=_chains(nodes, edges, source, target),
     )
     return nodes
 
 
-def node_numbers(start: Mapping[str, int], site: pd.Series, latent: pd.Series) -> Int64[np.ndarray, "row"]:
-    """Row numbers in the node table, where the latents of a site follow one another from `start[site]` on."""
+def node_numbers(
+    start: Mapping[str, int], site: pd.Series, latent: pd.Series
+) -> Int64[np.ndarray, "row"]:
+    """Row numbers in the node table, where the latents of a site follow one another from
+    `start[site]` on."""
     codes, names = pd.factorize(site)
-    return np.array([start[name] for name in names], dtype=np.int64)[codes] + latent.to_numpy(np.int64)
+    return np.array([start[name] for name in names], dtype=np.int64)[codes] + latent.to_numpy(
+        np.int64
+    )
 
 
 def _bare(side: Side) -> pd.DataFrame:
@@ -87,7 +106,11 @@ def _add_scores(nodes: pd.DataFrame, edges: pd.DataFrame, target: np.ndarray) ->
     for relation, column in _SCORES.items():
         of_relation = (edges["relation"] == relation).to_numpy()
         here = first & of_relation
-        score = np.where(nodes["site"].isin(edges["target_site"][of_relation].unique()) & nodes["alive"], 0.0, np.nan)
+        score = np.where(
+            nodes["site"].isin(edges["target_site"][of_relation].unique()) & nodes["alive"],
+            0.0,
+            np.nan,
+        )
         score[target[here]] = edges["cosine"].to_numpy()[here]
         nodes[column] = score
 
@@ -106,13 +129,20 @@ def _above_fixed(nodes: pd.DataFrame) -> dict[str, np.ndarray]:
     """The same by the paper's cosines."""
     fixed = Fixed()
     cuts = {"residual": fixed.residual, "mlp": fixed.modules, "attention": fixed.modules}
-    return {relation: (nodes[column] >= cuts[relation]).to_numpy() for relation, column in _SCORES.items()}
+    return {
+        relation: (nodes[column] >= cuts[relation]).to_numpy()
+        for relation, column in _SCORES.items()
+    }
 
 
-def _classes(nodes: pd.DataFrame, edges: pd.DataFrame, high: Mapping[str, np.ndarray]) -> np.ndarray:
+def _classes(
+    nodes: pd.DataFrame, edges: pd.DataFrame, high: Mapping[str, np.ndarray]
+) -> np.ndarray:
     carried = high["residual"]
     added = high["mlp"] | high["attention"]
-    names = np.select([carried & ~added, carried & added, ~carried & added], CLASSES[:3], CLASSES[3]).astype(object)
+    names = np.select(
+        [carried & ~added, carried & added, ~carried & added], CLASSES[:3], CLASSES[3]
+    ).astype(object)
     scored = nodes["site"].isin(edges.loc[edges["relation"] == "residual", "target_site"].unique())
     names[~(scored & nodes["alive"]).to_numpy()] = None
     return names
@@ -133,8 +163,11 @@ def _life(
     return birth, death
 
 
-def _chains(nodes: pd.DataFrame, edges: pd.DataFrame, source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """For every node the first node of its chain of kept residual links that are first choice both ways."""
+def _chains(
+    nodes: pd.DataFrame, edges: pd.DataFrame, source: np.ndarray, target: np.ndarray
+) -> np.ndarray:
+    """For every node the first node of its chain of kept residual links that are first choice both
+    ways."""
     first = np.arange(len(nodes))
     chosen = ((edges["relation"] == "residual") & edges["kept"] & edges["mutual"]).to_numpy(bool)
     for rows in _groups_by_target(edges, chosen):
@@ -143,7 +176,8 @@ def _chains(nodes: pd.DataFrame, edges: pd.DataFrame, source: np.ndarray, target
 
 
 def _groups_by_target(edges: pd.DataFrame, chosen: np.ndarray) -> list[np.ndarray]:
-    """Row numbers of the chosen edges, one group per target site; edges are stored in order of depth."""
+    """Row numbers of the chosen edges, one group per target site; edges are stored in order of
+    depth."""
     rows = np.flatnonzero(chosen)
     codes, names = pd.factorize(edges["target_site"].iloc[rows])
     return [rows[codes == code] for code in range(len(names))]

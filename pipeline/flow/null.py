@@ -1,18 +1,23 @@
 """A pair of dictionaries → what best cosine mere chance gives, under a chosen idea of chance.
 
-Each sample is the largest cosine of a direction that shares no feature with the source dictionary. Where such
-directions come from is the choice:
+Each sample is the largest cosine of a direction that shares no feature with the source dictionary.
+Where such directions come from is the choice:
 
-- `Rotation`: target rows turned at random inside the source's own eigenbasis, in blocks of neighbouring eigenvalues,
-  the mean direction left alone. Width, dimension, anisotropy and the common mean are kept; what a feature is, is not.
+- `Rotation`: target rows turned at random inside the source's own eigenbasis, in blocks of
+  neighbouring eigenvalues, the mean direction left alone. Width, dimension, anisotropy and the
+  common mean are kept; what a feature is, is not.
 - `Isotropic`: random directions. Right only for dictionaries without anisotropy; the weakest null.
-- `Shuffled`: every coordinate shuffled among the target's rows; keeps what single coordinates (outlier dimensions) do.
-- `FarLayers`: the target against a dictionary many layers away, of the same start where the pair has one. A minority of
-  features is really carried that far, so only the lower half of the sample is believed and mirrored at its median
-  (Efron's empirical null); right while less than half of the links between far layers are real.
-- a dictionary that left the *same start* for data with nothing in common (`null_dictionary.py`): what inertia leaves.
+- `Shuffled`: every coordinate shuffled among the target's rows; keeps what single coordinates
+  (outlier dimensions) do.
+- `FarLayers`: the target against a dictionary many layers away, of the same start where the pair
+  has one. A minority of features is really carried that far, so only the lower half of the sample
+  is believed and mirrored at its median (Efron's empirical null); right while less than half of the
+  links between far layers are real.
+- a dictionary that left the *same start* for data with nothing in common (`null_dictionary.py`):
+  what inertia leaves.
 
-Cost: `n` rows against the source, so n / n_target of one match; plus one eigendecomposition of d_model × d_model.
+Cost: `n` rows against the source, so n / n_target of one match; plus one eigendecomposition of
+d_model × d_model.
 """
 
 from __future__ import annotations
@@ -38,7 +43,9 @@ _ROWS_PER_ROTATION = 512
 class Rotation:
     """Rotate inside the eigenbasis, spectrum and mean kept."""
 
-    block: Annotated[int, Ge(2), Doc("neighbouring eigenvectors that are mixed with each other")] = 16
+    block: Annotated[
+        int, Ge(2), Doc("neighbouring eigenvectors that are mixed with each other")
+    ] = 16
     kind: Literal["rotation"] = "rotation"
 
 
@@ -95,7 +102,9 @@ class NullSampler:
     n: int
     tile: int = 2048
 
-    def sample(self, source: Directions, target: Directions, generator: torch.Generator) -> NullSample:
+    def sample(
+        self, source: Directions, target: Directions, generator: torch.Generator
+    ) -> NullSample:
         """`n` best cosines with `source` of directions made from rows of `target`."""
         rows = target.unit[target.usable]
         drawn = rows[torch.randint(rows.shape[0], (self.n,), generator=generator).to(rows.device)]
@@ -104,12 +113,16 @@ class NullSampler:
             best = best_cosines(made, source, tile=self.tile)
         return NullSample(name=self.choice.kind, best_cosine=best.cpu().numpy())
 
-    def _made(self, drawn: Tensor, rows: Tensor, source: Directions, generator: torch.Generator) -> Tensor:
+    def _made(
+        self, drawn: Tensor, rows: Tensor, source: Directions, generator: torch.Generator
+    ) -> Tensor:
         match self.choice:
             case Rotation(block=block):
                 spectrum = spectrum_of(source)
                 parts = drawn.split(_ROWS_PER_ROTATION)
-                return torch.cat([rotated_within(part, spectrum, block, generator) for part in parts])
+                return torch.cat(
+                    [rotated_within(part, spectrum, block, generator) for part in parts]
+                )
             case Isotropic():
                 noise = torch.randn(drawn.shape, generator=generator).to(drawn)
                 return noise / torch.linalg.vector_norm(noise, dim=1, keepdim=True)
@@ -138,27 +151,39 @@ def spectrum_of(directions: Directions) -> Spectrum:
 def rotated_within(
     rows: Float[Tensor, "row d_model"], spectrum: Spectrum, block: int, generator: torch.Generator
 ) -> Float[Tensor, "row d_model"]:
-    """`rows` under one random rotation that mixes only neighbouring eigenvectors and keeps the mean direction."""
+    """`rows` under one random rotation that mixes only neighbouring eigenvectors and keeps the mean
+    direction."""
     along = rows @ spectrum.mean
     rest = rows - along[:, None] * spectrum.mean
     inside = rest @ spectrum.basis
     whole = inside.shape[1] - inside.shape[1] % block
-    turned = [_turned(rearrange(inside[:, :whole], "row (block within) -> block row within", within=block), generator)]
+    turned = [
+        _turned(
+            rearrange(inside[:, :whole], "row (block within) -> block row within", within=block),
+            generator,
+        )
+    ]
     if inside.shape[1] > whole:
         turned.append(_turned(inside[None, :, whole:], generator))
-    flat = torch.cat([rearrange(t, "block row within -> row (block within)") for t in turned], dim=1)
+    flat = torch.cat(
+        [rearrange(t, "block row within -> row (block within)") for t in turned], dim=1
+    )
     return flat @ spectrum.basis.T + along[:, None] * spectrum.mean
 
 
 def mirrored(best_cosine: Float[np.ndarray, "sample"]) -> Float[np.ndarray, "mirrored"]:
-    """The lower half of a sample and its mirror image at the median: a null when less than half of it is real."""
+    """The lower half of a sample and its mirror image at the median: a null when less than half of
+    it is real."""
     median = np.median(best_cosine)
     lower = best_cosine[best_cosine <= median]
     return np.concatenate([lower, 2 * median - lower])
 
 
-def _turned(inside: Float[Tensor, "block row within"], generator: torch.Generator) -> Float[Tensor, "block row within"]:
-    """Each block under an orthogonal matrix of its own, uniform over all of them (QR of a Gaussian, signs fixed)."""
+def _turned(
+    inside: Float[Tensor, "block row within"], generator: torch.Generator
+) -> Float[Tensor, "block row within"]:
+    """Each block under an orthogonal matrix of its own, uniform over all of them (QR of a Gaussian,
+    signs fixed)."""
     n_blocks, _, within = inside.shape
     gaussian = torch.randn(n_blocks, within, within, generator=generator)
     orthogonal, upper = torch.linalg.qr(gaussian)

@@ -1,4 +1,5 @@
-"""The choices a linking run offers, as small frozen dataclasses: which chance to compare with, which links to keep."""
+"""The choices a linking run offers, as small frozen dataclasses: which chance to compare with,
+which links to keep."""
 
 from __future__ import annotations
 
@@ -13,11 +14,17 @@ from pipeline.flow.null import FarLayers, Isotropic, Rotation, Shuffled
 
 @dataclass(frozen=True, kw_only=True)
 class Automatic:
-    """Each pair is judged by the strictest null that applies to it: rotation always; for dictionaries of one start also
-    dictionaries that left that start for unrelated data (trained here, or else far layers), and the firing itself."""
+    """Each pair is judged by the strictest null that applies to it: rotation always; for
+    dictionaries of one start also dictionaries that left that start for unrelated data (trained
+    here, or else far layers), and the firing itself."""
 
     trained_pairs: Annotated[
-        int, Ge(0), Doc("same-start pairs of each relation for which a null dictionary is trained; 0: far layers")
+        int,
+        Ge(0),
+        Doc(
+            "same-start pairs of each relation for which a null dictionary is trained; 0: far "
+            "layers"
+        ),
     ] = 1
     kind: Literal["automatic"] = "automatic"
 
@@ -37,8 +44,12 @@ class Calibrated:
 class Fixed:
     """Keep links above the paper's cosines (Feature Flow, appendix B.2)."""
 
-    residual: Annotated[float, Ge(0), Le(1), Doc("smallest cosine between residual dictionaries")] = 0.5
-    modules: Annotated[float, Ge(0), Le(1), Doc("smallest cosine from an MLP or attention dictionary")] = 0.15
+    residual: Annotated[
+        float, Ge(0), Le(1), Doc("smallest cosine between residual dictionaries")
+    ] = 0.5
+    modules: Annotated[
+        float, Ge(0), Le(1), Doc("smallest cosine from an MLP or attention dictionary")
+    ] = 0.15
     kind: Literal["fixed"] = "fixed"
 
 

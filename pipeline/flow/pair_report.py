@@ -28,9 +28,11 @@ def edge_table(
     *,
     sites: Sequence[str],
 ) -> pd.DataFrame:
-    """The edges of one pair, in the columns that docs/formats.md names. Evidence that was not gathered is null.
+    """The edges of one pair, in the columns that docs/formats.md names. Evidence that was not
+    gathered is null.
 
-    `sites` are the short names of all sites: the categories of both site columns, so that tables can be joined cheaply.
+    `sites` are the short names of all sites: the categories of both site columns, so that tables
+    can be joined cheaply.
     """
     n = len(columns.source)
     unknown = np.full(n, np.nan, dtype=np.float32)
@@ -59,7 +61,9 @@ def edge_table(
 
 
 def _repeated(name: str, names: Sequence[str], n: int) -> pd.Categorical:
-    return pd.Categorical.from_codes(np.full(n, list(names).index(name), dtype=np.int16), categories=list(names))
+    return pd.Categorical.from_codes(
+        np.full(n, list(names).index(name), dtype=np.int16), categories=list(names)
+    )
 
 
 def pair_row(
@@ -101,14 +105,17 @@ def pair_row(
         "hub_largest": largest,
         **_firing(columns, cofiring, kept, few),
         "histogram": np.histogram(cosine, HISTOGRAM_EDGES)[0].tolist(),
-        "null_histogram": [] if strictest is None else np.histogram(strictest.best_cosine, HISTOGRAM_EDGES)[0].tolist(),
+        "null_histogram": []
+        if strictest is None
+        else np.histogram(strictest.best_cosine, HISTOGRAM_EDGES)[0].tolist(),
     }
 
 
 def _firing(
     columns: EdgeColumns, cofiring: Cofiring | None, kept: np.ndarray, few: np.ndarray | None
 ) -> dict[str, Any]:
-    """Medians over top-1 links of targets that fired often enough, kept links apart from the rest."""
+    """Medians over top-1 links of targets that fired often enough, kept links apart from the
+    rest."""
     names = (
         "pearson_median",
         "pearson_median_kept",

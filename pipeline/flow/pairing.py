@@ -1,12 +1,13 @@
 """Sites → the pairs of dictionaries that are linked, and how each pair's dictionaries were started.
 
-1. Sites of the residual stream form one chain in the order of computation; each is linked to the one before it
-   (relation `residual`).
-2. The output of an MLP or an attention layer is linked to the first residual site of its own layer that contains it
-   (relations `mlp`, `attention`).
+1. Sites of the residual stream form one chain in the order of computation; each is linked to the
+   one before it (relation `residual`).
+2. The output of an MLP or an attention layer is linked to the first residual site of its own layer
+   that contains it (relations `mlp`, `attention`).
 3. Missing layers do not stop the work: the link then spans a gap, which is recorded.
 
-Source: Feature Flow (arXiv 2502.03032) §3.3: one residual chain with one MLP leaf and one attention leaf a layer.
+Source: Feature Flow (arXiv 2502.03032) §3.3: one residual chain with one MLP leaf and one attention
+leaf a layer.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _MODULES: dict[str, Relation] = {"mlp_out": "mlp", "attn_out": "attention"}
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two linked sites; `source` comes first in the computation. `gap` is how many layers are skipped between them."""
+    """Two linked sites; `source` comes first in the computation. `gap` is how many layers are
+    skipped between them."""
 
     source: Site
     target: Site
@@ -54,29 +56,42 @@ def pair_sites(sites: Iterable[Site]) -> Pairing:
     ordered = sorted(set(sites), key=lambda site: site.depth)
     chain = [site for site in ordered if site.kind not in _MODULES]
     pairs = [Pair(source=a, target=b, relation="residual") for a, b in pairwise(chain)]
-    warnings = [f"{pair}: {pair.gap} layer(s) have no dictionary; linked across them" for pair in pairs if pair.gap]
+    warnings = [
+        f"{pair}: {pair.gap} layer(s) have no dictionary; linked across them"
+        for pair in pairs
+        if pair.gap
+    ]
     for site in ordered:
         if site.kind not in _MODULES:
             continue
         target = next((r for r in chain if r.layer == site.layer and r.depth > site.depth), None)
         if target is None:
-            warnings.append(f"{site.short}: no residual dictionary of its layer; its features are not linked")
+            warnings.append(
+                f"{site.short}: no residual dictionary of its layer; its features are not linked"
+            )
         else:
             pairs.append(Pair(source=site, target=target, relation=_MODULES[site.kind]))
     if not pairs:
         raise UserError(
             "nothing to link",
-            expected="dictionaries of at least two residual sites, or of a module and the residual site after it",
+            expected="dictionaries of at least two residual sites, or of a module and the residual "
+            "site after it",
             found=", ".join(site.short for site in ordered) or "no dictionaries",
             mend="train dictionaries at more sites (collect.sites in the recipe)",
         )
-    return Pairing(pairs=tuple(sorted(pairs, key=lambda p: (p.target.depth, p.source.depth))), warnings=tuple(warnings))
+    return Pairing(
+        pairs=tuple(sorted(pairs, key=lambda p: (p.target.depth, p.source.depth))),
+        warnings=tuple(warnings),
+    )
 
 
 def far_site(pair: Pair, sites: Sequence[Site], min_distance: int | None) -> Site | None:
-    """The site of the source's kind farthest from the target; None if it is nearer than `min_distance` layers."""
+    """The site of the source's kind farthest from the target; None if it is nearer than
+    `min_distance` layers."""
     layers = [site.layer for site in sites if site.kind == pair.source.kind]
-    needed = min_distance if min_distance is not None else max(3, (max(layers) - min(layers) + 1) // 2)
+    needed = (
+        min_distance if min_distance is not None else max(3, (max(layers) - min(layers) + 1) // 2)
+    )
     others = [site for site in sites if site.kind == pair.source.kind]
     farthest = max(others, key=lambda site: (abs(site.layer - pair.target.layer), site.layer))
     return farthest if abs(farthest.layer - pair.target.layer) >= needed else None

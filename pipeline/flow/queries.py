@@ -1,7 +1,9 @@
-"""What is asked of a flow graph, as functions over arrays: walks, reachable sets, best paths, trunks, splits, merges.
+"""What is asked of a flow graph, as functions over arrays: walks, reachable sets, best paths,
+trunks, splits, merges.
 
-Nodes are row numbers of the node table, edges row numbers of the edge table; `FlowGraph` (graph.py) gives both and
-turns the answers into features. Edges point forward in the computation, so the graph has no cycles.
+Nodes are row numbers of the node table, edges row numbers of the edge table; `FlowGraph` (graph.py)
+gives both and turns the answers into features. Edges point forward in the computation, so the graph
+has no cycles.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from data.sites import FeatureId
 
 @dataclass(frozen=True, kw_only=True)
 class ChainStep:
-    """One feature of a chain. `cosine`, `q_value` and `edge` (a row number of the edge table) are of the link to the
-    step before it; None at the first."""
+    """One feature of a chain. `cosine`, `q_value` and `edge` (a row number of the edge table) are
+    of the link to the step before it; None at the first."""
 
     feature: FeatureId
     cosine: float | None
@@ -40,7 +42,8 @@ class Reached:
 
 @dataclass(frozen=True, kw_only=True)
 class Leaf:
-    """A module's feature that feeds a residual feature: the relation (mlp, attention) and the evidence of the link."""
+    """A module's feature that feeds a residual feature: the relation (mlp, attention) and the
+    evidence of the link."""
 
     feature: FeatureId
     relation: str
@@ -50,7 +53,8 @@ class Leaf:
 
 @dataclass(frozen=True, kw_only=True)
 class Trunk:
-    """A long strong path: every link in it is first choice both ways. `weakest` is the smallest cosine along it."""
+    """A long strong path: every link in it is first choice both ways. `weakest` is the smallest
+    cosine along it."""
 
     features: tuple[FeatureId, ...]
     mean_cosine: float
@@ -63,7 +67,8 @@ class Trunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Fork:
-    """One feature and the several features of one neighbouring site it splits into, or that merge into it."""
+    """One feature and the several features of one neighbouring site it splits into, or that merge
+    into it."""
 
     feature: FeatureId
     others: tuple[FeatureId, ...]
@@ -127,13 +132,17 @@ def reachable(
         found |= {number: (hops, strength) for number, strength in ahead.items()}
         frontier = ahead
     del found[start]
-    return sorted(((n, hops, s) for n, (hops, s) in found.items()), key=lambda item: (item[1], -item[2], item[0]))
+    return sorted(
+        ((n, hops, s) for n, (hops, s) in found.items()),
+        key=lambda item: (item[1], -item[2], item[0]),
+    )
 
 
 def strongest_path(
     start: int, end: int, out: Adjacency, target: np.ndarray, cosine: np.ndarray
 ) -> list[tuple[int | None, int]] | None:
-    """(edge, node) along the path with the largest product of cosines (Dijkstra over −log); None for no path."""
+    """(edge, node) along the path with the largest product of cosines (Dijkstra over −log); None
+    for no path."""
     queue: list[tuple[float, int]] = [(0.0, start)]
     cost: dict[int, float] = {start: 0.0}
     came_by: dict[int, tuple[int, int]] = {}
@@ -151,7 +160,9 @@ def strongest_path(
     return None
 
 
-def _retraced(start: int, end: int, came_by: dict[int, tuple[int, int]]) -> list[tuple[int | None, int]]:
+def _retraced(
+    start: int, end: int, came_by: dict[int, tuple[int, int]]
+) -> list[tuple[int | None, int]]:
     path: list[tuple[int | None, int]] = []
     number = end
     while number != start:
@@ -161,8 +172,11 @@ def _retraced(start: int, end: int, came_by: dict[int, tuple[int, int]]) -> list
     return [(None, start), *reversed(path)]
 
 
-def trunk_paths(step: Step, cosine: np.ndarray, *, min_length: int) -> list[tuple[list[int], np.ndarray]]:
-    """Maximal chains of `step` (first choice both ways, so no two share a node), longest first, then strongest."""
+def trunk_paths(
+    step: Step, cosine: np.ndarray, *, min_length: int
+) -> list[tuple[list[int], np.ndarray]]:
+    """Maximal chains of `step` (first choice both ways, so no two share a node), longest first,
+    then strongest."""
     has_before = np.zeros(len(step.node), dtype=bool)
     has_before[step.node[step.node >= 0]] = True
     heads = np.flatnonzero(~has_before & (step.node >= 0))
@@ -170,14 +184,17 @@ def trunk_paths(step: Step, cosine: np.ndarray, *, min_length: int) -> list[tupl
     for head in heads:
         walked = list(step.walk(int(head)))
         if len(walked) + 1 >= min_length:
-            paths.append(([int(head), *(n for _, n in walked)], cosine[[edge for edge, _ in walked]]))
+            paths.append(
+                ([int(head), *(n for _, n in walked)], cosine[[edge for edge, _ in walked]])
+            )
     return sorted(paths, key=lambda path: (-len(path[0]), -float(path[1].mean()), path[0][0]))
 
 
 def forks(
     kept: np.ndarray, one: np.ndarray, site_of_other: np.ndarray, cosine: np.ndarray, n_sites: int
 ) -> list[np.ndarray]:
-    """Groups of at least two kept edges that share node `one` and the site at their other end; strongest forks first.
+    """Groups of at least two kept edges that share node `one` and the site at their other end;
+    strongest forks first.
 
     The strength of a fork is its second-best cosine: a fork is as real as its second branch.
     """

@@ -1,7 +1,8 @@
 """Dictionaries in use → their directions and codes, read when first needed, a few kept.
 
-Pairs are linked in order of depth, so that each dictionary is read once or twice and no more than `n_kept` are held.
-What is learnt about a dictionary on the way (who is alive, what is odd) is kept for the node table.
+Pairs are linked in order of depth, so that each dictionary is read once or twice and no more than
+`n_kept` are held. What is learnt about a dictionary on the way (who is alive, what is odd) is kept
+for the node table.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from pipeline.flow.nodes import Side
 from sae import Sae
 
 HeldOut = Callable[[Site], Iterable[Float[Tensor, "token d_in"]]]
-"""Batches of held-out activations at a site; every site must give the same tokens in the same order."""
+"""Batches of held-out activations at a site; every site must give the same tokens in the same
+order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One dictionary as linking sees it: living directions, and codes of the held-out tokens (None without tokens)."""
+    """One dictionary as linking sees it: living directions, and codes of the held-out tokens (None
+    without tokens)."""
 
     directions: Directions
     codes: Codes | None
@@ -54,9 +57,15 @@ class Shelf:
 
     def _read(self, site: Site) -> Entry:
         sae = self.dictionaries[site]
-        whole = directions_of(sae.W_dec, name=site.short, projection=self.projections.get(site), device=self.device)
+        whole = directions_of(
+            sae.W_dec, name=site.short, projection=self.projections.get(site), device=self.device
+        )
         codes = None if self.held_out is None else encode_tokens(sae, self.held_out(site))
-        fired = whole.usable if codes is None else torch.from_numpy(codes.n_fired > 0).to(whole.usable.device)
+        fired = (
+            whole.usable
+            if codes is None
+            else torch.from_numpy(codes.n_fired > 0).to(whole.usable.device)
+        )
         living = whole.restricted(fired)
         if site not in self.sides:
             self._note(site, whole, living, codes)
@@ -73,6 +82,8 @@ class Shelf:
         )
         self.warnings.extend(whole.warnings)
         if n_silent := int((whole.usable & ~living.usable).sum()):
-            self.warnings.append(f"{site.short}: {n_silent} latents never fired on the held-out tokens; left out")
+            self.warnings.append(
+                f"{site.short}: {n_silent} latents never fired on the held-out tokens; left out"
+            )
         if not bool(living.usable.any()):
             self.warnings.append(f"{site.short}: no latent is alive; the site has no links")

@@ -1,6 +1,8 @@
-"""Cosines of links and a null sample → p-values, false-discovery rates, and the cosine that a rate asks for.
+"""Cosines of links and a null sample → p-values, false-discovery rates, and the cosine that a rate
+asks for.
 
-1. p(c) = (1 + number of null values ≥ c) / (1 + number of null values): never zero, honest about the sample's size.
+1. p(c) = (1 + number of null values ≥ c) / (1 + number of null values): never zero, honest about
+   the sample's size.
 2. q by Benjamini and Hochberg (1995) over the top-1 links of one pair of dictionaries.
 3. A lower-ranked link is judged by the same curve: q(p) = n·p / number of top-1 links with a
    p-value ≤ p, made monotone.
@@ -16,7 +18,9 @@ import numpy as np
 from jaxtyping import Float
 
 
-def p_values(observed: Float[np.ndarray, "link"], null: Float[np.ndarray, "sample"]) -> Float[np.ndarray, "link"]:
+def p_values(
+    observed: Float[np.ndarray, "link"], null: Float[np.ndarray, "sample"]
+) -> Float[np.ndarray, "link"]:
     """The share of the null at or above each observed value, counting the observation itself."""
     ordered = np.sort(null)
     at_least = len(ordered) - np.searchsorted(ordered, observed, side="left")
@@ -26,7 +30,8 @@ def p_values(observed: Float[np.ndarray, "link"], null: Float[np.ndarray, "sampl
 def q_values(
     p: Float[np.ndarray, "link"], family: Float[np.ndarray, "test"] | None = None
 ) -> Float[np.ndarray, "link"]:
-    """The smallest false-discovery rate at which each `p` is accepted, judged among the tests of `family` (itself)."""
+    """The smallest false-discovery rate at which each `p` is accepted, judged among the tests of
+    `family` (itself)."""
     tests = np.sort(p if family is None else family)
     if not len(tests):
         return np.ones_like(p)
@@ -41,9 +46,11 @@ def q_values(
 def cosine_at_rate(
     p: Float[np.ndarray, "link"], nulls: Sequence[Float[np.ndarray, "sample"]], rate: float
 ) -> float | None:
-    """The cosine from which links of this family are accepted at false-discovery rate `rate`; None when none is.
+    """The cosine from which links of this family are accepted at false-discovery rate `rate`; None
+    when none is.
 
-    It is the null's quantile at the largest p-value that Benjamini and Hochberg accept, the largest over `nulls`.
+    It is the null's quantile at the largest p-value that Benjamini and Hochberg accept, the largest
+    over `nulls`.
     """
     accepted = int((q_values(p) <= rate).sum())
     if not accepted or not nulls:
@@ -52,7 +59,8 @@ def cosine_at_rate(
 
 
 def hubness(index: np.ndarray, n_possible: int) -> tuple[float, int]:
-    """How unequally sources are chosen as best partner: skewness of the counts (0 even, > 1 hubs) and the largest."""
+    """How unequally sources are chosen as best partner: skewness of the counts (0 even, > 1 hubs)
+    and the largest."""
     counts = np.bincount(index[index >= 0], minlength=n_possible)
     spread = counts.std()
     skew = float(((counts - counts.mean()) ** 3).mean() / spread**3) if spread > 0 else 0.0

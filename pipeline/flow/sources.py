@@ -1,7 +1,8 @@
-"""Where linking gets its inputs: dictionaries read one at a time from a folder, held-out activations from a store.
+"""Where linking gets its inputs: dictionaries read one at a time from a folder, held-out
+activations from a store.
 
-A recipe of 30 layers × 16k latents holds tens of gigabytes of dictionaries; a pair needs two of them at once. Both
-classes travel to other processes as a path and a few numbers.
+A recipe of 30 layers × 16k latents holds tens of gigabytes of dictionaries; a pair needs two of
+them at once. Both classes travel to other processes as a path and a few numbers.
 """
 
 from __future__ import annotations
@@ -30,9 +31,15 @@ class DictionaryFolder(Mapping[Site, Sae]):
 
     def __init__(self, folder: Path) -> None:
         found = [path.parent for path in folder.glob("*/sae.json")] if folder.is_dir() else []
-        sites = sorted(((parse_site(path.name), path) for path in found), key=lambda item: item[0].depth)
+        sites = sorted(
+            ((parse_site(path.name), path) for path in found), key=lambda item: item[0].depth
+        )
         if not sites:
-            raise UserError("there are no dictionaries here", where=str(folder), mend="featureflow run --to train")
+            raise UserError(
+                "there are no dictionaries here",
+                where=str(folder),
+                mend="featureflow run --to train",
+            )
         self._paths = dict(sites)
 
     def __getitem__(self, site: Site) -> Sae:
@@ -45,13 +52,15 @@ class DictionaryFolder(Mapping[Site, Sae]):
         return len(self._paths)
 
     def description(self, site: Site) -> dict[str, Any]:
-        """Sizes and metadata without the weights: `n_latents`, `d_out`, `metadata`. The loader checks it fully."""
+        """Sizes and metadata without the weights: `n_latents`, `d_out`, `metadata`. The loader
+        checks it fully."""
         return json.loads((self._paths[site] / "sae.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeldOutRows:
-    """The same held-out rows at any site, in batches. A callable, as `link_dictionaries` wants it."""
+    """The same held-out rows at any site, in batches. A callable, as `link_dictionaries` wants
+    it."""
 
     url: str
     rows: Int64[np.ndarray, "row"]
@@ -79,19 +88,31 @@ class HeldOutRows:
 
 
 def facts_of(dictionaries: Mapping[Site, Sae]) -> dict[Site, Mapping[str, Any]]:
-    """Metadata by site, checked: one model, each dictionary at its own site. Raises UserError with every misfit."""
+    """Metadata by site, checked: one model, each dictionary at its own site. Raises UserError with
+    every misfit."""
     facts = {site: _metadata(dictionaries, site) for site in dictionaries}
     problems = []
     for site, metadata in facts.items():
         own = metadata.get("site")
         if isinstance(own, str) and parse_site(own) != site:
             problems.append(
-                Problem(what="a dictionary of another site", where=site.short, expected=site.name, found=own)
+                Problem(
+                    what="a dictionary of another site",
+                    where=site.short,
+                    expected=site.name,
+                    found=own,
+                )
             )
-    models = {str(m["model_fingerprint"]): site for site, m in facts.items() if m.get("model_fingerprint")}
+    models = {
+        str(m["model_fingerprint"]): site for site, m in facts.items() if m.get("model_fingerprint")
+    }
     if len(models) > 1:
         listed = ", ".join(f"{mark[:12]} ({site.short})" for mark, site in models.items())
-        problems.append(Problem(what="dictionaries of different models", expected="one fingerprint", found=listed))
+        problems.append(
+            Problem(
+                what="dictionaries of different models", expected="one fingerprint", found=listed
+            )
+        )
     if problems:
         raise UserError("these dictionaries do not make one flow graph", problems=tuple(problems))
     return facts

@@ -1,15 +1,19 @@
-"""What inertia alone leaves between dictionaries of one start: a dictionary that left the same start for other data.
+"""What inertia alone leaves between dictionaries of one start: a dictionary that left the same
+start for other data.
 
-Two dictionaries trained from a common start may look alike because neither moved far. To know how alike, for a pair:
+Two dictionaries trained from a common start may look alike because neither moved far. To know how
+alike, for a pair:
 
-1. Take the activations that the younger of the two was trained on, and turn them by a random rotation inside their own
-   eigenbasis: mean and spectrum stay, no feature does.
+1. Take the activations that the younger of the two was trained on, and turn them by a random
+   rotation inside their own eigenbasis: mean and spectrum stay, no feature does.
 2. Train from the younger one's start, for its number of steps, at its rate, on those.
-3. The best cosines between the result's living latents and the older dictionary are the null of the pair.
+3. The best cosines between the result's living latents and the older dictionary are the null of the
+   pair.
 
-One such null stands for all same-start pairs of its relation. A prototype on SmolLM2-135M (a shared start, 400 steps)
-found a median of 0.41 and a 99th percentile of 0.62, where rotated decoders give 0.21 and 0.29: without this null,
-standing still would count as flow. Cost: one more training of one site for each null.
+One such null stands for all same-start pairs of its relation. A prototype on SmolLM2-135M (a shared
+start, 400 steps) found a median of 0.41 and a 99th percentile of 0.62, where rotated decoders give
+0.21 and 0.29: without this null, standing still would count as flow. Cost: one more training of one
+site for each null.
 """
 
 from __future__ import annotations
@@ -70,10 +74,13 @@ class Recipe:
 
 
 def _schedule(metadata: Mapping[str, Any]) -> Schedule:
-    """The one it was trained by. Older dictionaries name rate and steps only; the rest was what is written here."""
+    """The one it was trained by. Older dictionaries name rate and steps only; the rest was what is
+    written here."""
     if "schedule" in metadata:
         kinds = {field.name: int if field.type == "int" else float for field in fields(Schedule)}
-        values: dict[str, Any] = {name: kinds[name](value) for name, value in metadata["schedule"].items()}
+        values: dict[str, Any] = {
+            name: kinds[name](value) for name, value in metadata["schedule"].items()
+        }
         return Schedule(**values)
     steps, batch_size = int(metadata["steps"]), int(metadata["batch_size"])
     return Schedule(
@@ -88,7 +95,8 @@ def _schedule(metadata: Mapping[str, Any]) -> Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A null to be trained: retrain `moved` from `start` (None: its random start), compare with `fixed`."""
+    """A null to be trained: retrain `moved` from `start` (None: its random start), compare with
+    `fixed`."""
 
     pair: Pair
     moved: Site
@@ -138,19 +146,24 @@ def start_sample(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> NullSample:
-    """Train the null of a plan on `rows`, activations at `plan.moved` (raw), and draw its best cosines."""
+    """Train the null of a plan on `rows`, activations at `plan.moved` (raw), and draw its best
+    cosines."""
     fixed = directions_of(dictionaries[plan.fixed].W_dec, name=plan.fixed.short, device=device)
     weights = _start(plan, dictionaries, normalisations, rows.shape[1])
     generator = torch.Generator().manual_seed(seed)
     turned = rotated_activations(normalisations[plan.moved].apply(rows), generator)
-    decoder, alive = _trained(plan.recipe, weights, turned.to(device), progress, f"null {plan.pair}")
+    decoder, alive = _trained(
+        plan.recipe, weights, turned.to(device), progress, f"null {plan.pair}"
+    )
     found = directions_of(decoder, name=plan.moved.short, device=device)
     best = best_cosines(found.unit[found.usable & alive.to(found.usable.device)], fixed)
     name = f"same start ({plan.moved.short} on rotated activations)"
     return NullSample(name=name, best_cosine=best.cpu().numpy(), of_start=True)
 
 
-def rotated_activations(rows: Float[Tensor, "row d_model"], generator: torch.Generator) -> Float[Tensor, "row d_model"]:
+def rotated_activations(
+    rows: Float[Tensor, "row d_model"], generator: torch.Generator
+) -> Float[Tensor, "row d_model"]:
     """All rows under one random rotation that keeps their spectrum."""
     moment = (rows.T @ rows / max(len(rows), 1)).cpu().numpy()
     basis = torch.from_numpy(np.linalg.eigh(moment)[1]).to(rows).flip(1)
@@ -163,14 +176,21 @@ def _plan_of(pair: Pair, facts: Mapping[Site, Mapping[str, Any]]) -> Plan | None
         return None
     source, target = Recipe.of(facts[pair.source]), Recipe.of(facts[pair.target])
     if target is not None and target.parent in (pair.source, None):
-        return Plan(pair=pair, moved=pair.target, fixed=pair.source, start=target.parent, recipe=target)
+        return Plan(
+            pair=pair, moved=pair.target, fixed=pair.source, start=target.parent, recipe=target
+        )
     if source is not None and source.parent in (pair.target, None):
-        return Plan(pair=pair, moved=pair.source, fixed=pair.target, start=source.parent, recipe=source)
+        return Plan(
+            pair=pair, moved=pair.source, fixed=pair.target, start=source.parent, recipe=source
+        )
     return None
 
 
 def _start(
-    plan: Plan, dictionaries: Mapping[Site, Sae], normalisations: Mapping[Site, Normalisation], width: int
+    plan: Plan,
+    dictionaries: Mapping[Site, Sae],
+    normalisations: Mapping[Site, Normalisation],
+    width: int,
 ) -> dict[str, Tensor]:
     if plan.start is not None:
         return unfold(dictionaries[plan.start], normalisations[plan.start])
@@ -179,7 +199,11 @@ def _start(
 
 
 def _trained(
-    recipe: Recipe, weights: dict[str, Tensor], rows: Float[Tensor, "row d_model"], progress: Progress, label: str
+    recipe: Recipe,
+    weights: dict[str, Tensor],
+    rows: Float[Tensor, "row d_model"],
+    progress: Progress,
+    label: str,
 ) -> tuple[Float[Tensor, "latent d_model"], Tensor]:
     """Decoder rows after training, and which latents fired lately."""
     batch_size = min(recipe.batch_size, len(rows))

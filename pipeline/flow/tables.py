@@ -1,7 +1,9 @@
-"""The flow graph on disk: `nodes.parquet`, `edges.parquet`, `pairs.parquet`, `warnings.json`; written and read checked.
+"""The flow graph on disk: `nodes.parquet`, `edges.parquet`, `pairs.parquet`, `warnings.json`;
+written and read checked.
 
-The schemas below are the normative ones (docs/formats.md repeats them in words). Strings that repeat are dictionary
-encoded; evidence that was not gathered is null. Reading names every missing or mistyped column at once.
+The schemas below are the normative ones (docs/formats.md repeats them in words). Strings that
+repeat are dictionary encoded; evidence that was not gathered is null. Reading names every missing
+or mistyped column at once.
 """
 
 from __future__ import annotations
@@ -111,23 +113,35 @@ class FlowTables:
     warnings: tuple[str, ...]
 
 
-def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame], warnings: tuple[str, ...]) -> None:
+def write_tables(
+    folder: Path, tables: Mapping[str, pd.DataFrame], warnings: tuple[str, ...]
+) -> None:
     """Write `nodes`, `edges` and `pairs` and the warnings into an existing folder."""
     for name, schema in _SCHEMAS.items():
         frame = tables[name]
-        frame = frame.assign(**{column: None for column in _MAY_BE_ABSENT.get(name, ()) if column not in frame})
+        frame = frame.assign(
+            **{column: None for column in _MAY_BE_ABSENT.get(name, ()) if column not in frame}
+        )
         table = pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
         parquet.write_table(table, folder / f"{name}.parquet", compression="zstd")
-    (folder / "warnings.json").write_text(json.dumps(list(warnings), indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / "warnings.json").write_text(
+        json.dumps(list(warnings), indent=1, ensure_ascii=False), encoding="utf-8"
+    )
 
 
 def read_tables(folder: Path) -> FlowTables:
     """Read and check all tables. Raises UserError naming each file and column that is wrong."""
     problems: list[Problem] = []
-    frames = {name: _read(folder / f"{name}.parquet", schema, name, problems) for name, schema in _SCHEMAS.items()}
+    frames = {
+        name: _read(folder / f"{name}.parquet", schema, name, problems)
+        for name, schema in _SCHEMAS.items()
+    }
     if problems:
         raise UserError(
-            "not a usable flow graph", where=str(folder), problems=tuple(problems), mend="featureflow run --to link"
+            "not a usable flow graph",
+            where=str(folder),
+            problems=tuple(problems),
+            mend="featureflow run --to link",
         )
     path = folder / "warnings.json"
     warnings = tuple(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ()
@@ -141,16 +155,31 @@ def _read(path: Path, schema: pa.Schema, name: str, problems: list[Problem]) -> 
         problems.append(Problem(what="file missing", where=str(path)))
         return pd.DataFrame()
     except (OSError, pa.ArrowInvalid) as error:
-        problems.append(Problem(what="cannot be read", where=str(path), found=str(error).splitlines()[0]))
+        problems.append(
+            Problem(what="cannot be read", where=str(path), found=str(error).splitlines()[0])
+        )
         return pd.DataFrame()
     optional = _MAY_BE_ABSENT.get(name, ())
     for field in schema:
         if field.name not in table.schema.names:
             if field.name not in optional:
-                problems.append(Problem(what="column missing", where=f"{path}: {field.name}", expected=str(field.type)))
-        elif table.schema.field(field.name).type != field.type and not pa.types.is_dictionary(field.type):
+                problems.append(
+                    Problem(
+                        what="column missing",
+                        where=f"{path}: {field.name}",
+                        expected=str(field.type),
+                    )
+                )
+        elif table.schema.field(field.name).type != field.type and not pa.types.is_dictionary(
+            field.type
+        ):
             found = str(table.schema.field(field.name).type)
             problems.append(
-                Problem(what="column type", where=f"{path}: {field.name}", expected=str(field.type), found=found)
+                Problem(
+                    what="column type",
+                    where=f"{path}: {field.name}",
+                    expected=str(field.type),
+                    found=found,
+                )
             )
     return table.to_pandas(strings_to_categorical=False)

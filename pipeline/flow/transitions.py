@@ -1,17 +1,21 @@
-"""Two dictionaries → an operator that carries latents of one layer to the next, and how well it does.
+"""Two dictionaries → an operator that carries latents of one layer to the next, and how well it
+does.
 
-1. An operator is a sparse matrix of source × target. `TopK`: each latent's k best partners by inner product of decoder
-   and encoder rows, positive only, weight 1 (the paper's indicator) or the inner product itself. `Permutation`: SAE
-   Match's one-to-one assignment.
-2. Folding scales activations by the ratio of the two latents' scales: JumpReLU thresholds, or where there are none the
-   mean activation while firing. z_target = (z_source / scale_source) T · scale_target.
-3. Encode – carry – decode: source latents, the operator, the target's decoder. Because all three after the encoder are
-   linear, they are one dictionary with the source's encoder (`skipping`).
-4. Measures: explained variance of the target's activations; cross-entropy when the model goes on with them, so that the
-   layers between are skipped; matching score, the share of firings whose partner fires too.
+1. An operator is a sparse matrix of source × target. `TopK`: each latent's k best partners by inner
+   product of decoder and encoder rows, positive only, weight 1 (the paper's indicator) or the inner
+   product itself. `Permutation`: SAE Match's one-to-one assignment.
+2. Folding scales activations by the ratio of the two latents' scales: JumpReLU thresholds, or where
+   there are none the mean activation while firing. z_target = (z_source / scale_source) T ·
+   scale_target.
+3. Encode – carry – decode: source latents, the operator, the target's decoder. Because all three
+   after the encoder are linear, they are one dictionary with the source's encoder (`skipping`).
+4. Measures: explained variance of the target's activations; cross-entropy when the model goes on
+   with them, so that the layers between are skipped; matching score, the share of firings whose
+   partner fires too.
 
-Cost: one product of latent × latent to find partners, then that of encoding. Sources: Feature Flow (arXiv 2502.03032)
-§3.2 and App. F; SAE Match (arXiv 2410.07656) §4, whose printed formula of explained variance is the unexplained share.
+Cost: one product of latent × latent to find partners, then that of encoding. Sources: Feature Flow
+(arXiv 2502.03032) §3.2 and App. F; SAE Match (arXiv 2410.07656) §4, whose printed formula of
+explained variance is the unexplained share.
 """
 
 from __future__ import annotations
@@ -48,8 +52,9 @@ Given = TypeVar("Given")
 
 @dataclass(frozen=True, kw_only=True)
 class TopK:
-    """Partners by similarity. `of` says whose best partners are taken: each source's (the operator of the paper) or
-    each target's (its predecessors). With `indicator` every kept entry counts 1. `fold` folds before comparing."""
+    """Partners by similarity. `of` says whose best partners are taken: each source's (the operator
+    of the paper) or each target's (its predecessors). With `indicator` every kept entry counts 1.
+    `fold` folds before comparing."""
 
     k: int = 1
     weights: Weights = "dec-dec"
@@ -88,7 +93,8 @@ def operator(source: Sae, target: Sae, choice: Choice) -> sparse.csr_matrix:
 
 
 def scale_of(sae: Sae, codes: Codes | None = None) -> Float[np.ndarray, "latent"]:
-    """The typical size of each latent: its threshold, else its mean activation on the tokens where it fired, else 1."""
+    """The typical size of each latent: its threshold, else its mean activation on the tokens where
+    it fired, else 1."""
     if isinstance(sae.activation, Threshold):
         scale = sae.activation.theta.detach().cpu().double().numpy()
     elif codes is not None:
@@ -99,15 +105,17 @@ def scale_of(sae: Sae, codes: Codes | None = None) -> Float[np.ndarray, "latent"
 
 
 def rescaled(
-    matrix: sparse.csr_matrix, source_scale: Float[np.ndarray, "source"], target_scale: Float[np.ndarray, "target"]
+    matrix: sparse.csr_matrix,
+    source_scale: Float[np.ndarray, "source"],
+    target_scale: Float[np.ndarray, "target"],
 ) -> sparse.csr_matrix:
     """The operator between folded dictionaries, written for unfolded latents."""
     return (sparse.diags(1.0 / source_scale) @ matrix @ sparse.diags(target_scale)).tocsr()
 
 
 def skipping(source: Sae, target: Sae, matrix: sparse.csr_matrix) -> Sae:
-    """Encode with the source, carry by `matrix`, decode with the target: one dictionary from the source's activations
-    to the target's. Raises UserError when the operator is of other widths."""
+    """Encode with the source, carry by `matrix`, decode with the target: one dictionary from the
+    source's activations to the target's. Raises UserError when the operator is of other widths."""
     if matrix.shape != (source.n_latents, target.n_latents):
         raise UserError(
             "the operator does not fit the dictionaries",
@@ -115,15 +123,18 @@ def skipping(source: Sae, target: Sae, matrix: sparse.csr_matrix) -> Sae:
             found=" × ".join(map(str, matrix.shape)),
         )
     rows = matrix.astype(np.float32) @ target.W_dec.detach().float().cpu().numpy()
-    return source.replace(W_dec=torch.from_numpy(np.ascontiguousarray(rows)).to(source.W_enc), b_dec=target.b_dec)
+    return source.replace(
+        W_dec=torch.from_numpy(np.ascontiguousarray(rows)).to(source.W_enc), b_dec=target.b_dec
+    )
 
 
 def explained_variance(
     predict: Callable[[Given], Float[Tensor, "token d_out"]],
     batches: Iterable[tuple[Given, Float[Tensor, "token d_out"]]],
 ) -> float:
-    """1 − Σ‖x̂ − x‖² / Σ‖x − mean‖², in one pass; nan without variance. A batch holds what `predict` takes (source
-    activations or their codes) and the target's activations of the same tokens."""
+    """1 − Σ‖x̂ − x‖² / Σ‖x − mean‖², in one pass; nan without variance. A batch holds what
+    `predict` takes (source activations or their codes) and the target's activations of the same
+    tokens."""
     error, square, n = 0.0, 0.0, 0
     total: Tensor | None = None
     for given, wanted in batches:
@@ -140,7 +151,8 @@ def explained_variance(
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingScore:
-    """How often a carried latent finds its partner firing: over all firings, and as a mean over latents that fired."""
+    """How often a carried latent finds its partner firing: over all firings, and as a mean over
+    latents that fired."""
 
     of_firings: float
     of_latents: float
@@ -148,11 +160,15 @@ class MatchingScore:
 
 
 def matching_score(matrix: sparse.csr_matrix, source: Codes, target: Codes) -> MatchingScore:
-    """Probability that a partner fires where a source latent does, on the same tokens (SAE Match's matching score).
-    With several partners, one of them is enough. Latents without a partner do not count."""
+    """Probability that a partner fires where a source latent does, on the same tokens (SAE Match's
+    matching score). With several partners, one of them is enough. Latents without a partner do not
+    count."""
     partners = (matrix != 0).astype(np.int32).tocsr()
     carried = np.asarray(partners.sum(axis=1)).ravel() > 0
-    fired_source, fired_target = source.codes.astype(bool).tocsc(), target.codes.astype(bool).tocsc()
+    fired_source, fired_target = (
+        source.codes.astype(bool).tocsc(),
+        target.codes.astype(bool).tocsc(),
+    )
     hits = np.zeros(len(carried))
     for start in range(0, len(carried), _BLOCK_ROWS):
         block = slice(start, start + _BLOCK_ROWS)
@@ -164,7 +180,9 @@ def matching_score(matrix: sparse.csr_matrix, source: Codes, target: Codes) -> M
     if not n:
         return MatchingScore(of_firings=float("nan"), of_latents=float("nan"), n_firings=0)
     share = hits[counted] / source.n_fired[counted]
-    return MatchingScore(of_firings=float(hits[counted].sum() / n), of_latents=float(share.mean()), n_firings=n)
+    return MatchingScore(
+        of_firings=float(hits[counted].sum() / n), of_latents=float(share.mean()), n_firings=n
+    )
 
 
 def measure_skipping(
@@ -173,14 +191,18 @@ def measure_skipping(
     *,
     source: Site,
     target: Site,
-    predictors: Mapping[str, Callable[[Float[Tensor, "*token d_in"]], Float[Tensor, "*token d_out"]]],
+    predictors: Mapping[
+        str, Callable[[Float[Tensor, "*token d_in"]], Float[Tensor, "*token d_out"]]
+    ],
     batch_size: int = 4,
     progress: Progress = silent,
 ) -> pd.DataFrame:
-    """Next-token cross-entropy per context when the stream at `target` is what a predictor makes of `source`.
+    """Next-token cross-entropy per context when the stream at `target` is what a predictor makes of
+    `source`.
 
-    One row per predictor and context: `predictor, document, context, n, ce, delta_ce`, means over next tokens of usable
-    positions. Unusable positions (BOS, separators) keep their own activation."""
+    One row per predictor and context: `predictor, document, context, n, ce, delta_ce`, means over
+    next tokens of usable positions. Unusable positions (BOS, separators) keep their own
+    activation."""
     rows = []
     ids_all, usable_all = torch.from_numpy(contexts.ids), torch.from_numpy(contexts.usable)
     for start in range(0, len(ids_all), batch_size):
@@ -197,10 +219,14 @@ def measure_skipping(
                 context = start + i
                 rows.append(
                     {
-                        "predictor": name, "document": int(contexts.document[context, 0]), "context": context,
-                        "n": int(usable[i, :-1].sum()), "ce": float(ce), "delta_ce": float(ce - before),
+                        "predictor": name,
+                        "document": int(contexts.document[context, 0]),
+                        "context": context,
+                        "n": int(usable[i, :-1].sum()),
+                        "ce": float(ce),
+                        "delta_ce": float(ce - before),
                     }
-                )  # fmt: skip
+                )
     return pd.DataFrame(rows)
 
 
@@ -210,7 +236,8 @@ def _logits_with(
     target: Site,
     stream: Float[Tensor, "batch position d_model"],
 ) -> Float[Tensor, "batch position vocab"]:
-    """Logits when the stream at `target` is `stream`; what lies below is not computed where that is possible."""
+    """Logits when the stream at `target` is `stream`; what lies below is not computed where that is
+    possible."""
     if target.kind == "resid_post":
         with continued_from(model, target.layer, stream):
             return model.logits(ids)
@@ -218,9 +245,13 @@ def _logits_with(
         return model.logits(ids)
 
 
-def _cross_entropy(logits: Float[Tensor, "batch position vocab"], ids: Tensor, usable: Tensor) -> Tensor:
+def _cross_entropy(
+    logits: Float[Tensor, "batch position vocab"], ids: Tensor, usable: Tensor
+) -> Tensor:
     """Mean over the next tokens of usable positions, one number a context."""
-    loss = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:].to(logits.device), reduction="none")
+    loss = F.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), ids[:, 1:].to(logits.device), reduction="none"
+    )
     counted = usable[:, :-1].to(loss)
     return (loss * counted).sum(1).cpu() / counted.sum(1).clamp_min(1).cpu()
 
@@ -228,7 +259,11 @@ def _cross_entropy(logits: Float[Tensor, "batch position vocab"], ids: Tensor, u
 def _top_k(source: Sae, target: Sae, choice: TopK) -> sparse.csr_matrix:
     if choice.k < 1:
         raise UserError("an operator needs partners", expected="k >= 1", found=str(choice.k))
-    terms = _terms(folded(source) if choice.fold else source, folded(target) if choice.fold else target, choice.weights)
+    terms = _terms(
+        folded(source) if choice.fold else source,
+        folded(target) if choice.fold else target,
+        choice.weights,
+    )
     if choice.of == "target":
         terms = [(right, left) for left, right in terms]
     row, column, value = _best_of(terms, choice.k)
@@ -236,7 +271,9 @@ def _top_k(source: Sae, target: Sae, choice: TopK) -> sparse.csr_matrix:
     weight = np.ones(int(positive.sum()), dtype=np.float32) if choice.indicator else value[positive]
     if choice.of == "target":
         row, column = column, row
-    return sparse.csr_matrix((weight, (row[positive], column[positive])), shape=(source.n_latents, target.n_latents))
+    return sparse.csr_matrix(
+        (weight, (row[positive], column[positive])), shape=(source.n_latents, target.n_latents)
+    )
 
 
 def _terms(source: Sae, target: Sae, weights: Weights) -> list[tuple[Tensor, Tensor]]:
@@ -257,7 +294,9 @@ def _terms(source: Sae, target: Sae, weights: Weights) -> list[tuple[Tensor, Ten
     return [(left.float(), right.float()) for left, right in terms]
 
 
-def _best_of(terms: list[tuple[Tensor, Tensor]], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _best_of(
+    terms: list[tuple[Tensor, Tensor]], k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row, column and similarity of the k best columns of every row, a block of rows at a time."""
     n_rows, n_columns = len(terms[0][0]), len(terms[0][1])
     rows, columns, values = [], [], []

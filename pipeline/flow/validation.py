@@ -1,10 +1,11 @@
 """A flow graph's links, tested on the model: which predecessor, removed, silences its target?
 
-1. Choose pairs of dictionaries spread over the depth (all MLP and attention pairs, if wanted, cost little more).
-2. For each pair, the strategies come from its edges: the top-1 predecessor, the kept one, one of the top five at
-   random, all five; other matchers (permutation, Pearson) can be handed in.
-3. Test them on the same targets with the controls (causal.py), summarise over pairs by document, and attach to every
-   tested edge how often and how much its removal mattered.
+1. Choose pairs of dictionaries spread over the depth (all MLP and attention pairs, if wanted, cost
+   little more).
+2. For each pair, the strategies come from its edges: the top-1 predecessor, the kept one, one of
+   the top five at random, all five; other matchers (permutation, Pearson) can be handed in.
+3. Test them on the same targets with the controls (causal.py), summarise over pairs by document,
+   and attach to every tested edge how often and how much its removal mattered.
 
 Cost: targets × strategies × one context through the blocks between the two sites.
 """
@@ -44,19 +45,29 @@ TOP_1, KEPT, RANDOM_OF_TOP_5, TOP_5 = "top-1", "kept link", "random of top-5", "
 class Validation:
     """How much of a flow graph is tested by removing predecessors in the model."""
 
-    n_residual_pairs: Annotated[int, Ge(0), Doc("pairs of neighbouring residual layers, spread over the depth")] = 8
-    n_module_pairs: Annotated[int, Ge(0), Doc("MLP → residual and attention → residual pairs, spread likewise")] = 4
+    n_residual_pairs: Annotated[
+        int, Ge(0), Doc("pairs of neighbouring residual layers, spread over the depth")
+    ] = 8
+    n_module_pairs: Annotated[
+        int, Ge(0), Doc("MLP → residual and attention → residual pairs, spread likewise")
+    ] = 4
     n_targets: Annotated[int, Ge(1), Doc("firing features tested per pair")] = 150
-    n_targets_per_context: Annotated[int, Ge(1), Doc("of these, at most so many from one context")] = 5
-    n_exhaustive: Annotated[int, Ge(0), Doc("targets per pair for which every active predecessor is tried")] = 0
-    scale: Annotated[float, Doc("what the predecessor's activation is multiplied with; 0 removes it")] = 0.0
+    n_targets_per_context: Annotated[
+        int, Ge(1), Doc("of these, at most so many from one context")
+    ] = 5
+    n_exhaustive: Annotated[
+        int, Ge(0), Doc("targets per pair for which every active predecessor is tried")
+    ] = 0
+    scale: Annotated[
+        float, Doc("what the predecessor's activation is multiplied with; 0 removes it")
+    ] = 0.0
     seed: Annotated[int, Ge(0), Doc("of the choice of targets and controls")] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidatedLinks:
-    """`trials` one row a tested target and strategy; `summary` by relation and strategy, all pairs pooled; `by_pair`
-    the same for each pair; `evidence` one row a tested edge."""
+    """`trials` one row a tested target and strategy; `summary` by relation and strategy, all pairs
+    pooled; `by_pair` the same for each pair; `evidence` one row a tested edge."""
 
     trials: pd.DataFrame
     summary: pd.DataFrame
@@ -73,15 +84,19 @@ def validate_links(
     options: Validation,
     progress: Progress = silent,
 ) -> ValidatedLinks:
-    """Test links on held-out documents of the store the dictionaries were trained on. Raises UserError when the model
-    is another one or no document is held out."""
-    contexts = held_out_contexts(model, store, n_contexts=-(-options.n_targets // options.n_targets_per_context) + 2)
+    """Test links on held-out documents of the store the dictionaries were trained on. Raises
+    UserError when the model is another one or no document is held out."""
+    contexts = held_out_contexts(
+        model, store, n_contexts=-(-options.n_targets // options.n_targets_per_context) + 2
+    )
     pairs = chosen_pairs(edges, options)
     needed = {site: None for source, target, _ in pairs for site in sites_to_record(source, target)}
     recorded = record_clean(model, contexts, tuple(needed), progress=progress) if needed else {}
     tables = []
     for source, target, relation in pairs:
-        between = edges[(edges["source_site"] == source.short) & (edges["target_site"] == target.short)]
+        between = edges[
+            (edges["source_site"] == source.short) & (edges["target_site"] == target.short)
+        ]
         n_targets = dictionaries[target].n_latents
         trials = measure_deactivation(
             model,
@@ -102,7 +117,9 @@ def validate_links(
         )
         tables.append(trials.assign(relation=relation))
     if not tables:
-        raise UserError("there is no pair of sites to test", expected="at least two linked residual layers")
+        raise UserError(
+            "there is no pair of sites to test", expected="at least two linked residual layers"
+        )
     trials = pd.concat(tables, ignore_index=True)
     return ValidatedLinks(
         trials=trials,
@@ -135,7 +152,9 @@ def chosen_pairs(edges: pd.DataFrame, options: Validation) -> list[tuple[Site, S
         ("mlp", options.n_module_pairs),
         ("attention", options.n_module_pairs),
     ):
-        names = edges.loc[edges["relation"] == relation, ["source_site", "target_site"]].drop_duplicates()
+        names = edges.loc[
+            edges["relation"] == relation, ["source_site", "target_site"]
+        ].drop_duplicates()
         pairs = sorted((parse_site(t), parse_site(s)) for s, t in names.itertuples(index=False))
         chosen += [(pairs[i][1], pairs[i][0], relation) for i in _spread(len(pairs), n)]
     return chosen
@@ -150,7 +169,8 @@ def _spread(n_available: int, n_wanted: int) -> list[int]:
 def strategies_of(
     edges: pd.DataFrame, n_targets: int, *, seed: int
 ) -> dict[str, Int64[np.ndarray, "target_latent candidate"]]:
-    """The paper's strategies as candidate predecessors per target latent, -1 where there is none."""
+    """The paper's strategies as candidate predecessors per target latent, -1 where there is
+    none."""
     ranked = edges[edges["rank"] >= 0]
     top = np.full((n_targets, 5), -1, dtype=np.int64)
     near = ranked[ranked["rank"] < 5]
@@ -159,7 +179,12 @@ def strategies_of(
     first = ranked[(ranked["rank"] == 0) & ranked["kept"]]
     kept[first["target_latent"], 0] = first["source_latent"]
     random = np.random.default_rng(seed).integers(5, size=(n_targets, 1))
-    return {TOP_1: top[:, :1], KEPT: kept, RANDOM_OF_TOP_5: np.take_along_axis(top, random, axis=1), TOP_5: top}
+    return {
+        TOP_1: top[:, :1],
+        KEPT: kept,
+        RANDOM_OF_TOP_5: np.take_along_axis(top, random, axis=1),
+        TOP_5: top,
+    }
 
 
 def held_out_contexts(model: LanguageModel, store: ActivationStore, *, n_contexts: int) -> Contexts:
@@ -177,7 +202,9 @@ def held_out_contexts(model: LanguageModel, store: ActivationStore, *, n_context
     last = min(store.n_rows // length, first + n_contexts)
     if last <= first:
         raise UserError(
-            "the store has no held-out contexts", where=store.url, mend="set collect.validation_fraction above 0"
+            "the store has no held-out contexts",
+            where=store.url,
+            mend="set collect.validation_fraction above 0",
         )
     rows = slice(first * length, last * length)
     return Contexts(

@@ -1,9 +1,10 @@
-"""The stages, in the order in which text becomes steering. Listing this folder tells the whole program.
+"""The stages, in the order in which text becomes steering. Listing this folder tells the whole
+program.
 
-Every stage module has `KIND`, `SCHEMA`, `Config`, `Inputs` and `run(config, inputs, out, context) -> Artifact`;
-`Inputs` is a dataclass whose fields are named after the stages they come from. A stage whose result also depends on
-something outside its config and its input artifacts (the bytes of a text file, the weights of a model) has
-`outside_digests(config) -> dict`.
+Every stage module has `KIND`, `SCHEMA`, `Config`, `Inputs` and `run(config, inputs, out, context)
+-> Artifact`; `Inputs` is a dataclass whose fields are named after the stages they come from. A
+stage whose result also depends on something outside its config and its input artifacts (the bytes
+of a text file, the weights of a model) has `outside_digests(config) -> dict`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ TITLES = {
 
 @dataclass(frozen=True)
 class StageName:
-    """A stage by name; `module` imports it, which loads torch, so it is put off until the stage is needed."""
+    """A stage by name; `module` imports it, which loads torch, so it is put off until the stage is
+    needed."""
 
     name: str
 

@@ -1,12 +1,17 @@
-"""Store, dictionaries and flow graph → the atlas: every feature described, labelled, and laid out to browse.
+"""Store, dictionaries and flow graph → the atlas: every feature described, labelled, and laid out
+to browse.
 
 1. Read vocabulary and unembedding of the language model.
-2. Survey every dictionary over the store: statistics, examples, rules                     pipeline/atlas/survey.py
-3. Label features with held-out scores, inherit labels along the flow graph, write shards  pipeline/atlas/labels.py
-4. Write what all sites share, and the tables                                              pipeline/atlas/build.py
+2. Survey every dictionary over the store: statistics, examples, rules
+   pipeline/atlas/survey.py
+3. Label features with held-out scores, inherit labels along the flow graph, write shards
+   pipeline/atlas/labels.py
+4. Write what all sites share, and the tables
+   pipeline/atlas/build.py
 
-Inputs: collect and train artifacts; link and evaluate when there are any. Output: `site/` (open `site/index.html`),
-`tables/`, `metrics.jsonl`. Cost: one encoding of all tokens at every site; sites run in parallel processes.
+Inputs: collect and train artifacts; link and evaluate when there are any. Output: `site/` (open
+`site/index.html`), `tables/`, `metrics.jsonl`. Cost: one encoding of all tokens at every site;
+sites run in parallel processes.
 """
 
 from __future__ import annotations
@@ -43,33 +48,46 @@ STORE, DICTIONARIES = "store.zarr", "dictionaries"
 class Config:
     """What the atlas shows and how labels are judged."""
 
-    profile: Annotated[Literal["mini", "standard", "full"], Doc("how many examples a feature card shows")] = "standard"
+    profile: Annotated[
+        Literal["mini", "standard", "full"], Doc("how many examples a feature card shows")
+    ] = "standard"
     title: Annotated[str, Doc("title of the atlas; empty for one made from the model's name")] = ""
     filters: Annotated[RowFilters, Doc("which tokens are left out of all statistics")] = field(
         default_factory=RowFilters
     )
-    holdout: Annotated[float, Gt(0), Le(0.9), Doc("share of documents on which labels are scored, never proposed")] = (
-        0.33
-    )
+    holdout: Annotated[
+        float, Gt(0), Le(0.9), Doc("share of documents on which labels are scored, never proposed")
+    ] = 0.33
     choice: Annotated[
-        float, Ge(0), Le(0.5), Doc("share of documents that decide which label a feature gets; it is scored on others")
+        float,
+        Ge(0),
+        Le(0.5),
+        Doc("share of documents that decide which label a feature gets; it is scored on others"),
     ] = 0.17
-    min_f1: Annotated[float, Ge(0), Le(1), Doc("F1 on those documents from which a rule is accepted as a label")] = 0.6
+    min_f1: Annotated[
+        float, Ge(0), Le(1), Doc("F1 on those documents from which a rule is accepted as a label")
+    ] = 0.6
     min_firings: Annotated[int, Ge(1), Doc("held-out firings that a score needs to count")] = 5
-    cofiring_rows: Annotated[int, Ge(0), Doc("tokens on which co-firing inside a dictionary is counted")] = 32_768
+    cofiring_rows: Annotated[
+        int, Ge(0), Doc("tokens on which co-firing inside a dictionary is counted")
+    ] = 32_768
     precision: Annotated[
-        Literal["bfloat16", "float32"], Doc("dtype of the encoder's and the projection's matrix product")
+        Literal["bfloat16", "float32"],
+        Doc("dtype of the encoder's and the projection's matrix product"),
     ] = "bfloat16"
     seed: Annotated[int, Ge(0), Doc("of the uniform samples and the held-out documents")] = 0
 
     def __post_init__(self) -> None:
         if self.holdout + self.choice >= 1:
-            raise ValueError("holdout and choice must be below 1 together: labels are proposed on the rest")
+            raise ValueError(
+                "holdout and choice must be below 1 together: labels are proposed on the rest"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What the atlas describes. Without `link` there is no flow in it, without `evaluate` no reconstruction metrics."""
+    """What the atlas describes. Without `link` there is no flow in it, without `evaluate` no
+    reconstruction metrics."""
 
     collect: Artifact
     train: Artifact
@@ -78,8 +96,11 @@ class Inputs:
 
 
 def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artifact:
-    """Make the atlas. Raises UserError; a later run with the same config goes on with the sites this one finished."""
-    with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=_digests(inputs)) as draft:
+    """Make the atlas. Raises UserError; a later run with the same config goes on with the sites
+    this one finished."""
+    with Artifact.create(
+        out, kind=KIND, schema=SCHEMA, config=config, inputs=_digests(inputs)
+    ) as draft:
         shop = workshop_of(config, inputs, draft)
         store = ActivationStore.open(shop.store)
         model = model_facts(inputs.collect, store, context)
@@ -101,9 +122,15 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
 def workshop_of(config: Config, inputs: Inputs, draft: Draft) -> Workshop:
     """Where everything lies. Raises UserError when there are no dictionaries."""
     folder = inputs.train.path / DICTIONARIES
-    sites = sorted((parse_site(p.parent.name) for p in folder.glob("*/sae.json")), key=lambda site: site.depth)
+    sites = sorted(
+        (parse_site(p.parent.name) for p in folder.glob("*/sae.json")), key=lambda site: site.depth
+    )
     if not sites:
-        raise UserError("there are no dictionaries to describe", where=str(folder), mend="featureflow run --to train")
+        raise UserError(
+            "there are no dictionaries to describe",
+            where=str(folder),
+            mend="featureflow run --to train",
+        )
     return Workshop(
         store=inputs.collect.path / STORE,
         dictionaries=folder,
@@ -141,7 +168,8 @@ def model_facts(collect: Artifact, store: ActivationStore, context: RunContext) 
             "n_context": store.n_context,
         },
         vocabulary=Vocabulary(
-            tokens=[tokenizer.token_bytes(i) for i in range(n_tokens)], special=frozenset(tokenizer.special_ids)
+            tokens=[tokenizer.token_bytes(i) for i in range(n_tokens)],
+            special=frozenset(tokenizer.special_ids),
         ),
         W_U=W_U,
         gain=gain,
@@ -149,20 +177,25 @@ def model_facts(collect: Artifact, store: ActivationStore, context: RunContext) 
 
 
 def read_metrics(folder: Path) -> dict[str, dict[str, Any]]:
-    """Headline metrics by site from an evaluate artifact's `metrics.parquet`; those it does not have are left out."""
+    """Headline metrics by site from an evaluate artifact's `metrics.parquet`; those it does not
+    have are left out."""
     path = folder / "metrics.parquet"
     if not path.is_file():
         return {}
     out: dict[str, dict[str, Any]] = {}
     rows = pd.read_parquet(path)
-    for row in rows[rows["source"] == "train"].to_dict(orient="records"):  # not those measured for comparison
+    for row in rows[rows["source"] == "train"].to_dict(
+        orient="records"
+    ):  # not those measured for comparison
         named = {str(k): v for k, v in row.items() if isinstance(v, int | float) and not pd.isna(v)}
         out[parse_site(str(row["site"])).short] = {k: round(float(v), 5) for k, v in named.items()}
     return out
 
 
 def _n_latents(folder: Path, site: Site) -> int:
-    return int(json.loads((folder / site.short / "sae.json").read_text(encoding="utf-8"))["n_latents"])
+    return int(
+        json.loads((folder / site.short / "sae.json").read_text(encoding="utf-8"))["n_latents"]
+    )
 
 
 def _digests(inputs: Inputs) -> dict[str, str]:

@@ -1,14 +1,17 @@
-"""Text → activations: run the language model over packed text and store what it does at the chosen sites.
+"""Text → activations: run the language model over packed text and store what it does at the chosen
+sites.
 
-1. Read the corpus in the order of `seed`, tokenise, pack into contexts of `n_context` tokens; the last contexts hold
-   the documents set apart for validation.
-2. Run the model over every context; all sites in one forward pass, nothing computed after the last of them.
-3. Write shards of `shard_rows` rows to `store.zarr` (docs/formats.md), with statistics gathered on the way.
+1. Read the corpus in the order of `seed`, tokenise, pack into contexts of `n_context` tokens; the
+   last contexts hold the documents set apart for validation.
+2. Run the model over every context; all sites in one forward pass, nothing computed after the last
+   of them.
+3. Write shards of `shard_rows` rows to `store.zarr` (docs/formats.md), with statistics gathered on
+   the way.
 4. Write the table of sites and the figures.
 
-Output: `store.zarr/`, `sites.parquet`, `figures/`, `metrics.jsonl`; `warnings.json` when the text ran out. A killed run
-goes on at its last finished shard and ends with the same bytes in `store.zarr`. Cost: the model's forward pass; 2 bytes
-a number on disk; memory of a few batches.
+Output: `store.zarr/`, `sites.parquet`, `figures/`, `metrics.jsonl`; `warnings.json` when the text
+ran out. A killed run goes on at its last finished shard and ends with the same bytes in
+`store.zarr`. Cost: the model's forward pass; 2 bytes a number on disk; memory of a few batches.
 """
 
 from __future__ import annotations
@@ -49,25 +52,40 @@ class Config:
     model: Annotated[ModelSpec, Doc("the language model")] = field(default_factory=Packaged)
     corpus: Annotated[CorpusSpec, Doc("the text")] = field(default_factory=PackagedText)
     sites: Annotated[
-        tuple[str, ...], MinLen(1), Doc("sites or patterns: resid_post, mlp_out:0,5,10, attn_out:0-29/3, L12.mlp")
+        tuple[str, ...],
+        MinLen(1),
+        Doc("sites or patterns: resid_post, mlp_out:0,5,10, attn_out:0-29/3, L12.mlp"),
     ] = ("resid_post",)
     n_context: Annotated[int, Ge(2), Doc("tokens of one context, the BOS included")] = 128
-    n_tokens: Annotated[int, Ge(2), Doc("tokens to collect, rounded down to whole contexts")] = 131_072
-    max_document_tokens: Annotated[int | None, Ge(1), Doc("documents are cut to this many tokens; none for whole")] = (
-        None
+    n_tokens: Annotated[int, Ge(2), Doc("tokens to collect, rounded down to whole contexts")] = (
+        131_072
     )
-    validation_fraction: Annotated[float, Ge(0), Lt(1), Doc("share of the contexts set apart, by document")] = 0.05
-    model_dtype: Annotated[Literal["bfloat16", "float16", "float32"], Doc("dtype the model runs in")] = "bfloat16"
-    dtype: Annotated[Literal["bfloat16", "float16", "float32", "int8"], Doc("dtype that activations are stored in")] = (
-        "bfloat16"
-    )
+    max_document_tokens: Annotated[
+        int | None, Ge(1), Doc("documents are cut to this many tokens; none for whole")
+    ] = None
+    validation_fraction: Annotated[
+        float, Ge(0), Lt(1), Doc("share of the contexts set apart, by document")
+    ] = 0.05
+    model_dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], Doc("dtype the model runs in")
+    ] = "bfloat16"
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32", "int8"],
+        Doc("dtype that activations are stored in"),
+    ] = "bfloat16"
     batch_contexts: Annotated[int, Ge(1), Doc("contexts of one forward pass")] = 8
-    shard_rows: Annotated[int, Ge(1), Doc("rows of one shard: a multiple of chunk_rows and n_context")] = 65_536
-    chunk_rows: Annotated[int, Ge(1), Doc("rows of one chunk, the unit that is read and checked")] = 1024
-    sink_ratio: Annotated[float, Gt(1), Doc("a token whose norm exceeds this many medians is flagged as a sink")] = 5.0
-    allow_non_finite: Annotated[bool, Doc("count rows that are not finite and leave them out, instead of stopping")] = (
-        False
-    )
+    shard_rows: Annotated[
+        int, Ge(1), Doc("rows of one shard: a multiple of chunk_rows and n_context")
+    ] = 65_536
+    chunk_rows: Annotated[
+        int, Ge(1), Doc("rows of one chunk, the unit that is read and checked")
+    ] = 1024
+    sink_ratio: Annotated[
+        float, Gt(1), Doc("a token whose norm exceeds this many medians is flagged as a sink")
+    ] = 5.0
+    allow_non_finite: Annotated[
+        bool, Doc("count rows that are not finite and leave them out, instead of stopping")
+    ] = False
     store_url: Annotated[
         str | None, Doc("s3://, gs:// or az:// URL of the store; none for a folder in the artifact")
     ] = None
@@ -94,11 +112,18 @@ def outside_digests(config: Config) -> dict[str, str]:
 
 
 def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artifact:
-    """Collect activations. Raises UserError; a later run with the same config goes on where this one stopped."""
-    with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=outside_digests(config)) as draft:
+    """Collect activations. Raises UserError; a later run with the same config goes on where this
+    one stopped."""
+    with Artifact.create(
+        out, kind=KIND, schema=SCHEMA, config=config, inputs=outside_digests(config)
+    ) as draft:
         draft.externally_checked = (STORE,)
-        here = context.device if context.scheduler is None else "cpu"  # with a scheduler only its workers run the model
-        model = LanguageModel.open(config.model, dtype=config.model_dtype, device=here, progress=context.progress)
+        here = (
+            context.device if context.scheduler is None else "cpu"
+        )  # with a scheduler only its workers run the model
+        model = LanguageModel.open(
+            config.model, dtype=config.model_dtype, device=here, progress=context.progress
+        )
         sites = parse_sites(config.sites, model.sites())
         packed = pack_corpus(
             config.corpus,
@@ -111,7 +136,9 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
             progress=context.progress,
         )
         layout = layout_of(config, model, sites, packed)
-        writer = StoreWriter.create(_place_of(config, draft), layout, allow_non_finite=config.allow_non_finite)
+        writer = StoreWriter.create(
+            _place_of(config, draft), layout, allow_non_finite=config.allow_non_finite
+        )
         adopt_shards(writer, out / STORE)
         started = time.monotonic()
         n_collected = _collect(config, context, draft, model, writer, sites, packed)
@@ -119,20 +146,26 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
         writer.finish(packed.table().documents)
         _describe(draft, ActivationStore.open(draft.path / STORE), n_collected, seconds)
         if packed.n_contexts < config.n_tokens // config.n_context:
-            short = f"the text gave {packed.n_rows:,} of the {config.n_tokens:,} tokens asked for (n_tokens)"
+            short = (
+                f"the text gave {packed.n_rows:,} of the {config.n_tokens:,} tokens asked for "
+                "(n_tokens)"
+            )
             (draft.path / "warnings.json").write_text(json.dumps([short]), encoding="utf-8")
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
 
 
 def _place_of(config: Config, draft: Draft) -> str | Path:
-    """The store's own place: in the artifact, or at `store_url`, and then a small file in the artifact points there."""
+    """The store's own place: in the artifact, or at `store_url`, and then a small file in the
+    artifact points there."""
     if config.store_url is None:
         return (draft.path / STORE).resolve()
     write_pointer(draft.path / STORE, config.store_url)
     return config.store_url
 
 
-def layout_of(config: Config, model: LanguageModel, sites: tuple[Site, ...], packed: PackedTokens) -> StoreLayout:
+def layout_of(
+    config: Config, model: LanguageModel, sites: tuple[Site, ...], packed: PackedTokens
+) -> StoreLayout:
     """The layout of the store that this collection fills."""
     return StoreLayout(
         sites=tuple(SiteLayout(name=site.name, width=model.d_model) for site in sites),
@@ -165,9 +198,13 @@ def _collect(
     sites: tuple[Site, ...],
     packed: PackedTokens,
 ) -> int:
-    """Collect the shards that are missing, here or on a cluster; returns how many rows that were."""
+    """Collect the shards that are missing, here or on a cluster; returns how many rows that
+    were."""
     table = packed.table()
-    parts = [(shard, table.part(*writer.layout.rows_of_shard(shard))) for shard in writer.missing_shards()]
+    parts = [
+        (shard, table.part(*writer.layout.rows_of_shard(shard)))
+        for shard in writer.missing_shards()
+    ]
     n_missing = sum(len(part) for _, part in parts)
     done = packed.n_rows - n_missing
 
@@ -177,18 +214,35 @@ def _collect(
         context.progress("collect", done, packed.n_rows)
 
     def shard_done(shard: CollectedShard) -> None:
-        record = {"shard": shard.shard, "rows": shard.n_rows, "rows_per_second": round(shard.n_rows / shard.seconds, 1)}
+        record = {
+            "shard": shard.shard,
+            "rows": shard.n_rows,
+            "rows_per_second": round(shard.n_rows / shard.seconds, 1),
+        }
         draft.write_metrics(record)
         context.metrics(record)
 
     batch_rows = config.batch_contexts * config.n_context
     if context.scheduler is None:
-        collect_shards(model, writer, parts, sites, batch_rows=batch_rows, rows_done=rows_done, shard_done=shard_done)
+        collect_shards(
+            model,
+            writer,
+            parts,
+            sites,
+            batch_rows=batch_rows,
+            rows_done=rows_done,
+            shard_done=shard_done,
+        )
         return n_missing
     choice = ModelChoice(
-        spec=config.model, dtype=config.model_dtype, device=context.device, fingerprint=model.fingerprint
+        spec=config.model,
+        dtype=config.model_dtype,
+        device=context.device,
+        fingerprint=model.fingerprint,
     )
-    for shard in collect_on_cluster(writer, parts, model=choice, sites=sites, batch_rows=batch_rows, machines=context):
+    for shard in collect_on_cluster(
+        writer, parts, model=choice, sites=sites, batch_rows=batch_rows, machines=context
+    ):
         rows_done(shard.n_rows)
         shard_done(shard)
     return n_missing

@@ -1,14 +1,18 @@
-"""Dictionaries → numbers: how well each one reconstructs held-out activations, and what the model loses by it.
+"""Dictionaries → numbers: how well each one reconstructs held-out activations, and what the model
+loses by it.
 
-1. Draw held-out rows by seed; for every dictionary encode, decode and measure (sae/metrics.py, formulas in
-   docs/metrics.md), with intervals over documents, beside a PCA of as many components as latents are active.
-2. At some sites run the model with the reconstruction in place of the activation and compare with zero and mean
-   ablation (pipeline/evaluation.py).
-3. Write one row a dictionary, the PCA curves, the frontier of L0 and FVU where several share a site, and the figures.
+1. Draw held-out rows by seed; for every dictionary encode, decode and measure (sae/metrics.py,
+   formulas in docs/metrics.md), with intervals over documents, beside a PCA of as many components
+   as latents are active.
+2. At some sites run the model with the reconstruction in place of the activation and compare with
+   zero and mean ablation (pipeline/evaluation.py).
+3. Write one row a dictionary, the PCA curves, the frontier of L0 and FVU where several share a
+   site, and the figures.
 
-Output: `metrics.parquet`, `metrics.json` (the same rows), `pca.parquet`, `frontier.parquet`, `figures/`. A killed run
-keeps its rows. Cost: one encoding of `n_tokens` per dictionary, one d×d eigendecomposition per site; with the model,
-`ce_tokens` tokens through the blocks above the site, three times a site.
+Output: `metrics.parquet`, `metrics.json` (the same rows), `pca.parquet`, `frontier.parquet`,
+`figures/`. A killed run keeps its rows. Cost: one encoding of `n_tokens` per dictionary, one d×d
+eigendecomposition per site; with the model, `ce_tokens` tokens through the blocks above the site,
+three times a site.
 """
 
 from __future__ import annotations
@@ -52,17 +56,28 @@ _KEPT = ".rows"
 class Config:
     """On how much, and where, dictionaries are measured."""
 
-    n_tokens: Annotated[int, Ge(2), Doc("held-out tokens on which reconstruction is measured")] = 8192
-    n_pca_tokens: Annotated[int, Ge(0), Doc("train tokens the PCA baseline is fitted on; 0 leaves it out")] = 8192
-    ce_tokens: Annotated[int, Ge(0), Doc("held-out tokens run through the model; 0 leaves the model out")] = 2048
-    ce_sites: Annotated[tuple[str, ...], Doc("sites where the model is run; empty: n_ce_sites of them")] = ()
+    n_tokens: Annotated[int, Ge(2), Doc("held-out tokens on which reconstruction is measured")] = (
+        8192
+    )
+    n_pca_tokens: Annotated[
+        int, Ge(0), Doc("train tokens the PCA baseline is fitted on; 0 leaves it out")
+    ] = 8192
+    ce_tokens: Annotated[
+        int, Ge(0), Doc("held-out tokens run through the model; 0 leaves the model out")
+    ] = 2048
+    ce_sites: Annotated[
+        tuple[str, ...], Doc("sites where the model is run; empty: n_ce_sites of them")
+    ] = ()
     n_ce_sites: Annotated[
-        int, Ge(1), Doc("residual sites where the model is run, spread over the depth, when none are named")
+        int,
+        Ge(1),
+        Doc("residual sites where the model is run, spread over the depth, when none are named"),
     ] = 6
     n_resamples: Annotated[int, Ge(10), Doc("bootstrap resamples of documents")] = 1000
     filters: Annotated[RowFilters, Doc("which rows count")] = field(default_factory=RowFilters)
     others: Annotated[
-        tuple[str, ...], Doc("folders with further dictionaries, of any format, measured on the same rows")
+        tuple[str, ...],
+        Doc("folders with further dictionaries, of any format, measured on the same rows"),
     ] = ()
     seed: Annotated[int, Ge(0), Doc("of the rows drawn and of the bootstrap")] = 0
 
@@ -87,7 +102,11 @@ def outside_digests(config: Config) -> dict[str, str]:
 
 def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artifact:
     """Measure every dictionary. Raises UserError."""
-    digests = {"collect": inputs.collect.digest, "train": inputs.train.digest, **outside_digests(config)}
+    digests = {
+        "collect": inputs.collect.digest,
+        "train": inputs.train.digest,
+        **outside_digests(config),
+    }
     with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=digests) as draft:
         store = ActivationStore.open(inputs.collect.path / "store.zarr")
         candidates = find_candidates(inputs.train, config.others, store)
@@ -101,12 +120,19 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
 
 
 def _measure_all(
-    config: Config, store: ActivationStore, candidates: Sequence[Candidate], draft: Draft, context: RunContext
+    config: Config,
+    store: ActivationStore,
+    candidates: Sequence[Candidate],
+    draft: Draft,
+    context: RunContext,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of metrics and of PCA curves; a site's numbers are kept in the draft, so that a killed run has them."""
+    """Rows of metrics and of PCA curves; a site's numbers are kept in the draft, so that a killed
+    run has them."""
     kept = draft.path / _KEPT
     kept.mkdir(exist_ok=True)
-    draft.metrics_path.unlink(missing_ok=True)  # a killed run's; every record is written again below
+    draft.metrics_path.unlink(
+        missing_ok=True
+    )  # a killed run's; every record is written again below
     bootstrap = Bootstrap(n_resamples=config.n_resamples, seed=config.seed)
     rows, curves = [], []
     sites = list(dict.fromkeys(candidate.site for candidate in candidates))
@@ -120,9 +146,15 @@ def _measure_all(
             write_text_atomically(file, json.dumps(found))
         found = json.loads(file.read_text())
         rows += found["rows"]
-        curves += [{"site": site.short, "n_components": k, "fvu": fvu} for k, fvu in enumerate(found["pca"])]
+        curves += [
+            {"site": site.short, "n_components": k, "fvu": fvu}
+            for k, fvu in enumerate(found["pca"])
+        ]
         for row in found["rows"]:
-            record = {name: row[name] for name in ("site", "source", "fvu", "l0", "dead_fraction", "cosine")}
+            record = {
+                name: row[name]
+                for name in ("site", "source", "fvu", "l0", "dead_fraction", "cosine")
+            }
             draft.write_metrics(record)
             context.metrics(record)
     context.progress("evaluate", len(sites), len(sites))
@@ -133,13 +165,21 @@ def _choose(config: Config, store: ActivationStore, sites: Sequence[Site]) -> Ro
     def choose(split: Split, n_tokens: int) -> list[Int[np.ndarray, "row"]]:
         if not n_tokens:
             return []
-        return choose_rows(store, split, n_tokens, filters=config.filters, seed=config.seed, sites=sites)
+        return choose_rows(
+            store, split, n_tokens, filters=config.filters, seed=config.seed, sites=sites
+        )
 
-    return Rows(held_out=choose("validation", config.n_tokens), train=choose("train", config.n_pca_tokens))
+    return Rows(
+        held_out=choose("validation", config.n_tokens), train=choose("train", config.n_pca_tokens)
+    )
 
 
 def _with_the_model(
-    config: Config, collect: Artifact, store: ActivationStore, candidates: Sequence[Candidate], context: RunContext
+    config: Config,
+    collect: Artifact,
+    store: ActivationStore,
+    candidates: Sequence[Candidate],
+    context: RunContext,
 ) -> dict[str, Recovery]:
     sites = _ce_sites(config, candidates)
     model = open_collected_model(collect, store, context)
@@ -156,7 +196,12 @@ def _with_the_model(
     ]
     contexts = choose_contexts(store, config.ce_tokens, filters=config.filters, seed=config.seed)
     return measure_recovery(
-        model, subjects, contexts, n_resamples=config.n_resamples, seed=config.seed, progress=context.progress
+        model,
+        subjects,
+        contexts,
+        n_resamples=config.n_resamples,
+        seed=config.seed,
+        progress=context.progress,
     )
 
 
@@ -195,11 +240,17 @@ def _write(draft: Draft, rows: pd.DataFrame, pca: pd.DataFrame) -> None:
     rows = rows.assign(**dict.fromkeys(optional, np.nan))
     if not len(pca):
         pca = pd.DataFrame(
-            {"site": pd.Series(dtype=str), "n_components": pd.Series(dtype=int), "fvu": pd.Series(dtype=float)}
+            {
+                "site": pd.Series(dtype=str),
+                "n_components": pd.Series(dtype=int),
+                "fvu": pd.Series(dtype=float),
+            }
         )
     rows.to_parquet(draft.path / "metrics.parquet", index=False)
     pca.to_parquet(draft.path / "pca.parquet", index=False)
-    (draft.path / "metrics.json").write_text(rows.to_json(orient="records", indent=1, double_precision=10) + "\n")
+    (draft.path / "metrics.json").write_text(
+        rows.to_json(orient="records", indent=1, double_precision=10) + "\n"
+    )
     figures = draft.path / "figures"
     figures.mkdir(exist_ok=True)
     draw_by_layer(_used(rows), figures / "by_layer.png")
@@ -215,14 +266,19 @@ def _used(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 _RECOVERY_COLUMNS = tuple(
-    column for stem in ("ce_recovered_zero", "ce_recovered_mean") for column in (stem, f"{stem}_low", f"{stem}_high")
+    column
+    for stem in ("ce_recovered_zero", "ce_recovered_mean")
+    for column in (stem, f"{stem}_low", f"{stem}_high")
 )
 
 
 def summary_of(rows: pd.DataFrame) -> dict[str, Any]:
-    """Headline numbers: medians over the dictionaries that later stages use (over all, where there are none of those),
-    and how many explain more than a PCA of the same budget."""
-    numbers: dict[str, Any] = {"n_dictionaries": len(rows), "n_tokens": int(rows["n_tokens"].iloc[0])}
+    """Headline numbers: medians over the dictionaries that later stages use (over all, where there
+    are none of those), and how many explain more than a PCA of the same budget."""
+    numbers: dict[str, Any] = {
+        "n_dictionaries": len(rows),
+        "n_tokens": int(rows["n_tokens"].iloc[0]),
+    }
     rows = _used(rows)
     medians = {
         "fvu_median": "fvu",

@@ -1,16 +1,18 @@
-"""Dictionaries → the flow graph: which feature of one layer is which feature of the next, with calibrated evidence.
+"""Dictionaries → the flow graph: which feature of one layer is which feature of the next, with
+calibrated evidence.
 
-1. For dictionaries of one start: train, for each relation, a null dictionary that left the same start for rotated
-   activations (pipeline/flow/start_null.py).
-2. Link neighbouring dictionaries, read one at a time (pipeline/flow/link.py): cosine, null, firing on held-out
-   activations of the same tokens at every site, false-discovery rate.
+1. For dictionaries of one start: train, for each relation, a null dictionary that left the same
+   start for rotated activations (pipeline/flow/start_null.py).
+2. Link neighbouring dictionaries, read one at a time (pipeline/flow/link.py): cosine, null, firing
+   on held-out activations of the same tokens at every site, false-discovery rate.
 3. If asked to, test links in the model by removing predecessors (pipeline/flow/validation.py).
 4. Write nodes, edges, pairs (Parquet), warnings (JSON) and the figures.
 
-Input: a train artifact, and the collect artifact its dictionaries were trained on. Output: `nodes.parquet`,
-`edges.parquet`, `pairs.parquet`, `warnings.json`, `figures/`; `causal_*.parquet` when links were tested. Cost: a few
-matrix products of [latent, d_model] × [d_model, latent] per pair, one encoding of the held-out tokens per site, and
-the training of one site per relation for the null.
+Input: a train artifact, and the collect artifact its dictionaries were trained on. Output:
+`nodes.parquet`, `edges.parquet`, `pairs.parquet`, `warnings.json`, `figures/`; `causal_*.parquet`
+when links were tested. Cost: a few matrix products of [latent, d_model] × [d_model, latent] per
+pair, one encoding of the held-out tokens per site, and the training of one site per relation for
+the null.
 """
 
 from __future__ import annotations
@@ -35,7 +37,13 @@ from pipeline.flow.pairing import Relation
 from pipeline.flow.sources import DictionaryFolder, HeldOutRows
 from pipeline.flow.start_null import plan_nulls, pooled, start_sample
 from pipeline.flow.tables import KIND, SCHEMA, write_tables
-from pipeline.flow.validation import TOP_1, ValidatedLinks, Validation, attach_evidence, validate_links
+from pipeline.flow.validation import (
+    TOP_1,
+    ValidatedLinks,
+    Validation,
+    attach_evidence,
+    validate_links,
+)
 from pipeline.run import RunContext
 from pipeline.stages.collect import STORE
 from pipeline.stages.evaluate import open_collected_model
@@ -51,17 +59,24 @@ NULL_SEED = 7_919
 class Config:
     """How links are found, judged and checked."""
 
-    top_k: Annotated[int, Ge(1), Doc("predecessors kept for each feature and relation, best first")] = 5
+    top_k: Annotated[
+        int, Ge(1), Doc("predecessors kept for each feature and relation, best first")
+    ] = 5
     null: Annotated[NullChoice, Doc("the idea of chance that links are compared with")] = field(
         default_factory=Automatic
     )
-    n_null: Annotated[int, Ge(100), Doc("best cosines drawn from the null for each pair of dictionaries")] = 8192
-    thresholds: Annotated[Thresholds, Doc("which links are kept")] = field(default_factory=Calibrated)
+    n_null: Annotated[
+        int, Ge(100), Doc("best cosines drawn from the null for each pair of dictionaries")
+    ] = 8192
+    thresholds: Annotated[Thresholds, Doc("which links are kept")] = field(
+        default_factory=Calibrated
+    )
     functional_tokens: Annotated[
         int, Ge(0), Doc("held-out tokens on which firing is compared; 0 leaves the check out")
     ] = 8192
     validate: Annotated[
-        Validation | None, Doc("test links by removing predecessors in the model; none leaves the test out")
+        Validation | None,
+        Doc("test links by removing predecessors in the model; none leaves the test out"),
     ] = None
     seed: Annotated[int, Ge(0), Doc("of nulls, chance pairs and communities")] = 0
 
@@ -87,11 +102,18 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
         if config.validate is not None:
             model = open_collected_model(inputs.collect, store, context)
             found = validate_links(
-                edges, dictionaries, model, store, options=config.validate, progress=context.progress
+                edges,
+                dictionaries,
+                model,
+                store,
+                options=config.validate,
+                progress=context.progress,
             )
             edges = attach_evidence(edges, found.evidence)
             draft.summary.update(_write_validation(found, draft.path))
-        write_tables(draft.path, {"nodes": links.nodes, "edges": edges, "pairs": links.pairs}, links.warnings)
+        write_tables(
+            draft.path, {"nodes": links.nodes, "edges": edges, "pairs": links.pairs}, links.warnings
+        )
         _draw(links, draft.path / "figures")
         for record in _records(links.pairs):
             draft.write_metrics(record)
@@ -99,7 +121,9 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
 
 
-def _linked(config: Config, dictionaries: DictionaryFolder, store: ActivationStore, context: RunContext) -> Links:
+def _linked(
+    config: Config, dictionaries: DictionaryFolder, store: ActivationStore, context: RunContext
+) -> Links:
     names = ("top_k", "null", "n_null", "thresholds", "seed")
     options = LinkOptions(**{name: getattr(config, name) for name in names})
     held_out = HeldOutRows.of(store, config.functional_tokens) if config.functional_tokens else None
@@ -117,14 +141,22 @@ def _linked(config: Config, dictionaries: DictionaryFolder, store: ActivationSto
 def _start_nulls(
     config: Config, dictionaries: DictionaryFolder, store: ActivationStore, context: RunContext
 ) -> dict[Relation, NullSample]:
-    """What inertia leaves, by relation, for dictionaries of one start; empty when none are or the choice is another."""
+    """What inertia leaves, by relation, for dictionaries of one start; empty when none are or the
+    choice is another."""
     if not isinstance(config.null, Automatic) or not config.null.trained_pairs:
         return {}
-    return trained_start_nulls(dictionaries, store, context, n_per_relation=config.null.trained_pairs, seed=config.seed)
+    return trained_start_nulls(
+        dictionaries, store, context, n_per_relation=config.null.trained_pairs, seed=config.seed
+    )
 
 
 def trained_start_nulls(
-    dictionaries: DictionaryFolder, store: ActivationStore, context: RunContext, *, n_per_relation: int, seed: int
+    dictionaries: DictionaryFolder,
+    store: ActivationStore,
+    context: RunContext,
+    *,
+    n_per_relation: int,
+    seed: int,
 ) -> dict[Relation, NullSample]:
     """Train null dictionaries on the store's rows: what inertia leaves, by relation."""
     samples = []
@@ -157,14 +189,21 @@ def _write_validation(found: ValidatedLinks, folder: Path) -> dict[str, Any]:
     """The causal tables, and the headline numbers of the top-1 strategy for residual links."""
     for name in ("trials", "summary", "by_pair"):
         getattr(found, name).to_parquet(folder / f"causal_{name}.parquet", index=False)
-    rows = found.summary[(found.summary["relation"] == "residual") & (found.summary["strategy"] == TOP_1)]
+    rows = found.summary[
+        (found.summary["relation"] == "residual") & (found.summary["strategy"] == TOP_1)
+    ]
     if not len(rows):
         return {}
-    return {f"causal_{name}": round(float(rows[name].iloc[0]), 4) for name in ("success", "change") if name in rows}
+    return {
+        f"causal_{name}": round(float(rows[name].iloc[0]), 4)
+        for name in ("success", "change")
+        if name in rows
+    }
 
 
 def summary_of(links: Links) -> dict[str, Any]:
-    """The headline numbers: how much is carried, by what evidence, and how the fixed threshold would have done."""
+    """The headline numbers: how much is carried, by what evidence, and how the fixed threshold
+    would have done."""
     residual = links.pairs[links.pairs["relation"] == "residual"]
     classes = links.nodes["class"].value_counts(normalize=True)
     numbers: dict[str, Any] = {
@@ -175,8 +214,16 @@ def summary_of(links: Links) -> dict[str, Any]:
     if len(residual):
         total = int(residual["n_targets"].sum())
         numbers["carried_share"] = round(float(residual["n_links"].sum() / max(total, 1)), 4)
-        numbers["carried_share_fixed_threshold"] = round(float(residual["n_above_fixed"].sum() / max(total, 1)), 4)
-        for column in ("cosine_median", "null_p99", "pearson_median", "pearson_best_median", "agreement"):
+        numbers["carried_share_fixed_threshold"] = round(
+            float(residual["n_above_fixed"].sum() / max(total, 1)), 4
+        )
+        for column in (
+            "cosine_median",
+            "null_p99",
+            "pearson_median",
+            "pearson_best_median",
+            "agreement",
+        ):
             value = residual[column].astype(float).median()
             numbers[f"residual_{column}"] = None if pd.isna(value) else round(float(value), 4)
     numbers |= {f"share_{name}": round(float(share), 4) for name, share in classes.items()}
@@ -192,4 +239,7 @@ def _median_persistence(nodes: pd.DataFrame) -> float | None:
 def _records(pairs: pd.DataFrame) -> list[dict[str, Any]]:
     """One flat metrics record a pair; unknown values are left out."""
     flat = pairs.drop(columns=["histogram", "null_histogram"]).to_dict(orient="records")
-    return [{str(name): value for name, value in record.items() if not pd.isna(value)} for record in flat]
+    return [
+        {str(name): value for name, value in record.items() if not pd.isna(value)}
+        for record in flat
+    ]

@@ -1,17 +1,21 @@
-"""Features and their flows → steered text beside unsteered text, and a measurement of whether steering did anything.
+"""Features and their flows → steered text beside unsteered text, and a measurement of whether
+steering did anything.
 
 1. Settle what counts as coherent, on unsteered text (pipeline/steer_choice.py).
 2. Choose features (pipeline/steer_selection.py) or take those named.
-3. Per feature, calibrate every arm to every dose: nats of KL on neutral text (steering/dose.py). Choose the headline's
-   dose on openers that are kept for it.
-4. Generate from other openers, steered and unsteered, from the same random numbers; read everything back with the
-   unsteered model; paired differences with a bootstrap over prompts (steering/trial.py).
-5. Write plans, doses, samples, effects and figures; hand the samples to the atlas, which shows them.
+3. Per feature, calibrate every arm to every dose: nats of KL on neutral text (steering/dose.py).
+   Choose the headline's dose on openers that are kept for it.
+4. Generate from other openers, steered and unsteered, from the same random numbers; read everything
+   back with the unsteered model; paired differences with a bootstrap over prompts
+   (steering/trial.py).
+5. Write plans, doses, samples, effects and figures; hand the samples to the atlas, which shows
+   them.
 
-The headline is settled before the openers it is reported on are used: arm `flow` at the chosen dose, measured by the
-feature's own tokens and by how often the feature fires when the unsteered model reads the text. Output: `plans/*.toml`,
-`samples.parquet`, `samples.json`, `doses.parquet`, `effects.parquet`, `features.json`, `choice.json`, `figures/`,
-`report.html`. Cost: almost all of it is generation.
+The headline is settled before the openers it is reported on are used: arm `flow` at the chosen
+dose, measured by the feature's own tokens and by how often the feature fires when the unsteered
+model reads the text. Output: `plans/*.toml`, `samples.parquet`, `samples.json`, `doses.parquet`,
+`effects.parquet`, `features.json`, `choice.json`, `figures/`, `report.html`. Cost: almost all of it
+is generation.
 """
 
 from __future__ import annotations
@@ -76,7 +80,9 @@ class Config:
     """Which features are steered, in which ways, how strongly, and on what they are measured."""
 
     n_features: Annotated[int, Ge(1), Doc("features chosen automatically when none are named")] = 3
-    features: Annotated[tuple[str, ...], Doc("features to steer with, such as L12/402; empty: choose")] = ()
+    features: Annotated[
+        tuple[str, ...], Doc("features to steer with, such as L12/402; empty: choose")
+    ] = ()
     arms: Annotated[tuple[str, ...], MinLen(1), Doc("ways of steering: " + ", ".join(ARMS))] = (
         "single",
         "single_budget",
@@ -85,17 +91,28 @@ class Config:
         "flow_closed_loop",
         "random_flow",
     )
-    schedule: Annotated[Schedule, Doc("how the arm `flow` shares its strength among the layers")] = field(
-        default_factory=Constant
+    schedule: Annotated[
+        Schedule, Doc("how the arm `flow` shares its strength among the layers")
+    ] = field(default_factory=Constant)
+    doses: Annotated[tuple[float, ...], MinLen(1), Doc("nats of KL a token on neutral text")] = (
+        0.05,
+        0.15,
+        0.3,
     )
-    doses: Annotated[tuple[float, ...], MinLen(1), Doc("nats of KL a token on neutral text")] = (0.05, 0.15, 0.3)
     n_before: Annotated[int, Ge(0), Doc("layers of the flow before the feature's own")] = 0
     n_after: Annotated[int, Ge(0), Doc("layers of the flow after the feature's own")] = 10
-    max_density: Annotated[float, Gt(0), Le(1), Doc("a chosen feature fires on at most this share of tokens")] = 0.03
+    max_density: Annotated[
+        float, Gt(0), Le(1), Doc("a chosen feature fires on at most this share of tokens")
+    ] = 0.03
     min_persistence: Annotated[int, Ge(1), Doc("layers that a chosen feature lasts at least")] = 6
-    n_rows: Annotated[int, Ge(64), Doc("tokens of the store that features are described from")] = 24576
+    n_rows: Annotated[int, Ge(64), Doc("tokens of the store that features are described from")] = (
+        24576
+    )
     n_prompts: Annotated[
-        int, Ge(1), Le(N_REPORTABLE), Doc("neutral openers that are reported on, drawn by the seed from the test ones")
+        int,
+        Ge(1),
+        Le(N_REPORTABLE),
+        Doc("neutral openers that are reported on, drawn by the seed from the test ones"),
     ] = 12
     n_samples: Annotated[int, Ge(1), Doc("samples an opener")] = 1
     n_new_tokens: Annotated[int, Ge(1), Doc("tokens generated a sample")] = 28
@@ -108,7 +125,9 @@ class Config:
         if unknown := [arm for arm in self.arms if arm not in ARMS]:
             raise ValueError(f"no such arm: {', '.join(unknown)}; there are {', '.join(ARMS)}")
         if "single_budget" in self.arms and "flow" not in self.arms:
-            raise ValueError("the arm single_budget takes its strength from the arm flow: add flow to arms")
+            raise ValueError(
+                "the arm single_budget takes its strength from the arm flow: add flow to arms"
+            )
         if any(dose <= 0 for dose in self.doses):
             raise ValueError("doses are positive numbers of nats")
 
@@ -140,7 +159,8 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What every step of a run needs: its settings, what is steered, which opener serves what, what is coherent."""
+    """What every step of a run needs: its settings, what is steered, which opener serves what, what
+    is coherent."""
 
     config: Config
     sources: Sources
@@ -176,10 +196,16 @@ def _bench(config: Config, inputs: Inputs, context: RunContext) -> Bench:
     sources = dataclasses.replace(session.sources, has_label=labelled_by_atlas(inputs.atlas.path))
     split = prompt_split(config.n_prompts, config.seed)
     limits = ordinary_limits(
-        sources.model, sources.saes, split,
-        sampling=_sampling(config), seed=config.seed + 1, batch_size=config.batch_size,
-    )  # fmt: skip
-    return Bench(config=config, sources=sources, split=split, limits=limits, progress=context.progress)
+        sources.model,
+        sources.saes,
+        split,
+        sampling=_sampling(config),
+        seed=config.seed + 1,
+        batch_size=config.batch_size,
+    )
+    return Bench(
+        config=config, sources=sources, split=split, limits=limits, progress=context.progress
+    )
 
 
 def _sampling(config: Config) -> Sampling:
@@ -197,7 +223,9 @@ def _selection(bench: Bench) -> SelectionOptions:
         sampling=bench.sampling,
         seed=config.seed,
     )
-    return SelectionOptions(**{name: getattr(config, name) for name in names if name != "audition"}, audition=audition)
+    return SelectionOptions(
+        **{name: getattr(config, name) for name in names if name != "audition"}, audition=audition
+    )
 
 
 def _dosed(bench: Bench, chosen: Chosen) -> Dosed:
@@ -229,23 +257,37 @@ def _dose_trials(bench: Bench, dosed: list[Dosed]) -> list[DoseTrial]:
         if tried.arm == arm
     ]
     return tried_doses(
-        sources.model, sources.saes, candidates, bench.split, bench.limits,
-        sampling=bench.sampling, seed=config.seed + 3, batch_size=config.batch_size,
-    )  # fmt: skip
+        sources.model,
+        sources.saes,
+        candidates,
+        bench.split,
+        bench.limits,
+        sampling=bench.sampling,
+        seed=config.seed + 3,
+        batch_size=config.batch_size,
+    )
 
 
 def _steer_all(bench: Bench, dosed: list[Dosed]) -> list[Found]:
     config, model, saes = bench.config, bench.sources.model, bench.sources.saes
     unsteered = generate(
-        model, saes, bench.split.report, [None],
-        n_samples=config.n_samples, seed=config.seed, sampling=bench.sampling, batch_size=config.batch_size,
-    )  # fmt: skip
+        model,
+        saes,
+        bench.split.report,
+        [None],
+        n_samples=config.n_samples,
+        seed=config.seed,
+        sampling=bench.sampling,
+        batch_size=config.batch_size,
+    )
     readings = read_back(model, saes, unsteered.samples, [each.chosen.target for each in dosed])
     found = []
     for place, each in enumerate(dosed):
         twins = _twins(bench, each, unsteered, [reading.of_target(place) for reading in readings])
         effects = effects_of(twins, bench.limits, seed=config.seed)
-        found.append(Found(chosen=each.chosen, arm_doses=each.arm_doses, twins=twins, effects=effects))
+        found.append(
+            Found(chosen=each.chosen, arm_doses=each.arm_doses, twins=twins, effects=effects)
+        )
     return found
 
 
@@ -277,10 +319,15 @@ def _write(
     model: LanguageModel,
 ) -> None:
     tables = {
-        "samples": pd.concat([sample_table(each.chosen, each.twins) for each in found], ignore_index=True),
-        "doses": pd.concat([dose_table(each.chosen, each.arm_doses) for each in found], ignore_index=True),
+        "samples": pd.concat(
+            [sample_table(each.chosen, each.twins) for each in found], ignore_index=True
+        ),
+        "doses": pd.concat(
+            [dose_table(each.chosen, each.arm_doses) for each in found], ignore_index=True
+        ),
         "effects": pd.concat(
-            [effect_table(each.chosen, each.arm_doses, each.effects) for each in found], ignore_index=True
+            [effect_table(each.chosen, each.arm_doses, each.effects) for each in found],
+            ignore_index=True,
         ),
     }
     for name, table in tables.items():
@@ -292,7 +339,11 @@ def _write(
     _write_json(draft.path / "features.json", {"features": records, "remarks": remarks})
     _write_json(draft.path / "samples.json", side_by_side(tables["samples"]))
     shown = atlas_document(
-        tables["samples"], tables["effects"], labels, schedule=config.schedule.kind, seed=config.seed
+        tables["samples"],
+        tables["effects"],
+        labels,
+        schedule=config.schedule.kind,
+        seed=config.seed,
     )
     hand_to_atlas(inputs.atlas.path, shown)
     draw_figures(tables["effects"], draft.path / "figures", dose)
@@ -301,9 +352,15 @@ def _write(
     numbers = headline(tables["effects"], tables["doses"], dose)
     draft.summary.update(numbers)
     write_steer_report(
-        draft.path, tables["samples"], tables["effects"], records, remarks, numbers,
-        dose=dose, seed=config.seed,
-    )  # fmt: skip
+        draft.path,
+        tables["samples"],
+        tables["effects"],
+        records,
+        remarks,
+        numbers,
+        dose=dose,
+        seed=config.seed,
+    )
 
 
 def _write_json(path: Path, document: Any) -> None:
@@ -315,5 +372,10 @@ def _write_plans(folder: Path, inputs: Inputs, found: list[Found], fingerprint: 
     digests = {"dictionaries": inputs.train.digest, "graph": inputs.link.digest}
     for each in found:
         for arm_dose in each.arm_doses:
-            name = f"{str(each.chosen.flow.seed).replace('/', '-')}_{arm_dose.arm}_{arm_dose.target:g}"
-            write_plan(dataclasses.replace(arm_dose.plan, digests=digests, model=fingerprint), folder / f"{name}.toml")
+            name = (
+                f"{str(each.chosen.flow.seed).replace('/', '-')}_{arm_dose.arm}_{arm_dose.target:g}"
+            )
+            write_plan(
+                dataclasses.replace(arm_dose.plan, digests=digests, model=fingerprint),
+                folder / f"{name}.toml",
+            )

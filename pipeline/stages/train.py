@@ -1,14 +1,17 @@
-"""Activations → dictionaries: train one sparse autoencoder per site of the store, all sites in one run.
+"""Activations → dictionaries: train one sparse autoencoder per site of the store, all sites in one
+run.
 
-1. Plan the jobs: which site starts from which (pipeline/training/plan.py), which variants of a sweep learn beside it
-   and which transcoders are wanted (pipeline/training/lessons.py), and whether memory suffices.
-2. Train the sites over the cores, or over a Dask cluster, each batch read once for all dictionaries of a site; every
-   site resumes where it was killed (pipeline/training/site.py).
+1. Plan the jobs: which site starts from which (pipeline/training/plan.py), which variants of a
+   sweep learn beside it and which transcoders are wanted (pipeline/training/lessons.py), and
+   whether memory suffices.
+2. Train the sites over the cores, or over a Dask cluster, each batch read once for all dictionaries
+   of a site; every site resumes where it was killed (pipeline/training/site.py).
 3. Write the curves of all dictionaries to `metrics.jsonl`, and the figures.
 
-Output: `dictionaries/<site>/sae.safetensors, sae.json, training.jsonl`, the same under `variants/<name>/<site>` and
-`transcoders/<site>`; `metrics.jsonl`; `figures/`. Cost of a step of a TopK-like dictionary: one product of
-batch × d_model × n_latents, plus about k / n_latents of five more.
+Output: `dictionaries/<site>/sae.safetensors, sae.json, training.jsonl`, the same under
+`variants/<name>/<site>` and `transcoders/<site>`; `metrics.jsonl`; `figures/`. Cost of a step of a
+TopK-like dictionary: one product of batch × d_model × n_latents, plus about k / n_latents of five
+more.
 """
 
 from __future__ import annotations
@@ -35,7 +38,15 @@ from pipeline.stages.collect import STORE
 from pipeline.training.cluster import Described, run_lessons_on_cluster
 from pipeline.training.figures import draw_curves, draw_layers
 from pipeline.training.imported import Imported, identity_of_imported, import_dictionaries
-from pipeline.training.lessons import BASE, DICTIONARIES, Lesson, Transcoders, Variant, lessons_of, transcoder_lessons
+from pipeline.training.lessons import (
+    BASE,
+    DICTIONARIES,
+    Lesson,
+    Transcoders,
+    Variant,
+    lessons_of,
+    transcoder_lessons,
+)
 from pipeline.training.memory import check_memory
 from pipeline.training.plan import Chain, Initialisation, Override, SiteJob, plan_jobs
 from pipeline.training.reading import TrainingOptions
@@ -54,41 +65,74 @@ KIND, SCHEMA = "train", SCHEMAS["train"]
 class Config:
     """What is trained, how long, and from what start."""
 
-    architecture: Annotated[AnyArchitecture, Doc("how latents are chosen and kept few")] = field(default_factory=TopK)
+    architecture: Annotated[AnyArchitecture, Doc("how latents are chosen and kept few")] = field(
+        default_factory=TopK
+    )
     n_latents: Annotated[int, Gt(0), Doc("latents of each dictionary")] = 2048
-    sites: Annotated[tuple[str, ...], Doc("sites or patterns to train at; empty for all in the store")] = ()
-    initialisation: Annotated[Initialisation, Doc("what each dictionary starts from")] = field(default_factory=Chain)
-    steps: Annotated[int, Gt(0), Doc("optimizer steps of a dictionary that starts from random directions")] = 1600
+    sites: Annotated[
+        tuple[str, ...], Doc("sites or patterns to train at; empty for all in the store")
+    ] = ()
+    initialisation: Annotated[Initialisation, Doc("what each dictionary starts from")] = field(
+        default_factory=Chain
+    )
+    steps: Annotated[
+        int, Gt(0), Doc("optimizer steps of a dictionary that starts from random directions")
+    ] = 1600
     batch_size: Annotated[int, Gt(0), Doc("tokens of a step")] = 1024
     learning_rate: Annotated[
-        float | None, Gt(0), Doc("peak learning rate; none for one that follows the width and the steps")
+        float | None,
+        Gt(0),
+        Doc("peak learning rate; none for one that follows the width and the steps"),
     ] = None
     warmup_steps: Annotated[int, Ge(0), Doc("steps of linear warm-up; at most half of a run")] = 50
-    decay_fraction: Annotated[float, Ge(0), Le(1), Doc("last part of a run over which the rate falls to 0")] = 0.2
+    decay_fraction: Annotated[
+        float, Ge(0), Le(1), Doc("last part of a run over which the rate falls to 0")
+    ] = 0.2
     clip_norm: Annotated[float, Gt(0), Doc("largest norm of all gradients together")] = 1.0
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        Doc("dtype of the encoder's product while training; auto: bfloat16 where the machine is fast at it"),
+        Doc(
+            "dtype of the encoder's product while training; auto: bfloat16 where the machine is "
+            "fast at it"
+        ),
     ] = "auto"
-    filters: Annotated[RowFilters, Doc("which rows are left out")] = field(default_factory=RowFilters)
-    overrides: Annotated[tuple[Override, ...], Doc("choices that differ at some sites; later ones win")] = ()
-    sweep: Annotated[tuple[Variant, ...], Doc("more dictionaries at the same sites, trained on the same batches")] = ()
-    used: Annotated[str, Doc("the variant that the later stages see: base, or one of the sweep")] = BASE
-    transcoders: Annotated[Transcoders | None, Doc("dictionaries from an MLP's input to its output; none for none")] = (
-        None
+    filters: Annotated[RowFilters, Doc("which rows are left out")] = field(
+        default_factory=RowFilters
     )
-    max_rows_in_memory: Annotated[int, Ge(0), Doc("sites with more rows are read in shuffled windows")] = 1_000_000
-    held_out_rows: Annotated[int, Ge(0), Doc("held-out rows that set thresholds and measure FVU at the end")] = 16_384
+    overrides: Annotated[
+        tuple[Override, ...], Doc("choices that differ at some sites; later ones win")
+    ] = ()
+    sweep: Annotated[
+        tuple[Variant, ...], Doc("more dictionaries at the same sites, trained on the same batches")
+    ] = ()
+    used: Annotated[
+        str, Doc("the variant that the later stages see: base, or one of the sweep")
+    ] = BASE
+    transcoders: Annotated[
+        Transcoders | None, Doc("dictionaries from an MLP's input to its output; none for none")
+    ] = None
+    max_rows_in_memory: Annotated[
+        int, Ge(0), Doc("sites with more rows are read in shuffled windows")
+    ] = 1_000_000
+    held_out_rows: Annotated[
+        int, Ge(0), Doc("held-out rows that set thresholds and measure FVU at the end")
+    ] = 16_384
     record_every: Annotated[int, Gt(0), Doc("steps between two points of a curve")] = 25
     checkpoint_every: Annotated[int, Gt(0), Doc("steps between two checkpoints of a site")] = 500
     seed: Annotated[int, Ge(0), Lt(2**31), Doc("of random starts and of the order of rows")] = 0
     log_to: Annotated[
         tuple[Tracker, ...],
-        Doc("experiment trackers that are told the curves: tensorboard, wandb; no part of the digest"),
+        Doc(
+            "experiment trackers that are told the curves: tensorboard, wandb; no part of the "
+            "digest"
+        ),
     ] = field(default=(), metadata={"changes_no_result": True})
     imported: Annotated[
         Imported | None,
-        Doc("dictionaries that others trained, read at `sites` instead of training; all else is ignored then"),
+        Doc(
+            "dictionaries that others trained, read at `sites` instead of training; all else is "
+            "ignored then"
+        ),
     ] = None
 
 
@@ -100,7 +144,8 @@ class Inputs:
 
 
 def outside_digests(config: Config) -> dict[str, str]:
-    """What the result depends on besides config and activations: the files of imported dictionaries."""
+    """What the result depends on besides config and activations: the files of imported
+    dictionaries."""
     return {} if config.imported is None else {"imported": identity_of_imported(config.imported)}
 
 
@@ -112,7 +157,11 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
     parts = lessons_by_part(config, store)
     check_trackers(config.log_to)
     options = options_of(config, context.device)
-    n_workers = 1 if context.device != "cpu" else max(1, min(context.n_threads, max(map(widest, map(_jobs, parts)))))
+    n_workers = (
+        1
+        if context.device != "cpu"
+        else max(1, min(context.n_threads, max(map(widest, map(_jobs, parts)))))
+    )
     check_memory([lesson for part in parts for lesson in part.values()], store, options, n_workers)
     with Artifact.create(
         out, kind=KIND, schema=SCHEMA, config=config, inputs={"collect": inputs.collect.digest}
@@ -127,13 +176,20 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
 
 
 def _run_import(
-    config: Config, choice: Imported, inputs: Inputs, store: ActivationStore, out: Path, context: RunContext
+    config: Config,
+    choice: Imported,
+    inputs: Inputs,
+    store: ActivationStore,
+    out: Path,
+    context: RunContext,
 ) -> Artifact:
     """Read the dictionaries instead of training; the figure shows what they are."""
     digests = {"collect": inputs.collect.digest, **outside_digests(config)}
     with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=digests) as draft:
         place = draft.path / FOLDER
-        described = import_dictionaries(choice, store, place, sites=_sites(config, store), progress=context.progress)
+        described = import_dictionaries(
+            choice, store, place, sites=_sites(config, store), progress=context.progress
+        )
         draft.summary["n_dictionaries"] = len(described)
         draft.summary["imported"] = True
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
@@ -152,14 +208,16 @@ def jobs_of(config: Config, store: ActivationStore) -> tuple[SiteJob, ...]:
         steps=config.steps,
         learning_rate=config.learning_rate,
         initialisation=config.initialisation,
-        overrides=[(parse_sites(override.sites, store.sites), override) for override in config.overrides],
+        overrides=[
+            (parse_sites(override.sites, store.sites), override) for override in config.overrides
+        ],
         seed=config.seed,
     )
 
 
 def lessons_by_part(config: Config, store: ActivationStore) -> list[dict[Site, Lesson]]:
-    """The lessons of a run, parents first: those of the plan with their variants, then those of transcoders. Raises
-    UserError."""
+    """The lessons of a run, parents first: those of the plan with their variants, then those of
+    transcoders. Raises UserError."""
     parts = [
         lessons_of(
             jobs_of(config, store),
@@ -172,19 +230,28 @@ def lessons_by_part(config: Config, store: ActivationStore) -> list[dict[Site, L
     ]
     if config.transcoders is not None:
         choice = config.transcoders
-        parts.append(transcoder_lessons(choice, store, seed=config.seed, learning_rate=config.learning_rate))
+        parts.append(
+            transcoder_lessons(choice, store, seed=config.seed, learning_rate=config.learning_rate)
+        )
     return parts
 
 
 def _jobs(lessons: Mapping[Site, Lesson]) -> list[SiteJob]:
-    """One job a lesson, for the scheduler: that of the plan, whose parent all its learners wait for."""
+    """One job a lesson, for the scheduler: that of the plan, whose parent all its learners wait
+    for."""
     return [lesson[0].job for lesson in lessons.values()]
 
 
 def options_of(config: Config, device: str) -> TrainingOptions:
     """What all sites share, with `auto` decided for this machine."""
     precision: Precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
-    names: tuple[str, ...] = ("batch_size", "warmup_steps", "decay_fraction", "clip_norm", "filters")
+    names: tuple[str, ...] = (
+        "batch_size",
+        "warmup_steps",
+        "decay_fraction",
+        "clip_norm",
+        "filters",
+    )
     names += ("max_rows_in_memory", "held_out_rows", "record_every", "checkpoint_every")
     return TrainingOptions(
         **{name: getattr(config, name) for name in names},
@@ -210,7 +277,13 @@ def _train_all(
             else:
                 threads = threads_of_worker(context)
                 done = run_lessons_on_cluster(
-                    client, lessons, store, options, draft.path, n_threads=threads, progress=context.progress
+                    client,
+                    lessons,
+                    store,
+                    options,
+                    draft.path,
+                    n_threads=threads,
+                    progress=context.progress,
                 )
                 _tell_curves(done, draft.path, context.metrics)
             for site in sorted(done):
@@ -232,7 +305,13 @@ def _train_here(
     def work(job: SiteJob, stopping: Callable[[], bool]) -> Described:
         lesson = lessons[job.site]
         return train_lesson(
-            lesson, store, options, draft.path, progress=context.progress, metrics=metrics, stopping=stopping
+            lesson,
+            store,
+            options,
+            draft.path,
+            progress=context.progress,
+            metrics=metrics,
+            stopping=stopping,
         )
 
     return run_jobs(_jobs(lessons), work, n_workers=n_workers, n_threads=context.n_threads)
@@ -255,7 +334,8 @@ def _tell_curves(done: Mapping[Site, Described], folder: Path, metrics: Metrics)
 
 
 def _describe(draft: Draft, described: Mapping[str, Mapping[Site, Mapping[str, Any]]]) -> None:
-    """The curves in the order of the sites, whatever the order they were trained in; figures; headline numbers."""
+    """The curves in the order of the sites, whatever the order they were trained in; figures;
+    headline numbers."""
     curves = {
         (folder, site): _read_curve(draft.path / folder / site.short / CURVE)
         for folder, sites in described.items()
@@ -273,7 +353,9 @@ def _describe(draft: Draft, described: Mapping[str, Mapping[Site, Mapping[str, A
     draw_curves({site: curves[DICTIONARIES, site] for site in used}, figures / "training.png")
     draw_layers(used, figures / "layers.png")
     draft.summary.update(_summary(used))
-    if others := {folder: len(sites) for folder, sites in described.items() if folder != DICTIONARIES}:
+    if others := {
+        folder: len(sites) for folder, sites in described.items() if folder != DICTIONARIES
+    }:
         draft.summary["n_others"] = others
 
 

@@ -1,1 +1,2 @@
-"""Training the dictionaries of all sites: which starts from which (plan), one site (site), all of them (schedule)."""
+"""Training the dictionaries of all sites: which starts from which (plan), one site (site), all of
+them (schedule)."""

@@ -1,7 +1,9 @@
-"""The lessons of a plan on a Dask cluster: one task a site, each waiting for the site it starts from.
+"""The lessons of a plan on a Dask cluster: one task a site, each waiting for the site it starts
+from.
 
-Workers open the store by its URL and write into the artifact's folder, so both must be visible to all of them. A task
-run again, because its worker died, continues at the site's last checkpoint; a finished site is left as it is.
+Workers open the store by its URL and write into the artifact's folder, so both must be visible to
+all of them. A task run again, because its worker died, continues at the site's last checkpoint; a
+finished site is left as it is.
 """
 
 from __future__ import annotations
@@ -39,15 +41,25 @@ def run_lessons_on_cluster(
     n_threads: int | None,
     progress: Progress,
 ) -> dict[Site, Described]:
-    """Every lesson's result; `lessons` come parents first. `n_threads` of each worker; None leaves it to the worker.
-    Raises the first UserError."""
+    """Every lesson's result; `lessons` come parents first. `n_threads` of each worker; None leaves
+    it to the worker. Raises the first UserError."""
     from distributed import as_completed
 
     futures: dict[Site, Any] = {}
     for site, lesson in lessons.items():
-        parents = [futures[learner.job.parent] for learner in lesson if learner.job.parent is not None]
+        parents = [
+            futures[learner.job.parent] for learner in lesson if learner.job.parent is not None
+        ]
         futures[site] = client.submit(
-            _train, lesson, store.url, options, str(folder), n_threads, *parents[:1], pure=False, retries=_RETRIES
+            _train,
+            lesson,
+            store.url,
+            options,
+            str(folder),
+            n_threads,
+            *parents[:1],
+            pure=False,
+            retries=_RETRIES,
         )
     done: dict[Site, Described] = {}
     for future in as_completed(list(futures.values())):
@@ -69,7 +81,8 @@ def _train(
     n_threads: int | None,
     parent: Outcome | None = None,
 ) -> Outcome:
-    """One site, on a worker. A UserError comes back as a value: running the task again would not help."""
+    """One site, on a worker. A UserError comes back as a value: running the task again would not
+    help."""
     if isinstance(parent, UserError):
         return parent
     if n_threads is not None:
@@ -77,7 +90,11 @@ def _train(
     place = Path(folder)
     try:
         if not place.parent.is_dir():
-            raise UserError("this worker cannot see the artifact's folder", where=folder, expected="a shared folder")
+            raise UserError(
+                "this worker cannot see the artifact's folder",
+                where=folder,
+                expected="a shared folder",
+            )
         return train_lesson(lesson, ActivationStore.open(url), options, place)
     except UserError as error:
         return error

@@ -1,9 +1,11 @@
-"""Dictionaries that others trained, in place of training: files in any known format → the dictionaries of a run.
+"""Dictionaries that others trained, in place of training: files in any known format → the
+dictionaries of a run.
 
-1. `paths` maps a kind of site to a pattern; `{layer}` stands for the layer, `*` for what differs from file to file.
-   Every site asked for (`train.sites`, else all of the store) must find exactly one file or folder.
-2. Each is read by `sae.formats`, which folds scales and thresholds, checked against the width of the site, and written
-   in the native form, so that the later stages see no difference.
+1. `paths` maps a kind of site to a pattern; `{layer}` stands for the layer, `*` for what differs
+   from file to file. Every site asked for (`train.sites`, else all of the store) must find exactly
+   one file or folder.
+2. Each is read by `sae.formats`, which folds scales and thresholds, checked against the width of
+   the site, and written in the native form, so that the later stages see no difference.
 
 Cost: reading and writing the tensors once. Sites without a pattern are left out.
 """
@@ -35,19 +37,26 @@ class Imported:
 
     paths: Annotated[
         dict[str, str],
-        Doc("pattern for each kind of site, e.g. resid_post = 'gemma-scope/layer_{layer}/width_16k/*/params.npz'"),
+        Doc(
+            "pattern for each kind of site, e.g. resid_post = "
+            "'gemma-scope/layer_{layer}/width_16k/*/params.npz'"
+        ),
     ]
     format: Annotated[str, Doc("format of the files; auto recognises it")] = "auto"
     kind: Literal["imported"] = "imported"
 
 
 def find_imported(choice: Imported, sites: Sequence[Site]) -> dict[Site, Path]:
-    """The file or folder of every site whose kind has a pattern. Raises UserError with every site that has none or
-    several, and every kind that no site has."""
+    """The file or folder of every site whose kind has a pattern. Raises UserError with every site
+    that has none or several, and every kind that no site has."""
     found: dict[Site, Path] = {}
     kinds = tuple(dict.fromkeys(site.kind for site in sites))
     problems = [
-        Problem(what="no site of this kind is there", where=f"train.imported.paths.{kind}", expected=", ".join(kinds))
+        Problem(
+            what="no site of this kind is there",
+            where=f"train.imported.paths.{kind}",
+            expected=", ".join(kinds),
+        )
         for kind in choice.paths
         if kind not in kinds
     ]
@@ -60,7 +69,13 @@ def find_imported(choice: Imported, sites: Sequence[Site]) -> dict[Site, Path]:
             found[site] = Path(matches[0])
         else:
             what = "several dictionaries fit" if matches else "no dictionary fits"
-            problems.append(Problem(what=what, where=f"{site.short}: {pattern}", found=", ".join(matches[:3]) or None))
+            problems.append(
+                Problem(
+                    what=what,
+                    where=f"{site.short}: {pattern}",
+                    found=", ".join(matches[:3]) or None,
+                )
+            )
     if problems:
         raise UserError(
             "the dictionaries to import cannot be found",
@@ -71,7 +86,8 @@ def find_imported(choice: Imported, sites: Sequence[Site]) -> dict[Site, Path]:
 
 
 def identity_of_imported(choice: Imported) -> str:
-    """A digest that changes with the files: names, sizes, first and last megabyte. Cheap for gigabytes."""
+    """A digest that changes with the files: names, sizes, first and last megabyte. Cheap for
+    gigabytes."""
     hasher = hashlib.sha256()
     for kind, pattern in sorted(choice.paths.items()):
         for name in sorted(glob.glob(pattern.replace("{layer}", "*"))):
@@ -93,8 +109,8 @@ def import_dictionaries(
     sites: Sequence[Site] = (),
     progress: Progress = silent,
 ) -> dict[Site, Mapping[str, Any]]:
-    """Read the dictionary of every site (none named: all of the store) and write it to `folder/<site>`; returns their
-    metadata by site. Raises UserError."""
+    """Read the dictionary of every site (none named: all of the store) and write it to
+    `folder/<site>`; returns their metadata by site. Raises UserError."""
     paths = find_imported(choice, sites or store.sites)
     described: dict[Site, Mapping[str, Any]] = {}
     for done, (site, path) in enumerate(paths.items()):

@@ -1,11 +1,14 @@
-"""Jobs of a plan → lessons: all dictionaries that learn from the same batches, so that each batch is read once.
+"""Jobs of a plan → lessons: all dictionaries that learn from the same batches, so that each batch
+is read once.
 
-1. The dictionary of the plan itself, and beside it one for every variant of a sweep (another k, width, architecture or
-   rate at the same site). All of them see the same rows in the same order; each is what it would be if trained alone.
-2. Transcoders are lessons of their own: they read one site of a block and predict what its MLP adds to the stream.
+1. The dictionary of the plan itself, and beside it one for every variant of a sweep (another k,
+   width, architecture or rate at the same site). All of them see the same rows in the same order;
+   each is what it would be if trained alone.
+2. Transcoders are lessons of their own: they read one site of a block and predict what its MLP adds
+   to the stream.
 
-A learner's `folder` says where its dictionary goes below the artifact: `dictionaries/` for those that the later stages
-use, `variants/<name>/` for the others of a sweep, `transcoders/`.
+A learner's `folder` says where its dictionary goes below the artifact: `dictionaries/` for those
+that the later stages use, `variants/<name>/` for the others of a sweep, `transcoders/`.
 """
 
 from __future__ import annotations
@@ -30,26 +33,33 @@ BASE = "base"
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One more dictionary at a site, trained on the same batches. What is none stays as it is in the recipe."""
+    """One more dictionary at a site, trained on the same batches. What is none stays as it is in
+    the recipe."""
 
     name: Annotated[str, MinLen(1), Doc("its name: letters, digits, '-', '_', '.'")]
     sites: Annotated[
         tuple[str, ...],
-        Doc("sites or patterns; empty for all. A variant at some sites only starts from random directions there"),
+        Doc(
+            "sites or patterns; empty for all. A variant at some sites only starts from random "
+            "directions there"
+        ),
     ] = ()
     architecture: Annotated[AnyArchitecture | None, Doc("architecture of this variant")] = None
     n_latents: Annotated[int | None, Gt(0), Doc("latents of this variant")] = None
     learning_rate: Annotated[float | None, Gt(0), Doc("peak learning rate of this variant")] = None
 
     def __post_init__(self) -> None:
-        plain = bool(self.name) and all(character.isalnum() or character in "-_." for character in self.name)
+        plain = bool(self.name) and all(
+            character.isalnum() or character in "-_." for character in self.name
+        )
         if not plain or self.name.startswith(".") or self.name == BASE:
             raise ValueError(f"a variant cannot be called {self.name!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transcoders:
-    """Dictionaries that predict an MLP's output from its input. They go to `transcoders/` and are evaluated."""
+    """Dictionaries that predict an MLP's output from its input. They go to `transcoders/` and are
+    evaluated."""
 
     sites: Annotated[tuple[str, ...], Doc("MLP output sites or patterns")] = ("mlp_out",)
     reads: Annotated[
@@ -57,7 +67,9 @@ class Transcoders:
         Doc("the site of the same block that is read; resid_mid is what the MLP's norm sees"),
     ] = "resid_mid"
     skip: Annotated[bool, Doc("add a linear map from input to output (a skip transcoder)")] = True
-    architecture: Annotated[AnyArchitecture, Doc("how latents are chosen and kept few")] = field(default_factory=TopK)
+    architecture: Annotated[AnyArchitecture, Doc("how latents are chosen and kept few")] = field(
+        default_factory=TopK
+    )
     n_latents: Annotated[int, Gt(0), Doc("latents of each transcoder")] = 2048
     steps: Annotated[int, Gt(0), Doc("optimizer steps of each transcoder")] = 1600
     learning_rate: Annotated[
@@ -67,7 +79,8 @@ class Transcoders:
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """One dictionary of a lesson. `reads` is the input site of a transcoder, `skip` whether it has a linear part."""
+    """One dictionary of a lesson. `reads` is the input site of a transcoder, `skip` whether it has
+    a linear part."""
 
     job: SiteJob
     folder: str = DICTIONARIES
@@ -100,8 +113,9 @@ def lessons_of(
     steps: int,
     learning_rate: float | None,
 ) -> dict[Site, Lesson]:
-    """Every site's learners, the plan's own first. `used` names the one that later stages see; `steps` are those of a
-    random start, `learning_rate` the recipe's. Raises UserError with every impossible choice."""
+    """Every site's learners, the plan's own first. `used` names the one that later stages see;
+    `steps` are those of a random start, `learning_rate` the recipe's. Raises UserError with every
+    impossible choice."""
     names = [BASE, *(variant.name for variant in sweep)]
     problems = [
         Problem(what="two variants of one name", where=f"train.sweep[{index - 1}]", found=name)
@@ -109,7 +123,11 @@ def lessons_of(
         if name in names[:index]
     ]
     if used not in names:
-        problems.append(Problem(what="no such variant", where="train.used", expected=", ".join(names), found=used))
+        problems.append(
+            Problem(
+                what="no such variant", where="train.used", expected=", ".join(names), found=used
+            )
+        )
     at = {v.name: parse_sites(v.sites, store.sites) if v.sites else None for v in sweep}
     lessons: dict[Site, Lesson] = {}
     for job in jobs:
@@ -121,29 +139,46 @@ def lessons_of(
         problems += [p for name, varied in here[1:] for p in _problems(name, varied)]
         chosen = used if used in dict(here) else BASE
         lessons[job.site] = tuple(
-            Learner(job=other, folder=DICTIONARIES if name == chosen else f"{VARIANTS}/{name}") for name, other in here
+            Learner(job=other, folder=DICTIONARIES if name == chosen else f"{VARIANTS}/{name}")
+            for name, other in here
         )
     if used != BASE and at.get(used) is not None:
-        problems.append(Problem(what="the variant in use must be trained at all sites", where="train.used", found=used))
+        problems.append(
+            Problem(
+                what="the variant in use must be trained at all sites",
+                where="train.used",
+                found=used,
+            )
+        )
     if problems:
-        raise UserError("this sweep cannot be trained", problems=tuple(problems), mend="change train.sweep")
+        raise UserError(
+            "this sweep cannot be trained", problems=tuple(problems), mend="change train.sweep"
+        )
     return lessons
 
 
 def transcoder_lessons(
     choice: Transcoders, store: ActivationStore, *, seed: int, learning_rate: float | None
 ) -> dict[Site, Lesson]:
-    """One learner a block, from random directions of its own. Raises UserError for sites that are not stored."""
+    """One learner a block, from random directions of its own. Raises UserError for sites that are
+    not stored."""
     sites = parse_sites(choice.sites, store.sites)
     lessons, problems = dict[Site, Lesson](), []
     for site in sites:
         reads = Site(site.layer, choice.reads)
         if site.kind != "mlp_out":
-            problems.append(Problem(what="not an MLP output", where=site.short, expected=f"L{site.layer}.mlp"))
+            problems.append(
+                Problem(what="not an MLP output", where=site.short, expected=f"L{site.layer}.mlp")
+            )
         elif reads not in store.sites:
             stored = ", ".join(other.short for other in store.sites)
             problems.append(
-                Problem(what="the input is not stored", where=site.short, expected=reads.short, found=stored)
+                Problem(
+                    what="the input is not stored",
+                    where=site.short,
+                    expected=reads.short,
+                    found=stored,
+                )
             )
         problems += [
             Problem(what="impossible choice", where=site.short, found=what)
@@ -155,14 +190,18 @@ def transcoder_lessons(
             architecture=choice.architecture,
             n_latents=choice.n_latents,
             steps=choice.steps,
-            learning_rate=choice.learning_rate or learning_rate or rate_at(site, choice.n_latents, choice.steps),
+            learning_rate=choice.learning_rate
+            or learning_rate
+            or rate_at(site, choice.n_latents, choice.steps),
             seed=own,
             kind="independent",
             group=f"transcoder-{own}-{choice.n_latents}",
         )
         lessons[site] = (Learner(job=job, folder=TRANSCODERS, reads=reads, skip=choice.skip),)
     if problems:
-        mend = f'add "{choice.reads}" for these layers to collect.sites, or change train.transcoders'
+        mend = (
+            f'add "{choice.reads}" for these layers to collect.sites, or change train.transcoders'
+        )
         raise UserError("these transcoders cannot be trained", problems=tuple(problems), mend=mend)
     return lessons
 
@@ -171,7 +210,11 @@ def _varied(job: SiteJob, variant: Variant, steps: int, learning_rate: float | N
     """The variant's job. Its batches are those of `job`, whose seed it keeps."""
     n_latents = variant.n_latents or job.n_latents
     whole = max(steps, job.steps)
-    rate = job.learning_rate if n_latents == job.n_latents else learning_rate or rate_at(job.site, n_latents, whole)
+    rate = (
+        job.learning_rate
+        if n_latents == job.n_latents
+        else learning_rate or rate_at(job.site, n_latents, whole)
+    )
     varied = replace(
         job,
         architecture=variant.architecture or job.architecture,
@@ -184,4 +227,7 @@ def _varied(job: SiteJob, variant: Variant, steps: int, learning_rate: float | N
 
 def _problems(name: str, job: SiteJob) -> list[Problem]:
     impossible = job.architecture.problems(job.n_latents)
-    return [Problem(what="impossible choice", where=f"{job.site.short} {name}", found=what) for what in impossible]
+    return [
+        Problem(what="impossible choice", where=f"{job.site.short} {name}", found=what)
+        for what in impossible
+    ]

@@ -1,8 +1,10 @@
-"""Whether a plan fits in memory, before anything is trained: bytes in use at the worst moment against what is free.
+"""Whether a plan fits in memory, before anything is trained: bytes in use at the worst moment
+against what is free.
 
-Per worker: the lesson's rows (or two windows of them), once; for each of its dictionaries the weights, two moments,
-gradients and a rounded copy of the encoder; the batch's residuals and a block of pre-activations; and for architectures
-that PyTorch differentiates, about six `batch × latent` matrices.
+Per worker: the lesson's rows (or two windows of them), once; for each of its dictionaries the
+weights, two moments, gradients and a rounded copy of the encoder; the batch's residuals and a block
+of pre-activations; and for architectures that PyTorch differentiates, about six `batch × latent`
+matrices.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ _WINDOW_BYTES = 1 << 30
 _DENSE_KINDS = ("relu_l1", "gated", "jump_relu")
 
 
-def check_memory(lessons: Sequence[Lesson], store: ActivationStore, options: TrainingOptions, n_workers: int) -> None:
+def check_memory(
+    lessons: Sequence[Lesson], store: ActivationStore, options: TrainingOptions, n_workers: int
+) -> None:
     """Raises UserError with what would fit."""
     free = int(_free_bytes(options.device) * _SHARE_OF_FREE)
     costs = sorted((_bytes(lesson, store, options) for lesson in lessons), reverse=True)
@@ -39,7 +43,9 @@ def check_memory(lessons: Sequence[Lesson], store: ActivationStore, options: Tra
 
 
 def _bytes(lesson: Lesson, store: ActivationStore, options: TrainingOptions) -> int:
-    latents = sum(learner.job.n_latents * _bytes_per_latent(learner, store, options) for learner in lesson)
+    latents = sum(
+        learner.job.n_latents * _bytes_per_latent(learner, store, options) for learner in lesson
+    )
     return _row_bytes(lesson, store, options) + latents
 
 
@@ -56,7 +62,8 @@ def _width(lesson: Lesson, store: ActivationStore) -> int:
 
 
 def _bytes_per_latent(learner: Learner, store: ActivationStore, options: TrainingOptions) -> int:
-    """Two matrices with two moments and a gradient each, a half-width copy, and dense latents where there are any."""
+    """Two matrices with two moments and a gradient each, a half-width copy, and dense latents where
+    there are any."""
     dense = 6 * 4 * options.batch_size if learner.job.architecture.kind in _DENSE_KINDS else 0
     return store.width(learner.job.site) * (2 * 4 * 4 + 2) + dense
 
@@ -68,7 +75,11 @@ def _free_bytes(device: str) -> int:
 
 
 def _what_fits(
-    lessons: Sequence[Lesson], store: ActivationStore, options: TrainingOptions, costs: Sequence[int], free: int
+    lessons: Sequence[Lesson],
+    store: ActivationStore,
+    options: TrainingOptions,
+    costs: Sequence[int],
+    free: int,
 ) -> str:
     """Fewer workers if that is enough; else the most latents that fit beside the rows."""
     fitting = 0

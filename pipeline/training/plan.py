@@ -1,16 +1,18 @@
 """Sites and a recipe in, one job per site out, each naming the site it starts from.
 
-How dictionaries relate decides whether neighbouring layers line up (docs/training.md has the measurement):
+How dictionaries relate decides whether neighbouring layers line up (docs/training.md has the
+measurement):
 
     Independent    every site starts from random directions of its own
     Shared         every site of one width starts from the same random directions
-    Chain          the residual site in the middle trains long; its neighbours start from it and train briefly, and
-                   so on outward, both ways at once; MLP and attention sites have one random start of their own, or
-                   start from the residual dictionary of their layer (measured: then what looks like a link from an
-                   MLP is inertia, docs/flow.md)
+    Chain          the residual site in the middle trains long; its neighbours start from it and
+    train briefly, and
+                   so on outward, both ways at once; MLP and attention sites have one random start
+                   of their own, or start from the residual dictionary of their layer (measured:
+                   then what looks like a link from an MLP is inertia, docs/flow.md)
 
-A job's `group` names the random start that it goes back to: two dictionaries of one group are alike from the start,
-which the linker's idea of chance has to know.
+A job's `group` names the random start that it goes back to: two dictionaries of one group are alike
+from the start, which the linker's idea of chance has to know.
 """
 
 from __future__ import annotations
@@ -40,21 +42,28 @@ class Independent:
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """All dictionaries start from the same random directions and train for the full number of steps."""
+    """All dictionaries start from the same random directions and train for the full number of
+    steps."""
 
     kind: Literal["shared"] = "shared"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chain:
-    """A middle residual site trains for the full number of steps; the others start from their neighbour."""
+    """A middle residual site trains for the full number of steps; the others start from their
+    neighbour."""
 
-    start_layer: Annotated[int | None, Ge(0), Doc("layer where the chain begins; none for the middle one")] = None
-    next_steps: Annotated[int, Gt(0), Doc("optimizer steps of a residual site that starts from its neighbour")] = 200
+    start_layer: Annotated[
+        int | None, Ge(0), Doc("layer where the chain begins; none for the middle one")
+    ] = None
+    next_steps: Annotated[
+        int, Gt(0), Doc("optimizer steps of a residual site that starts from its neighbour")
+    ] = 200
     modules: Annotated[
         Literal["residual", "random"],
         Doc(
-            "what MLP and attention sites start from: their layer's residual dictionary, or random directions of theirs"
+            "what MLP and attention sites start from: their layer's residual dictionary, or random "
+            "directions of theirs"
         ),
     ] = "random"
     module_steps: Annotated[int, Gt(0), Doc("optimizer steps of an MLP or attention site")] = 600
@@ -77,7 +86,8 @@ class Override:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteJob:
-    """What training one site needs to know. `parent` is the site whose dictionary it starts from, if any."""
+    """What training one site needs to know. `parent` is the site whose dictionary it starts from,
+    if any."""
 
     site: Site
     architecture: AnyArchitecture
@@ -101,8 +111,8 @@ def plan_jobs(
     overrides: Sequence[tuple[Sequence[Site], Override]],
     seed: int,
 ) -> tuple[SiteJob, ...]:
-    """Jobs such that a parent comes before its children. `overrides` come with the sites that they name; later ones
-    win. Raises UserError with every impossible choice."""
+    """Jobs such that a parent comes before its children. `overrides` come with the sites that they
+    name; later ones win. Raises UserError with every impossible choice."""
     jobs = []
     for site, parent in _parents(sites, initialisation).items():
         job = SiteJob(
@@ -119,7 +129,9 @@ def plan_jobs(
         jobs.append(_overridden(job, steps, learning_rate, overrides))
     jobs = [replace(job, group=_group(job)) for job in jobs]
     if problems := tuple(_problems(jobs)):
-        raise UserError("these dictionaries cannot be trained", problems=problems, mend="change the recipe")
+        raise UserError(
+            "these dictionaries cannot be trained", problems=problems, mend="change the recipe"
+        )
     return tuple(jobs)
 
 
@@ -131,14 +143,18 @@ def _parents(sites: Sequence[Site], initialisation: Initialisation) -> dict[Site
     first = _first_of_chain(residual, initialisation)
     parents: dict[Site, Site | None] = {residual[first]: None}
     for up, down in zip(
-        range(first + 1, len(residual) + first + 1), range(first - 1, -len(residual), -1), strict=False
+        range(first + 1, len(residual) + first + 1),
+        range(first - 1, -len(residual), -1),
+        strict=False,
     ):
         if up < len(residual):
             parents[residual[up]] = residual[up - 1]
         if down >= 0:
             parents[residual[down]] = residual[down + 1]
     for site in sorted((site for site in sites if site.kind in _MODULES), key=_depth):
-        parents[site] = _residual_of(site, residual) if initialisation.modules == "residual" else None
+        parents[site] = (
+            _residual_of(site, residual) if initialisation.modules == "residual" else None
+        )
     return parents
 
 
@@ -164,11 +180,16 @@ def _residual_of(site: Site, residual: Sequence[Site]) -> Site:
 def _steps(site: Site, parent: Site | None, steps: int, initialisation: Initialisation) -> int:
     if isinstance(initialisation, Chain) and site.kind in _MODULES:
         return initialisation.module_steps
-    return initialisation.next_steps if isinstance(initialisation, Chain) and parent is not None else steps
+    return (
+        initialisation.next_steps
+        if isinstance(initialisation, Chain) and parent is not None
+        else steps
+    )
 
 
 def _seed_offset(site: Site, initialisation: Initialisation) -> int:
-    """0 for the start that most sites share; modules of a chain share another, independent sites have one each."""
+    """0 for the start that most sites share; modules of a chain share another, independent sites
+    have one each."""
     match initialisation:
         case Independent():
             return 1 + _depth(site)
@@ -179,21 +200,29 @@ def _seed_offset(site: Site, initialisation: Initialisation) -> int:
 
 
 def _overridden(
-    job: SiteJob, steps: int, learning_rate: float | None, overrides: Sequence[tuple[Sequence[Site], Override]]
+    job: SiteJob,
+    steps: int,
+    learning_rate: float | None,
+    overrides: Sequence[tuple[Sequence[Site], Override]],
 ) -> SiteJob:
-    """What the recipe says of this site. A dictionary that goes on from another keeps to the rate of a whole run."""
+    """What the recipe says of this site. A dictionary that goes on from another keeps to the rate
+    of a whole run."""
     for named, override in overrides:
         if job.site in named:
-            wanted = {name: getattr(override, name) for name in ("architecture", "n_latents", "steps")}
-            job = replace(job, **{name: value for name, value in wanted.items() if value is not None})
+            wanted = {
+                name: getattr(override, name) for name in ("architecture", "n_latents", "steps")
+            }
+            job = replace(
+                job, **{name: value for name, value in wanted.items() if value is not None}
+            )
             learning_rate = override.learning_rate or learning_rate
     whole = max(steps, job.steps) if job.parent else job.steps
     return replace(job, learning_rate=learning_rate or rate_at(job.site, job.n_latents, whole))
 
 
 def rate_at(site: Site, n_latents: int, steps: int) -> float:
-    """The law's rate; an attention output in a short run gets that of 3,000 steps, since at more a quarter to a half of
-    its latents die (measured at 600 steps, docs/log.md)."""
+    """The law's rate; an attention output in a short run gets that of 3,000 steps, since at more a
+    quarter to a half of its latents die (measured at 600 steps, docs/log.md)."""
     return learning_rate_law(n_latents, max(steps, 3000) if site.kind == "attn_out" else steps)
 
 
@@ -207,12 +236,18 @@ def _problems(jobs: Sequence[SiteJob]) -> list[Problem]:
     problems = []
     for job in jobs:
         impossible = job.architecture.problems(job.n_latents)
-        problems += [Problem(what="impossible choice", where=job.site.short, found=what) for what in impossible]
+        problems += [
+            Problem(what="impossible choice", where=job.site.short, found=what)
+            for what in impossible
+        ]
         if job.parent is not None and by_site[job.parent].n_latents != job.n_latents:
             widths = f"{job.n_latents}, and {by_site[job.parent].n_latents} at {job.parent.short}"
             problems.append(
                 Problem(
-                    what="a chain keeps one width", where=job.site.short, found=widths, expected="the same n_latents"
+                    what="a chain keeps one width",
+                    where=job.site.short,
+                    found=widths,
+                    expected="the same n_latents",
                 )
             )
     return problems

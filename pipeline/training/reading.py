@@ -1,7 +1,8 @@
-"""What a lesson reads: rows of one site, or of two for a transcoder, as batches in memory or in windows of the store.
+"""What a lesson reads: rows of one site, or of two for a transcoder, as batches in memory or in
+windows of the store.
 
-Up to `max_rows_in_memory` rows are held in memory as float32; more are read in shuffled windows. Both tell their
-position and return to it exactly, and name the rows and shards of a bad batch.
+Up to `max_rows_in_memory` rows are held in memory as float32; more are read in shuffled windows.
+Both tell their position and return to it exactly, and name the rows and shards of a bad batch.
 """
 
 from __future__ import annotations
@@ -47,11 +48,16 @@ class TrainingOptions:
 def normalisation_at(store: ActivationStore, site: Site) -> Normalisation:
     """The training space of a site, from the statistics kept in the store."""
     statistics = store.statistics(site)
-    mean, variance = torch.from_numpy(np.array(statistics.mean)), torch.from_numpy(np.array(statistics.variance))
+    mean, variance = (
+        torch.from_numpy(np.array(statistics.mean)),
+        torch.from_numpy(np.array(statistics.variance)),
+    )
     return normalisation_of(mean, variance)
 
 
-def read_rows(store: ActivationStore, site: Site, rows: Int64[np.ndarray, "row"]) -> Float[Tensor, "row d_model"]:
+def read_rows(
+    store: ActivationStore, site: Site, rows: Int64[np.ndarray, "row"]
+) -> Float[Tensor, "row d_model"]:
     """The given rows (ascending) of a site."""
     out = torch.empty(len(rows), store.width(site))
     for first in range(0, store.n_rows, READ_ROWS):
@@ -68,9 +74,14 @@ def read_batch(store: ActivationStore, learner: Learner, rows: Int64[np.ndarray,
     return Batch(x=x, y=y[0] if y else None)
 
 
-def held_out_rows(sites: Sequence[Site], store: ActivationStore, options: TrainingOptions) -> Int64[np.ndarray, "row"]:
-    """The rows that set thresholds and measure FVU: the first of the held-out ones that training's filters keep."""
-    return store.kept_rows("validation", options.filters, sites=list(sites))[: options.held_out_rows]
+def held_out_rows(
+    sites: Sequence[Site], store: ActivationStore, options: TrainingOptions
+) -> Int64[np.ndarray, "row"]:
+    """The rows that set thresholds and measure FVU: the first of the held-out ones that training's
+    filters keep."""
+    return store.kept_rows("validation", options.filters, sites=list(sites))[
+        : options.held_out_rows
+    ]
 
 
 class _WindowBatches:
@@ -88,7 +99,9 @@ class _WindowBatches:
 
     def next_batch(self) -> Batch:
         parts = next(self._reader)
-        return Batch(x=parts[self._sites[0]], y=parts[self._sites[1]] if len(self._sites) > 1 else None)
+        return Batch(
+            x=parts[self._sites[0]], y=parts[self._sites[1]] if len(self._sites) > 1 else None
+        )
 
     def state(self) -> dict[str, Any]:
         return self._reader.state()
@@ -109,7 +122,9 @@ class _WindowBatches:
 
 
 @contextmanager
-def reading(learner: Learner, store: ActivationStore, options: TrainingOptions) -> Iterator[Batches]:
+def reading(
+    learner: Learner, store: ActivationStore, options: TrainingOptions
+) -> Iterator[Batches]:
     rows = store.kept_rows("train", options.filters, sites=list(learner.sites))
     if len(rows) > options.max_rows_in_memory:
         windows = _WindowBatches(store, learner, options)

@@ -1,9 +1,12 @@
-"""Jobs that wait for their parents, over the cores: every worker trains one site at a time on its own threads.
+"""Jobs that wait for their parents, over the cores: every worker trains one site at a time on its
+own threads.
 
 1. A job is ready when its parent is finished; ready jobs start in the plan's order.
-2. `n_threads` cores are shared by as many workers as there can be jobs at once; a job that has its generation to itself
-   gets them all. A job's thread count depends on the plan only, so that a resumed run computes the same bits.
-3. The first failure, or an interrupt, stops all workers after their present step; their checkpoints stay.
+2. `n_threads` cores are shared by as many workers as there can be jobs at once; a job that has its
+   generation to itself gets them all. A job's thread count depends on the plan only, so that a
+   resumed run computes the same bits.
+3. The first failure, or an interrupt, stops all workers after their present step; their checkpoints
+   stay.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ Work = Callable[[SiteJob, Callable[[], bool]], dict[str, Any]]
 """`work(job, stopping)` trains one site and returns what is known about it."""
 
 
-def run_jobs(jobs: Sequence[SiteJob], work: Work, *, n_workers: int, n_threads: int) -> dict[Site, dict[str, Any]]:
+def run_jobs(
+    jobs: Sequence[SiteJob], work: Work, *, n_workers: int, n_threads: int
+) -> dict[Site, dict[str, Any]]:
     """Every job's result. Raises what the first failing job raised."""
     width_of = _generation_widths(jobs)
     stop = threading.Event()
@@ -56,7 +61,8 @@ def widest(jobs: Sequence[SiteJob]) -> int:
 
 
 def _generation_widths(jobs: Sequence[SiteJob]) -> dict[Site, int]:
-    """For each job, how many jobs are as many steps away from a random start: they may all run at once."""
+    """For each job, how many jobs are as many steps away from a random start: they may all run at
+    once."""
     generation: dict[Site, int] = {}
     for job in jobs:
         generation[job.site] = 0 if job.parent is None else generation[job.parent] + 1

@@ -1,12 +1,16 @@
-"""One lesson: learners with the same batches, the store and a folder in; their dictionaries and curves out.
+"""One lesson: learners with the same batches, the store and a folder in; their dictionaries and
+curves out.
 
 1. A finished dictionary is left as it is; a checkpoint is continued exactly where it was written.
-2. Read the lesson's training rows, into memory if there are at most `max_rows_in_memory`, else in shuffled windows.
-3. Each learner starts from random directions or from its parent's dictionary, in the site's own normalisation.
-4. Every batch is read once and given to all learners that need it; one that is further on, because its checkpoint was,
-   waits for the others. Checkpoint now and then.
-5. A learner that is through gets its thresholds, FVU and L0 from held-out rows. Write the curve, then the dictionary
-   (its description last, which is what "finished" means), and drop the checkpoint.
+2. Read the lesson's training rows, into memory if there are at most `max_rows_in_memory`, else in
+   shuffled windows.
+3. Each learner starts from random directions or from its parent's dictionary, in the site's own
+   normalisation.
+4. Every batch is read once and given to all learners that need it; one that is further on, because
+   its checkpoint was, waits for the others. Checkpoint now and then.
+5. A learner that is through gets its thresholds, FVU and L0 from held-out rows. Write the curve,
+   then the dictionary (its description last, which is what "finished" means), and drop the
+   checkpoint.
 """
 
 from __future__ import annotations
@@ -56,10 +60,15 @@ def train_lesson(
     metrics: Metrics = discard,
     stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, dict[str, Any]]:
-    """Train, or find trained, every dictionary of a lesson under `root`; returns their metadata by folder."""
+    """Train, or find trained, every dictionary of a lesson under `root`; returns their metadata by
+    folder."""
     if stopping():
         raise Stopped
-    courses = [_course(learner, store, options, root) for learner in lesson if not _is_finished(learner, root)]
+    courses = [
+        _course(learner, store, options, root)
+        for learner in lesson
+        if not _is_finished(learner, root)
+    ]
     if courses:
         held_out = read_batch(store, lesson[0], held_out_rows(lesson[0].sites, store, options))
         with reading(lesson[0], store, options) as batches:
@@ -88,16 +97,24 @@ def _is_finished(learner: Learner, root: Path) -> bool:
     return (_place(learner, root) / "sae.json").is_file()
 
 
-def _course(learner: Learner, store: ActivationStore, options: TrainingOptions, root: Path) -> _Course:
+def _course(
+    learner: Learner, store: ActivationStore, options: TrainingOptions, root: Path
+) -> _Course:
     job = learner.job
     source, target = learner.sites[0], job.site if learner.reads else None
     if job.parent is not None:
-        weights = unfold(load_sae(root / learner.folder / job.parent.short), normalisation_at(store, job.parent))
+        weights = unfold(
+            load_sae(root / learner.folder / job.parent.short), normalisation_at(store, job.parent)
+        )
     elif target is not None:
         width = store.width(target)
-        weights = random_start(job.n_latents, store.width(source), seed=job.seed, d_out=width, skip=learner.skip)
+        weights = random_start(
+            job.n_latents, store.width(source), seed=job.seed, d_out=width, skip=learner.skip
+        )
     else:
-        weights = job.architecture.prepared(random_start(job.n_latents, store.width(source), seed=job.seed))
+        weights = job.architecture.prepared(
+            random_start(job.n_latents, store.width(source), seed=job.seed)
+        )
     trainer = Trainer(
         architecture=job.architecture,
         schedule=_schedule(job, options),
@@ -165,7 +182,12 @@ def _taught(
 
 
 def _learn(
-    course: _Course, batch: Batch, batches: Batches, options: TrainingOptions, progress: Progress, metrics: Metrics
+    course: _Course,
+    batch: Batch,
+    batches: Batches,
+    options: TrainingOptions,
+    progress: Progress,
+    metrics: Metrics,
 ) -> None:
     """One step of one learner, timed and told."""
     started = time.monotonic()
@@ -179,7 +201,9 @@ def _learn(
 
 
 def _who(learner: Learner) -> dict[str, str]:
-    return {"site": learner.job.site.short} | ({} if learner.folder == DICTIONARIES else {"of": learner.folder})
+    return {"site": learner.job.site.short} | (
+        {} if learner.folder == DICTIONARIES else {"of": learner.folder}
+    )
 
 
 def _numbers(trainer: Trainer, speed: float) -> str:
@@ -187,12 +211,19 @@ def _numbers(trainer: Trainer, speed: float) -> str:
     if not trainer.records:
         return ""
     last = trainer.records[-1]
-    numbers = f"loss {last['loss']:.3g}  FVU {last['fvu']:.3f}  L0 {last['l0']:.1f}  dead {last['dead']:.0f}"
+    numbers = (
+        f"loss {last['loss']:.3g}  FVU {last['fvu']:.3f}  L0 {last['l0']:.1f}  dead "
+        f"{last['dead']:.0f}"
+    )
     return f"{DETAIL}{numbers}  {speed:,.0f} tokens/s"
 
 
 def _finish(
-    course: _Course, store: ActivationStore, options: TrainingOptions, held_out: Batch, metrics: Metrics
+    course: _Course,
+    store: ActivationStore,
+    options: TrainingOptions,
+    held_out: Batch,
+    metrics: Metrics,
 ) -> None:
     learner, trainer = course.learner, course.trainer
     n_rows = len(held_out.x)
@@ -201,16 +232,24 @@ def _finish(
     schedule = dataclasses.asdict(trainer.schedule)
     told = {**_description(learner, store, options), "schedule": schedule, "held_out_rows": n_rows}
     sae = trainer.finish(on_device, told)
-    sae.metadata.update(_measured(sae, held_out) | {"dead": trainer.records[-1]["dead"] / learner.job.n_latents})
+    sae.metadata.update(
+        _measured(sae, held_out) | {"dead": trainer.records[-1]["dead"] / learner.job.n_latents}
+    )
     _write(course.place, sae, trainer.records)
     seconds = round(course.seconds, 3)
     metrics({**_who(learner), "step": trainer.step, "seconds": seconds, **_headline(sae)})
 
 
-def _description(learner: Learner, store: ActivationStore, options: TrainingOptions) -> dict[str, Any]:
+def _description(
+    learner: Learner, store: ActivationStore, options: TrainingOptions
+) -> dict[str, Any]:
     job = learner.job
     reads = {} if learner.reads is None else {"reads": learner.reads.name, "skip": learner.skip}
-    variant = {"variant": learner.folder.removeprefix(f"{VARIANTS}/")} if learner.folder.startswith(VARIANTS) else {}
+    variant = (
+        {"variant": learner.folder.removeprefix(f"{VARIANTS}/")}
+        if learner.folder.startswith(VARIANTS)
+        else {}
+    )
     return {
         "site": job.site.name,
         **reads,

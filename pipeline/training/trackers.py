@@ -1,10 +1,14 @@
-"""Training curves to an experiment tracker, for those who want one: each record of `metrics.jsonl` as it is written.
+"""Training curves to an experiment tracker, for those who want one: each record of `metrics.jsonl`
+as it is written.
 
     TensorBoard   scalars `<site>/<number>` in `<artifacts>/<recipe>/tensorboard`
-    wandb         the same names in project "featureflow", each site against its own step; its files in
-                  `<artifacts>/<recipe>/wandb`; WANDB_MODE, WANDB_PROJECT and the rest of its environment hold
+    wandb         the same names in project "featureflow", each site against its own step; its files
+    in
+                  `<artifacts>/<recipe>/wandb`; WANDB_MODE, WANDB_PROJECT and the rest of its
+                  environment hold
 
-A tracker's package is imported when it is asked for and by nothing else. What a tracker is told changes no result.
+A tracker's package is imported when it is asked for and by nothing else. What a tracker is told
+changes no result.
 """
 
 from __future__ import annotations
@@ -30,13 +34,18 @@ def check_trackers(names: Sequence[Tracker]) -> None:
     if missing:
         raise UserError(
             "a tracker is not installed",
-            problems=tuple(Problem(what="no such package", where="train.log_to", found=name) for name in missing),
+            problems=tuple(
+                Problem(what="no such package", where="train.log_to", found=name)
+                for name in missing
+            ),
             mend=f"pip install {' '.join(missing)}, or take it out of train.log_to",
         )
 
 
 @contextmanager
-def tracked(names: Sequence[Tracker], folder: Path, config: Mapping[str, Any]) -> Iterator[list[Metrics]]:
+def tracked(
+    names: Sequence[Tracker], folder: Path, config: Mapping[str, Any]
+) -> Iterator[list[Metrics]]:
     """Open the trackers, yield one callback each, close them. They write below `folder`."""
     with ExitStack() as stack:
         yield [stack.enter_context(_TRACKERS[name](folder, config)) for name in names]
@@ -74,7 +83,9 @@ def _wandb(folder: Path, config: Mapping[str, Any]) -> Iterator[Metrics]:
             known.add(label)
             run.define_metric(f"{label}/step")
             run.define_metric(f"{label}/*", step_metric=f"{label}/step")
-        run.log({f"{label}/step": step} | {f"{label}/{name}": value for name, value in numbers.items()})
+        run.log(
+            {f"{label}/step": step} | {f"{label}/{name}": value for name, value in numbers.items()}
+        )
 
     failed = 1
     try:
@@ -91,8 +102,16 @@ def _parts(record: Record) -> tuple[str, int, dict[str, float]]:
     """Whose record it is, its step, and its numbers."""
     of = str(record.get("of", "")).rpartition("/")[2]
     label = f"{record['site']} {of}".strip()
-    numbers = {name: value for name, value in record.items() if isinstance(value, (int, float)) and name != "step"}
-    return label, int(record.get("step", 0)), {name: float(value) for name, value in numbers.items()}
+    numbers = {
+        name: value
+        for name, value in record.items()
+        if isinstance(value, (int, float)) and name != "step"
+    }
+    return (
+        label,
+        int(record.get("step", 0)),
+        {name: float(value) for name, value in numbers.items()},
+    )
 
 
 def _one_at_a_time(tell: Callable[[Record], None]) -> Metrics:

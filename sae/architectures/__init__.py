@@ -1,6 +1,8 @@
-"""The ways to train a dictionary. Each is one file with the few choices it owns; `base` is what they share.
+"""The ways to train a dictionary. Each is one file with the few choices it owns; `base` is what
+they share.
 
-A new architecture is a new file with a frozen dataclass that satisfies `base.Architecture`, and a line here.
+A new architecture is a new file with a frozen dataclass that satisfies `base.Architecture`, and a
+line here.
 """
 
 from __future__ import annotations

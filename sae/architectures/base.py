@@ -1,7 +1,8 @@
-"""What every architecture is to the trainer: the one protocol, and what one pass over a batch reports.
+"""What every architecture is to the trainer: the one protocol, and what one pass over a batch
+reports.
 
-An architecture is a frozen dataclass with the few choices it owns. It sees activations that are centred and scaled to
-unit mean square, and turns the weights and a batch into gradients:
+An architecture is a frozen dataclass with the few choices it owns. It sees activations that are
+centred and scaled to unit mean square, and turns the weights and a batch into gradients:
 
     extra_parameters   tensors that it needs besides W_enc, b_enc, W_dec, b_dec (thresholds, gates)
     gradients          one pass: losses by part, gradients by weight, what fired
@@ -22,12 +23,14 @@ from sae.activations import Activation
 from sae.kernels.select import Precision
 
 Weights = dict[str, Tensor]
-"""W_enc [latent d_in], b_enc [latent], W_dec [latent d_out], b_dec [d_out], and what the architecture adds."""
+"""W_enc [latent d_in], b_enc [latent], W_dec [latent d_out], b_dec [d_out], and what the
+architecture adds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """Where in the run a step happens. `progress` runs from 0 to 1; `pressure` is the closed loop's coefficient."""
+    """Where in the run a step happens. `progress` runs from 0 to 1; `pressure` is the closed loop's
+    coefficient."""
 
     progress: float
     dead: Bool[Tensor, "latent"]
@@ -91,17 +94,24 @@ class Architecture(Protocol):
         ...
 
     def gradients(
-        self, weights: Weights, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"] | None, now: Situation
+        self,
+        weights: Weights,
+        x: Float[Tensor, "token d_in"],
+        y: Float[Tensor, "token d_out"] | None,
+        now: Situation,
     ) -> Pass:
-        """One batch in the normalised space. Without `y` the target is `x` and b_dec is subtracted before encoding."""
+        """One batch in the normalised space. Without `y` the target is `x` and b_dec is subtracted
+        before encoding."""
         ...
 
     def activation(self, weights: Weights, threshold: float) -> Activation:
-        """In the normalised space; `threshold` is the calibrated one, where there is one for all latents."""
+        """In the normalised space; `threshold` is the calibrated one, where there is one for all
+        latents."""
         ...
 
     def edges(self, weights: Weights) -> Float[Tensor, "latent"] | None:
-        """The pre-activation above which each latent fires; None where `threshold` or other latents decide."""
+        """The pre-activation above which each latent fires; None where `threshold` or other latents
+        decide."""
         ...
 
     def raised(self, weights: Weights, by: float) -> Weights:

@@ -1,7 +1,8 @@
-"""BatchTopK: the k × tokens largest pre-activations of a whole batch (Bussmann et al. 2024, arXiv 2412.06410).
+"""BatchTopK: the k × tokens largest pre-activations of a whole batch (Bussmann et al. 2024, arXiv
+2412.06410).
 
-Tokens may use more or fewer latents than k. Inference needs no batch: one threshold for all latents, set at the end so
-that held-out activations have k active latents on average.
+Tokens may use more or fewer latents than k. Inference needs no batch: one threshold for all
+latents, set at the end so that held-out activations have k active latents on average.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class BatchTopK:
     """k latents per token on average over a batch; a threshold in inference."""
 
     k: Annotated[int, Gt(0), Doc("latents per token, on average")] = 32
-    auxk_weight: Annotated[float, Ge(0), Doc("weight of the auxiliary loss on dead latents; 0 turns it off")] = 1 / 8
+    auxk_weight: Annotated[
+        float, Ge(0), Doc("weight of the auxiliary loss on dead latents; 0 turns it off")
+    ] = 1 / 8
     kind: Literal["batch_topk"] = "batch_topk"
 
     @property
@@ -48,7 +51,11 @@ class BatchTopK:
         return length_matched(weights, self.k)
 
     def gradients(
-        self, weights: Weights, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"] | None, now: Situation
+        self,
+        weights: Weights,
+        x: Float[Tensor, "token d_in"],
+        y: Float[Tensor, "token d_out"] | None,
+        now: Situation,
     ) -> Pass:
         auxk = AuxK(weight=self.auxk_weight, k=max(1, x.shape[1] // 2))
         return sparse_step(weights, x, y, now, selection=WholeBatch(k=self.k), auxk=auxk)

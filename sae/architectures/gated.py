@@ -1,11 +1,14 @@
-"""Gated SAE (Rajamanoharan et al. 2024, arXiv 2404.16014): one half decides what fires, the other how strongly.
+"""Gated SAE (Rajamanoharan et al. 2024, arXiv 2404.16014): one half decides what fires, the other
+how strongly.
 
-With one encoder product π = W_enc (x − b_dec) + b_enc (the gate's) and z = 1[π > 0] · max(e^r π + b, 0), the loss is
+With one encoder product π = W_enc (x − b_dec) + b_enc (the gate's) and z = 1[π > 0] · max(e^r π +
+b, 0), the loss is
 
     ‖x − x̂‖² + λ Σ max(π, 0) + ‖x − x̂(max(π, 0))‖²  over d, the last with the decoder held fixed
 
-where `b` holds b_mag − e^r b_gate of the paper, so that magnitudes are an affine map of the gate's pre-activations. λ
-is steered by a closed loop to the target L0; one shift of all biases takes what is left to it.
+where `b` holds b_mag − e^r b_gate of the paper, so that magnitudes are an affine map of the gate's
+pre-activations. λ is steered by a closed loop to the target L0; one shift of all biases takes what
+is left to it.
 """
 
 from __future__ import annotations
@@ -28,8 +31,12 @@ from sae.architectures.dense import Forward, differentiated, gently_started
 class GatedL1:
     """A gate with its own L1 penalty, magnitudes without shrinkage."""
 
-    target_l0: Annotated[float, Gt(0), Doc("latents per token, on average, that the penalty is steered to")] = 32.0
-    penalty: Annotated[float, Gt(0), Doc("the L1 coefficient λ that the closed loop starts from")] = 2.0
+    target_l0: Annotated[
+        float, Gt(0), Doc("latents per token, on average, that the penalty is steered to")
+    ] = 32.0
+    penalty: Annotated[
+        float, Gt(0), Doc("the L1 coefficient λ that the closed loop starts from")
+    ] = 2.0
     kind: Literal["gated"] = "gated"
 
     unit_decoder = True
@@ -37,7 +44,11 @@ class GatedL1:
     calibrated = True
 
     def problems(self, n_latents: int) -> list[str]:
-        return [f"target_l0 = {self.target_l0} of {n_latents} latents"] if self.target_l0 > n_latents else []
+        return (
+            [f"target_l0 = {self.target_l0} of {n_latents} latents"]
+            if self.target_l0 > n_latents
+            else []
+        )
 
     def extra_parameters(self, n_latents: int) -> Weights:
         return {"log_gain": torch.zeros(n_latents), "magnitude_bias": torch.zeros(n_latents)}
@@ -46,7 +57,11 @@ class GatedL1:
         return gently_started(weights)
 
     def gradients(
-        self, weights: Weights, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"] | None, now: Situation
+        self,
+        weights: Weights,
+        x: Float[Tensor, "token d_in"],
+        y: Float[Tensor, "token d_out"] | None,
+        now: Situation,
     ) -> Pass:
         coefficient = self.penalty * now.pressure * min(1.0, now.progress / 0.05)
 
@@ -59,7 +74,9 @@ class GatedL1:
                 "sparsity": coefficient * gate.sum(1).mean() / target.shape[1],
                 "gate": by_gate.square().mean(),
             }
-            return Forward(latents=z, error=z @ leaves["W_dec"] + base - target, penalties=penalties)
+            return Forward(
+                latents=z, error=z @ leaves["W_dec"] + base - target, penalties=penalties
+            )
 
         return differentiated(weights, x, y, forward)
 

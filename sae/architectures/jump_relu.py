@@ -1,14 +1,16 @@
 """JumpReLU: a learnt threshold per latent (Rajamanoharan et al. 2024, arXiv 2407.14435).
 
-z = pre where pre > θ, else 0. The step has no gradient, so θ gets one through a rectangle of width `bandwidth` around
-it: ∂H(pre − θ)/∂θ = −1[|pre − θ| < bandwidth/2] / bandwidth. θ is a float32 parameter of its own, clamped at 0;
-stored as a logarithm it hardly moves under Adam. Two penalties:
+z = pre where pre > θ, else 0. The step has no gradient, so θ gets one through a rectangle of width
+`bandwidth` around it: ∂H(pre − θ)/∂θ = −1[|pre − θ| < bandwidth/2] / bandwidth. θ is a float32
+parameter of its own, clamped at 0; stored as a logarithm it hardly moves under Adam. Two penalties:
 
-    quadratic    λ (L0 / target − 1)²                       (Gemma Scope 2); finds the target by itself
-    tanh         0.1 λ Σ tanh(4 z ‖W_dec‖) / d              (Anthropic, January 2025); λ steered by a closed loop
+    quadratic    λ (L0 / target − 1)²                       (Gemma Scope 2); finds the target by
+    itself
+    tanh         0.1 λ Σ tanh(4 z ‖W_dec‖) / d              (Anthropic, January 2025); λ steered by
+    a closed loop
 
-Training starts where about `target_l0` latents are active. At the end all thresholds move by one shift that gives the
-target on held-out rows.
+Training starts where about `target_l0` latents are active. At the end all thresholds move by one
+shift that gives the target on held-out rows.
 """
 
 from __future__ import annotations
@@ -35,10 +37,18 @@ class JumpRelu:
     """A threshold per latent, trained with the rest."""
 
     target_l0: Annotated[float, Gt(0), Doc("latents per token, on average")] = 32.0
-    sparsity: Annotated[Literal["quadratic", "tanh"], Doc("form of the penalty that holds L0 down")] = "quadratic"
-    penalty: Annotated[float, Gt(0), Doc("the penalty's coefficient λ; for tanh, where the closed loop starts")] = 1.0
-    bandwidth: Annotated[float, Gt(0), Doc("width of θ's surrogate gradient, in units of the input's scale")] = 0.2
-    dead_penalty: Annotated[float, Gt(0), Doc("how strongly dead latents are pulled towards their threshold")] = 1e-3
+    sparsity: Annotated[
+        Literal["quadratic", "tanh"], Doc("form of the penalty that holds L0 down")
+    ] = "quadratic"
+    penalty: Annotated[
+        float, Gt(0), Doc("the penalty's coefficient λ; for tanh, where the closed loop starts")
+    ] = 1.0
+    bandwidth: Annotated[
+        float, Gt(0), Doc("width of θ's surrogate gradient, in units of the input's scale")
+    ] = 0.2
+    dead_penalty: Annotated[
+        float, Gt(0), Doc("how strongly dead latents are pulled towards their threshold")
+    ] = 1e-3
     kind: Literal["jump_relu"] = "jump_relu"
 
     unit_decoder = True
@@ -49,10 +59,15 @@ class JumpRelu:
         return self.sparsity == "tanh"
 
     def problems(self, n_latents: int) -> list[str]:
-        return [f"target_l0 = {self.target_l0} of {n_latents} latents"] if self.target_l0 > n_latents else []
+        return (
+            [f"target_l0 = {self.target_l0} of {n_latents} latents"]
+            if self.target_l0 > n_latents
+            else []
+        )
 
     def extra_parameters(self, n_latents: int) -> Weights:
-        """Unit rows see inputs of unit mean square as about N(0, 1): the quantile that leaves `target_l0` latents."""
+        """Unit rows see inputs of unit mean square as about N(0, 1): the quantile that leaves
+        `target_l0` latents."""
         share = min(max(self.target_l0 / n_latents, 1e-6), 0.5)
         return {"theta": torch.full((n_latents,), NormalDist().inv_cdf(1 - share))}
 
@@ -60,7 +75,11 @@ class JumpRelu:
         return weights
 
     def gradients(
-        self, weights: Weights, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"] | None, now: Situation
+        self,
+        weights: Weights,
+        x: Float[Tensor, "token d_in"],
+        y: Float[Tensor, "token d_out"] | None,
+        now: Situation,
     ) -> Pass:
         def forward(leaves: Weights, pre: Tensor, target: Tensor, base: Tensor) -> Forward:
             fires = _Step.apply(pre, leaves["theta"], self.bandwidth)
@@ -69,7 +88,9 @@ class JumpRelu:
             if bool(now.dead.any()):
                 short = (leaves["theta"] - pre)[:, now.dead].relu()
                 penalties["dead"] = self.dead_penalty * short.mean()
-            return Forward(latents=z.detach(), error=z @ leaves["W_dec"] + base - target, penalties=penalties)
+            return Forward(
+                latents=z.detach(), error=z @ leaves["W_dec"] + base - target, penalties=penalties
+            )
 
         return differentiated(weights, x, y, forward)
 

@@ -1,7 +1,8 @@
-"""Matryoshka BatchTopK: prefixes of the dictionary reconstruct by themselves (Bussmann et al. 2025, arXiv 2503.17547).
+"""Matryoshka BatchTopK: prefixes of the dictionary reconstruct by themselves (Bussmann et al. 2025,
+arXiv 2503.17547).
 
-The loss is the mean over prefixes of each prefix' squared error, so early latents stay general instead of being split
-up by later ones. Selection and inference are BatchTopK's.
+The loss is the mean over prefixes of each prefix' squared error, so early latents stay general
+instead of being split up by later ones. Selection and inference are BatchTopK's.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ class MatryoshkaBatchTopK:
     """Nested dictionaries: `fractions` of the latents, each prefix holding the ones before it."""
 
     k: Annotated[int, Gt(0), Doc("latents per token, on average")] = 32
-    fractions: Annotated[tuple[float, ...], Doc("share of the latents in each group, in order; they add up to 1")] = (
-        1 / 32,
-        1 / 16,
-        1 / 8,
-        1 / 4,
-        17 / 32,
-    )
-    auxk_weight: Annotated[float, Ge(0), Doc("weight of the auxiliary loss on dead latents; 0 turns it off")] = 1 / 8
+    fractions: Annotated[
+        tuple[float, ...], Doc("share of the latents in each group, in order; they add up to 1")
+    ] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
+    auxk_weight: Annotated[
+        float, Ge(0), Doc("weight of the auxiliary loss on dead latents; 0 turns it off")
+    ] = 1 / 8
     kind: Literal["matryoshka_batch_topk"] = "matryoshka_batch_topk"
 
     def __post_init__(self) -> None:
         if not self.fractions or min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-6:
-            raise ValueError(f"fractions must be positive and add up to 1, not {sum(self.fractions):g}")
+            raise ValueError(
+                f"fractions must be positive and add up to 1, not {sum(self.fractions):g}"
+            )
 
     @property
     def target_l0(self) -> float:
@@ -62,7 +63,9 @@ class MatryoshkaBatchTopK:
         ends = (0, *self.group_ends(n_latents))
         empty = any(later <= earlier for earlier, later in itertools.pairwise(ends))
         found = [f"k = {self.k} of {n_latents} latents"] if self.k > n_latents else []
-        return found + ([f"a group of {self.fractions} is empty at {n_latents} latents"] if empty else [])
+        return found + (
+            [f"a group of {self.fractions} is empty at {n_latents} latents"] if empty else []
+        )
 
     def extra_parameters(self, n_latents: int) -> Weights:
         return {}
@@ -71,11 +74,17 @@ class MatryoshkaBatchTopK:
         return length_matched(weights, self.k)
 
     def gradients(
-        self, weights: Weights, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"] | None, now: Situation
+        self,
+        weights: Weights,
+        x: Float[Tensor, "token d_in"],
+        y: Float[Tensor, "token d_out"] | None,
+        now: Situation,
     ) -> Pass:
         auxk = AuxK(weight=self.auxk_weight, k=max(1, x.shape[1] // 2))
         ends = torch.tensor(self.group_ends(len(weights["W_enc"])), device=x.device)
-        return sparse_step(weights, x, y, now, selection=WholeBatch(k=self.k), auxk=auxk, group_ends=ends)
+        return sparse_step(
+            weights, x, y, now, selection=WholeBatch(k=self.k), auxk=auxk, group_ends=ends
+        )
 
     def activation(self, weights: Weights, threshold: float) -> Activation:
         return Threshold(theta=torch.full_like(weights["b_enc"], threshold))

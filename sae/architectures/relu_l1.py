@@ -1,8 +1,10 @@
-"""ReLU with an L1 penalty weighted by decoder norms (Anthropic, "Update on how we train SAEs", April 2024).
+"""ReLU with an L1 penalty weighted by decoder norms (Anthropic, "Update on how we train SAEs",
+April 2024).
 
-Loss per token and channel: (‖e‖² + λ Σ_i z_i ‖W_dec[i]‖) / d with free decoder norms, folded to unit rows at the end. λ
-is warmed up over the first 5 % of the run while a closed loop moves it until L0 meets the target; what is left to the
-target at the end, the encoder's biases take, all by one shift.
+Loss per token and channel: (‖e‖² + λ Σ_i z_i ‖W_dec[i]‖) / d with free decoder norms, folded to
+unit rows at the end. λ is warmed up over the first 5 % of the run while a closed loop moves it
+until L0 meets the target; what is left to the target at the end, the encoder's biases take, all by
+one shift.
 """
 
 from __future__ import annotations
@@ -25,8 +27,12 @@ from sae.architectures.dense import Forward, differentiated, gently_started
 class ReluL1:
     """Every positive pre-activation counts; an L1 penalty keeps them few."""
 
-    target_l0: Annotated[float, Gt(0), Doc("latents per token, on average, that the penalty is steered to")] = 32.0
-    penalty: Annotated[float, Gt(0), Doc("the L1 coefficient λ that the closed loop starts from")] = 2.0
+    target_l0: Annotated[
+        float, Gt(0), Doc("latents per token, on average, that the penalty is steered to")
+    ] = 32.0
+    penalty: Annotated[
+        float, Gt(0), Doc("the L1 coefficient λ that the closed loop starts from")
+    ] = 2.0
     kind: Literal["relu_l1"] = "relu_l1"
 
     unit_decoder = False
@@ -34,7 +40,11 @@ class ReluL1:
     calibrated = True
 
     def problems(self, n_latents: int) -> list[str]:
-        return [f"target_l0 = {self.target_l0} of {n_latents} latents"] if self.target_l0 > n_latents else []
+        return (
+            [f"target_l0 = {self.target_l0} of {n_latents} latents"]
+            if self.target_l0 > n_latents
+            else []
+        )
 
     def extra_parameters(self, n_latents: int) -> Weights:
         return {}
@@ -43,7 +53,11 @@ class ReluL1:
         return gently_started(weights)
 
     def gradients(
-        self, weights: Weights, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"] | None, now: Situation
+        self,
+        weights: Weights,
+        x: Float[Tensor, "token d_in"],
+        y: Float[Tensor, "token d_out"] | None,
+        now: Situation,
     ) -> Pass:
         coefficient = self.penalty * now.pressure * min(1.0, now.progress / 0.05)
 
@@ -51,7 +65,11 @@ class ReluL1:
             z = pre.relu()
             length = z * leaves["W_dec"].norm(dim=1)
             penalty = coefficient * length.sum(1).mean() / target.shape[1]
-            return Forward(latents=z, error=z @ leaves["W_dec"] + base - target, penalties={"sparsity": penalty})
+            return Forward(
+                latents=z,
+                error=z @ leaves["W_dec"] + base - target,
+                penalties={"sparsity": penalty},
+            )
 
         return differentiated(weights, x, y, forward)
 

@@ -1,4 +1,5 @@
-"""TopK: the k largest pre-activations of each token (Gao et al. 2024, arXiv 2406.04093). L0 is k by construction."""
+"""TopK: the k largest pre-activations of each token (Gao et al. 2024, arXiv 2406.04093). L0 is k by
+construction."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ class TopK:
     """Exactly k latents per token, fewer where fewer are positive."""
 
     k: Annotated[int, Gt(0), Doc("latents per token")] = 32
-    auxk_weight: Annotated[float, Ge(0), Doc("weight of the auxiliary loss on dead latents; 0 turns it off")] = 1 / 8
+    auxk_weight: Annotated[
+        float, Ge(0), Doc("weight of the auxiliary loss on dead latents; 0 turns it off")
+    ] = 1 / 8
     kind: Literal["topk"] = "topk"
 
     @property
@@ -43,7 +46,11 @@ class TopK:
         return length_matched(weights, self.k)
 
     def gradients(
-        self, weights: Weights, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"] | None, now: Situation
+        self,
+        weights: Weights,
+        x: Float[Tensor, "token d_in"],
+        y: Float[Tensor, "token d_out"] | None,
+        now: Situation,
     ) -> Pass:
         auxk = AuxK(weight=self.auxk_weight, k=max(1, x.shape[1] // 2))
         return sparse_step(weights, x, y, now, selection=PerRow(k=self.k), auxk=auxk)

@@ -1,7 +1,7 @@
 """Dictionaries on disk: the native form, and what other libraries and labs write.
 
-`read(path)` recognises and reads any of them; `write_saelens(sae, folder)` writes what SAELens opens. The names load
-torch when they are first used, not when the package is imported.
+`read(path)` recognises and reads any of them; `write_saelens(sae, folder)` writes what SAELens
+opens. The names load torch when they are first used, not when the package is imported.
 """
 
 from __future__ import annotations

@@ -1,19 +1,24 @@
-"""saprmarks/dictionary_learning: `ae.pt`, with `config.json` beside it, turned into the inference form.
+"""saprmarks/dictionary_learning: `ae.pt`, with `config.json` beside it, turned into the inference
+form.
 
-The class that wrote the file decides what its tensors mean; `config.json` names it as `trainer.dict_class`.
+The class that wrote the file decides what its tensors mean; `config.json` names it as
+`trainer.dict_class`.
 
 | class | tensors | z |
 |---|---|---|
 | AutoEncoder | encoder.{weight,bias}, decoder.weight, bias | relu(encoder(x − bias)) |
 | AutoEncoderNew | encoder.{weight,bias}, decoder.{weight,bias} | relu(encoder(x)) |
-| GatedAutoEncoder | encoder.weight, decoder.weight, decoder_bias, r_mag, gate_bias, mag_bias | with e = encoder(x − decoder_bias): (e + gate_bias > 0) · relu(exp(r_mag) e + mag_bias) |
-| JumpReluAutoEncoder | W_enc [d, latent], b_enc, W_dec [latent, d], b_dec, threshold [latent] | relu(pre) · (pre > threshold), b_dec not subtracted |
-| AutoEncoderTopK | encoder.{weight,bias}, decoder.weight, b_dec, k, threshold | topk(relu(encoder(x − b_dec))) |
-| BatchTopKSAE | the same names | relu(e) · (e > threshold), threshold a scalar |
-| MatryoshkaBatchTopKSAE | W_enc, b_enc, W_dec, b_dec, k, threshold, group_sizes | as BatchTopKSAE |
+| GatedAutoEncoder | encoder.weight, decoder.weight, decoder_bias, r_mag, gate_bias, mag_bias | with
+e = encoder(x − decoder_bias): (e + gate_bias > 0) · relu(exp(r_mag) e + mag_bias) | |
+JumpReluAutoEncoder | W_enc [d, latent], b_enc, W_dec [latent, d], b_dec, threshold [latent] |
+relu(pre) · (pre > threshold), b_dec not subtracted | | AutoEncoderTopK | encoder.{weight,bias},
+decoder.weight, b_dec, k, threshold | topk(relu(encoder(x − b_dec))) | | BatchTopKSAE | the same
+names | relu(e) · (e > threshold), threshold a scalar | | MatryoshkaBatchTopKSAE | W_enc, b_enc,
+W_dec, b_dec, k, threshold, group_sizes | as BatchTopKSAE |
 
-Input scaling was folded by its authors when the file was saved. Layout of version 0.1.0. Read with `weights_only=True`.
-"""  # noqa: E501  # one row of a table is one line
+Input scaling was folded by its authors when the file was saved. Layout of version 0.1.0. Read with
+`weights_only=True`.
+"""  # one row of a table is one line
 
 from __future__ import annotations
 
@@ -29,7 +34,10 @@ from sae.errors import UserError
 from sae.formats.folding import Foreign, fold, full_like_latents
 from sae.formats.tensors import Shape, checked, read_json, read_pt
 
-_LINEAR: dict[str, Shape] = {"encoder.weight": ("latent", "d_in"), "decoder.weight": ("d_in", "latent")}
+_LINEAR: dict[str, Shape] = {
+    "encoder.weight": ("latent", "d_in"),
+    "decoder.weight": ("d_in", "latent"),
+}
 _MATRICES: dict[str, Shape] = {
     "W_enc": ("d_in", "latent"),
     "b_enc": ("latent",),
@@ -53,12 +61,17 @@ _SHAPES: dict[str, dict[str, Shape]] = {
 }
 
 
-def read_dictionary_learning(path: Path, *, unit_decoder: bool = True, dict_class: str | None = None) -> Sae:
-    """Read `ae.pt`, or a folder with it. `dict_class` says what wrote the file when no `config.json` does."""
+def read_dictionary_learning(
+    path: Path, *, unit_decoder: bool = True, dict_class: str | None = None
+) -> Sae:
+    """Read `ae.pt`, or a folder with it. `dict_class` says what wrote the file when no
+    `config.json` does."""
     file = path / "ae.pt" if path.is_dir() else path
     description = file.parent / "config.json"
     config = read_json(description) if description.is_file() else {}
-    return from_state(read_pt(file), where=file, config=config, unit_decoder=unit_decoder, dict_class=dict_class)
+    return from_state(
+        read_pt(file), where=file, config=config, unit_decoder=unit_decoder, dict_class=dict_class
+    )
 
 
 def from_state(
@@ -74,7 +87,9 @@ def from_state(
     trainer = trainer if isinstance(trainer, Mapping) else {}
     name = dict_class or str(trainer.get("dict_class") or _class_by_names(state, where))
     if name not in _SHAPES:
-        raise UserError("unknown class", where=f"{where}: dict_class", expected=", ".join(_SHAPES), found=name)
+        raise UserError(
+            "unknown class", where=f"{where}: dict_class", expected=", ".join(_SHAPES), found=name
+        )
     found = checked(state, _SHAPES[name], where=where)
     W_enc = found["encoder.weight"] if "encoder.weight" in found else found["W_enc"].T.contiguous()
     W_dec = found["decoder.weight"].T.contiguous() if "decoder.weight" in found else found["W_dec"]
@@ -93,14 +108,16 @@ def from_state(
 
 
 def _class_by_names(state: Mapping[str, Any], where: Path) -> str:
-    """The class whose tensors these are, when that is unambiguous: TopK and BatchTopK share their names."""
+    """The class whose tensors these are, when that is unambiguous: TopK and BatchTopK share their
+    names."""
     names = set(state)
     if {"encoder.weight", "b_dec", "k"} <= names:
         raise UserError(
             "TopK or BatchTopK? Both are saved under the same names",
             where=str(where),
             expected='config.json beside it, with {"trainer": {"dict_class": "AutoEncoderTopK"}}',
-            mend='put the config.json of the training run beside it, or pass dict_class="AutoEncoderTopK"',
+            mend="put the config.json of the training run beside it, "
+            'or pass dict_class="AutoEncoderTopK"',
         )
     fits = [name for name, shapes in _SHAPES.items() if set(shapes) <= names]
     if "group_sizes" in names or not fits:
@@ -115,8 +132,11 @@ def _activation(
         case "AutoEncoderTopK":
             return TopKActivation(k=int(_scalar(state, "k", where)))
         case "BatchTopKSAE" | "MatryoshkaBatchTopKSAE":
-            # a threshold below zero means that training never set it; its code then keeps every positive entry
-            return Threshold(theta=full_like_latents(max(_scalar(state, "threshold", where), 0.0), W_enc))
+            # a threshold below zero means that training never set it; its code then keeps every
+            # positive entry
+            return Threshold(
+                theta=full_like_latents(max(_scalar(state, "threshold", where), 0.0), W_enc)
+            )
         case "JumpReluAutoEncoder":
             return Threshold(theta=found["threshold"].clamp_min(0))
         case "GatedAutoEncoder":
@@ -136,8 +156,14 @@ def _scalar(state: Mapping[str, Any], name: str, where: Path) -> float:
 
 
 def _described(name: str, where: Path, trainer: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in trainer.items() if isinstance(value, (str, int, float, bool))}
-    metadata: dict[str, Any] = {"source": {"format": "dictionary_learning", "name": where.name, "class": name, **kept}}
-    if isinstance(trainer.get("layer"), int) and "resid_post" in str(trainer.get("submodule_name", "")):
+    kept = {
+        key: value for key, value in trainer.items() if isinstance(value, (str, int, float, bool))
+    }
+    metadata: dict[str, Any] = {
+        "source": {"format": "dictionary_learning", "name": where.name, "class": name, **kept}
+    }
+    if isinstance(trainer.get("layer"), int) and "resid_post" in str(
+        trainer.get("submodule_name", "")
+    ):
         metadata["site"] = f"blocks.{trainer['layer']}.hook_resid_post"
     return metadata

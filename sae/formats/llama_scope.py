@@ -1,15 +1,19 @@
-"""Llama Scope dictionaries: `hyperparams.json` and `checkpoints/final.safetensors`, turned into the inference form.
+"""Llama Scope dictionaries: `hyperparams.json` and `checkpoints/final.safetensors`, turned into the
+inference form.
 
-Tensors: `encoder.weight [latent, d]`, `encoder.bias`, `decoder.weight [d, latent]`, `decoder.bias`. The code they were
-made with runs them on activations scaled to norm √d on average and then rewrites them for raw activations:
+Tensors: `encoder.weight [latent, d]`, `encoder.bias`, `decoder.weight [d, latent]`, `decoder.bias`.
+The code they were made with runs them on activations scaled to norm √d on average and then rewrites
+them for raw activations:
 
-1. `s_in = √d / average norm (in)`, `s_out` likewise; `pre = W_enc x + b_enc / s_in`, decoder `W_dec s_in / s_out`,
-   `b_dec / s_out`;
+1. `s_in = √d / average norm (in)`, `s_out` likewise; `pre = W_enc x + b_enc / s_in`, decoder `W_dec
+   s_in / s_out`, `b_dec / s_out`;
 2. decoder rows get unit length, the encoder takes their lengths (`sparsity_include_decoder_norm`);
-3. only then is `pre` compared with the scalar `jump_relu_threshold`, which therefore is in units of the raw activation.
+3. only then is `pre` compared with the scalar `jump_relu_threshold`, which therefore is in units of
+   the raw activation.
 
-So the threshold is not scaled and is applied after step 2. Order matters: users of one dictionary reported a mean L0 of
-1,089, 42 and 29 under three readings (Llamascopium issue 128). Paper: arXiv 2410.20526. Cost: one pass over the file.
+So the threshold is not scaled and is applied after step 2. Order matters: users of one dictionary
+reported a mean L0 of 1,089, 42 and 29 under three readings (Llamascopium issue 128). Paper: arXiv
+2410.20526. Cost: one pass over the file.
 """
 
 from __future__ import annotations
@@ -44,7 +48,9 @@ def read_llama_scope(folder: Path, *, unit_decoder: bool = True) -> Sae:
         },
         where=file,
         sizes={"d_in": int(config["d_model"])},
-        optional=frozenset() if config.get("use_decoder_bias", True) else frozenset({"decoder.bias"}),
+        optional=frozenset()
+        if config.get("use_decoder_bias", True)
+        else frozenset({"decoder.bias"}),
     )
     return fold(_foreign(found, config, folder), unit_decoder=unit_decoder)
 
@@ -55,7 +61,9 @@ def _foreign(found: Mapping[str, Tensor], config: Mapping[str, Any], folder: Pat
     b_dec = found["decoder.bias"] if "decoder.bias" in found else W_dec.new_zeros(W_dec.shape[1])
     by_norm = bool(config.get("sparsity_include_decoder_norm", True))
     length = W_dec.norm(dim=1).clamp_min(1e-12) if by_norm else W_dec.new_ones(W_dec.shape[0])
-    metadata: dict[str, Any] = {"source": {"format": "llama_scope", "name": folder.resolve().name, **config}}
+    metadata: dict[str, Any] = {
+        "source": {"format": "llama_scope", "name": folder.resolve().name, **config}
+    }
     if str(config.get("hook_point_in", "")).startswith("blocks."):
         metadata["site"] = config["hook_point_in"]
     return Foreign(
@@ -93,7 +101,14 @@ def _problems_of(config: Mapping[str, Any]) -> list[Problem]:
     wanted = {"jumprelu": "jump_relu_threshold", "topk": "top_k", "relu": "d_model"}
     act = config.get("act_fn")
     if act not in wanted:
-        problems.append(Problem(what="unknown activation", where="act_fn", expected=", ".join(wanted), found=str(act)))
+        problems.append(
+            Problem(
+                what="unknown activation",
+                where="act_fn",
+                expected=", ".join(wanted),
+                found=str(act),
+            )
+        )
     numbers = ("d_model", *([wanted[act]] if act in wanted else []))
     problems += [
         Problem(what="not a number", where=name, found=str(config.get(name)))
@@ -105,7 +120,10 @@ def _problems_of(config: Mapping[str, Any]) -> list[Problem]:
     if mode not in ("dataset-wise", "inference"):
         problems.append(
             Problem(
-                what="unknown scaling", where="norm_activation", expected="dataset-wise, inference", found=str(mode)
+                what="unknown scaling",
+                where="norm_activation",
+                expected="dataset-wise, inference",
+                found=str(mode),
             )
         )
     elif mode == "dataset-wise" and not (

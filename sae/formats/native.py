@@ -1,7 +1,8 @@
 """The native form of a dictionary on disk: a folder with `sae.safetensors` and `sae.json`.
 
-`sae.json` says what the tensors mean and is written last; nothing in either file executes on load. Normative
-description: docs/formats.md. Reading costs one pass over the tensors, to refuse NaN and infinity.
+`sae.json` says what the tensors mean and is written last; nothing in either file executes on load.
+Normative description: docs/formats.md. Reading costs one pass over the tensors, to refuse NaN and
+infinity.
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ _TENSORS_OF_KIND = {"relu": (), "topk": (), "threshold": ("theta",), "gated": ("
 
 
 def save_sae(sae: Sae, folder: str | Path) -> None:
-    """Write `sae` into `folder`, which is made. Each file is written beside and renamed, the description last."""
+    """Write `sae` into `folder`, which is made. Each file is written beside and renamed, the
+    description last."""
     if type(sae) is not Sae:
-        raise UserError(f"the native form cannot hold a {type(sae).__name__}", expected="a dictionary that is plain")
+        raise UserError(
+            f"the native form cannot hold a {type(sae).__name__}",
+            expected="a dictionary that is plain",
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: getattr(sae, name) for name in _ALWAYS}
@@ -47,7 +52,10 @@ def save_sae(sae: Sae, folder: str | Path) -> None:
     }
     text = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     beside = folder / (WEIGHTS + ".tmp")
-    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, beside)
+    save_file(
+        {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
+        beside,
+    )
     beside.replace(folder / WEIGHTS)
     beside = folder / (DESCRIPTION + ".tmp")
     beside.write_text(text, encoding="utf-8")
@@ -60,7 +68,11 @@ def load_sae(folder: str | Path, *, device: str | torch.device = "cpu") -> Sae:
     description = _read_description(folder)
     tensors = _read_tensors(folder)
     if problems := tuple(_problems_of(description, tensors)):
-        raise UserError(f"{folder} is not a usable dictionary", problems=problems, mend="train or export it again")
+        raise UserError(
+            f"{folder} is not a usable dictionary",
+            problems=problems,
+            mend="train or export it again",
+        )
     return Sae(
         **{name: tensors[name] for name in _ALWAYS},
         W_skip=tensors.get("W_skip"),
@@ -79,10 +91,17 @@ def _read_description(folder: Path) -> dict[str, Any]:
         ) from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError("the description is not JSON", where=str(path), found=str(error)) from error
-    found = (description.get("format"), description.get("version")) if isinstance(description, dict) else None
+    found = (
+        (description.get("format"), description.get("version"))
+        if isinstance(description, dict)
+        else None
+    )
     if found != (FORMAT, VERSION):
         raise UserError(
-            "not a native dictionary", where=str(path), expected=f"{FORMAT} version {VERSION}", found=str(found)
+            "not a native dictionary",
+            where=str(path),
+            expected=f"{FORMAT} version {VERSION}",
+            found=str(found),
         )
     return description
 
@@ -97,16 +116,23 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _problems_of(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Problem]:
+def _problems_of(
+    description: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Iterator[Problem]:
     activation = description.get("activation")
     activation = activation if isinstance(activation, dict) else {}
     kind, k = activation.get("kind"), activation.get("k")
     if kind not in _TENSORS_OF_KIND:
         yield Problem(
-            what="unknown activation", where=DESCRIPTION, expected=", ".join(_TENSORS_OF_KIND), found=str(kind)
+            what="unknown activation",
+            where=DESCRIPTION,
+            expected=", ".join(_TENSORS_OF_KIND),
+            found=str(kind),
         )
     elif kind == "topk" and not (isinstance(k, int) and k > 0):
-        yield Problem(what="k is not a positive integer", where=f"{DESCRIPTION}: activation.k", found=str(k))
+        yield Problem(
+            what="k is not a positive integer", where=f"{DESCRIPTION}: activation.k", found=str(k)
+        )
     if not isinstance(description.get("metadata"), dict):
         yield Problem(what="missing or not an object", where=f"{DESCRIPTION}: metadata")
     required = [*_ALWAYS, *(f"activation.{name}" for name in _TENSORS_OF_KIND.get(str(kind), ()))]
@@ -115,7 +141,9 @@ def _problems_of(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
             yield Problem(what="missing tensor", where=f"{WEIGHTS}: {name}")
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            yield Problem(what="not floating point", where=f"{WEIGHTS}: {name}", found=str(tensor.dtype))
+            yield Problem(
+                what="not floating point", where=f"{WEIGHTS}: {name}", found=str(tensor.dtype)
+            )
         elif not torch.isfinite(tensor).all():
             yield Problem(what="NaN or infinity", where=f"{WEIGHTS}: {name}")
 

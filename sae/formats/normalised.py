@@ -1,11 +1,14 @@
-"""Dictionaries over activations that are normalised token by token, as OpenAI's v5 and some SAELens ones are.
+"""Dictionaries over activations that are normalised token by token, as OpenAI's v5 and some SAELens
+ones are.
 
-    x̃ = normalise(x);  z = activation(W_enc (x̃ − b_in) + b_enc);  x̂ = undo(Σ z_i W_dec[i] + b_dec)
+    x̃ = normalise(x);  z = activation(W_enc (x̃ − b_in) + b_enc);  x̂ = undo(Σ z_i W_dec[i] +
+    b_dec)
 
-The normalisation depends on the token, so it cannot be folded into the tensors. Latents are the peer's: measured in
-units of the normalised activation, so the share of `W_dec[i]` in the raw activation is `z_i` times the token's scale
-(`scale_of`). `decode` stays in normalised space, because it does not see the token; calling the dictionary goes the
-whole way. The native format cannot hold such a dictionary.
+The normalisation depends on the token, so it cannot be folded into the tensors. Latents are the
+peer's: measured in units of the normalised activation, so the share of `W_dec[i]` in the raw
+activation is `z_i` times the token's scale (`scale_of`). `decode` stays in normalised space,
+because it does not see the token; calling the dictionary goes the whole way. The native format
+cannot hold such a dictionary.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from sae.dictionary import Sae, SparseCodes
 
 @dataclass(frozen=True, kw_only=True)
 class LayerNorm:
-    """Subtract the token's mean over dimensions, divide by its standard deviation (n − 1) plus `epsilon`."""
+    """Subtract the token's mean over dimensions, divide by its standard deviation (n − 1) plus
+    `epsilon`."""
 
     epsilon: float = 1e-5
     kind: Literal["layer_norm"] = "layer_norm"
@@ -48,7 +52,9 @@ class NormalisedSae(Sae):
     @classmethod
     def around(cls, sae: Sae, normalisation: Normalisation) -> NormalisedSae:
         """The same tensors, applied to normalised tokens."""
-        return cls(**{f.name: getattr(sae, f.name) for f in fields(Sae)}, normalisation=normalisation)
+        return cls(
+            **{f.name: getattr(sae, f.name) for f in fields(Sae)}, normalisation=normalisation
+        )
 
     def scale_of(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token 1"]:
         """What one unit of normalised activation is in raw units, for each token."""
@@ -79,7 +85,10 @@ class NormalisedSae(Sae):
                 deviation = (x - mean).std(dim=-1, keepdim=True)
                 return (x - mean) / (deviation + epsilon), mean, deviation
             case ConstantNorm():
-                scale = x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / self.d_in**0.5
+                scale = (
+                    x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+                    / self.d_in**0.5
+                )
                 return x / scale, torch.zeros_like(scale), scale
             case _:
                 assert_never(self.normalisation)

@@ -1,13 +1,16 @@
-"""OpenAI's sparse_autoencoder checkpoints (v5 and earlier): one `.pt` file, turned into the inference form.
+"""OpenAI's sparse_autoencoder checkpoints (v5 and earlier): one `.pt` file, turned into the
+inference form.
 
-Tensors: `pre_bias [d]`, `latent_bias [latent]`, `encoder.weight [latent, d]`, `decoder.weight [d, latent]`; beside them
-`activation` ("TopK" or "ReLU") and `activation_state_dict` ({"k": …, "postact_fn": "ReLU"}).
+Tensors: `pre_bias [d]`, `latent_bias [latent]`, `encoder.weight [latent, d]`, `decoder.weight [d,
+latent]`; beside them `activation` ("TopK" or "ReLU") and `activation_state_dict` ({"k": …,
+"postact_fn": "ReLU"}).
 
     x̃ = layer_norm(x) for TopK, x for ReLU;  z = activation(encoder(x̃ − pre_bias) + latent_bias);
     x̂ = undo(decoder(z) + pre_bias)
 
-Layer norm as in their code: mean over dimensions, standard deviation with n − 1, epsilon 1e-5 added to it. Latents keep
-the size the peer gives them, since the token's scale cannot be folded (sae/formats/normalised.py).
+Layer norm as in their code: mean over dimensions, standard deviation with n − 1, epsilon 1e-5 added
+to it. Latents keep the size the peer gives them, since the token's scale cannot be folded
+(sae/formats/normalised.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Any supported dictionary file or folder, recognised and read into the inference form.
 
-1. `recognise` looks at file names (for lone `.pt` files at the names inside) and says which formats fit.
-2. `read` hands the path to that format's reader. Each reader folds scales, biases and decoder lengths
-   (sae/formats/folding.py) so that the result works on raw activations.
+1. `recognise` looks at file names (for lone `.pt` files at the names inside) and says which formats
+   fit.
+2. `read` hands the path to that format's reader. Each reader folds scales, biases and decoder
+   lengths (sae/formats/folding.py) so that the result works on raw activations.
 3. `find` walks a folder tree and reports every dictionary in it.
 
 Nothing is unpickled; the cost is one pass over the tensors.
@@ -27,7 +28,8 @@ from sae.formats.tensors import read_pt
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A format: the files that a folder of it has, and how it is read. `lone` tells which single files are of it."""
+    """A format: the files that a folder of it has, and how it is read. `lone` tells which single
+    files are of it."""
 
     files: tuple[str, ...]
     read: Callable[..., Sae]
@@ -43,8 +45,12 @@ FORMATS: dict[str, Format] = {
     "saelens": Format(files=("cfg.json", "sae_weights.safetensors"), read=read_saelens),
     "sparsify": Format(files=("cfg.json", "sae.safetensors"), read=read_sparsify),
     "gemma_scope": Format(files=("params.npz",), read=read_gemma_scope, lone=(".npz",)),
-    "gemma_scope_2": Format(files=("params.safetensors",), read=read_gemma_scope_2, lone=(".safetensors",)),
-    "llama_scope": Format(files=("hyperparams.json", "checkpoints/final.safetensors"), read=read_llama_scope),
+    "gemma_scope_2": Format(
+        files=("params.safetensors",), read=read_gemma_scope_2, lone=(".safetensors",)
+    ),
+    "llama_scope": Format(
+        files=("hyperparams.json", "checkpoints/final.safetensors"), read=read_llama_scope
+    ),
     "dictionary_learning": Format(
         files=("ae.pt",), read=dictionary_learning.read_dictionary_learning, lone=(".pt", ".pth")
     ),
@@ -55,8 +61,9 @@ FORMATS: dict[str, Format] = {
 def read(path: str | Path, *, format: str = "auto", unit_decoder: bool = True) -> Sae:
     """Read a dictionary from a folder or a file of any supported format.
 
-    With `unit_decoder` (the default) decoder rows have unit length and latents the size of what they add; without it
-    latents have the size the peer's own code gives them. Raises UserError naming every problem of the file.
+    With `unit_decoder` (the default) decoder rows have unit length and latents the size of what
+    they add; without it latents have the size the peer's own code gives them. Raises UserError
+    naming every problem of the file.
     """
     path = Path(path)
     if not path.exists():
@@ -65,15 +72,20 @@ def read(path: str | Path, *, format: str = "auto", unit_decoder: bool = True) -
         path = path.parent if _is_part_of_a_folder(path) else path
         format = _only(path)
     if format not in FORMATS:
-        raise UserError("unknown format", where="format", expected="auto, " + ", ".join(FORMATS), found=format)
+        raise UserError(
+            "unknown format", where="format", expected="auto, " + ", ".join(FORMATS), found=format
+        )
     return FORMATS[format].read(path, unit_decoder=unit_decoder)
 
 
 def recognise(path: str | Path) -> tuple[str, ...]:
-    """The formats that `path` may be of; empty when none fits, several when their files lie in one folder."""
+    """The formats that `path` may be of; empty when none fits, several when their files lie in one
+    folder."""
     path = Path(path)
     if path.is_dir():
-        return tuple(name for name, spec in FORMATS.items() if spec.files and _has(path, spec.files))
+        return tuple(
+            name for name, spec in FORMATS.items() if spec.files and _has(path, spec.files)
+        )
     fits = tuple(name for name, spec in FORMATS.items() if path.suffix in spec.lone)
     if path.suffix in (".pt", ".pth") and path.is_file():
         return ("openai",) if "pre_bias" in read_pt(path) else ("dictionary_learning",)
@@ -81,7 +93,8 @@ def recognise(path: str | Path) -> tuple[str, ...]:
 
 
 def find(root: str | Path) -> Iterator[tuple[Path, str]]:
-    """Every folder under `root` (itself included) that holds exactly one recognised dictionary, in path order."""
+    """Every folder under `root` (itself included) that holds exactly one recognised dictionary, in
+    path order."""
     root = Path(root)
     for folder in sorted([root, *(path for path in root.rglob("*") if path.is_dir())]):
         names = recognise(folder)
@@ -94,8 +107,11 @@ def _has(folder: Path, files: tuple[str, ...]) -> bool:
 
 
 def _is_part_of_a_folder(path: Path) -> bool:
-    """Whether a file is one of the files that make its folder a dictionary, as `sae_weights.safetensors` is."""
-    return path.is_file() and any(path.name in FORMATS[name].files for name in recognise(path.parent))
+    """Whether a file is one of the files that make its folder a dictionary, as
+    `sae_weights.safetensors` is."""
+    return path.is_file() and any(
+        path.name in FORMATS[name].files for name in recognise(path.parent)
+    )
 
 
 def _only(path: Path) -> str:
@@ -104,7 +120,10 @@ def _only(path: Path) -> str:
         return names[0]
     if not names:
         raise UserError(
-            "no dictionary of a known format here", where=str(path), expected=_expected(), found=_listing(path)
+            "no dictionary of a known format here",
+            where=str(path),
+            expected=_expected(),
+            found=_listing(path),
         )
     raise UserError(
         "files of several formats lie here",
@@ -115,7 +134,9 @@ def _only(path: Path) -> str:
 
 
 def _expected() -> str:
-    return "; ".join(f"{name}: {' + '.join(spec.files) or '*.pt'}" for name, spec in FORMATS.items())
+    return "; ".join(
+        f"{name}: {' + '.join(spec.files) or '*.pt'}" for name, spec in FORMATS.items()
+    )
 
 
 def _listing(path: Path) -> str:

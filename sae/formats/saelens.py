@@ -1,20 +1,23 @@
-"""SAELens (version 6 and the flat configuration before it): `cfg.json` and `sae_weights.safetensors`, both ways.
+"""SAELens (version 6 and the flat configuration before it): `cfg.json` and
+`sae_weights.safetensors`, both ways.
 
-Reading, by architecture (`pre = (x − b_dec if apply_b_dec_to_input) W_enc + b_enc`, matrices stored [in, out]):
+Reading, by architecture (`pre = (x − b_dec if apply_b_dec_to_input) W_enc + b_enc`, matrices stored
+[in, out]):
 
 | architecture | z |
 |---|---|
 | standard, transcoder, skip_transcoder | relu(pre) |
-| topk | topk(relu(pre)); with `rescale_acts_by_decoder_norm`, of pre · row length, decoded with rows of unit length |
-| jumprelu, jumprelu_transcoder, jumprelu_skip_transcoder | relu(pre) · (pre > threshold) |
-| batchtopk, matryoshka_batchtopk (checkpoints) | relu(pre) · (pre > topk_threshold), `pre` rescaled as for topk |
-| gated | (pre + b_gate > 0) · relu(exp(r_mag) pre + b_mag), no b_enc |
+| topk | topk(relu(pre)); with `rescale_acts_by_decoder_norm`, of pre · row length, decoded with
+rows of unit length | | jumprelu, jumprelu_transcoder, jumprelu_skip_transcoder | relu(pre) · (pre >
+threshold) | | batchtopk, matryoshka_batchtopk (checkpoints) | relu(pre) · (pre > topk_threshold),
+`pre` rescaled as for topk | | gated | (pre + b_gate > 0) · relu(exp(r_mag) pre + b_mag), no b_enc |
 
-Activations scaled by `expected_average_only_in` are folded when `activation_scaler.json` holds the scale; layer
-norm and constant norm depend on the token and give a `NormalisedSae`; whitening is refused.
+Activations scaled by `expected_average_only_in` are folded when `activation_scaler.json` holds the
+scale; layer norm and constant norm depend on the token and give a `NormalisedSae`; whitening is
+refused.
 
-Writing chooses topk, jumprelu, standard or gated (or their transcoders) by the activation; latents and reconstructions
-are the same there. Layouts of SAELens 6.54.
+Writing chooses topk, jumprelu, standard or gated (or their transcoders) by the activation; latents
+and reconstructions are the same there. Layouts of SAELens 6.54.
 """
 
 from __future__ import annotations
@@ -43,12 +46,22 @@ CONFIG, WEIGHTS, SPARSITY, SCALER = (
     "activation_scaler.json",
 )
 HISTORY = "featureflow"  # the key below SAELens' metadata that says how we trained
-_HISTORY_FIELDS = ("architecture", "initialisation", "schedule", "steps", "batch_size", "learning_rate")
+_HISTORY_FIELDS = (
+    "architecture",
+    "initialisation",
+    "schedule",
+    "steps",
+    "batch_size",
+    "learning_rate",
+)
 _RELU = ("standard", "transcoder", "skip_transcoder")
 _JUMP = ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 _BATCH = ("batchtopk", "matryoshka_batchtopk")
 _ARCHITECTURES = (*_RELU, "topk", *_JUMP, *_BATCH, "gated")
-_NORMALISATIONS: dict[str, Normalisation] = {"layer_norm": LayerNorm(), "constant_norm_rescale": ConstantNorm()}
+_NORMALISATIONS: dict[str, Normalisation] = {
+    "layer_norm": LayerNorm(),
+    "constant_norm_rescale": ConstantNorm(),
+}
 
 
 def read_saelens(folder: Path, *, unit_decoder: bool = True) -> Sae:
@@ -58,18 +71,26 @@ def read_saelens(folder: Path, *, unit_decoder: bool = True) -> Sae:
         raise UserError(f"{folder / CONFIG} cannot be used", problems=problems)
     architecture = config["architecture"]
     sizes = {
-        name: config[key] for name, key in (("d_in", "d_in"), ("latent", "d_sae")) if isinstance(config.get(key), int)
+        name: config[key]
+        for name, key in (("d_in", "d_in"), ("latent", "d_sae"))
+        if isinstance(config.get(key), int)
     }
     file = folder / WEIGHTS
     found = checked(read_safetensors(file), _shapes(architecture, config), where=file, sizes=sizes)
     normalisation = _NORMALISATIONS.get(config["normalize_activations"])
-    scale = _input_scale(folder) if config["normalize_activations"] == "expected_average_only_in" else 1.0
+    scale = (
+        _input_scale(folder)
+        if config["normalize_activations"] == "expected_average_only_in"
+        else 1.0
+    )
     foreign = Foreign(
         W_enc=found["W_enc"].T.contiguous(),
         b_enc=found["b_gate"] if architecture == "gated" else found["b_enc"],
         W_dec=found["W_dec"],
         b_dec=found["b_dec"],
-        b_in=found["b_dec"] if config["apply_b_dec_to_input"] and "transcoder" not in architecture else None,
+        b_in=found["b_dec"]
+        if config["apply_b_dec_to_input"] and "transcoder" not in architecture
+        else None,
         activation=_activation(config, found),
         W_skip=found.get("W_skip"),
         input_scale=scale,
@@ -90,12 +111,15 @@ def write_saelens(
     firing_rates: Float[Tensor, "latent"] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a folder that `SAE.load_from_disk` of SAELens ≥ 6 opens. `hook_name` defaults to the dictionary's site;
-    `metadata` is added to SAELens' metadata (context_size, prepend_bos, …). How it was trained goes along under
-    `featureflow`, which SAELens keeps and `read` gives back: the linker needs to know the start. Raises UserError where
-    SAELens has no such architecture."""
+    """Write a folder that `SAE.load_from_disk` of SAELens ≥ 6 opens. `hook_name` defaults to the
+    dictionary's site; `metadata` is added to SAELens' metadata (context_size, prepend_bos, …). How
+    it was trained goes along under `featureflow`, which SAELens keeps and `read` gives back: the
+    linker needs to know the start. Raises UserError where SAELens has no such architecture."""
     if isinstance(sae, NormalisedSae):
-        raise UserError("SAELens files of token-normalised dictionaries are not written", expected="a plain dictionary")
+        raise UserError(
+            "SAELens files of token-normalised dictionaries are not written",
+            expected="a plain dictionary",
+        )
     architecture, tensors, extra = _exported(sae)
     config = {
         "architecture": architecture,
@@ -120,9 +144,14 @@ def write_saelens(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if firing_rates is not None:
-        save_file({"sparsity": torch.log10(firing_rates.float().clamp_min(1e-10))}, folder / SPARSITY)
+        save_file(
+            {"sparsity": torch.log10(firing_rates.float().clamp_min(1e-10))}, folder / SPARSITY
+        )
     beside = folder / (WEIGHTS + ".tmp")
-    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, beside)
+    save_file(
+        {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
+        beside,
+    )
     beside.replace(folder / WEIGHTS)
     beside = folder / (CONFIG + ".tmp")
     beside.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -153,16 +182,27 @@ def _exported(sae: Sae) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
         name = f"jumprelu_{suffix}" if suffix else "jumprelu"
         return name, {**tensors, "b_enc": b_enc, "threshold": kind.theta}, extra
     if transcodes:
-        raise UserError("SAELens has no such transcoder", expected="ReLU or thresholds", found=kind.kind)
+        raise UserError(
+            "SAELens has no such transcoder", expected="ReLU or thresholds", found=kind.kind
+        )
     if isinstance(kind, TopKActivation):
-        return "topk", {**tensors, "b_enc": b_enc}, {**extra, "k": kind.k, "rescale_acts_by_decoder_norm": False}
+        return (
+            "topk",
+            {**tensors, "b_enc": b_enc},
+            {**extra, "k": kind.k, "rescale_acts_by_decoder_norm": False},
+        )
     if not (kind.gain > 0).all():
         raise UserError("SAELens stores the logarithm of a gate's gain", expected="gains above 0")
-    return "gated", {**tensors, "b_gate": b_enc, "r_mag": kind.gain.log(), "b_mag": _b_mag(kind, b_enc)}, extra
+    return (
+        "gated",
+        {**tensors, "b_gate": b_enc, "r_mag": kind.gain.log(), "b_mag": _b_mag(kind, b_enc)},
+        extra,
+    )
 
 
 def _b_mag(gate: Gated, b_gate: Float[Tensor, "latent"]) -> Float[Tensor, "latent"]:
-    """The bias of the magnitude path, which SAELens adds to `exp(r_mag) x W_enc` without the gate's bias."""
+    """The bias of the magnitude path, which SAELens adds to `exp(r_mag) x W_enc` without the gate's
+    bias."""
     return gate.offset + gate.gain * b_gate
 
 
@@ -172,7 +212,9 @@ def _activation(config: Mapping[str, Any], found: Mapping[str, Tensor]) -> Activ
         return Threshold(theta=found["threshold"].clamp_min(0))
     if architecture in _BATCH:
         theta = full_like_latents(max(float(found["topk_threshold"]), 0.0), found["W_enc"].T)
-        return Threshold(theta=theta / row_lengths(found["W_dec"]) if _selects_by_norm(config) else theta)
+        return Threshold(
+            theta=theta / row_lengths(found["W_dec"]) if _selects_by_norm(config) else theta
+        )
     if architecture == "topk":
         return TopKActivation(k=config["k"])
     if architecture == "gated":
@@ -182,7 +224,8 @@ def _activation(config: Mapping[str, Any], found: Mapping[str, Tensor]) -> Activ
 
 
 def _selects_by_norm(config: Mapping[str, Any]) -> bool:
-    """Whether latents are chosen by pre-activation times decoder row length; absent, it is so while training only."""
+    """Whether latents are chosen by pre-activation times decoder row length; absent, it is so while
+    training only."""
     if config["architecture"] not in ("topk", *_BATCH):
         return False
     return bool(config.get("rescale_acts_by_decoder_norm", config["architecture"] in _BATCH))
@@ -190,7 +233,11 @@ def _selects_by_norm(config: Mapping[str, Any]) -> bool:
 
 def _shapes(architecture: str, config: Mapping[str, Any]) -> dict[str, Shape]:
     d_out = "d_out" if "transcoder" in architecture else "d_in"
-    shapes: dict[str, Shape] = {"W_enc": ("d_in", "latent"), "W_dec": ("latent", d_out), "b_dec": (d_out,)}
+    shapes: dict[str, Shape] = {
+        "W_enc": ("d_in", "latent"),
+        "W_dec": ("latent", d_out),
+        "b_dec": (d_out,),
+    }
     names = ("b_gate", "b_mag", "r_mag") if architecture == "gated" else ("b_enc",)
     shapes |= dict.fromkeys(names, ("latent",))
     if architecture in _JUMP:
@@ -203,7 +250,8 @@ def _shapes(architecture: str, config: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 def _modern(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of version 6; the flat one before it has activation_fn_str and its keys at the top."""
+    """The configuration of version 6; the flat one before it has activation_fn_str and its keys at
+    the top."""
     config = dict(config)
     config.setdefault("architecture", "standard")
     config.setdefault("apply_b_dec_to_input", True)
@@ -212,7 +260,11 @@ def _modern(config: dict[str, Any]) -> dict[str, Any]:
         config["architecture"] = "topk"
         config.setdefault("k", (config.get("activation_fn_kwargs") or {}).get("k"))
     mode = config.get("normalize_activations")
-    config["normalize_activations"] = {True: "expected_average_only_in", False: "none", None: "none"}.get(mode, mode)
+    config["normalize_activations"] = {
+        True: "expected_average_only_in",
+        False: "none",
+        None: "none",
+    }.get(mode, mode)
     return config
 
 
@@ -228,7 +280,9 @@ def _problems_of(config: Mapping[str, Any]) -> list[Problem]:
             )
         )
     k = config.get("k")
-    if config["architecture"] == "topk" and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+    if config["architecture"] == "topk" and (
+        not isinstance(k, int) or isinstance(k, bool) or k < 1
+    ):
         problems.append(Problem(what="not a positive integer", where="k", found=str(k)))
     modes = ("none", "expected_average_only_in", *_NORMALISATIONS)
     if config["normalize_activations"] not in modes:
@@ -241,12 +295,15 @@ def _problems_of(config: Mapping[str, Any]) -> list[Problem]:
             )
         )
     if config.get("finetuning_scaling_factor"):
-        problems.append(Problem(what="fine-tuned scaling is not supported", where="finetuning_scaling_factor"))
+        problems.append(
+            Problem(what="fine-tuned scaling is not supported", where="finetuning_scaling_factor")
+        )
     return problems
 
 
 def _input_scale(folder: Path) -> float:
-    """The scale of a training checkpoint. Finished SAELens dictionaries have it folded and say "none"."""
+    """The scale of a training checkpoint. Finished SAELens dictionaries have it folded and say
+    "none"."""
     path = folder / SCALER
     if not path.is_file():
         raise UserError(
@@ -264,15 +321,26 @@ def _input_scale(folder: Path) -> float:
 def _described(config: Mapping[str, Any]) -> dict[str, Any]:
     inner = config.get("metadata")
     inner = inner if isinstance(inner, Mapping) else config
-    hook, model = inner.get("hook_name", config.get("hook_name")), inner.get("model_name", config.get("model_name"))
-    metadata: dict[str, Any] = {"source": {"format": "saelens", "architecture": config["architecture"], "hook": hook}}
+    hook, model = (
+        inner.get("hook_name", config.get("hook_name")),
+        inner.get("model_name", config.get("model_name")),
+    )
+    metadata: dict[str, Any] = {
+        "source": {"format": "saelens", "architecture": config["architecture"], "hook": hook}
+    }
     if model:
         metadata["model"] = model
-    if isinstance(hook, str) and hook.startswith("blocks.") and "transcoder" not in config["architecture"]:
+    if (
+        isinstance(hook, str)
+        and hook.startswith("blocks.")
+        and "transcoder" not in config["architecture"]
+    ):
         metadata["site"] = hook
     history = inner.get(HISTORY)
     if isinstance(history, Mapping):
         metadata |= {
-            name: history[name] for name in _HISTORY_FIELDS if isinstance(history.get(name), (dict, int, float))
+            name: history[name]
+            for name in _HISTORY_FIELDS
+            if isinstance(history.get(name), (dict, int, float))
         }
     return metadata

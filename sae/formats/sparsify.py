@@ -1,8 +1,10 @@
-"""EleutherAI sparsify: `<hookpoint>/cfg.json` and `sae.safetensors`, turned into the inference form.
+"""EleutherAI sparsify: `<hookpoint>/cfg.json` and `sae.safetensors`, turned into the inference
+form.
 
-Tensors: `encoder.weight [latent, d_in]`, `encoder.bias`, `W_dec [latent, d_out]`, `b_dec`, `W_skip [d_out, d_in]` with
-`skip_connection`. `z = topk(relu(encoder(x − b_dec)))`, without the subtraction for transcoders;
-`x̂ = Σ z_i W_dec[i] + b_dec + W_skip x`. Layout of sparsify 1.3.3. Cost: one pass over the tensors.
+Tensors: `encoder.weight [latent, d_in]`, `encoder.bias`, `W_dec [latent, d_out]`, `b_dec`, `W_skip
+[d_out, d_in]` with `skip_connection`. `z = topk(relu(encoder(x − b_dec)))`, without the subtraction
+for transcoders; `x̂ = Σ z_i W_dec[i] + b_dec + W_skip x`. Layout of sparsify 1.3.3. Cost: one pass
+over the tensors.
 """
 
 from __future__ import annotations
@@ -21,9 +23,16 @@ from sae.formats.tensors import Shape, checked, read_json, read_safetensors
 def read_sparsify(folder: Path, *, unit_decoder: bool = True) -> Sae:
     """Read one hookpoint's folder."""
     config = read_json(folder / "cfg.json")
-    k, skips, transcodes = config.get("k"), bool(config.get("skip_connection")), bool(config.get("transcode"))
+    k, skips, transcodes = (
+        config.get("k"),
+        bool(config.get("skip_connection")),
+        bool(config.get("transcode")),
+    )
     if problems := tuple(_problems_of(config)):
-        raise UserError(f"{folder / 'cfg.json'} is not a sparsify dictionary that can be used here", problems=problems)
+        raise UserError(
+            f"{folder / 'cfg.json'} is not a sparsify dictionary that can be used here",
+            problems=problems,
+        )
     shapes: dict[str, Shape] = {
         "encoder.weight": ("latent", "d_in"),
         "encoder.bias": ("latent",),
@@ -56,19 +65,30 @@ def _problems_of(config: dict[str, Any]) -> list[Problem]:
     if config.get("activation", "topk") != "topk":
         problems.append(
             Problem(
-                what="activation not supported", where="activation", expected="topk", found=str(config["activation"])
+                what="activation not supported",
+                where="activation",
+                expected="topk",
+                found=str(config["activation"]),
             )
         )
     if config.get("signed"):
         problems.append(
-            Problem(what="signed latents are not supported", where="signed", expected="false", found="true")
+            Problem(
+                what="signed latents are not supported",
+                where="signed",
+                expected="false",
+                found="true",
+            )
         )
     return problems
 
 
 def _described(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Its hookpoints are named after Hugging Face modules: `layers.6` is the residual stream after block 6."""
-    metadata: dict[str, Any] = {"source": {"format": "sparsify", "name": folder.resolve().name, **config}}
+    """Its hookpoints are named after Hugging Face modules: `layers.6` is the residual stream after
+    block 6."""
+    metadata: dict[str, Any] = {
+        "source": {"format": "sparsify", "name": folder.resolve().name, **config}
+    }
     match = re.fullmatch(r"(?:\w+\.)*(?:layers|h)\.(\d+)(\.mlp)?", folder.resolve().name)
     if match and not config.get("transcode"):
         metadata["site"] = f"blocks.{match[1]}.hook_{'mlp_out' if match[2] else 'resid_post'}"

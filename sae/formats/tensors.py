@@ -1,9 +1,11 @@
-"""Named tensors from files that may be hostile: read without executing anything, then check names and shapes.
+"""Named tensors from files that may be hostile: read without executing anything, then check names
+and shapes.
 
-1. `read_safetensors`, `read_npz`, `read_pt` turn one file into float32 tensors (and, for `.pt`, a few plain values).
-   NumPy files are read with `allow_pickle=False`, torch files with `weights_only=True`.
-2. `checked` names every missing, misshaped, non-floating or non-finite tensor at once; sizes such as `d_in` are
-   written as words and must agree between tensors.
+1. `read_safetensors`, `read_npz`, `read_pt` turn one file into float32 tensors (and, for `.pt`, a
+   few plain values). NumPy files are read with `allow_pickle=False`, torch files with
+   `weights_only=True`.
+2. `checked` names every missing, misshaped, non-floating or non-finite tensor at once; sizes such
+   as `d_in` are written as words and must agree between tensors.
 3. `read_json` reads the description beside the weights.
 
 Cost: one pass over the tensors.
@@ -45,13 +47,16 @@ def read_npz(path: Path) -> dict[str, Tensor]:
 
 
 def read_pt(path: Path) -> dict[str, Any]:
-    """The mapping in a torch file: tensors and plain values. Anything that would execute on load is refused."""
+    """The mapping in a torch file: tensors and plain values. Anything that would execute on load is
+    refused."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's restricted reader raises almost anything on random bytes
         raise _unreadable(path, "a torch file of tensors and plain values only", error) from error
     if not isinstance(found, Mapping):
-        raise UserError("not a mapping of names to tensors", where=str(path), found=type(found).__name__)
+        raise UserError(
+            "not a mapping of names to tensors", where=str(path), found=type(found).__name__
+        )
     return {str(name): value for name, value in found.items()}
 
 
@@ -74,7 +79,8 @@ def checked(
     sizes: Mapping[str, int] | None = None,
     optional: frozenset[str] = frozenset(),
 ) -> dict[str, Tensor]:
-    """The named tensors as float32, when every one has its shape; else one UserError with all problems.
+    """The named tensors as float32, when every one has its shape; else one UserError with all
+    problems.
 
     A size written as a word takes its value from `sizes`, or from the first tensor that has it.
     """
@@ -83,11 +89,15 @@ def checked(
     for name, shape in shapes.items():
         if name not in tensors:
             if name not in optional:
-                problems.append(Problem(what="missing tensor", where=name, expected=_written(shape, known)))
+                problems.append(
+                    Problem(what="missing tensor", where=name, expected=_written(shape, known))
+                )
             continue
         problems += _problems_of(name, tensors[name], shape, known)
     if problems:
-        raise UserError(f"{where} does not hold the tensors of its format", problems=tuple(problems))
+        raise UserError(
+            f"{where} does not hold the tensors of its format", problems=tuple(problems)
+        )
     return {name: tensors[name].detach().float().contiguous() for name in shapes if name in tensors}
 
 
@@ -102,13 +112,18 @@ def _problems_of(name: str, tensor: Any, shape: Shape, known: dict[str, int]) ->
                 known.setdefault(word, size)
     expected = tuple(known.get(word, -1) if isinstance(word, str) else word for word in shape)
     if tuple(tensor.shape) != expected or 0 in tensor.shape:
-        yield Problem(what="shape", where=name, expected=_written(shape, known), found=str(list(tensor.shape)))
+        yield Problem(
+            what="shape", where=name, expected=_written(shape, known), found=str(list(tensor.shape))
+        )
     elif not torch.isfinite(tensor).all():
         yield Problem(what="NaN or infinity", where=name)
 
 
 def _written(shape: Shape, known: Mapping[str, int]) -> str:
-    words = [f"{word}={known[word]}" if isinstance(word, str) and word in known else str(word) for word in shape]
+    words = [
+        f"{word}={known[word]}" if isinstance(word, str) and word in known else str(word)
+        for word in shape
+    ]
     return "[" + ", ".join(words) + "]"
 
 

@@ -1,14 +1,18 @@
 """Sparse latents as compressed rows, and the three products that training needs of them.
 
-With `E` selected entries over `R` rows, `d` numbers to a vector and a dictionary of `N` rows, on CPU and GPU alike:
+With `E` selected entries over `R` rows, `d` numbers to a vector and a dictionary of `N` rows, on
+CPU and GPU alike:
 
-    decode            Σ_e value_e W[latent_e] for every row                          2 E d  (embedding_bag)
-    products_at       ⟨A[row_e], W[latent_e]⟩ for every entry                        2 E d  (sampled_addmm)
-    summed_by_latent  Σ_{e of latent} weight_e A[row_e] for every latent             2 E d  (embedding_bag after one
+    decode            Σ_e value_e W[latent_e] for every row                          2 E d
+    (embedding_bag)
+    products_at       ⟨A[row_e], W[latent_e]⟩ for every entry                        2 E d
+    (sampled_addmm)
+    summed_by_latent  Σ_{e of latent} weight_e A[row_e] for every latent             2 E d
+    (embedding_bag after one
     sort)
 
-None of them touches a `row × latent` matrix. The sort is made once per step (`order_by_latent`) and serves the
-gradients of both weight matrices. All are deterministic.
+None of them touches a `row × latent` matrix. The sort is made once per step (`order_by_latent`) and
+serves the gradients of both weight matrices. All are deterministic.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ from sae.kernels import gpu
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Codes:
-    """Selected latents: row r owns entries `start[r] … start[r+1]`; `latent` ascends inside a row."""
+    """Selected latents: row r owns entries `start[r] … start[r+1]`; `latent` ascends inside a
+    row."""
 
     start: Int[Tensor, "row_and_one"]
     latent: Int[Tensor, "entry"]
@@ -57,11 +62,18 @@ def decode(codes: Codes, W: Float[Tensor, "latent d"]) -> Float[Tensor, "row d"]
     if W.is_cuda and gpu.is_available():
         return gpu.decode_gpu(codes.start, codes.latent, codes.value, W.contiguous())
     return F.embedding_bag(
-        codes.latent, W, codes.start, per_sample_weights=codes.value, mode="sum", include_last_offset=True
+        codes.latent,
+        W,
+        codes.start,
+        per_sample_weights=codes.value,
+        mode="sum",
+        include_last_offset=True,
     )
 
 
-def products_at(codes: Codes, A: Float[Tensor, "row d"], W: Float[Tensor, "latent d"]) -> Float[Tensor, "entry"]:
+def products_at(
+    codes: Codes, A: Float[Tensor, "row d"], W: Float[Tensor, "latent d"]
+) -> Float[Tensor, "entry"]:
     """`A Wᵀ` at the selected entries only."""
     if W.is_cuda and gpu.is_available():
         return gpu.products_at_gpu(codes.row(), codes.latent, A.contiguous(), W.contiguous())
@@ -83,25 +95,42 @@ def order_by_latent(codes: Codes, n_latents: int) -> ByLatent:
 
 
 def summed_by_latent(
-    groups: ByLatent, weight: Float[Tensor, "entry"], A: Float[Tensor, "row d"], row: Int[Tensor, "entry"] | None = None
+    groups: ByLatent,
+    weight: Float[Tensor, "entry"],
+    A: Float[Tensor, "row d"],
+    row: Int[Tensor, "entry"] | None = None,
 ) -> Float[Tensor, "latent d"]:
-    """`Cᵀ A` where C holds `weight` at the entries. `row` (already in the groups' order) names other rows of A."""
+    """`Cᵀ A` where C holds `weight` at the entries. `row` (already in the groups' order) names
+    other rows of A."""
     rows = groups.row if row is None else row
     if A.is_cuda and gpu.is_available():
-        return gpu.summed_by_latent_gpu(groups.start, rows, weight[groups.order].contiguous(), A.contiguous())
+        return gpu.summed_by_latent_gpu(
+            groups.start, rows, weight[groups.order].contiguous(), A.contiguous()
+        )
     return F.embedding_bag(
-        rows, A, groups.start, per_sample_weights=weight[groups.order], mode="sum", include_last_offset=True
+        rows,
+        A,
+        groups.start,
+        per_sample_weights=weight[groups.order],
+        mode="sum",
+        include_last_offset=True,
     )
 
 
-def totals_by_latent(codes: Codes, groups: ByLatent, weight: Float[Tensor, "entry"]) -> Float[Tensor, "latent"]:
+def totals_by_latent(
+    codes: Codes, groups: ByLatent, weight: Float[Tensor, "entry"]
+) -> Float[Tensor, "latent"]:
     """The sum of `weight` over each latent's entries."""
     if weight.is_cuda and gpu.is_available():
         one = torch.ones(1, 1, device=weight.device)
         in_order = weight[groups.order].contiguous()
-        return gpu.summed_by_latent_gpu(groups.start, torch.zeros_like(groups.order), in_order, one).flatten()
+        return gpu.summed_by_latent_gpu(
+            groups.start, torch.zeros_like(groups.order), in_order, one
+        ).flatten()
     n_latents = len(groups.start) - 1
-    return torch.bincount(codes.latent, weights=weight.double(), minlength=n_latents).to(weight.dtype)
+    return torch.bincount(codes.latent, weights=weight.double(), minlength=n_latents).to(
+        weight.dtype
+    )
 
 
 @cache
@@ -109,4 +138,6 @@ def silence_csr_warning() -> None:
     """PyTorch says once per process that CSR tensors are in beta; let it say so here, unheard."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
+        torch.sparse_csr_tensor(
+            torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1)
+        )

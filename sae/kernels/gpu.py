@@ -1,12 +1,15 @@
-"""The sparse products as Triton kernels, for GPUs; `codes` has the same functions on any device and is their oracle.
+"""The sparse products as Triton kernels, for GPUs; `codes` has the same functions on any device and
+is their oracle.
 
-    decode_gpu             one program per row and block of channels; loops over the row's entries, gathering W rows
+    decode_gpu             one program per row and block of channels; loops over the row's entries,
+    gathering W rows
     products_at_gpu        one program per entry; a dot product over all channels in registers
-    summed_by_latent_gpu   one program per latent and block of channels; a segmented sum over the sorted entries, so no
+    summed_by_latent_gpu   one program per latent and block of channels; a segmented sum over the
+    sorted entries, so no
                            atomics and the same bits every time
 
-Triton comes with PyTorch's CUDA builds and is imported when a kernel is first used. Tables are float32 and contiguous,
-indices int64.
+Triton comes with PyTorch's CUDA builds and is imported when a kernel is first used. Tables are
+float32 and contiguous, indices int64.
 """
 
 from __future__ import annotations
@@ -58,7 +61,9 @@ def products_at_gpu(
     if len(row):
         from sae.kernels.triton_source import pair_products
 
-        pair_products[(len(row),)](row, latent, A, W, out, A.shape[1], BLOCK=_power_of_two(A.shape[1]))
+        pair_products[(len(row),)](
+            row, latent, A, W, out, A.shape[1], BLOCK=_power_of_two(A.shape[1])
+        )
     return out
 
 
@@ -68,7 +73,9 @@ def _segmented(start: Tensor, index: Tensor, weight: Tensor, table: Tensor) -> T
     if n_segments:
         from sae.kernels.triton_source import segmented_sum
 
-        segmented_sum[(n_segments, -(-d // _BLOCK))](start, index, weight, table, out, d, BLOCK=_BLOCK)
+        segmented_sum[(n_segments, -(-d // _BLOCK))](
+            start, index, weight, table, out, d, BLOCK=_BLOCK
+        )
     return out
 
 

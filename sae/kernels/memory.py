@@ -1,9 +1,10 @@
-"""Memory that a step or a batch frees is kept for the next one, instead of going back to the system every time.
+"""Memory that a step or a batch frees is kept for the next one, instead of going back to the system
+every time.
 
-Otherwise the C library gives large freed blocks back at once, and the next step pays for clearing every page again, on
-one thread (measured: a third of the time of the product that fills them). Inside `kept_memory` it keeps them,
-process-wide; at the end the defaults return and what is free goes back. Only glibc has the switches; elsewhere nothing
-happens.
+Otherwise the C library gives large freed blocks back at once, and the next step pays for clearing
+every page again, on one thread (measured: a third of the time of the product that fills them).
+Inside `kept_memory` it keeps them, process-wide; at the end the defaults return and what is free
+goes back. Only glibc has the switches; elsewhere nothing happens.
 """
 
 from __future__ import annotations
@@ -56,4 +57,8 @@ def _glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):
         return None
     library = ctypes.CDLL(None)
-    return library if hasattr(library, "gnu_get_libc_version") and hasattr(library, "mallopt") else None
+    return (
+        library
+        if hasattr(library, "gnu_get_libc_version") and hasattr(library, "mallopt")
+        else None
+    )

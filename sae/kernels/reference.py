@@ -1,7 +1,8 @@
-"""The sparse step written plainly, for PyTorch to differentiate: the oracle of every kernel, six dense products.
+"""The sparse step written plainly, for PyTorch to differentiate: the oracle of every kernel, six
+dense products.
 
-It follows the formulas at the head of `sparse_step` with dense latents. Nothing else imports it but tests and
-benchmarks.
+It follows the formulas at the head of `sparse_step` with dense latents. Nothing else imports it but
+tests and benchmarks.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def reference_losses(
     return losses
 
 
-def _keep(pre: Float[Tensor, "token latent"], selection: Selection) -> Float[Tensor, "token latent"]:
+def _keep(
+    pre: Float[Tensor, "token latent"], selection: Selection
+) -> Float[Tensor, "token latent"]:
     """The selected entries' positive part, the rest zero."""
     if isinstance(selection, PerRow):
         index = pre.topk(selection.k, dim=1).indices

@@ -1,18 +1,19 @@
-"""Which latents fire: the encoder's one dense product, and the k largest entries of each row or of the whole batch.
+"""Which latents fire: the encoder's one dense product, and the k largest entries of each row or of
+the whole batch.
 
-    1. pre = x W_encᵀ + b_enc, a usual batch at once and a large one in blocks (measured on two threads, d = 768,
-       N = 12,288: 261 ms for 2,048 tokens at once, 475 ms in blocks that fit the cache, because a product packs
-       W_enc anew every time); in bfloat16 where the machine multiplies bfloat16 several times faster
-       (`has_fast_bfloat16`)
-    2. select. Per row, exactly, on a CPU: the maxima of groups of 16 latents; only the k groups with the largest
-       maxima can hold one of the k largest; their 16 k members are partitioned. Whole batch: entries above a cut
-       taken from the first tokens, and of those the `k × tokens` largest; exact because the cut is lowered until it
-       lets enough of them through
+    1. pre = x W_encᵀ + b_enc, a usual batch at once and a large one in blocks (measured on two
+       threads, d = 768, N = 12,288: 261 ms for 2,048 tokens at once, 475 ms in blocks that fit the
+       cache, because a product packs W_enc anew every time); in bfloat16 where the machine
+       multiplies bfloat16 several times faster (`has_fast_bfloat16`)
+    2. select. Per row, exactly, on a CPU: the maxima of groups of 16 latents; only the k groups
+       with the largest maxima can hold one of the k largest; their 16 k members are partitioned.
+       Whole batch: entries above a cut taken from the first tokens, and of those the `k × tokens`
+       largest; exact because the cut is lowered until it lets enough of them through
     3. after a bfloat16 pass, compute the selected values again in float32
 
-Cost: `2 · token · d · latent` for 1, about one pass over the pre-activations for 2. Which of several equal values at
-the edge are kept is unspecified but deterministic. A selected value that is not positive stays in the codes as an
-entry with value 0 (TopK) or is left out (BatchTopK).
+Cost: `2 · token · d · latent` for 1, about one pass over the pre-activations for 2. Which of
+several equal values at the edge are kept is unspecified but deterministic. A selected value that is
+not positive stays in the codes as an entry with value 0 (TopK) or is left out (BatchTopK).
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ Selection = PerRow | WholeBatch
 
 @cache
 def has_fast_bfloat16(device: str = "cpu") -> bool:
-    """Whether a bfloat16 product is worth its rounding: AVX512-BF16 or AMX on a CPU, tensor cores on a GPU."""
+    """Whether a bfloat16 product is worth its rounding: AVX512-BF16 or AMX on a CPU, tensor cores
+    on a GPU."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -75,7 +77,8 @@ def encode(
     selection: Selection,
     precision: Precision,
 ) -> Codes:
-    """The latents of a centred batch. Values are float32 whatever the precision of the pass that chose them."""
+    """The latents of a centred batch. Values are float32 whatever the precision of the pass that
+    chose them."""
     if isinstance(selection, PerRow):
         codes = _encode_per_row(x, W_enc, b_enc, selection.k, precision)
     else:
@@ -87,9 +90,13 @@ def encode(
 
 
 def pre_activation_blocks(
-    x: Float[Tensor, "token d"], W_enc: Float[Tensor, "latent d"], b_enc: Float[Tensor, "latent"], precision: Precision
+    x: Float[Tensor, "token d"],
+    W_enc: Float[Tensor, "latent d"],
+    b_enc: Float[Tensor, "latent"],
+    precision: Precision,
 ) -> Iterator[Float[Tensor, "block latent"]]:
-    """Pre-activations of consecutive blocks of tokens, in `precision`. On a CPU a block is overwritten by the next."""
+    """Pre-activations of consecutive blocks of tokens, in `precision`. On a CPU a block is
+    overwritten by the next."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     W, b, x = W_enc.to(dtype), b_enc.to(dtype), x.to(dtype)
     if x.is_cuda:
@@ -100,8 +107,8 @@ def pre_activation_blocks(
 
 
 class _Scratch(threading.local):
-    """Room for a block of pre-activations, kept from step to step: the system would have to clear new pages every time,
-    which took a third as long as the product itself (measured, 34 MB)."""
+    """Room for a block of pre-activations, kept from step to step: the system would have to clear
+    new pages every time, which took a third as long as the product itself (measured, 34 MB)."""
 
     def __init__(self) -> None:
         self._room = torch.empty(0)
@@ -123,7 +130,9 @@ def _encode_per_row(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, precision: 
     return Codes(start=start, latent=index.flatten(), value=value.flatten().float())
 
 
-def largest_of_rows(pre: Float[Tensor, "row latent"], k: int) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
+def largest_of_rows(
+    pre: Float[Tensor, "row latent"], k: int
+) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
     """Values and indices of the k largest entries of each row, in no order."""
     n_groups, rest = divmod(pre.shape[1], _GROUP)
     if pre.is_cuda or rest or n_groups < 2 * k:
@@ -137,11 +146,15 @@ def largest_of_rows(pre: Float[Tensor, "row latent"], k: int) -> tuple[Float[Ten
 
 
 def _partition_rows(values: Float[Tensor, "row n"], k: int) -> tuple[Tensor, Tensor]:
-    """NumPy partitions rows with vector instructions, 2–3 times faster than torch.topk on the CPUs measured; it lets go
-    of the interpreter while it works, so PyTorch's number of threads share the rows."""
+    """NumPy partitions rows with vector instructions, 2–3 times faster than torch.topk on the CPUs
+    measured; it lets go of the interpreter while it works, so PyTorch's number of threads share the
+    rows."""
     if values.is_cuda or k >= values.shape[1]:
         return values.topk(k, dim=1, sorted=False)
-    rows, n_threads = values.float().numpy(), min(torch.get_num_threads(), values.numel() // _NUMBERS_PER_THREAD)
+    rows, n_threads = (
+        values.float().numpy(),
+        min(torch.get_num_threads(), values.numel() // _NUMBERS_PER_THREAD),
+    )
 
     def largest(part: np.ndarray) -> np.ndarray:
         return np.argpartition(part, values.shape[1] - k, axis=1)[:, -k:]
@@ -159,7 +172,9 @@ def _pool(n_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_threads, thread_name_prefix="partition")
 
 
-def _encode_whole_batch(x: Tensor, W_enc: Tensor, b_enc: Tensor, which: WholeBatch, precision: Precision) -> Codes:
+def _encode_whole_batch(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, which: WholeBatch, precision: Precision
+) -> Codes:
     n_wanted, n_latents = which.count(len(x)), len(W_enc)
     cut: float | None = None
     while True:
@@ -181,19 +196,27 @@ def _largest_value(values: Float[Tensor, "entry"], rank: int) -> float:
     """The value of the `rank`-th largest entry, at least 0."""
     if values.is_cuda:
         return max(float(values.float().kthvalue(len(values) - rank + 1).values), 0.0)
-    return max(float(np.partition(values.float().numpy(), len(values) - rank)[len(values) - rank]), 0.0)
+    return max(
+        float(np.partition(values.float().numpy(), len(values) - rank)[len(values) - rank]), 0.0
+    )
 
 
 def _nonzero(mask: Tensor) -> Int[Tensor, "entry"]:
-    return mask.nonzero().flatten() if mask.is_cuda else torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return (
+        mask.nonzero().flatten() if mask.is_cuda else torch.from_numpy(np.flatnonzero(mask.numpy()))
+    )
 
 
-def _keep_largest(place: Tensor, value: Tensor, n_wanted: int, n_rows: int, n_latents: int) -> Codes:
+def _keep_largest(
+    place: Tensor, value: Tensor, n_wanted: int, n_rows: int, n_latents: int
+) -> Codes:
     if len(place) > n_wanted:
         if place.is_cuda:
             kept = value.topk(n_wanted, sorted=False).indices.sort().values
         else:
-            kept = torch.from_numpy(np.sort(np.argpartition(value.numpy(), len(value) - n_wanted)[-n_wanted:]))
+            kept = torch.from_numpy(
+                np.sort(np.argpartition(value.numpy(), len(value) - n_wanted)[-n_wanted:])
+            )
         place, value = place[kept], value[kept]
     start = torch.zeros(n_rows + 1, dtype=torch.int64, device=place.device)
     row = torch.div(place, n_latents, rounding_mode="floor")

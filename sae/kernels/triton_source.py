@@ -1,6 +1,8 @@
-"""The two Triton kernels under `gpu`: segmented sums of weighted rows, and dot products of named pairs of rows.
+"""The two Triton kernels under `gpu`: segmented sums of weighted rows, and dot products of named
+pairs of rows.
 
-Importing this module needs Triton, which comes with PyTorch's CUDA builds; nothing imports it before a kernel is used.
+Importing this module needs Triton, which comes with PyTorch's CUDA builds; nothing imports it
+before a kernel is used.
 """
 
 import triton
@@ -9,7 +11,8 @@ import triton.language as tl
 
 @triton.jit
 def segmented_sum(start, index, weight, table, out, d, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """out[s] = Σ over entries e of segment s of weight[e] · table[index[e]], one block of channels."""
+    """out[s] = Σ over entries e of segment s of weight[e] · table[index[e]], one block of
+    channels."""
     segment = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < d

@@ -1,6 +1,7 @@
 """A real headless Chromium, a synthetic atlas on disk, and a page that remembers what went wrong.
 
-Skipped visibly where Chromium or its driver is not installed (`apt-get install chromium chromium-driver`).
+Skipped visibly where Chromium or its driver is not installed (`apt-get install chromium
+chromium-driver`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ import pytest
 
 from tests.browser import synthetic
 
-AXE = Path(__file__).parents[2] / "pipeline" / "atlas" / "site" / "node_modules" / "axe-core" / "axe.min.js"
+AXE = (
+    Path(__file__).parents[2]
+    / "pipeline"
+    / "atlas"
+    / "site"
+    / "node_modules"
+    / "axe-core"
+    / "axe.min.js"
+)
 
 
 SMALL = synthetic.Sizes(n_layers=6, n_latents=300, n_documents=12, rows_per_shard=500)
@@ -42,19 +51,31 @@ def world() -> ModuleType:
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     webdriver = pytest.importorskip("selenium.webdriver")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     service = shutil.which("chromedriver")
     if chromium is None or service is None:
         pytest.skip("no Chromium with its driver here")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update"):
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-background-networking",
+        "disable-component-update",
+    ):
         options.add_argument(f"--{flag}")
     options.add_argument("--disable-sync")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(service))
     downloads = tmp_path_factory.mktemp("downloads")
-    browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)})
+    browser.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)}
+    )
     browser.downloads = downloads
     yield browser
     browser.quit()
@@ -77,14 +98,21 @@ class Page:
         self.driver.get_log("browser")
         self.driver.get_log("performance")
         self.driver.get(f"{(self.folder / 'index.html').as_uri()}#/{route}")
-        self.wait("return document.querySelector('main')?.dataset.shown || document.querySelector('.error')")
+        self.wait(
+            "return document.querySelector('main')?.dataset.shown || "
+            "document.querySelector('.error')"
+        )
         self.settle()
 
     def go(self, route: str) -> None:
         """Change the address and wait for the view."""
         before = self.js("return document.querySelector('main').dataset.shown")
-        self.js("if (location.hash === arguments[0]) dispatchEvent(new HashChangeEvent('hashchange')); "
-                "else location.hash = arguments[0]", f"#/{route}")  # fmt: skip
+        self.js(
+            "if (location.hash === arguments[0]) dispatchEvent(new "
+            "HashChangeEvent('hashchange')); "
+            "else location.hash = arguments[0]",
+            f"#/{route}",
+        )
         self.wait("return document.querySelector('main').dataset.shown !== arguments[0]", before)
         self.settle()
 
@@ -120,7 +148,10 @@ class Page:
         return self.js("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
 
     def texts(self, selector: str) -> list[str]:
-        return self.js("return [...document.querySelectorAll(arguments[0])].map((node) => node.textContent)", selector)
+        return self.js(
+            "return [...document.querySelectorAll(arguments[0])].map((node) => node.textContent)",
+            selector,
+        )
 
     def complaints(self) -> list[str]:
         """Everything the console said since `load`."""
@@ -133,7 +164,9 @@ class Page:
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
                 seen.append(message["params"]["request"]["url"])
-            if message["method"] == "Network.loadingFailed" and not message["params"].get("canceled"):
+            if message["method"] == "Network.loadingFailed" and not message["params"].get(
+                "canceled"
+            ):
                 seen.append(f"failed: {message['params']['errorText']}")
         return seen
 
@@ -142,7 +175,11 @@ class Page:
         before = set(self.driver.downloads.iterdir())
         press()
         for _ in range(200):
-            new = [p for p in set(self.driver.downloads.iterdir()) - before if p.suffix != ".crdownload"]
+            new = [
+                p
+                for p in set(self.driver.downloads.iterdir()) - before
+                if p.suffix != ".crdownload"
+            ]
             if new and new[0].stat().st_size:
                 return new[0]
             time.sleep(0.03)

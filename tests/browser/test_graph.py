@@ -1,7 +1,5 @@
 """The focus graph shows what was planted, walks by keyboard, and lives in its address."""
 
-# ruff: noqa: E501  (scripts for the page, and rows of tables, stand on one line)
-
 from __future__ import annotations
 
 from typing import Any
@@ -40,7 +38,11 @@ def focus(planted: dict[tuple[str, str], float]) -> str:
     """A feature of L3 with links on both sides, two hops back."""
     into = {target for _, target in planted}
     ends = {source for source, target in planted if source in into}
-    return next(f for f in sorted(ends) if f.startswith("L3/") and any(s in into for s, t in planted if t == f))
+    return next(
+        f
+        for f in sorted(ends)
+        if f.startswith("L3/") and any(s in into for s, t in planted if t == f)
+    )
 
 
 def graph(page: Any, route: str) -> tuple[set[str], set[tuple[str, str]]]:
@@ -49,7 +51,8 @@ def graph(page: Any, route: str) -> tuple[set[str], set[tuple[str, str]]]:
     page.settle()
     page.click(".graph-page details.twin-details summary")
     rows = page.js(
-        "return [...document.querySelectorAll('.twin tbody tr')].map((r) => [r.cells[0].textContent, r.cells[2].textContent])"
+        "return [...document.querySelectorAll('.twin tbody tr')].map((r) => "
+        "[r.cells[0].textContent, r.cells[2].textContent])"
     )
     nodes = page.js("return [...document.querySelectorAll('.node')].map((n) => n.dataset.feature)")
     return set(nodes), {tuple(row) for row in rows}
@@ -64,7 +67,9 @@ def test_shown_links_are_planted_links_and_all_strong_ones_between_shown_feature
     assert page.js("return document.querySelectorAll('.edge').length") == len(links)
 
 
-def test_ancestors_within_hops_are_found(page: Any, planted: dict[tuple[str, str], float], focus: str) -> None:
+def test_ancestors_within_hops_are_found(
+    page: Any, planted: dict[tuple[str, str], float], focus: str
+) -> None:
     nodes, _ = graph(page, f"graph/{focus}?b=2&f=0&k=8&t=0&n=300")
     wanted = {focus}
     for _ in range(2):
@@ -81,7 +86,8 @@ def test_limits_hold(page: Any, planted: dict[tuple[str, str], float], focus: st
     assert all(
         text == "yes"
         for text in page.js(
-            "return [...document.querySelectorAll('.twin tbody tr')].map((r) => r.cells[10].textContent)"
+            "return [...document.querySelectorAll('.twin tbody tr')].map((r) => "
+            "r.cells[10].textContent)"
         )
     )
 
@@ -110,7 +116,9 @@ def test_keys_walk_along_links_and_enter_opens_the_card(
 
 def test_a_stub_opens_the_links_it_counts(page: Any, focus: str) -> None:
     before, _ = graph(page, f"graph/{focus}?b=1&f=1&k=1&t=0")
-    page.js("document.querySelector('.stub').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
+    page.js(
+        "document.querySelector('.stub').dispatchEvent(new MouseEvent('click', {bubbles: true}))"
+    )
     page.wait("return document.querySelectorAll('.node').length > arguments[0]", len(before))
     assert page.js("return location.hash.includes('x=L')")
 
@@ -119,22 +127,26 @@ def test_the_address_alone_brings_the_same_graph_back(page: Any, focus: str) -> 
     graph(page, f"graph/{focus}?b=1&f=1&k=1")
     for label, value in (("back", 3), ("onward", 2), ("links each", 3)):
         page.js(
-            "const i = document.querySelector(`input[aria-label='${arguments[0]}']`); i.value = arguments[1]; i.dispatchEvent(new Event('input'))",
-            label, value,
-        )  # fmt: skip
+            "const i = document.querySelector(`input[aria-label='${arguments[0]}']`); i.value = "
+            "arguments[1]; i.dispatchEvent(new Event('input'))",
+            label,
+            value,
+        )
         page.settle()
     page.wait("return location.hash.includes('k=3')")
     page.settle()
     address = page.js("return location.hash")
     shown = page.js(
-        "return [...document.querySelectorAll('.node')].map((n) => [n.dataset.feature, n.getAttribute('transform')])"
+        "return [...document.querySelectorAll('.node')].map((n) => [n.dataset.feature, "
+        "n.getAttribute('transform')])"
     )
     page.load(address.removeprefix("#/"))
     page.wait("return document.querySelector('svg.graph .node')")
     page.settle()
     assert (
         page.js(
-            "return [...document.querySelectorAll('.node')].map((n) => [n.dataset.feature, n.getAttribute('transform')])"
+            "return [...document.querySelectorAll('.node')].map((n) => [n.dataset.feature, "
+            "n.getAttribute('transform')])"
         )
         == shown
     )
@@ -145,9 +157,12 @@ def test_hovering_lights_the_paths_through_a_feature(
 ) -> None:
     _, links = graph(page, f"graph/{focus}?b=3&f=2&k=3&t=0")
     page.js(
-        "document.querySelector('.node.focus rect').dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))"
+        "document.querySelector('.node.focus rect').dispatchEvent(new PointerEvent('pointerover', "
+        "{bubbles: true}))"
     )
-    lit = set(page.js("return [...document.querySelectorAll('.node.on')].map((n) => n.dataset.feature)"))
+    lit = set(
+        page.js("return [...document.querySelectorAll('.node.on')].map((n) => n.dataset.feature)")
+    )
     back, onward = {focus}, {focus}
     for _ in range(10):
         back |= {source for source, target in links if target in back}
@@ -162,6 +177,9 @@ def test_c_puts_the_chosen_feature_into_the_compare_tray_and_takes_it_out(page: 
     feature = page.js("return document.activeElement.dataset.feature")
     for expected in ([feature], []):
         page.driver.switch_to.active_element.send_keys("c")
-        stored = "return Object.entries(localStorage).filter(([k]) => k.endsWith(':compared')).flatMap(([, v]) => JSON.parse(v))"
+        stored = (
+            "return Object.entries(localStorage).filter(([k]) => "
+            "k.endsWith(':compared')).flatMap(([, v]) => JSON.parse(v))"
+        )
         assert page.js(stored) == expected
         assert page.js("return location.hash").startswith("#/graph/")

@@ -1,7 +1,5 @@
 """Every token, title, label and note is data: it is shown as text and executes nothing."""
 
-# ruff: noqa: E501  (scripts for the page, and rows of tables, stand on one line)
-
 from __future__ import annotations
 
 import json
@@ -16,7 +14,10 @@ pytestmark = pytest.mark.browser
 def assert_unharmed(page: Any, route: str) -> None:
     assert page.js("return window.hacked") is None, route
     assert (
-        page.js("return document.querySelectorAll('main script, main img, main [onerror], main [onmouseover]').length")
+        page.js(
+            "return document.querySelectorAll('main script, main img, main [onerror], main "
+            "[onmouseover]').length"
+        )
         == 0
     ), route
     assert page.complaints() == [], route
@@ -40,15 +41,25 @@ def test_hostile_labels_tokens_and_titles_are_shown_as_text(page: Any, world: An
     ):
         page.go(route)
         page.js(
-            "for (const e of document.querySelectorAll('main *')) e.dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))"
+            "for (const e of document.querySelectorAll('main *')) e.dispatchEvent(new "
+            "MouseEvent('mouseover', {bubbles: true}))"
         )
         assert_unharmed(page, route)
 
 
 def test_hostile_addresses_are_shown_as_text(page: Any) -> None:
     page.load()
-    for route in ("search?q=<img src=x onerror=window.hacked=1>", "<script>window.hacked=1</script>", "site/<img src=x>", "graph/__proto__/1",
-                  "compare?f=<b>,L1/2", "community/constructor", "L1/2?tab=<script>&w=9999", "%E0%A4%A", "graph/L1/3?b=-5&n=99999&x=<x>,L0/1&s=__proto__"):  # fmt: skip
+    for route in (
+        "search?q=<img src=x onerror=window.hacked=1>",
+        "<script>window.hacked=1</script>",
+        "site/<img src=x>",
+        "graph/__proto__/1",
+        "compare?f=<b>,L1/2",
+        "community/constructor",
+        "L1/2?tab=<script>&w=9999",
+        "%E0%A4%A",
+        "graph/L1/3?b=-5&n=99999&x=<x>,L0/1&s=__proto__",
+    ):
         page.go(route)
         assert_unharmed(page, route)
         assert page.js("return document.querySelectorAll('.node').length") <= 360
@@ -69,7 +80,8 @@ def test_a_megabyte_token_does_not_reach_the_page(page: Any, world: Any) -> None
     assert page.js("return document.body.innerText.length") < 60_000
     assert (
         page.js(
-            "return Math.max(...[...document.querySelectorAll('main *')].map((e) => Math.max(0, ...[...e.attributes].map((a) => a.value.length))))"
+            "return Math.max(...[...document.querySelectorAll('main *')].map((e) => Math.max(0, "
+            "...[...e.attributes].map((a) => a.value.length))))"
         )
         < 5000
     )
@@ -94,7 +106,9 @@ def test_a_saved_figure_is_well_formed_and_holds_no_script(page: Any) -> None:
     root = ElementTree.parse(path).getroot()
     tags = {element.tag.split("}")[1] for element in root.iter()}
     assert "script" not in tags
-    assert not [name for element in root.iter() for name in element.attrib if name.lower().startswith("on")]
+    assert not [
+        name for element in root.iter() for name in element.attrib if name.lower().startswith("on")
+    ]
     assert any("L2/1" in (element.text or "") for element in root.iter())
 
 
@@ -111,21 +125,30 @@ def test_a_saved_table_keeps_its_shape_whatever_the_cells_hold(page: Any) -> Non
 def test_notes_go_out_to_a_file_and_come_back(page: Any) -> None:
     page.load("L2/1")
     page.js(
-        "const [a, b] = document.querySelectorAll('.note input, .note textarea'); document.querySelector('.note').open = true;"
-        "a.value = '<b>mine</b>'; a.dispatchEvent(new Event('input')); b.value = 'because \\ud800'; b.dispatchEvent(new Event('input'))"
+        "const [a, b] = document.querySelectorAll('.note input, .note textarea'); "
+        "document.querySelector('.note').open = true;"
+        "a.value = '<b>mine</b>'; a.dispatchEvent(new Event('input')); b.value = 'because "
+        "\\ud800'; b.dispatchEvent(new Event('input'))"
     )
     page.go("notes")
     assert "<b>mine</b>" in page.text("main")
     path = page.download(
         lambda: page.js(
-            "[...document.querySelectorAll('button')].find((b) => b.textContent.startsWith('Save notes')).click()"
+            "[...document.querySelectorAll('button')].find((b) => b.textContent.startsWith('Save "
+            "notes')).click()"
         )
     )
     saved = json.loads(path.read_text("utf-8"))
-    assert [(note["feature"], note["label"]) for note in saved["notes"]] == [("L2/1", "<b>mine</b>")]
+    assert [(note["feature"], note["label"]) for note in saved["notes"]] == [
+        ("L2/1", "<b>mine</b>")
+    ]
     page.js("localStorage.clear()")
     page.load("notes")
-    saved["notes"] += [{"feature": "L99/1", "label": "nowhere"}, {"feature": "__proto__", "label": "x"}, 7]
+    saved["notes"] += [
+        {"feature": "L99/1", "label": "nowhere"},
+        {"feature": "__proto__", "label": "x"},
+        7,
+    ]
     path.write_text(json.dumps(saved))
     page.driver.find_element("id", "notes-file").send_keys(str(path))
     page.wait("return document.querySelector('main').innerText.includes('1 note read')")

@@ -17,13 +17,15 @@ TOKEN = "a-token"
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    asked: list[tuple[str, Any]] = []  # noqa: RUF012  # shared on purpose: what the page sent
+    asked: list[tuple[str, Any]] = []  # noqa: RUF012 shared on purpose: what the page sent
     busy = False
     whole = True
 
     def do_GET(self) -> None:
         if self.path.startswith("/api/health"):
-            return self._lines([{"live": True, "model": "tiny", "limits": {"max_tokens": 16}, "steering": True}])
+            return self._lines(
+                [{"live": True, "model": "tiny", "limits": {"max_tokens": 16}, "steering": True}]
+            )
         return super().do_GET()
 
     def do_POST(self) -> None:
@@ -33,7 +35,13 @@ class _Handler(SimpleHTTPRequestHandler):
             return self.send_error(429)
         if self.path == "/api/text":
             first = {"tokens": [8, 9], "pieces": ["<b>one", " two"]}
-            fired = {"site": 0, "at": [0, 1], "latent": [5, 17], "value": [2.5, 1.0], "share": [0.5, 0.1]}
+            fired = {
+                "site": 0,
+                "at": [0, 1],
+                "latent": [5, 17],
+                "value": [2.5, 1.0],
+                "share": [0.5, 0.1],
+            }
             return self._lines([first, fired, {"links": [[0, 17, 0, 5, 1]]}, {"done": True}])
         grown = [  # the text so far, after every token
             {"arm": arm, "sample": 0, "text": text[:n]}
@@ -79,7 +87,9 @@ def test_a_typed_text_is_read_and_shown_as_text(page: Any, address: str) -> None
     page.click(".try .primary")
     page.wait("return document.querySelector('.live-text button')")
     assert page.texts(".live-text button") == ["<b>one", " two"]
-    assert page.js("return [...document.querySelectorAll('main tbody td')].map((c) => c.textContent)")[:1] == ["L0/17"]
+    assert page.js(
+        "return [...document.querySelectorAll('main tbody td')].map((c) => c.textContent)"
+    )[:1] == ["L0/17"]
     assert "L0/5" in page.text("main tbody")
     assert (TOKEN, {"text": "one two"}) in _Handler.asked
     assert page.complaints() == []

@@ -1,6 +1,5 @@
-"""The pages, from disk: nothing complains, nothing leaves the folder, every view is reached, numbers are those stored."""
-
-# ruff: noqa: E501  (scripts for the page, and rows of tables, stand on one line)
+"""The pages, from disk: nothing complains, nothing leaves the folder, every view is reached,
+numbers are those stored."""
 
 from __future__ import annotations
 
@@ -17,10 +16,29 @@ import pytest
 pytestmark = pytest.mark.browser
 
 ROUTES = (
-    "", "flow", "community/3", "trunks", "site/L2", "site/L1.mlp", "L3/30", "L3/3", "L1.mlp/7", "L5/299", "graph/L3/30",
-    "graph/L3/30?b=5&f=5&k=3&n=120", "search", "search?q=river", "search?q=script", "compare", "compare?f=L3/3,L4/6,L5/9",
-    "notes", "about", "try", "nothing/here", "L99/1",
-)  # fmt: skip
+    "",
+    "flow",
+    "community/3",
+    "trunks",
+    "site/L2",
+    "site/L1.mlp",
+    "L3/30",
+    "L3/3",
+    "L1.mlp/7",
+    "L5/299",
+    "graph/L3/30",
+    "graph/L3/30?b=5&f=5&k=3&n=120",
+    "search",
+    "search?q=river",
+    "search?q=script",
+    "compare",
+    "compare?f=L3/3,L4/6,L5/9",
+    "notes",
+    "about",
+    "try",
+    "nothing/here",
+    "L99/1",
+)
 
 
 def read_shard(world: Any, folder: Path, key: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -36,12 +54,16 @@ def read_shard(world: Any, folder: Path, key: str) -> tuple[dict[str, Any], dict
     for entry in header["columns"]:
         count = math.prod(entry["shape"])
         dtype = np.dtype(entry["dtype"][0] + str(int(entry["dtype"][1:]) // 8))
-        columns[entry["name"]] = np.frombuffer(raw, dtype, count, 8 + length + entry["offset"]).reshape(entry["shape"])
+        columns[entry["name"]] = np.frombuffer(
+            raw, dtype, count, 8 + length + entry["offset"]
+        ).reshape(entry["shape"])
     return header["json"], columns
 
 
 @pytest.mark.parametrize("width", [390, 1440])
-def test_every_view_opens_from_disk_without_a_complaint_or_a_foreign_request_or_overflow(page: Any, width: int) -> None:
+def test_every_view_opens_from_disk_without_a_complaint_or_a_foreign_request_or_overflow(
+    page: Any, width: int
+) -> None:
     page.load(width=width)
     for route in ROUTES:
         page.go(route)
@@ -53,7 +75,9 @@ def test_every_view_opens_from_disk_without_a_complaint_or_a_foreign_request_or_
     assert [url for url in page.requests() if not url.startswith((root, "data:", "blob:"))] == []
 
 
-@pytest.mark.parametrize(("width", "dark"), [(390, True), (1440, False)], ids=["phone-dark", "wide-light"])
+@pytest.mark.parametrize(
+    ("width", "dark"), [(390, True), (1440, False)], ids=["phone-dark", "wide-light"]
+)
 def test_axe_finds_no_violation(page: Any, axe: str, width: int, dark: bool) -> None:
     page.load(width=width, dark=dark)
     page.js(axe)
@@ -62,15 +86,22 @@ def test_axe_finds_no_violation(page: Any, axe: str, width: int, dark: bool) -> 
         page.go(route)
         result = page.driver.execute_async_script(
             "const done = arguments[arguments.length - 1];"
-            "axe.run(document, {resultTypes: ['violations']}).then((r) => done(r.violations), (e) => done([{id: String(e), nodes: []}]))"
+            "axe.run(document, {resultTypes: ['violations']}).then((r) => done(r.violations), (e) "
+            "=> done([{id: String(e), nodes: []}]))"
         )
-        found += [(route, item["id"], [node["html"][:160] for node in item["nodes"][:3]]) for item in result]
+        found += [
+            (route, item["id"], [node["html"][:160] for node in item["nodes"][:3]])
+            for item in result
+        ]
     assert found == []
 
 
 def test_a_person_clicks_through_every_view(page: Any) -> None:
     page.load()
-    page.js("document.querySelector('a.strip-column').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
+    page.js(
+        "document.querySelector('a.strip-column').dispatchEvent(new MouseEvent('click', {bubbles: "
+        "true}))"
+    )
     page.wait("return location.hash === '#/site/L0'")
     page.settle()
     page.click(".v-body a")
@@ -80,11 +111,20 @@ def test_a_person_clicks_through_every_view(page: Any) -> None:
     page.click(".action.primary")
     page.wait("return document.querySelector('svg.graph .node')")
     page.settle()
-    others = page.js("return [...document.querySelectorAll('.node:not(.focus)')].map((n) => n.dataset.feature)")
-    page.js("document.querySelector('.node:not(.focus)').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
-    page.wait("return document.querySelector('.graph-panel h2')?.textContent.includes(arguments[0])", others[0])
+    others = page.js(
+        "return [...document.querySelectorAll('.node:not(.focus)')].map((n) => n.dataset.feature)"
+    )
     page.js(
-        "[...document.querySelectorAll('.graph-panel button')].find((b) => b.textContent.includes('compare')).click()"
+        "document.querySelector('.node:not(.focus)').dispatchEvent(new MouseEvent('click', "
+        "{bubbles: true}))"
+    )
+    page.wait(
+        "return document.querySelector('.graph-panel h2')?.textContent.includes(arguments[0])",
+        others[0],
+    )
+    page.js(
+        "[...document.querySelectorAll('.graph-panel button')].find((b) => "
+        "b.textContent.includes('compare')).click()"
     )
     page.click("nav a[href='#/compare']")
     assert page.texts(".compare-column h2 a") == [others[0]]
@@ -109,7 +149,16 @@ def test_the_card_shows_the_stored_numbers(page: Any, world: Any) -> None:
     label = document["labels"][latent][0]
     assert label["text"] in page.text("table.labels")
     shares = page.texts(".token-table:first-of-type .share-number")
-    expected = [s for s, n, t in zip(card["token_share"][latent], card["token_count"][latent], card["token"][latent], strict=True) if n and t != 0xFFFFFFFF]  # fmt: skip
+    expected = [
+        s
+        for s, n, t in zip(
+            card["token_share"][latent],
+            card["token_count"][latent],
+            card["token"][latent],
+            strict=True,
+        )
+        if n and t != 0xFFFFFFFF
+    ]
     assert len(shares) == len(expected)
     for text, share in zip(shares, expected, strict=True):
         assert float(text.split()[0]) == pytest.approx(100 * share, rel=0.06)
@@ -117,9 +166,15 @@ def test_the_card_shows_the_stored_numbers(page: Any, world: Any) -> None:
     row = int(card["example_row"][first])
     if row < len(corpus["token"]):
         token = int(corpus["token"][row])
-        data = bytes(vocabulary["bytes"][vocabulary["offset"][token] : vocabulary["offset"][token + 1]])
+        data = bytes(
+            vocabulary["bytes"][vocabulary["offset"][token] : vocabulary["offset"][token + 1]]
+        )
         peak = page.text(".example .peak")
-        assert token in (4, 5, 6, 7) or peak.strip() == data.decode().strip().replace("\n", "↵") or len(data) > 60
+        assert (
+            token in (4, 5, 6, 7)
+            or peak.strip() == data.decode().strip().replace("\n", "↵")
+            or len(data) > 60
+        )
     assert page.js("return document.querySelector('.example .peak').className.includes('a9')")
 
 
@@ -135,20 +190,30 @@ def test_second_opinions_stand_on_the_card_as_text(page: Any, world: Any) -> Non
     assert page.complaints() == []
 
 
-def test_on_a_phone_labels_show_all_their_numbers_without_scrolling_and_lists_what_tells_them_apart(page: Any) -> None:
+def test_on_a_phone_labels_show_all_their_numbers_without_scrolling_and_lists_what_tells_them_apart(
+    page: Any,
+) -> None:
     page.load("L3/30", width=390)
     for selector in ("table.labels", ".examples"):
         inside, room = page.js(
-            "const n = document.querySelector(arguments[0]); return [n.scrollWidth, n.parentElement.clientWidth]",
+            "const n = document.querySelector(arguments[0]); return [n.scrollWidth, "
+            "n.parentElement.clientWidth]",
             selector,
         )
         assert inside <= room
-    precision = page.js("return document.querySelector('td[data-name=precision]').getBoundingClientRect().right")
+    precision = page.js(
+        "return document.querySelector('td[data-name=precision]').getBoundingClientRect().right"
+    )
     assert 0 < precision <= 390
     page.go("trunks")
-    assert page.js("return [...document.querySelectorAll('.v-row .label-lead')].every((n) => n.offsetWidth === 0)")
+    assert page.js(
+        "return [...document.querySelectorAll('.v-row .label-lead')].every((n) => n.offsetWidth "
+        "=== 0)"
+    )
     page.load("trunks", width=1440)
-    assert page.js("return [...document.querySelectorAll('.v-row .label-lead')].some((n) => n.offsetWidth > 0)")
+    assert page.js(
+        "return [...document.querySelectorAll('.v-row .label-lead')].some((n) => n.offsetWidth > 0)"
+    )
 
 
 def test_the_space_before_a_word_is_not_shaded_and_no_text_is_lost(page: Any) -> None:
@@ -168,7 +233,9 @@ def test_the_strip_and_its_table_twin_agree(page: Any, sizes: Any) -> None:
     assert len(page.texts("a.strip-column")) == sizes.n_layers
 
 
-def test_the_flow_overview_accounts_for_every_living_feature_of_the_stream(page: Any, world: Any, sizes: Any) -> None:
+def test_the_flow_overview_accounts_for_every_living_feature_of_the_stream(
+    page: Any, world: Any, sizes: Any
+) -> None:
     document, columns = read_shard(world, page.folder, "flow/trunks")
     manifest, _ = read_shard(world, page.folder, "manifest")
     page.load("flow")
@@ -176,11 +243,15 @@ def test_the_flow_overview_accounts_for_every_living_feature_of_the_stream(page:
     lead = "".join(page.text(".lead").split())
     assert f"Eachofthe{n_features}livingfeatures" in lead
     assert f"oneof{n_trunks}trunks" in lead
-    assert f"{int((columns['length'] == sizes.n_layers).sum())}runthroughall{sizes.n_layers}layers" in lead
+    assert (
+        f"{int((columns['length'] == sizes.n_layers).sum())}runthroughall{sizes.n_layers}layers"
+        in lead
+    )
     page.js("document.querySelectorAll('.figure details').forEach((d) => { d.open = true; })")
     page.wait("return document.querySelectorAll('.figure .twin table').length === 2")
     origins, turnover = page.js(
-        "return [...document.querySelectorAll('.figure .twin table')].map((t) => [...t.rows].map((r) => [...r.cells].map((c) => c.textContent)))"
+        "return [...document.querySelectorAll('.figure .twin table')].map((t) => "
+        "[...t.rows].map((r) => [...r.cells].map((c) => c.textContent)))"
     )
     assert sum(int(row[1]) for row in origins[1:]) == n_features
     for i, name in enumerate(origins[0][2:], start=2):
@@ -194,17 +265,24 @@ def test_the_flow_overview_accounts_for_every_living_feature_of_the_stream(page:
         by_name = dict(zip(document["begins"], counted.tolist(), strict=True))
         order = ("first", "mlp", "attention", "both", "branch", "unexplained", "unread")
         assert [int(x) for x in row[1:8]] == [by_name[name] for name in order]
-        assert [int(x) for x in row[8:11]] == [document["written"][name][site] for name in ("mlp", "attention", "both")]
+        assert [int(x) for x in row[8:11]] == [
+            document["written"][name][site] for name in ("mlp", "attention", "both")
+        ]
         counted = np.bincount(columns["end"][last == site], minlength=3)
         assert [int(x) for x in row[11:14]] == counted.tolist()
 
 
-def test_a_bar_of_the_flow_overview_leads_to_the_list_of_its_trunks_and_on_to_a_feature(page: Any, world: Any) -> None:
+def test_a_bar_of_the_flow_overview_leads_to_the_list_of_its_trunks_and_on_to_a_feature(
+    page: Any, world: Any
+) -> None:
     _, columns = read_shard(world, page.folder, "flow/trunks")
     manifest, _ = read_shard(world, page.folder, "manifest")
     page.load("flow")
     page.wait("return document.querySelector('a.strip-column')")
-    page.js("document.querySelector('a.strip-column').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
+    page.js(
+        "document.querySelector('a.strip-column').dispatchEvent(new MouseEvent('click', {bubbles: "
+        "true}))"
+    )
     page.wait("return location.hash.startsWith('#/trunks?from=')")
     page.settle()
     short = page.js("return location.hash").split("=")[1]
@@ -212,8 +290,12 @@ def test_a_bar_of_the_flow_overview_leads_to_the_list_of_its_trunks_and_on_to_a_
     first = np.cumsum(columns["length"]) - columns["length"]
     mine = np.flatnonzero(columns["site"][first] == site)
     status = page.text("main [role=status]").replace("\u202f", "").replace("\u00a0", "")
-    assert status.startswith(f"{len(mine)} trunks with {int(columns['length'][mine].sum())} features")
-    assert page.js("return document.querySelector('.v-table').getAttribute('aria-rowcount')") == str(len(mine) + 1)
+    assert status.startswith(
+        f"{len(mine)} trunks with {int(columns['length'][mine].sum())} features"
+    )
+    assert page.js(
+        "return document.querySelector('.v-table').getAttribute('aria-rowcount')"
+    ) == str(len(mine) + 1)
     page.click(".v-body .v-cell.layer a")
     assert page.js("return location.hash").startswith(f"#/{short}/")
     assert page.complaints() == []
@@ -224,12 +306,16 @@ def test_a_saved_figure_has_its_legend(page: Any) -> None:
     page.wait("return document.querySelector('[aria-label=\"Save turnover as SVG\"]')")
     names = page.texts(".figure .legend li")
     assert len(names) >= 4
-    saved = page.download(lambda: page.js("document.querySelector('[aria-label=\"Save turnover as SVG\"]').click()"))
+    saved = page.download(
+        lambda: page.js("document.querySelector('[aria-label=\"Save turnover as SVG\"]').click()")
+    )
     root = ElementTree.fromstring(saved.read_text())
     texts = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
     assert [text for text in texts if text in names] == names
     bottom = sum(float(x) for x in root.get("viewBox").split()[1::2])
-    assert all(float(node.get("y")) <= bottom for node in root.iter("{http://www.w3.org/2000/svg}text"))
+    assert all(
+        float(node.get("y")) <= bottom for node in root.iter("{http://www.w3.org/2000/svg}text")
+    )
 
 
 def test_only_features_that_the_steer_stage_takes_have_its_command(page: Any, sizes: Any) -> None:
@@ -252,7 +338,10 @@ def test_search_finds_labels_and_tokens(page: Any) -> None:
     page.wait("return document.querySelector('.search-results .v-body a')")
     assert all("harbour" in text for text in page.texts(".search-results .v-body .v-row .label"))
     assert any("harbour" in text for text in page.texts(".token-group h3"))
-    page.js("const i = document.querySelector('.search-box input'); i.value = 'L4/17'; i.form.requestSubmit()")
+    page.js(
+        "const i = document.querySelector('.search-box input'); i.value = 'L4/17'; "
+        "i.form.requestSubmit()"
+    )
     page.wait("return location.hash === '#/L4/17'")
 
 
@@ -264,7 +353,10 @@ def test_arrow_keys_walk_a_long_list_beyond_what_is_drawn(page: Any) -> None:
     first = page.js("return document.activeElement.textContent")
     for _ in range(60):
         page.driver.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
-    assert page.js("return document.activeElement.closest('.v-row').getAttribute('aria-rowindex')") == "62"
+    assert (
+        page.js("return document.activeElement.closest('.v-row').getAttribute('aria-rowindex')")
+        == "62"
+    )
     assert page.js("return document.activeElement.textContent") != first
     assert page.js("return document.querySelectorAll('.v-body .v-row').length") < 80
 
@@ -287,7 +379,9 @@ def test_a_missing_file_is_named(
     assert said in page.text(".error")
 
 
-def test_damaged_and_foreign_payloads_are_named(page_of: Any, world: Any, atlas_folder: Path, tmp_path: Path) -> None:
+def test_damaged_and_foreign_payloads_are_named(
+    page_of: Any, world: Any, atlas_folder: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(atlas_folder, tmp_path / "atlas")
     (folder / "sites/L3/labels.js").write_text('FF("sites/L3/labels","AAAA")\n')
     world.write_shard(folder, "sites/L2/labels", {"labels": []}, score=np.zeros(3, np.uint8))
@@ -312,12 +406,18 @@ def test_an_atlas_of_another_version_is_refused_with_a_sentence(
     assert "reads version 2" in page.text(".error")
 
 
-def test_an_atlas_without_a_flow_graph_says_so(page_of: Any, world: Any, atlas_folder: Path, tmp_path: Path) -> None:
+def test_an_atlas_without_a_flow_graph_says_so(
+    page_of: Any, world: Any, atlas_folder: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(atlas_folder, tmp_path / "atlas")
     document, _ = read_shard(world, folder, "manifest")
     for site in document["sites"]:
         site["classes"] = {}
-    world.write_shard(folder, "manifest", {**document, "has": {"flow": False, "communities": False, "trunks": False}})
+    world.write_shard(
+        folder,
+        "manifest",
+        {**document, "has": {"flow": False, "communities": False, "trunks": False}},
+    )
     shutil.rmtree(folder / "flow")
     for path in folder.glob("sites/*/flow.js"):
         path.unlink()
@@ -328,4 +428,6 @@ def test_an_atlas_without_a_flow_graph_says_so(page_of: Any, world: Any, atlas_f
         assert page.text("h1") or page.text(".empty"), route
         assert not page.texts(".error"), route
     assert page.complaints() == []
-    assert not [url for url in page.requests() if "/flow" in url.split("#")[0] or url.startswith("failed")]
+    assert not [
+        url for url in page.requests() if "/flow" in url.split("#")[0] or url.startswith("failed")
+    ]

@@ -1,4 +1,5 @@
-"""Concept data: built again from the database it came from, disjoint where it must be, and telling topics apart."""
+"""Concept data: built again from the database it came from, disjoint where it must be, and telling
+topics apart."""
 
 from __future__ import annotations
 
@@ -17,15 +18,20 @@ from sae.errors import UserError
 WORDNET = Path(os.environ.get("FEATUREFLOW_WORDNET", "/usr/share/wordnet"))
 
 
-@pytest.mark.skipif(not (WORDNET / "data.noun").is_file(), reason="the package wordnet-base is not installed")
+@pytest.mark.skipif(
+    not (WORDNET / "data.noun").is_file(), reason="the package wordnet-base is not installed"
+)
 def test_the_topics_are_what_the_script_builds():
     built = [json.dumps(record, ensure_ascii=False) for record in build_topics.build(WORDNET)]
-    bundled = files("data.concepts").joinpath("topics.jsonl").read_text(encoding="utf-8").splitlines()
+    bundled = (
+        files("data.concepts").joinpath("topics.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     assert built == bundled
 
 
 def test_a_synset_is_read_as_wndb_5_says(tmp_path):
-    """The manual's fields, by hand: two words, one hypernym, one topic domain, an example after the definition."""
+    """The manual's fields, by hand: two words, one hypernym, one topic domain, an example after the
+    definition."""
     line = (
         "07700001 13 n 02 torte 0 layer_cake 1 002 @ 07628870 n 0000 ;c 00243918 n 0000 | "
         'rich cake (usually) covered with cream; "she ate the torte"  \n'
@@ -38,8 +44,8 @@ def test_a_synset_is_read_as_wndb_5_says(tmp_path):
 
 
 def test_the_whole_build_on_a_database_written_by_hand(tmp_path, monkeypatch):
-    """Food by file, law by topic domain, ships below a root; a synset of two topics is in neither; short definitions
-    are left out; a lexicon takes words whose first sense is in the topic."""
+    """Food by file, law by topic domain, ships below a root; a synset of two topics is in neither;
+    short definitions are left out; a lexicon takes words whose first sense is in the topic."""
     long = "a thing that is told of here in some words"
     synsets = [
         ("00000001", 13, ["pie", "tart"], "", long),
@@ -53,11 +59,21 @@ def test_the_whole_build_on_a_database_written_by_hand(tmp_path, monkeypatch):
     for offset, file, words, pointer, definition in synsets:
         named = " ".join(f"{word} 0" for word in words)
         pointers = f"001 {pointer}" if pointer else "000"
-        lines.append(f"{offset} {file:02d} n {len(words):02x} {named} {pointers} | {definition}  \n")
+        lines.append(
+            f"{offset} {file:02d} n {len(words):02x} {named} {pointers} | {definition}  \n"
+        )
     (tmp_path / "data.noun").write_text("".join(lines), encoding="latin-1")
-    senses = {"pie": "00000001", "tart": "00000006 00000001", "verdict": "00000002", "law": "00000003",
-              "vessel": "00000004", "brig": "00000005"}  # fmt: skip
-    index = "".join(f"{word} n {len(found.split())} 0 1 0 {found}\n" for word, found in senses.items())
+    senses = {
+        "pie": "00000001",
+        "tart": "00000006 00000001",
+        "verdict": "00000002",
+        "law": "00000003",
+        "vessel": "00000004",
+        "brig": "00000005",
+    }
+    index = "".join(
+        f"{word} n {len(found.split())} 0 1 0 {found}\n" for word, found in senses.items()
+    )
     (tmp_path / "index.noun").write_text(index, encoding="latin-1")
     rules = {
         "food": build_topics.Rule(files=(13,)),
@@ -66,9 +82,17 @@ def test_the_whole_build_on_a_database_written_by_hand(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(build_topics, "RULES", rules)
     built = build_topics.build(tmp_path)
-    words = {(record["topic"], record["word"], record["definition"]) for record in built if "word" in record}
-    assert words == {("food", "pie", long), ("law", "verdict", long + " too"), ("sea", "vessel", long + " again"),
-                     ("sea", "brig", long)}  # fmt: skip
+    words = {
+        (record["topic"], record["word"], record["definition"])
+        for record in built
+        if "word" in record
+    }
+    assert words == {
+        ("food", "pie", long),
+        ("law", "verdict", long + " too"),
+        ("sea", "vessel", long + " again"),
+        ("sea", "brig", long),
+    }
     lexicons = {record["topic"]: record["lexicon"] for record in built if "lexicon" in record}
     assert lexicons == {"food": ["pie"], "law": ["verdict"], "sea": ["brig", "vessel"]}
 
@@ -138,8 +162,12 @@ def test_neutral_texts_hold_few_words_of_any_topic():
 
 
 def test_fortunes_lose_their_attribution(tmp_path):
-    (tmp_path / "law").write_text("One man's folly is another man's law.\n\t\t-- Somebody\n%\nToo short\n%\n")
-    assert sources.fortune_texts("law", folder=tmp_path) == ["One man's folly is another man's law."]
+    (tmp_path / "law").write_text(
+        "One man's folly is another man's law.\n\t\t-- Somebody\n%\nToo short\n%\n"
+    )
+    assert sources.fortune_texts("law", folder=tmp_path) == [
+        "One man's folly is another man's law."
+    ]
     with pytest.raises(UserError, match="not installed"):
         sources.fortune_texts("law", folder=tmp_path / "nowhere")
 
@@ -150,4 +178,6 @@ def test_empaths_words_find_their_own_topic():
         words = [word for text in topic.texts("test") for word in sources.words_of(text)]
         lexicon = sources.empath_lexicon(name)
         others = [w for t in contrast_texts(name, "test") for w in sources.words_of(t)]
-        assert sources.lexicon_rate(words, lexicon) > 1.5 * sources.lexicon_rate(others, lexicon), name
+        assert sources.lexicon_rate(words, lexicon) > 1.5 * sources.lexicon_rate(others, lexicon), (
+            name
+        )

@@ -1,4 +1,5 @@
-"""Corpora: every form yields the documents it holds; bad files are named with the byte; shares are as asked."""
+"""Corpora: every form yields the documents it holds; bad files are named with the byte; shares are
+as asked."""
 
 from __future__ import annotations
 
@@ -13,7 +14,16 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from data.bundled import bundled_records
-from data.corpus import BundledText, HubText, Mixture, PackagedText, Part, TextFiles, describe_corpus, iter_documents
+from data.corpus import (
+    BundledText,
+    HubText,
+    Mixture,
+    PackagedText,
+    Part,
+    TextFiles,
+    describe_corpus,
+    iter_documents,
+)
 from data.documents import Document, iter_parts, iter_passages, iter_shuffled
 from data.packaged_texts import packaged_texts
 from sae.errors import UserError
@@ -83,7 +93,10 @@ def test_files_of_every_kind_folders_and_patterns(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("plain text")
     (tmp_path / "windows.md").write_bytes(b"\xef\xbb\xbfline\r\nline")
     (tmp_path / "b.jsonl").write_text('{"text": "one", "label": 3}\n\n{"text": "two é"}\n')
-    parquet.write_table(pa.table({"body": ["three", None, "four"], "topic": ["x", "y", "z"]}), tmp_path / "c.parquet")
+    parquet.write_table(
+        pa.table({"body": ["three", None, "four"], "topic": ["x", "y", "z"]}),
+        tmp_path / "c.parquet",
+    )
     (tmp_path / "ignored.bin").write_bytes(b"\x00")
     assert texts_of(tmp_path / "a.txt", tmp_path / "b.jsonl") == ["one", "plain text", "two é"]
     assert texts_of(tmp_path / "*.jsonl") == ["one", "two é"]
@@ -91,7 +104,9 @@ def test_files_of_every_kind_folders_and_patterns(tmp_path: Path) -> None:
     assert texts_of(tmp_path / "c.parquet", text_field="body") == ["four", "three"]
     (tmp_path / "c.parquet").unlink()
     assert texts_of(tmp_path) == ["line\nline", "one", "plain text", "two é"]
-    labels = {d.text: d.label for d in iter_documents(TextFiles(paths=(str(tmp_path / "b.jsonl"),)), 0)}
+    labels = {
+        d.text: d.label for d in iter_documents(TextFiles(paths=(str(tmp_path / "b.jsonl"),)), 0)
+    }
     assert labels == {"one": "3", "two é": ""}
 
 
@@ -198,7 +213,9 @@ def test_unknown_packaged_texts_list_those_there_are() -> None:
     assert all(name in str(error.value) for name in packaged_texts())
 
 
-def test_a_package_that_is_not_installed_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_not_installed_is_named_with_its_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("data.packaged.find_spec", lambda name: None)
     with pytest.raises(UserError, match="not installed") as error:
         iter_documents(PackagedText(name="wiki"), 0)
@@ -208,5 +225,8 @@ def test_a_package_that_is_not_installed_is_named_with_its_command(monkeypatch: 
 def test_pythons_own_library_is_a_corpus_everywhere() -> None:
     documents = list(iter_documents(PackagedText(name="pystdlib"), 0))
     assert len(documents) > 300
-    assert any(document.title == "json/decoder.py" and "class JSONDecoder" in document.text for document in documents)
+    assert any(
+        document.title == "json/decoder.py" and "class JSONDecoder" in document.text
+        for document in documents
+    )
     assert not any("/test" in document.title for document in documents)

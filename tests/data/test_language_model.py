@@ -1,4 +1,5 @@
-"""The language model: its sites hold what TransformerLens says they hold, edits act as written, hooks never stay."""
+"""The language model: its sites hold what TransformerLens says they hold, edits act as written,
+hooks never stay."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def random_llama() -> LanguageModel:
 
 
 def random_gpt2() -> LanguageModel:
-    return _from_config(GPT2LMHeadModel, GPT2Config(vocab_size=512, n_positions=64, n_embd=32, n_layer=3, n_head=4))
+    return _from_config(
+        GPT2LMHeadModel, GPT2Config(vocab_size=512, n_positions=64, n_embd=32, n_layer=3, n_head=4)
+    )
 
 
 def random_gemma2() -> LanguageModel:
@@ -82,7 +85,12 @@ def random_phi() -> LanguageModel:
 def random_falcon() -> LanguageModel:
     """The attention's output is added into the MLP's in place."""
     config = FalconConfig(
-        vocab_size=512, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, bos_token_id=0, eos_token_id=0
+        vocab_size=512,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     return _from_config(FalconForCausalLM, config)
 
@@ -128,17 +136,23 @@ def test_every_site_equals_what_transformer_bridge_reads_there(model: LanguageMo
     read = model.activations(IDS, model.sites())
     assert {site.kind for site in read} >= {"resid_pre", "attn_out", "mlp_out", "resid_post"}
     for site, value in read.items():
-        torch.testing.assert_close(value, cache[site.name], atol=2e-5, rtol=1e-5, msg=lambda m, s=site: f"{s}: {m}")
+        torch.testing.assert_close(
+            value, cache[site.name], atol=2e-5, rtol=1e-5, msg=lambda m, s=site: f"{s}: {m}"
+        )
 
 
 def test_sites_are_found_in_bfloat16_beside_a_massive_position(model: LanguageModel) -> None:
-    """SmolLM2's first position has a norm a hundred times the others': rounding there must not hide the others."""
+    """SmolLM2's first position has a norm a hundred times the others': rounding there must not hide
+    the others."""
     hf = copy.deepcopy(model.hf)
     hf.get_input_embeddings().weight[0] *= 1000.0
     again = LanguageModel(
-        name=model.name, loaded=LoadedModel(hf=hf.to(torch.bfloat16), tokenizer=model.tokenizer, folder=None)
+        name=model.name,
+        loaded=LoadedModel(hf=hf.to(torch.bfloat16), tokenizer=model.tokenizer, folder=None),
     )
-    names = [{id(module): name for name, module in each.hf.named_modules()} for each in (model, again)]
+    names = [
+        {id(module): name for name, module in each.hf.named_modules()} for each in (model, again)
+    ]
     for expected, found in zip(model.blocks, again.blocks, strict=True):
         assert found.is_sequential == expected.is_sequential
         assert names[1][id(found.attention)] == names[0][id(expected.attention)]
@@ -155,18 +169,24 @@ def test_the_stream_is_the_sum_of_what_is_written_to_it(model: LanguageModel) ->
     for layer in range(model.n_layers):
         written = read[Site(layer, "attn_out")] + read[Site(layer, "mlp_out")]
         torch.testing.assert_close(
-            read[Site(layer, "resid_pre")] + written, read[Site(layer, "resid_post")], atol=1e-5, rtol=1e-5
+            read[Site(layer, "resid_pre")] + written,
+            read[Site(layer, "resid_post")],
+            atol=1e-5,
+            rtol=1e-5,
         )
 
 
 def test_stopping_early_changes_nothing(model: LanguageModel) -> None:
     site = Site(0, "resid_post")
-    assert torch.equal(model.activations(IDS, [site])[site], model.activations(IDS, model.sites())[site])
+    assert torch.equal(
+        model.activations(IDS, [site])[site], model.activations(IDS, model.sites())[site]
+    )
 
 
 def test_an_edit_anywhere_equals_the_edit_by_hand(model: LanguageModel) -> None:
-    """Adding a vector at any site of block 1 must equal adding what it does to the stream: the same vector at
-    resid_post for what is only added, and a full rerun for what the MLP or attention reads."""
+    """Adding a vector at any site of block 1 must equal adding what it does to the stream: the same
+    vector at resid_post for what is only added, and a full rerun for what the MLP or attention
+    reads."""
     vector = torch.linspace(-1, 1, model.d_model)
     layer = 1
     plain = model.activations(IDS, model.sites())
@@ -174,7 +194,10 @@ def test_an_edit_anywhere_equals_the_edit_by_hand(model: LanguageModel) -> None:
         with model.edited({Site(layer, kind): lambda x: x + vector}):
             after = model.activations(IDS, [Site(layer, "resid_post")])
         torch.testing.assert_close(
-            after[Site(layer, "resid_post")], plain[Site(layer, "resid_post")] + vector, atol=1e-5, rtol=1e-5
+            after[Site(layer, "resid_post")],
+            plain[Site(layer, "resid_post")] + vector,
+            atol=1e-5,
+            rtol=1e-5,
         )
     with model.edited({Site(layer, "resid_pre"): lambda x: x + vector}):
         at_pre = model.logits(IDS)
@@ -189,7 +212,9 @@ def test_an_edit_of_the_middle_reaches_mlp_and_skip_path(llama: LanguageModel) -
     stream = llama.activations(IDS, [middle])[middle] + vector
     expected = stream + block.mlp(block.post_attention_layernorm(stream))
     with llama.edited({middle: lambda x: x + vector}):
-        torch.testing.assert_close(llama.activations(IDS, [post])[post], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            llama.activations(IDS, [post])[post], expected, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_recorders_see_edits_whatever_the_order(llama: LanguageModel) -> None:
@@ -205,18 +230,26 @@ def test_recorders_see_edits_whatever_the_order(llama: LanguageModel) -> None:
 
 def test_hooks_are_removed_after_an_exception(model: LanguageModel) -> None:
     before, hooks = model.logits(IDS), _n_hooks(model)
-    with pytest.raises(ZeroDivisionError), model.edited({Site(0, "resid_post"): lambda x: x * (1 // 0)}):
+    with (
+        pytest.raises(ZeroDivisionError),
+        model.edited({Site(0, "resid_post"): lambda x: x * (1 // 0)}),
+    ):
         model.logits(IDS)
     assert torch.equal(model.logits(IDS), before)
     assert _n_hooks(model) == hooks
 
 
 def _n_hooks(model: LanguageModel) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.hf.modules())
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.hf.modules()
+    )
 
 
 def test_an_edit_that_changes_the_shape_is_refused(llama: LanguageModel) -> None:
-    with pytest.raises(ValueError, match="resid_post"), llama.edited({Site(0, "resid_post"): lambda x: x[:, :1]}):
+    with (
+        pytest.raises(ValueError, match="resid_post"),
+        llama.edited({Site(0, "resid_post"): lambda x: x[:, :1]}),
+    ):
         llama.logits(IDS)
 
 
@@ -233,7 +266,9 @@ def test_a_cache_gives_the_same_logits_also_under_an_edit(model: LanguageModel) 
 def test_left_padding_changes_nothing(model: LanguageModel) -> None:
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), IDS[:1]], dim=1)
     mask = (torch.arange(padded.shape[1]) >= 3).long()[None]
-    torch.testing.assert_close(model.logits(padded, mask)[:, 3:], model.logits(IDS[:1]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        model.logits(padded, mask)[:, 3:], model.logits(IDS[:1]), atol=1e-4, rtol=1e-4
+    )
     torch.testing.assert_close(
         model.logits(padded, mask, n_last=1), model.logits(IDS[:1])[:, -1:], atol=1e-4, rtol=1e-4
     )
@@ -257,10 +292,14 @@ def test_unembedding_and_gain_reproduce_the_logits(model: LanguageModel) -> None
     torch.testing.assert_close(logits, model.logits(IDS), atol=2e-3, rtol=1e-3)
 
 
-def test_the_seed_decides_the_weights_and_the_fingerprint_follows_them(llama: LanguageModel) -> None:
+def test_the_seed_decides_the_weights_and_the_fingerprint_follows_them(
+    llama: LanguageModel,
+) -> None:
     again, other = random_llama(), LanguageModel.open(Random(n_layers=3, seed=2), dtype="float32")
     assert again.fingerprint == llama.fingerprint != other.fingerprint
-    assert LanguageModel.open(Random(n_layers=3, seed=1)).fingerprint == llama.fingerprint, "bfloat16 is the same model"
+    assert LanguageModel.open(Random(n_layers=3, seed=1)).fingerprint == llama.fingerprint, (
+        "bfloat16 is the same model"
+    )
     changed = copy.deepcopy(llama.loaded.hf)
     changed.model.layers[2].mlp.up_proj.weight[0, 0] += 1.0
     loaded = LoadedModel(hf=changed, tokenizer=llama.tokenizer, folder=None)

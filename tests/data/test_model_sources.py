@@ -1,4 +1,5 @@
-"""From names and files to models: a converted GGUF is the model it was written from; wrong input is explained."""
+"""From names and files to models: a converted GGUF is the model it was written from; wrong input is
+explained."""
 
 from __future__ import annotations
 
@@ -18,7 +19,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.bundled import bundled_records
 from data.cache import make_once
-from data.language_model import Folder, Gguf, LanguageModel, Packaged, Random, TransformerLens, boot_bridge
+from data.language_model import (
+    Folder,
+    Gguf,
+    LanguageModel,
+    Packaged,
+    Random,
+    TransformerLens,
+    boot_bridge,
+)
 from data.model_sources import LoadedModel, build_random
 from data.packaged import packaged_model_file
 from data.sites import Site
@@ -30,7 +39,9 @@ TOKENIZER = byte_level_tokenizer(320, [record["text"] for record in bundled_reco
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def own_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     if "smollm2" not in request.keywords:  # that one converts once for all
         monkeypatch.setenv("FEATUREFLOW_CACHE", str(tmp_path / "cache"))
 
@@ -56,14 +67,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for name, weight in hf.named_parameters():
             noise = torch.randn(weight.shape, generator=generator) * 0.3
-            weight.copy_((1 + noise if "norm" in name else noise).bfloat16())  # exact in both dtypes
+            weight.copy_(
+                (1 + noise if "norm" in name else noise).bfloat16()
+            )  # exact in both dtypes
     hf.save_pretrained(place)
     TOKENIZER.save(place)
     return place
 
 
 def write_gguf(folder: Path, path: Path, *, pre: str = "gpt-2") -> Path:
-    """The folder's model in the layout of llama.cpp, which stores Q and K with halves of each head interleaved."""
+    """The folder's model in the layout of llama.cpp, which stores Q and K with halves of each head
+    interleaved."""
     config = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config["num_hidden_layers"])
@@ -80,7 +94,11 @@ def write_gguf(folder: Path, path: Path, *, pre: str = "gpt-2") -> Path:
         n_heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
         for part, key in n_heads.items():
             if part in name:
-                weight = weight.view(config[key], 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+                weight = (
+                    weight.view(config[key], 2, -1, weight.shape[1])
+                    .transpose(1, 2)
+                    .reshape(weight.shape)
+                )
         writer.add_tensor(_gguf_name(name), weight.float().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -116,7 +134,9 @@ def _gguf_name(name: str) -> str:
     }
     if parts[0] == "layers":
         return f"blk.{parts[1]}.{inside['.'.join(parts[2:])]}.weight"
-    return {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}[parts[0]] + ".weight"
+    return {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}[
+        parts[0]
+    ] + ".weight"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -131,7 +151,9 @@ def test_a_folder_runs_as_the_library_runs_it(folder: Path, dtype: str) -> None:
 def test_a_gguf_file_is_the_model_it_was_written_from(folder: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     path = write_gguf(folder, tmp_path / "tiny.gguf")
-    model = LanguageModel.open(Gguf(path=path), dtype="float32", progress=lambda *state: seen.append(state))
+    model = LanguageModel.open(
+        Gguf(path=path), dtype="float32", progress=lambda *state: seen.append(state)
+    )
     expected = LanguageModel.open(Folder(path=folder), dtype="float32")
     torch.testing.assert_close(model.logits(IDS), expected.logits(IDS), atol=1e-5, rtol=1e-5)
     assert model.tokenizer.encode("42 knights  7") == TOKENIZER.encode("42 knights  7")
@@ -148,15 +170,25 @@ def test_a_gguf_file_is_the_model_it_was_written_from(folder: Path, tmp_path: Pa
 
 def test_digits_are_split_again_where_the_file_says_smollm(folder: Path, tmp_path: Path) -> None:
     """ "a  1" is a, space, space, 1 with the step; without it the two spaces could join."""
-    tokenizer = LanguageModel.open(Gguf(path=write_gguf(folder, tmp_path / "s.gguf", pre="smollm"))).tokenizer
+    tokenizer = LanguageModel.open(
+        Gguf(path=write_gguf(folder, tmp_path / "s.gguf", pre="smollm"))
+    ).tokenizer
     steps = json.loads(tokenizer.hf.backend_tokenizer.to_str())["pre_tokenizer"]
     assert [step["type"] for step in steps["pretokenizers"]] == ["Digits", "ByteLevel"]
-    assert [tokenizer.token_bytes(id_) for id_ in tokenizer.encode("a1234")] == [b"a", b"1", b"2", b"3", b"4"]
+    assert [tokenizer.token_bytes(id_) for id_ in tokenizer.encode("a1234")] == [
+        b"a",
+        b"1",
+        b"2",
+        b"3",
+        b"4",
+    ]
 
 
 def test_files_that_are_not_models_are_explained(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("hello")
-    (tmp_path / "cut.gguf").write_bytes(write_gguf(folder, tmp_path / "whole.gguf").read_bytes()[:3000])
+    (tmp_path / "cut.gguf").write_bytes(
+        write_gguf(folder, tmp_path / "whole.gguf").read_bytes()[:3000]
+    )
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     for file in folder.iterdir():
@@ -190,7 +222,8 @@ def test_weights_that_are_pickled_are_not_opened(folder: Path, tmp_path: Path) -
 
 
 def test_missing_weights_are_refused(folder: Path, tmp_path: Path) -> None:
-    """The library fills missing tensors at random and goes on; a model half made of noise is no model."""
+    """The library fills missing tensors at random and goes on; a model half made of noise is no
+    model."""
     place = tmp_path / "partial"
     place.mkdir()
     for file in folder.iterdir():
@@ -217,12 +250,20 @@ def hub_cache(folder: Path, home: Path, name: str) -> None:
 def in_another_process(program: str, home: Path) -> str:
     """The Hub client reads its environment once, at import."""
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_hub_and_transformer_lens_names_come_from_the_hubs_cache(folder: Path, tmp_path: Path) -> None:
+def test_hub_and_transformer_lens_names_come_from_the_hubs_cache(
+    folder: Path, tmp_path: Path
+) -> None:
     hub_cache(folder, tmp_path, "someone/tiny")
     hub_cache(folder, tmp_path, "gpt2")
     program = (
@@ -249,7 +290,9 @@ def test_unknown_names_list_what_there_is(monkeypatch: pytest.MonkeyPatch) -> No
         LanguageModel.open(Random(), device="abacus")
 
 
-def test_a_changed_package_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_a_changed_package_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
     other = write_gguf(folder, tmp_path / "other.gguf")
     monkeypatch.setattr("data.packaged.installed_file", lambda *_, **__: other)
     with pytest.raises(UserError, match="not the one expected"):
@@ -264,7 +307,9 @@ def test_two_that_build_the_same_folder_do_no_harm(tmp_path: Path) -> None:
         (folder / "file").write_text("whole")
         meet.wait(timeout=30)
 
-    threads = [threading.Thread(target=make_once, args=(tmp_path / "place", build)) for _ in range(2)]
+    threads = [
+        threading.Thread(target=make_once, args=(tmp_path / "place", build)) for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -284,12 +329,16 @@ def test_a_device_and_a_dtype_are_what_was_asked(folder: Path) -> None:
     model = LanguageModel.open(Folder(path=folder))
     assert model.dtype == torch.bfloat16
     assert model.device == torch.device("cpu")
-    assert all(value.dtype == torch.bfloat16 for value in model.activations(IDS, model.sites()).values())
+    assert all(
+        value.dtype == torch.bfloat16 for value in model.activations(IDS, model.sites()).values()
+    )
 
 
 def test_the_frequencies_of_rotary_positions_keep_their_precision(folder: Path) -> None:
     for spec in (Folder(path=folder), Random()):
-        exact, rounded = (LanguageModel.open(spec, dtype=dtype).hf for dtype in ("float32", "bfloat16"))
+        exact, rounded = (
+            LanguageModel.open(spec, dtype=dtype).hf for dtype in ("float32", "bfloat16")
+        )
         assert next(rounded.parameters()).dtype == torch.bfloat16
         assert torch.equal(rounded.model.rotary_emb.inv_freq, exact.model.rotary_emb.inv_freq)
 
@@ -323,7 +372,9 @@ def test_smollm2_writes_english_and_is_not_surprised_by_it(smollm2: LanguageMode
 
 @pytest.mark.smollm2
 def test_smollm2_gives_what_transformer_bridge_gives(smollm2: LanguageModel) -> None:
-    ids = torch.tensor([[0, *smollm2.tokenizer.encode("Sailors set out before dawn; rain fell on the harbour.")]])
+    ids = torch.tensor(
+        [[0, *smollm2.tokenizer.encode("Sailors set out before dawn; rain fell on the harbour.")]]
+    )
     sites = [
         Site(layer, kind)
         for layer in (0, 14, 29)
@@ -339,7 +390,8 @@ def test_smollm2_gives_what_transformer_bridge_gives(smollm2: LanguageModel) -> 
 
 @pytest.mark.smollm2
 def test_smollm2_in_bfloat16_has_the_same_modules_at_every_layer() -> None:
-    """Its first position has a norm of 20,000: a tolerance that covers its rounding would accept any module."""
+    """Its first position has a norm of 20,000: a tolerance that covers its rounding would accept
+    any module."""
     model = LanguageModel.open(Packaged())
     layers = model.hf.get_submodule("model.layers")
     assert [block.attention for block in model.blocks] == [layer.self_attn for layer in layers]  # type: ignore[union-attr]
@@ -349,12 +401,18 @@ def test_smollm2_in_bfloat16_has_the_same_modules_at_every_layer() -> None:
 
 @pytest.mark.smollm2
 def test_smollm2_drops_bos_into_an_attention_sink(smollm2: LanguageModel) -> None:
-    ids = torch.tensor([[0, *smollm2.tokenizer.encode("Sailors set out before dawn; rain fell on the harbour.")]])
-    norms = smollm2.activations(ids, [Site(15, "resid_post")])[Site(15, "resid_post")][0].norm(dim=-1)
+    ids = torch.tensor(
+        [[0, *smollm2.tokenizer.encode("Sailors set out before dawn; rain fell on the harbour.")]]
+    )
+    norms = smollm2.activations(ids, [Site(15, "resid_post")])[Site(15, "resid_post")][0].norm(
+        dim=-1
+    )
     assert float(norms[0]) > 50 * float(norms[1:].median())
 
 
 def test_a_loaded_model_can_be_given_directly(folder: Path) -> None:
     hf = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model = LanguageModel(name="mine", loaded=LoadedModel(hf=hf, tokenizer=TOKENIZER, folder=None))
-    assert torch.equal(model.logits(IDS), LanguageModel.open(Folder(path=folder), dtype="float32").logits(IDS))
+    assert torch.equal(
+        model.logits(IDS), LanguageModel.open(Folder(path=folder), dtype="float32").logits(IDS)
+    )

@@ -39,12 +39,16 @@ def test_wiki_has_its_articles_and_topics() -> None:
 def test_recipes_read_as_recipes() -> None:
     documents = documents_of("recipes")
     assert len(documents) == 3129
-    assert all("\n\nIngredients\n" in document.text and "\n\nProcedure\n" in document.text for document in documents)
+    assert all(
+        "\n\nIngredients\n" in document.text and "\n\nProcedure\n" in document.text
+        for document in documents
+    )
     assert not any("None" in document.label for document in documents)
 
 
 @pytest.mark.parametrize(
-    ("name", "n_documents", "labels"), [("news", 3823, 1), ("commons", 1000, 2), ("reviews", 13_891, 3)]
+    ("name", "n_documents", "labels"),
+    [("news", 3823, 1), ("commons", 1000, 2), ("reviews", 13_891, 3)],
 )
 def test_tables_are_read_whole(name: str, n_documents: int, labels: int) -> None:
     documents = documents_of(name)
@@ -64,7 +68,14 @@ def test_every_example_in_the_guide_is_valid() -> None:
     guide = GUIDE.read_text(encoding="utf-8")
     models = [tomllib.loads(each)["model"] for each in re.findall(r"`(model = \{.*?\})`", guide)]
     specs = [TypeAdapter(ModelSpec).validate_python(each) for each in models]
-    assert {spec.kind for spec in specs} == {"packaged", "huggingface", "folder", "gguf", "transformer_lens", "random"}
+    assert {spec.kind for spec in specs} == {
+        "packaged",
+        "huggingface",
+        "folder",
+        "gguf",
+        "transformer_lens",
+        "random",
+    }
     assert name_of(next(spec for spec in specs if spec.kind == "gguf")) == "mine.Q4_K_M.gguf"
     corpora = [tomllib.loads(each)["corpus"] for each in re.findall(r"`(corpus = \{.*?\})`", guide)]
     kinds = {TypeAdapter(CorpusSpec).validate_python(each).kind for each in corpora}

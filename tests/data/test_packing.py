@@ -1,4 +1,5 @@
-"""Packing: contexts start with BOS, documents stay whole and in order, validation shares none; by a slow reference."""
+"""Packing: contexts start with BOS, documents stay whole and in order, validation shares none; by a
+slow reference."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def documents_of(texts: list[str]) -> list[Document]:
     ]
 
 
-def packed_slowly(texts: list[str], tokenizer: Tokenizer, n_context: int, n_contexts: int) -> list[list[int]]:
+def packed_slowly(
+    texts: list[str], tokenizer: Tokenizer, n_context: int, n_contexts: int
+) -> list[list[int]]:
     """One token at a time."""
     contexts: list[list[int]] = [[]]
     for text in dict.fromkeys(texts):
@@ -45,7 +48,9 @@ def packed_slowly(texts: list[str], tokenizer: Tokenizer, n_context: int, n_cont
 @settings(max_examples=60, deadline=None)
 @example(texts=["a", "aa"], n_context=5)  # too little without its separator, enough with it
 @given(
-    texts=st.lists(st.text(alphabet="abc de\né雪", min_size=1, max_size=40), min_size=1, max_size=12),
+    texts=st.lists(
+        st.text(alphabet="abc de\né雪", min_size=1, max_size=40), min_size=1, max_size=12
+    ),
     n_context=st.integers(2, 9),
 )
 def test_contexts_are_those_of_the_slow_reference(texts: list[str], n_context: int) -> None:
@@ -53,9 +58,12 @@ def test_contexts_are_those_of_the_slow_reference(texts: list[str], n_context: i
     n_tokens = len(expected) * n_context
     if n_tokens == 0:
         return
-    # the request is met up to the separators, which are not counted beforehand when the text runs out
+    # the request is met up to the separators, which are not counted beforehand when the text runs
+    # out
     try:
-        packed = pack_documents(documents_of(texts), TOKENIZER, n_context=n_context, n_tokens=n_tokens, seed=None)
+        packed = pack_documents(
+            documents_of(texts), TOKENIZER, n_context=n_context, n_tokens=n_tokens, seed=None
+        )
     except UserError:
         if len(expected) > len(texts):
             raise
@@ -84,7 +92,9 @@ def test_every_row_belongs_to_the_document_whose_text_it_is() -> None:
 
 
 def test_validation_shares_no_document_with_training() -> None:
-    packed = pack_corpus(BundledText(), TOKENIZER, n_context=32, n_tokens=16_000, seed=0, validation_fraction=0.25)
+    packed = pack_corpus(
+        BundledText(), TOKENIZER, n_context=32, n_tokens=16_000, seed=0, validation_fraction=0.25
+    )
     train = set(packed.document[: packed.validation_start].tolist())
     validation = set(packed.document[packed.validation_start :].tolist())
     assert packed.n_rows == 16_000
@@ -109,14 +119,21 @@ def test_the_seed_decides_the_order_and_nothing_else_does() -> None:
 
 
 def test_a_repeated_text_is_used_once() -> None:
-    packed = pack_documents(documents_of(["the same words again"] * 5), TOKENIZER, n_context=4, n_tokens=400, seed=None)
+    packed = pack_documents(
+        documents_of(["the same words again"] * 5), TOKENIZER, n_context=4, n_tokens=400, seed=None
+    )
     assert len(packed.documents) == 1
 
 
 def test_long_documents_are_cut_when_asked() -> None:
     texts = ["first document " * 30, "second document " * 30]
     packed = pack_documents(
-        documents_of(texts), TOKENIZER, n_context=6, n_tokens=10**6, seed=None, max_document_tokens=11
+        documents_of(texts),
+        TOKENIZER,
+        n_context=6,
+        n_tokens=10**6,
+        seed=None,
+        max_document_tokens=11,
     )
     assert [rows_of_document(packed, number) for number in (0, 1)] == [
         TOKENIZER.encode(texts[0])[:11],
@@ -126,7 +143,9 @@ def test_long_documents_are_cut_when_asked() -> None:
 
 
 def test_a_special_token_written_in_the_text_is_plain_text() -> None:
-    packed = pack_documents(documents_of(["a<|endoftext|>b" * 9]), TOKENIZER, n_context=4, n_tokens=40, seed=None)
+    packed = pack_documents(
+        documents_of(["a<|endoftext|>b" * 9]), TOKENIZER, n_context=4, n_tokens=40, seed=None
+    )
     assert (packed.flags[packed.position > 0] == 0).all()
 
 
@@ -146,6 +165,8 @@ def test_too_little_text_says_how_much_is_missing() -> None:
     n_tokens = len(TOKENIZER.encode("one long text. " * 50))
     assert f"1 documents of {n_tokens} tokens, the longest of {n_tokens}" in str(error.value)
     with pytest.raises(UserError, match="fewer tokens"):
-        pack_documents(documents_of(["text " * 50]), TOKENIZER, n_context=16, n_tokens=10, seed=None)
+        pack_documents(
+            documents_of(["text " * 50]), TOKENIZER, n_context=16, n_tokens=10, seed=None
+        )
     with pytest.raises(UserError, match="two tokens"):
         pack_documents(documents_of(["text " * 50]), TOKENIZER, n_context=1, n_tokens=10, seed=None)

@@ -1,4 +1,5 @@
-"""Tokens: decoding by bytes gives back every text, exactly, for byte-level and SentencePiece vocabularies."""
+"""Tokens: decoding by bytes gives back every text, exactly, for byte-level and SentencePiece
+vocabularies."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ BYTE_LEVEL = byte_level_tokenizer(600, TEXTS)
 
 
 def sentencepiece_like() -> Tokenizer:
-    """A vocabulary in the form of Gemma and Llama 2: `▁` for a space, `<0xNN>` for bytes without a piece."""
+    """A vocabulary in the form of Gemma and Llama 2: `▁` for a space, `<0xNN>` for bytes without a
+    piece."""
     pieces = [
         "<unk>",
         "<bos>",
@@ -47,9 +49,13 @@ def sentencepiece_like() -> Tokenizer:
         )
     )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     return Tokenizer(
-        PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+        )
     )
 
 
@@ -90,15 +96,25 @@ def test_a_special_token_in_a_text_is_text() -> None:
     ("bos", "eos", "expected"),
     [
         ("<s>", "</s>", "<s>"),  # Llama 2
-        ("<|im_start|>", "<|im_end|>", SEPARATOR),  # SmolLM2-Instruct: BOS is a marker of chat turns
+        (
+            "<|im_start|>",
+            "<|im_end|>",
+            SEPARATOR,
+        ),  # SmolLM2-Instruct: BOS is a marker of chat turns
         (None, "<|im_end|>", SEPARATOR),  # Qwen
         (SEPARATOR, SEPARATOR, SEPARATOR),  # GPT-2
     ],
 )
-def test_contexts_begin_as_documents_did_in_training(bos: str | None, eos: str, expected: str) -> None:
+def test_contexts_begin_as_documents_did_in_training(
+    bos: str | None, eos: str, expected: str
+) -> None:
     vocabulary = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", SEPARATOR, "a"]
-    backend = RustTokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="a"))
-    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos))
+    backend = RustTokenizer(
+        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="a")
+    )
+    tokenizer = Tokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
+    )
     assert tokenizer.bos_id == vocabulary.index(expected)
 
 
@@ -120,6 +136,8 @@ def test_the_fingerprint_is_the_same_in_another_process() -> None:
         "from data.tokens import byte_level_tokenizer; from data.bundled import bundled_records;"
         "print(byte_level_tokenizer(600, [r['text'] for r in bundled_records()]).fingerprint)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == BYTE_LEVEL.fingerprint
     assert byte_level_tokenizer(500, TEXTS).fingerprint != BYTE_LEVEL.fingerprint

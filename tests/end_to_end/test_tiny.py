@@ -1,5 +1,5 @@
-"""The whole pipeline on the recipe `tiny`, by the command a user types; then every artifact is opened and its meaning
-recomputed from what lies above it."""
+"""The whole pipeline on the recipe `tiny`, by the command a user types; then every artifact is
+opened and its meaning recomputed from what lies above it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ RECIPE = str(ROOT / "configs" / "tiny.toml")
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifacts")
-    assert run_command(["run", "--recipe", RECIPE, "--artifacts", str(folder), "--threads", "1"]) == 0
+    assert (
+        run_command(["run", "--recipe", RECIPE, "--artifacts", str(folder), "--threads", "1"]) == 0
+    )
     return folder / "tiny"
 
 
@@ -54,7 +56,9 @@ def test_every_artifact_is_complete_and_undamaged(artifacts: Path, stage: str) -
 
 def test_stored_activations_are_those_of_the_model(artifacts: Path) -> None:
     store = ActivationStore.open(artifacts / "collect" / "store.zarr")
-    model = LanguageModel.open(read_recipe(RECIPE, stages=("collect",)).configs["collect"].model, dtype="float32")
+    model = LanguageModel.open(
+        read_recipe(RECIPE, stages=("collect",)).configs["collect"].model, dtype="float32"
+    )
     start = 3 * store.n_context
     ids = store.tokens().id[start : start + store.n_context].astype(np.int64)
     seen = model.activations(torch.from_numpy(ids)[None], store.sites)
@@ -102,13 +106,17 @@ def test_best_links_are_the_largest_cosines(artifacts: Path) -> None:
 
 def test_the_graph_only_points_forward(artifacts: Path) -> None:
     edges = pd.read_parquet(artifacts / "link" / "edges.parquet")
-    for source, target in edges[["source_site", "target_site"]].drop_duplicates().itertuples(index=False):
+    for source, target in (
+        edges[["source_site", "target_site"]].drop_duplicates().itertuples(index=False)
+    ):
         assert parse_site(str(source)).layer <= parse_site(str(target)).layer
 
 
 def test_the_atlas_has_a_page_and_rows_for_every_feature(artifacts: Path) -> None:
     features = pd.read_parquet(artifacts / "atlas" / "tables" / "features.parquet")
-    n_expected = sum(sae.n_latents for sae in read_dictionaries(opened(artifacts, "train")).values())
+    n_expected = sum(
+        sae.n_latents for sae in read_dictionaries(opened(artifacts, "train")).values()
+    )
     assert len(features) == n_expected
     assert (artifacts / "atlas" / "site" / "index.html").is_file()
 
@@ -132,7 +140,10 @@ def test_the_front_page_links_to_what_is_there(artifacts: Path) -> None:
 
 def test_the_readme_s_table_is_made_of_the_artifacts(artifacts: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.headline", str(artifacts)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.headline", str(artifacts)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     metrics = pd.read_parquet(artifacts / "evaluate" / "metrics.parquet")
@@ -142,9 +153,20 @@ def test_the_readme_s_table_is_made_of_the_artifacts(artifacts: Path, tmp_path: 
     chosen = json.loads((artifacts / "steer" / "features.json").read_text())["features"]
     assert all(f"`{each['feature']}`" in done.stdout for each in chosen)
     page = tmp_path / "README.md"
-    begin, end = "<!-- measured: begin (python -m benchmarks.headline) -->", "<!-- measured: end -->"
+    begin, end = (
+        "<!-- measured: begin (python -m benchmarks.headline) -->",
+        "<!-- measured: end -->",
+    )
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    write = [sys.executable, "-m", "benchmarks.headline", str(artifacts), "--write", "--readme", str(page)]
+    write = [
+        sys.executable,
+        "-m",
+        "benchmarks.headline",
+        str(artifacts),
+        "--write",
+        "--readme",
+        str(page),
+    ]
     subprocess.run(write, cwd=ROOT, check=True)
     assert page.read_text() == f"before\n{begin}\n{done.stdout.rstrip()}\n{end}\nafter\n"
 
@@ -152,7 +174,11 @@ def test_the_readme_s_table_is_made_of_the_artifacts(artifacts: Path, tmp_path: 
 def test_a_second_run_does_nothing_and_prints_the_same_numbers(
     artifacts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path: path.stat().st_mtime_ns for path in artifacts.rglob("*") if path.name == "manifest.json"}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in artifacts.rglob("*")
+        if path.name == "manifest.json"
+    }
     assert run_command(["run", "--recipe", RECIPE, "--artifacts", str(artifacts.parent)]) == 0
     text = capsys.readouterr().out
     assert text.count("up to date") == len(STAGES)
@@ -173,13 +199,18 @@ def test_a_changed_section_reruns_that_stage_and_nothing_above(
     assert run_command(command) == 0, "and back, for the tests that follow"
 
 
-def test_every_block_of_the_tutorial_runs(artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order, in one folder, the commands as a user's shell has them and the Python in one session."""
+def test_every_block_of_the_tutorial_runs(
+    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order, in one folder, the commands as a user's shell has them and the Python in one
+    session."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     shutil.copytree(artifacts, tmp_path / "artifacts" / "tiny", symlinks=True)
     monkeypatch.chdir(tmp_path)
     session: dict[str, object] = {}
-    blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), flags=re.DOTALL)
+    blocks = re.findall(
+        r"```(bash|python)\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), flags=re.DOTALL
+    )
     assert len(blocks) >= 10
     for language, text in blocks:
         if language == "python":
@@ -198,14 +229,22 @@ def test_every_block_of_the_tutorial_runs(artifacts: Path, tmp_path: Path, monke
         (["--collect.n_context", "100000", "--collect.shard_rows", "100000000"], "context"),
         (["--train.n_latents", "0"], "greater than 0"),
         (["--train.architecture.k", "1000"], "k"),
-        (["--collect.corpus", '{kind = "files", paths = ["no/such/file.txt"]}'], "no/such/file.txt"),
+        (
+            ["--collect.corpus", '{kind = "files", paths = ["no/such/file.txt"]}'],
+            "no/such/file.txt",
+        ),
         (["--collect.model", '{kind = "folder", path = "no/such/model"}'], "no/such/model"),
     ],
 )
 def test_bad_input_is_explained_and_nothing_is_left(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command(["run", "--recipe", RECIPE, "--artifacts", str(tmp_path), "--to", "train", *arguments]) == 2
+    assert (
+        run_command(
+            ["run", "--recipe", RECIPE, "--artifacts", str(tmp_path), "--to", "train", *arguments]
+        )
+        == 2
+    )
     text = capsys.readouterr().err
     assert message in text
     assert "Traceback" not in text
@@ -213,8 +252,11 @@ def test_bad_input_is_explained_and_nothing_is_left(
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_ends_with_the_same_dictionaries(artifacts: Path, tmp_path: Path) -> None:
-    """Kill -9 at growing moments until one run gets through; the weights are those of the undisturbed run."""
+def test_a_run_killed_again_and_again_ends_with_the_same_dictionaries(
+    artifacts: Path, tmp_path: Path
+) -> None:
+    """Kill -9 at growing moments until one run gets through; the weights are those of the
+    undisturbed run."""
     command = [
         sys.executable,
         "-m",
@@ -229,7 +271,9 @@ def test_a_run_killed_again_and_again_ends_with_the_same_dictionaries(artifacts:
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for attempt in range(12):
-        with subprocess.Popen([*command, "--threads", "1"], env=environment, stdout=subprocess.DEVNULL) as process:
+        with subprocess.Popen(
+            [*command, "--threads", "1"], env=environment, stdout=subprocess.DEVNULL
+        ) as process:
             deadline = time.monotonic() + 4 + 1.5 * attempt
             while process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.05)

@@ -1,4 +1,5 @@
-"""Artifacts of a small random model, from text to a flow graph: what the steer stage and its tools start from."""
+"""Artifacts of a small random model, from text to a flow graph: what the steer stage and its tools
+start from."""
 
 from __future__ import annotations
 
@@ -19,7 +20,12 @@ def inputs(tmp_path_factory) -> steer.Inputs:
     model = Random(n_layers=5, d_model=32, n_heads=4, d_mlp=64)
     collected = collect.run(
         collect.Config(
-            model=model, corpus=BundledText(), n_context=32, n_tokens=8192, validation_fraction=0.2, shard_rows=4096
+            model=model,
+            corpus=BundledText(),
+            n_context=32,
+            n_tokens=8192,
+            validation_fraction=0.2,
+            shard_rows=4096,
         ),
         collect.Inputs(),
         root / "collect",
@@ -38,7 +44,9 @@ def inputs(tmp_path_factory) -> steer.Inputs:
         context,
     )
     # it has no tables, so it names another graph: nothing takes labels from it
-    with Artifact.create(root / "atlas", kind="atlas", schema=1, config={}, inputs={"link": "0" * 64}) as draft:
+    with Artifact.create(
+        root / "atlas", kind="atlas", schema=1, config={}, inputs={"link": "0" * 64}
+    ) as draft:
         (draft.path / "nothing.txt").write_text("stand-in")
     atlas = Artifact.open(root / "atlas", kind="atlas", schema=1)
     return steer.Inputs(collect=collected, train=trained, link=linked, atlas=atlas)

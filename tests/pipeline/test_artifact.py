@@ -34,10 +34,14 @@ def make(out: Path, text: str = "hello", config: object = Config()) -> Artifact:
 
 def test_digest_is_the_sha256_of_the_canonical_json_worked_by_hand() -> None:
     text = '{"config":{"path":"a/b","steps":3},"inputs":{"above":"d1"},"kind":"toy","schema":1}'
-    assert digest_of("toy", 1, Config(), {"above": "d1"}) == hashlib.sha256(text.encode()).hexdigest()
+    assert (
+        digest_of("toy", 1, Config(), {"above": "d1"}) == hashlib.sha256(text.encode()).hexdigest()
+    )
 
 
-@given(st.dictionaries(st.text(), st.integers() | st.text() | st.none() | st.booleans(), max_size=5))
+@given(
+    st.dictionaries(st.text(), st.integers() | st.text() | st.none() | st.booleans(), max_size=5)
+)
 def test_canonical_json_does_not_depend_on_order_and_reads_back(value: dict[str, object]) -> None:
     backwards = dict(reversed(value.items()))
     assert canonical_json(value) == canonical_json(backwards)
@@ -59,25 +63,41 @@ def test_created_artifact_opens_with_its_files_and_summary(tmp_path: Path) -> No
     assert not (tmp_path / "toy.partial").exists()
 
 
-def test_a_failure_leaves_the_previous_artifact_whole_and_the_draft_resumable(tmp_path: Path) -> None:
+def test_a_failure_leaves_the_previous_artifact_whole_and_the_draft_resumable(
+    tmp_path: Path,
+) -> None:
     make(tmp_path / "toy", "old")
     with (
         pytest.raises(RuntimeError),
-        Artifact.create(tmp_path / "toy", kind="toy", schema=1, config=Config(steps=4), inputs={}) as draft,
+        Artifact.create(
+            tmp_path / "toy", kind="toy", schema=1, config=Config(steps=4), inputs={}
+        ) as draft,
     ):
         (draft.path / "half.txt").write_text("half")
         raise RuntimeError("killed")
-    assert Artifact.open(tmp_path / "toy", kind="toy", schema=1).file("sub/data.txt").read_text() == "old"
-    with Artifact.create(tmp_path / "toy", kind="toy", schema=1, config=Config(steps=4), inputs={}) as draft:
-        assert (draft.path / "half.txt").read_text() == "half", "same digest: what was done is there"
-    with Artifact.create(tmp_path / "toy", kind="toy", schema=1, config=Config(steps=5), inputs={}) as draft:
+    assert (
+        Artifact.open(tmp_path / "toy", kind="toy", schema=1).file("sub/data.txt").read_text()
+        == "old"
+    )
+    with Artifact.create(
+        tmp_path / "toy", kind="toy", schema=1, config=Config(steps=4), inputs={}
+    ) as draft:
+        assert (draft.path / "half.txt").read_text() == "half", (
+            "same digest: what was done is there"
+        )
+    with Artifact.create(
+        tmp_path / "toy", kind="toy", schema=1, config=Config(steps=5), inputs={}
+    ) as draft:
         assert not (draft.path / "half.txt").exists(), "another digest: swept"
 
 
 def test_a_kill_between_the_two_renames_is_recovered(tmp_path: Path) -> None:
     make(tmp_path / "toy")
     (tmp_path / "toy").rename(tmp_path / "toy.old")
-    assert Artifact.open(tmp_path / "toy", kind="toy", schema=1).file("sub/data.txt").read_text() == "hello"
+    assert (
+        Artifact.open(tmp_path / "toy", kind="toy", schema=1).file("sub/data.txt").read_text()
+        == "hello"
+    )
 
 
 def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
@@ -139,20 +159,26 @@ def test_an_unwritable_place_is_a_user_error(tmp_path: Path) -> None:
 def killed(out: Path, *, text: str = "half") -> None:
     with (
         pytest.raises(KeyboardInterrupt),
-        Artifact.create(out, kind="toy", schema=1, config=Config(), inputs={"above": "d1"}) as draft,
+        Artifact.create(
+            out, kind="toy", schema=1, config=Config(), inputs={"above": "d1"}
+        ) as draft,
     ):
         (draft.path / "half.txt").write_text(text)
         raise KeyboardInterrupt
 
 
-def test_a_kill_just_before_the_rename_loses_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_just_before_the_rename_loses_no_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def kill(new: Path, place: Path) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(pipeline.artifact, "replace_folder", kill)
         make(tmp_path / "toy", "long work")
-    with Artifact.create(tmp_path / "toy", kind="toy", schema=1, config=Config(), inputs={"above": "d1"}) as draft:
+    with Artifact.create(
+        tmp_path / "toy", kind="toy", schema=1, config=Config(), inputs={"above": "d1"}
+    ) as draft:
         assert (draft.path / "sub" / "data.txt").read_text() == "long work"
     artifact = Artifact.open(tmp_path / "toy", kind="toy", schema=1)
     assert sorted(artifact.files) == ["sub/data.txt"]
@@ -161,9 +187,12 @@ def test_a_kill_just_before_the_rename_loses_no_work(tmp_path: Path, monkeypatch
 
 def test_two_processes_cannot_make_one_artifact_at_once(tmp_path: Path) -> None:
     other = (
-        "from tests.pipeline.test_artifact import make; from pathlib import Path; import sys; make(Path(sys.argv[1]))"
+        "from tests.pipeline.test_artifact import make; from pathlib import Path; import sys; "
+        "make(Path(sys.argv[1]))"
     )
-    with Artifact.create(tmp_path / "toy", kind="toy", schema=1, config=Config(steps=9), inputs={}) as draft:
+    with Artifact.create(
+        tmp_path / "toy", kind="toy", schema=1, config=Config(steps=9), inputs={}
+    ) as draft:
         (draft.path / "mine.txt").write_text("mine")
         done = subprocess.run(
             [sys.executable, "-c", other, str(tmp_path / "toy")],

@@ -1,4 +1,5 @@
-"""The command line turns options into configs and failures into messages; a stage behind it is a stand-in here."""
+"""The command line turns options into configs and failures into messages; a stage behind it is a
+stand-in here."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def test_help_explains_every_field(stage: str, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    "command", [["train", "--recipe", "no-such"], ["atlas", "--recipe", "no-such", "--atlas.x", "1"]]
+    "command",
+    [["train", "--recipe", "no-such"], ["atlas", "--recipe", "no-such", "--atlas.x", "1"]],
 )
 def test_an_unknown_recipe_is_an_error_with_its_mending_and_no_traceback(
     command: list[str], capsys: pytest.CaptureFixture[str]
@@ -68,7 +70,11 @@ def test_unknown_commands_and_stages_are_refused(capsys: pytest.CaptureFixture[s
     ],
 )
 def test_every_failure_has_an_exit_code_and_a_message(
-    error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: BaseException,
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(**_: object) -> int:
         raise error
@@ -115,19 +121,29 @@ def test_tables_align() -> None:
     assert table([("a", "1"), ("long", "2")]) == ["a     1", "long  2"]
 
 
-def test_cores_are_counted_where_the_system_has_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_counted_where_the_system_has_no_affinity(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     found = run_context(device="cpu", threads=0, scheduler=None, workers=0, progress=None)
     assert found.n_threads == os.cpu_count()
 
 
-@pytest.mark.parametrize(("out", "reason"), [("p.txt", "no form of a plan"), ("no/where/p.toml", "no folder")])
+@pytest.mark.parametrize(
+    ("out", "reason"), [("p.txt", "no form of a plan"), ("no/where/p.toml", "no folder")]
+)
 def test_where_a_plan_is_written_is_looked_at_before_anything_is_loaded(
     out: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """There are no artifacts here: a complaint about them would mean that they were looked for first."""
-    assert run_command(["steer", "plan", "L1/2", "--artifacts", str(tmp_path), "--out", str(tmp_path / out)]) == 2
+    """There are no artifacts here: a complaint about them would mean that they were looked for
+    first."""
+    assert (
+        run_command(
+            ["steer", "plan", "L1/2", "--artifacts", str(tmp_path), "--out", str(tmp_path / out)]
+        )
+        == 2
+    )
     assert reason in capsys.readouterr().err
 
 

@@ -1,4 +1,5 @@
-"""The collect stage: what is stored is what the model does, and a killed run ends with the same bytes."""
+"""The collect stage: what is stored is what the model does, and a killed run ends with the same
+bytes."""
 
 import json
 from dataclasses import replace
@@ -90,7 +91,11 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(collected, tmp_
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_with_a_scheduler_only_the_workers_need_the_device(collected, tmp_path, monkeypatch):
@@ -103,7 +108,9 @@ def test_with_a_scheduler_only_the_workers_need_the_device(collected, tmp_path, 
 
     def on_workers(writer, parts, *, model, machines, **options):
         handed.append((model.device, machines.scheduler))
-        return collect_on_cluster(writer, parts, model=replace(model, device="cpu"), machines=RunContext(), **options)
+        return collect_on_cluster(
+            writer, parts, model=replace(model, device="cpu"), machines=RunContext(), **options
+        )
 
     monkeypatch.setattr("pipeline.stages.collect.LanguageModel", SimpleNamespace(open=opened_on))
     monkeypatch.setattr("pipeline.stages.collect.collect_on_cluster", on_workers)
@@ -168,4 +175,7 @@ def test_a_text_that_is_shorter_than_asked_is_said_to_be(tmp_path):
     passages = replace(few, n_tokens=10_000_000, max_document_tokens=20)
     made = run(passages, Inputs(), tmp_path / "all", RunContext())
     (text,) = json.loads(made.file("warnings.json").read_text())
-    assert text == f"the text gave {made.summary['n_tokens']:,} of the 10,000,000 tokens asked for (n_tokens)"
+    assert (
+        text == f"the text gave {made.summary['n_tokens']:,} of the 10,000,000 tokens asked for "
+        "(n_tokens)"
+    )

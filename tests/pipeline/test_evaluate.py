@@ -1,4 +1,5 @@
-"""The evaluate stage measures what its words say: on a tiny random model, against plain loops and known answers."""
+"""The evaluate stage measures what its words say: on a tiny random model, against plain loops and
+known answers."""
 
 from __future__ import annotations
 
@@ -33,13 +34,24 @@ def perfect(d=D):
     eye = torch.eye(d)
     both = torch.cat([eye, -eye])
     zeros = torch.zeros(d)
-    return Sae(W_enc=both, b_enc=torch.zeros(2 * d), W_dec=both, b_dec=zeros, b_in=zeros, activation=Relu())
+    return Sae(
+        W_enc=both, b_enc=torch.zeros(2 * d), W_dec=both, b_dec=zeros, b_in=zeros, activation=Relu()
+    )
 
 
 def rough(seed, k=4):
-    W = torch.nn.functional.normalize(torch.randn(40, D, generator=torch.Generator().manual_seed(seed)), dim=1)
+    W = torch.nn.functional.normalize(
+        torch.randn(40, D, generator=torch.Generator().manual_seed(seed)), dim=1
+    )
     zeros = torch.zeros(D)
-    return Sae(W_enc=W, b_enc=torch.zeros(40), W_dec=W, b_dec=zeros, b_in=zeros, activation=TopKActivation(k=k))
+    return Sae(
+        W_enc=W,
+        b_enc=torch.zeros(40),
+        W_dec=W,
+        b_dec=zeros,
+        b_in=zeros,
+        activation=TopKActivation(k=k),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +69,9 @@ def collected(tmp_path_factory) -> Artifact:
         shard_rows=1024,
         chunk_rows=128,
     )
-    return collect.run(config, collect.Inputs(), tmp_path_factory.mktemp("collect") / "collect", RunContext())
+    return collect.run(
+        config, collect.Inputs(), tmp_path_factory.mktemp("collect") / "collect", RunContext()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +88,17 @@ def train_artifact(folder: Path, dictionaries: dict[str, Sae]) -> Artifact:
 
 def evaluated(collected, tmp_path, dictionaries, **config):
     train = train_artifact(tmp_path / "train", dictionaries)
-    settings = evaluate.Config(**{"n_tokens": 600, "n_pca_tokens": 600, "ce_tokens": 200, "n_resamples": 50} | config)
+    settings = evaluate.Config(
+        **{"n_tokens": 600, "n_pca_tokens": 600, "ce_tokens": 200, "n_resamples": 50} | config
+    )
     inputs = evaluate.Inputs(collect=collected, train=train)
     return evaluate.run(settings, inputs, tmp_path / "evaluate", RunContext())
 
 
 def test_a_perfect_dictionary_loses_nothing_and_a_rough_one_something(collected, tmp_path):
-    found = evaluated(collected, tmp_path, {"L0": perfect(), "L1": rough(1), "L1.mlp": perfect(), "L2": rough(2)})
+    found = evaluated(
+        collected, tmp_path, {"L0": perfect(), "L1": rough(1), "L1.mlp": perfect(), "L2": rough(2)}
+    )
     rows = pd.read_parquet(found.path / "metrics.parquet").set_index("site")
     assert rows.loc["L0", "fvu"] == pytest.approx(0, abs=1e-9)
     assert rows.loc["L0", "l0"] == pytest.approx(D)
@@ -90,8 +108,12 @@ def test_a_perfect_dictionary_loses_nothing_and_a_rough_one_something(collected,
     assert rows.loc["L1", "l0"] <= 4
     assert rows.loc["L1", "fvu_low"] <= rows.loc["L1", "fvu"] <= rows.loc["L1", "fvu_high"]
     assert rows.loc["L1", "kl_spliced"] > 1e-3
-    assert np.isnan(rows.loc["L1.mlp", "ce_recovered_zero"])  # n_ce_sites spreads over the residual stream
-    assert [record["site"] for record in json.loads((found.path / "metrics.json").read_text())] == list(rows.index)
+    assert np.isnan(
+        rows.loc["L1.mlp", "ce_recovered_zero"]
+    )  # n_ce_sites spreads over the residual stream
+    assert [
+        record["site"] for record in json.loads((found.path / "metrics.json").read_text())
+    ] == list(rows.index)
     assert (found.path / "figures" / "by_layer.png").stat().st_size > 5000
     assert not (found.path / "figures" / "frontier.png").exists()
     assert found.summary["n_dictionaries"] == 4
@@ -105,15 +127,17 @@ def test_the_pca_baseline_is_that_of_the_rows_used(collected, tmp_path):
 
     def rows_of(split):
         blocks = choose_rows(store, split, 600, filters=RowFilters(), seed=0)
-        return np.concatenate([store.read(Site(1, "resid_post"), 0, store.n_rows)[b] for b in blocks]).astype(
-            np.float64
-        )
+        return np.concatenate(
+            [store.read(Site(1, "resid_post"), 0, store.n_rows)[b] for b in blocks]
+        ).astype(np.float64)
 
     train, held_out = rows_of("train"), rows_of("validation")
     mean = train.mean(0)
     basis = np.linalg.svd(train - mean, full_matrices=False)[2][: round(row["l0"])]
     left = (held_out - mean) - (held_out - mean) @ basis.T @ basis
-    assert row["pca_fvu"] == pytest.approx((left**2).sum() / ((held_out - held_out.mean(0)) ** 2).sum(), rel=1e-5)
+    assert row["pca_fvu"] == pytest.approx(
+        (left**2).sum() / ((held_out - held_out.mean(0)) ** 2).sum(), rel=1e-5
+    )
 
 
 def test_rows_come_from_held_out_documents_only_and_as_many_as_asked(collected):
@@ -123,7 +147,9 @@ def test_rows_come_from_held_out_documents_only_and_as_many_as_asked(collected):
         assert len(rows) == n == len(set(rows.tolist()))
         assert ((rows >= store.validation_start) == (split == "validation")).all()
         assert (store.tokens().flags[rows] == 0).all()
-    everything = np.concatenate(choose_rows(store, "validation", 10**9, filters=RowFilters(), seed=3))
+    everything = np.concatenate(
+        choose_rows(store, "validation", 10**9, filters=RowFilters(), seed=3)
+    )
     assert (everything == store.kept_rows("validation")).all()
 
 
@@ -141,7 +167,8 @@ def test_loss_is_counted_where_an_ordinary_token_follows_a_spliced_one(collected
 
 @pytest.mark.parametrize("site", ["L0", "L1", "L2", "L1.mlp", "L0.attn", "L1.pre", "L2.mid"])
 def test_recovery_equals_a_plain_loop_over_whole_forward_passes(collected, model, site):
-    """The oracle edits the running model from the first block on, one context at a time, and counts by hand."""
+    """The oracle edits the running model from the first block on, one context at a time, and counts
+    by hand."""
     store = ActivationStore.open(collected.path / "store.zarr")
     contexts = choose_contexts(store, 90, filters=RowFilters(), seed=1)
     place, sae, mean = parse_site(site), rough(5), torch.randn(D)
@@ -150,12 +177,19 @@ def test_recovery_equals_a_plain_loop_over_whole_forward_passes(collected, model
     )["x"]
     losses = {name: [] for name in ("plain", "sae", "zero", "mean")}
     kl = {name: [] for name in losses}
-    for ids, spliced, documents in zip(contexts.ids, contexts.spliced, contexts.documents, strict=True):
+    for ids, spliced, documents in zip(
+        contexts.ids, contexts.spliced, contexts.documents, strict=True
+    ):
         flags = store.tokens().flags
 
         def edit(kind, spliced=spliced):
             def replace(h):
-                new = {"sae": sae(h), "zero": torch.zeros_like(h), "mean": mean.expand_as(h), "plain": h}[kind]
+                new = {
+                    "sae": sae(h),
+                    "zero": torch.zeros_like(h),
+                    "mean": mean.expand_as(h),
+                    "plain": h,
+                }[kind]
                 return torch.where(spliced[None, :, None], new, h)
 
             return replace
@@ -169,14 +203,22 @@ def test_recovery_equals_a_plain_loop_over_whole_forward_passes(collected, model
             if spliced[t] and next_is_ordinary:
                 for kind in losses:
                     losses[kind].append(-log_p[kind][t, ids[t + 1]].item())
-                    kl[kind].append((log_p["plain"][t].exp() * (log_p["plain"][t] - log_p[kind][t])).sum().item())
+                    kl[kind].append(
+                        (log_p["plain"][t].exp() * (log_p["plain"][t] - log_p[kind][t]))
+                        .sum()
+                        .item()
+                    )
         assert len(documents) == len(ids)
         assert len(flags) == store.n_rows
     ce = {name: float(np.mean(values)) for name, values in losses.items()}
     assert found.n_tokens == len(losses["plain"]) == contexts.n_counted
-    assert (found.ce_original, found.ce_spliced) == pytest.approx((ce["plain"], ce["sae"]), abs=1e-4)
+    assert (found.ce_original, found.ce_spliced) == pytest.approx(
+        (ce["plain"], ce["sae"]), abs=1e-4
+    )
     assert (found.ce_zero, found.ce_mean) == pytest.approx((ce["zero"], ce["mean"]), abs=1e-4)
-    assert (found.kl_spliced, found.kl_zero) == pytest.approx((np.mean(kl["sae"]), np.mean(kl["zero"])), abs=1e-4)
+    assert (found.kl_spliced, found.kl_zero) == pytest.approx(
+        (np.mean(kl["sae"]), np.mean(kl["zero"])), abs=1e-4
+    )
     if ce["zero"] > ce["plain"]:
         expected = (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["plain"])
         assert found.ce_recovered_zero == pytest.approx(expected, rel=1e-2, abs=1e-3)
@@ -184,7 +226,9 @@ def test_recovery_equals_a_plain_loop_over_whole_forward_passes(collected, model
 
 def test_other_libraries_dictionaries_share_the_frontier(collected, tmp_path):
     for k in (2, 8):
-        write_saelens(rough(7, k=k), tmp_path / "sweep" / f"k{k}", hook_name="blocks.1.hook_resid_post")
+        write_saelens(
+            rough(7, k=k), tmp_path / "sweep" / f"k{k}", hook_name="blocks.1.hook_resid_post"
+        )
     found = evaluated(collected, tmp_path, {"L1": rough(1)}, others=(str(tmp_path / "sweep"),))
     rows = pd.read_parquet(found.path / "metrics.parquet")
     assert list(rows["source"]) == ["train", "sweep/k2", "sweep/k8"]
@@ -195,7 +239,9 @@ def test_other_libraries_dictionaries_share_the_frontier(collected, tmp_path):
 
 def test_what_cannot_be_measured_is_refused_with_everything_at_once(collected, tmp_path):
     write_saelens(rough(1), tmp_path / "other" / "a")  # no site
-    write_saelens(rough(1), tmp_path / "other" / "b", hook_name="blocks.7.hook_resid_post")  # not in the store
+    write_saelens(
+        rough(1), tmp_path / "other" / "b", hook_name="blocks.7.hook_resid_post"
+    )  # not in the store
     with pytest.raises(UserError) as caught:
         evaluated(collected, tmp_path, {"L1": rough(1)}, others=(str(tmp_path / "other"),))
     assert len(caught.value.problems) == 2
@@ -216,14 +262,18 @@ def test_a_second_run_of_the_same_config_gives_the_same_numbers(collected, tmp_p
 def test_a_limit_on_norms_holds_for_the_rows_measured_too(collected):
     store = ActivationStore.open(collected.path / "store.zarr")
     site, filters = Site(2, "resid_post"), RowFilters(max_norm_ratio=1.0)
-    rows = np.concatenate(choose_rows(store, "validation", 10**9, filters=filters, seed=0, sites=[site]))
+    rows = np.concatenate(
+        choose_rows(store, "validation", 10**9, filters=filters, seed=0, sites=[site])
+    )
     norms = np.linalg.norm(store.read(site, 0, store.n_rows).astype(np.float64), axis=1)
     median = np.median(norms[store.tokens().flags == 0])
     ordinary = np.concatenate(choose_rows(store, "validation", 10**9, filters=RowFilters(), seed=0))
     assert set(rows) == set(ordinary[norms[ordinary] <= median * 1.0001]) != set(ordinary)
 
 
-def test_a_run_killed_while_the_model_runs_keeps_its_rows_and_counts_nothing_twice(collected, tmp_path, monkeypatch):
+def test_a_run_killed_while_the_model_runs_keeps_its_rows_and_counts_nothing_twice(
+    collected, tmp_path, monkeypatch
+):
     def killed(*args, **named):
         raise KeyboardInterrupt
 
@@ -232,7 +282,9 @@ def test_a_run_killed_while_the_model_runs_keeps_its_rows_and_counts_nothing_twi
         evaluated(collected, tmp_path, {"L0": perfect()})
     measured = []
     measure_site = evaluate.measure_site
-    monkeypatch.setattr(evaluate, "measure_site", lambda *a, **b: measured.append(a) or measure_site(*a, **b))
+    monkeypatch.setattr(
+        evaluate, "measure_site", lambda *a, **b: measured.append(a) or measure_site(*a, **b)
+    )
     found = evaluated(collected, tmp_path, {"L0": perfect()})
     assert not measured, "what was measured before the kill is there"
     assert len((found.path / "metrics.jsonl").read_text().splitlines()) == 1

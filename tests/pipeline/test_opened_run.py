@@ -1,4 +1,5 @@
-"""A run whose stages were made from different dictionaries is refused, with the artifact that is out of date."""
+"""A run whose stages were made from different dictionaries is refused, with the artifact that is
+out of date."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from sae.errors import UserError
 def made(root: Path, stage: str, value: int, inputs: Mapping[str, Artifact]) -> Artifact:
     """An artifact that holds one number."""
     digests = {name: artifact.digest for name, artifact in inputs.items()}
-    with Artifact.create(root / stage, kind=stage, schema=SCHEMAS[stage], config={"v": value}, inputs=digests):
+    with Artifact.create(
+        root / stage, kind=stage, schema=SCHEMAS[stage], config={"v": value}, inputs=digests
+    ):
         pass
     return Artifact.open(root / stage, kind=stage, schema=SCHEMAS[stage])
 
@@ -55,6 +58,8 @@ def test_the_front_page_keeps_the_stages_that_were_not_run_and_still_belong(tmp_
     run = a_run(tmp_path)
     assert whole_run(tmp_path, [run["collect"]]) == [*run.values()]
     anew = made(tmp_path, "train", 2, {"collect": run["collect"]})
-    assert whole_run(tmp_path, [run["collect"], anew]) == [run["collect"], anew], "link is of the earlier train"
+    assert whole_run(tmp_path, [run["collect"], anew]) == [run["collect"], anew], (
+        "link is of the earlier train"
+    )
     (tmp_path / "link" / "manifest.json").unlink()
     assert whole_run(tmp_path, [run["collect"], anew]) == [run["collect"], anew]

@@ -58,7 +58,9 @@ def write(tmp_path: Path, text: str) -> str:
 
 @pytest.mark.usefixtures("toy_stages")
 def test_sections_and_overrides_become_frozen_configs(tmp_path: Path) -> None:
-    path = write(tmp_path, '[train]\nsteps = 9\narchitecture = {kind = "topk", k = 2}\nsites = ["a"]\n')
+    path = write(
+        tmp_path, '[train]\nsteps = 9\narchitecture = {kind = "topk", k = 2}\nsites = ["a"]\n'
+    )
     recipe = read_recipe(
         path,
         {"train.architecture.k": "8", "train.sites": '["b", "c"]', "collect.architecture": "relu"},
@@ -110,11 +112,15 @@ def test_what_is_not_a_recipe_is_refused(tmp_path: Path, text: str) -> None:
 @pytest.mark.usefixtures("toy_stages")
 def test_types_are_named_in_words_and_the_help_of_the_stage_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        read_recipe(write(tmp_path, ""), {"train.sites": "L3", "train.steps": "-1"}, ("collect", "train"))
+        read_recipe(
+            write(tmp_path, ""), {"train.sites": "L3", "train.steps": "-1"}, ("collect", "train")
+        )
     assert [problem.expected for problem in caught.value.problems] == ["int > 0", "list of str"]
     assert caught.value.mend == "featureflow train --help"
     with pytest.raises(UserError) as caught:
-        read_recipe(write(tmp_path, ""), {"train.stpes": "1", "colect.steps": "1"}, ("collect", "train"))
+        read_recipe(
+            write(tmp_path, ""), {"train.stpes": "1", "colect.steps": "1"}, ("collect", "train")
+        )
     assert caught.value.mend == "featureflow run --help"
 
 
@@ -151,7 +157,9 @@ def test_every_field_of_every_stage_is_explained() -> None:
         assert not missing, f"without a line of documentation: {missing}"
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "configs").glob("*.toml")), ids=lambda p: p.stem
+)
 def test_every_shipped_recipe_parses(path: Path) -> None:
     recipe = read_recipe(str(path))
     assert set(recipe.configs) == set(STAGES)

@@ -1,4 +1,5 @@
-"""The pipeline is a graph of artifacts: what is current is left alone, a change reruns what lies below it."""
+"""The pipeline is a graph of artifacts: what is current is left alone, a change reruns what lies
+below it."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ def toy_stage(name: str, inputs_type: Any, log: list[str], outside: bool = False
             (draft.path / "value.txt").write_text(str(config.value))
         return Artifact.open(out, kind=name, schema=1)
 
-    module = SimpleNamespace(KIND=name, SCHEMA=1, Config=Config, Inputs=inputs_type, run=run, __name__=name)
+    module = SimpleNamespace(
+        KIND=name, SCHEMA=1, Config=Config, Inputs=inputs_type, run=run, __name__=name
+    )
     if outside:
         module.outside_digests = lambda config: dict(WORLD)
     return module
@@ -66,14 +69,20 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "evaluate": toy_stage("evaluate", FromBoth, calls),
         "link": toy_stage("link", FromBoth, calls),
     }
-    monkeypatch.setattr(pipeline.schedule, "StageName", lambda name: SimpleNamespace(module=modules[name]))
+    monkeypatch.setattr(
+        pipeline.schedule, "StageName", lambda name: SimpleNamespace(module=modules[name])
+    )
     monkeypatch.setitem(WORLD, "text", "v1")
     return calls
 
 
 def recipe(**values: int) -> Recipe:
     names = ("collect", "train", "evaluate", "link")
-    return Recipe(name="toy", description="", configs={name: Config(value=values.get(name, 1)) for name in names})
+    return Recipe(
+        name="toy",
+        description="",
+        configs={name: Config(value=values.get(name, 1)) for name in names},
+    )
 
 
 def bring(tmp_path: Path, to: str, **values: int) -> None:
@@ -92,7 +101,9 @@ def test_a_second_run_does_nothing(tmp_path: Path, log: list[str]) -> None:
     assert log == ["collect", "train", "link"]
 
 
-def test_a_changed_section_reruns_that_stage_and_what_lies_below(tmp_path: Path, log: list[str]) -> None:
+def test_a_changed_section_reruns_that_stage_and_what_lies_below(
+    tmp_path: Path, log: list[str]
+) -> None:
     bring(tmp_path, "link")
     log.clear()
     bring(tmp_path, "link", train=2)
@@ -122,19 +133,28 @@ def test_a_failing_stage_keeps_the_old_artifact(tmp_path: Path, log: list[str]) 
     assert (tmp_path / "train" / "value.txt").read_text() == "1"
 
 
-def test_one_stage_alone_refuses_missing_and_outdated_inputs(tmp_path: Path, log: list[str]) -> None:
+def test_one_stage_alone_refuses_missing_and_outdated_inputs(
+    tmp_path: Path, log: list[str]
+) -> None:
     with pytest.raises(UserError, match="featureflow run --recipe toy --to collect"):
         run_single(recipe(), "train", root=tmp_path, context_of=lambda stage: RunContext())
     bring(tmp_path, "collect")
     with pytest.raises(UserError, match="another recipe"):
         run_single(recipe(collect=2), "train", root=tmp_path, context_of=lambda stage: RunContext())
-    assert run_single(recipe(), "train", root=tmp_path, context_of=lambda stage: RunContext()).artifact.kind == "train"
+    assert (
+        run_single(
+            recipe(), "train", root=tmp_path, context_of=lambda stage: RunContext()
+        ).artifact.kind
+        == "train"
+    )
 
 
 def test_force_runs_a_current_stage(tmp_path: Path, log: list[str]) -> None:
     bring(tmp_path, "train")
     log.clear()
-    run_recipe(recipe(), to="train", root=tmp_path, context_of=lambda stage: RunContext(), force=("train",))
+    run_recipe(
+        recipe(), to="train", root=tmp_path, context_of=lambda stage: RunContext(), force=("train",)
+    )
     assert log == ["train"]
 
 
@@ -143,17 +163,25 @@ def test_force_does_not_go_on_with_what_a_killed_run_left(tmp_path: Path, log: l
     config = recipe().configs["collect"]
     with (
         pytest.raises(KeyboardInterrupt),
-        Artifact.create(tmp_path / "collect", kind="collect", schema=1, config=config, inputs=WORLD) as draft,
+        Artifact.create(
+            tmp_path / "collect", kind="collect", schema=1, config=config, inputs=WORLD
+        ) as draft,
     ):
         (draft.path / "half.txt").write_text("half")
         raise KeyboardInterrupt
     [forced] = run_recipe(
-        recipe(), to="collect", root=tmp_path, context_of=lambda stage: RunContext(), force=("collect",)
+        recipe(),
+        to="collect",
+        root=tmp_path,
+        context_of=lambda stage: RunContext(),
+        force=("collect",),
     )
     assert "half.txt" not in forced.artifact.files
 
 
-def test_a_stage_does_not_run_on_an_input_whose_bytes_changed(tmp_path: Path, log: list[str]) -> None:
+def test_a_stage_does_not_run_on_an_input_whose_bytes_changed(
+    tmp_path: Path, log: list[str]
+) -> None:
     bring(tmp_path, "train")
     (tmp_path / "train" / "value.txt").write_text("2")
     with pytest.raises(UserError, match="checksum differs") as caught:
@@ -165,12 +193,17 @@ def test_a_stage_does_not_run_on_an_input_whose_bytes_changed(tmp_path: Path, lo
 def vary(tmp_path: Path, **values: int) -> None:
     """The run `wide`, a variant of the run `base` of the same recipe."""
     run_recipe(
-        recipe(**values), to="link", root=tmp_path / "wide", context_of=lambda stage: RunContext(),
+        recipe(**values),
+        to="link",
+        root=tmp_path / "wide",
+        context_of=lambda stage: RunContext(),
         shared=tmp_path / "base",
-    )  # fmt: skip
+    )
 
 
-def test_a_variant_shares_what_the_recipes_own_run_has_and_makes_the_rest(tmp_path: Path, log: list[str]) -> None:
+def test_a_variant_shares_what_the_recipes_own_run_has_and_makes_the_rest(
+    tmp_path: Path, log: list[str]
+) -> None:
     bring(tmp_path / "base", "link")
     log.clear()
     vary(tmp_path, train=2)
@@ -182,7 +215,9 @@ def test_a_variant_shares_what_the_recipes_own_run_has_and_makes_the_rest(tmp_pa
     assert log == ["train", "link"]
 
 
-def test_a_shared_stage_that_is_made_anew_is_made_again_for_the_variant_alone(tmp_path: Path, log: list[str]) -> None:
+def test_a_shared_stage_that_is_made_anew_is_made_again_for_the_variant_alone(
+    tmp_path: Path, log: list[str]
+) -> None:
     bring(tmp_path / "base", "link")
     vary(tmp_path, train=2)
     bring(tmp_path / "base", "link", collect=3)
@@ -194,16 +229,24 @@ def test_a_shared_stage_that_is_made_anew_is_made_again_for_the_variant_alone(tm
     assert (tmp_path / "base" / "collect" / "value.txt").read_text() == "3"
 
 
-def test_one_stage_of_a_variant_finds_its_inputs_in_the_recipes_own_run(tmp_path: Path, log: list[str]) -> None:
+def test_one_stage_of_a_variant_finds_its_inputs_in_the_recipes_own_run(
+    tmp_path: Path, log: list[str]
+) -> None:
     bring(tmp_path / "base", "collect")
     made = run_single(
-        recipe(train=2), "train", root=tmp_path / "wide", context_of=lambda stage: RunContext(),
+        recipe(train=2),
+        "train",
+        root=tmp_path / "wide",
+        context_of=lambda stage: RunContext(),
         shared=tmp_path / "base",
-    )  # fmt: skip
+    )
     assert made.artifact.path == tmp_path / "wide" / "train"
     assert log == ["collect", "train"]
     with pytest.raises(UserError, match="there is no artifact here"):
         run_single(
-            recipe(collect=2), "train", root=tmp_path / "else", context_of=lambda stage: RunContext(),
+            recipe(collect=2),
+            "train",
+            root=tmp_path / "else",
+            context_of=lambda stage: RunContext(),
             shared=tmp_path / "base",
-        )  # fmt: skip
+        )

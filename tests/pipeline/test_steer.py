@@ -1,5 +1,5 @@
-"""The steer stage on a small model, from text to a finished artifact; the atlas is a stand-in that takes what it is
-given.
+"""The steer stage on a small model, from text to a finished artifact; the atlas is a stand-in that
+takes what it is given.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ CONFIG = steer.Config(
 @pytest.fixture
 def handed(monkeypatch) -> list:
     given: list = []
-    monkeypatch.setattr(steer, "atlas_labels", lambda folder, chosen: {str(c.flow.seed): "a label" for c in chosen})
+    monkeypatch.setattr(
+        steer, "atlas_labels", lambda folder, chosen: {str(c.flow.seed): "a label" for c in chosen}
+    )
     monkeypatch.setattr(steer, "hand_to_atlas", lambda folder, document: given.append(document))
     monkeypatch.setattr(steer, "labelled_by_atlas", lambda folder: lambda feature: True)
     return given
@@ -53,13 +55,18 @@ def finished(inputs, tmp_path_factory) -> Artifact:
         patch.setattr(steer, "atlas_labels", lambda folder, chosen: {})
         patch.setattr(steer, "hand_to_atlas", lambda folder, document: None)
         patch.setattr(steer, "labelled_by_atlas", lambda folder: lambda feature: True)
-        return steer.run(CONFIG, inputs, tmp_path_factory.mktemp("steer") / "steer", RunContext(n_threads=1))
+        return steer.run(
+            CONFIG, inputs, tmp_path_factory.mktemp("steer") / "steer", RunContext(n_threads=1)
+        )
 
 
 def test_every_steered_text_stands_beside_its_unsteered_twin(finished):
     samples = pd.read_parquet(finished.file("samples.parquet"))
     n_arm_doses = len(CONFIG.arms) * len(CONFIG.doses)
-    assert len(samples) == finished.summary["n_features"] * n_arm_doses * CONFIG.n_prompts * CONFIG.n_samples
+    assert (
+        len(samples)
+        == finished.summary["n_features"] * n_arm_doses * CONFIG.n_prompts * CONFIG.n_samples
+    )
     assert samples.groupby(["feature", "prompt", "sample"])["unsteered"].nunique().eq(1).all()
     shared = samples.groupby(["prompt", "sample"])["unsteered"].nunique()
     assert shared.eq(1).all()
@@ -74,14 +81,20 @@ def test_calibrated_doses_are_what_was_asked_or_said_not_to_be(finished):
 
 
 def test_the_single_layer_with_the_whole_budget_has_the_flows_coefficient(finished):
-    doses = pd.read_parquet(finished.file("doses.parquet")).set_index(["feature", "target", "arm"])["strength"]
+    doses = pd.read_parquet(finished.file("doses.parquet")).set_index(["feature", "target", "arm"])[
+        "strength"
+    ]
     for feature, target in {key[:2] for key in doses.index}:
-        assert doses[feature, target, "single_budget"] == pytest.approx(doses[feature, target, "flow"])
+        assert doses[feature, target, "single_budget"] == pytest.approx(
+            doses[feature, target, "flow"]
+        )
 
 
 def test_plans_read_back_and_name_what_they_were_made_from(finished, inputs):
     model_fingerprint = SteerSession.open(inputs.collect.path.parent).model.fingerprint
-    names = [name for name in finished.files if name.startswith("plans/") and name.endswith(".toml")]
+    names = [
+        name for name in finished.files if name.startswith("plans/") and name.endswith(".toml")
+    ]
     assert len(names) == finished.summary["n_features"] * len(CONFIG.arms) * len(CONFIG.doses)
     for name in names:
         plan = read_plan(finished.file(name))
@@ -95,11 +108,17 @@ def test_effects_are_the_means_of_the_samples(finished):
     samples = pd.read_parquet(finished.file("samples.parquet"))
     keys = ["feature", "arm", "target"]
     expected = (
-        (samples["own_tokens_steered"] - samples["own_tokens_unsteered"]).groupby([samples[k] for k in keys]).mean()
+        (samples["own_tokens_steered"] - samples["own_tokens_unsteered"])
+        .groupby([samples[k] for k in keys])
+        .mean()
     )
     own = effects[effects["measure"] == "own_tokens"].set_index(keys)
-    pd.testing.assert_series_equal(own["difference"].sort_index(), expected.sort_index(), check_names=False)
-    assert ((own["low"] <= own["difference"] + 1e-12) & (own["difference"] <= own["high"] + 1e-12)).all()
+    pd.testing.assert_series_equal(
+        own["difference"].sort_index(), expected.sort_index(), check_names=False
+    )
+    assert (
+        (own["low"] <= own["difference"] + 1e-12) & (own["difference"] <= own["high"] + 1e-12)
+    ).all()
 
 
 def test_what_is_reported_comes_from_openers_that_nothing_was_chosen_on(finished):
@@ -126,7 +145,8 @@ class _Noting(Judge):
 
 
 def test_a_judge_sees_both_texts_of_a_pair_blind_and_what_it_says_is_counted(finished, inputs):
-    """The judge is the small random model behind the real endpoint: its answers are noise, and hardly any is read."""
+    """The judge is the small random model behind the real endpoint: its answers are noise, and
+    hardly any is read."""
     model = SteerSession.open(inputs.collect.path.parent).model
     server = make_server(Endpoint(model=model, saes={}), port=0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -145,7 +165,9 @@ def test_a_judge_sees_both_texts_of_a_pair_blind_and_what_it_says_is_counted(fin
     assert sorted(asked) == sorted(in_order) == sorted(table["text"])
     assert asked != in_order
     told = table[["text", "answer_behaviour", "answer_coherence"]].to_numpy().tolist()
-    assert sorted(told) == sorted([text, *verdict.answers.values()] for text, verdict in zip(asked, again, strict=True))
+    assert sorted(told) == sorted(
+        [text, *verdict.answers.values()] for text, verdict in zip(asked, again, strict=True)
+    )
     first, *_ = verdict_lines(table, "sae-ts")
     assert first.startswith("answers that could be read, of 8 texts: behaviour")
     with pytest.raises(UserError, match="no texts of the arm"):
@@ -156,15 +178,26 @@ def test_a_judge_sees_both_texts_of_a_pair_blind_and_what_it_says_is_counted(fin
 
 def test_answers_that_were_read_give_a_paired_difference():
     rows = [
-        {"pair": pair, "side": side, "total": total, "rating_behaviour": 1, "rating_coherence": 1 + pair,
-         "answer_behaviour": "1", "answer_coherence": str(1 + pair)}
-        for pair in range(3) for side, total in (("unsteered", 0.1), ("steered", 0.3 if pair < 2 else None))
-    ]  # fmt: skip
+        {
+            "pair": pair,
+            "side": side,
+            "total": total,
+            "rating_behaviour": 1,
+            "rating_coherence": 1 + pair,
+            "answer_behaviour": "1",
+            "answer_coherence": str(1 + pair),
+        }
+        for pair in range(3)
+        for side, total in (("unsteered", 0.1), ("steered", 0.3 if pair < 2 else None))
+    ]
     read, different, alike, difference = verdict_lines(pd.DataFrame(rows), "sae-ts")
     assert read.endswith("behaviour 100%, coherence 100%, all 83%")
     assert different == "different ratings given: behaviour 1, coherence 3"
     assert alike.startswith("the judge rates every text alike in behaviour:")
-    assert "over 2 pairs: unsteered 0.100, steered 0.300, difference +0.200 [+0.200, +0.200]" in difference
+    assert (
+        "over 2 pairs: unsteered 0.100, steered 0.300, difference +0.200 [+0.200, +0.200]"
+        in difference
+    )
 
 
 def test_a_named_feature_is_steered_and_handed_to_the_atlas(inputs, handed, tmp_path, finished):
@@ -180,10 +213,17 @@ def test_a_named_feature_is_steered_and_handed_to_the_atlas(inputs, handed, tmp_
 
 
 def test_wrong_features_and_arms_are_explained(inputs, handed, tmp_path):
-    for name, word in (("L99/1", "no site"), ("L2/9999", "no latent"), ("nonsense", "not a feature")):
+    for name, word in (
+        ("L99/1", "no site"),
+        ("L2/9999", "no latent"),
+        ("nonsense", "not a feature"),
+    ):
         with pytest.raises(UserError, match=word):
             steer.run(
-                dataclasses.replace(CONFIG, features=(name,)), inputs, tmp_path / "steer", RunContext(n_threads=1)
+                dataclasses.replace(CONFIG, features=(name,)),
+                inputs,
+                tmp_path / "steer",
+                RunContext(n_threads=1),
             )
     with pytest.raises(ValueError, match="no such arm"):
         steer.Config(arms=("sideways",))

@@ -16,17 +16,42 @@ ARMS, DOSES = ("single", "flow"), (0.1, 0.2)
 def page(tmp_path) -> str:
     (tmp_path / "figures").mkdir()
     samples = pd.DataFrame(
-        {"feature": "L1/2", "arm": arm, "target": dose, "prompt": f"prompt {k}:", "sample": 0,
-         "unsteered": f" plain {k}", "steered": f" <b>eggs</b> and eggshells {arm} {dose} {k}"}
-        for arm in ARMS for dose in DOSES for k in range(8)
-    )  # fmt: skip
+        {
+            "feature": "L1/2",
+            "arm": arm,
+            "target": dose,
+            "prompt": f"prompt {k}:",
+            "sample": 0,
+            "unsteered": f" plain {k}",
+            "steered": f" <b>eggs</b> and eggshells {arm} {dose} {k}",
+        }
+        for arm in ARMS
+        for dose in DOSES
+        for k in range(8)
+    )
     effects = pd.DataFrame(
-        {"feature": "L1/2", "arm": arm, "target": dose, "measure": measure, "unsteered": 0.0, "steered": 2.5,
-         "low": 1.0, "high": 4.0}
-        for arm in ARMS for dose in DOSES for measure in ("own_tokens", "active", "coherent", "nll")
-    )  # fmt: skip
-    features = [{"feature": "L1/2", "label": "fires on ‘<eggs>’", "own_tokens": [" eggs", " egg"],
-                 "flow": [{"feature": "L1/2", "cosine": 1.0}]}]  # fmt: skip
+        {
+            "feature": "L1/2",
+            "arm": arm,
+            "target": dose,
+            "measure": measure,
+            "unsteered": 0.0,
+            "steered": 2.5,
+            "low": 1.0,
+            "high": 4.0,
+        }
+        for arm in ARMS
+        for dose in DOSES
+        for measure in ("own_tokens", "active", "coherent", "nll")
+    )
+    features = [
+        {
+            "feature": "L1/2",
+            "label": "fires on ‘<eggs>’",
+            "own_tokens": [" eggs", " egg"],
+            "flow": [{"feature": "L1/2", "cosine": 1.0}],
+        }
+    ]
     return write_steer_report(
         tmp_path, samples, effects, features, ["a remark"], {"dose": 0.1}, dose=0.1, seed=4
     ).read_text()
@@ -40,7 +65,9 @@ def test_text_is_escaped_and_own_words_are_marked_only_as_words(page):
 
 def test_every_arm_and_dose_shows_the_same_drawn_pairs(page):
     text = r"<em>(prompt \d):</em>[^<]*&lt;b&gt;<mark>eggs</mark>&lt;/b&gt; and eggshells "
-    drawn = {(arm, dose): re.findall(f"{text}{arm} {dose} ", page) for arm in ARMS for dose in DOSES}
+    drawn = {
+        (arm, dose): re.findall(f"{text}{arm} {dose} ", page) for arm in ARMS for dose in DOSES
+    }
     assert len({tuple(found) for found in drawn.values()}) == 1
     assert len(next(iter(drawn.values()))) == 3
 

@@ -1,4 +1,5 @@
-"""Choosing features and a dose to steer with: where a direction points, what an audition hears, on which openers."""
+"""Choosing features and a dose to steer with: where a direction points, what an audition hears, on
+which openers."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ from data.concepts.prompts import read_prompts
 from data.language_model import LanguageModel, Random
 from data.sites import FeatureId, Site
 from pipeline.steer_audition import Audition, AuditionOptions, auditioned
-from pipeline.steer_choice import N_REPORTABLE, Candidate, DoseTrial, chosen_dose, prompt_split, tried_doses
+from pipeline.steer_choice import (
+    N_REPORTABLE,
+    Candidate,
+    DoseTrial,
+    chosen_dose,
+    prompt_split,
+    tried_doses,
+)
 from pipeline.steer_selection import SelectionOptions, Sources, reach
 from sae import Relu, Sae
 from steering.arms import Flow, Scales, flow_additive
@@ -34,18 +42,28 @@ OPTIONS = AuditionOptions(
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    return LanguageModel.open(Random(n_layers=3, d_model=32, n_heads=2, d_mlp=64, seed=3), dtype="float32")
+    return LanguageModel.open(
+        Random(n_layers=3, d_model=32, n_heads=2, d_mlp=64, seed=3), dtype="float32"
+    )
 
 
 @pytest.fixture(scope="module")
 def saes(model) -> dict[Site, Sae]:
-    """Latent k writes what makes token 40 + k likely; the last latent writes against all of them."""
+    """Latent k writes what makes token 40 + k likely; the last latent writes against all of
+    them."""
     unembedding, gain = (tensor.float() for tensor in model.unembedding())
     rows = (unembedding[40:46] - unembedding.mean(0)) * gain
     rows = torch.cat([rows, -rows.sum(0, keepdim=True)])
     rows = rows / rows.norm(dim=-1, keepdim=True)
     zeros = torch.zeros(model.d_model)
-    sae = Sae(W_enc=rows.clone(), b_enc=torch.zeros(7), W_dec=rows, b_dec=zeros, b_in=zeros, activation=Relu())
+    sae = Sae(
+        W_enc=rows.clone(),
+        b_enc=torch.zeros(7),
+        W_dec=rows,
+        b_dec=zeros,
+        b_in=zeros,
+        activation=Relu(),
+    )
     return dict.fromkeys(SITES, sae)
 
 
@@ -54,18 +72,34 @@ class Chains:
 
     def chain(self, feature):
         return [
-            dataclasses.make_dataclass("Step", ["feature", "cosine"])(FeatureId(s, feature.latent), 1.0) for s in SITES
+            dataclasses.make_dataclass("Step", ["feature", "cosine"])(
+                FeatureId(s, feature.latent), 1.0
+            )
+            for s in SITES
         ]
 
 
 def profile(latent: int, token: int) -> Profile:
-    return Profile(feature=FeatureId(SITES[1], latent), density=0.01, strong=1.0, own_tokens=(token,), purity=1.0)
+    return Profile(
+        feature=FeatureId(SITES[1], latent),
+        density=0.01,
+        strong=1.0,
+        own_tokens=(token,),
+        purity=1.0,
+    )
 
 
 def test_reach_is_far_for_the_token_that_the_direction_writes_and_negative_against_it(model, saes):
     sources = Sources(graph=Chains(), store=None, saes=saes, model=model)  # type: ignore[arg-type]
     options = SelectionOptions(
-        n_features=1, features=(), max_density=0.1, min_persistence=1, n_before=1, n_after=1, n_rows=64, seed=0
+        n_features=1,
+        features=(),
+        max_density=0.1,
+        min_persistence=1,
+        n_before=1,
+        n_after=1,
+        n_rows=64,
+        seed=0,
     )
     profiles = [profile(0, 40), profile(1, 400), profile(6, 40)]
     found = reach(sources, profiles, options)
@@ -75,8 +109,13 @@ def test_reach_is_far_for_the_token_that_the_direction_writes_and_negative_again
 
 
 def test_the_audition_hears_who_writes_its_own_words(model, saes):
-    flows = [Flow(seed=FeatureId(SITES[1], k), steps=tuple((FeatureId(s, k), 1.0) for s in SITES)) for k in (0, 6)]
-    heard = auditioned(model, saes, dict.fromkeys(SITES, 6.0), [(flow, frozenset({40})) for flow in flows], OPTIONS)
+    flows = [
+        Flow(seed=FeatureId(SITES[1], k), steps=tuple((FeatureId(s, k), 1.0) for s in SITES))
+        for k in (0, 6)
+    ]
+    heard = auditioned(
+        model, saes, dict.fromkeys(SITES, 6.0), [(flow, frozenset({40})) for flow in flows], OPTIONS
+    )
     assert heard[0].steered > heard[0].unsteered + 3
     assert heard[1].steered <= heard[1].unsteered + 1
     assert heard[0].unsteered == heard[1].unsteered
@@ -84,7 +123,9 @@ def test_the_audition_hears_who_writes_its_own_words(model, saes):
 
 
 def test_incoherent_text_loses_whatever_it_writes():
-    loud, quiet = (Audition(unsteered=0.0, steered=s, coherent=c) for s, c in ((50.0, 0.25), (1.0, 0.75)))
+    loud, quiet = (
+        Audition(unsteered=0.0, steered=s, coherent=c) for s, c in ((50.0, 0.25), (1.0, 0.75))
+    )
     assert quiet.merit > loud.merit
 
 
@@ -116,12 +157,22 @@ def test_a_dose_that_breaks_text_is_not_chosen_and_the_smallest_is_where_all_do(
 
 def test_a_larger_dose_makes_the_feature_write_more_of_its_own_words(model, saes):
     flow = Flow(seed=FeatureId(SITES[1], 0), steps=tuple((FeatureId(s, 0), 1.0) for s in SITES))
-    scales = Scales(norms=dict.fromkeys(SITES, 6.0), activations={feature: 1.0 for feature, _ in flow.steps})
+    scales = Scales(
+        norms=dict.fromkeys(SITES, 6.0), activations={feature: 1.0 for feature, _ in flow.steps}
+    )
     candidates = [
-        Candidate(dose=d, plan=flow_additive(flow, scales, strength=d), own_tokens=frozenset({40})) for d in (3.0, 0.05)
+        Candidate(dose=d, plan=flow_additive(flow, scales, strength=d), own_tokens=frozenset({40}))
+        for d in (3.0, 0.05)
     ]
     trials = tried_doses(
-        model, saes, candidates, prompt_split(1, 0), ANY_TEXT, sampling=Sampling(n_tokens=12), seed=0, batch_size=48
+        model,
+        saes,
+        candidates,
+        prompt_split(1, 0),
+        ANY_TEXT,
+        sampling=Sampling(n_tokens=12),
+        seed=0,
+        batch_size=48,
     )
     assert [trial.dose for trial in trials] == [0.05, 3.0]
     assert trials[1].steered > trials[0].steered + 3
@@ -134,7 +185,9 @@ def test_nine_of_ten_ordinary_texts_keep_the_limits_made_from_them():
     n = 200
     nll, repetition, squeeze = torch.rand(3, n, generator=generator).tolist()
     readings = [
-        Reading(nll=a, activation=(), active=(), own_tokens=(), repetition=b, squeeze=c, n_tokens=20)
+        Reading(
+            nll=a, activation=(), active=(), own_tokens=(), repetition=b, squeeze=c, n_tokens=20
+        )
         for a, b, c in zip(nll, repetition, squeeze, strict=True)
     ]
     limits = limits_passing(readings, share=0.9)

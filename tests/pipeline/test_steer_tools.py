@@ -1,4 +1,5 @@
-"""The tools of `featureflow steer` on a small model's artifacts: plans from features, from texts, by hand; exports."""
+"""The tools of `featureflow steer` on a small model's artifacts: plans from features, from texts,
+by hand; exports."""
 
 from __future__ import annotations
 
@@ -40,15 +41,20 @@ def session(inputs) -> SteerSession:
 
 @pytest.fixture
 def steer(inputs, tmp_path, capsys):
-    """Runs `featureflow steer …` on the artifacts; words with a dot are files of the test's folder. Gives what is
-    printed."""
+    """Runs `featureflow steer …` on the artifacts; words with a dot are files of the test's folder.
+    Gives what is printed."""
     root = inputs.collect.path.parent
     (tmp_path / "topical.txt").write_text("\n".join(TOPICAL), encoding="utf-8")
     (tmp_path / "other.txt").write_text("\n\n".join(OTHER) + "\n", encoding="utf-8")
 
     def run(*words: str, fails: bool = False) -> str:
-        placed = [str(tmp_path / word) if re.fullmatch(r"[a-z]+\.[a-z]+", word) else word for word in words]
-        code = run_command(["steer", *placed, "--artifacts", str(root.parent), "--recipe", root.name])
+        placed = [
+            str(tmp_path / word) if re.fullmatch(r"[a-z]+\.[a-z]+", word) else word
+            for word in words
+        ]
+        code = run_command(
+            ["steer", *placed, "--artifacts", str(root.parent), "--recipe", root.name]
+        )
         printed = "".join(capsys.readouterr())
         assert (code != 0) == fails, printed
         assert "internal error" not in printed
@@ -65,19 +71,32 @@ def lasting_feature(session) -> str:
 
 @pytest.fixture(scope="module")
 def linked_through(inputs, tmp_path_factory) -> Path:
-    """The same run with every link kept, so that features have flows; of a small random model hardly any is."""
+    """The same run with every link kept, so that features have flows; of a small random model
+    hardly any is."""
     root = tmp_path_factory.mktemp("linked")
     for stage in ("collect", "train", "atlas"):
         (root / stage).symlink_to(getattr(inputs, stage).path)
-    config = link.Config(functional_tokens=1024, n_null=500, thresholds=Fixed(residual=0.0, modules=0.0))
-    link.run(config, link.Inputs(collect=inputs.collect, train=inputs.train), root / "link", RunContext(n_threads=1))
+    config = link.Config(
+        functional_tokens=1024, n_null=500, thresholds=Fixed(residual=0.0, modules=0.0)
+    )
+    link.run(
+        config,
+        link.Inputs(collect=inputs.collect, train=inputs.train),
+        root / "link",
+        RunContext(n_threads=1),
+    )
     return root
 
 
 def test_a_plan_along_a_flow_shares_its_strength_by_the_schedule(linked_through, session, tmp_path):
     words = ["--before", "1", "--after", "1", "--dose", "0.05", "--out", str(tmp_path / "a.toml")]
     where = ["--artifacts", str(linked_through.parent), "--recipe", linked_through.name]
-    assert run_command(["steer", "plan", lasting_feature(session), "--schedule", "linear", *words, *where]) == 0
+    assert (
+        run_command(
+            ["steer", "plan", lasting_feature(session), "--schedule", "linear", *words, *where]
+        )
+        == 0
+    )
     made = read_plan(tmp_path / "a.toml")
     assert [node.site.layer for node in made.nodes] == [1, 2, 3]
     assert [node.weight for node in made.nodes] == pytest.approx([2 / 3, 1 / 3, 0])
@@ -89,9 +108,16 @@ def test_a_plan_of_a_feature_has_the_edit_and_dose_asked_for(steer, session, tmp
     made = read_plan(tmp_path / "a.toml")
     assert made.edit.kind == "add"
     assert made.dose == pytest.approx(0.05, rel=0.06)
-    steer("plan", feature, "--along", "layer", "--edit", "cap", "--strength", "1", "--out", "b.toml")
+    steer(
+        "plan", feature, "--along", "layer", "--edit", "cap", "--strength", "1", "--out", "b.toml"
+    )
     cap = read_plan(tmp_path / "b.toml")
-    assert (cap.edit.kind, cap.strength, cap.dose, [node.at for node in cap.nodes]) == ("cap", 1.0, None, [feature])
+    assert (cap.edit.kind, cap.strength, cap.dose, [node.at for node in cap.nodes]) == (
+        "cap",
+        1.0,
+        None,
+        [feature],
+    )
     assert "no strength of this plan" in steer(
         "plan", feature, "--edit", "ablate", "--dose", "5", "--out", "c.toml", fails=True
     )
@@ -99,7 +125,9 @@ def test_a_plan_of_a_feature_has_the_edit_and_dose_asked_for(steer, session, tmp
 
 def test_a_plan_from_texts_follows_a_feature_that_tells_them_apart(steer, session, tmp_path):
     for by in ("auroc", "d-prime"):
-        said = steer("contrast", "topical.txt", "other.txt", "--by", by, "--dose", "0.05", "--out", "p.toml")
+        said = steer(
+            "contrast", "topical.txt", "other.txt", "--by", by, "--dose", "0.05", "--out", "p.toml"
+        )
         shares = [float(found) for found in re.findall(r"([-\d.]+)% of a push", said)]
         assert shares == sorted(shares, reverse=True)
         assert ("features read the topic rather than write it" in said) == (shares[0] < 1)
@@ -124,7 +152,9 @@ def test_features_are_ranked_as_asked(steer, session, tmp_path):
 
     n = next(n for n in range(1, 6) if favourites(n)["auroc"] != favourites(n)["d-prime"])
     for by, expected in favourites(n).items():
-        said = steer("contrast", "one.txt", "rest.txt", "--by", by, "--candidates", str(n), "--out", "p.toml")
+        said = steer(
+            "contrast", "one.txt", "rest.txt", "--by", by, "--candidates", str(n), "--out", "p.toml"
+        )
         assert set(re.findall(r"(L\d+/\d+)  AUROC", said)) == expected
 
 
@@ -143,14 +173,25 @@ def test_a_difference_of_means_is_the_difference_of_the_mean_vectors(steer, sess
         "d.safetensors",
     )
     made = read_plan(tmp_path / "d.safetensors")
-    states = read_texts(session.model, dict.fromkeys([Site(3, "resid_post")], None), [*TOPICAL, *OTHER])
+    states = read_texts(
+        session.model, dict.fromkeys([Site(3, "resid_post")], None), [*TOPICAL, *OTHER]
+    )
     vectors = states.vectors[Site(3, "resid_post")]
     expected = vectors[: len(TOPICAL)].mean(0) - vectors[len(TOPICAL) :].mean(0)
     found = made.vectors["difference_L3"]
     assert float(found @ expected / expected.norm()) == pytest.approx(1.0, abs=1e-5)
     assert [node.site.layer for node in made.nodes] == [1, 3]
     assert "no dictionary at a layer" in steer(
-        "contrast", "topical.txt", "other.txt", "--by", "difference", "--layers", "1,99", "--out", "e.toml", fails=True
+        "contrast",
+        "topical.txt",
+        "other.txt",
+        "--by",
+        "difference",
+        "--layers",
+        "1,99",
+        "--out",
+        "e.toml",
+        fails=True,
     )
 
 
@@ -185,8 +226,12 @@ at = "{feature}"
 '''
     (tmp_path / "hand.toml").write_text(by_hand, encoding="utf-8")
     said = steer("calibrate", "hand.toml", "--dose", "0.1", "--out", "full.toml", fails=True)
-    assert "no strength" in said  # neutral text is all prompt: a plan for generated tokens has no dose there
-    (tmp_path / "hand.toml").write_text(by_hand.replace("generated", "everywhere"), encoding="utf-8")
+    assert (
+        "no strength" in said
+    )  # neutral text is all prompt: a plan for generated tokens has no dose there
+    (tmp_path / "hand.toml").write_text(
+        by_hand.replace("generated", "everywhere"), encoding="utf-8"
+    )
     steer("calibrate", "hand.toml", "--dose", "0.1", "--out", "full.toml")
     made = read_plan(tmp_path / "full.toml")
     assert made.dose == pytest.approx(0.1, rel=0.06)
@@ -194,7 +239,9 @@ at = "{feature}"
     said = steer("generate", "full.toml", "-n", "2", "--tokens", "6", "--log-probs")
     assert said.count("unsteered") == said.count("steered  ") == 2
     samples = session.sample("I think", [None, made], n_samples=2, n_new_tokens=6)
-    told = [f"{value:.2f}" for sample in (*samples[0::2], *samples[1::2]) for value in sample.log_probs]
+    told = [
+        f"{value:.2f}" for sample in (*samples[0::2], *samples[1::2]) for value in sample.log_probs
+    ]
     assert re.findall(r":(-?\d+\.\d\d)(?= |$)", said, re.MULTILINE) == told
     touched, seen = map(int, re.search(r"changed (\d+) of (\d+)", said).groups())
     assert touched == seen > 0

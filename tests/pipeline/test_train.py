@@ -1,4 +1,5 @@
-"""The train stage: each site gets its dictionary from the start the recipe asks for; a killed run loses nothing."""
+"""The train stage: each site gets its dictionary from the start the recipe asks for; a killed run
+loses nothing."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ CONFIG = train.Config(
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return collect.run(COLLECT, collect.Inputs(), tmp_path_factory.mktemp("store") / "collect", RunContext())
+    return collect.run(
+        COLLECT, collect.Inputs(), tmp_path_factory.mktemp("store") / "collect", RunContext()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +67,31 @@ def test_every_site_has_a_dictionary_that_says_where_it_comes_from(trained: Arti
     parents = {name: start["parent"] for name, start in starts.items()}
     assert parents == {"L1": None, "L0": "L1", "L2": "L1", "L1.mlp": None}
     groups = {name: start["group"] for name, start in starts.items()}
-    assert groups["L0"] == groups["L1"] == groups["L2"] != groups["L1.mlp"], "a module has a start of its own"
+    assert groups["L0"] == groups["L1"] == groups["L2"] != groups["L1.mlp"], (
+        "a module has a start of its own"
+    )
     steps = {site.short: sae.metadata["steps"] for site, sae in dictionaries.items()}
-    assert steps == {site.short: sae.metadata["schedule"]["steps"] for site, sae in dictionaries.items()}
+    assert steps == {
+        site.short: sae.metadata["schedule"]["steps"] for site, sae in dictionaries.items()
+    }
     assert steps == {"L1": 60, "L0": 25, "L2": 25, "L1.mlp": 30}
     assert trained.summary["n_dictionaries"] == 4
     assert 0 < trained.summary["fvu_median"] < 1
 
 
 def test_the_curves_of_all_sites_are_recorded_and_fall(trained: Artifact) -> None:
-    records = [json.loads(line) for line in (trained.path / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (trained.path / "metrics.jsonl").read_text().splitlines()
+    ]
     curve = [record["fvu"] for record in records if record["site"] == "L1"]
-    assert [record["step"] for record in records if record["site"] == "L1"] == [10, 20, 30, 40, 50, 60]
+    assert [record["step"] for record in records if record["site"] == "L1"] == [
+        10,
+        20,
+        30,
+        40,
+        50,
+        60,
+    ]
     assert curve[-1] < curve[0]
     assert (trained.path / "figures" / "layers.png").stat().st_size > 1000
 
@@ -119,15 +135,21 @@ def test_a_run_killed_at_any_step_ends_with_the_same_bytes(
             assert (again.path / name).read_bytes() == (trained.path / name).read_bytes(), name
 
 
-def test_two_threads_end_with_the_same_dictionaries(trained: Artifact, collected: Artifact, tmp_path: Path) -> None:
+def test_two_threads_end_with_the_same_dictionaries(
+    trained: Artifact, collected: Artifact, tmp_path: Path
+) -> None:
     inputs = train.Inputs(collect=collected)
     again = train.run(CONFIG, inputs, tmp_path / "train", RunContext(n_threads=2))
     for site, sae in read_dictionaries(again).items():
-        torch.testing.assert_close(sae.W_dec, read_dictionaries(trained)[site].W_dec, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            sae.W_dec, read_dictionaries(trained)[site].W_dec, rtol=1e-3, atol=1e-4
+        )
 
 
 @pytest.mark.slow
-def test_a_cluster_ends_with_the_same_dictionaries(trained: Artifact, collected: Artifact, tmp_path: Path) -> None:
+def test_a_cluster_ends_with_the_same_dictionaries(
+    trained: Artifact, collected: Artifact, tmp_path: Path
+) -> None:
     context = RunContext(scheduler="local", n_workers=2, n_threads=2)
     again = train.run(CONFIG, train.Inputs(collect=collected), tmp_path / "train", context)
     for name in trained.files:
@@ -136,9 +158,15 @@ def test_a_cluster_ends_with_the_same_dictionaries(trained: Artifact, collected:
 
 
 @pytest.mark.parametrize("initialisation", [Independent(), Shared()])
-def test_starts_are_shared_or_not(collected: Artifact, tmp_path: Path, initialisation: Independent | Shared) -> None:
-    config = replace(CONFIG, initialisation=initialisation, steps=2, warmup_steps=0, learning_rate=1e-9)
-    done = train.run(config, train.Inputs(collect=collected), tmp_path / "train", RunContext(n_threads=2))
+def test_starts_are_shared_or_not(
+    collected: Artifact, tmp_path: Path, initialisation: Independent | Shared
+) -> None:
+    config = replace(
+        CONFIG, initialisation=initialisation, steps=2, warmup_steps=0, learning_rate=1e-9
+    )
+    done = train.run(
+        config, train.Inputs(collect=collected), tmp_path / "train", RunContext(n_threads=2)
+    )
     saes = list(read_dictionaries(done).values())
     same = [torch.allclose(saes[0].W_dec, sae.W_dec, atol=1e-4) for sae in saes[1:]]
     groups = {sae.metadata["initialisation"]["group"] for sae in saes}
@@ -155,7 +183,9 @@ def test_overrides_and_calibration(collected: Artifact, tmp_path: Path) -> None:
         overrides=(Override(sites=("L2",), architecture=BatchTopK(k=6), n_latents=96, steps=40),),
         max_rows_in_memory=100,
     )
-    done = train.run(config, train.Inputs(collect=collected), tmp_path / "train", RunContext(n_threads=1))
+    done = train.run(
+        config, train.Inputs(collect=collected), tmp_path / "train", RunContext(n_threads=1)
+    )
     saes = read_dictionaries(done)
     changed = saes[parse_site("L2")]
     assert (changed.n_latents, changed.activation.kind) == (96, "threshold")
@@ -163,14 +193,24 @@ def test_overrides_and_calibration(collected: Artifact, tmp_path: Path) -> None:
     assert saes[parse_site("L0")].n_latents == 64
 
 
-def test_impossible_choices_are_refused_together_and_nothing_is_written(collected: Artifact, tmp_path: Path) -> None:
+def test_impossible_choices_are_refused_together_and_nothing_is_written(
+    collected: Artifact, tmp_path: Path
+) -> None:
     inputs = train.Inputs(collect=collected)
-    wide = replace(CONFIG, overrides=(Override(sites=("L2",), n_latents=32), Override(sites=("L0",), n_latents=2)))
+    wide = replace(
+        CONFIG,
+        overrides=(Override(sites=("L2",), n_latents=32), Override(sites=("L0",), n_latents=2)),
+    )
     with pytest.raises(UserError) as caught:
         train.run(wide, inputs, tmp_path / "train", RunContext())
-    assert all(text in str(caught.value) for text in ("L2", "a chain keeps one width", "k = 4 of 2 latents"))
+    assert all(
+        text in str(caught.value)
+        for text in ("L2", "a chain keeps one width", "k = 4 of 2 latents")
+    )
     with pytest.raises(UserError, match="memory"):
-        train.run(replace(CONFIG, n_latents=2_000_000_000), inputs, tmp_path / "train", RunContext())
+        train.run(
+            replace(CONFIG, n_latents=2_000_000_000), inputs, tmp_path / "train", RunContext()
+        )
     with pytest.raises(UserError, match="too few"):
         train.run(replace(CONFIG, batch_size=100_000), inputs, tmp_path / "other", RunContext())
     with pytest.raises(UserError):
@@ -194,14 +234,24 @@ def test_the_rate_follows_width_and_steps_and_a_follower_keeps_that_of_a_whole_r
     assert learning_rate_law(8192, 3000) == pytest.approx(1.2e-3)
     assert learning_rate_law(2048, 24_000) == pytest.approx(1.2e-3)
     assert learning_rate_law(2048, 600) == pytest.approx(2.4e-3 * 5 ** (1 / 3))
-    assert learning_rate_law(256, 100) == 4.8e-3, "a short run gets at most twice as much, a narrow dictionary no more"
+    assert learning_rate_law(256, 100) == 4.8e-3, (
+        "a short run gets at most twice as much, a narrow dictionary no more"
+    )
     sites = [parse_site(f"L{layer}") for layer in range(3)]
     jobs = plan_jobs(
-        sites, architecture=TopK(k=4), n_latents=2048, steps=24_000, learning_rate=None,
-        initialisation=Chain(next_steps=200), overrides=[], seed=0,
-    )  # fmt: skip
+        sites,
+        architecture=TopK(k=4),
+        n_latents=2048,
+        steps=24_000,
+        learning_rate=None,
+        initialisation=Chain(next_steps=200),
+        overrides=[],
+        seed=0,
+    )
     assert [job.steps for job in jobs] == [24_000, 200, 200]
     assert {job.learning_rate for job in jobs} == {learning_rate_law(2048, 24_000)}
     assert rate_at(parse_site("L2.mlp"), 2048, 600) == learning_rate_law(2048, 600)
-    assert rate_at(parse_site("L2.attn"), 2048, 600) == learning_rate_law(2048, 3000), "more costs it its latents"
+    assert rate_at(parse_site("L2.attn"), 2048, 600) == learning_rate_law(2048, 3000), (
+        "more costs it its latents"
+    )
     assert rate_at(parse_site("L2.attn"), 2048, 24_000) == learning_rate_law(2048, 24_000)

@@ -1,4 +1,5 @@
-"""Dictionaries that others trained take the place of training: found by pattern, checked, written as ours."""
+"""Dictionaries that others trained take the place of training: found by pattern, checked, written
+as ours."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ import torch
 from data.sites import Site
 from data.store import ActivationStore
 from pipeline.dictionaries import Dictionaries
-from pipeline.training.imported import Imported, find_imported, identity_of_imported, import_dictionaries
+from pipeline.training.imported import (
+    Imported,
+    find_imported,
+    identity_of_imported,
+    import_dictionaries,
+)
 from sae.errors import UserError
 
 SITES = (Site(0, "resid_post"), Site(1, "resid_post"), Site(1, "mlp_out"))
@@ -27,7 +33,8 @@ class StandInStore:
 
 
 def write_gemma_scope(path: Path, seed: int, width: int = 6) -> None:
-    """A file of Gemma Scope's form: rows of the encoder are inputs, thresholds are compared with pre-activations."""
+    """A file of Gemma Scope's form: rows of the encoder are inputs, thresholds are compared with
+    pre-activations."""
     rng = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     decoder = rng.normal(size=(8, width)).astype(np.float32)
@@ -45,16 +52,28 @@ def write_gemma_scope(path: Path, seed: int, width: int = 6) -> None:
 def choice(tmp_path: Path) -> Imported:
     for layer in (0, 1):
         write_gemma_scope(
-            tmp_path / "scope" / f"layer_{layer}" / "width_8" / f"average_l0_{layer + 3}" / "params.npz", layer
+            tmp_path
+            / "scope"
+            / f"layer_{layer}"
+            / "width_8"
+            / f"average_l0_{layer + 3}"
+            / "params.npz",
+            layer,
         )
-    return Imported(paths={"resid_post": str(tmp_path / "scope" / "layer_{layer}" / "width_8" / "*" / "params.npz")})
+    return Imported(
+        paths={
+            "resid_post": str(tmp_path / "scope" / "layer_{layer}" / "width_8" / "*" / "params.npz")
+        }
+    )
 
 
 def store() -> ActivationStore:
     return StandInStore()  # type: ignore[return-value]
 
 
-def test_imported_dictionaries_compute_what_their_files_say(choice: Imported, tmp_path: Path) -> None:
+def test_imported_dictionaries_compute_what_their_files_say(
+    choice: Imported, tmp_path: Path
+) -> None:
     described = import_dictionaries(choice, store(), tmp_path / "dictionaries")
     assert set(described) == {SITES[0], SITES[1]}, "a kind without a pattern is left out"
     ours = Dictionaries(tmp_path / "dictionaries")
@@ -67,7 +86,9 @@ def test_imported_dictionaries_compute_what_their_files_say(choice: Imported, tm
 
 
 def test_missing_and_ambiguous_files_are_all_named(choice: Imported, tmp_path: Path) -> None:
-    write_gemma_scope(tmp_path / "scope" / "layer_0" / "width_8" / "average_l0_99" / "params.npz", 5)
+    write_gemma_scope(
+        tmp_path / "scope" / "layer_0" / "width_8" / "average_l0_99" / "params.npz", 5
+    )
     (tmp_path / "scope" / "layer_1" / "width_8" / "average_l0_4" / "params.npz").unlink()
     with pytest.raises(UserError) as caught:
         find_imported(choice, SITES)
@@ -81,11 +102,15 @@ def test_missing_and_ambiguous_files_are_all_named(choice: Imported, tmp_path: P
 def test_only_the_sites_asked_for_are_imported(choice: Imported, tmp_path: Path) -> None:
     """A store may hold more layers than there are dictionaries."""
     (tmp_path / "scope" / "layer_1" / "width_8" / "average_l0_4" / "params.npz").unlink()
-    assert set(import_dictionaries(choice, store(), tmp_path / "dictionaries", sites=SITES[:1])) == {SITES[0]}
+    assert set(
+        import_dictionaries(choice, store(), tmp_path / "dictionaries", sites=SITES[:1])
+    ) == {SITES[0]}
 
 
 def test_a_dictionary_of_another_width_is_refused(choice: Imported, tmp_path: Path) -> None:
-    write_gemma_scope(tmp_path / "scope" / "layer_1" / "width_8" / "average_l0_4" / "params.npz", 1, width=5)
+    write_gemma_scope(
+        tmp_path / "scope" / "layer_1" / "width_8" / "average_l0_4" / "params.npz", 1, width=5
+    )
     with pytest.raises(UserError, match="does not fit the site"):
         import_dictionaries(choice, store(), tmp_path / "dictionaries")
 

@@ -1,4 +1,5 @@
-"""Sweeps and transcoders: one reading of the batches for all dictionaries of a site, each what it would be alone."""
+"""Sweeps and transcoders: one reading of the batches for all dictionaries of a site, each what it
+would be alone."""
 
 from __future__ import annotations
 
@@ -57,16 +58,22 @@ SWEEP = (
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return collect.run(COLLECT, collect.Inputs(), tmp_path_factory.mktemp("store") / "collect", RunContext())
+    return collect.run(
+        COLLECT, collect.Inputs(), tmp_path_factory.mktemp("store") / "collect", RunContext()
+    )
 
 
 def _train(collected: Artifact, out: Path, config: train.Config, **context: object) -> Artifact:
-    return train.run(config, train.Inputs(collect=collected), out, RunContext(**{"n_threads": 1, **context}))
+    return train.run(
+        config, train.Inputs(collect=collected), out, RunContext(**{"n_threads": 1, **context})
+    )
 
 
 @pytest.fixture(scope="module")
 def swept(collected: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return _train(collected, tmp_path_factory.mktemp("swept") / "train", replace(CONFIG, sweep=SWEEP))
+    return _train(
+        collected, tmp_path_factory.mktemp("swept") / "train", replace(CONFIG, sweep=SWEEP)
+    )
 
 
 def _weights(artifact: Artifact, place: str) -> bytes:
@@ -79,14 +86,23 @@ def test_each_dictionary_of_a_sweep_is_what_it_would_be_alone(
     alone = _train(collected, tmp_path / "base", CONFIG)
     other = _train(collected, tmp_path / "other", replace(CONFIG, architecture=BatchTopK(k=6)))
     for site in ("L0", "L1", "L2"):
-        assert _weights(swept, f"dictionaries/{site}") == _weights(alone, f"dictionaries/{site}"), site
-        assert _weights(swept, f"variants/k6/{site}") == _weights(other, f"dictionaries/{site}"), site
+        assert _weights(swept, f"dictionaries/{site}") == _weights(alone, f"dictionaries/{site}"), (
+            site
+        )
+        assert _weights(swept, f"variants/k6/{site}") == _weights(other, f"dictionaries/{site}"), (
+            site
+        )
     start = replace(CONFIG, sites=("L2",), architecture=JumpRelu(target_l0=5), n_latents=96)
     wide = _train(collected, tmp_path / "wide", start)
     assert _weights(swept, "variants/wide/L2") == _weights(wide, "dictionaries/L2")
     assert not (swept.path / "variants" / "wide" / "L1").exists()
-    assert load_sae(swept.path / "variants" / "k6" / "L0").metadata["initialisation"]["parent"] == "L1"
-    assert load_sae(swept.path / "variants" / "wide" / "L2").metadata["initialisation"]["parent"] is None
+    assert (
+        load_sae(swept.path / "variants" / "k6" / "L0").metadata["initialisation"]["parent"] == "L1"
+    )
+    assert (
+        load_sae(swept.path / "variants" / "wide" / "L2").metadata["initialisation"]["parent"]
+        is None
+    )
 
 
 def test_a_sweep_reads_each_activation_once(
@@ -132,16 +148,24 @@ def test_a_sweep_killed_at_random_steps_ends_with_the_same_bytes(
             assert (again.path / name).read_bytes() == (swept.path / name).read_bytes(), name
 
 
-def test_the_variant_in_use_is_what_later_stages_see(swept: Artifact, collected: Artifact, tmp_path: Path) -> None:
+def test_the_variant_in_use_is_what_later_stages_see(
+    swept: Artifact, collected: Artifact, tmp_path: Path
+) -> None:
     used = _train(collected, tmp_path / "train", replace(CONFIG, sweep=SWEEP[:1], used="k6"))
     assert {sae.activation.kind for sae in read_dictionaries(used).values()} == {"threshold"}
     assert _weights(used, "dictionaries/L0") == _weights(swept, "variants/k6/L0")
     assert _weights(used, "variants/base/L0") == _weights(swept, "dictionaries/L0")
 
 
-def test_evaluation_reports_the_frontier(swept: Artifact, collected: Artifact, tmp_path: Path) -> None:
-    config = evaluate.Config(n_tokens=400, n_pca_tokens=400, ce_tokens=64, ce_sites=("L2",), n_resamples=20)
-    found = evaluate.run(config, evaluate.Inputs(collect=collected, train=swept), tmp_path / "evaluate", RunContext())
+def test_evaluation_reports_the_frontier(
+    swept: Artifact, collected: Artifact, tmp_path: Path
+) -> None:
+    config = evaluate.Config(
+        n_tokens=400, n_pca_tokens=400, ce_tokens=64, ce_sites=("L2",), n_resamples=20
+    )
+    found = evaluate.run(
+        config, evaluate.Inputs(collect=collected, train=swept), tmp_path / "evaluate", RunContext()
+    )
     rows = pd.read_parquet(found.path / "metrics.parquet")
     at = {site: set(part["source"]) for site, part in rows.groupby("site")}
     assert at == {"L0": {"train", "variants/k6"}, "L1": {"train", "variants/k6"}} | {
@@ -155,7 +179,12 @@ def test_evaluation_reports_the_frontier(swept: Artifact, collected: Artifact, t
 
 
 def test_the_frontier_holds_what_no_other_dictionary_beats() -> None:
-    points = [("A", None, 10, 0.5), ("A", None, 20, 0.3), ("A", None, 20, 0.4), ("A", None, 30, 0.3)]
+    points = [
+        ("A", None, 10, 0.5),
+        ("A", None, 20, 0.3),
+        ("A", None, 20, 0.4),
+        ("A", None, 30, 0.3),
+    ]
     others = [("A", "A.mid", 1, 0.9), ("B", None, 5, 0.1)]
     rows = pd.DataFrame([*points, *others], columns=["site", "reads", "l0", "fvu"])
     rows = rows.assign(source="s", architecture="topk", n_latents=4, fvu_low=0.0, fvu_high=1.0)
@@ -195,18 +224,29 @@ def test_a_variant_cannot_leave_its_folder(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def transcoded(collected: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    choice = Transcoders(architecture=TopK(k=4), n_latents=64, steps=150, skip=True, learning_rate=5e-3)
+    choice = Transcoders(
+        architecture=TopK(k=4), n_latents=64, steps=150, skip=True, learning_rate=5e-3
+    )
     out = tmp_path_factory.mktemp("transcoded") / "train"
-    return _train(collected, out, replace(CONFIG, sites=("L1",), steps=5, transcoders=choice, max_rows_in_memory=100))
+    return _train(
+        collected,
+        out,
+        replace(CONFIG, sites=("L1",), steps=5, transcoders=choice, max_rows_in_memory=100),
+    )
 
 
 def _held_out(collected: Artifact) -> tuple[torch.Tensor, torch.Tensor]:
     store = ActivationStore.open(collected.path / "store.zarr")
     rows = store.kept_rows("validation")
-    return tuple(torch.from_numpy(store.read(parse_site(s), 0, store.n_rows)[rows]) for s in ("L1.mid", "L1.mlp"))
+    return tuple(
+        torch.from_numpy(store.read(parse_site(s), 0, store.n_rows)[rows])
+        for s in ("L1.mid", "L1.mlp")
+    )
 
 
-def test_a_transcoder_predicts_the_mlp_from_its_input(transcoded: Artifact, collected: Artifact) -> None:
+def test_a_transcoder_predicts_the_mlp_from_its_input(
+    transcoded: Artifact, collected: Artifact
+) -> None:
     sae = load_sae(transcoded.path / "transcoders" / "L1.mlp")
     x, y = _held_out(collected)
     fvu = float((sae(x) - y).square().sum() / (y - y.mean(0)).square().sum())
@@ -214,13 +254,21 @@ def test_a_transcoder_predicts_the_mlp_from_its_input(transcoded: Artifact, coll
     assert sae.W_skip is not None
     assert fvu == pytest.approx(sae.metadata["held_out_fvu"], rel=1e-3)
     assert fvu < 0.8
-    assert [site.short for site in read_dictionaries(transcoded)] == ["L1"], "later stages do not take it for an SAE"
-    curves = [json.loads(line) for line in (transcoded.path / "metrics.jsonl").read_text().splitlines()]
+    assert [site.short for site in read_dictionaries(transcoded)] == ["L1"], (
+        "later stages do not take it for an SAE"
+    )
+    curves = [
+        json.loads(line) for line in (transcoded.path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert {record.get("of") for record in curves} == {None, "transcoders"}
 
 
-def test_a_transcoder_is_evaluated_on_what_it_reads(transcoded: Artifact, collected: Artifact, tmp_path: Path) -> None:
-    config = evaluate.Config(n_tokens=10_000, n_pca_tokens=0, ce_tokens=200, ce_sites=("L1.mlp",), n_resamples=20)
+def test_a_transcoder_is_evaluated_on_what_it_reads(
+    transcoded: Artifact, collected: Artifact, tmp_path: Path
+) -> None:
+    config = evaluate.Config(
+        n_tokens=10_000, n_pca_tokens=0, ce_tokens=200, ce_sites=("L1.mlp",), n_resamples=20
+    )
     inputs = evaluate.Inputs(collect=collected, train=transcoded)
     found = evaluate.run(config, inputs, tmp_path / "evaluate", RunContext())
     rows = pd.read_parquet(found.path / "metrics.parquet").set_index("source")
@@ -229,4 +277,6 @@ def test_a_transcoder_is_evaluated_on_what_it_reads(transcoded: Artifact, collec
     row = rows.loc["transcoders"]
     assert (row["site"], row["reads"]) == ("L1.mlp", "L1.mid")
     assert row["fvu"] == pytest.approx(fvu, rel=1e-4)
-    assert row["kl_spliced"] < row["kl_mean"], "the model loses less by the prediction than by the mean"
+    assert row["kl_spliced"] < row["kl_mean"], (
+        "the model loses less by the prediction than by the mean"
+    )

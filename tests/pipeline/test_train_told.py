@@ -1,4 +1,5 @@
-"""What training tells while it runs: one line a layer with its numbers, trackers, and where a bad row lies."""
+"""What training tells while it runs: one line a layer with its numbers, trackers, and where a bad
+row lies."""
 
 from __future__ import annotations
 
@@ -48,11 +49,17 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         validation_fraction=0.2,
         dtype="float32",
     )
-    return collect.run(config, collect.Inputs(), tmp_path_factory.mktemp("store") / "collect", RunContext())
+    return collect.run(
+        config, collect.Inputs(), tmp_path_factory.mktemp("store") / "collect", RunContext()
+    )
 
 
-def _train(collected: Artifact, out: Path, config: train.Config = CONFIG, **context: object) -> Artifact:
-    return train.run(config, train.Inputs(collect=collected), out, RunContext(**{"n_threads": 1, **context}))
+def _train(
+    collected: Artifact, out: Path, config: train.Config = CONFIG, **context: object
+) -> Artifact:
+    return train.run(
+        config, train.Inputs(collect=collected), out, RunContext(**{"n_threads": 1, **context})
+    )
 
 
 def test_the_progress_line_of_a_layer_has_its_numbers(
@@ -87,7 +94,9 @@ def test_tensorboard_is_told_the_curves(collected: Artifact, tmp_path: Path) -> 
 
     records: list[dict] = []
     config = replace(CONFIG, log_to=("tensorboard",))
-    done = _train(collected, tmp_path / "train", config, metrics=lambda record: records.append(dict(record)))
+    done = _train(
+        collected, tmp_path / "train", config, metrics=lambda record: records.append(dict(record))
+    )
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     told = [(event.step, event.value) for event in events.Scalars("L1/fvu")]
     wanted = [(r["step"], r["fvu"]) for r in records if r["site"] == "L1" and "fvu" in r]
@@ -97,7 +106,9 @@ def test_tensorboard_is_told_the_curves(collected: Artifact, tmp_path: Path) -> 
     assert not any("tensorboard" in name for name in done.files)
 
 
-def test_wandb_is_told_the_curves_offline(collected: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_is_told_the_curves_offline(
+    collected: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

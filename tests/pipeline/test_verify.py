@@ -1,4 +1,5 @@
-"""`featureflow verify` names every damaged file and every stage that was made from others than those beside it."""
+"""`featureflow verify` names every damaged file and every stage that was made from others than
+those beside it."""
 
 from __future__ import annotations
 
@@ -47,13 +48,17 @@ def test_bytes_changed_in_place_are_found_but_not_by_the_quick_look(
     assert f"featureflow train --artifacts {run.parent} --force" in text
 
 
-def test_a_stage_made_anew_leaves_those_after_it_behind(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_made_anew_leaves_those_after_it_behind(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made(run, "train", {}, text="efgh")
     assert verify(run) == 2
     assert f"{run}/link: made from another train artifact" in capsys.readouterr().err
 
 
-def test_no_run_and_an_unfinished_one_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_run_and_an_unfinished_one_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert verify(tmp_path / "laptop") == 2
     assert "there is no run here" in capsys.readouterr().err
     (tmp_path / "laptop" / "train").mkdir(parents=True)

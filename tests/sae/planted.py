@@ -1,4 +1,5 @@
-"""Data with a known dictionary: sparse, positive combinations of unit directions, plus a mean and a little noise."""
+"""Data with a known dictionary: sparse, positive combinations of unit directions, plus a mean and a
+little noise."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 _NOT_A_START = 7_919
-"""Keeps the directions apart from `random_start`, which with the same seed would begin at the very answer."""
+"""Keeps the directions apart from `random_start`, which with the same seed would begin at the very
+answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +29,10 @@ def planted(
     noise: float = 0.01,
     inseparable: bool = False,
 ) -> Planted:
-    """Each row is a mean plus exactly `n_active` directions with strengths between 0.5 and 1.5. `inseparable`: those of
-    them with an even number, each with its neighbour (0 and 1, 2 and 3, …) at the same strength, so that the rows are
-    also those of a dictionary of the pairs' sums: nothing in the data tells two neighbours apart."""
+    """Each row is a mean plus exactly `n_active` directions with strengths between 0.5 and 1.5.
+    `inseparable`: those of them with an even number, each with its neighbour (0 and 1, 2 and 3, …)
+    at the same strength, so that the rows are also those of a dictionary of the pairs' sums:
+    nothing in the data tells two neighbours apart."""
     generator = torch.Generator().manual_seed(_NOT_A_START + seed)
     directions = torch.nn.functional.normalize(torch.randn(n_directions, d, generator=generator))
     index = torch.rand(n_rows, n_directions, generator=generator).topk(n_active, dim=1).indices
@@ -39,7 +42,8 @@ def planted(
         codes = codes[:, ::2].repeat_interleave(2, dim=1)
     mean = torch.randn(d, generator=generator)
     return Planted(
-        directions=directions, x=3 * codes @ directions + mean + noise * torch.randn(n_rows, d, generator=generator)
+        directions=directions,
+        x=3 * codes @ directions + mean + noise * torch.randn(n_rows, d, generator=generator),
     )
 
 

@@ -1,4 +1,5 @@
-"""The inference form: every way to encode agrees with a slow reference; files give back what was saved."""
+"""The inference form: every way to encode agrees with a slow reference; files give back what was
+saved."""
 
 from __future__ import annotations
 
@@ -51,8 +52,17 @@ def _latents_by_hand(sae: Sae, x: Tensor) -> np.ndarray:
     weights, bias = sae.W_enc.double().numpy(), sae.b_enc.double().numpy()
     z = np.zeros((len(x), sae.n_latents))
     for row, token in enumerate(x.double().numpy()):
-        pre = np.array([weights[i] @ (token - sae.b_in.double().numpy()) + bias[i] for i in range(sae.n_latents)])
-        kept = np.argsort(-pre)[: sae.activation.k] if isinstance(sae.activation, TopKActivation) else range(len(pre))
+        pre = np.array(
+            [
+                weights[i] @ (token - sae.b_in.double().numpy()) + bias[i]
+                for i in range(sae.n_latents)
+            ]
+        )
+        kept = (
+            np.argsort(-pre)[: sae.activation.k]
+            if isinstance(sae.activation, TopKActivation)
+            else range(len(pre))
+        )
         for i in kept:
             match sae.activation:
                 case Threshold(theta=theta):
@@ -69,7 +79,9 @@ def test_latents_and_reconstruction_follow_the_formulas(activation: Activation) 
     sae, x = _sae(activation, skip=True), _tokens()
     expected = _latents_by_hand(sae, x)
     np.testing.assert_allclose(sae.encode(x).numpy(), expected, atol=1e-5)
-    reconstruction = expected @ sae.W_dec.numpy() + sae.b_dec.numpy() + x.numpy() @ sae.W_skip.numpy().T
+    reconstruction = (
+        expected @ sae.W_dec.numpy() + sae.b_dec.numpy() + x.numpy() @ sae.W_skip.numpy().T
+    )
     np.testing.assert_allclose(sae(x).numpy(), reconstruction, atol=1e-4)
 
 
@@ -77,7 +89,9 @@ def test_latents_and_reconstruction_follow_the_formulas(activation: Activation) 
 def test_sparse_and_selected_latents_are_those_of_the_dense_encoder(
     activation: Activation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sae.dictionary._BLOCK_BYTES", 4 * N_LATENTS * 5)  # five tokens a block, the last one ragged
+    monkeypatch.setattr(
+        "sae.dictionary._BLOCK_BYTES", 4 * N_LATENTS * 5
+    )  # five tokens a block, the last one ragged
     sae, x = _sae(activation), _tokens()
     dense, codes = sae.encode(x), sae.encode_sparse(x)
     torch.testing.assert_close(codes.dense(), dense)

@@ -1,7 +1,7 @@
 """Foreign dictionaries give the latents and reconstructions that their own formulas give.
 
-Each file is built by hand in its exact layout, with decoder rows of unequal length and non-zero biases everywhere, and
-each oracle is the peer's forward pass written out.
+Each file is built by hand in its exact layout, with decoder rows of unequal length and non-zero
+biases everywhere, and each oracle is the peer's forward pass written out.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def write_folder(folder, tensors, config, *, weights, description):
 def saelens_folder(folder, parts, config, **more):
     tensors = {name: parts[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec")} | more
     config = {"d_in": D, "d_sae": N, "normalize_activations": "none"} | config
-    return write_folder(folder, tensors, config, weights="sae_weights.safetensors", description="cfg.json")
+    return write_folder(
+        folder, tensors, config, weights="sae_weights.safetensors", description="cfg.json"
+    )
 
 
 @pytest.mark.parametrize("subtracts", [True, False])
@@ -80,7 +82,9 @@ def test_saelens_standard(tmp_path, parts, subtracts):
     agrees(path, z, z @ parts["W_dec"] + parts["b_dec"], x)
 
 
-def test_saelens_topk_keeps_unequal_rows_because_rescaling_them_would_choose_other_latents(tmp_path, parts):
+def test_saelens_topk_keeps_unequal_rows_because_rescaling_them_would_choose_other_latents(
+    tmp_path, parts
+):
     path = saelens_folder(tmp_path, parts, {"architecture": "topk", "k": K})
     z = topk((parts["x"] - parts["b_dec"]) @ parts["W_enc"] + parts["b_enc"])
     sae = agrees(path, z, z @ parts["W_dec"] + parts["b_dec"], parts["x"])
@@ -101,12 +105,19 @@ def test_topk_with_rows_of_one_length_gets_unit_rows(tmp_path, parts):
     parts["W_dec"] = 0.1 * parts["W_dec"] / parts["W_dec"].norm(dim=1, keepdim=True)
     path = saelens_folder(tmp_path, parts, {"architecture": "topk", "k": K})
     z = topk((parts["x"] - parts["b_dec"]) @ parts["W_enc"] + parts["b_enc"])
-    assert agrees(path, z, z @ parts["W_dec"] + parts["b_dec"], parts["x"]).metadata["unit_decoder"] is True
+    assert (
+        agrees(path, z, z @ parts["W_dec"] + parts["b_dec"], parts["x"]).metadata["unit_decoder"]
+        is True
+    )
 
 
 def test_saelens_jumprelu_compares_before_the_relu(tmp_path, parts):
     theta = parts["theta"].clone()
-    theta[::3] = -0.5  # a threshold below zero lets every positive pre-activation through, and no negative one
+    theta[
+        ::3
+    ] = (
+        -0.5
+    )  # a threshold below zero lets every positive pre-activation through, and no negative one
     path = saelens_folder(tmp_path, parts, {"architecture": "jumprelu"}, threshold=theta)
     pre = (parts["x"] - parts["b_dec"]) @ parts["W_enc"] + parts["b_enc"]
     z = pre.relu() * (pre > theta)
@@ -114,10 +125,16 @@ def test_saelens_jumprelu_compares_before_the_relu(tmp_path, parts):
 
 
 def test_saelens_gated(tmp_path, parts):
-    more = {"b_gate": numbers(N, seed=8), "b_mag": numbers(N, seed=9), "r_mag": numbers(N, seed=10, scale=0.5)}
+    more = {
+        "b_gate": numbers(N, seed=8),
+        "b_mag": numbers(N, seed=9),
+        "r_mag": numbers(N, seed=10, scale=0.5),
+    }
     tensors = {name: parts[name] for name in ("W_enc", "W_dec", "b_dec")} | more
     config = {"architecture": "gated", "d_in": D, "d_sae": N}
-    path = write_folder(tmp_path, tensors, config, weights="sae_weights.safetensors", description="cfg.json")
+    path = write_folder(
+        tmp_path, tensors, config, weights="sae_weights.safetensors", description="cfg.json"
+    )
     inner = parts["x"] - parts["b_dec"]
     gate = inner @ parts["W_enc"] + more["b_gate"] > 0
     z = gate * (inner @ (parts["W_enc"] * more["r_mag"].exp()) + more["b_mag"]).relu()
@@ -126,9 +143,15 @@ def test_saelens_gated(tmp_path, parts):
 
 @pytest.mark.parametrize("by_norm", [True, False])
 def test_saelens_batchtopk_checkpoint_with_its_input_scale(tmp_path, parts, by_norm):
-    config = {"architecture": "batchtopk", "normalize_activations": "expected_average_only_in", "k": K}
+    config = {
+        "architecture": "batchtopk",
+        "normalize_activations": "expected_average_only_in",
+        "k": K,
+    }
     config |= {"rescale_acts_by_decoder_norm": by_norm}
-    path = saelens_folder(tmp_path, parts, config, topk_threshold=torch.tensor(0.7, dtype=torch.float64))
+    path = saelens_folder(
+        tmp_path, parts, config, topk_threshold=torch.tensor(0.7, dtype=torch.float64)
+    )
     (path / "activation_scaler.json").write_text('{"scaling_factor": 0.25}')
     length = parts["W_dec"].norm(dim=1) if by_norm else torch.ones(N)
     pre = ((0.25 * parts["x"] - parts["b_dec"]) @ parts["W_enc"] + parts["b_enc"]) * length
@@ -148,7 +171,9 @@ def test_saelens_scale_that_is_not_there_is_asked_for(tmp_path, parts):
 
 
 def test_saelens_layer_norm(tmp_path, parts):
-    path = saelens_folder(tmp_path, parts, {"architecture": "standard", "normalize_activations": "layer_norm"})
+    path = saelens_folder(
+        tmp_path, parts, {"architecture": "standard", "normalize_activations": "layer_norm"}
+    )
     x = parts["x"]
     mean, deviation = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
     z = ((x - mean) / (deviation + 1e-5) - parts["b_dec"]) @ parts["W_enc"] + parts["b_enc"]
@@ -165,25 +190,46 @@ def test_saelens_skip_transcoder(tmp_path, parts):
         "W_skip": numbers(d_out, D, seed=13),
         "threshold": parts["theta"],
     }
-    config = {"architecture": "jumprelu_skip_transcoder", "apply_b_dec_to_input": False, "d_in": D, "d_sae": N}
-    path = write_folder(tmp_path, tensors, config, weights="sae_weights.safetensors", description="cfg.json")
+    config = {
+        "architecture": "jumprelu_skip_transcoder",
+        "apply_b_dec_to_input": False,
+        "d_in": D,
+        "d_sae": N,
+    }
+    path = write_folder(
+        tmp_path, tensors, config, weights="sae_weights.safetensors", description="cfg.json"
+    )
     pre = parts["x"] @ parts["W_enc"] + parts["b_enc"]
     z = pre.relu() * (pre > parts["theta"])
-    agrees(path, z, z @ tensors["W_dec"] + tensors["b_dec"] + parts["x"] @ tensors["W_skip"].T, parts["x"])
+    agrees(
+        path,
+        z,
+        z @ tensors["W_dec"] + tensors["b_dec"] + parts["x"] @ tensors["W_skip"].T,
+        parts["x"],
+    )
 
 
 def test_saelens_before_version_6(tmp_path, parts):
-    config = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}, "normalize_activations": False}
+    config = {
+        "activation_fn_str": "topk",
+        "activation_fn_kwargs": {"k": K},
+        "normalize_activations": False,
+    }
     config |= {"hook_name": "blocks.7.hook_resid_post", "model_name": "gpt2-small"}
     path = saelens_folder(tmp_path, parts, config)
     z = topk((parts["x"] - parts["b_dec"]) @ parts["W_enc"] + parts["b_enc"])
     sae = agrees(path, z, z @ parts["W_dec"] + parts["b_dec"], parts["x"])
-    assert (sae.metadata["site"], sae.metadata["model"]) == ("blocks.7.hook_resid_post", "gpt2-small")
+    assert (sae.metadata["site"], sae.metadata["model"]) == (
+        "blocks.7.hook_resid_post",
+        "gpt2-small",
+    )
 
 
 def gemma_tensors(parts, upper=True):
     names = ("W_enc", "W_dec", "b_enc", "b_dec")
-    tensors = {name if upper else name.lower(): parts[name] for name in names} | {"threshold": parts["theta"]}
+    tensors = {name if upper else name.lower(): parts[name] for name in names} | {
+        "threshold": parts["theta"]
+    }
     pre = parts["x"] @ parts["W_enc"] + parts["b_enc"]
     z = pre.relu() * (pre > parts["theta"])
     return tensors, z, z @ parts["W_dec"] + parts["b_dec"]
@@ -204,7 +250,11 @@ def test_gemma_scope_2_with_a_skip_connection(tmp_path, parts):
     tensors, z, reconstruction = gemma_tensors(parts, upper=False)
     tensors["affine_skip_connection"] = numbers(D, D, seed=14)
     folder = write_folder(
-        tmp_path, tensors, {"architecture": "jump_relu"}, weights="params.safetensors", description="config.json"
+        tmp_path,
+        tensors,
+        {"architecture": "jump_relu"},
+        weights="params.safetensors",
+        description="config.json",
     )
     agrees(folder, z, reconstruction + parts["x"] @ tensors["affine_skip_connection"], parts["x"])
 
@@ -213,16 +263,27 @@ def test_gemma_scope_2_with_a_skip_connection(tmp_path, parts):
 def test_sparsify(tmp_path, parts, kind):
     tensors = {"encoder.weight": parts["W_enc"].T, "encoder.bias": parts["b_enc"]}
     tensors |= {"W_dec": parts["W_dec"], "b_dec": parts["b_dec"]}
-    config = {"k": K, "d_in": D, "activation": "topk", "transcode": kind != "sae", "skip_connection": kind == "skip"}
+    config = {
+        "k": K,
+        "d_in": D,
+        "activation": "topk",
+        "transcode": kind != "sae",
+        "skip_connection": kind == "skip",
+    }
     x = parts["x"]
-    z = topk(((x - parts["b_dec"] if kind == "sae" else x) @ parts["W_enc"] + parts["b_enc"]).relu())
+    z = topk(
+        ((x - parts["b_dec"] if kind == "sae" else x) @ parts["W_enc"] + parts["b_enc"]).relu()
+    )
     reconstruction = z @ parts["W_dec"] + parts["b_dec"]
     if kind == "skip":
         tensors["W_skip"] = numbers(D, D, seed=15)
         reconstruction = reconstruction + x @ tensors["W_skip"].mT
     folder = tmp_path / "layers.6"
     sae = agrees(
-        write_folder(folder, tensors, config, weights="sae.safetensors", description="cfg.json"), z, reconstruction, x
+        write_folder(folder, tensors, config, weights="sae.safetensors", description="cfg.json"),
+        z,
+        reconstruction,
+        x,
     )
     assert sae.metadata.get("site") == ("blocks.6.hook_resid_post" if kind == "sae" else None)
 
@@ -236,7 +297,10 @@ def dictionary_learning_case(name, parts):
     k, threshold = torch.tensor(K, dtype=torch.int), torch.tensor(0.6)
     match name:
         case "AutoEncoder":
-            state, z = {**linear, "encoder.bias": parts["b_enc"], "bias": b}, (centred + parts["b_enc"]).relu()
+            state, z = (
+                {**linear, "encoder.bias": parts["b_enc"], "bias": b},
+                (centred + parts["b_enc"]).relu(),
+            )
         case "AutoEncoderNew":
             state = {**linear, "encoder.bias": parts["b_enc"], "decoder.bias": b}
             z = (x @ parts["W_enc"] + parts["b_enc"]).relu()
@@ -245,17 +309,37 @@ def dictionary_learning_case(name, parts):
             state = {**linear, "decoder_bias": b, "r_mag": r, "gate_bias": g, "mag_bias": m}
             z = (centred + g > 0) * (r.exp() * centred + m).relu()
         case "JumpReluAutoEncoder":
-            state, pre = {**matrices, "threshold": parts["theta"]}, x @ parts["W_enc"] + parts["b_enc"]
+            state, pre = (
+                {**matrices, "threshold": parts["theta"]},
+                x @ parts["W_enc"] + parts["b_enc"],
+            )
             z = (pre * (pre > parts["theta"])).relu()
         case "AutoEncoderTopK":
-            state = {**linear, "encoder.bias": parts["b_enc"], "b_dec": b, "k": k, "threshold": threshold}
+            state = {
+                **linear,
+                "encoder.bias": parts["b_enc"],
+                "b_dec": b,
+                "k": k,
+                "threshold": threshold,
+            }
             z = topk((centred + parts["b_enc"]).relu())
         case "BatchTopKSAE":
-            state = {**linear, "encoder.bias": parts["b_enc"], "b_dec": b, "k": k, "threshold": threshold}
+            state = {
+                **linear,
+                "encoder.bias": parts["b_enc"],
+                "b_dec": b,
+                "k": k,
+                "threshold": threshold,
+            }
             positive = (centred + parts["b_enc"]).relu()
             z = positive * (positive > 0.6)
         case _:
-            state = {**matrices, "k": k, "threshold": threshold, "group_sizes": torch.tensor([5, N - 5])}
+            state = {
+                **matrices,
+                "k": k,
+                "threshold": threshold,
+                "group_sizes": torch.tensor([5, N - 5]),
+            }
             positive = (centred + parts["b_enc"]).relu()
             z = positive * (positive > 0.6)
     return state, z, z @ parts["W_dec"] + b
@@ -278,7 +362,10 @@ def test_dictionary_learning(tmp_path, parts, name, described):
     state, z, reconstruction = dictionary_learning_case(name, parts)
     torch.save({key: value.contiguous() for key, value in state.items()}, tmp_path / "ae.pt")
     if described:
-        config = {"trainer": {"dict_class": name, "layer": 3, "submodule_name": "resid_post_layer_3"}, "buffer": {}}
+        config = {
+            "trainer": {"dict_class": name, "layer": 3, "submodule_name": "resid_post_layer_3"},
+            "buffer": {},
+        }
         (tmp_path / "config.json").write_text(json.dumps(config))
     if not described and name in ("AutoEncoderTopK", "BatchTopKSAE"):
         with pytest.raises(UserError, match="TopK or BatchTopK"):
@@ -303,7 +390,10 @@ def test_llama_scope_applies_its_threshold_last(tmp_path, parts, by_norm):
     tensors = {"encoder.weight": parts["W_enc"].T, "encoder.bias": parts["b_enc"]}
     tensors |= {"decoder.weight": parts["W_dec"].T, "decoder.bias": parts["b_dec"]}
     (tmp_path / "checkpoints").mkdir()
-    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "checkpoints" / "final.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()},
+        tmp_path / "checkpoints" / "final.safetensors",
+    )
     (tmp_path / "hyperparams.json").write_text(json.dumps(config))
     # its own steps: rewrite for raw activations, give the decoder unit rows, then compare
     s_in, s_out = math.sqrt(D) / norm_in, math.sqrt(D) / norm_out
@@ -371,21 +461,31 @@ def test_what_we_write_for_saelens_is_read_back_the_same(tmp_path, parts, activa
     sae = sae.replace(b_in=sae.b_dec) if same_bias else sae
     write_saelens(sae, tmp_path, firing_rates=torch.full((N,), 0.01))
     back = read(tmp_path)
-    torch.testing.assert_close(back.encode(parts["x"]), sae.encode(parts["x"]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        back.encode(parts["x"]), sae.encode(parts["x"]), rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(back(parts["x"]), sae(parts["x"]), rtol=1e-4, atol=1e-4)
     assert back.metadata["site"] == "blocks.3.hook_resid_post"
 
 
 def test_how_a_dictionary_was_started_survives_saelens_form(tmp_path):
-    """The linker judges dictionaries of one start against a null of their own, so the start must not be lost."""
+    """The linker judges dictionaries of one start against a null of their own, so the start must
+    not be lost."""
     sae = our_dictionary(TopKActivation(k=K))
-    history = {"initialisation": {"kind": "chain", "group": "random-0-8", "parent": "L2", "seed": 0}, "steps": 200}
+    history = {
+        "initialisation": {"kind": "chain", "group": "random-0-8", "parent": "L2", "seed": 0},
+        "steps": 200,
+    }
     sae.metadata.update(history)
     write_saelens(sae, tmp_path)
     back = read(tmp_path)
     assert {name: back.metadata[name] for name in history} == history
     config = json.loads((tmp_path / "cfg.json").read_text())
-    config["metadata"]["featureflow"] = {"initialisation": "chain", "steps": [1], "surprise": {"a": 1}}
+    config["metadata"]["featureflow"] = {
+        "initialisation": "chain",
+        "steps": [1],
+        "surprise": {"a": 1},
+    }
     (tmp_path / "cfg.json").write_text(json.dumps(config))
     assert not {"initialisation", "steps", "surprise"} & set(read(tmp_path).metadata), (
         "what has another form is left out"

@@ -1,4 +1,5 @@
-"""Published Gemma Scope files, where someone has them: FEATUREFLOW_GEMMA_SCOPE names a folder with them."""
+"""Published Gemma Scope files, where someone has them: FEATUREFLOW_GEMMA_SCOPE names a folder with
+them."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def test_published_dictionaries_have_unit_rows_thresholds_and_a_site():
         sae = read(path)
         assert name in ("gemma_scope", "gemma_scope_2")
         assert isinstance(sae.activation, Threshold)
-        torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(sae.n_latents), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            sae.W_dec.norm(dim=1), torch.ones(sae.n_latents), rtol=1e-3, atol=1e-3
+        )
         x = torch.randn(4, sae.d_in)
         pre, z = sae.pre_activations(x), sae.encode(x)
         assert ((z != 0) == (pre > sae.activation.theta)).all()

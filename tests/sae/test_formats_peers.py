@@ -1,6 +1,7 @@
 """The peers themselves write and read: their latents and reconstructions are ours.
 
-Needs the peers' environments (benchmarks/peers/make_environments.sh) under the folder FEATUREFLOW_PEERS.
+Needs the peers' environments (benchmarks/peers/make_environments.sh) under the folder
+FEATUREFLOW_PEERS.
 """
 
 from __future__ import annotations
@@ -26,11 +27,20 @@ def run_peer(peer: str, *arguments: str) -> list[dict]:
     root = os.environ.get("FEATUREFLOW_PEERS")
     python = Path(root or "") / peer / "bin" / "python"
     if root is None or not python.is_file():
-        pytest.skip(f"no environment for {peer}: bash benchmarks/peers/make_environments.sh, then FEATUREFLOW_PEERS")
+        pytest.skip(
+            f"no environment for {peer}: bash benchmarks/peers/make_environments.sh, then "
+            "FEATUREFLOW_PEERS"
+        )
     command = [str(python), str(SCRIPTS / f"check_{peer}.py"), *arguments]
-    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": os.environ.get("HOME", "/"),
+        "OMP_NUM_THREADS": "1",
+    }
     environment |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=280, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
@@ -39,9 +49,13 @@ def check_ours_reads(folder: Path) -> None:
     case = {name: torch.from_numpy(value) for name, value in np.load(folder / "case.npz").items()}
     raw = read(folder, unit_decoder=False)
     assert (case["latents"] != 0).any()
-    torch.testing.assert_close(raw.encode(case["x"]), case["latents"], rtol=1e-4, atol=1e-5, msg=folder.name)
+    torch.testing.assert_close(
+        raw.encode(case["x"]), case["latents"], rtol=1e-4, atol=1e-5, msg=folder.name
+    )
     for sae in (raw, read(folder)):
-        torch.testing.assert_close(sae(case["x"]), case["reconstruction"], rtol=1e-4, atol=1e-4, msg=folder.name)
+        torch.testing.assert_close(
+            sae(case["x"]), case["reconstruction"], rtol=1e-4, atol=1e-4, msg=folder.name
+        )
 
 
 @pytest.mark.parametrize(
@@ -88,10 +102,14 @@ def ours() -> dict[str, Sae]:
 
 def test_saelens_opens_what_we_write_and_computes_the_same(tmp_path):
     for name, sae in ours().items():
-        write_saelens(sae, tmp_path / name, hook_name="blocks.3.hook_resid_post", model_name="a-model")
+        write_saelens(
+            sae, tmp_path / name, hook_name="blocks.3.hook_resid_post", model_name="a-model"
+        )
         x = torch.randn(TOKENS, D, generator=torch.Generator().manual_seed(1))
         arrays = {"x": x, "latents": sae.encode(x), "reconstruction": sae(x)}
-        np.savez(tmp_path / name / "case.npz", **{key: value.numpy() for key, value in arrays.items()})
+        np.savez(
+            tmp_path / name / "case.npz", **{key: value.numpy() for key, value in arrays.items()}
+        )
     records = {record["case"]: record for record in run_peer("saelens", "read", str(tmp_path))}
     assert set(records) == set(ours())
     for record in records.values():

@@ -1,4 +1,5 @@
-"""Files that are hostile, damaged or of the wrong shape are refused, with every problem named, and nothing runs."""
+"""Files that are hostile, damaged or of the wrong shape are refused, with every problem named, and
+nothing runs."""
 
 from __future__ import annotations
 
@@ -54,7 +55,9 @@ def test_an_object_array_in_an_archive_is_not_run(tmp_path):
 
 def saelens(folder, tensors, **config):
     save_file(tensors, folder / "sae_weights.safetensors")
-    (folder / "cfg.json").write_text(json.dumps({"architecture": "standard", "d_in": 4, "d_sae": 6} | config))
+    (folder / "cfg.json").write_text(
+        json.dumps({"architecture": "standard", "d_in": 4, "d_sae": 6} | config)
+    )
     return folder
 
 
@@ -74,7 +77,12 @@ def test_all_problems_of_the_tensors_come_at_once(tmp_path):
 
 
 def test_sizes_in_the_description_are_held_against_the_tensors(tmp_path):
-    tensors = {"W_enc": torch.zeros(4, 7), "W_dec": torch.zeros(7, 4), "b_enc": torch.zeros(7), "b_dec": torch.zeros(4)}
+    tensors = {
+        "W_enc": torch.zeros(4, 7),
+        "W_dec": torch.zeros(7, 4),
+        "b_enc": torch.zeros(7),
+        "b_dec": torch.zeros(4),
+    }
     with pytest.raises(UserError, match="does not hold") as caught:
         read(saelens(tmp_path, tensors))
     assert len(caught.value.problems) == 3
@@ -82,12 +90,23 @@ def test_sizes_in_the_description_are_held_against_the_tensors(tmp_path):
 
 def test_all_problems_of_the_description_come_at_once(tmp_path):
     with pytest.raises(UserError) as caught:
-        read(saelens(tmp_path, {"a": torch.zeros(1)}, architecture="topk", k="3", normalize_activations="whitened"))
+        read(
+            saelens(
+                tmp_path,
+                {"a": torch.zeros(1)},
+                architecture="topk",
+                k="3",
+                normalize_activations="whitened",
+            )
+        )
     assert {problem.where for problem in caught.value.problems} == {"k", "normalize_activations"}
 
 
 def test_integer_tensors_are_refused(tmp_path):
-    tensors = {name: torch.zeros(4, 4, dtype=torch.int32) for name in ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")}
+    tensors = {
+        name: torch.zeros(4, 4, dtype=torch.int32)
+        for name in ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
+    }
     save_file(tensors, tmp_path / "params.safetensors")
     with pytest.raises(UserError, match="does not hold") as caught:
         read(tmp_path)
@@ -95,7 +114,9 @@ def test_integer_tensors_are_refused(tmp_path):
 
 
 def test_a_cross_layer_transcoder_is_refused_by_name(tmp_path):
-    save_file({"w_enc": torch.zeros(4, 6), "w_dec": torch.zeros(6, 3, 4)}, tmp_path / "params.safetensors")
+    save_file(
+        {"w_enc": torch.zeros(4, 6), "w_dec": torch.zeros(6, 3, 4)}, tmp_path / "params.safetensors"
+    )
     with pytest.raises(UserError, match="cross-layer"):
         read(tmp_path)
 
@@ -119,7 +140,10 @@ def test_several_formats_in_one_folder_must_be_named(tmp_path):
         read(tmp_path)
 
 
-@given(data=st.binary(max_size=300), name=st.sampled_from(["params.npz", "params.safetensors", "ae.pt"]))
+@given(
+    data=st.binary(max_size=300),
+    name=st.sampled_from(["params.npz", "params.safetensors", "ae.pt"]),
+)
 @settings(max_examples=60, deadline=None)
 def test_random_bytes_only_ever_give_the_one_error(tmp_path_factory, data, name):
     folder = tmp_path_factory.mktemp("bytes")
@@ -131,7 +155,12 @@ def test_random_bytes_only_ever_give_the_one_error(tmp_path_factory, data, name)
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("name", ["params.npz", "params.safetensors", "ae.pt"])
 def test_truncated_files_give_the_one_error(tmp_path, name, keep):
-    tensors = {"w_enc": torch.zeros(4, 6), "w_dec": torch.zeros(6, 4), "b_enc": torch.zeros(6), "b_dec": torch.zeros(4)}
+    tensors = {
+        "w_enc": torch.zeros(4, 6),
+        "w_dec": torch.zeros(6, 4),
+        "b_enc": torch.zeros(6),
+        "b_dec": torch.zeros(4),
+    }
     path = tmp_path / name
     if name.endswith("npz"):
         np.savez(path, **{key: value.numpy() for key, value in tensors.items()})

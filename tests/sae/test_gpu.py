@@ -1,4 +1,5 @@
-"""The GPU kernels against the CPU's, on the same inputs; skipped where there is no GPU with Triton."""
+"""The GPU kernels against the CPU's, on the same inputs; skipped where there is no GPU with
+Triton."""
 
 from __future__ import annotations
 
@@ -17,10 +18,14 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    "architecture", [TopK(k=8), BatchTopK(k=8), MatryoshkaBatchTopK(k=8)], ids=lambda choice: choice.kind
+    "architecture",
+    [TopK(k=8), BatchTopK(k=8), MatryoshkaBatchTopK(k=8)],
+    ids=lambda choice: choice.kind,
 )
 @pytest.mark.parametrize("d", [64, 100, 576])
-def test_a_step_on_the_gpu_is_a_step_on_the_cpu(architecture: TopK | BatchTopK | MatryoshkaBatchTopK, d: int) -> None:
+def test_a_step_on_the_gpu_is_a_step_on_the_cpu(
+    architecture: TopK | BatchTopK | MatryoshkaBatchTopK, d: int
+) -> None:
     weights = random_start(512, d, seed=0)
     x = torch.randn(300, d, generator=torch.Generator().manual_seed(1))
     dead = torch.arange(512) % 50 == 0
@@ -34,7 +39,9 @@ def test_a_step_on_the_gpu_is_a_step_on_the_cpu(architecture: TopK | BatchTopK |
     torch.testing.assert_close(there.loss.cpu(), here.loss, rtol=1e-4, atol=1e-5)
     assert torch.equal(there.fired.cpu(), here.fired)
     for name, gradient in here.gradients.items():
-        torch.testing.assert_close(there.gradients[name].cpu(), gradient, rtol=1e-3, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            there.gradients[name].cpu(), gradient, rtol=1e-3, atol=1e-6, msg=name
+        )
 
 
 def test_the_same_bits_every_time() -> None:

@@ -1,4 +1,5 @@
-"""The metrics say what their formulas say: worked numbers, a slow reference, and invariance to how rows are batched."""
+"""The metrics say what their formulas say: worked numbers, a slow reference, and invariance to how
+rows are batched."""
 
 from __future__ import annotations
 
@@ -43,10 +44,14 @@ def random_case(seed=0, n=97, d=5, n_latents=8, k=3, offset=0.0):
 
 
 def test_worked_numbers():
-    x = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 3.0], [2.0, -3.0]])  # mean (2, 0); variance 1+1+9+9 = 20
+    x = torch.tensor(
+        [[1.0, 0.0], [3.0, 0.0], [2.0, 3.0], [2.0, -3.0]]
+    )  # mean (2, 0); variance 1+1+9+9 = 20
     y = torch.tensor([[2.0, 0.0], [3.0, 0.0], [2.0, 3.0], [2.0, 0.0]])  # errors 1 + 0 + 0 + 9 = 10
     index = torch.tensor([[0, 1], [0, 2], [0, 3], [0, 1]])
-    value = torch.tensor([[1.0, 0.0], [1.0, 2.0], [1.0, 0.0], [1.0, 0.5]])  # firings: latent 0 ×4, 2 ×1, 1 ×1
+    value = torch.tensor(
+        [[1.0, 0.0], [1.0, 2.0], [1.0, 0.0], [1.0, 0.5]]
+    )  # firings: latent 0 ×4, 2 ×1, 1 ×1
     result = measured(x, y, (index, value), n_latents=5).result()
     assert result.fvu == pytest.approx(0.5)
     assert result.mean_squared_error == pytest.approx(2.5)
@@ -55,7 +60,8 @@ def test_worked_numbers():
     assert result.dense_fraction == pytest.approx(3 / 5)
     assert result.cosine == pytest.approx((1 + 1 + 1 + 2 / 13**0.5) / 4)
     assert result.l2_ratio == pytest.approx((2 + 1 + 1 + 2 / 13**0.5) / 4)
-    # SAEBench 0.6.0: 1 − mse / (mean‖x‖² − (mean over tokens and dimensions of x²)²), mean‖x‖² = (1+9+13+13)/4 = 9
+    # SAEBench 0.6.0: 1 − mse / (mean‖x‖² − (mean over tokens and dimensions of x²)²), mean‖x‖² =
+    # (1+9+13+13)/4 = 9
     assert result.saebench_explained_variance == pytest.approx(1 - 2.5 / (9 - 4.5**2))
     # its legacy value: mean over tokens of 1 − ‖x−x̂‖²/‖x−mean‖²
     assert result.saebench_explained_variance_legacy == pytest.approx((0 + 1 + 1 + 0) / 4)
@@ -81,8 +87,18 @@ def test_batching_changes_nothing(cuts, seed):
     x, y, active, documents = random_case(seed)
     whole = measured(x, y, active, documents)
     parts = measured(x, y, active, documents, cuts=sorted(cuts))
-    for name in ("fvu", "l0", "dead_fraction", "dense_fraction", "cosine", "l2_ratio", "saebench_explained_variance"):
-        assert getattr(parts.result(), name) == pytest.approx(getattr(whole.result(), name), rel=1e-10)
+    for name in (
+        "fvu",
+        "l0",
+        "dead_fraction",
+        "dense_fraction",
+        "cosine",
+        "l2_ratio",
+        "saebench_explained_variance",
+    ):
+        assert getattr(parts.result(), name) == pytest.approx(
+            getattr(whole.result(), name), rel=1e-10
+        )
     assert parts.result().n_documents == 10
     a, b = (m.fvu_interval(n_resamples=50, seed=1) for m in (whole, parts))
     assert (a.low, a.high) == pytest.approx((b.low, b.high), rel=1e-9)
@@ -91,7 +107,12 @@ def test_batching_changes_nothing(cuts, seed):
 def test_a_large_mean_costs_no_accuracy_with_a_centre():
     x, y, active, _ = random_case()
     near = measured(x, y, active).result().fvu
-    far = measured(x.double() + 1e7, y.double() + 1e7, active, centre=torch.full((5,), 1e7, dtype=torch.float64))
+    far = measured(
+        x.double() + 1e7,
+        y.double() + 1e7,
+        active,
+        centre=torch.full((5,), 1e7, dtype=torch.float64),
+    )
     assert far.result().fvu == pytest.approx(near, rel=1e-6)
 
 
@@ -102,7 +123,9 @@ def test_the_interval_is_the_spread_of_resampled_documents():
     rng = np.random.default_rng(7)
     slow = []
     for _ in range(2000):  # resample rows document by document and apply the definition
-        rows = np.concatenate([np.flatnonzero(documents.numpy() % 40 == i) for i in rng.integers(0, 40, 40)])
+        rows = np.concatenate(
+            [np.flatnonzero(documents.numpy() % 40 == i) for i in rng.integers(0, 40, 40)]
+        )
         a, b = x[rows].double(), y[rows].double()
         slow.append(float((a - b).square().sum() / (a - a.mean(0)).square().sum()))
     assert interval.low == pytest.approx(np.percentile(slow, 2.5), abs=0.003)
@@ -112,7 +135,11 @@ def test_the_interval_is_the_spread_of_resampled_documents():
 
 def test_one_document_has_no_interval():
     x, y, active, _ = random_case()
-    assert np.isnan(measured(x, y, active, torch.zeros(97, dtype=torch.int64)).fvu_interval(n_resamples=10, seed=0).low)
+    assert np.isnan(
+        measured(x, y, active, torch.zeros(97, dtype=torch.int64))
+        .fvu_interval(n_resamples=10, seed=0)
+        .low
+    )
 
 
 def test_bootstrap_ratio_of_a_constant_ratio_is_that_ratio():
@@ -124,7 +151,10 @@ def test_bootstrap_ratio_of_a_constant_ratio_is_that_ratio():
 def test_pca_curve_equals_projecting_the_rows():
     g = torch.Generator().manual_seed(1)
     mix = torch.randn(6, 6, generator=g)
-    train, held_out = torch.randn(500, 6, generator=g) @ mix + 50, torch.randn(80, 6, generator=g) @ mix + 50.2
+    train, held_out = (
+        torch.randn(500, 6, generator=g) @ mix + 50,
+        torch.randn(80, 6, generator=g) @ mix + 50.2,
+    )
     meters = [CovarianceMeter(centre=torch.full((6,), 49.0)) for _ in range(2)]
     for meter, rows in zip(meters, (train, held_out), strict=True):
         for part in rows.split(33):
@@ -151,5 +181,7 @@ def test_no_tokens_and_nan_are_refused():
         ReconstructionMeter(n_latents=3, d_out=2).result()
     with pytest.raises(UserError, match="not finite"):
         ReconstructionMeter(n_latents=3, d_out=2).update(
-            torch.tensor([[float("nan"), 0.0]]), torch.zeros(1, 2), torch.zeros(0, dtype=torch.int64)
+            torch.tensor([[float("nan"), 0.0]]),
+            torch.zeros(1, 2),
+            torch.zeros(0, dtype=torch.int64),
         )

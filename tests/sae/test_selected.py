@@ -1,4 +1,5 @@
-"""A few latents of a TopK encoder: the same as in the whole encoder, ties included, with less of the product."""
+"""A few latents of a TopK encoder: the same as in the whole encoder, ties included, with less of
+the product."""
 
 from __future__ import annotations
 
@@ -15,17 +16,28 @@ N_LATENTS, D_IN = 300, 6
 
 def _sae(W_enc: torch.Tensor, b_enc: torch.Tensor, k: int) -> Sae:
     return Sae(
-        W_enc=W_enc, b_enc=b_enc, W_dec=W_enc, b_dec=torch.zeros(W_enc.shape[1]), b_in=torch.ones(W_enc.shape[1]),
+        W_enc=W_enc,
+        b_enc=b_enc,
+        W_dec=W_enc,
+        b_dec=torch.zeros(W_enc.shape[1]),
+        b_in=torch.ones(W_enc.shape[1]),
         activation=TopKActivation(k=k),
-    )  # fmt: skip
+    )
 
 
 @given(
-    seed=st.integers(0, 2**31), k=st.integers(1, N_LATENTS), n=st.integers(0, 12), n_chosen=st.integers(1, 10),
-    spread=st.integers(1, 3), shift=st.integers(-3, 3),
-)  # fmt: skip
-def test_selected_latents_are_those_of_the_encoder_to_the_bit_where_many_are_equal(seed, k, n, n_chosen, spread, shift):
-    """Whole numbers: every product is exact, so equal pre-activations are really equal, and there are many."""
+    seed=st.integers(0, 2**31),
+    k=st.integers(1, N_LATENTS),
+    n=st.integers(0, 12),
+    n_chosen=st.integers(1, 10),
+    spread=st.integers(1, 3),
+    shift=st.integers(-3, 3),
+)
+def test_selected_latents_are_those_of_the_encoder_to_the_bit_where_many_are_equal(
+    seed, k, n, n_chosen, spread, shift
+):
+    """Whole numbers: every product is exact, so equal pre-activations are really equal, and there
+    are many."""
     generator = torch.Generator().manual_seed(seed)
 
     def whole(*shape: int) -> torch.Tensor:
@@ -50,7 +62,8 @@ def test_selected_latents_of_real_numbers_switch_alike(scale):
 
 
 def test_a_row_is_left_as_soon_as_k_columns_lie_above(monkeypatch):
-    """A latent that fires in no row is known to after the first block; one that always fires needs every column."""
+    """A latent that fires in no row is known to after the first block; one that always fires needs
+    every column."""
     multiplied = []
     linear = torch.nn.functional.linear
 
@@ -84,7 +97,8 @@ def test_the_kth_latent_is_on_although_the_first_block_has_all_that_lie_above_it
 
 @pytest.mark.parametrize("k", [1, 8, 200])
 def test_nan_is_handed_on_where_the_encoder_hands_it_on_and_takes_its_place_among_the_k(k):
-    """Rows without NaN, all NaN, with an infinity; and latents whose own weights are NaN beside sound ones."""
+    """Rows without NaN, all NaN, with an infinity; and latents whose own weights are NaN beside
+    sound ones."""
     generator = torch.Generator().manual_seed(2)
     W, b = torch.randn(1024, 8, generator=generator), torch.randn(1024, generator=generator)
     x = torch.randn(40, 8, generator=generator)

@@ -1,4 +1,5 @@
-"""The hand-written step against PyTorch's own differentiation of the plain formulas, on easy and on hostile batches."""
+"""The hand-written step against PyTorch's own differentiation of the plain formulas, on easy and on
+hostile batches."""
 
 from __future__ import annotations
 
@@ -8,7 +9,14 @@ from torch import Tensor
 
 from sae.architectures.base import Situation
 from sae.kernels.reference import reference_losses
-from sae.kernels.select import PerRow, Selection, WholeBatch, encode, has_fast_bfloat16, largest_of_rows
+from sae.kernels.select import (
+    PerRow,
+    Selection,
+    WholeBatch,
+    encode,
+    has_fast_bfloat16,
+    largest_of_rows,
+)
 from sae.kernels.sparse_step import AuxK, sparse_step
 
 N, D, T = 96, 12, 40
@@ -45,7 +53,14 @@ def _compare(
     dead = torch.zeros(N, dtype=torch.bool) if dead is None else dead
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
     losses = reference_losses(
-        leaves, x, y, selection=selection, dead=dead, auxk_weight=1 / 4, auxk_k=k_aux, group_ends=ends
+        leaves,
+        x,
+        y,
+        selection=selection,
+        dead=dead,
+        auxk_weight=1 / 4,
+        auxk_k=k_aux,
+        group_ends=ends,
     )
     sum(losses.values()).backward()
     ours = sparse_step(
@@ -61,7 +76,9 @@ def _compare(
     for name, loss in losses.items():
         torch.testing.assert_close(ours.losses[name], loss.detach(), msg=name)
     for name, leaf in leaves.items():
-        torch.testing.assert_close(ours.gradients[name], leaf.grad, rtol=1e-4, atol=1e-7, msg=f"gradient of {name}")
+        torch.testing.assert_close(
+            ours.gradients[name], leaf.grad, rtol=1e-4, atol=1e-7, msg=f"gradient of {name}"
+        )
 
 
 SELECTIONS = [PerRow(k=4), PerRow(k=1), PerRow(k=N), WholeBatch(k=4), WholeBatch(k=1)]
@@ -83,7 +100,12 @@ def test_the_auxiliary_loss_reaches_every_weight(selection: Selection, n_dead: i
     _compare(weights, _batch(), selection=selection, dead=dead)
     silent = weights | {"b_enc": weights["b_enc"].clone()}
     step = sparse_step(
-        silent, _batch(), None, Situation(progress=0.0, dead=dead), selection=PerRow(k=4), auxk=AuxK(weight=1.0, k=6)
+        silent,
+        _batch(),
+        None,
+        Situation(progress=0.0, dead=dead),
+        selection=PerRow(k=4),
+        auxk=AuxK(weight=1.0, k=6),
     )
     assert all(step.gradients[name][dead].abs().sum() > 0 for name in ("W_enc", "b_enc", "W_dec"))
 
@@ -98,7 +120,9 @@ def test_matryoshka_prefixes(ends: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("skip", [False, True])
 def test_transcoders_with_and_without_a_linear_part(skip: bool) -> None:
     dead = torch.arange(N) % 5 == 0
-    _compare(_weights(d_out=7, skip=skip), _batch(), _batch(2, d=7), selection=PerRow(k=4), dead=dead)
+    _compare(
+        _weights(d_out=7, skip=skip), _batch(), _batch(2, d=7), selection=PerRow(k=4), dead=dead
+    )
 
 
 def test_rows_with_fewer_positives_than_k() -> None:

@@ -1,4 +1,5 @@
-"""Training: known directions are found, the requested L0 is met, folding is exact, a restored run is the same run."""
+"""Training: known directions are found, the requested L0 is met, folding is exact, a restored run
+is the same run."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def _name(architecture: AnyArchitecture) -> str:
     return f"{architecture.kind}_{getattr(architecture, 'sparsity', '')}".rstrip("_")
 
 
-def _trainer(architecture: AnyArchitecture, x: Tensor, *, steps: int, n_latents: int, rate: float = 2e-3) -> Trainer:
+def _trainer(
+    architecture: AnyArchitecture, x: Tensor, *, steps: int, n_latents: int, rate: float = 2e-3
+) -> Trainer:
     return Trainer(
         architecture=architecture,
         schedule=schedule_of(steps=steps, learning_rate=rate, batch_size=256, record_every=50),
@@ -71,8 +74,11 @@ def test_planted_directions_are_recovered(architecture: AnyArchitecture) -> None
 
 
 @pytest.mark.parametrize("architecture", RECOVERERS, ids=_name)
-def test_directions_that_the_data_cannot_tell_apart_are_not_recovered(architecture: AnyArchitecture) -> None:
-    """Pairs that are always active together: only their sum can be found, so the test above can fail."""
+def test_directions_that_the_data_cannot_tell_apart_are_not_recovered(
+    architecture: AnyArchitecture,
+) -> None:
+    """Pairs that are always active together: only their sum can be found, so the test above can
+    fail."""
     data = planted(n_directions=48, d=32, n_active=6, n_rows=14_000, inseparable=True)
     sae = _trained(architecture, data.x, steps=1000, n_latents=96)
     sums = torch.nn.functional.normalize(data.directions[::2] + data.directions[1::2])
@@ -81,7 +87,9 @@ def test_directions_that_the_data_cannot_tell_apart_are_not_recovered(architectu
 
 
 @pytest.mark.parametrize("architecture", RECOVERERS, ids=_name)
-def test_directions_too_dense_to_be_identified_are_not_recovered(architecture: AnyArchitecture) -> None:
+def test_directions_too_dense_to_be_identified_are_not_recovered(
+    architecture: AnyArchitecture,
+) -> None:
     """24 of 48 directions active in 32 dimensions."""
     data = planted(n_directions=48, d=32, n_active=24, n_rows=14_000)
     sae = _trained(architecture, data.x, steps=1000, n_latents=96)
@@ -97,7 +105,9 @@ def test_the_requested_l0_is_met_on_held_out_rows(architecture: AnyArchitecture)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES[4:], ids=_name)
-def test_a_closed_loop_steers_the_penalty_to_the_requested_l0(architecture: AnyArchitecture) -> None:
+def test_a_closed_loop_steers_the_penalty_to_the_requested_l0(
+    architecture: AnyArchitecture,
+) -> None:
     x = planted(n_directions=48, d=32, n_active=4, n_rows=8_000).x
     trainer = _trainer(architecture, x, steps=1000, n_latents=64)
     train(trainer, InMemoryBatches(x, batch_size=128, seed=0))
@@ -107,14 +117,22 @@ def test_a_closed_loop_steers_the_penalty_to_the_requested_l0(architecture: AnyA
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=_name)
 def test_a_restored_run_is_the_same_run(architecture: AnyArchitecture, tmp_path) -> None:
     x = planted(n_directions=48, d=32, n_active=3, n_rows=700).x
-    whole, batches = _trainer(architecture, x, steps=23, n_latents=64), InMemoryBatches(x, batch_size=128, seed=3)
+    whole, batches = (
+        _trainer(architecture, x, steps=23, n_latents=64),
+        InMemoryBatches(x, batch_size=128, seed=3),
+    )
     train(whole, batches)
-    part, batches = _trainer(architecture, x, steps=23, n_latents=64), InMemoryBatches(x, batch_size=128, seed=3)
+    part, batches = (
+        _trainer(architecture, x, steps=23, n_latents=64),
+        InMemoryBatches(x, batch_size=128, seed=3),
+    )
     while not part.finished:
         part.train_on(batches.next_batch())
         if part.step in (1, 5, 6, 17):
             tensors, numbers = part.state()
-            write_checkpoint(tmp_path / "one", tensors, {"trainer": numbers, "batches": batches.state()})
+            write_checkpoint(
+                tmp_path / "one", tensors, {"trainer": numbers, "batches": batches.state()}
+            )
             tensors, state = read_checkpoint(tmp_path / "one")
             part, batches = (
                 _trainer(architecture, x, steps=23, n_latents=64),
@@ -129,32 +147,50 @@ def test_a_restored_run_is_the_same_run(architecture: AnyArchitecture, tmp_path)
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=_name)
 @pytest.mark.parametrize("transcoder", [False, True])
-def test_folding_gives_the_same_function_of_raw_activations(architecture: AnyArchitecture, transcoder: bool) -> None:
+def test_folding_gives_the_same_function_of_raw_activations(
+    architecture: AnyArchitecture, transcoder: bool
+) -> None:
     generator = torch.Generator().manual_seed(4)
     source = Normalisation(mean=torch.randn(12, generator=generator) * 5, scale=3.0)
-    target = Normalisation(mean=torch.randn(7, generator=generator), scale=0.2) if transcoder else None
+    target = (
+        Normalisation(mean=torch.randn(7, generator=generator), scale=0.2) if transcoder else None
+    )
     weights = random_start(24, 12, seed=1, d_out=7 if transcoder else None, skip=transcoder)
     weights = weights | architecture.extra_parameters(24)
-    weights = {name: w + 0.1 * torch.randn(w.shape, generator=generator).abs() for name, w in weights.items()}
+    weights = {
+        name: w + 0.1 * torch.randn(w.shape, generator=generator).abs()
+        for name, w in weights.items()
+    }
     if architecture.unit_decoder:
         weights["W_dec"] = torch.nn.functional.normalize(weights["W_dec"])
     sae = fold(weights, architecture.activation(weights, 0.3), source, target, {})
     x = torch.randn(50, 12, generator=generator) * 3
     inner = source.apply(x)
-    pre = (inner - weights["b_dec"] if not transcoder else inner) @ weights["W_enc"].T + weights["b_enc"]
+    pre = (inner - weights["b_dec"] if not transcoder else inner) @ weights["W_enc"].T + weights[
+        "b_enc"
+    ]
     z = _by_definition(architecture, weights, pre)
-    out = z @ weights["W_dec"] + weights["b_dec"] + (inner @ weights["W_skip"].T if transcoder else 0)
+    out = (
+        z @ weights["W_dec"] + weights["b_dec"] + (inner @ weights["W_skip"].T if transcoder else 0)
+    )
     outer = target or source
     torch.testing.assert_close(sae(x), out * outer.scale + outer.mean, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(sae.encode(x), z * outer.scale * weights["W_dec"].norm(dim=1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        sae.encode(x), z * outer.scale * weights["W_dec"].norm(dim=1), rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24))
-    if architecture.kind not in ("batch_topk", "matryoshka_batch_topk"):  # their one threshold is no weight
+    if architecture.kind not in (
+        "batch_topk",
+        "matryoshka_batch_topk",
+    ):  # their one threshold is no weight
         back = unfold(sae, source, target)
         again = fold(back, architecture.activation(back, 0.0), source, target, {})
         torch.testing.assert_close(again(x), sae(x), rtol=1e-4, atol=1e-4)
 
 
-def _by_definition(architecture: AnyArchitecture, weights: dict[str, Tensor], pre: Tensor) -> Tensor:
+def _by_definition(
+    architecture: AnyArchitecture, weights: dict[str, Tensor], pre: Tensor
+) -> Tensor:
     match architecture.kind:
         case "topk":
             return pre.relu() * torch.zeros_like(pre).scatter_(1, pre.topk(4, dim=1).indices, 1.0)
@@ -176,7 +212,10 @@ def test_the_update_is_adam_with_clipping_projection_and_unit_rows() -> None:
     adam = Adam(ours, beta1=0.8, beta2=0.97)
     oracle = torch.optim.Adam(theirs.values(), lr=1e-2, betas=(0.8, 0.97), eps=6.25e-10)
     for scale in (1e-3, 5.0, 0.1, 1.0):
-        gradients = {name: scale * torch.randn(weight.shape, generator=generator) for name, weight in ours.items()}
+        gradients = {
+            name: scale * torch.randn(weight.shape, generator=generator)
+            for name, weight in ours.items()
+        }
         for name, leaf in theirs.items():
             leaf.grad = gradients[name].clone()
         row = theirs["W_dec"].detach()
@@ -205,7 +244,9 @@ def test_a_batch_with_nan_names_its_rows_and_changes_nothing() -> None:
 
 def test_batches_visit_every_row_once_an_epoch() -> None:
     batches = InMemoryBatches(torch.arange(20.0)[:, None], batch_size=5, seed=1)
-    epochs = [torch.cat([batches.next_batch().x for _ in range(4)]).flatten().tolist() for _ in range(2)]
+    epochs = [
+        torch.cat([batches.next_batch().x for _ in range(4)]).flatten().tolist() for _ in range(2)
+    ]
     assert [sorted(epoch) for epoch in epochs] == [list(range(20))] * 2
     assert epochs[0] != epochs[1]
 
@@ -219,17 +260,23 @@ def test_the_schedule_warms_up_holds_and_ends_near_zero() -> None:
 
 
 def test_a_schedule_follows_the_length_of_its_run() -> None:
-    """Worked by hand: a thirtieth of 3,000 steps is a memory of 100, a fiftieth of 3,000 steps of 8 tokens 480."""
+    """Worked by hand: a thirtieth of 3,000 steps is a memory of 100, a fiftieth of 3,000 steps of 8
+    tokens 480."""
     long = schedule_of(steps=3000, learning_rate=1.0, batch_size=8)
     assert (long.beta2, long.dead_after, long.warmup_steps) == (pytest.approx(0.99), 480, 50)
     short = schedule_of(steps=60, learning_rate=1.0, batch_size=8)
-    assert (short.beta2, short.dead_after, short.warmup_steps) == (pytest.approx(1 - 1 / 30), 80, 30)
+    assert (short.beta2, short.dead_after, short.warmup_steps) == (
+        pytest.approx(1 - 1 / 30),
+        80,
+        30,
+    )
     endless = schedule_of(steps=10**6, learning_rate=1.0, batch_size=2048)
     assert (endless.beta2, endless.dead_after) == (pytest.approx(0.999), 10_000_000)
 
 
 def test_training_uses_the_memories_of_its_schedule() -> None:
-    """One step of Adam from zero moves every weight by the rate; what differs shows at the second step."""
+    """One step of Adam from zero moves every weight by the rate; what differs shows at the second
+    step."""
     x = planted(n_directions=8, d=8, n_active=2, n_rows=64).x
     ends = []
     for memories in ({}, {"beta1": 0.9}, {"beta2": 0.9}):
@@ -247,7 +294,8 @@ def test_training_uses_the_memories_of_its_schedule() -> None:
 
 
 def test_jump_relu_thresholds_get_the_rectangle_gradient() -> None:
-    """Worked by hand: one latent, one token inside the rectangle. z = pre, so ∂loss/∂θ = −(∂loss/∂z · pre) / width."""
+    """Worked by hand: one latent, one token inside the rectangle. z = pre, so ∂loss/∂θ = −(∂loss/∂z
+    · pre) / width."""
     weights = {
         "W_enc": torch.tensor([[1.0, 0.0]]),
         "b_enc": torch.zeros(1),
@@ -258,7 +306,9 @@ def test_jump_relu_thresholds_get_the_rectangle_gradient() -> None:
     architecture = JumpRelu(target_l0=1, penalty=1e-9, bandwidth=0.2)
     now = Situation(progress=0.0, dead=torch.zeros(1, dtype=torch.bool))
     seen = architecture.gradients(weights, torch.tensor([[1.0, 2.0]]), None, now)
-    assert float(seen.gradients["theta"]) == pytest.approx(0.0, abs=1e-6)  # the reconstruction is exact along the row
+    assert float(seen.gradients["theta"]) == pytest.approx(
+        0.0, abs=1e-6
+    )  # the reconstruction is exact along the row
     seen = architecture.gradients(
         weights | {"W_dec": torch.tensor([[0.0, 1.0]])}, torch.tensor([[1.0, 2.0]]), None, now
     )

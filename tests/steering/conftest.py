@@ -1,4 +1,5 @@
-"""A small random model and dictionaries with random rows: steering's arithmetic needs no good model."""
+"""A small random model and dictionaries with random rows: steering's arithmetic needs no good
+model."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def make_dictionary(d_model: int, seed: int, n_latents: int = N_LATENTS) -> Sae:
 
 @pytest.fixture(scope="session")
 def model() -> LanguageModel:
-    return LanguageModel.open(Random(n_layers=4, d_model=32, n_heads=2, d_mlp=64, seed=3), dtype="float32")
+    return LanguageModel.open(
+        Random(n_layers=4, d_model=32, n_heads=2, d_mlp=64, seed=3), dtype="float32"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""What a steered forward pass computes, against hand-made hooks; where it must not change anything, to the bit."""
+"""What a steered forward pass computes, against hand-made hooks; where it must not change anything,
+to the bit."""
 
 from __future__ import annotations
 
@@ -12,11 +13,30 @@ from sae.errors import UserError
 from steering.applied import NothingTouched, RowPlan, applied
 from steering.edits import Ablate, Add, Cap, Clamp, Floor, MeanAblate, ProjectOut, Rescale, Rotate
 from steering.plan import Node, Plan
-from steering.scopes import AfterToken, Everywhere, FirstTokens, Generated, InPrompt, Positions, WhereActive
+from steering.scopes import (
+    AfterToken,
+    Everywhere,
+    FirstTokens,
+    Generated,
+    InPrompt,
+    Positions,
+    WhereActive,
+)
 
 IDS = torch.tensor([[5, 9, 11, 9, 30, 7], [8, 2, 40, 41, 3, 6]])
 L1, L2 = Site(1, "resid_post"), Site(2, "resid_post")
-EDITS = (Add(), Add(keep_norm=True), Clamp(), Floor(), Cap(), Rescale(), Ablate(), MeanAblate(), ProjectOut(), Rotate())
+EDITS = (
+    Add(),
+    Add(keep_norm=True),
+    Clamp(),
+    Floor(),
+    Cap(),
+    Rescale(),
+    Ablate(),
+    MeanAblate(),
+    ProjectOut(),
+    Rotate(),
+)
 
 
 def plan_of(edit, *, strength=1.0, scope=None, at=("L1/3",), **rest):
@@ -44,7 +64,9 @@ def test_clamping_to_the_present_value_changes_nothing_to_the_bit(model, saes):
     present = float(saes[L1].encode_selected(seen[L1].reshape(3, -1), [latent])[2])
     assert present > 0
     node = Node(at=f"L1/{latent}", scale=present)
-    with applied(model, saes, Plan(nodes=(node,), edit=Clamp(), scope=Positions(positions=(2,)))) as run:
+    with applied(
+        model, saes, Plan(nodes=(node,), edit=Clamp(), scope=Positions(positions=(2,)))
+    ) as run:
         assert torch.equal(logits(model, ids), plain)
     assert run.report().n_touched() == 0
 
@@ -72,7 +94,10 @@ def test_a_feature_edit_keeps_the_error_term(model, saes):
     wanted = a.clone()
     wanted[..., 3] = 2.0 * 0.5 * 3
     expected = saes[L1].decode(wanted) + (h - saes[L1].decode(a))
-    with applied(model, saes, plan_of(Clamp(), strength=3.0, skip_first=0)), model.recorded([L1]) as steered:
+    with (
+        applied(model, saes, plan_of(Clamp(), strength=3.0, skip_first=0)),
+        model.recorded([L1]) as steered,
+    ):
         logits(model)
     torch.testing.assert_close(steered[L1], expected, atol=1e-5, rtol=1e-5)
 
@@ -103,7 +128,12 @@ def test_left_padding_moves_no_scope(model, saes):
     padded = torch.cat([torch.zeros(1, 2, dtype=torch.long), short], 1)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
     place = torch.tensor([[0, 0, 0, 1, 2, 3]])
-    for scope in (Everywhere(), FirstTokens(n=2), Positions(positions=(1, -1)), AfterToken(token=9)):
+    for scope in (
+        Everywhere(),
+        FirstTokens(n=2),
+        Positions(positions=(1, -1)),
+        AfterToken(token=9),
+    ):
         with applied(model, saes, plan_of(Add(), scope=scope)) as alone:
             single = logits(model, short)
         with applied(model, saes, plan_of(Add(), scope=scope)) as padding:
@@ -137,7 +167,9 @@ def test_with_a_cache_equals_without(model, saes, scope, edit):
             out = model.hf(input_ids=IDS[:, :3], use_cache=True)
             pieces = [out.logits]
             for column in range(3, IDS.shape[1]):
-                out = model.hf(input_ids=IDS[:, column : column + 1], past_key_values=out.past_key_values)
+                out = model.hf(
+                    input_ids=IDS[:, column : column + 1], past_key_values=out.past_key_values
+                )
                 pieces.append(out.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=1e-4, rtol=1e-4)
     assert whole.report().n_touched() == stepwise.report().n_touched()
@@ -177,12 +209,15 @@ def test_the_report_gives_the_realised_size(model, saes):
     node = run.report().nodes[0]
     norms = seen[L1][:, 1:].norm(dim=-1)
     assert node.relative_size == pytest.approx(float((1.0 / norms).mean()), rel=1e-4)
-    assert node.mean_before == pytest.approx(float(saes[L1].encode(seen[L1])[:, 1:, 3].mean()), rel=1e-4)
+    assert node.mean_before == pytest.approx(
+        float(saes[L1].encode(seen[L1])[:, 1:, 3].mean()), rel=1e-4
+    )
     assert (node.n_seen, node.n_touched) == (10, 10)
 
 
 def test_the_floor_adds_only_what_is_missing(model, saes):
-    """Flow, closed loop: after the edit the feature stands at its floor or where it was, never above because of it."""
+    """Flow, closed loop: after the edit the feature stands at its floor or where it was, never
+    above because of it."""
     with model.recorded([L1]) as seen:
         logits(model)
     a = saes[L1].encode(seen[L1])[..., 3]
@@ -196,18 +231,26 @@ def test_the_floor_adds_only_what_is_missing(model, saes):
 
 def test_every_misfit_is_reported_at_once(model, saes):
     nodes = (Node(at="L9/1"), Node(at="L1/99"), Node(at="L1.mlp/2"))
-    with pytest.raises(UserError) as caught, applied(model, saes, Plan(nodes=nodes, model="another")):
+    with (
+        pytest.raises(UserError) as caught,
+        applied(model, saes, Plan(nodes=nodes, model="another")),
+    ):
         pass
     text = str(caught.value)
     assert all(word in text for word in ("L9/1", "L1/99", "L1.mlp/2", "another model"))
 
 
-@pytest.mark.parametrize(("at", "gate"), [("L1.attn", "L1/5"), ("L1.attn", "L1.mlp/5"), ("L1.mlp", "L1/5")])
+@pytest.mark.parametrize(
+    ("at", "gate"), [("L1.attn", "L1/5"), ("L1.attn", "L1.mlp/5"), ("L1.mlp", "L1/5")]
+)
 def test_a_condition_that_is_computed_after_the_edit_is_refused(model, saes, at, gate):
     """Also inside a layer: at the edit it would be that of the pass before, or none."""
     everywhere = {**saes, **{Site(1, kind): saes[L1] for kind in ("mlp_out", "attn_out")}}
     plan = Plan(nodes=(Node(at=f"{at}/3"),), scope=WhereActive(feature=gate))
-    with pytest.raises(UserError, match="lies after an edited site"), applied(model, everywhere, plan):
+    with (
+        pytest.raises(UserError, match="lies after an edited site"),
+        applied(model, everywhere, plan),
+    ):
         pass
     turned = Plan(nodes=(Node(at="L1/3"),), scope=WhereActive(feature=f"{at}/5"))
     with applied(model, everywhere, turned):

@@ -1,4 +1,5 @@
-"""The chat client against a server on this machine that records what reaches it and answers what a test tells it to."""
+"""The chat client against a server on this machine that records what reaches it and answers what a
+test tells it to."""
 
 from __future__ import annotations
 
@@ -61,7 +62,10 @@ def server() -> Iterator[_Server]:
 
 
 def test_a_question_goes_out_in_the_protocols_form_and_the_first_choice_comes_back(server):
-    assert ChatModel(url=server.url + "/", model="m", key="secret").ask("Is it?", max_tokens=7) == "yes"
+    assert (
+        ChatModel(url=server.url + "/", model="m", key="secret").ask("Is it?", max_tokens=7)
+        == "yes"
+    )
     ((method, path, headers, body),) = server.seen
     assert (method, path) == ("POST", "/v1/chat/completions")
     assert headers["Content-Type"] == "application/json"
@@ -81,7 +85,8 @@ def test_without_a_key_none_is_sent_and_with_one_it_is_not_shown(server):
 
 
 @pytest.mark.parametrize(
-    "document", [b"not json", b"", {}, {"choices": []}, {"choices": [{}]}, {"choices": "ab"}, [], None]
+    "document",
+    [b"not json", b"", {}, {"choices": []}, {"choices": [{}]}, {"choices": "ab"}, [], None],
 )
 def test_an_answer_of_another_form_is_an_error_that_names_the_address(server, document):
     server.answers(document)
@@ -97,7 +102,9 @@ def test_an_answer_without_text_does_not_become_the_word_none(server, content):
         ChatModel(url=server.url, model="m").ask("?", max_tokens=1)
 
 
-@pytest.mark.parametrize("raw", [b"junk\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{"])
+@pytest.mark.parametrize(
+    "raw", [b"junk\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{"]
+)
 def test_what_is_no_http_or_breaks_off_is_an_error_too(server, raw):
     server.raw = raw
     with pytest.raises(UserError, match="did not answer"):
@@ -131,7 +138,9 @@ def test_only_http_addresses_are_asked(url):
         ChatModel(url=url, model="m").ask("?", max_tokens=1)
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://127.0.0.1:port", "http://a b", "http://["])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9", "http://127.0.0.1:port", "http://a b", "http://["]
+)
 def test_no_server_there_is_said_so(url):
     with pytest.raises(UserError, match="did not answer"):
         ChatModel(url=url, model="m", timeout_s=2).ask("?", max_tokens=1)

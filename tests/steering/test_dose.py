@@ -15,7 +15,11 @@ from steering.edits import Add, Cap
 from steering.plan import Node, Plan
 from steering.sequences import encoded
 
-TEXTS = ["The weather was mild and the road was long.", "She read the letter twice.", "No one spoke."]
+TEXTS = [
+    "The weather was mild and the road was long.",
+    "She read the letter twice.",
+    "No one spoke.",
+]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,9 @@ def test_a_plan_that_pushes_away_is_calibrated_pushing_away(model, saes, neutral
     (found,) = calibrate(model, saes, away, neutral, [0.05])
     assert found.reached
     assert found.strength < 0 < towards.strength
-    assert measure(model, saes, away.with_strength(found.strength), neutral).kl == pytest.approx(0.05, rel=0.06)
+    assert measure(model, saes, away.with_strength(found.strength), neutral).kl == pytest.approx(
+        0.05, rel=0.06
+    )
 
 
 def test_nonsense_doses_are_refused(model, saes, neutral):
@@ -89,7 +95,8 @@ def test_nonsense_doses_are_refused(model, saes, neutral):
 
 @pytest.mark.parametrize("dose", [0.03, 0.3, 3.0])
 @pytest.mark.parametrize(
-    "curve", [lambda s: 0.02 * s**2, lambda s: 5 * s, lambda s: 4 * (1 - math.exp(-((s / 30) ** 2)))]
+    "curve",
+    [lambda s: 0.02 * s**2, lambda s: 5 * s, lambda s: 4 * (1 - math.exp(-((s / 30) ** 2)))],
 )
 def test_the_solver_finds_known_curves_in_few_evaluations(dose, curve):
     calls = []

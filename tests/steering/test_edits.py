@@ -27,7 +27,9 @@ FEATURE_EDITS = (Clamp(), Floor(), Cap(), Rescale(), Rescale(amplify=True), Abla
 
 
 def values(s, m=4.0, mean=1.0):
-    return NodeValues(strength=torch.tensor([s]), scale=torch.tensor([m]), mean=torch.tensor([mean]))
+    return NodeValues(
+        strength=torch.tensor([s]), scale=torch.tensor([m]), mean=torch.tensor([mean])
+    )
 
 
 @pytest.mark.parametrize(

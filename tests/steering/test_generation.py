@@ -1,4 +1,5 @@
-"""Generation: twins share their luck, batches and padding change nothing, steering reaches every written token."""
+"""Generation: twins share their luck, batches and padding change nothing, steering reaches every
+written token."""
 
 from __future__ import annotations
 
@@ -23,21 +24,30 @@ def texts(samples):
 
 
 def test_a_plan_of_strength_zero_writes_what_its_unsteered_twin_writes(model, saes):
-    made = generate(model, saes, PROMPTS, [None, STRONG.with_strength(0.0), STRONG], n_samples=2, sampling=SHORT)
+    made = generate(
+        model, saes, PROMPTS, [None, STRONG.with_strength(0.0), STRONG], n_samples=2, sampling=SHORT
+    )
     assert texts(made.of_plan(0)) == texts(made.of_plan(1))
     assert texts(made.of_plan(0)) != texts(made.of_plan(2))
 
 
 def test_batches_do_not_change_what_is_written(model, saes):
     together = generate(model, saes, PROMPTS, [None, STRONG], n_samples=2, sampling=SHORT)
-    apart = generate(model, saes, PROMPTS, [None, STRONG], n_samples=2, sampling=SHORT, batch_size=1)
+    apart = generate(
+        model, saes, PROMPTS, [None, STRONG], n_samples=2, sampling=SHORT, batch_size=1
+    )
     assert texts(together.samples) == texts(apart.samples)
     alone = generate(model, saes, PROMPTS[1:2], [STRONG], n_samples=1, sampling=SHORT)
-    assert alone.samples[0].ids == next(s for s in together.of_plan(1) if s.prompt == PROMPTS[1] and s.sample == 0).ids
+    assert (
+        alone.samples[0].ids
+        == next(s for s in together.of_plan(1) if s.prompt == PROMPTS[1] and s.sample == 0).ids
+    )
 
 
 def test_greedy_text_is_the_argmax_of_uncached_steered_passes(model, saes):
-    made = generate(model, saes, PROMPTS[:1], [STRONG], sampling=Sampling(n_tokens=5, temperature=0))
+    made = generate(
+        model, saes, PROMPTS[:1], [STRONG], sampling=Sampling(n_tokens=5, temperature=0)
+    )
     ids = encoded(model, PROMPTS[0])
     for token, log_prob in zip(made.samples[0].ids, made.samples[0].log_probs, strict=True):
         with applied(model, saes, STRONG), torch.no_grad():
@@ -67,7 +77,10 @@ def test_sampling_follows_the_models_distribution(model, saes):
     )
     with torch.no_grad():
         p = model.hf(input_ids=torch.tensor([encoded(model, "I think")])).logits[0, -1].softmax(-1)
-    counts = torch.bincount(torch.tensor([s.ids[0] for s in made.samples]), minlength=model.d_vocab) / 1500
+    counts = (
+        torch.bincount(torch.tensor([s.ids[0] for s in made.samples]), minlength=model.d_vocab)
+        / 1500
+    )
     error = (p * (1 - p) / 1500).sqrt()
     assert ((counts - p).abs() <= 4.5 * error + 1e-3).all()
 

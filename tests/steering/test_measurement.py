@@ -1,4 +1,5 @@
-"""Measurements against their definitions: statistics, readings, teacher-forced scores, discovery."""
+"""Measurements against their definitions: statistics, readings, teacher-forced scores,
+discovery."""
 
 from __future__ import annotations
 
@@ -31,13 +32,16 @@ TEXTS = ["The cat sat on the mat.", "A law is a rule.", "Rain fell."]
 
 
 def test_bootstrap_covers_the_truth_as_often_as_it_says():
-    """Groups of four with a shared part: intervals by group cover 0 near 95 %, intervals by value far less."""
+    """Groups of four with a shared part: intervals by group cover 0 near 95 %, intervals by value
+    far less."""
     generator = np.random.default_rng(0)
     covered = {"groups": 0, "values": 0}
     n_rounds, n_groups = 120, 20
     groups = np.repeat(np.arange(n_groups), 4).tolist()
     for seed in range(n_rounds):
-        values = (generator.normal(size=n_groups).repeat(4) + 0.3 * generator.normal(size=4 * n_groups)).tolist()
+        values = (
+            generator.normal(size=n_groups).repeat(4) + 0.3 * generator.normal(size=4 * n_groups)
+        ).tolist()
         covered["groups"] += not bootstrap_mean(values, [groups], seed=seed, n=300).excludes_zero
         covered["values"] += not bootstrap_mean(values, seed=seed, n=300).excludes_zero
     assert covered["groups"] / n_rounds > 0.86
@@ -47,7 +51,8 @@ def test_bootstrap_covers_the_truth_as_often_as_it_says():
 def test_sign_flips_by_hand():
     values = [1.0, 2.0, -0.5]
     sums = [
-        abs(sum(s * v for s, v in zip(signs, values, strict=True))) for signs in itertools.product((1, -1), repeat=3)
+        abs(sum(s * v for s, v in zip(signs, values, strict=True)))
+        for signs in itertools.product((1, -1), repeat=3)
     ]
     assert sign_flip_p(values, seed=0) == pytest.approx(np.mean([s >= 2.5 for s in sums]))
     assert sign_flip_p([0.3] * 40, seed=0) < 0.001
@@ -61,7 +66,9 @@ def test_holm_by_hand():
 
 
 def test_readings_are_what_the_unsteered_model_says(model, saes):
-    made = generate(model, saes, ["I think", "The old house"], [PLAN], sampling=Sampling(n_tokens=5)).samples
+    made = generate(
+        model, saes, ["I think", "The old house"], [PLAN], sampling=Sampling(n_tokens=5)
+    ).samples
     target = Target(feature=FeatureId(L1, 3), scale=2.0, own_tokens=frozenset(made[0].ids[:2]))
     for sample, reading in zip(made, read_back(model, saes, made, [target]), strict=True):
         prompt = encoded(model, sample.prompt)
@@ -90,7 +97,13 @@ def test_loops_and_gibberish_are_not_coherent():
         "n_tokens": 20,
     }
     assert is_coherent(Reading(**good), limits)
-    for change in ({"nll": 9.0}, {"nll": 0.5}, {"repetition": 0.8}, {"squeeze": 0.2}, {"n_tokens": 4}):
+    for change in (
+        {"nll": 9.0},
+        {"nll": 0.5},
+        {"repetition": 0.8},
+        {"squeeze": 0.2},
+        {"n_tokens": 4},
+    ):
         assert not is_coherent(Reading(**{**good, **change}), limits)
 
 
@@ -99,7 +112,9 @@ def test_log_likelihoods_one_text_at_a_time(model):
         ids, skipped = encoded(model, f"Well {text}"), len(encoded(model, "Well"))
         with torch.no_grad():
             log_probs = model.hf(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-        expected = np.mean([float(log_probs[place - 1, ids[place]]) for place in range(skipped, len(ids))])
+        expected = np.mean(
+            [float(log_probs[place - 1, ids[place]]) for place in range(skipped, len(ids))]
+        )
         assert value == pytest.approx(expected, rel=1e-4)
 
 
@@ -144,7 +159,9 @@ def test_profiles_by_hand():
         activation=TopKActivation(k=1),
     )
     x = torch.tensor([[4.0, 0], [2.0, 0], [0, 1], [0, 1], [1.0, 0], [0, 3]])
-    (found,) = profile_features(sae, L1, [x[:3], x[3:]], np.array([7, 7, 9, 9, 9, 5]), [0], max_frequency=1.0)
+    (found,) = profile_features(
+        sae, L1, [x[:3], x[3:]], np.array([7, 7, 9, 9, 9, 5]), [0], max_frequency=1.0
+    )
     assert found.density == pytest.approx(0.5)
     assert found.own_tokens == (7,)
     assert found.purity == pytest.approx(6 / 7)
@@ -189,7 +206,9 @@ def test_auroc_counts_pairs():
 
 def test_discovery_finds_the_planted_latent():
     generator = torch.Generator().manual_seed(0)
-    latents = torch.rand(40, 6, generator=generator) * (torch.rand(40, 6, generator=generator) < 0.5)
+    latents = torch.rand(40, 6, generator=generator) * (
+        torch.rand(40, 6, generator=generator) < 0.5
+    )
     is_topic = [place < 20 for place in range(40)]
     latents[:20, 4] += 1.0
     latents[:, 5] = 0
@@ -207,14 +226,25 @@ def test_text_states_do_not_depend_on_the_batch(model, saes):
     together = read_texts(model, saes, TEXTS)
     for place, text in enumerate(TEXTS):
         alone = read_texts(model, saes, [text])
-        torch.testing.assert_close(together.latents[L1][place], alone.latents[L1][0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            together.latents[L1][place], alone.latents[L1][0], atol=1e-5, rtol=1e-4
+        )
 
 
 def test_the_classifier_and_the_lexicon_tell_topics_apart():
-    topic = [f"the soup of {word} with bread and butter" for word in ["leek", "bean", "corn", "kale", "rice"]]
-    other = [f"the judge read the {word} in court and left" for word in ["plea", "oath", "bill", "case", "writ"]]
+    topic = [
+        f"the soup of {word} with bread and butter"
+        for word in ["leek", "bean", "corn", "kale", "rice"]
+    ]
+    other = [
+        f"the judge read the {word} in court and left"
+        for word in ["plea", "oath", "bill", "case", "writ"]
+    ]
     made = ConceptClassifier.train(topic, other)
-    assert made.auroc(["bread with soup", "butter and bread"], ["court and judge", "the judge left"]) == 1
+    assert (
+        made.auroc(["bread with soup", "butter and bread"], ["court and judge", "the judge left"])
+        == 1
+    )
     found = lexicon_hits("Pizza pizza pizza and two soups.", frozenset({"pizza", "soup"}))
     assert (found.distinct, found.rate) == (2, pytest.approx(100 * 4 / 6))
 

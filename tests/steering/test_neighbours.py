@@ -1,5 +1,5 @@
-"""What leaves the project: files read back, wrappers that behave like the model, an endpoint that speaks the
-protocol.
+"""What leaves the project: files read back, wrappers that behave like the model, an endpoint that
+speaks the protocol.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ from steering.serve import Endpoint, make_server
 from steering.wrapper import SteeredModel
 
 FLOW = Plan(
-    nodes=(Node(at="L1/3", scale=4.0, weight=0.5), Node(at="L2/5", scale=6.0, weight=0.5), Node(at="L2/7", scale=1.0)),
+    nodes=(
+        Node(at="L1/3", scale=4.0, weight=0.5),
+        Node(at="L2/5", scale=6.0, weight=0.5),
+        Node(at="L2/7", scale=1.0),
+    ),
     strength=1.5,
     name="flow",
 )
@@ -46,12 +50,15 @@ IDS = torch.tensor([[5, 9, 11, 9, 30, 7]])
 
 
 def test_a_control_vector_read_back_steers_like_the_plan(model, saes, tmp_path):
-    """Directions from the file, added by hand at the output of their blocks, against the plan itself."""
+    """Directions from the file, added by hand at the output of their blocks, against the plan
+    itself."""
     read = read_gguf(write_gguf(FLOW, saes, tmp_path / "flow.gguf", model_type="llama"))
     assert sorted(read) == [1, 2]
     handles = [
         model.hf.base_model.layers[layer].register_forward_hook(
-            lambda module, inputs, out, v=vector: (out[0] + v, *out[1:]) if isinstance(out, tuple) else out + v
+            lambda module, inputs, out, v=vector: (
+                (out[0] + v, *out[1:]) if isinstance(out, tuple) else out + v
+            )
         )
         for layer, vector in read.items()
     ]
@@ -78,7 +85,9 @@ def test_what_a_control_vector_cannot_hold_is_refused_with_the_reason(saes, tmp_
 
 def test_plain_vectors_carry_their_plan(saes, tmp_path):
     vectors, document = read_vectors(write_vectors(FLOW, saes, tmp_path / "v.safetensors"))
-    expected = 1.5 * (0.5 * 6.0 * saes[Site(2, "resid_post")].W_dec[5] + saes[Site(2, "resid_post")].W_dec[7])
+    expected = 1.5 * (
+        0.5 * 6.0 * saes[Site(2, "resid_post")].W_dec[5] + saes[Site(2, "resid_post")].W_dec[7]
+    )
     torch.testing.assert_close(vectors["blocks.2.hook_resid_post"], expected)
     assert document["nodes"][0]["at"] == "L1/3"
 
@@ -95,7 +104,9 @@ def test_neuronpedias_request_names_every_feature():
         neuronpedia_request(FLOW, model_id="m", sources={}, prompt="x")
 
 
-@pytest.mark.parametrize("plan", [replace(FLOW, edit=Add(keep_norm=True)), replace(FLOW, scope=AfterToken(token=3))])
+@pytest.mark.parametrize(
+    "plan", [replace(FLOW, edit=Add(keep_norm=True)), replace(FLOW, scope=AfterToken(token=3))]
+)
 def test_neuronpedia_is_not_asked_for_what_it_would_do_otherwise(plan):
     sources = {Site(1, "resid_post"): "1-res", Site(2, "resid_post"): "2-res"}
     with pytest.raises(UserError, match="Neuronpedia"):
@@ -117,14 +128,19 @@ def test_a_steered_model_is_called_like_the_model(model, saes):
 
 
 def test_generate_of_the_wrapper_is_greedy_decoding_with_the_plan(model, saes):
-    """Against our own loop: the plan is applied at every decoding step, with the cache, under left padding."""
+    """Against our own loop: the plan is applied at every decoding step, with the cache, under left
+    padding."""
     from steering.sequences import encoded, padded
 
     prompts = ["I think that", "A"]
     ours = generate(model, saes, prompts, [FLOW], sampling=Sampling(n_tokens=6, temperature=0))
     batch = padded([encoded(model, prompt) for prompt in prompts])
     out = SteeredModel(model, saes, FLOW).generate(
-        batch.ids, attention_mask=batch.real.long(), max_new_tokens=6, do_sample=False, pad_token_id=0
+        batch.ids,
+        attention_mask=batch.real.long(),
+        max_new_tokens=6,
+        do_sample=False,
+        pad_token_id=0,
     )
     for row, sample in zip(out[:, batch.ids.shape[1] :].tolist(), ours.samples, strict=True):
         assert tuple(row[: len(sample.ids)]) == sample.ids
@@ -133,9 +149,10 @@ def test_generate_of_the_wrapper_is_greedy_decoding_with_the_plan(model, saes):
 
 
 def test_an_evaluation_harness_scores_and_continues_with_the_steered_model(model, saes):
-    """The two requests of lm-evaluation-harness, as its Hugging Face adapter makes them: log-likelihoods of
-    continuations from one right-padded batch (mask and cache left to the model), and left-padded greedy continuation
-    until a stop. Against our own passes with the plan applied, one sequence at a time."""
+    """The two requests of lm-evaluation-harness, as its Hugging Face adapter makes them:
+    log-likelihoods of continuations from one right-padded batch (mask and cache left to the model),
+    and left-padded greedy continuation until a stop. Against our own passes with the plan applied,
+    one sequence at a time."""
     steered = SteeredModel(model, saes, FLOW).eval()
     pairs = [([5, 6, 7], [8, 9]), ([11], [12, 13, 14])]
     width = max(len(context) + len(continuation) for context, continuation in pairs) - 1
@@ -145,16 +162,26 @@ def test_an_evaluation_harness_scores_and_continues_with_the_steered_model(model
         log_probs = steered(batch).logits.log_softmax(-1)
     for row, (context, continuation) in enumerate(pairs):
         end = len(context) + len(continuation) - 1
-        got = log_probs[row, end - len(continuation) : end].gather(1, torch.tensor(continuation)[:, None]).sum()
+        got = (
+            log_probs[row, end - len(continuation) : end]
+            .gather(1, torch.tensor(continuation)[:, None])
+            .sum()
+        )
         with torch.no_grad(), applied(model, saes, FLOW):
-            alone = model.hf(input_ids=torch.tensor([context + continuation])).logits[0].log_softmax(-1)
+            alone = (
+                model.hf(input_ids=torch.tensor([context + continuation])).logits[0].log_softmax(-1)
+            )
         expected = alone[len(context) - 1 : -1].gather(1, torch.tensor(continuation)[:, None]).sum()
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     contexts = torch.tensor([[5, 6, 7], [0, 0, 11]])
     made = steered.generate(
-        input_ids=contexts, attention_mask=torch.tensor([[1, 1, 1], [0, 0, 1]]), max_length=7, do_sample=False,
-        pad_token_id=0, use_cache=True,
-    )  # fmt: skip
+        input_ids=contexts,
+        attention_mask=torch.tensor([[1, 1, 1], [0, 0, 1]]),
+        max_length=7,
+        do_sample=False,
+        pad_token_id=0,
+        use_cache=True,
+    )
     assert made.shape[1] <= 7
     for row, context in zip(made.tolist(), ([5, 6, 7], [11]), strict=True):
         ids = list(context)
@@ -168,7 +195,9 @@ def test_an_evaluation_harness_scores_and_continues_with_the_steered_model(model
 @pytest.fixture(scope="module")
 def address(model, saes):
     endpoint = Endpoint(
-        model=model, saes=saes, plans={"flow": FLOW, "idle": replace(FLOW, scope=AfterToken(token=499))}
+        model=model,
+        saes=saes,
+        plans={"flow": FLOW, "idle": replace(FLOW, scope=AfterToken(token=499))},
     )
     server = make_server(endpoint, port=0)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -180,7 +209,9 @@ def address(model, saes):
 
 def ask(url, body=None, headers=None):
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json", **(headers or {})})
+    request = urllib.request.Request(
+        url, data=data, headers={"Content-Type": "application/json", **(headers or {})}
+    )
     with urllib.request.urlopen(request, timeout=60) as answer:
         return answer.read().decode()
 
@@ -199,15 +230,21 @@ def test_the_endpoint_lists_plans_as_models(model, address):
 def test_the_endpoint_writes_what_the_library_writes(model, saes, address):
     body = {"prompt": "I think", "max_tokens": 5, "temperature": 0, "logprobs": 1}
     steered = json.loads(ask(f"{address}/v1/completions", {**body, "model": f"{model.name}:flow"}))
-    made = generate(model, saes, ["I think"], [FLOW], sampling=Sampling(n_tokens=5, temperature=0)).samples[0]
-    assert steered["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(list(made.log_probs), abs=1e-4)
+    made = generate(
+        model, saes, ["I think"], [FLOW], sampling=Sampling(n_tokens=5, temperature=0)
+    ).samples[0]
+    assert steered["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(
+        list(made.log_probs), abs=1e-4
+    )
     assert steered["steering"]["tokens"] > 0
     sent = {**body, "steering": {"document": plan_document(FLOW)}}
     by_document = json.loads(ask(f"{address}/v1/completions", sent))
     assert by_document["choices"][0]["text"] == steered["choices"][0]["text"]
     events = ask(f"{address}/v1/completions", {**sent, "stream": True}).split("\n\n")
     assert events[-2] == "data: [DONE]"
-    pieces = [json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events[:-2]]
+    pieces = [
+        json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events[:-2]
+    ]
     assert steered["choices"][0]["text"].startswith("".join(pieces))
 
 
@@ -227,13 +264,23 @@ def test_bad_requests_are_refused_with_the_reason(model, address):
 
 
 def events(text):
-    return [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n") if line.startswith("data: {")]
+    return [
+        json.loads(line.removeprefix("data: "))
+        for line in text.split("\n\n")
+        if line.startswith("data: {")
+    ]
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
 def test_a_stream_carries_what_the_whole_answer_does(address, path):
-    body = {"prompt": "the dog", "messages": [{"role": "user", "content": "the dog"}], "model": "m:flow",
-            "max_tokens": 5, "temperature": 0, "logprobs": True}  # fmt: skip
+    body = {
+        "prompt": "the dog",
+        "messages": [{"role": "user", "content": "the dog"}],
+        "model": "m:flow",
+        "max_tokens": 5,
+        "temperature": 0,
+        "logprobs": True,
+    }
     url = f"{address}/v1/{path}"
     whole = json.loads(ask(url, body))["choices"][0]
     parts = [e["choices"][0] for e in events(ask(url, {**body, "stream": True}))]
@@ -244,7 +291,11 @@ def test_a_stream_carries_what_the_whole_answer_does(address, path):
 
     def values(choice):
         told = choice.get("logprobs", {})
-        return [each["logprob"] for each in told.get("content", [])] if chat else told.get("token_logprobs", [])
+        return (
+            [each["logprob"] for each in told.get("content", [])]
+            if chat
+            else told.get("token_logprobs", [])
+        )
 
     assert "".join(text(part, "delta") for part in parts) == text(whole, "message")
     assert [value for part in parts for value in values(part)] == pytest.approx(values(whole))
@@ -256,7 +307,9 @@ def test_a_streamed_request_fails_as_loudly_as_a_whole_one(address):
     url = f"{address}/v1/completions"
     code, text = refused(url, {"prompt": "word " * 3000, "stream": True})
     assert (code, "do not fit" in text) == (400, True)
-    idle = events(ask(url, {"prompt": "a", "max_tokens": 3, "steering": {"plan": "idle"}, "stream": True}))
+    idle = events(
+        ask(url, {"prompt": "a", "max_tokens": 3, "steering": {"plan": "idle"}, "stream": True})
+    )
     assert "touched no token" in idle[-1]["error"]["message"]
 
 
@@ -286,7 +339,10 @@ def test_only_an_answer_in_form_is_read(answer, expected):
 
 def test_totals_are_the_papers():
     def total(rubric, *answers):
-        named = {question.name: answer for question, answer in zip(rubric.questions, answers, strict=True)}
+        named = {
+            question.name: answer
+            for question, answer in zip(rubric.questions, answers, strict=True)
+        }
         return verdict_of(rubric, named).total
 
     assert total(AXBENCH, "[[2]]", "[[1]]", "[[2]]") == pytest.approx(1.5)
@@ -295,18 +351,27 @@ def test_totals_are_the_papers():
     assert total(SAE_TS, "[[10]]", "[[5.5]]") is None
     assert total(SAE_TS, "[[10]]", "[[1]]") == 0
     assert total(SAE_TS, "[[4]]", "[[7]]") == pytest.approx(3 / 9 * 6 / 9)
-    verdicts = [verdict_of(SAE_TS, {"behaviour": b, "coherence": "[[3]]"}) for b in ("[[1]]", "[[9]]", "no")]
-    assert readable_share(SAE_TS, verdicts) == pytest.approx({"behaviour": 2 / 3, "coherence": 1.0, "all": 2 / 3})
+    verdicts = [
+        verdict_of(SAE_TS, {"behaviour": b, "coherence": "[[3]]"}) for b in ("[[1]]", "[[9]]", "no")
+    ]
+    assert readable_share(SAE_TS, verdicts) == pytest.approx(
+        {"behaviour": 2 / 3, "coherence": 1.0, "all": 2 / 3}
+    )
     assert spread(SAE_TS, verdicts) == {"behaviour": 2, "coherence": 1}
 
 
 def test_a_judge_asks_a_real_endpoint_and_says_what_it_could_not_read(model, saes, address):
-    """The endpoint's model is random: what it answers is what the model writes after the question."""
+    """The endpoint's model is random: what it answers is what the model writes after the
+    question."""
     judge = Judge(chat=ChatModel(url=f"{address}/v1", model=model.name), max_tokens=6)
     each = Judged(concept="cooking", prompt="I think", text="I think soup")
     (verdict,) = judge.judge(AXBENCH, [each])
     question = f"user: {question_text(AXBENCH.questions[1], each)}\nassistant:"
-    written = generate(model, saes, [question], [None], sampling=Sampling(n_tokens=6, temperature=0)).samples[0].text
+    written = (
+        generate(model, saes, [question], [None], sampling=Sampling(n_tokens=6, temperature=0))
+        .samples[0]
+        .text
+    )
     assert verdict.answers["relevance"] == written
     assert verdict.total is None or set(verdict.ratings) == set(verdict.answers)
     with pytest.raises(UserError, match="404"):

@@ -1,4 +1,5 @@
-"""The paper's experiments on a small random model: their modes and formulas against hooks written by hand."""
+"""The paper's experiments on a small random model: their modes and formulas against hooks written
+by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ from steering.arms import Flow, Scales
 from steering.concept import ConceptClassifier
 from steering.discovery import Contrast
 from steering.paper_report import write_paper_report
-from steering.paper_runs import Paper, PaperOptions, activation, deactivation, neutral_text, seeds_of
+from steering.paper_runs import (
+    Paper,
+    PaperOptions,
+    activation,
+    deactivation,
+    neutral_text,
+    seeds_of,
+)
 from steering.profile import OutputScore
 from steering.study_bench import Bench
 from steering.study_options import StudyOptions
@@ -27,7 +35,9 @@ def world_of(model, saes, cosines=(0.9, 0.9, 0.9, 0.9)) -> World:
         model=model,
         saes=saes,
         norms=dict.fromkeys(saes, 6.0),
-        chain=lambda feature: [(FeatureId(s, feature.latent), c) for s, c in zip(saes, cosines, strict=True)],
+        chain=lambda feature: [
+            (FeatureId(s, feature.latent), c) for s, c in zip(saes, cosines, strict=True)
+        ],
         random_like=lambda feature, seed: FeatureId(feature.site, (feature.latent + 1 + seed) % 24),
     )
 
@@ -35,7 +45,9 @@ def world_of(model, saes, cosines=(0.9, 0.9, 0.9, 0.9)) -> World:
 def setup_of(world: World, topic: str) -> TopicSetup:
     seed = FeatureId(Site(1, "resid_post"), 3)
     contrast = Contrast(feature=seed, auroc=0.9, d_prime=1.0, fire_rate=0.5)
-    classifier = ConceptClassifier.train(["bread and butter", "bread again"] * 2, ["a court case", "a court rule"] * 2)
+    classifier = ConceptClassifier.train(
+        ["bread and butter", "bread again"] * 2, ["a court case", "a court rule"] * 2
+    )
     flow = Flow(seed=seed, steps=tuple(world.chain(seed)))
     return TopicSetup(
         topic=topic,
@@ -43,7 +55,9 @@ def setup_of(world: World, topic: str) -> TopicSetup:
         contrasts=(contrast,),
         output=OutputScore(feature=seed, before=0.1, after=0.2, kl=0.1, kl_between=0.05),
         flow=flow,
-        placebo=Flow(seed=FeatureId(seed.site, 9), steps=tuple(world.chain(FeatureId(seed.site, 9)))),
+        placebo=Flow(
+            seed=FeatureId(seed.site, 9), steps=tuple(world.chain(FeatureId(seed.site, 9)))
+        ),
         scales=Scales(norms=world.norms, activations={feature: 1.0 for feature, _ in flow.steps}),
         classifier=classifier,
         classifier_auroc=1.0,

@@ -1,4 +1,5 @@
-"""Plans: the schedules' worked numbers, the paper's modes, and files that read back what was written."""
+"""Plans: the schedules' worked numbers, the paper's modes, and files that read back what was
+written."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from steering.schedules import Constant, CosineProduct, Exponential, Gaussian, L
 from steering.scopes import AfterToken, Everywhere, Positions, WhereActive
 
 STEPS = [
-    (parse_feature(f"L{layer}/{layer * 10}"), cosine) for layer, cosine in [(3, 1.0), (4, 0.9), (5, 0.4), (6, 0.8)]
+    (parse_feature(f"L{layer}/{layer * 10}"), cosine)
+    for layer, cosine in [(3, 1.0), (4, 0.9), (5, 0.4), (6, 0.8)]
 ]
 SCALES = {feature: 2.0 for feature, _ in STEPS}
 
@@ -27,14 +29,18 @@ def test_worked_schedules():
     shape = {"layers": [3, 4, 5], "cosines": [1.0, 0.5, 0.8], "seed": 0, "budget": "none"}
     assert weights(Constant(), **shape) == [1, 1, 1]
     assert weights(Linear(end=0.5), **shape) == pytest.approx([1, 0.75, 0.5])
-    assert weights(Exponential(rate=-0.05), **shape) == pytest.approx([math.exp(-0.05 * layer) for layer in (3, 4, 5)])
+    assert weights(Exponential(rate=-0.05), **shape) == pytest.approx(
+        [math.exp(-0.05 * layer) for layer in (3, 4, 5)]
+    )
     assert weights(CosineProduct(), **shape) == pytest.approx([1, 0.5, 0.4])
     assert weights(CosineProduct(), **{**shape, "seed": 2}) == pytest.approx([0.4, 0.8, 1])
     assert weights(Gaussian(width=1.0), **shape) == pytest.approx([1, math.exp(-0.5), math.exp(-2)])
 
 
 @given(
-    st.sampled_from([Constant(), Linear(end=0.2), Exponential(rate=-0.3), CosineProduct(), Gaussian(width=2.0)]),
+    st.sampled_from(
+        [Constant(), Linear(end=0.2), Exponential(rate=-0.3), CosineProduct(), Gaussian(width=2.0)]
+    ),
     st.integers(1, 12),
     st.data(),
 )
@@ -70,7 +76,13 @@ def test_single_layer_and_cumulative_modes():
 
 
 def test_all_problems_of_a_plan_come_together():
-    nodes = (Node(at="L1/2", scale=0), Node(at="L1/2"), Node(at="L3"), Node(at="nowhere/4"), Node(at="L4", vector="v"))
+    nodes = (
+        Node(at="L1/2", scale=0),
+        Node(at="L1/2"),
+        Node(at="L3"),
+        Node(at="nowhere/4"),
+        Node(at="L4", vector="v"),
+    )
     with pytest.raises(UserError) as caught:
         Plan(nodes=nodes, strength=math.nan, edit=Ablate())
     text = str(caught.value)
@@ -105,12 +117,18 @@ def plans(draw):
             mean=draw(numbers),
             cosine=draw(st.none() | st.floats(-1, 1)),
         )
-        for layer, latent in draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), min_size=1, unique=True))
+        for layer, latent in draw(
+            st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), min_size=1, unique=True)
+        )
     )
     return Plan(
         nodes=nodes,
         edit=draw(st.sampled_from([Add(), Add(keep_norm=True), Floor(), Cap()])),
-        scope=draw(st.sampled_from([Everywhere(), Positions(positions=(1, -2)), AfterToken(token=7), WhereActive()])),
+        scope=draw(
+            st.sampled_from(
+                [Everywhere(), Positions(positions=(1, -2)), AfterToken(token=7), WhereActive()]
+            )
+        ),
         strength=draw(numbers),
         skip_first=draw(st.integers(0, 3)),
         dose=draw(st.none() | st.floats(0, 4)),
@@ -124,7 +142,17 @@ def plans(draw):
 def test_a_plan_reads_back_as_it_was(tmp_path_factory, plan, suffix):
     path = write_plan(plan, tmp_path_factory.mktemp("plan") / f"plan{suffix}")
     again = read_plan(path)
-    for name in ("nodes", "edit", "scope", "strength", "skip_first", "dose", "name", "note", "digests"):
+    for name in (
+        "nodes",
+        "edit",
+        "scope",
+        "strength",
+        "skip_first",
+        "dose",
+        "name",
+        "note",
+        "digests",
+    ):
         assert getattr(again, name) == getattr(plan, name), name
 
 
@@ -139,7 +167,9 @@ def test_vectors_travel_with_the_plan(tmp_path, suffix):
 def test_a_bad_file_is_explained_with_every_problem(tmp_path):
     path = tmp_path / "p.toml"
     head = 'schema = 1\nstrength = "much"\nspeed = 3\n'
-    path.write_text(head + '[edit]\nkind = "ad"\n[scope]\nkind = "first"\n[[nodes]]\nat = "L1/2"\nwight = 2\n')
+    path.write_text(
+        head + '[edit]\nkind = "ad"\n[scope]\nkind = "first"\n[[nodes]]\nat = "L1/2"\nwight = 2\n'
+    )
     with pytest.raises(UserError) as caught:
         read_plan(path)
     text = str(caught.value)
@@ -150,7 +180,8 @@ def test_a_bad_file_is_explained_with_every_problem(tmp_path):
 def test_an_unknown_key_of_an_edit_is_one_problem_of_that_edit_alone(tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(
-        '{"schema": 1, "nodes": [{"at": "L1/3"}], "strength": 1.0, "scope": {"kind": "first", "n": 2},'
+        '{"schema": 1, "nodes": [{"at": "L1/3"}], "strength": 1.0,'
+        ' "scope": {"kind": "first", "n": 2},'
         ' "edit": {"kind": "add", "keep_nrom": true}}'
     )
     with pytest.raises(UserError) as refused:
@@ -160,7 +191,12 @@ def test_an_unknown_key_of_an_edit_is_one_problem_of_that_edit_alone(tmp_path):
 
 
 def test_a_file_that_is_no_plan_is_refused(tmp_path):
-    for name, content in (("a.toml", "= 3"), ("b.json", "[1, 2"), ("c.safetensors", "junk"), ("d.json", "[]")):
+    for name, content in (
+        ("a.toml", "= 3"),
+        ("b.json", "[1, 2"),
+        ("c.safetensors", "junk"),
+        ("d.json", "[]"),
+    ):
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError):
             read_plan(tmp_path / name)

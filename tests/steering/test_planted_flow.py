@@ -1,9 +1,9 @@
-"""A toy whose truth is planted: one feature carried from layer to layer in a new direction each time, halved on the
-way.
+"""A toy whose truth is planted: one feature carried from layer to layer in a new direction each
+time, halved on the way.
 
-At layer l the feature lies along its own random direction d_l; each block reads h·d_l, halves it and writes it along
-d_(l+1). So a push of size p at layer l arrives at the last layer L as p · 0.5^(L−l), and what the arms must do is
-arithmetic.
+At layer l the feature lies along its own random direction d_l; each block reads h·d_l, halves it
+and writes it along d_(l+1). So a push of size p at layer l arrives at the last layer L as p ·
+0.5^(L−l), and what the arms must do is arithmetic.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ SITES = [Site(layer, "resid_post") for layer in range(N_LAYERS)]
 
 
 class _Block(nn.Module):
-    """Halves the feature and turns it from one direction to the next; leaves the rest of the stream alone."""
+    """Halves the feature and turns it from one direction to the next; leaves the rest of the stream
+    alone."""
 
     def __init__(self, here: Tensor, there: Tensor) -> None:
         super().__init__()
@@ -45,7 +46,9 @@ class _Base(nn.Module):
         super().__init__()
         self.start = nn.Parameter(start, requires_grad=False)
         first = [nn.Identity()]
-        self.layers = nn.ModuleList(first + [_Block(directions[k], directions[k + 1]) for k in range(N_LAYERS - 1)])
+        self.layers = nn.ModuleList(
+            first + [_Block(directions[k], directions[k + 1]) for k in range(N_LAYERS - 1)]
+        )
 
     def forward(self, input_ids: Tensor) -> Tensor:
         h = self.start[input_ids]
@@ -62,7 +65,9 @@ class Toy:
         basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator)).Q
         self.directions = basis[:N_LAYERS]
         rest = torch.randn(7, WIDTH - N_LAYERS, generator=generator) @ basis[N_LAYERS:]
-        self.base = _Base(self.directions, rest + 0.25 * torch.arange(7.0)[:, None] * self.directions[0])
+        self.base = _Base(
+            self.directions, rest + 0.25 * torch.arange(7.0)[:, None] * self.directions[0]
+        )
         self.hf = SimpleNamespace(base_model=self.base, parameters=self.base.parameters)
         self.d_model, self.fingerprint = WIDTH, "toy"
 
@@ -74,7 +79,9 @@ class Toy:
         with ExitStack() as stack:
             for site, edit in edits.items():
                 layer = self.base.layers[site.layer]
-                handle = layer.register_forward_hook(lambda module, inputs, out, edit=edit: edit(out))
+                handle = layer.register_forward_hook(
+                    lambda module, inputs, out, edit=edit: edit(out)
+                )
                 stack.callback(handle.remove)
             yield
 
@@ -108,8 +115,12 @@ def saes(toy: Toy) -> dict[Site, Sae]:
     }
 
 
-FLOW = Flow(seed=FeatureId(SITES[1], 0), steps=tuple((FeatureId(site, 0), 1.0) for site in SITES[1:]))
-SCALES = Scales(norms=dict.fromkeys(SITES, 1.0), activations={feature: 1.0 for feature, _ in FLOW.steps})
+FLOW = Flow(
+    seed=FeatureId(SITES[1], 0), steps=tuple((FeatureId(site, 0), 1.0) for site in SITES[1:])
+)
+SCALES = Scales(
+    norms=dict.fromkeys(SITES, 1.0), activations={feature: 1.0 for feature, _ in FLOW.steps}
+)
 LEVEL = 2.0
 
 
@@ -127,7 +138,9 @@ def test_the_closed_loop_reaches_its_level_at_every_token_and_overshoots_at_none
 def test_a_single_layer_with_the_same_level_falls_short(toy, saes):
     one = Flow(seed=FLOW.seed, steps=FLOW.steps[:1])
     plan = everywhere(flow_levels(one, SCALES, strength=LEVEL))
-    torch.testing.assert_close(toy.final(plan, saes), torch.full((5,), LEVEL * GAIN ** (N_LAYERS - 2)))
+    torch.testing.assert_close(
+        toy.final(plan, saes), torch.full((5,), LEVEL * GAIN ** (N_LAYERS - 2))
+    )
 
 
 def test_pushes_along_the_flow_arrive_as_the_geometric_sum(toy, saes):
@@ -135,14 +148,20 @@ def test_pushes_along_the_flow_arrive_as_the_geometric_sum(toy, saes):
     budget = 4.0
     plan = everywhere(flow_additive(FLOW, SCALES, strength=budget))
     arrived = sum(budget / 4 * GAIN**k for k in range(4))
-    torch.testing.assert_close(toy.final(plan, saes) - toy.final(None, saes), torch.full((5,), arrived))
+    torch.testing.assert_close(
+        toy.final(plan, saes) - toy.final(None, saes), torch.full((5,), arrived)
+    )
     lone = everywhere(single(FLOW, SCALES, strength=budget))
-    torch.testing.assert_close(toy.final(lone, saes) - toy.final(None, saes), torch.full((5,), budget * GAIN**3))
+    torch.testing.assert_close(
+        toy.final(lone, saes) - toy.final(None, saes), torch.full((5,), budget * GAIN**3)
+    )
 
 
 def test_the_seeds_vector_copied_to_all_layers_misses_the_later_ones(toy, saes):
     plan = everywhere(copied(FLOW, SCALES, strength=4.0))
-    torch.testing.assert_close(toy.final(plan, saes) - toy.final(None, saes), torch.full((5,), 1.0 * GAIN**3))
+    torch.testing.assert_close(
+        toy.final(plan, saes) - toy.final(None, saes), torch.full((5,), 1.0 * GAIN**3)
+    )
 
 
 def test_the_cap_along_the_flow_leaves_nothing(toy, saes):

@@ -1,4 +1,5 @@
-"""The endpoint's manners: whom it answers, what it refuses, one request at a time, text that is whole."""
+"""The endpoint's manners: whom it answers, what it refuses, one request at a time, text that is
+whole."""
 
 from __future__ import annotations
 
@@ -46,10 +47,14 @@ def port(endpoint) -> Iterator[int]:
         yield port
 
 
-def ask(port: int, body: object, path: str = "/v1/completions", method: str = "POST", **headers: str):
+def ask(
+    port: int, body: object, path: str = "/v1/completions", method: str = "POST", **headers: str
+):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     text = body if isinstance(body, (str, bytes)) or body is None else json.dumps(body)
-    connection.request(method, path, text, {name.replace("_", "-"): value for name, value in headers.items()})
+    connection.request(
+        method, path, text, {name.replace("_", "-"): value for name, value in headers.items()}
+    )
     answer = connection.getresponse()
     return answer.status, answer.read().decode()
 
@@ -66,10 +71,16 @@ def raw(port: int, content: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     ("origin", "status"),
-    [("http://localhost:1234", 200), ("http://127.0.0.1", 200), ("https://evil.example", 403), ("null", 403)],
+    [
+        ("http://localhost:1234", 200),
+        ("http://127.0.0.1", 200),
+        ("https://evil.example", 403),
+        ("null", 403),
+    ],
 )
 def test_no_page_from_elsewhere_is_answered(port, origin, status):
-    """A web page may send a plain POST to this machine without asking first; its browser names where it is from."""
+    """A web page may send a plain POST to this machine without asking first; its browser names
+    where it is from."""
     assert ask(port, None, "/v1/models", "GET", Origin=origin)[0] == status
     assert ask(port, {"prompt": "a", "max_tokens": 1}, Origin=origin)[0] == status
 
@@ -97,7 +108,9 @@ def test_only_requests_that_name_this_machine_are_answered(port, host, status):
 def test_what_listens_elsewhere_is_known_by_other_names_too(endpoint):
     with served(endpoint, host="0.0.0.0") as port:
         assert ask(port, None, "/v1/models", "GET", Host="steering.example")[0] == 200
-    assert [is_local(host) for host in ("::1", "[::1]", "Localhost", "0.0.0.0", "", "::")] == [True] * 3 + [False] * 3
+    assert [is_local(host) for host in ("::1", "[::1]", "Localhost", "0.0.0.0", "", "::")] == [
+        True
+    ] * 3 + [False] * 3
 
 
 def test_without_the_token_nothing_is_answered(model, saes):
@@ -133,7 +146,9 @@ def test_bad_bodies_are_answered_with_a_sentence(port, body, word):
 
 @pytest.mark.parametrize("length", ["-1", "many", "1e3", "9" * 400, "99999999999"])
 def test_a_length_that_is_none_is_refused(port, length):
-    request = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n"
+    request = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n"
+    )
     assert b"HTTP/1.1 400" in raw(port, request.encode())
 
 
@@ -144,14 +159,19 @@ def test_there_is_nothing_else(port, path):
 
 
 def test_a_refused_request_cannot_carry_another_in_its_body(port):
-    """A page elsewhere may send any body, and the second request would name a host of its own choice."""
+    """A page elsewhere may send any body, and the second request would name a host of its own
+    choice."""
     inner = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     for host, path in (("evil.example", "/v1/completions"), ("localhost", "/elsewhere")):
-        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(inner)}\r\n\r\n".encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(inner)}\r\n\r\n".encode()
+        )
         answered = raw(port, head + inner)
         assert answered.count(b"HTTP/1.1") == 1
         assert b'"object": "list"' not in answered
-    chunked = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunked = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
     assert raw(port, chunked + inner).count(b"HTTP/1.1") == 1
 
 
@@ -185,13 +205,20 @@ def test_a_client_that_goes_away_leaves_no_plan_on_the_model_for_the_next(model,
     before = n_hooks()
     lock = _WatchedLock(n_hooks)
     with served(Endpoint(model=model, saes=saes, plans={"flow": FLOW}, lock=lock)) as port:
-        body = json.dumps({"prompt": "a", "model": "m:flow", "max_tokens": 100, "stream": True}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        body = json.dumps(
+            {"prompt": "a", "model": "m:flow", "max_tokens": 100, "stream": True}
+        ).encode()
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+            f"{len(body)}\r\n\r\n"
+        ).encode()
         connection = socket.create_connection(("127.0.0.1", port), timeout=20)
         connection.sendall(head + body)
         connection.recv(200)
         assert n_hooks() > before
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # gone at once
+        connection.setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )  # gone at once
         connection.close()
         deadline = time.monotonic() + 20
         while not lock.seen and time.monotonic() < deadline:
@@ -207,7 +234,8 @@ def test_a_taken_port_is_said_so(endpoint, port):
 
 
 def spelled(pieces: list[str]):
-    """A decoder of tokens that are bytes or texts, as of tokenizers that fall back to bytes (Llama, Gemma)."""
+    """A decoder of tokens that are bytes or texts, as of tokenizers that fall back to bytes (Llama,
+    Gemma)."""
     decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return lambda ids: decoder.decode([pieces[i] for i in ids])
 
@@ -257,6 +285,8 @@ def test_an_answer_ends_before_its_stop_string_streamed_or_not(endpoint, port):
     expected = whole[: whole.index(stop)]
     stopped = json.loads(ask(port, {**body, "stop": stop})[1])["choices"][0]
     events = ask(port, {**body, "stop": [stop], "stream": True})[1].split("\n\n")
-    pieces = [json.loads(event.removeprefix("data: ")) for event in events if event.startswith("data: {")]
+    pieces = [
+        json.loads(event.removeprefix("data: ")) for event in events if event.startswith("data: {")
+    ]
     assert (stopped["text"], stopped["finish_reason"]) == (expected, "stop")
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == expected

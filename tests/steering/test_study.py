@@ -1,5 +1,5 @@
-"""The study's rules: choice on development data only, a lock that cannot be edited, a verdict that follows the
-numbers.
+"""The study's rules: choice on development data only, a lock that cannot be edited, a verdict that
+follows the numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ def records(n_success, n_coherent, n=10):
 
 
 def entry(dose, **kwargs):
-    return {"dose": dose, "kl": dose, "strength": 10 * dose, "reached": True, "selectivity": 0.0, **kwargs}
+    return {
+        "dose": dose,
+        "kl": dose,
+        "strength": 10 * dose,
+        "reached": True,
+        "selectivity": 0.0,
+        **kwargs,
+    }
 
 
 def test_the_dose_with_most_coherent_successes_is_chosen_and_ties_go_to_the_lower():
@@ -41,7 +48,9 @@ def test_the_dose_with_most_coherent_successes_is_chosen_and_ties_go_to_the_lowe
 
 
 def test_the_whole_budget_takes_the_flows_strength():
-    locked = {"arms": {"flow": {"choice": entry(0.2)}, "single": {"plan": "p", "choice": entry(0.5)}}}
+    locked = {
+        "arms": {"flow": {"choice": entry(0.2)}, "single": {"plan": "p", "choice": entry(0.5)}}
+    }
     assert with_whole_budget(locked)["arms"]["single"]["choice"]["strength"] == 2.0
     assert locked["arms"]["single"]["choice"]["strength"] == 5.0
 
@@ -59,7 +68,9 @@ def test_without_an_intact_lock_nothing_is_tested(tmp_path):
     base = {"limits": {}, "threshold": 0.5}
     put(tmp_path, "dev", "food", "unsteered", base)
     for arm in (*ACTIVATION_ARMS, *SUPPRESSION_ARMS):
-        put(tmp_path, "dev", "food", arm, {"plan": {}, "doses": [entry(0.1, records=records(5, 9))]})
+        put(
+            tmp_path, "dev", "food", arm, {"plan": {}, "doses": [entry(0.1, records=records(5, 9))]}
+        )
     study.lock()
     assert study.read_lock()["topics"]["food"]["arms"]["flow"]["choice"]["dose"] == 0.1
     changed = study.lock_path.read_text().replace('"dose": 0.1', '"dose": 0.2', 1)
@@ -76,7 +87,12 @@ def test_a_folder_belongs_to_one_choice_of_sizes_and_dictionaries(tmp_path):
         for topic, arm in ((topic, arm) for topic in topics for arm in arms):
             put(tmp_path, "dev", topic, arm, {})
         options = StudyOptions(topics=topics, **sizes)
-        return Study(world=None, options=options, folder=tmp_path, made_from=made_from or {"dictionaries": "a"})
+        return Study(
+            world=None,
+            options=options,
+            folder=tmp_path,
+            made_from=made_from or {"dictionaries": "a"},
+        )
 
     study().develop()
     study(topics=("food", "music"), batch_size=3).develop()
@@ -92,7 +108,13 @@ def test_results_of_an_earlier_lock_are_not_kept(tmp_path):
 
     def locked(dose):
         for arm in (*ACTIVATION_ARMS, *SUPPRESSION_ARMS):
-            put(tmp_path, "dev", "food", arm, {"plan": {}, "doses": [entry(dose, records=records(5, 9))]})
+            put(
+                tmp_path,
+                "dev",
+                "food",
+                arm,
+                {"plan": {}, "doses": [entry(dose, records=records(5, 9))]},
+            )
         study.lock()
 
     locked(0.1)
@@ -106,16 +128,35 @@ def test_results_of_an_earlier_lock_are_not_kept(tmp_path):
 def results(folder, *, flow_rate, control_rate, n_topics=12, vacuous=()):
     """A study with known success rates; every sample coherent."""
     generator = np.random.default_rng(0)
-    rates = dict.fromkeys(FLOWS, control_rate) | dict.fromkeys(CONTROLS, control_rate) | {"unsteered": 0.05}
+    rates = (
+        dict.fromkeys(FLOWS, control_rate)
+        | dict.fromkeys(CONTROLS, control_rate)
+        | {"unsteered": 0.05}
+    )
     rates["flow"] = flow_rate
     for topic in range(n_topics):
         for arm, rate in rates.items():
-            fixed = {"sample": 0, "text": "some text", "probability": 0.5, "coherent": True, "nll": 3.0}
+            fixed = {
+                "sample": 0,
+                "text": "some text",
+                "probability": 0.5,
+                "coherent": True,
+                "nll": 3.0,
+            }
             made = [
-                {**fixed, "prompt": f"p{k}", "success": bool(generator.random() < rate), "lexicon_rate": 1.0}
+                {
+                    **fixed,
+                    "prompt": f"p{k}",
+                    "success": bool(generator.random() < rate),
+                    "lexicon_rate": 1.0,
+                }
                 for k in range(30)
             ]
-            document = {"vacuous": True} if arm in vacuous else {"records": made, "kl": 0.3, "selectivity": 0.1}
+            document = (
+                {"vacuous": True}
+                if arm in vacuous
+                else {"records": made, "kl": 0.3, "selectivity": 0.1}
+            )
             put(folder, "test", f"t{topic}", arm, document)
 
 
@@ -134,7 +175,10 @@ def test_a_real_advantage_is_found_and_a_missing_one_is_not(tmp_path):
 def test_a_vacuous_arm_counts_as_unsteered(tmp_path):
     results(tmp_path, flow_rate=0.7, control_rate=0.3, n_topics=3, vacuous=("flow",))
     table = read_records(tmp_path)
-    assert table[table["arm"] == "flow"]["hit"].mean() == table[table["arm"] == "unsteered"]["hit"].mean()
+    assert (
+        table[table["arm"] == "flow"]["hit"].mean()
+        == table[table["arm"] == "unsteered"]["hit"].mean()
+    )
 
 
 def test_the_report_says_what_was_found(tmp_path):
@@ -150,10 +194,12 @@ def test_selectivity_is_compared_at_one_dose_with_the_control_that_is_best_there
     rows = [
         {"topic": topic, "arm": arm, "target": dose, "selectivity": value + shift}
         for topic, shift in (("food", 0.0), ("law", 1.0))
-        for dose, values in ((0.1, {"flow": 0.5, "single": 0.3, "copied": 0.2}),
-                             (0.2, {"flow": 0.4, "single": 0.1, "copied": 0.6}))
+        for dose, values in (
+            (0.1, {"flow": 0.5, "single": 0.3, "copied": 0.2}),
+            (0.2, {"flow": 0.4, "single": 0.1, "copied": 0.6}),
+        )
         for arm, value in values.items()
-    ]  # fmt: skip
+    ]
     table = selectivity_at_equal_dose(pd.DataFrame(rows), ("flow",), ("single", "copied"), seed=0)
     assert table["control"].tolist() == ["single", "copied"]
     assert table["difference"].tolist() == pytest.approx([0.2, -0.2])
@@ -176,7 +222,13 @@ def test_a_small_study_runs_through_and_goes_on_where_it_stopped(model, saes, tm
         random_like=lambda feature, seed: FeatureId(feature.site, (feature.latent + 1) % 24),
     )
     options = StudyOptions(
-        topics=("food",), doses=(0.05, 0.2), n_dev_prompts=4, n_test_prompts=4, n_texts=3, n_tokens=12, min_coherent=0.1
+        topics=("food",),
+        doses=(0.05, 0.2),
+        n_dev_prompts=4,
+        n_test_prompts=4,
+        n_texts=3,
+        n_tokens=12,
+        min_coherent=0.1,
     )
     study = Study(world=world, options=options, folder=tmp_path)
     study.develop()

@@ -1,7 +1,9 @@
-"""Features as points: the Parquet file that embedding-atlas opens (`x`, `y`, `text`, `neighbors`, and our columns).
+"""Features as points: the Parquet file that embedding-atlas opens (`x`, `y`, `text`, `neighbors`,
+and our columns).
 
-Coordinates are the two first principal components of the decoder directions, all sites together; distances between
-near features are in `neighbors` (ids and cosine distances inside the dictionary). Cost: one covariance of d_model².
+Coordinates are the two first principal components of the decoder directions, all sites together;
+distances between near features are in `neighbors` (ids and cosine distances inside the dictionary).
+Cost: one covariance of d_model².
 """
 
 from __future__ import annotations
@@ -24,8 +26,12 @@ from sae import Sae
 def export_embedding_atlas(atlas: Atlas, saes: Mapping[Site, Sae], out: Path) -> Path:
     """Write one row a feature of every site in `saes`."""
     sites = [site for site in atlas.sites if site in saes]
-    directions = torch.cat([torch.nn.functional.normalize(saes[site].W_dec.float(), dim=1) for site in sites]).numpy()
-    features = atlas.features[atlas.features["site"].isin([s.short for s in sites])].reset_index(drop=True)
+    directions = torch.cat(
+        [torch.nn.functional.normalize(saes[site].W_dec.float(), dim=1) for site in sites]
+    ).numpy()
+    features = atlas.features[atlas.features["site"].isin([s.short for s in sites])].reset_index(
+        drop=True
+    )
     xy = _principal_plane(directions)
     columns = ("feature", "site", "layer", "density", "max", "label_accepted", "class", "community")
     table = pa.table(

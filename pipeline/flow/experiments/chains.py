@@ -1,9 +1,10 @@
-"""Indirect effects along chains: remove an ancestor some layers up; how much of the loss flows through the chain?
+"""Indirect effects along chains: remove an ancestor some layers up; how much of the loss flows
+through the chain?
 
-For target layers spread over the depth, and ancestors 2, 3, 4 and 6 residual sites up, the chain of each target is the
-composition of best predecessors, as in the paper. The measurement is path patching (pipeline/flow/mediation.py).
-Chains whose links the calibrated graph keeps are summarised beside all. Not in either paper: Feature Flow §5.2 removes
-direct predecessors only.
+For target layers spread over the depth, and ancestors 2, 3, 4 and 6 residual sites up, the chain of
+each target is the composition of best predecessors, as in the paper. The measurement is path
+patching (pipeline/flow/mediation.py). Chains whose links the calibrated graph keeps are summarised
+beside all. Not in either paper: Feature Flow §5.2 removes direct predecessors only.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def chains(subject: Subject, effort: Effort) -> Finding:
                 seed=effort.seed + target.layer,
                 progress=subject.progress,
             )
-            tables.append(table.assign(kept=_kept_chains(subject, found)[table["target_latent"].to_numpy()]))
+            tables.append(
+                table.assign(kept=_kept_chains(subject, found)[table["target_latent"].to_numpy()])
+            )
     return _finding(pd.concat(tables, ignore_index=True), effort)
 
 
@@ -63,7 +66,11 @@ def _finding(trials: pd.DataFrame, effort: Effort) -> Finding:
         raise UserError("no target fires together with its ancestor", mend="raise --contexts")
     parts = {ALL: trials, KEPT: trials[trials["kept"]]}
     summary = pd.concat(
-        [summarise_mediation(part, seed=effort.seed).assign(chains=name) for name, part in parts.items() if len(part)],
+        [
+            summarise_mediation(part, seed=effort.seed).assign(chains=name)
+            for name, part in parts.items()
+            if len(part)
+        ],
         ignore_index=True,
     )
     by_layer = summarise_mediation(trials, by=("target_site", "steps"), seed=effort.seed)
@@ -103,15 +110,18 @@ def _text(summary: pd.DataFrame, n_layers: int) -> str:
         for row in summary.to_dict(orient="records")
     ]
     return (
-        "What the paper saw: it removes direct predecessors only; effects over several layers were not measured.\n\n"
-        f"What this model shows, {n_layers} target layers, targets whose ancestor fires, 95 % intervals by document:\n"
-        + "\n".join(lines)
+        "What the paper saw: it removes direct predecessors only; effects over several layers were "
+        "not measured.\n\n"
+        f"What this model shows, {n_layers} target layers, targets whose ancestor fires, 95 % "
+        "intervals by document:\n" + "\n".join(lines)
     )
 
 
-def _sites_before(layers: Mapping[Site, Layer], target: Site, steps: int) -> tuple[Site, ...] | None:
-    """The residual sites from `steps` links before the target up to it; None when the chain of sites is shorter or
-    starts where the model cannot go on from."""
+def _sites_before(
+    layers: Mapping[Site, Layer], target: Site, steps: int
+) -> tuple[Site, ...] | None:
+    """The residual sites from `steps` links before the target up to it; None when the chain of
+    sites is shorter or starts where the model cannot go on from."""
     sites = [target]
     while len(sites) <= steps:
         if sites[-1] not in layers:
@@ -125,7 +135,9 @@ def _composed(layers: Mapping[Site, Layer], sites: tuple[Site, ...]) -> Chains:
     latents = [np.arange(len(layers[sites[-1]].links["residual"].best))]
     for site in reversed(sites[1:]):
         here = latents[-1]
-        latents.append(np.where(here < 0, -1, layers[site].links["residual"].best[np.maximum(here, 0)]))
+        latents.append(
+            np.where(here < 0, -1, layers[site].links["residual"].best[np.maximum(here, 0)])
+        )
     return Chains(sites=sites, latent=np.stack(latents[::-1]))
 
 
@@ -135,7 +147,10 @@ def _kept_chains(subject: Subject, found: Chains) -> np.ndarray:
     edges = subject.edges[(subject.edges["rank"] == 0) & (subject.edges["relation"] == "residual")]
     for i, site in enumerate(found.sites[1:], start=1):
         links = edges[(edges["target_site"] == site.short) & edges["kept"]]
-        good = np.zeros(max(found.latent[i].max(), links["target_latent"].max() if len(links) else 0) + 1, dtype=bool)
+        good = np.zeros(
+            max(found.latent[i].max(), links["target_latent"].max() if len(links) else 0) + 1,
+            dtype=bool,
+        )
         good[links["target_latent"]] = True
         kept &= (found.latent[i] >= 0) & good[np.maximum(found.latent[i], 0)]
     return kept

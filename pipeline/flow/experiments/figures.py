@@ -17,8 +17,8 @@ _DPI = 130
 
 
 def draw_group_shares(table: pd.DataFrame, path: Path) -> None:
-    """One line a group over the layers that have the most groups: where a module has no dictionary, its firings are
-    counted elsewhere, and shares cannot be compared."""
+    """One line a group over the layers that have the most groups: where a module has no dictionary,
+    its firings are counted elsewhere, and shares cannot be compared."""
     n_possible = table.groupby("layer")["possible"].transform("sum")
     table = table[n_possible == n_possible.max()]
     figure = Figure(figsize=(7.5, 3.6), layout="constrained")
@@ -56,10 +56,15 @@ def draw_separation(summed: pd.DataFrame, path: Path) -> None:
     figure.savefig(path, dpi=_DPI)
 
 
-def draw_bars(summary: pd.DataFrame, path: Path, *, by: Sequence[str], columns: Mapping[str, str]) -> None:
-    """Horizontal bars with their intervals, one panel a column of the summary; `by` names the bars."""
+def draw_bars(
+    summary: pd.DataFrame, path: Path, *, by: Sequence[str], columns: Mapping[str, str]
+) -> None:
+    """Horizontal bars with their intervals, one panel a column of the summary; `by` names the
+    bars."""
     names = summary[list(by)].astype(str).agg(" · ".join, axis=1)
-    figure = Figure(figsize=(4.2 * len(columns) + 1.5, 0.28 * len(summary) + 1.2), layout="constrained")
+    figure = Figure(
+        figsize=(4.2 * len(columns) + 1.5, 0.28 * len(summary) + 1.2), layout="constrained"
+    )
     axes = np.atleast_1d(figure.subplots(1, len(columns), sharey=True))
     place = np.arange(len(summary))
     for axis, (column, title) in zip(axes, columns.items(), strict=True):
@@ -76,7 +81,13 @@ def draw_bars(summary: pd.DataFrame, path: Path, *, by: Sequence[str], columns: 
 
 
 def draw_lines(
-    table: pd.DataFrame, path: Path, *, x: str, line: str, columns: Mapping[str, str], x_label: str | None = None
+    table: pd.DataFrame,
+    path: Path,
+    *,
+    x: str,
+    line: str,
+    columns: Mapping[str, str],
+    x_label: str | None = None,
 ) -> None:
     """One panel a column of the table, one line a value of `line`."""
     figure = Figure(figsize=(4.2 * len(columns) + 1.8, 3.4), layout="constrained")

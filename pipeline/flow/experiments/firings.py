@@ -1,13 +1,17 @@
-"""Firing features of one layer, their active predecessors, and what the model does when those are rescaled together.
+"""Firing features of one layer, their active predecessors, and what the model does when those are
+rescaled together.
 
-1. One undisturbed run records the layer's predecessors and the layer; firings are drawn at random, as many from every
-   activity group as there are, up to a limit.
-2. A change multiplies some predecessors of a firing by r, on the token of the firing only: h ← h + (r − 1) a v, with a
-   the predecessor's activation in the undisturbed run and v its decoder row. The dictionaries' errors stay in h.
-3. The model goes on from the layer below; the target's activation is read again, and if wanted the context's loss.
+1. One undisturbed run records the layer's predecessors and the layer; firings are drawn at random,
+   as many from every activity group as there are, up to a limit.
+2. A change multiplies some predecessors of a firing by r, on the token of the firing only: h ← h +
+   (r − 1) a v, with a the predecessor's activation in the undisturbed run and v its decoder row.
+   The dictionaries' errors stay in h.
+3. The model goes on from the layer below; the target's activation is read again, and if wanted the
+   context's loss.
 
-Several predecessors (residual, MLP, attention) are changed in the same run. Cost: one context from the layer below up
-to the target per change; to the end when the loss is read. Source: Feature Flow §5.2.
+Several predecessors (residual, MLP, attention) are changed in the same run. Cost: one context from
+the layer below up to the target per change; to the end when the loss is read. Source: Feature Flow
+§5.2.
 """
 
 from __future__ import annotations
@@ -36,8 +40,8 @@ from sae.report import Progress, silent
 
 @dataclass(frozen=True, kw_only=True)
 class Firings:
-    """Drawn firings: where each is, its activation, its group, and by relation its predecessor and that one's
-    activation there (0: silent)."""
+    """Drawn firings: where each is, its activation, its group, and by relation its predecessor and
+    that one's activation there (0: silent)."""
 
     context: Int64[np.ndarray, "firing"]
     position: Int64[np.ndarray, "firing"]
@@ -59,7 +63,8 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What each change did: the target's activation, and the context's mean loss (nan where it was not read)."""
+    """What each change did: the target's activation, and the context's mean loss (nan where it was
+    not read)."""
 
     after: Float[np.ndarray, "change"]
     loss: Float[np.ndarray, "change"]
@@ -81,22 +86,28 @@ class Stage:
 
 
 def can_be_tested(layer: Layer) -> bool:
-    """Whether the model can go on from a stream below all predecessors: the layer's residual predecessor."""
+    """Whether the model can go on from a stream below all predecessors: the layer's residual
+    predecessor."""
     link = layer.links.get("residual")
     return link is not None and link.source.kind == "resid_post"
 
 
 def start_of(layer: Layer) -> Site:
-    """The stream that changed runs go on from. Raises UserError for a layer without a residual predecessor."""
+    """The stream that changed runs go on from. Raises UserError for a layer without a residual
+    predecessor."""
     if not can_be_tested(layer):
-        raise UserError("this layer has no residual predecessor to go on from", where=layer.target.short)
+        raise UserError(
+            "this layer has no residual predecessor to go on from", where=layer.target.short
+        )
     return layer.links["residual"].source
 
 
 def prepare(subject: Subject, model: LanguageModel, layer: Layer, contexts: Contexts) -> Stage:
     """Run the model once, undisturbed, over all contexts."""
     start = start_of(layer)
-    sites = tuple(dict.fromkeys((start, *(link.source for link in layer.links.values()), layer.target)))
+    sites = tuple(
+        dict.fromkeys((start, *(link.source for link in layer.links.values()), layer.target))
+    )
     return Stage(
         model=model,
         layer=layer,
@@ -107,15 +118,22 @@ def prepare(subject: Subject, model: LanguageModel, layer: Layer, contexts: Cont
 
 
 def draw_firings(stage: Stage, *, n_per_group: int, rng: np.random.Generator) -> Firings:
-    """Firings on usable tokens, in random order, at most `n_per_group` of each group; one feature a token."""
+    """Firings on usable tokens, in random order, at most `n_per_group` of each group; one feature a
+    token."""
     codes = {site: _codes(stage, site) for site in stage.recorded}
     target, links = codes[stage.layer.target], stage.layer.links
     activity = activity_groups(
-        target, {name: Predecessors(codes=codes[link.source], best=link.best) for name, link in links.items()}
+        target,
+        {
+            name: Predecessors(codes=codes[link.source], best=link.best)
+            for name, link in links.items()
+        },
     )
     order = rng.permutation(np.flatnonzero(stage.contexts.usable.ravel()[activity.token]))
     order = order[np.sort(np.unique(activity.token[order], return_index=True)[1])]
-    chosen = np.concatenate([order[activity.group[order] == group][:n_per_group] for group in range(len(GROUPS))])
+    chosen = np.concatenate(
+        [order[activity.group[order] == group][:n_per_group] for group in range(len(GROUPS))]
+    )
     latent, token = activity.latent[chosen], activity.token[chosen]
     length = stage.contexts.ids.shape[1]
     best = {name: link.best[latent] for name, link in links.items()}
@@ -152,7 +170,9 @@ def run_changes(
         deltas = _deltas(stage, firings, part)
         value, losses = _rerun(stage, firings.context[at], firings.position[at], deltas, with_loss)
         codes = stage.saes[stage.layer.target].encode_sparse(value)
-        matches = codes.index == torch.from_numpy(firings.latent[at])[:, None].to(codes.index.device)
+        matches = codes.index == torch.from_numpy(firings.latent[at])[:, None].to(
+            codes.index.device
+        )
         after[batch] = (codes.value * matches).sum(-1).cpu().numpy()
         loss[batch] = losses
     progress(label, len(order), len(order))
@@ -162,7 +182,9 @@ def run_changes(
 def clean_losses(stage: Stage, batch_size: int = 8) -> Float[np.ndarray, "context"]:
     """Mean next-token loss of every context, undisturbed."""
     ids = torch.from_numpy(stage.contexts.ids)
-    return np.concatenate([_mean_loss(stage.model.logits(part), part) for part in ids.split(batch_size)])
+    return np.concatenate(
+        [_mean_loss(stage.model.logits(part), part) for part in ids.split(batch_size)]
+    )
 
 
 def _codes(stage: Stage, site: Site) -> Codes:
@@ -170,7 +192,9 @@ def _codes(stage: Stage, site: Site) -> Codes:
     return encode_tokens(stage.saes[site], rows.reshape(-1, rows.shape[-1]).split(2048))
 
 
-def _at(codes: Codes, token: Int64[np.ndarray, "place"], latent: Int64[np.ndarray, "place"]) -> np.ndarray:
+def _at(
+    codes: Codes, token: Int64[np.ndarray, "place"], latent: Int64[np.ndarray, "place"]
+) -> np.ndarray:
     """The activation of each latent on its token; 0 for latent -1."""
     if not len(token):
         return np.zeros(0)
@@ -178,13 +202,17 @@ def _at(codes: Codes, token: Int64[np.ndarray, "place"], latent: Int64[np.ndarra
     return np.where(latent >= 0, value, 0.0)
 
 
-def _deltas(stage: Stage, firings: Firings, changes: Sequence[Change]) -> dict[Site, Float[Tensor, "change d_model"]]:
+def _deltas(
+    stage: Stage, firings: Firings, changes: Sequence[Change]
+) -> dict[Site, Float[Tensor, "change d_model"]]:
     """What is added at each predecessor's site, for each change."""
     deltas = {}
     for relation, link in stage.layer.links.items():
         sae = stage.saes[link.source]
         at = np.array([change.firing for change in changes])
-        weight = np.array([change.scale - 1.0 if relation in change.relations else 0.0 for change in changes])
+        weight = np.array(
+            [change.scale - 1.0 if relation in change.relations else 0.0 for change in changes]
+        )
         amount = torch.from_numpy(weight * firings.strength[relation][at]).to(sae.W_dec)
         latent = torch.from_numpy(np.maximum(firings.predecessor[relation][at], 0)).to(sae.device)
         deltas[link.source] = amount[:, None] * sae.W_dec[latent]
@@ -192,7 +220,11 @@ def _deltas(stage: Stage, firings: Firings, changes: Sequence[Change]) -> dict[S
 
 
 def _rerun(
-    stage: Stage, context: np.ndarray, position: np.ndarray, deltas: Mapping[Site, Tensor], with_loss: bool
+    stage: Stage,
+    context: np.ndarray,
+    position: np.ndarray,
+    deltas: Mapping[Site, Tensor],
+    with_loss: bool,
 ) -> tuple[Float[Tensor, "change d_model"], np.ndarray]:
     """The target site's activation at each row's token and, if wanted, each row's loss."""
     length = stage.contexts.ids.shape[1] if with_loss else int(position.max()) + 1
@@ -212,12 +244,21 @@ def _rerun(
     edits = {site: adding(delta) for site, delta in deltas.items()}
     with continued_from(model, stage.start.layer, stream), model.edited(edits):
         if not with_loss:
-            return model.activations(ids, (target,))[target][rows, at].float(), np.full(len(context), np.nan)
+            return model.activations(ids, (target,))[target][rows, at].float(), np.full(
+                len(context), np.nan
+            )
         with model.recorded((target,)) as seen:
             loss = _mean_loss(model.logits(ids), ids)
         return seen[target][rows, at].float(), loss
 
 
-def _mean_loss(logits: Float[Tensor, "batch position vocab"], ids: Tensor) -> Float[np.ndarray, "batch"]:
+def _mean_loss(
+    logits: Float[Tensor, "batch position vocab"], ids: Tensor
+) -> Float[np.ndarray, "batch"]:
     wanted = ids[:, 1:].to(logits.device)
-    return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), wanted, reduction="none").mean(1).cpu().numpy()
+    return (
+        F.cross_entropy(logits[:, :-1].float().transpose(1, 2), wanted, reduction="none")
+        .mean(1)
+        .cpu()
+        .numpy()
+    )

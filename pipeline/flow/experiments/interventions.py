@@ -1,8 +1,10 @@
-"""Causal experiments rerun: deactivation by strategy and group, rescaling of predecessors, knock-outs of their subsets.
+"""Causal experiments rerun: deactivation by strategy and group, rescaling of predecessors,
+knock-outs of their subsets.
 
-Deactivation goes through pipeline/flow/causal.py, one pair of sites at a time, and gives every trial the activity group
-of its target. Rescaling and knock-outs change several predecessors of a layer in one run (firings.py). Intervals are
-percentile intervals of a bootstrap over documents. Source: Feature Flow §5.2, Fig. 6, 7, 8, 15, Table 1.
+Deactivation goes through pipeline/flow/causal.py, one pair of sites at a time, and gives every
+trial the activity group of its target. Rescaling and knock-outs change several predecessors of a
+layer in one run (firings.py). Intervals are percentile intervals of a bootstrap over documents.
+Source: Feature Flow §5.2, Fig. 6, 7, 8, 15, Table 1.
 """
 
 from __future__ import annotations
@@ -35,7 +37,15 @@ from pipeline.flow.experiments.firings import (
     run_changes,
 )
 from pipeline.flow.experiments.published import TABLE_1
-from pipeline.flow.experiments.subject import Effort, Finding, Layer, Subject, fullest, layers_of, spread
+from pipeline.flow.experiments.subject import (
+    Effort,
+    Finding,
+    Layer,
+    Subject,
+    fullest,
+    layers_of,
+    spread,
+)
 from pipeline.flow.functional import encode_tokens
 from pipeline.flow.matchers import Matcher, pearson, permutation
 from pipeline.flow.pairing import Relation
@@ -48,24 +58,41 @@ _MATCHERS: dict[str, Matcher] = {"permutation": permutation, "pearson": pearson}
 
 
 def deactivation(subject: Subject, effort: Effort) -> Finding:
-    """Remove predecessors chosen by each strategy; success and change by relation and strategy, and for targets with
-    one active predecessor only (Table 1)."""
+    """Remove predecessors chosen by each strategy; success and change by relation and strategy, and
+    for targets with one active predecessor only (Table 1)."""
     model = subject.open_model()
     contexts = subject.contexts(model, effort.n_contexts)
     trials = pd.concat(
-        [_deactivate(subject, model, layer, contexts, effort) for layer in _tested(subject, effort)], ignore_index=True
+        [
+            _deactivate(subject, model, layer, contexts, effort)
+            for layer in _tested(subject, effort)
+        ],
+        ignore_index=True,
     )
     summary = summarise_deactivation(trials, by=("relation", "strategy"), seed=effort.seed)
-    single = trials[trials["group"].isin(SINGLE) & (trials["relation"].map(_SHORT) == trials["group"])]
+    single = trials[
+        trials["group"].isin(SINGLE) & (trials["relation"].map(_SHORT) == trials["group"])
+    ]
     table_1 = summarise_deactivation(single, by=("strategy",), seed=effort.seed)
-    by_group = summarise_deactivation(trials, by=("relation", "group", "strategy"), seed=effort.seed)
+    by_group = summarise_deactivation(
+        trials, by=("relation", "group", "strategy"), seed=effort.seed
+    )
     return Finding(
-        tables={"trials": trials, "summary": summary, "by_group": by_group, "table_1": _with_paper(table_1)},
+        tables={
+            "trials": trials,
+            "summary": summary,
+            "by_group": by_group,
+            "table_1": _with_paper(table_1),
+        },
         draw=lambda path: draw_bars(
             summary,
             path,
             by=("relation", "strategy"),
-            columns={"success": "success", "change": "activation change", "active_share": "predecessor active"},
+            columns={
+                "success": "success",
+                "change": "activation change",
+                "active_share": "predecessor active",
+            },
         ),
         text=_deactivation_text(table_1, trials),
         summary=_top_1(table_1),
@@ -73,7 +100,8 @@ def deactivation(subject: Subject, effort: Effort) -> Finding:
 
 
 def rescaling(subject: Subject, effort: Effort) -> Finding:
-    """Multiply all active top-1 predecessors by r: activation change and relative change of the loss, by group."""
+    """Multiply all active top-1 predecessors by r: activation change and relative change of the
+    loss, by group."""
 
     def changes_of(firings: Firings) -> list[Change]:
         return [
@@ -89,9 +117,11 @@ def rescaling(subject: Subject, effort: Effort) -> Finding:
     removed = summary[summary["scale"] == 0.0].set_index("group")["change"]
     listed = ", ".join(f"{group} {value:.2f}" for group, value in removed.items())
     text = (
-        "What the paper saw (Fig. 7): the activation change grows nonlinearly below r = 1; the loss hardly moves (the\n"
+        "What the paper saw (Fig. 7): the activation change grows nonlinearly below r = 1; the "
+        "loss hardly moves (the\n"
         "figure ends at a relative change of 0.001); RES&MLP costs more loss than RES alone.\n\n"
-        f"What this model shows: activation change at r = 0: {listed or 'no firing was tested'}. Largest mean\n"
+        f"What this model shows: activation change at r = 0: {listed or 'no firing was tested'}. "
+        "Largest mean\n"
         f"relative change of a context's loss over groups and scales: {largest:.5f}."
     )
     return Finding(
@@ -105,7 +135,8 @@ def rescaling(subject: Subject, effort: Effort) -> Finding:
             x_label="r",
         ),
         text=text,
-        summary={"largest relative loss change": round(largest, 6)} | {f"change {k}": v for k, v in removed.items()},
+        summary={"largest relative loss change": round(largest, 6)}
+        | {f"change {k}": v for k, v in removed.items()},
     )
 
 
@@ -126,7 +157,8 @@ def _with_bounds(columns: tuple[str, ...]) -> list[str]:
 
 
 def knockouts(subject: Subject, effort: Effort) -> Finding:
-    """Remove every subset of a firing's active predecessors: who matters, and does it take all of them?"""
+    """Remove every subset of a firing's active predecessors: who matters, and does it take all of
+    them?"""
 
     def changes_of(firings: Firings) -> list[Change]:
         return [
@@ -136,19 +168,26 @@ def knockouts(subject: Subject, effort: Effort) -> Finding:
         ]
 
     trials = _changed(subject, effort, changes_of, with_loss=False)
-    trials = trials.assign(strategy=trials["removed"], n_removed=trials["removed"].str.count("&") + 1)
+    trials = trials.assign(
+        strategy=trials["removed"], n_removed=trials["removed"].str.count("&") + 1
+    )
     summary = summarise_deactivation(trials, by=("group", "removed"), seed=effort.seed)
     alone, all_ = _success(summary, "RES&MLP", "RES"), _success(summary, "RES&MLP", "RES&MLP")
     text = (
-        "What the paper saw (Fig. 8, 15): removing one predecessor does less when others fire too; RES matters most;\n"
+        "What the paper saw (Fig. 8, 15): removing one predecessor does less when others fire too; "
+        "RES matters most;\n"
         "usually all predecessors must be removed.\n\n"
-        f"What this model shows: in RES&MLP, removing RES alone silences {alone} of the targets, both {all_}.\n"
+        f"What this model shows: in RES&MLP, removing RES alone silences {alone} of the targets, "
+        f"both {all_}.\n"
         "All groups and subsets are in summary.parquet."
     )
     return Finding(
         tables={"trials": trials, "summary": summary},
         draw=lambda path: draw_bars(
-            summary, path, by=("group", "removed"), columns={"success": "success", "change": "activation change"}
+            summary,
+            path,
+            by=("group", "removed"),
+            columns={"success": "success", "change": "activation change"},
         ),
         text=text,
         summary={"RES&MLP, RES removed": alone, "RES&MLP, both removed": all_},
@@ -168,7 +207,10 @@ def _deactivate(
     tables = []
     for relation, link in layer.links.items():
         edges = subject.edges
-        between = edges[(edges["source_site"] == link.source.short) & (edges["target_site"] == layer.target.short)]
+        between = edges[
+            (edges["source_site"] == link.source.short)
+            & (edges["target_site"] == layer.target.short)
+        ]
         trials = measure_deactivation(
             model,
             stage.saes,
@@ -205,14 +247,21 @@ def _groups_on(stage: Stage) -> pd.Series:
         site: encode_tokens(stage.saes[site], rows.reshape(-1, rows.shape[-1]).split(2048))
         for site, rows in stage.recorded.items()
     }
-    before = {name: Predecessors(codes=codes[link.source], best=link.best) for name, link in stage.layer.links.items()}
+    before = {
+        name: Predecessors(codes=codes[link.source], best=link.best)
+        for name, link in stage.layer.links.items()
+    }
     activity = activity_groups(codes[stage.layer.target], before)
     index = pd.MultiIndex.from_arrays([activity.token, activity.latent])
     return pd.Series(np.array(GROUPS)[activity.group], index=index)
 
 
 def _changed(
-    subject: Subject, effort: Effort, changes_of: Callable[[Firings], list[Change]], *, with_loss: bool
+    subject: Subject,
+    effort: Effort,
+    changes_of: Callable[[Firings], list[Change]],
+    *,
+    with_loss: bool,
 ) -> pd.DataFrame:
     """One row a change, over the tested layers; `changes_of` lists the changes of some firings."""
     model = subject.open_model()
@@ -221,10 +270,17 @@ def _changed(
     for layer in _tested(subject, effort):
         stage = prepare(subject, model, layer, contexts)
         rng = np.random.default_rng([effort.seed, layer.target.layer])
-        firings = draw_firings(stage, n_per_group=max(1, effort.n_targets // (len(GROUPS) - 1)), rng=rng)
+        firings = draw_firings(
+            stage, n_per_group=max(1, effort.n_targets // (len(GROUPS) - 1)), rng=rng
+        )
         changes = changes_of(firings)
         outcome = run_changes(
-            stage, firings, changes, with_loss=with_loss, batch_size=8 if with_loss else 32, progress=subject.progress
+            stage,
+            firings,
+            changes,
+            with_loss=with_loss,
+            batch_size=8 if with_loss else 32,
+            progress=subject.progress,
         )
         table = _as_table(stage, firings, changes, outcome.after)
         if with_loss:
@@ -234,7 +290,9 @@ def _changed(
     return pd.concat(tables, ignore_index=True)
 
 
-def _as_table(stage: Stage, firings: Firings, changes: list[Change], after: np.ndarray) -> pd.DataFrame:
+def _as_table(
+    stage: Stage, firings: Firings, changes: list[Change], after: np.ndarray
+) -> pd.DataFrame:
     at = np.array([change.firing for change in changes], dtype=np.int64)
     context, position = firings.context[at], firings.position[at]
     before = firings.before[at]
@@ -257,7 +315,9 @@ def _as_table(stage: Stage, firings: Firings, changes: list[Change], after: np.n
 
 
 def _subsets(relations: tuple[Relation, ...]) -> list[tuple[Relation, ...]]:
-    return [subset for size in range(1, len(relations) + 1) for subset in combinations(relations, size)]
+    return [
+        subset for size in range(1, len(relations) + 1) for subset in combinations(relations, size)
+    ]
 
 
 def _with_paper(table: pd.DataFrame) -> pd.DataFrame:
@@ -267,7 +327,11 @@ def _with_paper(table: pd.DataFrame) -> pd.DataFrame:
 
 def _top_1(table: pd.DataFrame) -> dict[str, float]:
     rows = table[table["strategy"] == "top-1"]
-    return {name: round(float(rows[name].iloc[0]), 4) for name in ("success", "change")} if len(rows) else {}
+    return (
+        {name: round(float(rows[name].iloc[0]), 4) for name in ("success", "change")}
+        if len(rows)
+        else {}
+    )
 
 
 def _success(summary: pd.DataFrame, group: str, removed: str) -> str:
@@ -280,14 +344,17 @@ def _success(summary: pd.DataFrame, group: str, removed: str) -> str:
 
 def _deactivation_text(table: pd.DataFrame, trials: pd.DataFrame) -> str:
     lines = [
-        f"  {row.strategy}: success {row.success:.2f} [{row.success_low:.2f}, {row.success_high:.2f}], "
+        f"  {row.strategy}: success {row.success:.2f} [{row.success_low:.2f}, "
+        f"{row.success_high:.2f}], "
         f"change {row.change:.2f} [{row.change_low:.2f}, {row.change_high:.2f}], n {row.n}"
         for row in table.itertuples()
     ]
     return (
-        "What the paper saw (Table 1; targets with one active predecessor): success 0.65 and change 0.75 for the\n"
-        "top-1 predecessor, 0.65 and 0.74 by Pearson, 0.73 and 0.83 for the best of all active ones. One of\n"
+        "What the paper saw (Table 1; targets with one active predecessor): success 0.65 and "
+        "change 0.75 for the\n"
+        "top-1 predecessor, 0.65 and 0.74 by Pearson, 0.73 and 0.83 for the best of all active "
+        "ones. One of\n"
         "the top five at random is clearly worse (Fig. 6).\n\n"
-        f"What this model shows, same restriction, {trials['target'].nunique()} layers, 95 % intervals by document:\n"
-        + "\n".join(lines or ["  no such target was drawn"])
+        f"What this model shows, same restriction, {trials['target'].nunique()} layers, 95 % "
+        "intervals by document:\n" + "\n".join(lines or ["  no such target was drawn"])
     )

@@ -1,4 +1,5 @@
-"""Numbers printed in Feature Flow (arXiv 2502.03032) and SAE Match (arXiv 2410.07656), for tables beside one's own.
+"""Numbers printed in Feature Flow (arXiv 2502.03032) and SAE Match (arXiv 2410.07656), for tables
+beside one's own.
 
 Gemma 2 2B with Gemma Scope 16k dictionaries. Values that appear only as bars or lines are not here.
 """
@@ -35,7 +36,8 @@ WEAK_SEPARATION = {
     ("attention", "RES&ATT", "MLP&ATT"): 0.72,
     ("attention", "MLP&ATT", "RES&MLP&ATT"): 0.56,
 }
-"""Fig. 14: the pairs with a share of significant tests below 0.80; every other pair has 0.80 or more."""
+"""Fig. 14: the pairs with a share of significant tests below 0.80; every other pair has 0.80 or
+more."""
 
 EV_TOP_1, EV_PERMUTATION_FOLDED, EV_PERMUTATION = 0.791, (0.783, 0.786), (0.747, 0.751)
 """Fig. 23, layers 14 → 15: top-1 decoder cosine; permutations with and without folded inference."""

@@ -1,16 +1,20 @@
-"""Independent, shared and chained dictionaries × cosine, permutation, Pearson and transport, in one table.
+"""Independent, shared and chained dictionaries × cosine, permutation, Pearson and transport, in one
+table.
 
 For every pair of neighbouring sites and every start:
 
-1. each matcher is fitted on one half of the held-out tokens (compare_matchers, pipeline/flow/matchers.py);
-2. its links are judged as the graph judges links (pipeline/flow/judge.py): their cosine against rotation, for
-   dictionaries of one start also against what inertia leaves and by firing; for `transport` the cosine is that of the
-   moved rows, and so is the rotation null. `above_null` is the share of targets whose link is accepted at 5 %;
-3. on the other half: correlation of firing, beside the best partner there and chance pairs of like density;
+1. each matcher is fitted on one half of the held-out tokens (compare_matchers,
+   pipeline/flow/matchers.py);
+2. its links are judged as the graph judges links (pipeline/flow/judge.py): their cosine against
+   rotation, for dictionaries of one start also against what inertia leaves and by firing; for
+   `transport` the cosine is that of the moved rows, and so is the rotation null. `above_null` is
+   the share of targets whose link is accepted at 5 %;
+3. on the other half: correlation of firing, beside the best partner there and chance pairs of like
+   density;
 4. in the model: the matched predecessor is removed (pipeline/flow/causal.py).
 
-Targets are latents that fired at least `FEW_FIRINGS` times on the judging half; a missing partner counts as no link.
-Which targets there are differs between starts, since their dictionaries differ.
+Targets are latents that fired at least `FEW_FIRINGS` times on the judging half; a missing partner
+counts as no link. Which targets there are differs between starts, since their dictionaries differ.
 """
 
 from __future__ import annotations
@@ -24,7 +28,12 @@ import torch
 
 from data.language_model import LanguageModel
 from data.sites import Site
-from pipeline.flow.causal import Contexts, DeactivationOptions, measure_deactivation, summarise_deactivation
+from pipeline.flow.causal import (
+    Contexts,
+    DeactivationOptions,
+    measure_deactivation,
+    summarise_deactivation,
+)
 from pipeline.flow.directions import Directions, directions_of
 from pipeline.flow.edges import EdgeColumns
 from pipeline.flow.experiments.figures import draw_bars
@@ -63,8 +72,8 @@ N_NULL = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Dictionaries of neighbouring residual sites, trained from one kind of start. `inertia`: the best cosines that a
-    common start alone leaves between them (start_null.py)."""
+    """Dictionaries of neighbouring residual sites, trained from one kind of start. `inertia`: the
+    best cosines that a common start alone leaves between them (start_null.py)."""
 
     name: str
     dictionaries: Mapping[Site, Sae]
@@ -104,7 +113,9 @@ def compare_starts(
     for start in starts:
         for pair in pair_sites(start.dictionaries).pairs:
             table, trial = _of_pair(start, pair, bench)
-            tables.append(table.assign(start=start.name, source=pair.source.short, target=pair.target.short))
+            tables.append(
+                table.assign(start=start.name, source=pair.source.short, target=pair.target.short)
+            )
             trials.append(trial.assign(start=start.name))
     by_pair, removed = pd.concat(tables, ignore_index=True), pd.concat(trials, ignore_index=True)
     return _finding(by_pair, removed, effort)
@@ -112,11 +123,14 @@ def compare_starts(
 
 def _of_pair(start: Start, pair: Pair, bench: _Bench) -> tuple[pd.DataFrame, pd.DataFrame]:
     fitted, other = (
-        pair_data(start.dictionaries, bench.held_out, pair.source, pair.target, half=half) for half in (0, 1)
+        pair_data(start.dictionaries, bench.held_out, pair.source, pair.target, half=half)
+        for half in (0, 1)
     )
     table, best = compare_matchers(fitted, (other.source_codes, other.target_codes), MATCHERS)
     judged = np.flatnonzero(other.target_codes.n_fired >= FEW_FIRINGS)
-    seen = pd.DataFrame([_judged(name, best[name], judged, start, pair, fitted, other, bench) for name in best])
+    seen = pd.DataFrame(
+        [_judged(name, best[name], judged, start, pair, fitted, other, bench) for name in best]
+    )
     facts = [start.dictionaries[site].metadata for site in (pair.source, pair.target)]
     trials = measure_deactivation(
         bench.model,
@@ -132,7 +146,9 @@ def _of_pair(start: Start, pair: Pair, bench: _Bench) -> tuple[pd.DataFrame, pd.
         ),
         progress=bench.progress,
     )
-    return table.merge(seen, on="matcher").assign(fvu=_mean_fvu(facts), relation=start_relation(*facts)), trials
+    return table.merge(seen, on="matcher").assign(
+        fvu=_mean_fvu(facts), relation=start_relation(*facts)
+    ), trials
 
 
 def _judged(
@@ -145,11 +161,14 @@ def _judged(
     other: PairData,
     bench: _Bench,
 ) -> dict[str, object]:
-    """How many of the judged targets have a link above its null, and how the links fire on tokens not fitted on."""
+    """How many of the judged targets have a link above its null, and how the links fire on tokens
+    not fitted on."""
     target = judged[best[judged] != NOBODY]
     source = best[target]
     rng = np.random.default_rng([bench.effort.seed, pair.target.layer])
-    cofiring = compare_firing(other.source_codes, other.target_codes, (source, target), rng=rng, n_chance=N_NULL)
+    cofiring = compare_firing(
+        other.source_codes, other.target_codes, (source, target), rng=rng, n_chance=N_NULL
+    )
     directions = _source_directions(name, fitted)
     columns = _columns(source, target, directions, fitted.target_directions)
     metadata = (fitted.source.metadata, fitted.target.metadata)
@@ -159,15 +178,23 @@ def _judged(
     nulls = [sampler.sample(directions, fitted.target_directions, generator)]
     if same and start.inertia is not None:
         nulls.append(start.inertia)
-    evidence = judge(columns, nulls, cofiring, other.target_codes.n_fired < FEW_FIRINGS, same_start=same)
+    evidence = judge(
+        columns, nulls, cofiring, other.target_codes.n_fired < FEW_FIRINGS, same_start=same
+    )
     together = q_values(p_values(cofiring.links.pearson, cofiring.chance.pearson))
     return {
         "matcher": name,
         "above_null": float((evidence.q <= RATE).sum() / max(len(judged), 1)),
         "fires_above_chance": float((together <= RATE).sum() / max(len(judged), 1)),
-        "pearson_best": float(np.median(cofiring.best.pearson[judged])) if len(judged) else float("nan"),
-        "pearson_chance_p99": float(np.quantile(cofiring.chance.pearson, 0.99)) if len(source) else float("nan"),
-        "agreement": float((cofiring.best.index[judged] == best[judged]).mean()) if len(judged) else float("nan"),
+        "pearson_best": float(np.median(cofiring.best.pearson[judged]))
+        if len(judged)
+        else float("nan"),
+        "pearson_chance_p99": float(np.quantile(cofiring.chance.pearson, 0.99))
+        if len(source)
+        else float("nan"),
+        "agreement": float((cofiring.best.index[judged] == best[judged]).mean())
+        if len(judged)
+        else float("nan"),
     }
 
 
@@ -175,12 +202,18 @@ def _source_directions(name: str, pair: PairData) -> Directions:
     """The source's unit rows in the space where the matcher compares them."""
     if name != "transport":
         return pair.source_directions
-    return directions_of(pair.source.W_dec.float() @ ridge_map(pair.rows), name="transported source")
+    return directions_of(
+        pair.source.W_dec.float() @ ridge_map(pair.rows), name="transported source"
+    )
 
 
-def _columns(source: np.ndarray, target: np.ndarray, left: Directions, right: Directions) -> EdgeColumns:
+def _columns(
+    source: np.ndarray, target: np.ndarray, left: Directions, right: Directions
+) -> EdgeColumns:
     """The links as edges, each its target's first choice."""
-    cosines = torch.einsum("nd,nd->n", left.unit[torch.from_numpy(source)], right.unit[torch.from_numpy(target)])
+    cosines = torch.einsum(
+        "nd,nd->n", left.unit[torch.from_numpy(source)], right.unit[torch.from_numpy(target)]
+    )
     first = np.zeros(len(source), dtype=np.int64)
     return EdgeColumns(
         source=source,
@@ -193,7 +226,9 @@ def _columns(source: np.ndarray, target: np.ndarray, left: Directions, right: Di
 
 
 def _mean_fvu(facts: Sequence[Mapping[str, object]]) -> float:
-    known = [value for metadata in facts if isinstance(value := metadata.get("held_out_fvu"), float)]
+    known = [
+        value for metadata in facts if isinstance(value := metadata.get("held_out_fvu"), float)
+    ]
     return float(np.mean(known)) if known else float("nan")
 
 
@@ -205,11 +240,14 @@ def _finding(by_pair: pd.DataFrame, trials: pd.DataFrame, effort: Effort) -> Fin
     )
     removed = summarise_deactivation(trials, by=("start", "strategy"), seed=effort.seed)
     removed = removed.rename(columns={"strategy": "matcher", "n_targets": "n_trials"})
-    summary = mean.drop(columns="n_targets").merge(removed, on=["start", "matcher"], how="outer", sort=False)
+    summary = mean.drop(columns="n_targets").merge(
+        removed, on=["start", "matcher"], how="outer", sort=False
+    )
     order = {name: i for i, name in enumerate([*MATCHERS, *removed["matcher"]])}
     starts = {name: i for i, name in enumerate(dict.fromkeys(by_pair["start"]))}
     summary = summary.sort_values(
-        ["start", "matcher"], key=lambda column: column.map(starts if column.name == "start" else order)
+        ["start", "matcher"],
+        key=lambda column: column.map(starts if column.name == "start" else order),
     ).reset_index(drop=True)
     matched = summary[summary["matcher"].isin(list(MATCHERS))]
     return Finding(
@@ -238,20 +276,26 @@ def _text(summary: pd.DataFrame, by_pair: pd.DataFrame) -> str:
     lines = []
     for row in summary.itertuples():
         removal = (
-            f"success {row.success:.2f} [{row.success_low:.2f}, {row.success_high:.2f}], change {row.change:.2f}"
+            f"success {row.success:.2f} [{row.success_low:.2f}, {row.success_high:.2f}], change "
+            f"{row.change:.2f}"
             f" [{row.change_low:.2f}, {row.change_high:.2f}], active {row.active_share:.2f}"
         )
         firing = (
-            f"above null {row.above_null:.2f}, Pearson {row.pearson_median:.2f} (best {row.pearson_best:.2f}, "
+            f"above null {row.above_null:.2f}, Pearson {row.pearson_median:.2f} (best "
+            f"{row.pearson_best:.2f}, "
             f"chance {row.pearson_chance_p99:.2f}), "
             if row.matcher in MATCHERS
             else ""
         )
         lines.append(f"  {row.start}, {row.matcher}: {firing}{removal}")
-    fvu = ", ".join(f"{name} {value:.3f}" for name, value in by_pair.groupby("start", sort=False)["fvu"].mean().items())
+    fvu = ", ".join(
+        f"{name} {value:.3f}"
+        for name, value in by_pair.groupby("start", sort=False)["fvu"].mean().items()
+    )
     n_pairs = by_pair.groupby("start").size().max() // len(MATCHERS)
     return (
-        "What the paper saw: on Gemma Scope (independent starts) cosine and Pearson succeed equally often (0.65).\n\n"
+        "What the paper saw: on Gemma Scope (independent starts) cosine and Pearson succeed "
+        "equally often (0.65).\n\n"
         f"What this model shows, {n_pairs} pairs of neighbouring layers, "
         f"unexplained variance {fvu}:\n" + "\n".join(lines)
     )

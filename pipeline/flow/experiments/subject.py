@@ -1,8 +1,9 @@
-"""What every experiment is given: a flow graph's edges, its dictionaries, held-out activations, the model if it is
-needed, and how much to do; and what it gives back: tables, a figure and a text.
+"""What every experiment is given: a flow graph's edges, its dictionaries, held-out activations, the
+model if it is needed, and how much to do; and what it gives back: tables, a figure and a text.
 
-`layers_of` reads off the edges, for each residual site, its best predecessors by relation and their cosines, the scores
-s(R), s(M), s(A) of Feature Flow §3.3: the top-1 link whether or not the graph keeps it, as in the paper.
+`layers_of` reads off the edges, for each residual site, its best predecessors by relation and their
+cosines, the scores s(R), s(M), s(A) of Feature Flow §3.3: the top-1 link whether or not the graph
+keeps it, as in the paper.
 """
 
 from __future__ import annotations
@@ -40,8 +41,12 @@ class Effort:
     n_tokens: Annotated[int, Ge(1), Doc("held-out tokens on which firing is looked at")] = 8192
     n_pairs: Annotated[int, Ge(1), Doc("layers or pairs of layers, spread over the depth")] = 6
     n_targets: Annotated[int, Ge(1), Doc("firing features tested per layer")] = 150
-    n_contexts: Annotated[int, Ge(1), Doc("held-out contexts that targets and losses come from")] = 32
-    n_exhaustive: Annotated[int, Ge(0), Doc("targets per pair for which every active predecessor is tried")] = 20
+    n_contexts: Annotated[
+        int, Ge(1), Doc("held-out contexts that targets and losses come from")
+    ] = 32
+    n_exhaustive: Annotated[
+        int, Ge(0), Doc("targets per pair for which every active predecessor is tried")
+    ] = 20
     seed: Annotated[int, Ge(0), Doc("of every choice")] = 0
 
 
@@ -61,14 +66,16 @@ class Subject:
         return Shelf(dictionaries=self.dictionaries, held_out=self.held_out)
 
     def pair(self, source: Site, target: Site, *, half: int | None = None) -> PairData:
-        """Two dictionaries and activations to match them by: of all held-out tokens, or of the first (0) or second (1)
-        half of every batch, so that one half can judge what the other chose."""
+        """Two dictionaries and activations to match them by: of all held-out tokens, or of the
+        first (0) or second (1) half of every batch, so that one half can judge what the other
+        chose."""
         return pair_data(self.dictionaries, self.held_out, source, target, half=half)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What an experiment found. `draw` writes the figure; `text` says what the paper saw and what this model shows."""
+    """What an experiment found. `draw` writes the figure; `text` says what the paper saw and what
+    this model shows."""
 
     tables: Mapping[str, pd.DataFrame]
     draw: Callable[[Path], None]
@@ -78,7 +85,8 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class BestLink:
-    """The best predecessors at one site before a target: for each target latent its latent there (-1) and cosine."""
+    """The best predecessors at one site before a target: for each target latent its latent there
+    (-1) and cosine."""
 
     source: Site
     best: Int64[np.ndarray, "target"]
@@ -94,7 +102,12 @@ class Layer:
 
 
 def pair_data(
-    dictionaries: Mapping[Site, Sae], held_out: HeldOut, source: Site, target: Site, *, half: int | None = None
+    dictionaries: Mapping[Site, Sae],
+    held_out: HeldOut,
+    source: Site,
+    target: Site,
+    *,
+    half: int | None = None,
 ) -> PairData:
     """Two dictionaries and held-out activations to match them by; `half` as in `Subject.pair`."""
     left, right = dictionaries[source], dictionaries[target]
@@ -164,7 +177,9 @@ def _best_link(edges: pd.DataFrame, n: int) -> BestLink:
     return BestLink(source=parse_site(str(edges["source_site"].iloc[0])), best=best, score=score)
 
 
-def _rows(held_out: HeldOut, source: Site, target: Site, half: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _rows(
+    held_out: HeldOut, source: Site, target: Site, half: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
     for left, right in zip(held_out(source), held_out(target), strict=True):
         middle = (len(left) + 1) // 2
         part = slice(None) if half is None else slice(middle) if half == 0 else slice(middle, None)
@@ -173,5 +188,6 @@ def _rows(held_out: HeldOut, source: Site, target: Site, half: int | None) -> It
 
 
 def _candidates(source: Sae, target: Sae) -> int | None:
-    """Wide dictionaries are assigned among candidates: the dense problem takes minutes from about 8k latents."""
+    """Wide dictionaries are assigned among candidates: the dense problem takes minutes from about
+    8k latents."""
     return 64 if max(source.n_latents, target.n_latents) > 8192 else None

@@ -1,12 +1,17 @@
-"""A synthetic atlas, written from the published format (docs/decisions/0003-atlas-shards.md) and nothing else.
+"""A synthetic atlas, written from the published format (docs/decisions/0003-atlas-shards.md) and
+nothing else.
 
-Seed and sizes -> a `site/` folder with planted structure, so that the pages can be tested without a model:
+Seed and sizes -> a `site/` folder with planted structure, so that the pages can be tested without a
+model:
 
-1. residual latents are carried along permutations with cosine about 0.9, a share of them is newborn at every layer;
+1. residual latents are carried along permutations with cosine about 0.9, a share of them is newborn
+   at every layer;
 2. modules feed some of them, one feature per dictionary is dead, one fires once;
-3. tokens and labels include hostile text: script tags, line separators, broken UTF-8, right-to-left, a megabyte.
+3. tokens and labels include hostile text: script tags, line separators, broken UTF-8,
+   right-to-left, a megabyte.
 
-Cost: about two seconds for 30 x 2048. It does not import the package's writer: the two are checks on one another.
+Cost: about two seconds for 30 x 2048. It does not import the package's writer: the two are checks
+on one another.
 """
 
 from __future__ import annotations

@@ -37,18 +37,38 @@ def _repad(payload: bytes, end: int) -> bytes:
 
 def _card_labels(world: World, site: int, latent: int) -> list[dict[str, Any]]:
     text = label_of(world, site, latent)
-    base = {"score": 0.81, "low": 0.74, "high": 0.87, "n": 210, "precision": 0.9, "recall": 0.75, "near_miss": 0.8}
-    inherited = {"text": "days of the week", "method": 2, "from": "L0/3", "cosine": 0.93, "accepted": True, **base}
+    base = {
+        "score": 0.81,
+        "low": 0.74,
+        "high": 0.87,
+        "n": 210,
+        "precision": 0.9,
+        "recall": 0.75,
+        "near_miss": 0.8,
+    }
+    inherited = {
+        "text": "days of the week",
+        "method": 2,
+        "from": "L0/3",
+        "cosine": 0.93,
+        "accepted": True,
+        **base,
+    }
     if text in ("", "no simple rule"):
         return (
             []
             if not text
-            else [{"text": text, "method": 0, "score": None, "n": 0, "accepted": False, "from": None}, inherited]
+            else [
+                {"text": text, "method": 0, "score": None, "n": 0, "accepted": False, "from": None},
+                inherited,
+            ]
         )
     return [{"text": text, "method": latent % 3, "accepted": True, "from": None, **base}, inherited]
 
 
-def _card_columns(world: World, site: int, latents: np.ndarray, density: np.ndarray) -> dict[str, np.ndarray]:
+def _card_columns(
+    world: World, site: int, latents: np.ndarray, density: np.ndarray
+) -> dict[str, np.ndarray]:
     rng, n, v = world.rng, len(latents), len(world.vocabulary)
     alive = world.alive[site][latents]
     count = np.maximum(np.round(density * len(world.tokens)), alive).astype(np.uint32)
@@ -71,7 +91,9 @@ def _card_columns(world: World, site: int, latents: np.ndarray, density: np.ndar
         "mean": top * 0.4,
         "std": top * 0.2,
         "max": top,
-        "decile": np.where(alive[:, None], np.linspace(0.05, 1, 11)[None] * top[:, None], np.nan).astype(np.float32),
+        "decile": np.where(
+            alive[:, None], np.linspace(0.05, 1, 11)[None] * top[:, None], np.nan
+        ).astype(np.float32),
         "threshold": np.full(n, np.nan, np.float32),
         "histogram": histogram,
         "token": tokens,
@@ -105,7 +127,9 @@ def _examples(world: World, n: int, alive: np.ndarray, top: np.ndarray) -> dict[
     per = np.where(alive, e, 0)
     rows = rng.integers(0, len(world.tokens), (n, e))[alive].ravel()
     tab = np.tile([t for t, _ in plan], int(alive.sum())).astype(np.uint8)
-    decile = np.tile([9 if t == 0 else (5 if t == 2 else d) for t, d in plan], int(alive.sum())).astype(np.uint8)
+    decile = np.tile(
+        [9 if t == 0 else (5 if t == 2 else d) for t, d in plan], int(alive.sum())
+    ).astype(np.uint8)
     share = np.where(tab == 0, 1 - 0.02 * (np.arange(len(rows)) % e), (decile + 1) / 11)
     share = np.where(tab == 3, 0.02, share)
     room = world.sizes.n_context

@@ -19,16 +19,30 @@ def write_flow(folder: Path, world: World) -> None:
         for source in sorted({s for s, *_ in parts}):
             mine = [(t, c) for s, t, _, c, r in parts if s == source and r == 0]
             n = sum(len(t) for t, _ in mine)
-            relation = {"resid_post": "residual", "mlp_out": "mlp", "attn_out": "attention"}[world.sites[source][1]]
+            relation = {"resid_post": "residual", "mlp_out": "mlp", "attn_out": "attention"}[
+                world.sites[source][1]
+            ]
             pairs.append(
-                _pair(source, target, relation, n, world, float(np.median(np.concatenate([c for _, c in mine]))))
+                _pair(
+                    source,
+                    target,
+                    relation,
+                    n,
+                    world,
+                    float(np.median(np.concatenate([c for _, c in mine]))),
+                )
             )
     residual = [i for i, (_, kind) in enumerate(world.sites) if kind == "resid_post"]
     for a, source in enumerate(residual):
         for target in residual[a + 2 :: 4]:
             distance = world.sites[target][0] - world.sites[source][0]
             n = int(world.sizes.n_latents * 0.82**distance)
-            pairs.append({**_pair(source, target, "residual", n, world, max(0.3, 0.88**distance)), "adjacent": False})
+            pairs.append(
+                {
+                    **_pair(source, target, "residual", n, world, max(0.3, 0.88**distance)),
+                    "adjacent": False,
+                }
+            )
     write_shard(folder, "flow/model", {"pairs": pairs, "settings": {"alpha": 0.01}})
     _write_communities(folder, world)
     _write_trunks(folder, world)
@@ -56,7 +70,8 @@ def _write_communities(folder: Path, world: World) -> None:
 
 
 def _write_trunks(folder: Path, world: World) -> None:
-    """Walk the planted links: the parents of a layer are a permutation, so every feature has one child at most."""
+    """Walk the planted links: the parents of a layer are a permutation, so every feature has one
+    child at most."""
     child: dict[tuple[int, int], tuple[int, int, float]] = {}
     linked_from: set[tuple[int, int]] = set()
     fed: dict[tuple[int, int], set[str]] = {}
@@ -85,11 +100,15 @@ def _write_trunks(folder: Path, world: World) -> None:
     members = [member for path in paths for member in path]
     hostile = HOSTILE_TEXTS if world.sizes.hostile else ()
     labels = [
-        hostile[i] if i < len(hostile) else label_of(world, *path[len(path) // 2][:2]) for i, path in enumerate(paths)
+        hostile[i] if i < len(hostile) else label_of(world, *path[len(path) // 2][:2])
+        for i, path in enumerate(paths)
     ]
     read = [i for i, (layer, _) in enumerate(world.sites) if (layer, "mlp_out") in world.sites]
     begin = [_begin(path[0][:2], residual, fed, read) for path in paths]
-    end = [0 if path[-1][0] == residual[-1] else 1 if path[-1][:2] in linked_from else 2 for path in paths]
+    end = [
+        0 if path[-1][0] == residual[-1] else 1 if path[-1][:2] in linked_from else 2
+        for path in paths
+    ]
     written = {name: [0] * len(world.sites) for name in ("mlp", "attention", "both")}
     for place in continued:
         if place in fed:
@@ -122,7 +141,12 @@ def _write_trunks(folder: Path, world: World) -> None:
     )
 
 
-def _begin(first: tuple[int, int], residual: list[int], fed: dict[tuple[int, int], set[str]], read: list[int]) -> str:
+def _begin(
+    first: tuple[int, int],
+    residual: list[int],
+    fed: dict[tuple[int, int], set[str]],
+    read: list[int],
+) -> str:
     if first[0] == residual[0]:
         return "first"
     if first in fed:
@@ -131,12 +155,28 @@ def _begin(first: tuple[int, int], residual: list[int], fed: dict[tuple[int, int
 
 
 def _how(kinds: set[str]) -> str:
-    return "both" if len(kinds) == 2 else {"mlp_out": "mlp", "attn_out": "attention"}[next(iter(kinds))]
+    return (
+        "both"
+        if len(kinds) == 2
+        else {"mlp_out": "mlp", "attn_out": "attention"}[next(iter(kinds))]
+    )
 
 
-def _pair(source: int, target: int, relation: str, n: int, world: World, median: float) -> dict[str, Any]:
+def _pair(
+    source: int, target: int, relation: str, n: int, world: World, median: float
+) -> dict[str, Any]:
     return {
-        "source": source, "target": target, "relation": relation, "n_links": n, "n_possible": world.sizes.n_latents - 1,
-        "median_cosine": median, "mutual": 0.8, "threshold": 0.41, "null_median": 0.2, "null_p99": 0.35,
-        "agreement": 0.7, "initialisation": "same start", "adjacent": True,
-    }  # fmt: skip
+        "source": source,
+        "target": target,
+        "relation": relation,
+        "n_links": n,
+        "n_possible": world.sizes.n_latents - 1,
+        "median_cosine": median,
+        "mutual": 0.8,
+        "threshold": 0.41,
+        "null_median": 0.2,
+        "null_p99": 0.35,
+        "agreement": 0.7,
+        "initialisation": "same start",
+        "adjacent": True,
+    }

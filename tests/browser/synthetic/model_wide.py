@@ -1,7 +1,5 @@
 """What all synthetic dictionaries share: token search, steering samples, the manifest."""
 
-# ruff: noqa: E501  (rows of tables stand on one line)
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -32,10 +30,24 @@ def write_search(folder: Path, world: World) -> None:
 
 
 def write_scores(folder: Path, world: World) -> None:
-    """What a sentence model and a chat model say of one feature; the chat model's label is hostile."""
-    label = {"text": HOSTILE_TEXTS[0] if world.sizes.hostile else "names of harbours", "method": "model", "model": "stub",
-             "score": 0.85, "low": 0.64, "high": 0.95, "n": 19}  # fmt: skip
-    found = {"examples_score": 0.93, "label_score": None, "n_firing": 9, "n_silent": 10, "labels": [label]}
+    """What a sentence model and a chat model say of one feature; the chat model's label is
+    hostile."""
+    label = {
+        "text": HOSTILE_TEXTS[0] if world.sizes.hostile else "names of harbours",
+        "method": "model",
+        "model": "stub",
+        "score": 0.85,
+        "low": 0.64,
+        "high": 0.95,
+        "n": 19,
+    }
+    found = {
+        "examples_score": 0.93,
+        "label_score": None,
+        "n_firing": 9,
+        "n_silent": 10,
+        "labels": [label],
+    }
     write_shard(folder, "attached/scores", {"version": 1, "features": {"L2/30": found}})
 
 
@@ -43,19 +55,42 @@ def write_steering(folder: Path, world: World) -> None:
     layer = world.sizes.n_layers // 2
     feature = f"L{layer}/30"
     samples = [
-        {"feature": feature, "label": "fires on harbour", "arm": arm, "dose": dose, "schedule": "constant",
-         "features": [f"L{layer - 1}/3", feature], "seed": seed, "prompt": "The weather was",
-         "unsteered": " cold and the road was empty.", "steered": HOSTILE_TEXTS[seed] + " near the harbour, harbour harbour.",
-         "measure": {"name": "own tokens per 100", "unsteered": 1.2, "steered": 9.0}}
-        for arm in ("single layer", "flow additive") for dose in (0.1, 0.4) for seed in range(3)
-    ]  # fmt: skip
+        {
+            "feature": feature,
+            "label": "fires on harbour",
+            "arm": arm,
+            "dose": dose,
+            "schedule": "constant",
+            "features": [f"L{layer - 1}/3", feature],
+            "seed": seed,
+            "prompt": "The weather was",
+            "unsteered": " cold and the road was empty.",
+            "steered": HOSTILE_TEXTS[seed] + " near the harbour, harbour harbour.",
+            "measure": {"name": "own tokens per 100", "unsteered": 1.2, "steered": 9.0},
+        }
+        for arm in ("single layer", "flow additive")
+        for dose in (0.1, 0.4)
+        for seed in range(3)
+    ]
     effects = [
-        {"feature": feature, "arm": arm, "dose": dose, "name": "own tokens per 100", "mean": 8 * dose + k, "low": 6 * dose, "high": 10 * dose + 2, "n": 64}
-        for k, arm in enumerate(("single layer", "flow additive")) for dose in (0.1, 0.2, 0.4)
-    ]  # fmt: skip
+        {
+            "feature": feature,
+            "arm": arm,
+            "dose": dose,
+            "name": "own tokens per 100",
+            "mean": 8 * dose + k,
+            "low": 6 * dose,
+            "high": 10 * dose + 2,
+            "n": 64,
+        }
+        for k, arm in enumerate(("single layer", "flow additive"))
+        for dose in (0.1, 0.2, 0.4)
+    ]
     commands = {feature: f"featureflow steer --steer.features '[\"{feature}\"]'"}
     write_shard(
-        folder, "attached/steering", {"version": 1, "samples": samples, "effects": effects, "commands": commands}
+        folder,
+        "attached/steering",
+        {"version": 1, "samples": samples, "effects": effects, "commands": commands},
     )
 
 
@@ -63,26 +98,63 @@ def manifest(world: World) -> dict[str, Any]:
     sizes = world.sizes
     n = sizes.n_latents
     sites = [
-        {"site": f"blocks.{layer}.hook_{kind}", "short": world.short(i), "layer": layer, "kind": kind, "n_latents": n,
-         "n_alive": n - 1, "n_labelled": n // 3, "n_cards": -(-n // 256), "n_dying": n // 16,
-         "classes": {"translated": int(n * 0.6), "processed": int(n * 0.2), "newborn": int(n * 0.15), "unexplained": n // 20},
-         "metrics": {"fvu": 0.21, "l0": 32.0, "dead": 1}}
+        {
+            "site": f"blocks.{layer}.hook_{kind}",
+            "short": world.short(i),
+            "layer": layer,
+            "kind": kind,
+            "n_latents": n,
+            "n_alive": n - 1,
+            "n_labelled": n // 3,
+            "n_cards": -(-n // 256),
+            "n_dying": n // 16,
+            "classes": {
+                "translated": int(n * 0.6),
+                "processed": int(n * 0.2),
+                "newborn": int(n * 0.15),
+                "unexplained": n // 20,
+            },
+            "metrics": {"fvu": 0.21, "l0": 32.0, "dead": 1},
+        }
         for i, (layer, kind) in enumerate(world.sites)
-    ]  # fmt: skip
+    ]
     return {
-        "format": "featureflow-atlas", "version": 2, "title": f"Synthetic · {len(sites)} dictionaries", "profile": "standard",
-        "model": {"name": "synthetic-model", "fingerprint": "0" * 16, "n_layers": sizes.n_layers, "d_model": 64, "d_vocab": len(world.vocabulary), "n_context": sizes.n_context},
-        "corpus": {
-            "n_tokens": len(world.tokens), "n_tokens_seen": len(world.tokens) - 64, "n_documents": sizes.n_documents,
-            "rows_per_shard": sizes.rows_per_shard, "n_shards": -(-len(world.tokens) // sizes.rows_per_shard),
-            "sources": [{"name": name, "n_tokens": 1000, "n_documents": 20} for name in ("wiki", "code", "<b>books</b>")],
-            "labels": [{"name": "physics", "n_tokens": 1000}, {"name": "music", "n_tokens": 1000}],
-            "filters": {"drop_bos": True, "drop_special": True, "drop_sinks": True}, "n_dropped": {"bos": 64, "sink": 3}, "holdout": 0.333,
+        "format": "featureflow-atlas",
+        "version": 2,
+        "title": f"Synthetic · {len(sites)} dictionaries",
+        "profile": "standard",
+        "model": {
+            "name": "synthetic-model",
+            "fingerprint": "0" * 16,
+            "n_layers": sizes.n_layers,
+            "d_model": 64,
+            "d_vocab": len(world.vocabulary),
+            "n_context": sizes.n_context,
         },
-        "sites": sites, "cards_per_shard": 256, "window": 24, "example_tabs": ["top", "decile", "uniform", "near_miss"],
+        "corpus": {
+            "n_tokens": len(world.tokens),
+            "n_tokens_seen": len(world.tokens) - 64,
+            "n_documents": sizes.n_documents,
+            "rows_per_shard": sizes.rows_per_shard,
+            "n_shards": -(-len(world.tokens) // sizes.rows_per_shard),
+            "sources": [
+                {"name": name, "n_tokens": 1000, "n_documents": 20}
+                for name in ("wiki", "code", "<b>books</b>")
+            ],
+            "labels": [{"name": "physics", "n_tokens": 1000}, {"name": "music", "n_tokens": 1000}],
+            "filters": {"drop_bos": True, "drop_special": True, "drop_sinks": True},
+            "n_dropped": {"bos": 64, "sink": 3},
+            "holdout": 0.333,
+        },
+        "sites": sites,
+        "cards_per_shard": 256,
+        "window": 24,
+        "example_tabs": ["top", "decile", "uniform", "near_miss"],
         "histogram": {"log2_low": -16, "bins_per_octave": 2, "n_bins": 64},
         "position_edges": [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128],
-        "position_totals": [500] * 15, "source_totals": [1000] * 3, "label_totals": [1000] * 2,
+        "position_totals": [500] * 15,
+        "source_totals": [1000] * 3,
+        "label_totals": [1000] * 2,
         "label_methods": [
             {"name": "token", "kind": "rule", "about": "fires on these tokens"},
             {"name": "previous token", "kind": "rule", "about": "fires after these tokens"},
@@ -92,7 +164,19 @@ def manifest(world: World) -> dict[str, Any]:
         "relations": ["residual", "mlp", "attention"],
         "search": {"tokens_per_shard": 1024, "shards": [0]},
         "has": {"flow": True, "communities": True, "trunks": True},
-        "headline": {"n_features": n * len(sites), "n_alive": (n - 1) * len(sites), "n_labelled": n // 3 * len(sites), "n_links": 210000, "fvu_median": 0.2134},
-        "provenance": {"collect": "c" * 64, "train": "t" * 64, "link": "l" * 64, "evaluate": None, "made_by": {"versions": {"torch": "2.13"}}},
+        "headline": {
+            "n_features": n * len(sites),
+            "n_alive": (n - 1) * len(sites),
+            "n_labelled": n // 3 * len(sites),
+            "n_links": 210000,
+            "fvu_median": 0.2134,
+        },
+        "provenance": {
+            "collect": "c" * 64,
+            "train": "t" * 64,
+            "link": "l" * 64,
+            "evaluate": None,
+            "made_by": {"versions": {"torch": "2.13"}},
+        },
         "licences": ["Synthetic text, no rights reserved"],
-    }  # fmt: skip
+    }

@@ -1,4 +1,5 @@
-"""The FFC1 container and its script, written from the published format; the package's own writer is not imported."""
+"""The FFC1 container and its script, written from the published format; the package's own writer is
+not imported."""
 
 from __future__ import annotations
 

@@ -19,19 +19,30 @@ def write_site(folder: Path, world: World, site: int, chains: dict[int, np.ndarr
     write_cards(folder, world, site, name, density)
 
 
-def _write_overview(folder: Path, world: World, site: int, chains: dict[int, np.ndarray], name: str) -> np.ndarray:
+def _write_overview(
+    folder: Path, world: World, site: int, chains: dict[int, np.ndarray], name: str
+) -> np.ndarray:
     n, rng = world.sizes.n_latents, world.rng
     density = np.where(world.alive[site], 10.0 ** rng.uniform(-5, -1.2, n), 0).astype(np.float32)
     layer, _ = world.sites[site]
     fed = np.zeros(n, bool)
     carried = np.zeros(n, bool)
     for source, target, _, _, rank in world.links[site]:
-        (carried if world.sites[source][1] == "resid_post" else fed)[target[np.full(len(target), rank == 0)]] = True
+        (carried if world.sites[source][1] == "resid_post" else fed)[
+            target[np.full(len(target), rank == 0)]
+        ] = True
     kind = np.where(carried & fed, 2, np.where(carried, 1, np.where(fed | (layer == 0), 3, 4)))
     kind[~world.alive[site]] = 0
     identity = chains.get(site, layer * 2**20 + np.arange(n))
-    flags = world.alive[site] * 1 + (np.arange(n) % 3 == 0) * 2 + (density > 0.1) * 8 + (rng.random(n) < 0.06) * 16
-    n_in = sum((np.bincount(target, minlength=n) for _, target, *_ in world.links[site]), np.zeros(n, int))
+    flags = (
+        world.alive[site] * 1
+        + (np.arange(n) % 3 == 0) * 2
+        + (density > 0.1) * 8
+        + (rng.random(n) < 0.06) * 16
+    )
+    n_in = sum(
+        (np.bincount(target, minlength=n) for _, target, *_ in world.links[site]), np.zeros(n, int)
+    )
     write_shard(
         folder,
         f"{name}/overview",
@@ -67,9 +78,13 @@ def _write_links(folder: Path, world: World, site: int, name: str) -> None:
     cosine = np.concatenate([c for *_, c, _ in parts] or [np.zeros(0)])
     rank = np.concatenate([np.full(len(t), r) for _, t, _, _, r in parts] or [np.zeros(0, int)])
     order = np.lexsort((rank, target))
-    target, source_site, source, cosine, rank = (x[order] for x in (target, source_site, source, cosine, rank))
+    target, source_site, source, cosine, rank = (
+        x[order] for x in (target, source_site, source, cosine, rank)
+    )
     kinds = [world.sites[s][1] for s in source_site]
-    relation = np.array([{"resid_post": 0, "mlp_out": 1, "attn_out": 2}[kind] for kind in kinds], np.uint8)
+    relation = np.array(
+        [{"resid_post": 0, "mlp_out": 1, "attn_out": 2}[kind] for kind in kinds], np.uint8
+    )
     tested = rng.random(len(target)) < 0.1
     e = len(target)
     write_shard(

@@ -15,7 +15,9 @@ def write_texts(folder: Path, world: World) -> None:
     lengths = np.array([len(token) for token in world.vocabulary])
     offset = np.concatenate([[0], lengths.cumsum()]).astype(np.uint32)
     data = np.frombuffer(b"".join(world.vocabulary), np.uint8)
-    write_shard(folder, "vocab", {"n_tokens": len(lengths), "special": [0]}, offset=offset, bytes=data)
+    write_shard(
+        folder, "vocab", {"n_tokens": len(lengths), "special": [0]}, offset=offset, bytes=data
+    )
     n_rows = sizes.n_documents * sizes.n_context
     tokens = rng.zipf(1.3, n_rows) % len(lengths)
     split = rng.integers(0, n_rows - 2, n_rows // 40)
@@ -26,7 +28,8 @@ def write_texts(folder: Path, world: World) -> None:
         write_shard(folder, f"corpus/{shard:03d}", {}, token=part)
     documents = np.arange(sizes.n_documents)
     titles = [
-        HOSTILE_TEXTS[d % len(HOSTILE_TEXTS)] if d % 9 == 0 and sizes.hostile else f"Document {d}" for d in documents
+        HOSTILE_TEXTS[d % len(HOSTILE_TEXTS)] if d % 9 == 0 and sizes.hostile else f"Document {d}"
+        for d in documents
     ]
     write_shard(
         folder,

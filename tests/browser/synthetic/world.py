@@ -1,4 +1,5 @@
-"""What the synthetic atlas is about: sizes, dictionaries, vocabulary with hostile texts, and planted links."""
+"""What the synthetic atlas is about: sizes, dictionaries, vocabulary with hostile texts, and
+planted links."""
 
 from __future__ import annotations
 
@@ -23,10 +24,40 @@ HOSTILE_TEXTS = (
     "𝒳 👩‍👩‍👧 e\u0301\u0301\u0301\u0301",
 )
 WORDS = (
-    "river", "stone", "number", "seven", "Monday", "physics", "proof", "garden", "engine", "music", "winter", "law",
-    "market", "cell", "matrix", "story", "colour", "north", "harbour", "treaty", "verb", "syntax", "planet",
-    "protein", "chess", "export", "quarter", "bridge", "silver", "ocean", "thread", "archive", "lantern",
-)  # fmt: skip
+    "river",
+    "stone",
+    "number",
+    "seven",
+    "Monday",
+    "physics",
+    "proof",
+    "garden",
+    "engine",
+    "music",
+    "winter",
+    "law",
+    "market",
+    "cell",
+    "matrix",
+    "story",
+    "colour",
+    "north",
+    "harbour",
+    "treaty",
+    "verb",
+    "syntax",
+    "planet",
+    "protein",
+    "chess",
+    "export",
+    "quarter",
+    "bridge",
+    "silver",
+    "ocean",
+    "thread",
+    "archive",
+    "lantern",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +82,9 @@ class World:
     vocabulary: list[bytes]
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint16))
     alive: dict[int, np.ndarray] = field(default_factory=dict)
-    links: dict[int, list[tuple[int, np.ndarray, np.ndarray, np.ndarray, int]]] = field(default_factory=dict)
+    links: dict[int, list[tuple[int, np.ndarray, np.ndarray, np.ndarray, int]]] = field(
+        default_factory=dict
+    )
     first_card: bytes = b""
 
     def short(self, site: int) -> str:
@@ -69,7 +102,11 @@ def make_world(sizes: Sizes) -> World:
         if layer % sizes.module_every == 1:
             sites += [(layer, "attn_out"), (layer, "mlp_out")]
         sites.append((layer, "resid_post"))
-    words = [f" {w}{suffix}" for w in WORDS for suffix in ("", "s", "ed", "ing", "ly", " of", "'s", "-like")]
+    words = [
+        f" {w}{suffix}"
+        for w in WORDS
+        for suffix in ("", "s", "ed", "ing", "ly", " of", "'s", "-like")
+    ]
     vocabulary = [
         b"<|endoftext|>",
         b"\n",
@@ -88,9 +125,11 @@ def make_world(sizes: Sizes) -> World:
 
 
 def make_links(world: World) -> dict[int, np.ndarray]:
-    """Residual links along permutations (top-1 strong, top-2 and top-3 weak), modules into some latents.
+    """Residual links along permutations (top-1 strong, top-2 and top-3 weak), modules into some
+    latents.
 
-    Returns, per residual site, the identity of each latent's chain, layer * 2^20 + latent of where it was born.
+    Returns, per residual site, the identity of each latent's chain, layer * 2^20 + latent of where
+    it was born.
     """
     rng, n = world.rng, world.sizes.n_latents
     chains: dict[int, np.ndarray] = {}
@@ -108,17 +147,27 @@ def make_links(world: World) -> dict[int, np.ndarray]:
             carried[n - 1] = False
             identity = np.where(carried, chains[before][parent], identity)
             cosine = np.clip(rng.normal(0.88, 0.08, n), 0.3, 0.999)
-            world.links[site].append((before, np.flatnonzero(carried), parent[carried], cosine[carried], 0))
+            world.links[site].append(
+                (before, np.flatnonzero(carried), parent[carried], cosine[carried], 0)
+            )
             for rank in (1, 2):
                 other = rng.integers(0, n - 1, n)
                 weak = np.clip(rng.normal(0.45 - 0.08 * rank, 0.08, n), 0.05, 0.8)
-                world.links[site].append((before, np.flatnonzero(carried), other[carried], weak[carried], rank))
+                world.links[site].append(
+                    (before, np.flatnonzero(carried), other[carried], weak[carried], rank)
+                )
             for module in ("mlp_out", "attn_out"):
                 if (layer, module) in world.sites:
                     fed = np.flatnonzero(rng.random(n) < 0.3)
                     strength = np.clip(rng.normal(0.6, 0.12, len(fed)), 0.1, 0.99)
                     world.links[site].append(
-                        (world.index(layer, module), fed, rng.integers(0, n - 1, len(fed)), strength, 0)
+                        (
+                            world.index(layer, module),
+                            fed,
+                            rng.integers(0, n - 1, len(fed)),
+                            strength,
+                            0,
+                        )
                     )
         chains[site] = identity
     return chains

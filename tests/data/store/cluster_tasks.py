@@ -1,4 +1,5 @@
-"""What workers run in the tests of the cluster; apart from them, so that a worker imports no language model for it."""
+"""What workers run in the tests of the cluster; apart from them, so that a worker imports no
+language model for it."""
 
 import os
 import signal

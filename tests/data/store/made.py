@@ -22,10 +22,13 @@ N_CONTEXT = 128
 
 
 def planted_rows(n: int = 5000, width: int = 64, seed: int = 0) -> dict[str, Tensor]:
-    """Residual-like rows: dimensions of different mean and spread, and a first token of every context far from all."""
+    """Residual-like rows: dimensions of different mean and spread, and a first token of every
+    context far from all."""
     generator = torch.Generator().manual_seed(seed)
     spread = torch.exp(torch.randn(width, generator=generator))
-    residual = torch.randn(n, width, generator=generator) * spread + 3 * torch.randn(width, generator=generator)
+    residual = torch.randn(n, width, generator=generator) * spread + 3 * torch.randn(
+        width, generator=generator
+    )
     residual[::N_CONTEXT] *= 100
     return {RESIDUAL: residual, MLP: torch.randn(n, width // 2, generator=generator)}
 
@@ -60,7 +63,9 @@ def planted_layout(rows: dict[str, Tensor], **choices: object) -> StoreLayout:
 def fill_shards(writer: StoreWriter, rows: dict[str, Tensor], tokens: TokenTable) -> None:
     for shard in writer.missing_shards():
         start, stop = writer.layout.rows_of_shard(shard)
-        parts = ({k: v[i : min(i + 100, stop)] for k, v in rows.items()} for i in range(start, stop, 100))
+        parts = (
+            {k: v[i : min(i + 100, stop)] for k, v in rows.items()} for i in range(start, stop, 100)
+        )
         writer.write_shard(shard, tokens.part(start, stop), parts)
 
 

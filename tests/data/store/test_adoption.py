@@ -1,4 +1,5 @@
-"""Collecting again over a damaged store: sound shards are taken over, damaged ones made anew, foreign ones left."""
+"""Collecting again over a damaged store: sound shards are taken over, damaged ones made anew,
+foreign ones left."""
 
 import shutil
 from pathlib import Path
@@ -34,12 +35,18 @@ def collect(root: Path, *, force: bool = False) -> tuple[Path, list[int]]:
     context = RunContext(metrics=lambda record: collected.append(record["shard"]))
     recipe = Recipe(name="mended", description="", configs={"collect": CONFIG})
     force_of = ("collect",) if force else ()
-    [result] = run_recipe(recipe, to="collect", root=root, context_of=lambda stage: context, force=force_of)
+    [result] = run_recipe(
+        recipe, to="collect", root=root, context_of=lambda stage: context, force=force_of
+    )
     return result.artifact.path / "store.zarr", collected
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def shard_file(store: Path, shard: int) -> Path:
@@ -111,7 +118,9 @@ def test_what_is_taken_over_reads_as_it_was(earlier, tmp_path):
 
 
 def test_shards_of_another_run_are_left(earlier, tmp_path):
-    other = StoreWriter.create(tmp_path / "store.zarr", planted_layout(planted_rows(), provenance={"corpus": "other"}))
+    other = StoreWriter.create(
+        tmp_path / "store.zarr", planted_layout(planted_rows(), provenance={"corpus": "other"})
+    )
     assert adopt_shards(other, earlier) == []
     assert other.missing_shards() == [0, 1, 2]
     with pytest.raises(UserError, match="missing"):

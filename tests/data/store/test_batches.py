@@ -1,4 +1,5 @@
-"""Shuffled batches: every kept row once an epoch, the same rows at every site, and the same order after a restart."""
+"""Shuffled batches: every kept row once an epoch, the same rows at every site, and the same order
+after a restart."""
 
 import hashlib
 import time
@@ -35,7 +36,9 @@ def test_an_epoch_holds_each_row_at_most_once_and_leaves_out_less_than_a_batch(
     rows = np.array(sorted(kept))
     plan = EpochPlan(
         rows,
-        ShuffleChoices(seed=seed, batch_size=batch_size, window_blocks=window_blocks, block_rows=block_rows),
+        ShuffleChoices(
+            seed=seed, batch_size=batch_size, window_blocks=window_blocks, block_rows=block_rows
+        ),
         epoch=2,
     )
     served = Counter(int(row) for batch in range(plan.n_batches) for row in plan.rows_of(batch))
@@ -51,13 +54,17 @@ def test_ranks_share_the_rows_without_overlap_and_have_equally_many_batches(worl
     plans = [
         EpochPlan(
             rows,
-            ShuffleChoices(seed=seed, batch_size=16, window_blocks=4, block_rows=50, rank=rank, world=world),
+            ShuffleChoices(
+                seed=seed, batch_size=16, window_blocks=4, block_rows=50, rank=rank, world=world
+            ),
             epoch=0,
         )
         for rank in range(world)
     ]
     assert len({plan.n_batches for plan in plans}) == 1
-    served = [int(row) for plan in plans for batch in range(plan.n_batches) for row in plan.rows_of(batch)]
+    served = [
+        int(row) for plan in plans for batch in range(plan.n_batches) for row in plan.rows_of(batch)
+    ]
     assert len(served) == len(set(served))
 
 
@@ -88,7 +95,8 @@ def test_every_stored_dtype_is_read_in_batches_as_by_read(tmp_path, dtype):
 
 
 def test_a_batch_larger_than_its_windows_holds_the_planned_rows(store):
-    """Each batch spans several windows, so that a window is read anew while the batch before is gathered from it."""
+    """Each batch spans several windows, so that a window is read anew while the batch before is
+    gathered from it."""
     everything = store.read(RESIDUAL, 0, store.n_rows)
     reader = store.batches([RESIDUAL], batch_size=1300, seed=3, n_epochs=3, window_rows=256)
     for n, batch in enumerate(reader):
@@ -108,8 +116,16 @@ def test_epochs_and_seeds_differ_and_the_same_seed_repeats(store):
 @pytest.mark.parametrize(
     ("rows", "choices", "digest"),
     [
-        (np.arange(0, 9000, 3), {"batch_size": 700, "window_blocks": 5, "block_rows": 64}, "a57137ba29d067f2"),
-        (np.arange(5000), {"batch_size": 128, "window_blocks": 4, "block_rows": 128, "world": 3}, "ea804b461c2ff79b"),
+        (
+            np.arange(0, 9000, 3),
+            {"batch_size": 700, "window_blocks": 5, "block_rows": 64},
+            "a57137ba29d067f2",
+        ),
+        (
+            np.arange(5000),
+            {"batch_size": 128, "window_blocks": 4, "block_rows": 128, "world": 3},
+            "ea804b461c2ff79b",
+        ),
     ],
 )
 def test_the_order_is_that_of_the_version_that_saved_a_state(rows, choices, digest):
@@ -119,7 +135,9 @@ def test_the_order_is_that_of_the_version_that_saved_a_state(rows, choices, dige
     assert hashlib.sha256(order.tobytes()).hexdigest().startswith(digest)
 
 
-def test_the_first_window_of_the_next_epoch_is_read_while_this_one_is_trained_on(store, monkeypatch):
+def test_the_first_window_of_the_next_epoch_is_read_while_this_one_is_trained_on(
+    store, monkeypatch
+):
     read = []
     whole = ActivationStore.read_stored
     monkeypatch.setattr(

@@ -1,4 +1,5 @@
-"""Collection and verification on real Dask workers: the same bytes as here, also when workers die."""
+"""Collection and verification on real Dask workers: the same bytes as here, also when workers
+die."""
 
 import os
 import signal
@@ -45,7 +46,9 @@ class Made:
 @pytest.fixture(scope="module")
 def made():
     model = LanguageModel.open(SPEC)
-    packed = pack_corpus(BundledText(), model.tokenizer, n_context=32, n_tokens=6000, seed=0, validation_fraction=0.2)
+    packed = pack_corpus(
+        BundledText(), model.tokenizer, n_context=32, n_tokens=6000, seed=0, validation_fraction=0.2
+    )
     layout = StoreLayout(
         sites=tuple(SiteLayout(name=site.name, width=16) for site in model.sites()),
         dtype="bfloat16",
@@ -65,14 +68,17 @@ def made():
 def here(made, tmp_path_factory):
     url = tmp_path_factory.mktemp("here") / "store.zarr"
     writer = StoreWriter.create(url, made.layout)
-    collect_shards(made.model, writer, made.parts, made.model.sites(), batch_rows=256, rows_done=lambda n: None)
+    collect_shards(
+        made.model, writer, made.parts, made.model.sites(), batch_rows=256, rows_done=lambda n: None
+    )
     writer.finish(made.documents)
     return url
 
 
 @pytest.fixture(scope="module", autouse=True)
 def importable_tests():
-    """Workers are new processes that get this one's search path: it must lead to this package of tests."""
+    """Workers are new processes that get this one's search path: it must lead to this package of
+    tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[3]))
         yield
@@ -80,19 +86,30 @@ def importable_tests():
 
 @pytest.fixture(scope="module")
 def machines(importable_tests):
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+    ) as cluster:
         yield RunContext(scheduler=cluster.scheduler_address)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def collect(made, url, machines):
     writer = StoreWriter.create(url, made.layout)
     parts = [made.parts[shard] for shard in writer.missing_shards()]
     done = collect_on_cluster(
-        writer, parts, model=made.choice, sites=made.model.sites(), batch_rows=256, machines=machines
+        writer,
+        parts,
+        model=made.choice,
+        sites=made.model.sites(),
+        batch_rows=256,
+        machines=machines,
     )
     shards = [each.shard for each in done]
     writer.finish(made.documents)
@@ -106,15 +123,25 @@ def test_workers_write_the_same_bytes_as_one_process(made, here, machines, tmp_p
 
 
 def test_a_worker_with_several_threads_collects_one_shard_at_a_time(made, here, tmp_path):
-    """The threads of one worker share its model, whose hooks see whatever forward pass is running."""
+    """The threads of one worker share its model, whose hooks see whatever forward pass is
+    running."""
     writer = StoreWriter.create(tmp_path / "store.zarr", made.layout)
-    common = {"model": made.choice, "sites": made.model.sites(), "batch_rows": 64, "n_threads": None}
+    common = {
+        "model": made.choice,
+        "sites": made.model.sites(),
+        "batch_rows": 64,
+        "n_threads": None,
+    }
     tasks = [
-        ShardTask(url=writer.place.url, shard=shard, tokens=tokens, allow_non_finite=False, **common)
+        ShardTask(
+            url=writer.place.url, shard=shard, tokens=tokens, allow_non_finite=False, **common
+        )
         for shard, tokens in made.parts
     ]
     with ThreadPoolExecutor(3) as threads:
-        assert [each.shard for each in threads.map(collect_task, tasks)] == list(range(made.layout.n_shards))
+        assert [each.shard for each in threads.map(collect_task, tasks)] == list(
+            range(made.layout.n_shards)
+        )
     writer.finish(made.documents)
     assert bytes_of(tmp_path / "store.zarr") == bytes_of(here)
 
@@ -132,7 +159,9 @@ def test_a_worker_killed_in_a_shard_changes_nothing_in_the_end(machines, tmp_pat
     make_store(tmp_path / "undisturbed.zarr", planted_rows())
     url = tmp_path / "store.zarr"
     writer = StoreWriter.create(url, planted_layout(planted_rows()))
-    assert sorted(map_shards(write_or_die, [(str(url), shard) for shard in range(3)], machines)) == [0, 1, 2]
+    assert sorted(
+        map_shards(write_or_die, [(str(url), shard) for shard in range(3)], machines)
+    ) == [0, 1, 2]
     assert (tmp_path / "died").exists()
     writer.finish(planted_documents(5000))
     assert bytes_of(url) == bytes_of(tmp_path / "undisturbed.zarr")
@@ -147,7 +176,9 @@ def test_a_user_error_of_a_worker_arrives_whole(machines):
 
 def test_workers_that_die_again_and_again_end_in_a_clear_error():
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        ) as cluster,
         pytest.raises(UserError, match="died again and again"),
     ):
         list(map_shards(always_die, [0], RunContext(scheduler=cluster.scheduler_address)))
@@ -159,7 +190,12 @@ def test_another_model_on_a_worker_is_refused(made, machines, tmp_path):
     with pytest.raises(UserError, match="another model"):
         list(
             collect_on_cluster(
-                writer, made.parts, model=other, sites=made.model.sites(), batch_rows=256, machines=machines
+                writer,
+                made.parts,
+                model=other,
+                sites=made.model.sites(),
+                batch_rows=256,
+                machines=machines,
             )
         )
 
@@ -172,15 +208,34 @@ def test_a_scheduler_that_is_not_there_is_explained(monkeypatch):
 
 @contextmanager
 def real_cluster(folder: Path, port: int):
-    """A scheduler and a worker, each a process of its own as on a cluster; yields the scheduler's process."""
+    """A scheduler and a worker, each a process of its own as on a cluster; yields the scheduler's
+    process."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     address = f"tcp://127.0.0.1:{port}"
-    scheduler_command = ["scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard", "--no-show"]
-    worker_command = ["worker", address, "--nthreads", "1", "--no-dashboard", "--death-timeout", "30"]
+    scheduler_command = [
+        "scheduler",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--no-dashboard",
+        "--no-show",
+    ]
+    worker_command = [
+        "worker",
+        address,
+        "--nthreads",
+        "1",
+        "--no-dashboard",
+        "--death-timeout",
+        "30",
+    ]
     with ExitStack() as stack:
         processes = []
         for name, command in (("scheduler", scheduler_command), ("worker", worker_command)):
-            log = stack.enter_context((folder / f"{name}-{len(list(folder.iterdir()))}.log").open("wb"))
+            log = stack.enter_context(
+                (folder / f"{name}-{len(list(folder.iterdir()))}.log").open("wb")
+            )
             process = subprocess.Popen(
                 [sys.executable, "-m", "dask", *command],
                 cwd=folder,
@@ -209,7 +264,9 @@ def free_port() -> int:
 
 
 @pytest.mark.timeout(180)
-def test_a_scheduler_that_dies_in_a_collection_ends_in_a_clear_error_and_the_next_run_resumes(made, here, tmp_path):
+def test_a_scheduler_that_dies_in_a_collection_ends_in_a_clear_error_and_the_next_run_resumes(
+    made, here, tmp_path
+):
     url, port, done = tmp_path / "store.zarr", free_port(), []
     machines = RunContext(scheduler=f"tcp://127.0.0.1:{port}")
     writer = StoreWriter.create(url, made.layout)
@@ -219,7 +276,12 @@ def test_a_scheduler_that_dies_in_a_collection_ends_in_a_clear_error_and_the_nex
         pytest.raises(UserError, match="scheduler is gone") as caught,
     ):
         for each in collect_on_cluster(
-            writer, made.parts, model=made.choice, sites=made.model.sites(), batch_rows=256, machines=machines
+            writer,
+            made.parts,
+            model=made.choice,
+            sites=made.model.sites(),
+            batch_rows=256,
+            machines=machines,
         ):
             done.append(each.shard)
             end_group(scheduler)

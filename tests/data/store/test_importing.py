@@ -29,7 +29,8 @@ def imported(source, url, **choices):
 
 
 def write_saelens_cache(folder, rows, n_context):
-    """As `CacheActivationsRunner` leaves it: two Arrow streams in the order of state.json, not of their names."""
+    """As `CacheActivationsRunner` leaves it: two Arrow streams in the order of state.json, not of
+    their names."""
     folder.mkdir()
     contexts = rows.reshape(-1, n_context, rows.shape[1])
     ids = np.arange(len(rows), dtype=np.int32).reshape(-1, n_context)
@@ -38,7 +39,10 @@ def write_saelens_cache(folder, rows, n_context):
         columns = {SITE: contexts[part].tolist(), "token_ids": ids[part].tolist()}
         types = {SITE: pa.list_(pa.list_(pa.float32())), "token_ids": pa.list_(pa.int32())}
         table = pa.table({key: pa.array(value, types[key]) for key, value in columns.items()})
-        with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        with (
+            pa.OSFile(str(folder / name), "wb") as sink,
+            pa.ipc.new_stream(sink, table.schema) as writer,
+        ):
             writer.write_table(table, max_chunksize=4)
     state = {"_data_files": [{"filename": "data-b.arrow"}, {"filename": "data-a.arrow"}]}
     (folder / "state.json").write_text(json.dumps(state))
@@ -47,7 +51,9 @@ def write_saelens_cache(folder, rows, n_context):
 def test_a_saelens_cache_keeps_its_contexts_and_tokens(tmp_path):
     rows = planted()
     write_saelens_cache(tmp_path / "cache", rows, n_context=20)
-    store = imported(tmp_path / "cache", tmp_path / "store.zarr", first_is_bos=True, validation_fraction=0.1)
+    store = imported(
+        tmp_path / "cache", tmp_path / "store.zarr", first_is_bos=True, validation_fraction=0.1
+    )
     assert store.n_context == 20
     assert np.array_equal(store.read(SITE, 0, store.n_rows), rows)
     assert store.tokens().id.tolist() == list(range(600))
@@ -101,7 +107,9 @@ def test_what_cannot_be_imported_is_explained(tmp_path):
     np.save(tmp_path / "empty" / "b.npy", planted(11))
     with pytest.raises(UserError, match="differ in length"):
         import_activations(tmp_path / "empty", tmp_path / "store.zarr", HERE)
-    np.save(tmp_path / "empty" / "b.npy", np.array([{"code": "runs"}], dtype=object), allow_pickle=True)
+    np.save(
+        tmp_path / "empty" / "b.npy", np.array([{"code": "runs"}], dtype=object), allow_pickle=True
+    )
     with pytest.raises(UserError, match="not an array"):
         import_activations(tmp_path / "empty", tmp_path / "store.zarr", HERE)
 
@@ -127,7 +135,11 @@ def test_a_stream_of_unknown_length_is_stored_whole(tmp_path):
 def test_no_context_is_in_both_splits_where_the_last_one_is_short(tmp_path):
     np.save(tmp_path / "L3.npy", planted(603))
     store = imported(
-        tmp_path / "L3.npy", tmp_path / "store.zarr", n_context=20, shard_rows=320, validation_fraction=0.1
+        tmp_path / "L3.npy",
+        tmp_path / "store.zarr",
+        n_context=20,
+        shard_rows=320,
+        validation_fraction=0.1,
     )
     document = store.tokens().document
     train, validation = document[store.kept_rows("train")], document[store.kept_rows("validation")]
@@ -137,11 +149,15 @@ def test_no_context_is_in_both_splits_where_the_last_one_is_short(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
-def test_a_source_that_changed_under_the_same_name_is_not_taken_for_what_is_stored(tmp_path, suffix):
+def test_a_source_that_changed_under_the_same_name_is_not_taken_for_what_is_stored(
+    tmp_path, suffix
+):
     source, url = tmp_path / f"L3{suffix}", tmp_path / "store.zarr"
 
     def write(rows):
-        np.save(source, rows) if suffix == ".npy" else save_file({"L3": torch.from_numpy(rows)}, source)
+        np.save(source, rows) if suffix == ".npy" else save_file(
+            {"L3": torch.from_numpy(rows)}, source
+        )
 
     write(planted())
     imported(source, url)
@@ -153,11 +169,17 @@ def test_a_source_that_changed_under_the_same_name_is_not_taken_for_what_is_stor
 
 def test_a_longer_stream_over_a_finished_store_leaves_no_row_of_padding(tmp_path):
     layout = StoreLayout(
-        sites=(SiteLayout(name="embedding", width=12),), dtype="float32", n_rows=None, n_context=1,
-        shard_rows=256, chunk_rows=64,
-    )  # fmt: skip
+        sites=(SiteLayout(name="embedding", width=12),),
+        dtype="float32",
+        n_rows=None,
+        n_context=1,
+        shard_rows=256,
+        chunk_rows=64,
+    )
     for n in (290, 300, 310):
-        write_activations(tmp_path / "store.zarr", [({"embedding": planted(n)}, None)], layout=layout)
+        write_activations(
+            tmp_path / "store.zarr", [({"embedding": planted(n)}, None)], layout=layout
+        )
         store = ActivationStore.open(tmp_path / "store.zarr")
         assert store.n_rows == n
         assert np.array_equal(store.read("embedding", 0, n), planted(n))

@@ -54,7 +54,9 @@ def s3():
         AWS_ENDPOINT_URL=endpoint,
         AWS_ALLOW_HTTP="true",
     ):
-        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="activations")
+        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(
+            Bucket="activations"
+        )
         yield "s3://activations"
     server.stop()
 
@@ -65,7 +67,15 @@ def azure():
     if not AZURITE.exists() or shutil.which("node") is None:
         pytest.skip("Azurite is not installed (make emulators)")
     port = free_port()
-    command = ["node", AZURITE, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--inMemoryPersistence"]
+    command = [
+        "node",
+        AZURITE,
+        "--blobHost",
+        "127.0.0.1",
+        "--blobPort",
+        str(port),
+        "--inMemoryPersistence",
+    ]
     url = f"http://127.0.0.1:{port}"
     with environment(
         AZURITE_ACCOUNTS=f"{ACCOUNT}:{KEY}",
@@ -75,7 +85,9 @@ def azure():
         AZURITE_BLOB_STORAGE_URL=url,
         AZURE_ALLOW_HTTP="true",
     ):
-        process = subprocess.Popen([*command, "--silent", "--skipApiVersionCheck"], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*command, "--silent", "--skipApiVersionCheck"], stdout=subprocess.DEVNULL
+        )
         try:
             create_container(f"{url}/{ACCOUNT}/activations")
             yield "az://activations"
@@ -85,11 +97,14 @@ def azure():
 
 
 def create_container(url: str) -> None:
-    """obstore makes no containers, so this signs one request (the Shared Key scheme of Azure's reference)."""
+    """obstore makes no containers, so this signs one request (the Shared Key scheme of Azure's
+    reference)."""
     headers = {"x-ms-date": formatdate(usegmt=True), "x-ms-version": "2021-08-06"}
     signed = "PUT" + 12 * "\n" + "".join(f"{name}:{value}\n" for name, value in headers.items())
     signed += f"/{ACCOUNT}{urlsplit(url).path}\nrestype:container"
-    signature = base64.b64encode(hmac.digest(base64.b64decode(KEY), signed.encode(), "sha256")).decode()
+    signature = base64.b64encode(
+        hmac.digest(base64.b64decode(KEY), signed.encode(), "sha256")
+    ).decode()
     headers |= {"Authorization": f"SharedKey {ACCOUNT}:{signature}", "Content-Type": ""}
     request = Request(f"{url}?restype=container", method="PUT", data=b"", headers=headers)
     deadline = time.monotonic() + 30
@@ -143,7 +158,9 @@ def test_rows_and_batches_come_from_the_bucket(bucket, tmp_path):
     there = make_store(f"{bucket}/read", rows)
     assert (there.read(MLP, 100, 3000) == here.read(MLP, 100, 3000)).all()
     choices = {"batch_size": 500, "seed": 3, "n_epochs": 1}
-    for ours, theirs in zip(here.batches([RESIDUAL], **choices), there.batches([RESIDUAL], **choices), strict=True):
+    for ours, theirs in zip(
+        here.batches([RESIDUAL], **choices), there.batches([RESIDUAL], **choices), strict=True
+    ):
         assert (ours[RESIDUAL] == theirs[RESIDUAL]).all()
 
 
@@ -231,7 +248,8 @@ def test_an_interrupted_store_is_taken_up_where_it_stopped(bucket):
     resumed.finish(planted_documents(5000))
     assert verify_store(url, full=True, context=RunContext()).is_sound
     assert (
-        ActivationStore.open(url).read(MLP, 0, 5000) == make_store(f"{bucket}/whole", rows).read(MLP, 0, 5000)
+        ActivationStore.open(url).read(MLP, 0, 5000)
+        == make_store(f"{bucket}/whole", rows).read(MLP, 0, 5000)
     ).all()
 
 
@@ -239,7 +257,8 @@ GENERATION = "x-goog-generation"
 
 
 class GoogleAnswers(BaseHTTPRequestHandler):
-    """Answers each PUT with a new generation, as Google's documentation of the XML API says; keeps what was asked."""
+    """Answers each PUT with a new generation, as Google's documentation of the XML API says; keeps
+    what was asked."""
 
     asked: list[str | None]
 
@@ -261,14 +280,17 @@ class GoogleAnswers(BaseHTTPRequestHandler):
 
 
 def test_a_claim_on_gcs_is_renewed_by_the_generation_it_has_seen(tmp_path, monkeypatch):
-    """No emulator of GCS that can be installed here speaks the API that obstore uses (docs/store.md), so only what a
-    claim sends is looked at: 0, "not there yet", and then the generation of each answer before."""
+    """No emulator of GCS that can be installed here speaks the API that obstore uses
+    (docs/store.md), so only what a claim sends is looked at: 0, "not there yet", and then the
+    generation of each answer before."""
     handler = type("Handler", (GoogleAnswers,), {"asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     account = tmp_path / "account.json"
     facts = {"gcs_base_url": f"http://127.0.0.1:{server.server_port}", "disable_oauth": True}
-    account.write_text(json.dumps(facts | {"client_email": "", "private_key": "", "private_key_id": ""}))
+    account.write_text(
+        json.dumps(facts | {"client_email": "", "private_key": "", "private_key_id": ""})
+    )
     monkeypatch.setattr("data.store.objects._RENEW_SECONDS", 0.02)
     with environment(GOOGLE_SERVICE_ACCOUNT=str(account), GOOGLE_ALLOW_HTTP="true"):
         place = ObjectPlace("gs://activations/store")

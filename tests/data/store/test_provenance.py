@@ -1,4 +1,5 @@
-"""The digest of a text or a model changes with whatever would change the rows, and with nothing else."""
+"""The digest of a text or a model changes with whatever would change the rows, and with nothing
+else."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from data.store.provenance import corpus_digest, model_digest
 
 
 @pytest.mark.parametrize("name", [*packaged_texts()])
-def test_a_packaged_text_changes_with_its_own_package_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packaged_text_changes_with_its_own_package_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = packaged_texts()[name].requirement.partition("==")[0]
     versions = {text.requirement.partition("==")[0]: "1" for text in packaged_texts().values()}
     monkeypatch.setattr(metadata, "version", lambda package: versions[package])
@@ -31,7 +34,9 @@ def test_a_packaged_text_changes_with_its_own_package_alone(name: str, monkeypat
 def test_a_mixture_changes_with_any_of_its_parts(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("one")
-    mixture = Mixture(parts=(Part(corpus=BundledText()), Part(corpus=TextFiles(paths=(str(file),)))))
+    mixture = Mixture(
+        parts=(Part(corpus=BundledText()), Part(corpus=TextFiles(paths=(str(file),))))
+    )
     before = corpus_digest(mixture)
     assert corpus_digest(mixture) == before
     file.write_text("two")

@@ -1,4 +1,5 @@
-"""Statistics measured again from the rows: the same bits here and on workers, and those gathered while writing."""
+"""Statistics measured again from the rows: the same bits here and on workers, and those gathered
+while writing."""
 
 import json
 
@@ -12,12 +13,30 @@ from data.store.recount import recount_store
 from data.store.shards import write_chunk_file
 from pipeline.cli.store import store_commands
 from pipeline.run import RunContext
-from tests.data.store.made import MLP, RESIDUAL, fill_shards, make_store, planted_layout, planted_rows, planted_tokens
+from tests.data.store.made import (
+    MLP,
+    RESIDUAL,
+    fill_shards,
+    make_store,
+    planted_layout,
+    planted_rows,
+    planted_tokens,
+)
 
 
 def same(a, b) -> bool:
-    fields = ("n", "mean", "variance", "n_non_finite", "median_norm", "norm_quantiles", "norm_histogram")
-    return all(np.array_equal(np.asarray(getattr(a, f)), np.asarray(getattr(b, f))) for f in fields[:5]) and (
+    fields = (
+        "n",
+        "mean",
+        "variance",
+        "n_non_finite",
+        "median_norm",
+        "norm_quantiles",
+        "norm_histogram",
+    )
+    return all(
+        np.array_equal(np.asarray(getattr(a, f)), np.asarray(getattr(b, f))) for f in fields[:5]
+    ) and (
         a.norm_quantiles == b.norm_quantiles and np.array_equal(a.norm_histogram, b.norm_histogram)
     )
 
@@ -43,7 +62,9 @@ def test_rows_that_are_not_finite_are_counted_again(tmp_path):
     rows = planted_rows()
     rows[MLP][300, 2] = float("inf")
     rows[MLP][4801, :3] = float("nan")
-    writer = StoreWriter.create(tmp_path / "store.zarr", planted_layout(rows), allow_non_finite=True)
+    writer = StoreWriter.create(
+        tmp_path / "store.zarr", planted_layout(rows), allow_non_finite=True
+    )
     fill_shards(writer, rows, planted_tokens(5000))
     writer.finish()
     found = recount_store(tmp_path / "store.zarr", RunContext())
@@ -69,13 +90,24 @@ def test_statistics_that_are_not_those_of_the_rows_are_named(tmp_path):
 def test_workers_recount_to_the_same_bits_as_one_process(tmp_path):
     store = make_store(tmp_path / "store.zarr", planted_rows())
     here = recount_store(store.url, RunContext())
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+    ) as cluster:
         there = recount_store(store.url, RunContext(scheduler=cluster.scheduler_address))
-        command = ["statistics", store.url, "--scheduler", cluster.scheduler_address, "--json", "--quiet"]
+        command = [
+            "statistics",
+            store.url,
+            "--scheduler",
+            cluster.scheduler_address,
+            "--json",
+            "--quiet",
+        ]
         result = CliRunner().invoke(store_commands, command)
     assert there.problems == ()
     assert all(same(there.statistics[name], here.statistics[name]) for name in store.names)
     assert result.exit_code == 0, result.output
     told = json.loads(result.output)
     assert told["as_gathered"]
-    assert [each["n"] for each in told["sites"]] == [ActivationStore.open(store.url).statistics(MLP).n] * 2
+    assert [each["n"] for each in told["sites"]] == [
+        ActivationStore.open(store.url).statistics(MLP).n
+    ] * 2

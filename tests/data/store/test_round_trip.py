@@ -22,7 +22,14 @@ def test_rows_are_read_back_as_rounded_to_the_stored_dtype(tmp_path, dtype):
 def test_any_part_of_the_rows_can_be_read(tmp_path):
     rows = planted_rows()
     store = make_store(tmp_path / "store.zarr", rows, dtype="float32")
-    for start, stop in [(0, 1), (3, 3), (255, 257), (500, 2100), (2047, 2049), (store.n_rows - 1, store.n_rows)]:
+    for start, stop in [
+        (0, 1),
+        (3, 3),
+        (255, 257),
+        (500, 2100),
+        (2047, 2049),
+        (store.n_rows - 1, store.n_rows),
+    ]:
         assert np.array_equal(store.read(RESIDUAL, start, stop), rows[RESIDUAL][start:stop].numpy())
 
 
@@ -31,7 +38,12 @@ def test_two_other_engines_read_the_same_numbers(tmp_path, dtype):
     store = make_store(tmp_path / "store.zarr", planted_rows(), dtype=dtype)
     folder = tmp_path / "store.zarr" / "sites" / RESIDUAL / "rows"
     by_zarr = zarr.open_array(folder, mode="r")[:]
-    by_tensorstore = tensorstore.open({"driver": "zarr3", "kvstore": f"file://{folder}"}).result().read().result()
+    by_tensorstore = (
+        tensorstore.open({"driver": "zarr3", "kvstore": f"file://{folder}"})
+        .result()
+        .read()
+        .result()
+    )
     assert np.array_equal(by_zarr, by_tensorstore)
     values = (by_zarr.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else by_zarr
     assert np.array_equal(values.astype(np.float32), store.read(RESIDUAL, 0, store.n_rows))

@@ -1,4 +1,5 @@
-"""Gathering rows into batches: the right rows in every dtype, in pieces, by a thread that keeps its work to itself."""
+"""Gathering rows into batches: the right rows in every dtype, in pieces, by a thread that keeps its
+work to itself."""
 
 import threading
 
@@ -17,7 +18,9 @@ def test_gathered_rows_are_the_rows_at_the_slots_widened(monkeypatch, dtype, pie
     monkeypatch.setattr(staging, "_PIECE_NUMBERS", piece_numbers)
     rows = torch.randn(50, 12, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
     window = rows.view(torch.uint16).numpy() if dtype == "bfloat16" else rows.numpy()
-    buffers = StagingBuffers([SiteLayout(name="site", width=12)], dtype, 20, torch.device("cpu"), ring=2)
+    buffers = StagingBuffers(
+        [SiteLayout(name="site", width=12)], dtype, 20, torch.device("cpu"), ring=2
+    )
     slots = np.random.default_rng(0).permutation(50)[:20]
     staged = buffers.begin()
     buffers.gather(staged, [window], slots[:13], at=0)

@@ -1,4 +1,5 @@
-"""Whatever happens to a store on disk, it is refused with the shard, site and what mends it; never read as zeros."""
+"""Whatever happens to a store on disk, it is refused with the shard, site and what mends it; never
+read as zeros."""
 
 import contextlib
 import json
@@ -14,7 +15,15 @@ from data.store import ActivationStore, StoreWriter
 from data.store.checks import describe_store, verify_store
 from pipeline.run import RunContext
 from sae.errors import UserError
-from tests.data.store.made import MLP, RESIDUAL, fill_shards, make_store, planted_layout, planted_rows, planted_tokens
+from tests.data.store.made import (
+    MLP,
+    RESIDUAL,
+    fill_shards,
+    make_store,
+    planted_layout,
+    planted_rows,
+    planted_tokens,
+)
 
 HERE = RunContext()
 
@@ -39,9 +48,9 @@ def test_a_sound_store_verifies(sound):
     report = verify_store(sound, full=True, context=HERE)
     assert report.is_sound
     assert report.n_shards == 3
-    assert report.n_bytes == sum(p.stat().st_size for p in (sound / "sites").rglob("c/**/*") if p.is_file()) + sum(
-        p.stat().st_size for p in (sound / "tokens").rglob("c/*")
-    )
+    assert report.n_bytes == sum(
+        p.stat().st_size for p in (sound / "sites").rglob("c/**/*") if p.is_file()
+    ) + sum(p.stat().st_size for p in (sound / "tokens").rglob("c/*"))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +72,10 @@ def test_a_missing_or_cut_file_is_refused_when_opened_and_when_read(folder, soun
     assert RESIDUAL in str(caught.value)
     assert "featureflow collect" in str(caught.value)
     assert not verify_store(folder, full=False, context=HERE).is_sound
-    if shard_file(folder).exists() and shard_file(folder).stat().st_size > shard_file(sound).stat().st_size // 2 + 1:
+    if (
+        shard_file(folder).exists()
+        and shard_file(folder).stat().st_size > shard_file(sound).stat().st_size // 2 + 1
+    ):
         return  # only the index is cut: the rows themselves are whole and checked
     with pytest.raises(UserError, match="damaged"):
         reading.read(RESIDUAL, 2048, 4096)
@@ -80,7 +92,9 @@ def test_any_flipped_bit_is_found_by_full_verification(sound, data):
     flipped[position] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(flipped)
     try:
-        with contextlib.suppress(UserError):  # the root metadata may no longer say that this is a store
+        with contextlib.suppress(
+            UserError
+        ):  # the root metadata may no longer say that this is a store
             assert not verify_store(sound, full=True, context=HERE).is_sound, path
     finally:
         path.write_bytes(original)
@@ -113,7 +127,9 @@ def test_an_unfinished_store_is_refused(tmp_path):
     rows = planted_rows()
     writer = StoreWriter.create(tmp_path / "store.zarr", planted_layout(rows))
     start, stop = writer.layout.rows_of_shard(1)
-    writer.write_shard(1, planted_tokens(5000).part(start, stop), [{k: v[start:stop] for k, v in rows.items()}])
+    writer.write_shard(
+        1, planted_tokens(5000).part(start, stop), [{k: v[start:stop] for k, v in rows.items()}]
+    )
     with pytest.raises(UserError, match="not finished") as caught:
         ActivationStore.open(tmp_path / "store.zarr")
     assert "1 of 3 shards" in str(caught.value)
@@ -135,7 +151,9 @@ def test_a_foreign_folder_and_another_schema_are_refused(folder, tmp_path):
         ActivationStore.open(folder)
 
 
-def test_a_damaged_store_is_mended_by_writing_it_again_and_only_the_bad_shard_is_made(folder, sound):
+def test_a_damaged_store_is_mended_by_writing_it_again_and_only_the_bad_shard_is_made(
+    folder, sound
+):
     shard_file(folder).unlink()
     rows = planted_rows()
     writer = StoreWriter.create(folder, planted_layout(rows))
@@ -156,7 +174,9 @@ def test_rows_that_are_not_finite_stop_the_run_unless_they_are_allowed(tmp_path)
     with pytest.raises(UserError, match="not finite") as caught:
         make_store(tmp_path / "store.zarr", rows)
     assert MLP in str(caught.value)
-    writer = StoreWriter.create(tmp_path / "store.zarr", planted_layout(rows), allow_non_finite=True)
+    writer = StoreWriter.create(
+        tmp_path / "store.zarr", planted_layout(rows), allow_non_finite=True
+    )
     fill_shards(writer, rows, planted_tokens(5000))
     writer.finish()
     store = ActivationStore.open(tmp_path / "store.zarr")

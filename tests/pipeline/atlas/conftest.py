@@ -1,5 +1,5 @@
-"""A small atlas made by the real stages: a random model over the bundled text, planted dictionaries, links, the
-atlas."""
+"""A small atlas made by the real stages: a random model over the bundled text, planted
+dictionaries, links, the atlas."""
 
 from __future__ import annotations
 
@@ -40,17 +40,28 @@ def random_dictionary(seed: int, *, mean: torch.Tensor | None = None) -> Sae:
     b_enc[-1] = -1e6
     zero = torch.zeros(D_MODEL)
     return Sae(
-        W_enc=W, b_enc=b_enc, W_dec=W, b_dec=zero, b_in=zero if mean is None else mean, activation=TopKActivation(k=K)
+        W_enc=W,
+        b_enc=b_enc,
+        W_dec=W,
+        b_dec=zero,
+        b_in=zero if mean is None else mean,
+        activation=TopKActivation(k=K),
     )
 
 
 def train_artifact(out: Path, collected: Artifact) -> Artifact:
-    """Dictionaries of the same directions at every site, so that links exist, in the layout of the train stage."""
+    """Dictionaries of the same directions at every site, so that links exist, in the layout of the
+    train stage."""
     store = ActivationStore.open(collected.path / "store.zarr")
-    with Artifact.create(out, kind="train", schema=1, config={}, inputs={"collect": collected.digest}) as draft:
+    with Artifact.create(
+        out, kind="train", schema=1, config={}, inputs={"collect": collected.digest}
+    ) as draft:
         for site in store.sites:
             mean = torch.from_numpy(store.read(site, 0, store.n_rows)).mean(dim=0)
-            save_sae(random_dictionary(0, mean=mean), draft.path / "dictionaries" / parse_site(str(site)).short)
+            save_sae(
+                random_dictionary(0, mean=mean),
+                draft.path / "dictionaries" / parse_site(str(site)).short,
+            )
     return Artifact.open(out, kind="train", schema=1)
 
 
@@ -60,10 +71,15 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     folder = tmp_path_factory.mktemp("small_run")
     context = RunContext(n_threads=1)
     config = collect.Config(
-        model=Random(n_layers=3, d_model=D_MODEL, n_heads=2, d_mlp=32), corpus=BundledText(),
-        sites=("resid_post", "mlp_out:1"), n_context=32, n_tokens=4096, shard_rows=1024, chunk_rows=128,
+        model=Random(n_layers=3, d_model=D_MODEL, n_heads=2, d_mlp=32),
+        corpus=BundledText(),
+        sites=("resid_post", "mlp_out:1"),
+        n_context=32,
+        n_tokens=4096,
+        shard_rows=1024,
+        chunk_rows=128,
         validation_fraction=0.2,
-    )  # fmt: skip
+    )
     collected = collect.run(config, collect.Inputs(), folder / "collect", context)
     trained = train_artifact(folder / "train", collected)
     links = link.run(
@@ -73,5 +89,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
         context,
     )
     inputs = atlas.Inputs(collect=collected, train=trained, link=links)
-    made = atlas.run(atlas.Config(precision="float32", min_f1=0.3), inputs, folder / "atlas", context)
+    made = atlas.run(
+        atlas.Config(precision="float32", min_f1=0.3), inputs, folder / "atlas", context
+    )
     return SmallRun(collect=collected, train=trained, link=links, atlas=made)

@@ -1,8 +1,10 @@
-"""A dictionary, text and activations small enough for a test, which SAEDashboard and our atlas both describe.
+"""A dictionary, text and activations small enough for a test, which SAEDashboard and our atlas both
+describe.
 
-Left out on both sides: padding in the first six and last five places of each context, where SAEDashboard shows no
-examples. Every context is a document of its own. `record_saedashboard` (benchmarks/peers) writes what SAEDashboard
-finds to `saedashboard.json` beside this file, with a checksum of these inputs.
+Left out on both sides: padding in the first six and last five places of each context, where
+SAEDashboard shows no examples. Every context is a document of its own. `record_saedashboard`
+(benchmarks/peers) writes what SAEDashboard finds to `saedashboard.json` beside this file, with a
+checksum of these inputs.
 """
 
 from __future__ import annotations
@@ -56,13 +58,17 @@ class Case:
 
     def checksum(self) -> str:
         arrays = (self.tokens, self.x, self.W, self.gain, self.W_U)
-        return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()
+        return hashlib.sha256(
+            b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)
+        ).hexdigest()
 
     def dictionary(self) -> Sae:
         W, zero = torch.from_numpy(self.W), torch.zeros(D)
         b_enc = torch.zeros(N_LATENTS)
         b_enc[-1] = -1e6
-        return Sae(W_enc=W, b_enc=b_enc, W_dec=W, b_dec=zero, b_in=zero, activation=TopKActivation(k=K))
+        return Sae(
+            W_enc=W, b_enc=b_enc, W_dec=W, b_dec=zero, b_in=zero, activation=TopKActivation(k=K)
+        )
 
     def corpus(self) -> Corpus:
         flat = self.tokens.ravel()
@@ -83,10 +89,14 @@ class Case:
     def ours(self) -> tuple[Corpus, Columns]:
         """What the atlas finds: the columns of its cards."""
         corpus, sae, profile = self.corpus(), self.dictionary(), PROFILES["full"]
-        options = SurveyOptions(n_top=profile.n_top, n_near=profile.n_near, n_uniform=profile.n_reservoir)
+        options = SurveyOptions(
+            n_top=profile.n_top, n_near=profile.n_near, n_uniform=profile.n_reservoir
+        )
         x = self.x.reshape(-1, D)
         survey = survey_site(lambda a, b: x[a:b], Encoder.of(sae, "float32"), corpus, options)
-        return corpus, describe_site(survey, sae, corpus, project(sae.W_dec, self.unembedding()), profile)
+        return corpus, describe_site(
+            survey, sae, corpus, project(sae.W_dec, self.unembedding()), profile
+        )
 
     def write(self, folder: Path) -> None:
         """The folder that benchmarks/peers/dashboard_saedashboard.py reads."""
@@ -95,12 +105,24 @@ class Case:
         (folder / "cache").mkdir()
         torch.save({HOOK: torch.from_numpy(self.x)}, folder / "cache" / "model_activations_0.pt")
         folded = self.W_U * self.gain
-        W_U = np.ascontiguousarray((folded - folded.mean(axis=0)).T)  # as TransformerLens folds and centres it
+        W_U = np.ascontiguousarray(
+            (folded - folded.mean(axis=0)).T
+        )  # as TransformerLens folds and centres it
         np.savez(folder / "arrays.npz", tokens=self.tokens, W_U=W_U, ignored=np.array([0]))
         (folder / "tokenizer").mkdir()
-        model = {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(WORDS)}, "unk_token": WORDS[0]}
-        (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
-        facts = {"hook": HOOK, "contexts_per_file": CONTEXTS, "tokenizer": str(folder / "tokenizer")}
+        model = {
+            "type": "WordLevel",
+            "vocab": {word: i for i, word in enumerate(WORDS)},
+            "unk_token": WORDS[0],
+        }
+        (folder / "tokenizer" / "tokenizer.json").write_text(
+            json.dumps({"version": "1.0", "model": model})
+        )
+        facts = {
+            "hook": HOOK,
+            "contexts_per_file": CONTEXTS,
+            "tokenizer": str(folder / "tokenizer"),
+        }
         (folder / "case.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -108,25 +130,40 @@ def ask(case: Case, peers: Path, folder: Path) -> dict[str, Any]:
     """What SAEDashboard finds on a case written to `folder`."""
     case.write(folder)
     python = peers / "saedashboard" / "bin" / "python"
-    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": os.environ.get("HOME", "/"),
+        "OMP_NUM_THREADS": "1",
+    }
     environment |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
     done = subprocess.run(
         [str(python), str(SCRIPT), str(folder), "--features", str(N_LATENTS)],
-        capture_output=True, text=True, check=False, env=environment, timeout=280,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=280,
+    )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     version = subprocess.run(
         [str(python), "-c", "import importlib.metadata as m; print(m.version('sae_dashboard'))"],
-        capture_output=True, text=True, check=True, env=environment,
-    ).stdout.strip()  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    ).stdout.strip()
     with np.load(folder / "found.npz") as arrays:
-        features = [_feature({name: arrays[name][f] for name in arrays.files}) for f in range(N_LATENTS)]
+        features = [
+            _feature({name: arrays[name][f] for name in arrays.files}) for f in range(N_LATENTS)
+        ]
     return {"made_by": f"SAEDashboard {version}", "inputs": case.checksum(), "features": features}
 
 
 def _feature(found: dict[str, np.ndarray]) -> dict[str, Any]:
-    examples = zip(found["shown_context"], found["shown_position"], found["shown_value"], strict=True)
+    examples = zip(
+        found["shown_context"], found["shown_position"], found["shown_value"], strict=True
+    )
     return {
         "density": round(float(found["density"]), 7),
         "largest": round(float(found["largest"]), _DIGITS),

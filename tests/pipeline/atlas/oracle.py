@@ -1,4 +1,5 @@
-"""A corpus and a dictionary small enough to describe by loops, and those loops: the oracle for the one-pass survey."""
+"""A corpus and a dictionary small enough to describe by loops, and those loops: the oracle for the
+one-pass survey."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def small_corpus(seed: int = 0, *, n_documents: int = 30, length: int = 20) -> C
         position=np.tile(np.arange(length), n_documents).astype(np.uint32),
         flags=np.where(documents.ravel() == 0, FLAG_BOS, 0).astype(np.uint8),
         documents=[
-            DocumentRow(source="ab"[i % 2], title=f"document {i}", label=["", "north", "south"][i % 3])
+            DocumentRow(
+                source="ab"[i % 2], title=f"document {i}", label=["", "north", "south"][i % 3]
+            )
             for i in range(n_documents)
         ],
     )
@@ -44,7 +47,14 @@ def small_dictionary(seed: int = 0, activation: Activation | None = None) -> Sae
     zero = torch.zeros(D)
     b_enc = torch.zeros(N_LATENTS)
     b_enc[-1] = -1e6  # a dead latent
-    return Sae(W_enc=W, b_enc=b_enc, W_dec=W, b_dec=zero, b_in=zero, activation=activation or TopKActivation(k=4))
+    return Sae(
+        W_enc=W,
+        b_enc=b_enc,
+        W_dec=W,
+        b_dec=zero,
+        b_in=zero,
+        activation=activation or TopKActivation(k=4),
+    )
 
 
 def threshold_dictionary(seed: int = 0) -> Sae:
@@ -67,7 +77,9 @@ class Slow:
     pre: np.ndarray
     count: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     values: dict[int, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
-    pairs: dict[tuple[str, int, int], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 5))
+    pairs: dict[tuple[str, int, int], list[float]] = field(
+        default_factory=lambda: defaultdict(lambda: [0.0] * 5)
+    )
 
 
 def slow_survey(x: np.ndarray, sae: Sae, corpus: Corpus) -> Slow:
@@ -94,7 +106,8 @@ def slow_survey(x: np.ndarray, sae: Sae, corpus: Corpus) -> Slow:
 
 
 def slow_top(slow: Slow, corpus: Corpus, latent: int, size: int) -> list[int]:
-    """Rows of the strongest firings: the strongest of each document, then one per surrounding text."""
+    """Rows of the strongest firings: the strongest of each document, then one per surrounding
+    text."""
     best: dict[int, tuple[float, int]] = {}
     for a, row in slow.values[latent]:
         document = int(corpus.document[row])

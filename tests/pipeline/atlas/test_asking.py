@@ -1,4 +1,5 @@
-"""Features about a word are those whose texts hold it; a text that is read shows what the dictionary does on it."""
+"""Features about a word are those whose texts hold it; a text that is read shows what the
+dictionary does on it."""
 
 from __future__ import annotations
 
@@ -25,10 +26,11 @@ TEXT = "The river runs to the sea."
 
 
 def atlas_of(*rows: tuple) -> Atlas:
-    """An atlas of one site whose features have these labels, acceptance, scores, tokens and promoted tokens."""
-    frame = pd.DataFrame(rows, columns=["label", "label_accepted", "label_score", "tokens", "promotes"]).assign(
-        feature=[f"L0/{i}" for i in range(len(rows))], site="L0", alive=True, density=0.01
-    )
+    """An atlas of one site whose features have these labels, acceptance, scores, tokens and
+    promoted tokens."""
+    frame = pd.DataFrame(
+        rows, columns=["label", "label_accepted", "label_score", "tokens", "promotes"]
+    ).assign(feature=[f"L0/{i}" for i in range(len(rows))], site="L0", alive=True, density=0.01)
     made = Atlas.__new__(Atlas)
     made.__dict__["features"] = frame
     return made
@@ -71,7 +73,9 @@ def test_a_text_is_read_as_the_dictionary_reads_it(small_run) -> None:
         assert [f.feature.latent for f in token.firings] == latent[:2].tolist()
         assert [f.value for f in token.firings] == pytest.approx(value[:2].tolist(), rel=1e-3)
         for firing in token.firings:
-            assert firing.share == pytest.approx(firing.value / features.loc[str(firing.feature), "max"], rel=1e-6)
+            assert firing.share == pytest.approx(
+                firing.value / features.loc[str(firing.feature), "max"], rel=1e-6
+            )
     for text in ("", "word " * 3000):
         with pytest.raises(UserError, match="empty or too long"):
             read_text(root, text)

@@ -1,4 +1,5 @@
-"""The atlas stage on a small real run: what is on the pages is what the model and the dictionaries do."""
+"""The atlas stage on a small real run: what is on the pages is what the model and the dictionaries
+do."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ SITES = ("L0", "L1.mlp", "L1", "L2")
 
 
 def schema(name: str) -> dict:
-    return json.loads((resources.files("pipeline.atlas") / "schemas" / f"{name}.schema.json").read_text())
+    return json.loads(
+        (resources.files("pipeline.atlas") / "schemas" / f"{name}.schema.json").read_text()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +58,13 @@ def inputs_of(small_run) -> stage.Inputs:
 def test_the_stage_leaves_a_valid_site_and_tables(small_run):
     assert validate_atlas(small_run.atlas.path)["n_sites"] == len(SITES)
     files = set(small_run.atlas.files)
-    assert {f"tables/{n}.parquet" for n in ("features", "labels", "examples", "edges", "tokens")} <= files
+    assert {
+        f"tables/{n}.parquet" for n in ("features", "labels", "examples", "edges", "tokens")
+    } <= files
     assert not any(".work" in name for name in files)
-    jsonschema.validate(json.loads((small_run.atlas.path / "site/manifest.json").read_text()), schema("manifest"))
+    jsonschema.validate(
+        json.loads((small_run.atlas.path / "site/manifest.json").read_text()), schema("manifest")
+    )
 
 
 def test_examples_on_the_cards_are_what_the_dictionary_does_on_that_text(small_run, cards):
@@ -80,7 +87,8 @@ def test_examples_on_the_cards_are_what_the_dictionary_does_on_that_text(small_r
 
 
 def test_no_example_is_empty_and_intervals_hold_firings_only(cards):
-    """The trap of intervals that include zero: there more than half of the stored examples were empty."""
+    """The trap of intervals that include zero: there more than half of the stored examples were
+    empty."""
     for card in cards.iter_site("L2"):
         for example in card.examples:
             if example.tab != "near_miss":
@@ -90,10 +98,13 @@ def test_no_example_is_empty_and_intervals_hold_firings_only(cards):
 
 
 def test_density_is_a_number_and_not_a_formatted_text(small_run, cards):
-    """The trap of densities parsed from titles with three decimals: a single firing keeps its density."""
+    """The trap of densities parsed from titles with three decimals: a single firing keeps its
+    density."""
     atlas = Atlas.open(small_run.atlas.path)
     n = cards.manifest["corpus"]["n_tokens_seen"]
-    counts = np.concatenate([[c.numbers["count"] for c in cards.iter_site(short)] for short in SITES])
+    counts = np.concatenate(
+        [[c.numbers["count"] for c in cards.iter_site(short)] for short in SITES]
+    )
     assert atlas.features["density"].to_numpy() == pytest.approx(counts / n, rel=1e-6)
 
 
@@ -113,7 +124,9 @@ def test_promoted_tokens_are_the_largest_of_the_centred_unembedding(small_run, c
     from data.language_model import LanguageModel
     from data.model_spec import ModelSpec
 
-    model = LanguageModel.open(TypeAdapter(ModelSpec).validate_python(small_run.collect.config["model"]))
+    model = LanguageModel.open(
+        TypeAdapter(ModelSpec).validate_python(small_run.collect.config["model"])
+    )
     W_U, gain = model.unembedding()
     sae = load_sae(small_run.train.path / "dictionaries" / "L2")
     logits = ((W_U - W_U.mean(dim=0)) * gain) @ sae.W_dec[3]
@@ -160,7 +173,9 @@ def test_every_link_is_on_the_page_of_its_target_once(small_run):
         for latent in range(48):
             for e in range(int(c["target_offset"][latent]), int(c["target_offset"][latent + 1])):
                 source = f"{SITES[c['source_site'][e]]}/{c['source'][e]}"
-                row = edges[(edges["source"] == source) & (edges["target"] == f"{short}/{latent}")].iloc[0]
+                row = edges[
+                    (edges["source"] == source) & (edges["target"] == f"{short}/{latent}")
+                ].iloc[0]
                 assert c["cosine"][e] / 10000 == pytest.approx(row["cosine"], abs=1e-4)
                 assert SITES[c["source_site"][e]] != short
                 shown += 1
@@ -208,10 +223,16 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(small_run, tmp_path):
 
     config = stage.Config(precision="float32", min_f1=0.3)
     with pytest.raises(_Killed):
-        stage.run(config, inputs_of(small_run), tmp_path / "atlas", RunContext(n_threads=1, progress=kill))
+        stage.run(
+            config, inputs_of(small_run), tmp_path / "atlas", RunContext(n_threads=1, progress=kill)
+        )
     assert not (tmp_path / "atlas").exists()
     again = stage.run(config, inputs_of(small_run), tmp_path / "atlas", RunContext(n_threads=1))
-    pages = {n: e["sha256"] for n, e in again.files.items() if n.startswith("site/") and n != "site/manifest.json"}
+    pages = {
+        n: e["sha256"]
+        for n, e in again.files.items()
+        if n.startswith("site/") and n != "site/manifest.json"
+    }
     assert pages == {n: small_run.atlas.files[n]["sha256"] for n in pages}
 
 
@@ -219,7 +240,10 @@ def test_store_and_dictionaries_that_do_not_belong_together_are_refused(small_ru
     train = shutil.copytree(small_run.train.path, tmp_path / "train")
     wrong = random_dictionary(0)
     narrow = wrong.replace(
-        W_enc=wrong.W_enc[:, :8], W_dec=wrong.W_dec[:, :8], b_dec=wrong.b_dec[:8], b_in=wrong.b_in[:8]
+        W_enc=wrong.W_enc[:, :8],
+        W_dec=wrong.W_dec[:, :8],
+        b_dec=wrong.b_dec[:8],
+        b_in=wrong.b_in[:8],
     )
     save_sae(narrow, train / "dictionaries" / "L2")
     fake = Artifact(**{**small_run.train.__dict__, "path": train})
@@ -246,7 +270,9 @@ def test_validation_names_what_is_wrong(site_copy, damage):
         row = shard.columns["example_row"].copy()
         row[0] = 10**9
         write_shard(
-            site_copy, "sites/L2/cards/000", Shard(json=shard.json, columns={**shard.columns, "example_row": row})
+            site_copy,
+            "sites/L2/cards/000",
+            Shard(json=shard.json, columns={**shard.columns, "example_row": row}),
         )
     with pytest.raises(UserError) as error:
         validate_atlas(site_copy)
@@ -258,7 +284,14 @@ def test_validation_names_what_is_wrong(site_copy, damage):
 def test_steering_samples_are_attached_as_data_and_the_atlas_still_opens(small_run, tmp_path):
     folder = shutil.copytree(small_run.atlas.path, tmp_path / "atlas")
     hostile = "</script><script>alert(1)</script>\u2028"
-    sample = {"feature": "L2/3", "arm": "flow", "dose": 0.2, "prompt": "A", "unsteered": "B", "steered": hostile}
+    sample = {
+        "feature": "L2/3",
+        "arm": "flow",
+        "dose": 0.2,
+        "prompt": "A",
+        "unsteered": "B",
+        "steered": hostile,
+    }
     document = {"version": 1, "samples": [sample], "effects": [], "commands": {}}
     for _ in range(2):
         attach_steering(folder, document)
@@ -273,17 +306,33 @@ def test_steering_samples_are_attached_as_data_and_the_atlas_still_opens(small_r
         attach_steering(tmp_path / "nowhere", document)
 
 
-def test_what_was_attached_stays_when_the_atlas_is_made_again_from_the_same_dictionaries(small_run, tmp_path):
+def test_what_was_attached_stays_when_the_atlas_is_made_again_from_the_same_dictionaries(
+    small_run, tmp_path
+):
     out = Path(shutil.copytree(small_run.atlas.path, tmp_path / "atlas"))
-    sample = {"feature": "L2/3", "arm": "flow", "dose": 0.2, "prompt": "A", "unsteered": "B", "steered": "C"}
+    sample = {
+        "feature": "L2/3",
+        "arm": "flow",
+        "dose": 0.2,
+        "prompt": "A",
+        "unsteered": "B",
+        "steered": "C",
+    }
     attach_steering(out, {"samples": [sample]})
     attach_scores(out, {"L2/3": {"examples_score": 0.9}})
-    again = stage.run(stage.Config(precision="float32", seed=1), inputs_of(small_run), out, RunContext(n_threads=1))
+    again = stage.run(
+        stage.Config(precision="float32", seed=1),
+        inputs_of(small_run),
+        out,
+        RunContext(n_threads=1),
+    )
     again.verify()
     assert read_shard(out / "site", "attached/steering").json["samples"] == [sample]
     assert read_scores(out) == {"L2/3": {"examples_score": 0.9}}
     assert not carry_over(out, tmp_path / "other" / "site", train="another digest")
-    assert not carry_over(tmp_path / "nowhere", tmp_path / "other" / "site", train=small_run.train.digest)
+    assert not carry_over(
+        tmp_path / "nowhere", tmp_path / "other" / "site", train=small_run.train.digest
+    )
     assert not (tmp_path / "other").exists()
 
 

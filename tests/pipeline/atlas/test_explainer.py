@@ -1,4 +1,5 @@
-"""The adapter to a chat model, against a stand-in server on this machine; and the sentence scores by hand."""
+"""The adapter to a chat model, against a stand-in server on this machine; and the sentence scores
+by hand."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ class _Stub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def chat(request):
-    handler = type("Stub", (_Stub,), {"answer": staticmethod(getattr(request, "param", _Stub.answer))})
+    handler = type(
+        "Stub", (_Stub,), {"answer": staticmethod(getattr(request, "param", _Stub.answer))}
+    )
     server = HTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield ChatModel(url=f"http://127.0.0.1:{server.server_address[1]}/v1", model="stub")
@@ -68,7 +71,12 @@ def test_an_explanation_is_one_short_line(chat):
 
 @pytest.mark.parametrize(
     "chat",
-    [lambda q: "", lambda q: "Let me think.\nStep 1", lambda q: "word " * 100, lambda q: "the <<token>>"],
+    [
+        lambda q: "",
+        lambda q: "Let me think.\nStep 1",
+        lambda q: "word " * 100,
+        lambda q: "the <<token>>",
+    ],
     indirect=True,
 )
 def test_scratch_text_does_not_become_a_label(chat):
@@ -87,11 +95,18 @@ def test_detection_is_balanced_accuracy_over_windows(chat):
 
 @pytest.mark.parametrize(
     "chat",
-    [lambda q: json.dumps([int("<<Monday>>" in line) for line in re.findall(r"^\d+\. (.*)$", q, re.MULTILINE)])],
+    [
+        lambda q: json.dumps(
+            [int("<<Monday>>" in line) for line in re.findall(r"^\d+\. (.*)$", q, re.MULTILINE)]
+        )
+    ],
     indirect=True,
 )
 def test_fuzzing_asks_whether_the_marks_fit(chat):
-    right, wrong = ["see you <<Monday>>"] * 6, ["see <<you>> Monday"] * 5 + ["see you <<Monday>> by mistake"]
+    right, wrong = (
+        ["see you <<Monday>>"] * 6,
+        ["see <<you>> Monday"] * 5 + ["see you <<Monday>> by mistake"],
+    )
     assert fuzz(chat, "Mondays", right, wrong).score == pytest.approx((1 + 5 / 6) / 2, abs=1e-4)
 
 
@@ -124,7 +139,11 @@ def test_marks_surround_the_firing_tokens():
 
 def test_the_embedding_score_is_the_area_under_the_curve():
     rng = np.random.default_rng(0)
-    firing, other, label = rng.standard_normal((9, 5)), rng.standard_normal((7, 5)), rng.standard_normal(5)
+    firing, other, label = (
+        rng.standard_normal((9, 5)),
+        rng.standard_normal((7, 5)),
+        rng.standard_normal(5),
+    )
     expected = roc_auc_score([1] * 9 + [0] * 7, np.concatenate([firing @ label, other @ label]))
     assert embedding_score(label, firing, other) == pytest.approx(expected)
 
@@ -138,7 +157,9 @@ def test_the_example_embedding_score_tells_a_tight_group_from_noise():
     noise = unit(rng.standard_normal((40, 64)))
     group = unit(rng.standard_normal((1, 64)) * 2 + rng.standard_normal((40, 64)) * 0.5)
     assert example_embedding_score(group, noise) > 0.95
-    scores = [example_embedding_score(unit(rng.standard_normal((20, 64))), noise) for _ in range(20)]
+    scores = [
+        example_embedding_score(unit(rng.standard_normal((20, 64))), noise) for _ in range(20)
+    ]
     assert np.mean(scores) == pytest.approx(0.5, abs=0.12)
 
 
@@ -167,15 +188,24 @@ def test_windows_with_a_feature_fire_and_those_without_are_silent_and_both_are_h
     store = ActivationStore.open(root / "collect" / "store.zarr")
     x = torch.from_numpy(store.read(parse_site("L2"), 0, store.n_rows))
     tokens = evidence.atlas.tokens
-    fires = (load_sae(root / "train" / "dictionaries" / "L2").encode(x)[:, latent] > 0).numpy() & tokens["kept"]
+    fires = (
+        load_sae(root / "train" / "dictionaries" / "L2").encode(x)[:, latent] > 0
+    ).numpy() & tokens["kept"]
     held = (tokens["part"] == PARTS[HELD_OUT]).to_numpy()
     with_it, without_it = set(), set()
     for row in np.flatnonzero(held & tokens["kept"]):
-        near = [r for r in range(max(0, row - REACH), min(len(tokens), row + REACH + 1))
-                if tokens["document"][r] == tokens["document"][row]
-                and tokens["position"][r] - tokens["position"][row] == r - row]  # fmt: skip
+        near = [
+            r
+            for r in range(max(0, row - REACH), min(len(tokens), row + REACH + 1))
+            if tokens["document"][r] == tokens["document"][row]
+            and tokens["position"][r] - tokens["position"][row] == r - row
+        ]
         text = evidence.atlas.vocabulary.join(
-            [int(t) for t in tokens["token"][near] if int(t) not in evidence.atlas.vocabulary.special]
+            [
+                int(t)
+                for t in tokens["token"][near]
+                if int(t) not in evidence.atlas.vocabulary.special
+            ]
         ).strip()
         (with_it if fires[near].any() else without_it).add(text)
     windows = evidence.windows(feature)
@@ -194,7 +224,9 @@ def test_wrong_marks_stand_on_as_many_tokens_of_the_same_text_none_of_them_firin
     pairs = [pair for window in windows for pair in zip(window.right, window.wrong, strict=True)]
     assert len(pairs) > 20
     for right, wrong in pairs:
-        assert right.replace("<<", "").replace(">>", "") == wrong.replace("<<", "").replace(">>", "")
+        assert right.replace("<<", "").replace(">>", "") == wrong.replace("<<", "").replace(
+            ">>", ""
+        )
         assert right.count("<<") == wrong.count("<<") > 0
         assert not marked_places(right) & marked_places(wrong)
 
@@ -217,7 +249,11 @@ def test_near_misses_are_among_the_windows_without_the_feature(small_run):
 
 
 def says_yes_to_all(question: str) -> str:
-    return "rare words" if "have in common" in question else says_yes_to_monday(question).replace("0", "1")
+    return (
+        "rare words"
+        if "have in common" in question
+        else says_yes_to_monday(question).replace("0", "1")
+    )
 
 
 @pytest.mark.parametrize("chat", [says_yes_to_all], indirect=True)
@@ -225,7 +261,12 @@ def test_the_command_asks_the_endpoint_and_the_answer_is_attached(small_run, cha
     root = shutil.copytree(small_run.atlas.path.parent, tmp_path / "run")
     feature = busiest(Atlas.open(root / "atlas"))
     where = ["--artifacts", str(tmp_path), "--recipe", "run"]
-    assert run_command(["atlas", "explain", feature, "--endpoint", chat.url, "--model", "stub", *where]) == 0
+    assert (
+        run_command(
+            ["atlas", "explain", feature, "--endpoint", chat.url, "--model", "stub", *where]
+        )
+        == 0
+    )
     label = read_scores(root / "atlas")[feature]["labels"][0]
     assert (label["text"], label["model"], label["score"]) == ("rare words", "stub", 0.5)
     assert label["fuzz"]["score"] == 0.5  # it says yes to right and to wrong marks
@@ -242,9 +283,24 @@ def test_a_sentence_model_tells_texts_that_belong_together():
         model = SentenceModel.packaged()
     except UserError:
         pytest.skip("no sentence model is installed")
-    food = ("Add the butter and stir until golden.", "Bake the cake for an hour.", "Season the soup with salt.")
-    rest = ("The court rejected the appeal.", "Stars fuse hydrogen in their cores.", "The king died without an heir.")
-    found = sentence_scores(model, Windows(shown=(), firing=food, silent=rest), "instructions in recipes")
+    food = (
+        "Add the butter and stir until golden.",
+        "Bake the cake for an hour.",
+        "Season the soup with salt.",
+    )
+    rest = (
+        "The court rejected the appeal.",
+        "Stars fuse hydrogen in their cores.",
+        "The king died without an heir.",
+    )
+    found = sentence_scores(
+        model, Windows(shown=(), firing=food, silent=rest), "instructions in recipes"
+    )
     assert found["examples_score"] > 0.9
     assert found["label_score"] > 0.9
-    assert sentence_scores(model, Windows(shown=(), firing=food[:1], silent=rest), None)["examples_score"] is None
+    assert (
+        sentence_scores(model, Windows(shown=(), firing=food[:1], silent=rest), None)[
+            "examples_score"
+        ]
+        is None
+    )

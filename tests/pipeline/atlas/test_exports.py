@@ -36,7 +36,9 @@ from sae.errors import UserError
 
 
 def schema(name: str) -> dict:
-    return json.loads((resources.files("pipeline.atlas") / "schemas" / f"{name}.schema.json").read_text())
+    return json.loads(
+        (resources.files("pipeline.atlas") / "schemas" / f"{name}.schema.json").read_text()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +58,13 @@ def test_upload_batches_are_what_neuronpedia_takes_and_carry_every_living_featur
         body = json.loads(path.read_text())
         jsonschema.validate(body, schema("neuronpedia-upload-batch"))
         features += body["features"]
-    assert [f["index"] for f in features] == [f for f in range(48) if cards.card(f"L2/{f}").numbers["count"]]
+    assert [f["index"] for f in features] == [
+        f for f in range(48) if cards.card(f"L2/{f}").numbers["count"]
+    ]
     first, card = features[0], cards.card("L2/0")
-    assert first["density"] == float(card.numbers["count"]) / cards.manifest["corpus"]["n_tokens_seen"]
+    assert (
+        first["density"] == float(card.numbers["count"]) / cards.manifest["corpus"]["n_tokens_seen"]
+    )
     assert all(max(a["values"]) > 0 for f in features for a in f["activations"])
     assert all(len(a["tokens"]) == len(a["values"]) for f in features for a in f["activations"])
 
@@ -66,8 +72,12 @@ def test_upload_batches_are_what_neuronpedia_takes_and_carry_every_living_featur
 def test_bulk_files_hold_one_line_a_feature_and_come_back_as_labels(cards, tmp_path):
     paths = export_bulk(cards, "L2", tmp_path, model_id="tiny", source="2-ff")
     by_kind = {path.parent.name: path for path in paths}
-    lines = [json.loads(line) for line in gzip.decompress(by_kind["features"].read_bytes()).splitlines()]
-    assert [int(line["index"]) for line in lines] == [f for f in range(48) if cards.card(f"L2/{f}").numbers["count"]]
+    lines = [
+        json.loads(line) for line in gzip.decompress(by_kind["features"].read_bytes()).splitlines()
+    ]
+    assert [int(line["index"]) for line in lines] == [
+        f for f in range(48) if cards.card(f"L2/{f}").numbers["count"]
+    ]
     back = import_neuronpedia([by_kind["explanations"]], parse_site("L2"))
     expected = [label["text"] for f in range(48) for label in cards.card(f"L2/{f}").labels]
     assert [label.text for label in back] == expected
@@ -81,11 +91,18 @@ def test_examples_come_back_from_both_of_neuronpedias_forms(cards, tmp_path, as_
     else:
         paths = export_upload_batches(cards, "L2", tmp_path, model_id="tiny", source="2-ff")
     back = import_neuronpedia_examples(paths, parse_site("L2"))
-    shown = [(f"L2/{f}", e) for f in range(48) for e in cards.card(f"L2/{f}").examples if e.tab in ("top", "decile")]
+    shown = [
+        (f"L2/{f}", e)
+        for f in range(48)
+        for e in cards.card(f"L2/{f}").examples
+        if e.tab in ("top", "decile")
+    ]
     assert len(back) == len(shown) > 100
     for mine, (feature, example) in zip(back, shown, strict=True):
         assert mine.feature == feature
-        assert mine.tokens == tuple(cards.vocabulary.text(token).replace("\0", " ") for token in example.tokens)
+        assert mine.tokens == tuple(
+            cards.vocabulary.text(token).replace("\0", " ") for token in example.tokens
+        )
         assert mine.values == pytest.approx(example.values, abs=1e-5)
         assert (mine.low is None) == (example.tab == "top")
     table = pq.read_table(write_examples(back, tmp_path / "examples.parquet")).to_pandas()
@@ -93,7 +110,9 @@ def test_examples_come_back_from_both_of_neuronpedias_forms(cards, tmp_path, as_
     strongest = max(max(e.values) for e in cards.card("L2/0").examples)
     assert first["value"].is_monotonic_decreasing
     assert first["value"][0] == pytest.approx(strongest, abs=1e-4)
-    assert first["before"][0] + first["token_text"][0] + first["after"][0] == "".join(first["tokens"][0])
+    assert first["before"][0] + first["token_text"][0] + first["after"][0] == "".join(
+        first["tokens"][0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,7 +143,9 @@ def test_a_cut_gzip_file_is_refused(tmp_path):
 def test_an_attribution_graph_is_the_neighbourhood_of_the_feature(atlas, tmp_path):
     edges = atlas.edges
     feature = edges["target"].iloc[0]
-    document = json.loads(export_attribution_graph(atlas, feature, tmp_path / "g.json", hops=1).read_text())
+    document = json.loads(
+        export_attribution_graph(atlas, feature, tmp_path / "g.json", hops=1).read_text()
+    )
     jsonschema.validate(document, schema("attribution-graph"))
     near = edges[(edges["source"] == feature) | (edges["target"] == feature)]
     assert len(document["nodes"]) == len({*near["source"], *near["target"]})
@@ -148,8 +169,12 @@ def test_graph_files_are_read_back_by_two_libraries(atlas, tmp_path):
 
 
 def test_the_embedding_atlas_table_has_its_columns(small_run, atlas, tmp_path):
-    saes = {site: load_sae(small_run.train.path / "dictionaries" / site.short) for site in atlas.sites}
-    frame = pq.read_table(export_embedding_atlas(atlas, saes, tmp_path / "points.parquet")).to_pandas()
+    saes = {
+        site: load_sae(small_run.train.path / "dictionaries" / site.short) for site in atlas.sites
+    }
+    frame = pq.read_table(
+        export_embedding_atlas(atlas, saes, tmp_path / "points.parquet")
+    ).to_pandas()
     assert {"x", "y", "text", "neighbors"} <= set(frame.columns)
     assert list(frame["feature"]) == list(atlas.features["feature"])
     assert frame["neighbors"][50]["ids"].min() >= 48  # a neighbour is in the same dictionary
@@ -164,9 +189,15 @@ def test_notes_come_back_as_human_labels_behind_the_measured_ones(atlas, tmp_pat
     }
     jsonschema.validate(document, schema("notes"))
     notes.write_text(json.dumps(document))
-    table = pq.read_table(attach_labels(atlas, import_notes(notes), tmp_path / "labels.parquet")).to_pandas()
+    table = pq.read_table(
+        attach_labels(atlas, import_notes(notes), tmp_path / "labels.parquet")
+    ).to_pandas()
     mine = table[table["feature"] == "L2/3"].sort_values("rank")
-    assert (mine["text"].iloc[-1], mine["method"].iloc[-1], mine["accepted"].iloc[-1]) == ("my label", "human", False)
+    assert (mine["text"].iloc[-1], mine["method"].iloc[-1], mine["accepted"].iloc[-1]) == (
+        "my label",
+        "human",
+        False,
+    )
     assert len(table) == len(atlas.labels) + 1
 
 
@@ -175,8 +206,15 @@ def test_notes_come_back_as_human_labels_behind_the_measured_ones(atlas, tmp_pat
     [
         ("{", "not JSON"),
         ('{"notes": []}', "not an export of notes"),
-        ('{"kind": "featureflow-notes", "schema": 1, "notes": [{"feature": "x", "label": "a"}]}', "not a feature"),
-        ('{"kind": "featureflow-notes", "schema": 1, "notes": [{"feature": "L1/1", "label": 5}]}', "not a text"),
+        (
+            '{"kind": "featureflow-notes", "schema": 1, "notes": [{"feature": "x", "label": "a"}]}',
+            "not a feature",
+        ),
+        (
+            '{"kind": "featureflow-notes", "schema": 1,'
+            ' "notes": [{"feature": "L1/1", "label": 5}]}',
+            "not a text",
+        ),
     ],
 )
 def test_bad_notes_are_refused_with_what_is_wrong(tmp_path, document, message):
@@ -188,6 +226,8 @@ def test_bad_notes_are_refused_with_what_is_wrong(tmp_path, document, message):
 
 def test_labels_of_unknown_features_are_refused(atlas, tmp_path):
     path = tmp_path / "n.json"
-    path.write_text('{"kind": "featureflow-notes", "schema": 1, "notes": [{"feature": "L2/99", "label": "a"}]}')
+    path.write_text(
+        '{"kind": "featureflow-notes", "schema": 1, "notes": [{"feature": "L2/99", "label": "a"}]}'
+    )
     with pytest.raises(UserError, match="L2/99"):
         attach_labels(atlas, import_notes(path), tmp_path / "labels.parquet")

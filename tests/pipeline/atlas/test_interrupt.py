@@ -23,7 +23,9 @@ def slow_job(shop: Any, short: str) -> str:
     return short
 
 
-def test_an_interrupt_does_not_begin_the_sites_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_does_not_begin_the_sites_that_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[3])  # workers import this module by name
     shop = SimpleNamespace(sites=tuple(f"L{i}" for i in range(N_SITES)), folder=str(tmp_path))
     with pytest.raises(KeyboardInterrupt), _runner(RunContext(n_threads=2), N_SITES) as run:

@@ -1,4 +1,5 @@
-"""Labels say what was planted; their scores are what scikit-learn measures on held-out documents; they do not boast."""
+"""Labels say what was planted; their scores are what scikit-learn measures on held-out documents;
+they do not boast."""
 
 from __future__ import annotations
 
@@ -20,17 +21,25 @@ from tests.pipeline.atlas.oracle import small_corpus
 BAR = Bar()
 
 
-def tables_of(corpus: Corpus, fires: list[np.ndarray], near: list[np.ndarray] | None = None) -> dict:
+def tables_of(
+    corpus: Corpus, fires: list[np.ndarray], near: list[np.ndarray] | None = None
+) -> dict:
     """Tables of latents that fire on the given masks of rows, all with activation 1."""
 
     def firings(masks: list[np.ndarray], gap: float) -> Firings:
         latent, row = np.nonzero(np.stack(masks) & corpus.kept)
         one = np.ones(len(row), np.float32)
         return Firings(
-            latent=latent.astype(np.int32), row=row, value=one, gap=one * np.float32(gap), n_latents=len(masks)
+            latent=latent.astype(np.int32),
+            row=row,
+            value=one,
+            gap=one * np.float32(gap),
+            n_latents=len(masks),
         )
 
-    survey = Survey.empty(len(fires), corpus, SurveyOptions(n_top=2, n_near=2, n_uniform=4, cofiring_rows=0))
+    survey = Survey.empty(
+        len(fires), corpus, SurveyOptions(n_top=2, n_near=2, n_uniform=4, cofiring_rows=0)
+    )
     none = Firings.none(len(fires))
     survey.add(firings(fires, np.nan), none if near is None else firings(near, 0.1), corpus)
     return attribute_tables(survey.tables(corpus), corpus)
@@ -82,7 +91,8 @@ def test_a_latent_that_fires_at_random_has_no_simple_rule(corpus):
 
 
 def test_a_rule_that_only_held_where_it_was_proposed_is_not_accepted(corpus):
-    """Train/test overlap: fires on a token in the documents for proposing, on another one in all others."""
+    """Train/test overlap: fires on a token in the documents for proposing, on another one in all
+    others."""
     fires = np.where(corpus.part != PROPOSING, corpus.token == 8, corpus.token == 3)
     labels = label_of(corpus, fires)
     assert labels[0].text == NO_RULE
@@ -98,16 +108,22 @@ def test_proposals_never_look_at_held_out_documents(corpus):
 
 
 def test_every_document_is_in_one_part(corpus):
-    parts = [set(corpus.document[corpus.part == part].tolist()) for part in (PROPOSING, CHOOSING, HELD_OUT)]
+    parts = [
+        set(corpus.document[corpus.part == part].tolist())
+        for part in (PROPOSING, CHOOSING, HELD_OUT)
+    ]
     assert [len(part) for part in parts] == pytest.approx([0.5 * 240, 0.2 * 240, 0.3 * 240], abs=1)
     assert len(set.union(*parts)) == 240
 
 
 def test_which_label_is_shown_is_never_decided_by_the_documents_that_score_it(corpus):
-    """Two rules: one holds on the choosing documents only, the other everywhere else. A best-of-held-out choice would
-    take the second; the first is shown, with the poor score it has."""
+    """Two rules: one holds on the choosing documents only, the other everywhere else. A
+    best-of-held-out choice would take the second; the first is shown, with the poor score it
+    has."""
     after, on = corpus.neighbour(-1) == 5, corpus.token == 3
-    fires = np.where(corpus.part == CHOOSING, after, np.where(corpus.part == HELD_OUT, on, on | after))
+    fires = np.where(
+        corpus.part == CHOOSING, after, np.where(corpus.part == HELD_OUT, on, on | after)
+    )
     label = label_of(corpus, fires)[0]
     assert (label.method, label.accepted, label.choice) == ("previous", True, 1.0)
     assert label.score < 0.3
@@ -117,7 +133,11 @@ def test_acceptance_does_not_change_with_the_held_out_documents(corpus):
     fires = np.isin(corpus.token, [3, 7])
     noisy = fires ^ (corpus.held_out & (np.random.default_rng(1).random(len(corpus)) < 0.3))
     clean, changed = label_of(corpus, fires)[0], label_of(corpus, noisy)[0]
-    assert (clean.text, clean.accepted, clean.choice) == (changed.text, changed.accepted, changed.choice)
+    assert (clean.text, clean.accepted, clean.choice) == (
+        changed.text,
+        changed.accepted,
+        changed.choice,
+    )
     assert changed.score < clean.score
 
 
@@ -127,7 +147,13 @@ def test_scores_are_those_of_scikit_learn_on_held_out_tokens(corpus):
     fires |= rng.random(len(corpus)) < 0.02
     near = (corpus.token == 7) & ~fires
     table = tables_of(corpus, [fires], [near])["token"]
-    rules = RuleSets(attribute="token", target="all", start=np.array([0, 2]), value=np.array([3, 7]), f1=np.zeros(1))
+    rules = RuleSets(
+        attribute="token",
+        target="all",
+        start=np.array([0, 2]),
+        value=np.array([3, 7]),
+        f1=np.zeros(1),
+    )
     found = score(rules, table)
     held = corpus.kept & corpus.held_out
     truth, said = fires[held], np.isin(corpus.token[held], [3, 7])
@@ -149,7 +175,10 @@ def test_the_proposed_set_has_the_best_f1_of_all_sets(corpus):
     rules = propose(tables_of(corpus, [fires])["token"])
     part = corpus.kept & (corpus.part == PROPOSING)
     best = max(
-        f1_score(fires[part], np.isin(corpus.token[part], [t for i, t in enumerate(rate) if mask >> i & 1]))
+        f1_score(
+            fires[part],
+            np.isin(corpus.token[part], [t for i, t in enumerate(rate) if mask >> i & 1]),
+        )
         for mask in range(1, 16)
     )
     assert rules.f1[0] == pytest.approx(best)
@@ -163,7 +192,9 @@ def test_the_interval_is_wilsons(hits, n):
     assert (low[0], high[0]) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
-def test_a_latent_with_too_few_held_out_firings_is_too_rare_and_one_that_never_fired_is_blank(corpus):
+def test_a_latent_with_too_few_held_out_firings_is_too_rare_and_one_that_never_fired_is_blank(
+    corpus,
+):
     few = np.zeros(len(corpus), bool)
     few[np.flatnonzero(corpus.kept & (corpus.part == PROPOSING))[:4]] = True
     assert label_of(corpus, few)[0].text == TOO_RARE
@@ -207,17 +238,30 @@ def test_families_fold_case_space_and_endings_and_classes_tell_characters():
     assert index[4] == index[5]
     assert len(set(index[[0, 4, 6, 7]])) == 4
     names = [CLASSES[c] for c in vocabulary.classes]
-    assert names[:4] == ["capitalised words", "lower-case words", "lower-case words", "words in capitals"]
+    assert names[:4] == [
+        "capitalised words",
+        "lower-case words",
+        "lower-case words",
+        "words in capitals",
+    ]
     assert names[6:] == [
-        "digits", "digits", "line breaks", "opening brackets and quotes", "parts of characters", "ends of sentences",
-    ]  # fmt: skip
+        "digits",
+        "digits",
+        "line breaks",
+        "opening brackets and quotes",
+        "parts of characters",
+        "ends of sentences",
+    ]
 
 
 def test_a_part_of_a_character_is_named_with_the_character():
     table = TokenTable(
-        id=np.array([0, 1, 2, 0, 1, 2, 3], np.uint32), document=np.zeros(7, np.uint32),
-        position=np.arange(7, dtype=np.uint32), flags=np.zeros(7, np.uint8), documents=[DocumentRow(source="a")],
-    )  # fmt: skip
+        id=np.array([0, 1, 2, 0, 1, 2, 3], np.uint32),
+        document=np.zeros(7, np.uint32),
+        position=np.arange(7, dtype=np.uint32),
+        flags=np.zeros(7, np.uint8),
+        documents=[DocumentRow(source="a")],
+    )
     words = Vocabulary(tokens=[b"add ", b" \xe2\x85", b"\x93", b"\xa0\xff"], special=frozenset())
     cut = corpus_of(table, words, filters=RowFilters(), holdout=0.3, choice=0.2, seed=0)
     assert cut.characters == {1: "⅓", 2: "⅓"}
@@ -239,7 +283,9 @@ def test_without_a_rule_the_line_shows_what_held_or_an_example():
 
 def test_tokens_are_decoded_by_bytes():
     """The trap of byte-level pieces: a curly quote cut over two tokens is still one character."""
-    vocabulary = Vocabulary(tokens=[b"It", b"\xe2\x80", b"\x99s", b" caf\xc3", b"\xa9"], special=frozenset())
+    vocabulary = Vocabulary(
+        tokens=[b"It", b"\xe2\x80", b"\x99s", b" caf\xc3", b"\xa9"], special=frozenset()
+    )
     assert vocabulary.join([0, 1, 2, 3, 4]) == "It’s café"
     assert "Ġ" not in vocabulary.quoted(3)
     assert vocabulary.text(1) == "\\xe2\\x80"

@@ -1,8 +1,9 @@
-"""Where SAEDashboard and the atlas define the same thing, they say the same: density, largest activation, promoted and
-suppressed tokens, strongest examples.
+"""Where SAEDashboard and the atlas define the same thing, they say the same: density, largest
+activation, promoted and suppressed tokens, strongest examples.
 
-`saedashboard.json` is what SAEDashboard found (`python -m benchmarks.peers.record_saedashboard FOLDER` makes it again).
-With FEATUREFLOW_PEERS, the folder of the peers' environments, SAEDashboard itself runs once more.
+`saedashboard.json` is what SAEDashboard found (`python -m benchmarks.peers.record_saedashboard
+FOLDER` makes it again). With FEATUREFLOW_PEERS, the folder of the peers' environments, SAEDashboard
+itself runs once more.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def case() -> Case:
 @pytest.fixture(scope="module")
 def theirs(case: Case) -> list[dict[str, Any]]:
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
-    assert recorded["inputs"] == case.checksum(), "other inputs than were recorded: run record_saedashboard again"
+    assert recorded["inputs"] == case.checksum(), (
+        "other inputs than were recorded: run record_saedashboard again"
+    )
     return list(recorded["features"])
 
 
@@ -44,8 +47,12 @@ def test_the_recorded_features_fire_but_for_the_last(theirs):
 
 def test_densities_are_the_same(ours, theirs):
     corpus, columns = ours
-    density = columns["count"] / len(corpus)  # SAEDashboard divides by all tokens, those left out included
-    np.testing.assert_allclose(density, [f["density"] for f in theirs], atol=0.6e-5)  # printed to 0.001 %
+    density = columns["count"] / len(
+        corpus
+    )  # SAEDashboard divides by all tokens, those left out included
+    np.testing.assert_allclose(
+        density, [f["density"] for f in theirs], atol=0.6e-5
+    )  # printed to 0.001 %
 
 
 def test_largest_activations_are_the_same(ours, theirs):
@@ -62,7 +69,9 @@ def test_promoted_and_suppressed_tokens_are_the_same_in_the_same_order(ours, the
 
 def test_the_strongest_examples_are_the_same(ours, theirs):
     for latent, feature in enumerate(theirs[:-1]):
-        once: dict[int, tuple[int, float]] = {}  # SAEDashboard shows a context as often as it is among the strongest
+        once: dict[
+            int, tuple[int, float]
+        ] = {}  # SAEDashboard shows a context as often as it is among the strongest
         for context, position, value in feature["top"]:
             once.setdefault(context, (position, value))
         mine = top_examples(*ours, latent)
@@ -70,19 +79,25 @@ def test_the_strongest_examples_are_the_same(ours, theirs):
         assert [(context, position) for context, position, _ in mine[: len(once)]] == [
             (context, position) for context, (position, _) in once.items()
         ]
-        np.testing.assert_allclose([v for *_, v in mine[: len(once)]], [v for _, v in once.values()], atol=1e-4)
+        np.testing.assert_allclose(
+            [v for *_, v in mine[: len(once)]], [v for _, v in once.values()], atol=1e-4
+        )
 
 
 @pytest.mark.slow
 def test_saedashboard_still_finds_what_was_recorded(case, theirs, tmp_path):
     root = Path(os.environ.get("FEATUREFLOW_PEERS", ""))
     if not (root / "saedashboard" / "bin" / "python").is_file():
-        pytest.skip("no environment: bash benchmarks/peers/make_environments.sh, then FEATUREFLOW_PEERS")
+        pytest.skip(
+            "no environment: bash benchmarks/peers/make_environments.sh, then FEATUREFLOW_PEERS"
+        )
     found = ask(case, root, tmp_path / "case")["features"]
     for now, recorded in zip(found, theirs, strict=True):
         assert now["promotes"] == recorded["promotes"]
         assert now["suppresses"] == recorded["suppresses"]
-        assert [example[:2] for example in now["top"]] == [example[:2] for example in recorded["top"]]
+        assert [example[:2] for example in now["top"]] == [
+            example[:2] for example in recorded["top"]
+        ]
         assert now["density"] == pytest.approx(recorded["density"], abs=1e-6)
         assert now["largest"] == pytest.approx(recorded["largest"], rel=1e-4, abs=1e-4)
 
@@ -91,5 +106,10 @@ def top_examples(corpus: Corpus, columns: Columns, latent: int) -> list[tuple[in
     """Context, position and activation of the strongest examples of a latent."""
     first, last = columns["example_offset"][latent : latent + 2]
     tab = columns["example_tab"][first:last] == TABS.index("top")
-    rows, values = columns["example_row"][first:last][tab], columns["example_value"][first:last][tab]
-    return [(int(r) // LENGTH, int(r) % LENGTH, float(v)) for r, v in zip(rows, values, strict=True)]
+    rows, values = (
+        columns["example_row"][first:last][tab],
+        columns["example_value"][first:last][tab],
+    )
+    return [
+        (int(r) // LENGTH, int(r) % LENGTH, float(v)) for r, v in zip(rows, values, strict=True)
+    ]

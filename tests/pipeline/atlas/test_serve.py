@@ -1,4 +1,5 @@
-"""The live server: what it says of a typed text is what the dictionaries do; and what it refuses."""
+"""The live server: what it says of a typed text is what the dictionaries do; and what it
+refuses."""
 
 from __future__ import annotations
 
@@ -39,7 +40,10 @@ def ask(server, method: str, path: str, body: object = None, **headers: str) -> 
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     text = body if isinstance(body, str) or body is None else json.dumps(body)
     connection.request(
-        method, path, text, {"X-Atlas-Token": token, **{k.replace("_", "-"): v for k, v in headers.items()}}
+        method,
+        path,
+        text,
+        {"X-Atlas-Token": token, **{k.replace("_", "-"): v for k, v in headers.items()}},
     )
     answer = connection.getresponse()
     return answer.status, answer.read().decode()
@@ -67,7 +71,12 @@ def test_a_link_is_live_where_both_its_ends_fire(small_run, live, server):
     _, text = ask(server, "POST", "/api/text", {"text": TEXT})
     records = [json.loads(line) for line in text.splitlines()]
     shorts = list(live.cards.sites)
-    fires = {(r["site"], f, t) for r in records if "site" in r for f, t in zip(r["latent"], r["at"], strict=True)}
+    fires = {
+        (r["site"], f, t)
+        for r in records
+        if "site" in r
+        for f, t in zip(r["latent"], r["at"], strict=True)
+    }
     edges = Atlas.open(small_run.atlas.path).edges
     known = set(zip(edges["source"], edges["target"], strict=True))
     expected = {
@@ -122,7 +131,14 @@ def test_strangers_are_refused(server):
 
 
 @pytest.mark.parametrize(
-    "path", ["/../manifest.json", "/%2e%2e/manifest.json", "/..%2f..%2fetc/passwd", "//etc/passwd", "/sites"]
+    "path",
+    [
+        "/../manifest.json",
+        "/%2e%2e/manifest.json",
+        "/..%2f..%2fetc/passwd",
+        "//etc/passwd",
+        "/sites",
+    ],
 )
 def test_no_path_leaves_the_site_folder(server, path):
     assert ask(server, "GET", path)[0] == 404
@@ -190,7 +206,9 @@ def test_elsewhere_every_file_needs_the_token_which_stays_in_a_cookie(live):
         assert "HttpOnly" in cookie
         assert "SameSite=Strict" in cookie
         assert get("/manifest.js", Cookie=f"other=1; {cookie.split(';')[0]}")[0] == 200
-        assert get("/api/health", Cookie=cookie.split(";")[0])[0] == 401  # the model asks for the header
+        assert (
+            get("/api/health", Cookie=cookie.split(";")[0])[0] == 401
+        )  # the model asks for the header
     finally:
         made.shutdown()
         made.server_close()

@@ -1,4 +1,5 @@
-"""Shards: what is written is read back, the file is one call with base64, and nothing else is accepted."""
+"""Shards: what is written is read back, the file is one call with base64, and nothing else is
+accepted."""
 
 from __future__ import annotations
 
@@ -13,11 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.atlas.shards import DTYPES, MAGIC, Shard, pack, read_shard, rounded, unpack, write_shard
+from pipeline.atlas.shards import (
+    DTYPES,
+    MAGIC,
+    Shard,
+    pack,
+    read_shard,
+    rounded,
+    unpack,
+    write_shard,
+)
 from sae.errors import UserError
 
 ARRAYS = st.sampled_from(sorted(DTYPES)).flatmap(
-    lambda name: hnp.arrays(DTYPES[name], hnp.array_shapes(min_dims=1, max_dims=2, min_side=0, max_side=5))
+    lambda name: hnp.arrays(
+        DTYPES[name], hnp.array_shapes(min_dims=1, max_dims=2, min_side=0, max_side=5)
+    )
 )
 TEXTS = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=12)
 
@@ -36,7 +48,9 @@ def test_what_is_packed_is_unpacked(json_part, columns):
 
 
 @given(
-    values=hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(-(2.0**100), 2.0**100, width=32)),
+    values=hnp.arrays(
+        np.float32, st.integers(1, 40), elements=st.floats(-(2.0**100), 2.0**100, width=32)
+    ),
     bits=st.integers(4, 20),
 )
 def test_rounded_numbers_are_near_in_order_and_short(values, bits):
@@ -52,7 +66,10 @@ def test_rounded_numbers_are_near_in_order_and_short(values, bits):
 
 def test_the_bytes_are_those_the_format_page_describes():
     payload = pack(
-        Shard(json={"a": "é"}, columns={"x": np.array([1, 2, 3], np.uint16), "y": np.array([[1.5]], np.float32)})
+        Shard(
+            json={"a": "é"},
+            columns={"x": np.array([1, 2, 3], np.uint16), "y": np.array([[1.5]], np.float32)},
+        )
     )
     length = int.from_bytes(payload[4:8], "little")
     header = json.loads(payload[8 : 8 + length])
@@ -67,7 +84,9 @@ def test_the_bytes_are_those_the_format_page_describes():
 
 def test_a_file_is_one_call_whatever_the_text(tmp_path):
     hostile = '</script><script>alert(1)</script>\u2028"\\);FF("'
-    path = write_shard(tmp_path, "sites/L12.mlp/labels", Shard(json={"labels": [hostile, "\ud800"]}))
+    path = write_shard(
+        tmp_path, "sites/L12.mlp/labels", Shard(json={"labels": [hostile, "\ud800"]})
+    )
     text = path.read_text()
     assert re.fullmatch(r'FF\("sites/L12\.mlp/labels","[A-Za-z0-9+/]+={0,2}"\)\n', text)
     assert read_shard(tmp_path, "sites/L12.mlp/labels").json["labels"] == [hostile, "?"]
@@ -75,7 +94,10 @@ def test_a_file_is_one_call_whatever_the_text(tmp_path):
 
 def test_the_same_shard_gives_the_same_bytes(tmp_path):
     shard = Shard(json={"a": 1}, columns={"x": np.arange(5, dtype=np.uint8)})
-    assert write_shard(tmp_path / "a", "k", shard).read_bytes() == write_shard(tmp_path / "b", "k", shard).read_bytes()
+    assert (
+        write_shard(tmp_path / "a", "k", shard).read_bytes()
+        == write_shard(tmp_path / "b", "k", shard).read_bytes()
+    )
 
 
 def _script(payload: bytes, *, cut: int = 0) -> str:

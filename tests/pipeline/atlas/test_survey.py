@@ -1,4 +1,5 @@
-"""The one-pass survey finds what a loop over every activation finds, in whatever chunks it is given the rows."""
+"""The one-pass survey finds what a loop over every activation finds, in whatever chunks it is given
+the rows."""
 
 from __future__ import annotations
 
@@ -61,9 +62,13 @@ def test_every_attribute_is_counted_apart_on_the_three_parts_of_the_documents(ca
         names = ("n_propose", "n_choose", "n_held", "mass_rest", "mass_held")
         firings = np.stack([table.column(c) for c in names], axis=1)
         found = {
-            (int(f), int(v)): row for f, v, row in zip(table.latent, table.value, firings, strict=True) if row.any()
+            (int(f), int(v)): row
+            for f, v, row in zip(table.latent, table.value, firings, strict=True)
+            if row.any()
         }
-        expected = {(f, v): pair for (attribute, f, v), pair in slow.pairs.items() if attribute == name}
+        expected = {
+            (f, v): pair for (attribute, f, v), pair in slow.pairs.items() if attribute == name
+        }
         assert found.keys() == expected.keys()
         for pair, numbers in expected.items():
             assert found[pair] == pytest.approx(numbers)
@@ -87,7 +92,9 @@ def test_near_misses_are_just_below_what_firing_takes_and_never_fire(case):
         assert survey.near.value[latent, place] == pytest.approx(slow.pre[row, latent], rel=1e-5)
         fired = slow.z[row][slow.z[row] > 0]
         edge = fired.min() if sae.activation.kind == "topk" else 0.8
-        assert survey.near.gap[latent, place] == pytest.approx((edge - slow.pre[row, latent]) / edge, abs=1e-5)
+        assert survey.near.gap[latent, place] == pytest.approx(
+            (edge - slow.pre[row, latent]) / edge, abs=1e-5
+        )
 
 
 def test_activity_around_an_example_is_what_the_dictionary_does_there_and_stays_in_its_run(case):
@@ -99,7 +106,11 @@ def test_activity_around_an_example_is_what_the_dictionary_does_there_and_stays_
             around = selection.around[latent, place].astype(float) * selection.value[latent, place]
             for offset in range(-reach, reach + 1):
                 other = row + offset
-                inside = 0 <= other < len(corpus) and corpus.run[other] == corpus.run[row] and corpus.kept[other]
+                inside = (
+                    0 <= other < len(corpus)
+                    and corpus.run[other] == corpus.run[row]
+                    and corpus.kept[other]
+                )
                 expected = slow.z[other, latent] if inside else 0.0
                 assert around[offset + reach] == pytest.approx(expected, rel=2e-3, abs=1e-4)
 
@@ -145,7 +156,9 @@ def assert_same(a: Survey, b: Survey, corpus: Corpus) -> None:
     assert np.array_equal(a.cofiring.toarray(), b.cofiring.toarray())
     for name in ("top", "near", "uniform"):
         for field in ("row", "key", "value", "around"):
-            assert np.array_equal(getattr(getattr(a, name), field), getattr(getattr(b, name), field)), (name, field)
+            assert np.array_equal(
+                getattr(getattr(a, name), field), getattr(getattr(b, name), field)
+            ), (name, field)
     for name, table in a.tables(corpus).items():
         other = b.tables(corpus)[name]
         assert np.array_equal(table.key, other.key)
@@ -153,14 +166,20 @@ def assert_same(a: Survey, b: Survey, corpus: Corpus) -> None:
 
 
 def test_the_uniform_sample_is_uniform_over_firings():
-    """Every firing of the busiest latents is drawn about equally often, whatever its size or place."""
+    """Every firing of the busiest latents is drawn about equally often, whatever its size or
+    place."""
     corpus = small_corpus()
     sae, x = small_dictionary(), small_activations(corpus)
     latent = int(np.argmax(run(corpus, sae, x).count))
     drawn: dict[int, int] = {}
     n_seeds = 120
     for seed in range(n_seeds):
-        survey = run(corpus, sae, x, SurveyOptions(n_top=1, n_near=1, n_uniform=16, cofiring_rows=0, seed=seed))
+        survey = run(
+            corpus,
+            sae,
+            x,
+            SurveyOptions(n_top=1, n_near=1, n_uniform=16, cofiring_rows=0, seed=seed),
+        )
         for row in survey.uniform.row[latent]:
             drawn[int(row)] = drawn.get(int(row), 0) + 1
     n = int(survey.count[latent])
@@ -173,7 +192,8 @@ def test_the_uniform_sample_is_uniform_over_firings():
 
 
 def test_deciles_are_quantiles_of_the_firings_never_of_zeros(case):
-    """The trap of equal-width intervals from 0 to the maximum, whose lowest one is full of zeros."""
+    """The trap of equal-width intervals from 0 to the maximum, whose lowest one is full of
+    zeros."""
     corpus, sae, x, slow, survey = case
     exact = run(corpus, sae, x, SurveyOptions(n_top=1, n_near=1, n_uniform=10**3, cofiring_rows=0))
     for latent in range(N_LATENTS):

@@ -1,4 +1,5 @@
-"""Toy dictionaries whose flow is known: directions carried, rotated, split, merged, newborn and dying across layers."""
+"""Toy dictionaries whose flow is known: directions carried, rotated, split, merged, newborn and
+dying across layers."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from sae import Sae, TopKActivation
 
 @dataclass(frozen=True, kw_only=True)
 class Planted:
-    """Dictionaries, the true links (source site, latent, target site, latent), and which targets are newborn."""
+    """Dictionaries, the true links (source site, latent, target site, latent), and which targets
+    are newborn."""
 
     dictionaries: dict[Site, Sae]
     links: set[tuple[str, int, str, int]]
@@ -26,17 +28,25 @@ def dictionary(rows: Tensor, k: int = 4, metadata: dict | None = None) -> Sae:
     rows = torch.nn.functional.normalize(rows, dim=1)
     n, d = rows.shape
     return Sae(
-        W_enc=rows.clone(), b_enc=torch.zeros(n), W_dec=rows, b_dec=torch.zeros(d), b_in=torch.zeros(d),
-        activation=TopKActivation(k=min(k, n)), metadata=metadata or {},
-    )  # fmt: skip
+        W_enc=rows.clone(),
+        b_enc=torch.zeros(n),
+        W_dec=rows,
+        b_dec=torch.zeros(d),
+        b_in=torch.zeros(d),
+        activation=TopKActivation(k=min(k, n)),
+        metadata=metadata or {},
+    )
 
 
-def plant(*, d: int, n: int = 480, n_layers: int = 4, noise: float = 0.25, seed: int = 0) -> Planted:
-    """Residual dictionaries of `n` latents at each layer and MLP dictionaries holding what is newborn there.
+def plant(
+    *, d: int, n: int = 480, n_layers: int = 4, noise: float = 0.25, seed: int = 0
+) -> Planted:
+    """Residual dictionaries of `n` latents at each layer and MLP dictionaries holding what is
+    newborn there.
 
-    Of each layer's latents: 60 % carried, 10 % rotated to a cosine of 0.75, 4 % in pairs split from one, 3 % merged
-    from two, the rest newborn. Every latent's row is moved by `noise` (relative norm) before normalising, as training
-    would.
+    Of each layer's latents: 60 % carried, 10 % rotated to a cosine of 0.75, 4 % in pairs split from
+    one, 3 % merged from two, the rest newborn. Every latent's row is moved by `noise` (relative
+    norm) before normalising, as training would.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -57,9 +67,13 @@ def plant(*, d: int, n: int = 480, n_layers: int = 4, noise: float = 0.25, seed:
         parents = [parents[i] for i in place.tolist()]
         site, before = Site(layer, "resid_post"), Site(layer - 1, "resid_post")
         born = [i for i, parent in enumerate(parents) if not parent]
-        links |= {(before.short, p, site.short, i) for i, parent in enumerate(parents) for p in parent}
+        links |= {
+            (before.short, p, site.short, i) for i, parent in enumerate(parents) for p in parent
+        }
         newborn |= {(site.short, i) for i in born}
-        died |= {(before.short, p) for p in set(range(n)) - {p for parent in parents for p in parent}}
+        died |= {
+            (before.short, p) for p in set(range(n)) - {p for parent in parents for p in parent}
+        }
         dictionaries[site] = dictionary(disturbed(rows))
         module = Site(layer, "mlp_out")
         filler = fresh(n // 2 - len(born))
@@ -80,7 +94,9 @@ def _descend(previous: Tensor, order: list[int], fresh) -> tuple[Tensor, list[tu
     at += rotated
     for parent in order[at : at + n_split]:
         aside = fresh(1)[0]
-        aside = torch.nn.functional.normalize(aside - (aside @ previous[parent]) * previous[parent], dim=0)
+        aside = torch.nn.functional.normalize(
+            aside - (aside @ previous[parent]) * previous[parent], dim=0
+        )
         rows.append(torch.stack([previous[parent] + 0.7 * aside, previous[parent] - 0.7 * aside]))
         parents += [(parent,), (parent,)]
     at += n_split

@@ -26,7 +26,9 @@ from sae.errors import UserError
 
 
 def random_codes(n_tokens: int, n_latents: int, seed: int, density: float = 0.3) -> Codes:
-    return codes_from(sparse.random(n_tokens, n_latents, density=density, random_state=seed, format="csr"))
+    return codes_from(
+        sparse.random(n_tokens, n_latents, density=density, random_state=seed, format="csr")
+    )
 
 
 def test_groups_are_those_of_a_loop_over_all_firings() -> None:
@@ -43,9 +45,10 @@ def test_groups_are_those_of_a_loop_over_all_firings() -> None:
     for latent, token, group in zip(activity.latent, activity.token, activity.group, strict=True):
         assert dense[token, latent] > 0
         firing = {
-            name for name, side in before.items()
+            name
+            for name, side in before.items()
             if side.best[latent] >= 0 and sources[name][token, side.best[latent]] > 0
-        }  # fmt: skip
+        }
         assert set(MEMBERS[GROUPS[group]]) == firing
     assert len(set(activity.group)) == 8
     np.testing.assert_allclose(shares(activity), [np.mean(activity.group == g) for g in range(8)])
@@ -77,12 +80,16 @@ def test_cooccurrence_and_stability_by_hand() -> None:
 
 
 def planted(rng: np.random.Generator) -> tuple[Activity, dict]:
-    """Features 0–99 fire with RES only and have a high s(R), 100–199 with MLP only; s(M) tells nothing."""
+    """Features 0–99 fire with RES only and have a high s(R), 100–199 with MLP only; s(M) tells
+    nothing."""
     latent = rng.integers(200, size=1500)
     activity = Activity(
-        latent=latent, token=np.arange(1500), group=np.where(latent < 100, 1, 2), n_latents=200,
+        latent=latent,
+        token=np.arange(1500),
+        group=np.where(latent < 100, 1, 2),
+        n_latents=200,
         looked_at=("residual", "mlp"),
-    )  # fmt: skip
+    )
     return activity, {
         "residual": np.where(np.arange(200) < 100, 0.8, 0.3) + 0.1 * rng.standard_normal(200),
         "mlp": rng.random(200),
@@ -105,6 +112,12 @@ def test_separation_finds_the_planted_difference_only() -> None:
 def test_codes_of_other_tokens_are_refused() -> None:
     target = random_codes(40, 15, 1)
     with pytest.raises(UserError, match="different tokens"):
-        activity_groups(target, {"residual": Predecessors(codes=random_codes(41, 12, 2), best=np.zeros(15, dtype=int))})
+        activity_groups(
+            target,
+            {"residual": Predecessors(codes=random_codes(41, 12, 2), best=np.zeros(15, dtype=int))},
+        )
     with pytest.raises(UserError, match="one predecessor"):
-        activity_groups(target, {"mlp": Predecessors(codes=random_codes(40, 12, 2), best=np.zeros(3, dtype=int))})
+        activity_groups(
+            target,
+            {"mlp": Predecessors(codes=random_codes(40, 12, 2), best=np.zeros(3, dtype=int))},
+        )

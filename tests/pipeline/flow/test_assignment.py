@@ -1,4 +1,5 @@
-"""A planted permutation comes back, in the right direction; the sparse solution is the dense one where it can be."""
+"""A planted permutation comes back, in the right direction; the sparse solution is the dense one
+where it can be."""
 
 from __future__ import annotations
 
@@ -19,10 +20,13 @@ def random_sae(n: int = 40, d: int = 16, *, seed: int = 0, jump: bool = False) -
     rows = torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1)
     theta = 0.2 + torch.rand(n, generator=generator)
     return Sae(
-        W_enc=rows + 0.1 * torch.randn(n, d, generator=generator), b_enc=0.1 * torch.randn(n, generator=generator),
-        W_dec=rows, b_dec=torch.randn(d, generator=generator), b_in=0.1 * torch.randn(d, generator=generator),
+        W_enc=rows + 0.1 * torch.randn(n, d, generator=generator),
+        b_enc=0.1 * torch.randn(n, generator=generator),
+        W_dec=rows,
+        b_dec=torch.randn(d, generator=generator),
+        b_in=0.1 * torch.randn(d, generator=generator),
         activation=Threshold(theta=theta) if jump else TopKActivation(k=5),
-    )  # fmt: skip
+    )
 
 
 def permuted(sae: Sae, perm: torch.Tensor) -> Sae:
@@ -31,16 +35,25 @@ def permuted(sae: Sae, perm: torch.Tensor) -> Sae:
     activation = sae.activation
     if isinstance(activation, Threshold):
         activation = Threshold(theta=activation.theta[place])
-    return sae.replace(W_enc=sae.W_enc[place], b_enc=sae.b_enc[place], W_dec=sae.W_dec[place], activation=activation)
+    return sae.replace(
+        W_enc=sae.W_enc[place],
+        b_enc=sae.b_enc[place],
+        W_dec=sae.W_dec[place],
+        activation=activation,
+    )
 
 
 @pytest.mark.parametrize("n_candidates", [None, 4])
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_encode_permute_decode_with_a_planted_permutation_is_the_identity(objective, fold, n_candidates) -> None:
+def test_encode_permute_decode_with_a_planted_permutation_is_the_identity(
+    objective, fold, n_candidates
+) -> None:
     sae = random_sae(jump=True)
     perm = torch.randperm(40, generator=torch.Generator().manual_seed(3))
-    assert not torch.equal(perm, torch.argsort(perm)), "an involution would hide the wrong direction"
+    assert not torch.equal(perm, torch.argsort(perm)), (
+        "an involution would hide the wrong direction"
+    )
     other = permuted(sae, perm)
     found = assign(sae, other, objective=objective, fold=fold, n_candidates=n_candidates)
     np.testing.assert_array_equal(found.target_of, perm.numpy())
@@ -50,13 +63,19 @@ def test_encode_permute_decode_with_a_planted_permutation_is_the_identity(object
     torch.testing.assert_close(found.apply(z), other.encode(x))
     torch.testing.assert_close(other.decode(found.apply(z)), sae(x))
     gathered = other.decode(z[:, torch.from_numpy(found.target_of)])
-    assert (gathered - sae(x)).norm() > 0.1 * sae(x).norm(), "the inverse permutation must not do as well"
+    assert (gathered - sae(x)).norm() > 0.1 * sae(x).norm(), (
+        "the inverse permutation must not do as well"
+    )
 
 
 def test_folding_changes_weights_and_not_the_function() -> None:
     sae = random_sae(jump=True)
     assert isinstance(sae.activation, Threshold)
-    sae = sae.replace(activation=Threshold(theta=sae.activation.theta.clone().index_fill_(0, torch.tensor([2]), 0.0)))
+    sae = sae.replace(
+        activation=Threshold(
+            theta=sae.activation.theta.clone().index_fill_(0, torch.tensor([2]), 0.0)
+        )
+    )
     x = torch.randn(50, 16)
     torch.testing.assert_close(folded(sae)(x), sae(x))
     assert folded(sae).activation.theta.tolist() == [0.0 if i == 2 else 1.0 for i in range(40)]
@@ -81,7 +100,9 @@ def test_dense_assignment_is_the_best_of_all(shapes: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("shapes", [(60, 60), (40, 70), (70, 40)])
-def test_with_every_pair_a_candidate_the_sparse_solution_is_the_dense_one(shapes: tuple[int, int]) -> None:
+def test_with_every_pair_a_candidate_the_sparse_solution_is_the_dense_one(
+    shapes: tuple[int, int],
+) -> None:
     a, b = random_sae(shapes[0], seed=1), random_sae(shapes[1], seed=2)
     dense, whole = assign(a, b), assign(a, b, n_candidates=70)
     similarity = (a.W_dec @ b.W_dec.T).numpy()
@@ -99,7 +120,8 @@ def test_with_every_pair_a_candidate_the_sparse_solution_is_the_dense_one(shapes
 
 
 def test_infeasible_candidates_still_give_a_permutation() -> None:
-    """All sources prefer one target: with one candidate each no matching of the candidates exists."""
+    """All sources prefer one target: with one candidate each no matching of the candidates
+    exists."""
     a = random_sae(20, seed=1)
     rows = torch.nn.functional.normalize(a.W_dec.mean(0) + 0.01 * torch.randn(20, 16), dim=1)
     found = assign(a.replace(W_dec=rows), random_sae(20, seed=2), n_candidates=1)

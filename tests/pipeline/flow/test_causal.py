@@ -1,4 +1,5 @@
-"""Deactivation does to the model what a full, unhurried run with the same edit does, and its statistics are right."""
+"""Deactivation does to the model what a full, unhurried run with the same edit does, and its
+statistics are right."""
 
 from __future__ import annotations
 
@@ -25,14 +26,23 @@ from sae.activations import TopKActivation
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    return LanguageModel.open(Random(n_layers=3, d_model=32, n_heads=4, d_mlp=64, seed=1), dtype="float32")
+    return LanguageModel.open(
+        Random(n_layers=3, d_model=32, n_heads=4, d_mlp=64, seed=1), dtype="float32"
+    )
 
 
 def random_sae(seed: int, d: int = 32, n: int = 64, k: int = 6) -> Sae:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1)
     zeros = torch.zeros(d)
-    return Sae(W_enc=rows, b_enc=torch.zeros(n), W_dec=rows, b_dec=zeros, b_in=zeros, activation=TopKActivation(k=k))
+    return Sae(
+        W_enc=rows,
+        b_enc=torch.zeros(n),
+        W_dec=rows,
+        b_dec=zeros,
+        b_in=zeros,
+        activation=TopKActivation(k=k),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +53,9 @@ def contexts() -> Contexts:
     return Contexts(ids=ids, document=np.arange(5)[:, None].repeat(12, 1), usable=usable)
 
 
-def test_a_run_continued_from_the_middle_gives_what_the_whole_run_gave(model: LanguageModel) -> None:
+def test_a_run_continued_from_the_middle_gives_what_the_whole_run_gave(
+    model: LanguageModel,
+) -> None:
     ids = torch.randint(0, 400, (2, 9))
     sites = (Site(0, "resid_post"), Site(1, "mlp_out"), Site(2, "resid_post"))
     whole = model.activations(ids, sites)
@@ -55,20 +67,34 @@ def test_a_run_continued_from_the_middle_gives_what_the_whole_run_gave(model: La
 
 
 @pytest.mark.parametrize("source", ["L0", "L1.mlp", "L1.attn", "L0.mlp"])
-def test_every_edit_equals_a_full_run_with_the_same_edit(model: LanguageModel, contexts: Contexts, source: str) -> None:
+def test_every_edit_equals_a_full_run_with_the_same_edit(
+    model: LanguageModel, contexts: Contexts, source: str
+) -> None:
     at, target = parse_site(source), Site(1, "resid_post")
     saes = {at: random_sae(3), target: random_sae(4)}
     first_choice = np.random.default_rng(5).integers(0, 64, size=(64, 8))
-    options = DeactivationOptions(n_targets=12, n_targets_per_context=4, n_exhaustive=3, batch_size=5, scale=-1.0)
-    table = measure_deactivation(
-        model, saes, source=at, target=target, predecessors={"top": first_choice}, contexts=contexts, options=options
+    options = DeactivationOptions(
+        n_targets=12, n_targets_per_context=4, n_exhaustive=3, batch_size=5, scale=-1.0
     )
-    assert {"top", "random active", "strongest active", EXHAUSTIVE, "best single active"} == set(table["strategy"])
+    table = measure_deactivation(
+        model,
+        saes,
+        source=at,
+        target=target,
+        predecessors={"top": first_choice},
+        contexts=contexts,
+        options=options,
+    )
+    assert {"top", "random active", "strongest active", EXHAUSTIVE, "best single active"} == set(
+        table["strategy"]
+    )
     run = table[(table["n_removed"] == 1) & (table["strategy"] != "top")]
     assert len(run) > 30
     for row in run.itertuples():
         ids = torch.from_numpy(contexts.ids[[row.context]])
-        before = saes[at].encode(model.activations(ids, (at,))[at])[0, row.position, row.predecessor]
+        before = saes[at].encode(model.activations(ids, (at,))[at])[
+            0, row.position, row.predecessor
+        ]
 
         def edit(value: torch.Tensor, row=row, before=before) -> torch.Tensor:
             value = value.clone()
@@ -115,18 +141,32 @@ def test_scale_one_changes_nothing(model: LanguageModel, contexts: Contexts) -> 
     np.testing.assert_allclose(table["after"], table["before"], rtol=1e-4)
 
 
-def test_the_planted_predecessor_is_the_one_that_matters(model: LanguageModel, contexts: Contexts) -> None:
-    """An MLP's output is added to the stream as it is, so one dictionary at both places plants the truth."""
+def test_the_planted_predecessor_is_the_one_that_matters(
+    model: LanguageModel, contexts: Contexts
+) -> None:
+    """An MLP's output is added to the stream as it is, so one dictionary at both places plants the
+    truth."""
     at, target = Site(1, "mlp_out"), Site(1, "resid_post")
     rows = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(2))).Q
     zeros = torch.zeros(32)
-    sae = Sae(W_enc=rows, b_enc=zeros, W_dec=rows, b_dec=zeros, b_in=zeros, activation=TopKActivation(k=32))
+    sae = Sae(
+        W_enc=rows,
+        b_enc=zeros,
+        W_dec=rows,
+        b_dec=zeros,
+        b_in=zeros,
+        activation=TopKActivation(k=32),
+    )
     same = np.arange(32)[:, None]
     table = measure_deactivation(
-        model, {at: sae, target: sae}, source=at, target=target,
-        predecessors={"same": same, "other": (same + 1) % 32}, contexts=contexts,
+        model,
+        {at: sae, target: sae},
+        source=at,
+        target=target,
+        predecessors={"same": same, "other": (same + 1) % 32},
+        contexts=contexts,
         options=DeactivationOptions(n_targets=40),
-    )  # fmt: skip
+    )
     summary = summarise_deactivation(table).set_index("strategy")
     assert summary.loc["same", "change"] > 0.2
     assert summary.loc["other", "change"] == pytest.approx(0.0, abs=1e-3)
@@ -145,17 +185,24 @@ def test_summary_by_hand_with_documents_as_the_unit() -> None:
     row = summarise_deactivation(table, n_bootstrap=4000).iloc[0]
     assert (row["n_targets"], row["n"]) == (6, 5)
     assert row["success"] == pytest.approx(0.6)
-    assert (row["success_low"], row["success_high"]) == (0.0, 1.0), "three documents can all be drawn equal"
+    assert (row["success_low"], row["success_high"]) == (0.0, 1.0), (
+        "three documents can all be drawn equal"
+    )
 
 
 def test_evidence_is_gathered_per_edge() -> None:
     table = pd.DataFrame(
         {
-            "source": "s", "target": "t", "strategy": ["top", "top", "top", "random active"], "n_removed": [1, 1, 2, 1],
-            "predecessor": [4, 4, 4, 4], "target_latent": [7, 7, 7, 7], "success": [True, False, True, True],
+            "source": "s",
+            "target": "t",
+            "strategy": ["top", "top", "top", "random active"],
+            "n_removed": [1, 1, 2, 1],
+            "predecessor": [4, 4, 4, 4],
+            "target_latent": [7, 7, 7, 7],
+            "success": [True, False, True, True],
             "change": [1.0, 0.5, 1.0, 1.0],
         }
-    )  # fmt: skip
+    )
     row = evidence_of_edges(table, "top").iloc[0]
     assert (row["source_latent"], row["target_latent"], row["causal_n"]) == (4, 7, 2)
     assert (row["causal_success"], row["causal_change"]) == (0.5, 0.75)

@@ -1,4 +1,5 @@
-"""The papers' experiments on a small random model: joint edits are real edits, every experiment gives its tables."""
+"""The papers' experiments on a small random model: joint edits are real edits, every experiment
+gives its tables."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ from pipeline.cli.paper import paper_commands
 from pipeline.flow.activity import GROUPS, MEMBERS
 from pipeline.flow.causal import Contexts
 from pipeline.flow.experiments import EXPERIMENTS, FIGURE, REPORT, run_experiment, write_finding
-from pipeline.flow.experiments.firings import Change, clean_losses, draw_firings, prepare, run_changes
+from pipeline.flow.experiments.firings import (
+    Change,
+    clean_losses,
+    draw_firings,
+    prepare,
+    run_changes,
+)
 from pipeline.flow.experiments.remainder import PARTS, remainder
 from pipeline.flow.experiments.subject import Effort, Subject, fullest, layers_of, spread
 from pipeline.flow.link import link_dictionaries
@@ -40,12 +47,21 @@ def random_sae(seed: int, k: int = 12) -> Sae:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.nn.functional.normalize(torch.randn(N, D, generator=generator), dim=1)
     zeros = torch.zeros(D)
-    return Sae(W_enc=rows, b_enc=torch.zeros(N), W_dec=rows, b_dec=zeros, b_in=zeros, activation=TopKActivation(k=k))
+    return Sae(
+        W_enc=rows,
+        b_enc=torch.zeros(N),
+        W_dec=rows,
+        b_dec=zeros,
+        b_in=zeros,
+        activation=TopKActivation(k=k),
+    )
 
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    return LanguageModel.open(Random(n_layers=3, d_model=D, n_heads=4, d_mlp=64, seed=1), dtype="float32")
+    return LanguageModel.open(
+        Random(n_layers=3, d_model=D, n_heads=4, d_mlp=64, seed=1), dtype="float32"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +69,9 @@ def subject(model: LanguageModel) -> Subject:
     dictionaries = {site: random_sae(seed) for seed, site in enumerate(SITES)}
     rng = np.random.default_rng(0)
     held_out = torch.from_numpy(rng.integers(0, 400, size=(24, 16)))
-    seen = {site: value.reshape(-1, D) for site, value in model.activations(held_out, SITES).items()}
+    seen = {
+        site: value.reshape(-1, D) for site, value in model.activations(held_out, SITES).items()
+    }
     ids = rng.integers(0, 400, size=(6, 16)).astype(np.int64)
     usable = np.ones_like(ids, dtype=bool)
     usable[:, 0] = False
@@ -64,9 +82,12 @@ def subject(model: LanguageModel) -> Subject:
 
     links = link_dictionaries(dictionaries, options=LinkOptions(n_null=100), held_out=batches)
     return Subject(
-        dictionaries=dictionaries, edges=links.edges, held_out=batches,
-        open_model=lambda: model, contexts=lambda _, n: contexts,
-    )  # fmt: skip
+        dictionaries=dictionaries,
+        edges=links.edges,
+        held_out=batches,
+        open_model=lambda: model,
+        contexts=lambda _, n: contexts,
+    )
 
 
 def test_layers_hold_the_first_choice_of_every_relation(subject: Subject) -> None:
@@ -82,17 +103,24 @@ def test_layers_hold_the_first_choice_of_every_relation(subject: Subject) -> Non
     assert spread(list(range(10)), 2) == [2, 7]
 
 
-def test_joint_edits_equal_full_runs_with_the_same_edits(model: LanguageModel, subject: Subject) -> None:
+def test_joint_edits_equal_full_runs_with_the_same_edits(
+    model: LanguageModel, subject: Subject
+) -> None:
     layer = layers_of(subject)[1]
     stage = prepare(subject, model, layer, subject.contexts(model, 6))
     firings = draw_firings(stage, n_per_group=3, rng=np.random.default_rng(0))
-    assert len(set(zip(firings.context, firings.position, strict=True))) == len(firings.latent), "one feature a token"
+    assert len(set(zip(firings.context, firings.position, strict=True))) == len(firings.latent), (
+        "one feature a token"
+    )
     assert (firings.position > 0).all()
     assert len(set(firings.group)) > 4
     for relation in layer.links:
         fires = np.array([relation in MEMBERS[GROUPS[group]] for group in firings.group])
         np.testing.assert_array_equal(fires, firings.strength[relation] > 0)
-    changes = [Change(firing=i, relations=tuple(layer.links), scale=-0.5) for i in range(len(firings.latent))]
+    changes = [
+        Change(firing=i, relations=tuple(layer.links), scale=-0.5)
+        for i in range(len(firings.latent))
+    ]
     outcome = run_changes(stage, firings, changes, with_loss=True, batch_size=5)
     short = run_changes(stage, firings, changes, batch_size=4)
     np.testing.assert_allclose(short.after, outcome.after, atol=1e-4)
@@ -103,7 +131,9 @@ def test_joint_edits_equal_full_runs_with_the_same_edits(model: LanguageModel, s
 
         def adding(site: Site, latent: int, clean=clean, position=position):
             sae = subject.dictionaries[site]
-            amount = -1.5 * float(sae.encode(clean[site])[0, position, latent]) if latent >= 0 else 0.0
+            amount = (
+                -1.5 * float(sae.encode(clean[site])[0, position, latent]) if latent >= 0 else 0.0
+            )
 
             def add(value: torch.Tensor) -> torch.Tensor:
                 value = value.clone()
@@ -113,11 +143,14 @@ def test_joint_edits_equal_full_runs_with_the_same_edits(model: LanguageModel, s
             return add
 
         edits = {
-            link.source: adding(link.source, int(firings.predecessor[name][i])) for name, link in layer.links.items()
+            link.source: adding(link.source, int(firings.predecessor[name][i]))
+            for name, link in layer.links.items()
         }
         with model.edited(edits), model.recorded([layer.target]) as seen:
             log_p = model.logits(ids).float().log_softmax(-1)
-        after = subject.dictionaries[layer.target].encode(seen[layer.target])[0, position, firings.latent[i]]
+        after = subject.dictionaries[layer.target].encode(seen[layer.target])[
+            0, position, firings.latent[i]
+        ]
         assert outcome.after[i] == pytest.approx(float(after), abs=1e-4)
         loss = -log_p[0, :-1].gather(1, ids[0, 1:, None]).mean()
         assert outcome.loss[i] == pytest.approx(float(loss), abs=1e-4)
@@ -126,14 +159,18 @@ def test_joint_edits_equal_full_runs_with_the_same_edits(model: LanguageModel, s
 def test_scale_one_changes_neither_target_nor_loss(model: LanguageModel, subject: Subject) -> None:
     stage = prepare(subject, model, layers_of(subject)[0], subject.contexts(model, 6))
     firings = draw_firings(stage, n_per_group=2, rng=np.random.default_rng(0))
-    changes = [Change(firing=i, relations=("residual",), scale=1.0) for i in range(len(firings.latent))]
+    changes = [
+        Change(firing=i, relations=("residual",), scale=1.0) for i in range(len(firings.latent))
+    ]
     outcome = run_changes(stage, firings, changes, with_loss=True)
     np.testing.assert_allclose(outcome.after, firings.before, rtol=1e-4)
     np.testing.assert_allclose(outcome.loss, clean_losses(stage)[firings.context], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", list(EXPERIMENTS))
-def test_every_experiment_writes_tables_figure_and_text(name: str, subject: Subject, tmp_path: Path) -> None:
+def test_every_experiment_writes_tables_figure_and_text(
+    name: str, subject: Subject, tmp_path: Path
+) -> None:
     finding = run_experiment(name, subject, EFFORT)
     write_finding(finding, tmp_path)
     assert (tmp_path / FIGURE).stat().st_size > 2000
@@ -151,7 +188,9 @@ def test_knockouts_remove_every_subset_of_what_fires(subject: Subject) -> None:
         assert all(set(removed.split("&")) <= members for removed in group["removed"])
 
 
-def test_parts_of_a_reading_add_up_and_are_the_models_own(model: LanguageModel, subject: Subject) -> None:
+def test_parts_of_a_reading_add_up_and_are_the_models_own(
+    model: LanguageModel, subject: Subject
+) -> None:
     found = remainder(subject, EFFORT)
     parts = found.tables["parts"]
     assert len(parts) > 10
@@ -166,7 +205,9 @@ def test_parts_of_a_reading_add_up_and_are_the_models_own(model: LanguageModel, 
         writer = subject.dictionaries[before]
         z = writer.encode(low)
         assert row.layer * row.before == pytest.approx(float(reader @ (high - low)), abs=1e-4)
-        assert row.error * row.before == pytest.approx(float(reader @ (low - writer(low))), abs=1e-4)
+        assert row.error * row.before == pytest.approx(
+            float(reader @ (low - writer(low))), abs=1e-4
+        )
         own = z[row.predecessor_latent] * writer.W_dec[row.predecessor_latent]
         assert row.predecessor * row.before == pytest.approx(float(reader @ own), abs=1e-4)
         edited = low - own
@@ -178,7 +219,9 @@ def test_parts_of_a_reading_add_up_and_are_the_models_own(model: LanguageModel, 
                 return value
 
             with model.edited({before: put}):
-                changed = model.activations(torch.from_numpy(contexts.ids[[row.context]]), (after,))[after]
+                changed = model.activations(
+                    torch.from_numpy(contexts.ids[[row.context]]), (after,)
+                )[after]
             added = changed[0, row.position] - edited
             assert row.layer_after * row.before == pytest.approx(float(reader @ added), abs=1e-3)
 
@@ -189,15 +232,24 @@ def test_the_best_of_all_is_at_least_as_good_on_every_target(subject: Subject) -
     assert (both["change_best"] >= both["change_top_1"] - 1e-5).all()
 
 
-def test_a_dictionary_carried_onto_itself_is_explained_as_well_as_it_reconstructs(subject: Subject) -> None:
-    """Two sites with the same dictionary and the same activations: every sensible operator is the identity."""
+def test_a_dictionary_carried_onto_itself_is_explained_as_well_as_it_reconstructs(
+    subject: Subject,
+) -> None:
+    """Two sites with the same dictionary and the same activations: every sensible operator is the
+    identity."""
     first, second = SITES[:2]
     twins = Subject(
         dictionaries={first: subject.dictionaries[first], second: subject.dictionaries[first]},
         edges=link_dictionaries(dict.fromkeys((first, second), subject.dictionaries[first])).edges,
-        held_out=lambda site: subject.held_out(first), open_model=subject.open_model, contexts=subject.contexts,
-    )  # fmt: skip
-    table = run_experiment("transitions", twins, EFFORT).tables["operators"].set_index(["operator", "inference"])
+        held_out=lambda site: subject.held_out(first),
+        open_model=subject.open_model,
+        contexts=subject.contexts,
+    )
+    table = (
+        run_experiment("transitions", twins, EFFORT)
+        .tables["operators"]
+        .set_index(["operator", "inference"])
+    )
     own = table.loc[("target's own reconstruction", "none"), "ev"]
     for operator in ("permutation decoder", "permutation full", "top-1 dec-dec", "top-1 enc-enc"):
         assert table.loc[(operator, "unscaled"), "ev"] == pytest.approx(own, abs=1e-6)
@@ -213,7 +265,9 @@ def test_an_unknown_experiment_lists_the_known_ones(subject: Subject) -> None:
 
 def test_the_commands_defaults_are_those_of_the_effort() -> None:
     options = {option.name: option.default for option in paper_commands.commands["groups"].params}
-    assert {name: options[name] for name in dataclasses.asdict(Effort())} == dataclasses.asdict(Effort())
+    assert {name: options[name] for name in dataclasses.asdict(Effort())} == dataclasses.asdict(
+        Effort()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +289,17 @@ def test_starts_are_trained_once_and_compared(linked: Path) -> None:
     from pipeline.cli import app, run_command
     from pipeline.stages import train
 
-    command = ["paper", "starts", "--layers", "3", "--steps", "40", "--targets", "20", *common_options(linked)]
+    command = [
+        "paper",
+        "starts",
+        "--layers",
+        "3",
+        "--steps",
+        "40",
+        "--targets",
+        "20",
+        *common_options(linked),
+    ]
     made = CliRunner().invoke(app, command)
     assert made.exit_code == 0, made.output
     folder = linked / "tiny" / "paper"
@@ -243,12 +307,21 @@ def test_starts_are_trained_once_and_compared(linked: Path) -> None:
     assert set(summary.index) == {
         (start, way)
         for start in ("independent", "shared", "chain")
-        for way in ("cosine", "permutation", "pearson", "transport", "random active", "strongest active")
+        for way in (
+            "cosine",
+            "permutation",
+            "pearson",
+            "transport",
+            "random active",
+            "strongest active",
+        )
     }
     by_pair = pd.read_parquet(folder / "starts" / "by_pair.parquet")
     assert dict(by_pair.groupby("start")["relation"].first()) == {
-        "independent": "independent", "shared": "same_start", "chain": "same_start"
-    }  # fmt: skip
+        "independent": "independent",
+        "shared": "same_start",
+        "chain": "same_start",
+    }
     assert by_pair.groupby("start").size().tolist() == [8, 8, 8]
     assert by_pair["above_null"].between(0, 1).all()
     steps = {

@@ -17,7 +17,9 @@ def dense_pair():
     rng = np.random.default_rng(0)
     source = rng.random((500, 40)) * (rng.random((500, 40)) < 0.1)
     target = rng.random((500, 30)) * (rng.random((500, 30)) < 0.1)
-    target[:, :10] = source[:, 5:15] * (1 + 0.1 * rng.random((500, 10)))  # ten targets follow sources 5 … 14
+    target[:, :10] = source[:, 5:15] * (
+        1 + 0.1 * rng.random((500, 10))
+    )  # ten targets follow sources 5 … 14
     target[:, 11] = 0.0
     return source.astype(np.float32), target.astype(np.float32)
 
@@ -28,20 +30,29 @@ def test_pearson_and_jaccard_equal_numpy(dense_pair, monkeypatch):
     left, right = np.meshgrid(np.arange(40), np.delete(np.arange(30), 11), indexing="ij")
     left, right = left.ravel(), right.ravel()
     found = compare_firing(
-        codes_from(sparse.csr_matrix(source)), codes_from(sparse.csr_matrix(target)), (left, right),
-        rng=np.random.default_rng(0), n_chance=50,
-    )  # fmt: skip
-    whole = np.corrcoef(source.T.astype(np.float64), target.T.astype(np.float64)[np.arange(30) != 11])[:40, 40:]
+        codes_from(sparse.csr_matrix(source)),
+        codes_from(sparse.csr_matrix(target)),
+        (left, right),
+        rng=np.random.default_rng(0),
+        n_chance=50,
+    )
+    whole = np.corrcoef(
+        source.T.astype(np.float64), target.T.astype(np.float64)[np.arange(30) != 11]
+    )[:40, 40:]
     np.testing.assert_allclose(found.links.pearson, whole.ravel(), atol=1e-5)
     both = ((source[:, left] > 0) & (target[:, right] > 0)).sum(0)
     either = ((source[:, left] > 0) | (target[:, right] > 0)).sum(0)
     np.testing.assert_allclose(found.links.jaccard, both / either, atol=1e-6)
     np.testing.assert_array_equal(found.best.index[:10], np.arange(5, 15))
-    np.testing.assert_allclose(found.best.pearson[np.arange(30) != 11], whole.max(0).clip(min=0), atol=1e-5)
+    np.testing.assert_allclose(
+        found.best.pearson[np.arange(30) != 11], whole.max(0).clip(min=0), atol=1e-5
+    )
     second = np.sort(whole, axis=0)[-2].clip(min=0)
     np.testing.assert_allclose(found.best.runner_up[np.arange(30) != 11], second, atol=1e-5)
     rivals = found.best.rival(np.array([5, 6]), np.array([0, 0]))
-    np.testing.assert_allclose(rivals, [second[0], whole[5, 0]], atol=1e-5)  # 5 is its best source, 6 is not
+    np.testing.assert_allclose(
+        rivals, [second[0], whole[5, 0]], atol=1e-5
+    )  # 5 is its best source, 6 is not
     assert found.best.index[11] == -1, "a latent that never fires has no partner"
     assert np.isfinite(found.chance.pearson).all()
 
@@ -62,11 +73,17 @@ def test_codes_hold_what_the_dictionary_encodes():
     generator = torch.Generator().manual_seed(0)
     rows = torch.nn.functional.normalize(torch.randn(20, 8, generator=generator), dim=1)
     sae = Sae(
-        W_enc=rows, b_enc=torch.zeros(20), W_dec=rows, b_dec=torch.zeros(8), b_in=torch.zeros(8),
+        W_enc=rows,
+        b_enc=torch.zeros(20),
+        W_dec=rows,
+        b_dec=torch.zeros(8),
+        b_in=torch.zeros(8),
         activation=TopKActivation(k=3),
-    )  # fmt: skip
+    )
     tokens = torch.randn(50, 8, generator=generator)
     codes = encode_tokens(sae, tokens.split(16))
     np.testing.assert_allclose(codes.codes.toarray(), sae.encode(tokens).numpy(), atol=1e-6)
     np.testing.assert_array_equal(codes.n_fired, (sae.encode(tokens) > 0).sum(0).numpy())
-    np.testing.assert_allclose(codes.deviation, sae.encode(tokens).double().std(0, correction=0).numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        codes.deviation, sae.encode(tokens).double().std(0, correction=0).numpy(), atol=1e-5
+    )

@@ -1,4 +1,5 @@
-"""Linking as a whole: nulls by start, bad input, workers; and the stage on artifacts of the real stages before it."""
+"""Linking as a whole: nulls by start, bad input, workers; and the stage on artifacts of the real
+stages before it."""
 
 from __future__ import annotations
 
@@ -33,16 +34,25 @@ def start(group, parent=None):
 
 
 def test_pairs_follow_the_computation_and_gaps_are_reported():
-    pairing = pair_sites([RESIDUAL[3], RESIDUAL[0], Site(3, "mlp_out"), Site(3, "attn_out"), Site(1, "mlp_out")])
+    pairing = pair_sites(
+        [RESIDUAL[3], RESIDUAL[0], Site(3, "mlp_out"), Site(3, "attn_out"), Site(1, "mlp_out")]
+    )
     assert [(str(pair), pair.relation) for pair in pairing.pairs] == [
-        ("L0 → L3", "residual"), ("L3.attn → L3", "attention"), ("L3.mlp → L3", "mlp"),
-    ]  # fmt: skip
+        ("L0 → L3", "residual"),
+        ("L3.attn → L3", "attention"),
+        ("L3.mlp → L3", "mlp"),
+    ]
     assert any("2 layer(s)" in text for text in pairing.warnings)
     assert any(text.startswith("L1.mlp: no residual") for text in pairing.warnings)
-    middle = pair_sites([RESIDUAL[0], Site(1, "resid_mid"), RESIDUAL[1], Site(1, "attn_out"), Site(1, "mlp_out")])
+    middle = pair_sites(
+        [RESIDUAL[0], Site(1, "resid_mid"), RESIDUAL[1], Site(1, "attn_out"), Site(1, "mlp_out")]
+    )
     assert {str(pair) for pair in middle.pairs} == {
-        "L0 → L1.mid", "L1.attn → L1.mid", "L1.mid → L1", "L1.mlp → L1",
-    }  # fmt: skip
+        "L0 → L1.mid",
+        "L1.attn → L1.mid",
+        "L1.mid → L1",
+        "L1.mlp → L1",
+    }
     with pytest.raises(UserError, match="nothing to link"):
         pair_sites([RESIDUAL[2]])
 
@@ -57,18 +67,33 @@ def test_a_common_start_is_seen_in_the_metadata():
 
 
 def test_dictionaries_of_an_unknown_start_are_said_to_be(dictionary):
-    """One sentence for all pairs: 2 of the 3 pairs here have an end that does not say what it was started from."""
+    """One sentence for all pairs: 2 of the 3 pairs here have an end that does not say what it was
+    started from."""
     metadata = [start("a"), start("b"), {}, start("c")]
-    odd = {RESIDUAL[layer]: dictionary(rows(8, seed=layer), metadata=m) for layer, m in enumerate(metadata)}
-    (text,) = (text for text in link_dictionaries(odd, options=QUICK).warnings if "started from" in text)
+    odd = {
+        RESIDUAL[layer]: dictionary(rows(8, seed=layer), metadata=m)
+        for layer, m in enumerate(metadata)
+    }
+    (text,) = (
+        text for text in link_dictionaries(odd, options=QUICK).warnings if "started from" in text
+    )
     assert text.startswith("2 of 3 pairs:")
-    known = {site: dictionary(rows(8, seed=site.layer), metadata=start(site.short)) for site in RESIDUAL[:3]}
-    assert not any("started from" in text for text in link_dictionaries(known, options=QUICK).warnings)
+    known = {
+        site: dictionary(rows(8, seed=site.layer), metadata=start(site.short))
+        for site in RESIDUAL[:3]
+    }
+    assert not any(
+        "started from" in text for text in link_dictionaries(known, options=QUICK).warnings
+    )
 
 
 def test_dictionaries_that_do_not_belong_together_are_refused_with_every_reason(dictionary):
-    one = dictionary(rows(8), metadata={"model_fingerprint": "a" * 64, "site": "blocks.0.hook_resid_post"})
-    two = dictionary(rows(8), metadata={"model_fingerprint": "b" * 64, "site": "blocks.4.hook_resid_post"})
+    one = dictionary(
+        rows(8), metadata={"model_fingerprint": "a" * 64, "site": "blocks.0.hook_resid_post"}
+    )
+    two = dictionary(
+        rows(8), metadata={"model_fingerprint": "b" * 64, "site": "blocks.4.hook_resid_post"}
+    )
     with pytest.raises(UserError) as caught:
         link_dictionaries({RESIDUAL[0]: one, RESIDUAL[1]: two}, options=QUICK)
     assert "different models" in str(caught.value)
@@ -83,7 +108,9 @@ def test_odd_dictionaries_give_warnings_and_never_a_nan_edge(dictionary):
     zero[5] = zero[4]
     dictionaries = {
         RESIDUAL[0]: dictionary(rows(1)),
-        RESIDUAL[1]: dictionary(rows(40, seed=1)).replace(W_dec=torch.nn.functional.normalize(zero, dim=1)),
+        RESIDUAL[1]: dictionary(rows(40, seed=1)).replace(
+            W_dec=torch.nn.functional.normalize(zero, dim=1)
+        ),
         RESIDUAL[2]: dictionary(rows(30, seed=2)).replace(W_dec=torch.zeros(30, 24)),
         RESIDUAL[3]: dictionary(rows(30, seed=3)),
     }
@@ -103,15 +130,20 @@ def test_odd_dictionaries_give_warnings_and_never_a_nan_edge(dictionary):
 def test_far_layers_stand_in_when_no_null_is_trained(dictionary):
     base = rows(200)
     same = {
-        site: dictionary(base + 0.05 * rows(200, seed=9 + i), metadata=start("a")) for i, site in enumerate(RESIDUAL)
+        site: dictionary(base + 0.05 * rows(200, seed=9 + i), metadata=start("a"))
+        for i, site in enumerate(RESIDUAL)
     }
     links = link_dictionaries(same, options=LinkOptions(null=Automatic(), n_null=500))
     assert links.pairs["null"].str.contains("far layers").all()
-    assert links.edges["kept"].sum() == 0, "all layers alike: nothing here is more alike than far layers are"
+    assert links.edges["kept"].sum() == 0, (
+        "all layers alike: nothing here is more alike than far layers are"
+    )
     apart = {site: dictionary(rows(200, seed=20 + i)) for i, site in enumerate(RESIDUAL)}
     far = link_dictionaries(apart, options=LinkOptions(null=FarLayers(), n_null=500))
     assert far.edges["kept"].mean() < 0.02
-    few = link_dictionaries({site: apart[site] for site in RESIDUAL[:2]}, options=LinkOptions(null=FarLayers()))
+    few = link_dictionaries(
+        {site: apart[site] for site in RESIDUAL[:2]}, options=LinkOptions(null=FarLayers())
+    )
     assert any("rotation used" in text for text in few.warnings)
 
 
@@ -126,7 +158,9 @@ def test_the_seed_decides_everything(dictionary):
 def test_workers_give_the_same_graph(dictionary):
     dictionaries = {site: dictionary(rows(60, seed=i)) for i, site in enumerate(RESIDUAL)}
     here = link_dictionaries(dictionaries, options=QUICK)
-    there = link_dictionaries(dictionaries, options=QUICK, machines=RunContext(scheduler="local", n_workers=2))
+    there = link_dictionaries(
+        dictionaries, options=QUICK, machines=RunContext(scheduler="local", n_workers=2)
+    )
     pd.testing.assert_frame_equal(here.edges, there.edges)
     pd.testing.assert_frame_equal(here.nodes, there.nodes)
     pd.testing.assert_frame_equal(here.pairs, there.pairs)
@@ -137,10 +171,15 @@ def made(tmp_path_factory):
     """A collect and a train artifact of a small random model."""
     folder, context = tmp_path_factory.mktemp("stages"), RunContext(n_threads=1)
     what = collect.Config(
-        model=Random(n_layers=3, d_model=32, n_heads=4, d_mlp=64), corpus=BundledText(),
-        sites=("resid_post", "mlp_out:1"), n_context=32, n_tokens=4096, validation_fraction=0.25, shard_rows=1024,
+        model=Random(n_layers=3, d_model=32, n_heads=4, d_mlp=64),
+        corpus=BundledText(),
+        sites=("resid_post", "mlp_out:1"),
+        n_context=32,
+        n_tokens=4096,
+        validation_fraction=0.25,
+        shard_rows=1024,
         model_dtype="float32",
-    )  # fmt: skip
+    )
     stored = collect.run(what, collect.Inputs(), folder / "collect", context)
     how = train.Config(
         architecture=TopK(k=4),
@@ -157,17 +196,23 @@ def test_the_stage_writes_a_graph_that_opens(made, tmp_path):
     config = link.Config(n_null=300, functional_tokens=512)
     inputs = link.Inputs(collect=stored, train=trained)
     artifact = link.run(config, inputs, tmp_path / "link", RunContext(n_threads=1))
-    assert {"nodes.parquet", "edges.parquet", "pairs.parquet", "warnings.json"} <= set(artifact.files)
+    assert {"nodes.parquet", "edges.parquet", "pairs.parquet", "warnings.json"} <= set(
+        artifact.files
+    )
     assert {"figures/link_strength.png", "figures/classes_by_layer.png"} <= set(artifact.files)
     graph = FlowGraph.open(artifact.path)
     assert [site.short for site in graph.sites] == ["L0", "L1.mlp", "L1", "L2"]
     starts = dict(zip(graph.pairs["relation"], graph.pairs["start"], strict=True))
     assert starts == {"residual": "same_start", "mlp": "independent"}
-    assert (graph.pairs["null"].str.contains("same start") == (graph.pairs["relation"] == "residual")).all()
+    assert (
+        graph.pairs["null"].str.contains("same start") == (graph.pairs["relation"] == "residual")
+    ).all()
     assert graph.edges["pearson"].notna().all()
     assert artifact.summary["n_links"] == int(graph.edges["kept"].sum())
     chosen = graph.edges[graph.edges["kept"]]
     assert (chosen["q_value"] <= 0.05).all()
     again = link.run(config, inputs, tmp_path / "again", RunContext(n_threads=1))
     assert again.digest == artifact.digest
-    assert (tmp_path / "again" / "edges.parquet").read_bytes() == (artifact.path / "edges.parquet").read_bytes()
+    assert (tmp_path / "again" / "edges.parquet").read_bytes() == (
+        artifact.path / "edges.parquet"
+    ).read_bytes()

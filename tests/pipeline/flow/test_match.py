@@ -1,4 +1,5 @@
-"""Matching finds exactly what sorting the whole cosine matrix finds, whatever the tile, and never a NaN."""
+"""Matching finds exactly what sorting the whole cosine matrix finds, whatever the tile, and never a
+NaN."""
 
 from __future__ import annotations
 
@@ -15,14 +16,20 @@ from sae.errors import UserError
 
 
 def random_directions(n: int, d: int, seed: int):
-    return directions_of(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), name=f"seed {seed}")
+    return directions_of(
+        torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), name=f"seed {seed}"
+    )
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    n_source=st.integers(1, 300), n_target=st.integers(1, 300), d=st.integers(2, 24), k=st.integers(1, 6),
-    tile=st.sampled_from([32, 64, 224, 512]), seed=st.integers(0, 10_000),
-)  # fmt: skip
+    n_source=st.integers(1, 300),
+    n_target=st.integers(1, 300),
+    d=st.integers(2, 24),
+    k=st.integers(1, 6),
+    tile=st.sampled_from([32, 64, 224, 512]),
+    seed=st.integers(0, 10_000),
+)
 def test_top_k_equals_sorting_the_whole_matrix(n_source, n_target, d, k, tile, seed):
     source, target = random_directions(n_source, d, seed), random_directions(n_target, d, seed + 1)
     found = match(source, target, k=k, tile=tile)
@@ -33,8 +40,12 @@ def test_top_k_equals_sorting_the_whole_matrix(n_source, n_target, d, k, tile, s
         np.testing.assert_allclose(nearest.cosine.numpy(), ranked, atol=2e-6)
         row, place = np.nonzero(nearest.index.numpy() >= 0)
         partner = nearest.index.numpy()[row, place]
-        np.testing.assert_allclose(matrix[row, partner], nearest.cosine.numpy()[row, place], atol=2e-6)
-        assert all(len(set(i[i >= 0])) == (i >= 0).sum() for i in nearest.index.numpy()), "a partner was listed twice"
+        np.testing.assert_allclose(
+            matrix[row, partner], nearest.cosine.numpy()[row, place], atol=2e-6
+        )
+        assert all(len(set(i[i >= 0])) == (i >= 0).sum() for i in nearest.index.numpy()), (
+            "a partner was listed twice"
+        )
 
 
 def test_only_positive_cosines_are_partners():
@@ -94,21 +105,34 @@ def test_matching_never_uses_reduced_precision_and_leaves_the_setting_alone():
 
 
 def test_edges_list_both_directions_with_rank_margin_and_mutuality():
-    # cosines [target, source]: target 0 prefers source 0 (1.0 over 0.6), target 1 prefers source 0 (0.8 over 0.0)
+    # cosines [target, source]: target 0 prefers source 0 (1.0 over 0.6), target 1 prefers source 0
+    # (0.8 over 0.0)
     source = directions_of(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), name="s")
     target = directions_of(torch.tensor([[1.0, 0.0], [0.8, -0.6]]), name="t")
     columns = edges_of(match(source, target, k=2), top_k=1)
     rows = {
         (int(s), int(t)): (int(r), int(f), round(float(c), 3), round(float(m), 3), bool(u))
         for s, t, r, f, c, m, u in zip(
-            columns.source, columns.target, columns.rank, columns.forward_rank, columns.cosine, columns.margin,
-            columns.mutual, strict=True,
+            columns.source,
+            columns.target,
+            columns.rank,
+            columns.forward_rank,
+            columns.cosine,
+            columns.margin,
+            columns.mutual,
+            strict=True,
         )
-    }  # fmt: skip
+    }
     assert rows == {
         (0, 0): (0, 0, 1.0, 0.4, True),
         (0, 1): (0, -1, 0.8, 0.8, False),
-        (1, 0): (-1, 0, 0.6, -0.4, False),  # the best successor of source 1, though target 0 prefers another
+        (1, 0): (
+            -1,
+            0,
+            0.6,
+            -0.4,
+            False,
+        ),  # the best successor of source 1, though target 0 prefers another
     }
 
 
@@ -123,5 +147,11 @@ def test_best_cosines_are_the_row_maxima():
 def test_the_gpu_finds_what_the_cpu_finds():
     rows, others = torch.randn(700, 64), torch.randn(900, 64)
     here = match(directions_of(rows, name="a"), directions_of(others, name="b"), k=3)
-    there = match(directions_of(rows, name="a", device="cuda"), directions_of(others, name="b", device="cuda"), k=3)
-    torch.testing.assert_close(there.predecessors.cosine.cpu(), here.predecessors.cosine, atol=1e-5, rtol=0)
+    there = match(
+        directions_of(rows, name="a", device="cuda"),
+        directions_of(others, name="b", device="cuda"),
+        k=3,
+    )
+    torch.testing.assert_close(
+        there.predecessors.cosine.cpu(), here.predecessors.cosine, atol=1e-5, rtol=0
+    )

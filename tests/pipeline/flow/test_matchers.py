@@ -1,4 +1,5 @@
-"""Each matcher finds planted predecessors where its idea applies; the measures agree with dense references."""
+"""Each matcher finds planted predecessors where its idea applies; the measures agree with dense
+references."""
 
 from __future__ import annotations
 
@@ -30,13 +31,21 @@ def orthonormal(n: int, d: int, seed: int) -> torch.Tensor:
 def dictionary(rows: torch.Tensor, k: int = 4) -> Sae:
     zeros = torch.zeros(rows.shape[1])
     return Sae(
-        W_enc=rows, b_enc=torch.zeros(len(rows)), W_dec=rows, b_dec=zeros, b_in=zeros, activation=TopKActivation(k=k)
+        W_enc=rows,
+        b_enc=torch.zeros(len(rows)),
+        W_dec=rows,
+        b_dec=zeros,
+        b_in=zeros,
+        activation=TopKActivation(k=k),
     )
 
 
-def planted(*, turned: bool, n_batches: int = 10, seed: int = 0) -> tuple[PairData, torch.Tensor, PairData]:
-    """Sparse causes written along the source's rows and along the target's rows; the target's row `perm[u]` is source
-    u's, turned into another basis when `turned`. Returns the pair, `perm`, and the same pair on fresh tokens."""
+def planted(
+    *, turned: bool, n_batches: int = 10, seed: int = 0
+) -> tuple[PairData, torch.Tensor, PairData]:
+    """Sparse causes written along the source's rows and along the target's rows; the target's row
+    `perm[u]` is source u's, turned into another basis when `turned`. Returns the pair, `perm`, and
+    the same pair on fresh tokens."""
     generator = torch.Generator().manual_seed(seed)
     rows = orthonormal(N, D, 1)
     perm = torch.randperm(N, generator=generator)
@@ -44,11 +53,15 @@ def planted(*, turned: bool, n_batches: int = 10, seed: int = 0) -> tuple[PairDa
     others = (rows @ turn)[torch.argsort(perm)]
     batches = []
     for _ in range(2 * n_batches):
-        fires = (torch.rand(200, N, generator=generator) < 0.08) * (1 + torch.rand(200, N, generator=generator))
+        fires = (torch.rand(200, N, generator=generator) < 0.08) * (
+            1 + torch.rand(200, N, generator=generator)
+        )
         x = fires @ rows + 0.02 * torch.randn(200, D, generator=generator)
         batches.append((x, x @ turn + 0.02 * torch.randn(200, D, generator=generator)))
     pairs = [
-        PairData(source=dictionary(rows), target=dictionary(others), rows=lambda part=part: iter(part))
+        PairData(
+            source=dictionary(rows), target=dictionary(others), rows=lambda part=part: iter(part)
+        )
         for part in (batches[:n_batches], batches[n_batches:])
     ]
     return pairs[0], perm, pairs[1]
@@ -97,7 +110,9 @@ def test_jaccard_and_pearson_are_the_best_of_all_pairs() -> None:
     generator = torch.Generator().manual_seed(5)
     rows = torch.nn.functional.normalize(torch.randn(40, 12, generator=generator), dim=1)
     x = torch.randn(150, 12, generator=generator)
-    pair = PairData(source=dictionary(rows[:25]), target=dictionary(rows[15:]), rows=lambda: [(x, x + 0.3)])
+    pair = PairData(
+        source=dictionary(rows[:25]), target=dictionary(rows[15:]), rows=lambda: [(x, x + 0.3)]
+    )
     a = encode_tokens(pair.source, [x]).codes.toarray()
     b = encode_tokens(pair.target, [x + 0.3]).codes.toarray()
     together = (a > 0).T.astype(float) @ (b > 0)
@@ -114,13 +129,17 @@ def test_the_ridge_map_is_the_one_that_made_the_data() -> None:
     generator = torch.Generator().manual_seed(0)
     true = torch.randn(6, 4, generator=generator)
     batches = [(x, x @ true + 5.0) for x in torch.randn(10, 100, 6, generator=generator) + 3.0]
-    torch.testing.assert_close(ridge_map(lambda: batches, ridges=[1e-9, 10.0]), true, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        ridge_map(lambda: batches, ridges=[1e-9, 10.0]), true, rtol=1e-3, atol=1e-3
+    )
     x = torch.cat([left for left, _ in batches]).double()
     y = torch.cat([right for _, right in batches]).double()
     x, y = x - x.mean(0), y - y.mean(0)
     strength = 0.5 * x.square().mean() * len(x)
     slow = torch.linalg.solve(x.T @ x + strength * torch.eye(6), x.T @ y)
-    torch.testing.assert_close(ridge_map(lambda: batches, ridges=[0.5]).double(), slow, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        ridge_map(lambda: batches, ridges=[0.5]).double(), slow, rtol=1e-3, atol=1e-4
+    )
     with pytest.raises(UserError, match="needs activations"):
         ridge_map(lambda: [])
 

@@ -1,7 +1,9 @@
-"""Dictionaries really trained from a common start: features born at a layer must still come out as newborn.
+"""Dictionaries really trained from a common start: features born at a layer must still come out as
+newborn.
 
-Two layers of planted activations: 60 directions are carried, 20 die, 20 are born (and lie in the MLP's output). The
-null that knows nothing of starts takes what inertia leaves for flow; the null trained from the same start does not.
+Two layers of planted activations: 60 directions are carried, 20 die, 20 are born (and lie in the
+MLP's output). The null that knows nothing of starts takes what inertia leaves for flow; the null
+trained from the same start does not.
 """
 
 from __future__ import annotations
@@ -78,7 +80,12 @@ def fit(world, site, weights, *, steps, kind, parent=None, group="one start", se
     metadata = {
         "site": site.name,
         "architecture": dataclasses.asdict(TopK(k=K)),
-        "initialisation": {"kind": kind, "group": group, "parent": parent and parent.short, "seed": seed},
+        "initialisation": {
+            "kind": kind,
+            "group": group,
+            "parent": parent and parent.short,
+            "seed": seed,
+        },
         "schedule": dataclasses.asdict(schedule),
         "batch_size": 256,
     }
@@ -92,7 +99,15 @@ def train_all(world, start, *, steps, next_steps):
     else:
         weights = unfold(before, world.normalisations()[BEFORE])
         after = fit(world, AFTER, weights, steps=next_steps, kind="chain", parent=BEFORE)
-    module = fit(world, MLP, random_start(32, D, seed=9), steps=200, kind="independent", group="another", seed=9)
+    module = fit(
+        world,
+        MLP,
+        random_start(32, D, seed=9),
+        steps=200,
+        kind="independent",
+        group="another",
+        seed=9,
+    )
     return {BEFORE: before, AFTER: after, MLP: module}
 
 
@@ -103,9 +118,13 @@ def trained(world, request):
 
 def nulls_of(world, dictionaries):
     plans = plan_nulls(dictionaries, 1)
-    assert [plan.pair.relation for plan in plans] == ["residual"], "the MLP's dictionary has a start of its own"
+    assert [plan.pair.relation for plan in plans] == ["residual"], (
+        "the MLP's dictionary has a start of its own"
+    )
     rows = world.rows[plans[0].moved][:N_TRAIN]
-    return pooled([("residual", start_sample(plans[0], dictionaries, rows, world.normalisations(), seed=3))])
+    return pooled(
+        [("residual", start_sample(plans[0], dictionaries, rows, world.normalisations(), seed=3))]
+    )
 
 
 def slots(dictionaries, directions) -> np.ndarray:
@@ -117,8 +136,10 @@ def test_newborn_features_stay_newborn_and_carried_ones_are_carried(world, train
     nulls = nulls_of(world, trained)
     links = link_dictionaries(
         trained, options=LinkOptions(n_null=4096), held_out=world.held_out, start_nulls=nulls
-    )  # fmt: skip
-    assert "same start" in str(links.pairs.loc[links.pairs["relation"] == "residual", "null"].iloc[0])
+    )
+    assert "same start" in str(
+        links.pairs.loc[links.pairs["relation"] == "residual", "null"].iloc[0]
+    )
     after = links.nodes[(links.nodes["site"] == "L1")].reset_index(drop=True)
     born, carried = slots(trained, world.born), slots(trained, world.carried)
     assert len(born) >= 10
@@ -141,13 +162,24 @@ def test_inertia_alone_reaches_above_the_null_that_knows_nothing_of_starts(world
 def test_what_was_learnt_from_metadata(trained):
     recipe = Recipe.of(trained[AFTER].metadata)
     assert (recipe.architecture, recipe.batch_size) == (TopK(k=K), 256)
-    assert recipe.schedule == schedule_of(steps=recipe.schedule.steps, learning_rate=RATE, batch_size=256)
+    assert recipe.schedule == schedule_of(
+        steps=recipe.schedule.steps, learning_rate=RATE, batch_size=256
+    )
     older = {name: value for name, value in trained[AFTER].metadata.items() if name != "schedule"}
     schedule = Recipe.of({**older, "steps": 200, "learning_rate": RATE}).schedule
-    assert (schedule.steps, schedule.beta1, schedule.beta2, schedule.dead_after) == (200, 0.9, 0.999, 30 * 256)
+    assert (schedule.steps, schedule.beta1, schedule.beta2, schedule.dead_after) == (
+        200,
+        0.9,
+        0.999,
+        30 * 256,
+    )
     assert Recipe.of(older) is None
     start = trained[AFTER].metadata["initialisation"]
-    damages = {"schedule": {"steps": "many"}}, {"schedule": {"speed": 1}}, {"initialisation": {**start, "parent": 5}}
+    damages = (
+        {"schedule": {"steps": "many"}},
+        {"schedule": {"speed": 1}},
+        {"initialisation": {**start, "parent": 5}},
+    )
     for damage in damages:
         assert Recipe.of({**trained[AFTER].metadata, **damage}) is None, damage
     assert Recipe.of({"site": "blocks.1.hook_resid_post"}) is None
@@ -155,7 +187,9 @@ def test_what_was_learnt_from_metadata(trained):
 
 
 def test_rotated_activations_keep_their_spectrum_and_nothing_else():
-    rows = torch.randn(3000, 32, generator=torch.Generator().manual_seed(0)) * torch.linspace(3, 0.1, 32)
+    rows = torch.randn(3000, 32, generator=torch.Generator().manual_seed(0)) * torch.linspace(
+        3, 0.1, 32
+    )
     turned = rotated_activations(rows, torch.Generator().manual_seed(1))
     before, after = torch.linalg.svdvals(rows), torch.linalg.svdvals(turned)
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-2)

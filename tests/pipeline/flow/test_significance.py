@@ -26,7 +26,9 @@ from pipeline.flow.significance import cosine_at_rate, hubness, p_values, q_valu
 
 def test_a_p_value_counts_the_null_at_or_above_and_the_observation_itself():
     null = np.array([0.1, 0.2, 0.3, 0.3])
-    assert p_values(np.array([0.05, 0.2, 0.3, 0.31]), null).tolist() == pytest.approx([1.0, 0.8, 0.6, 0.2])
+    assert p_values(np.array([0.05, 0.2, 0.3, 0.31]), null).tolist() == pytest.approx(
+        [1.0, 0.8, 0.6, 0.2]
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -39,7 +41,9 @@ def test_a_link_outside_the_family_is_judged_by_the_familys_curve():
     family = np.array([0.001, 0.002, 0.5, 0.9])
     inside = q_values(family)
     np.testing.assert_allclose(q_values(family, family), inside)
-    assert q_values(np.array([0.0015]), family)[0] == pytest.approx(0.004)  # accepted at the rate of the next test
+    assert q_values(np.array([0.0015]), family)[0] == pytest.approx(
+        0.004
+    )  # accepted at the rate of the next test
     assert q_values(np.array([0.95]), family)[0] == pytest.approx(0.95)
     assert q_values(np.array([0.2]), np.zeros(0))[0] == 1.0
 
@@ -68,7 +72,9 @@ def test_a_rotation_within_the_eigenbasis_keeps_norms_the_mean_component_and_the
     spectrum = spectrum_of(source)
     rows = source.unit[:400]
     turned = rotated_within(rows, spectrum, 16, torch.Generator().manual_seed(1))
-    torch.testing.assert_close(torch.linalg.vector_norm(turned, dim=1), torch.ones(400), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.linalg.vector_norm(turned, dim=1), torch.ones(400), atol=1e-5, rtol=0
+    )
     torch.testing.assert_close(turned @ spectrum.mean, rows @ spectrum.mean, atol=1e-5, rtol=0)
     before = (rows @ spectrum.basis).square().mean(0).reshape(-1, 16).sum(1)
     after = (turned @ spectrum.basis).square().mean(0).reshape(-1, 16).sum(1)
@@ -80,7 +86,9 @@ def test_a_rotation_within_the_eigenbasis_keeps_norms_the_mean_component_and_the
 def test_under_no_flow_p_values_are_uniform_even_when_dictionaries_are_anisotropic(choice):
     source = directions_of(anisotropic(1024, 64, 0), name="s")
     target = directions_of(anisotropic(1024, 64, 1), name="t")
-    null = NullSampler(choice=choice, n=4096).sample(source, target, torch.Generator().manual_seed(99))
+    null = NullSampler(choice=choice, n=4096).sample(
+        source, target, torch.Generator().manual_seed(99)
+    )
     p = p_values(best_cosines(target.unit, source).numpy(), null.best_cosine)
     for level in (0.01, 0.05, 0.2):
         assert abs((p <= level).mean() - level) < 3.5 * np.sqrt(level * (1 - level) / 1024) + 0.01
@@ -89,7 +97,9 @@ def test_under_no_flow_p_values_are_uniform_even_when_dictionaries_are_anisotrop
 def test_the_isotropic_null_is_too_low_for_anisotropic_dictionaries():
     source = directions_of(anisotropic(1024, 64, 0), name="s")
     target = directions_of(anisotropic(1024, 64, 1), name="t")
-    null = NullSampler(choice=Isotropic(), n=4096).sample(source, target, torch.Generator().manual_seed(99))
+    null = NullSampler(choice=Isotropic(), n=4096).sample(
+        source, target, torch.Generator().manual_seed(99)
+    )
     p = p_values(best_cosines(target.unit, source).numpy(), null.best_cosine)
     assert (p <= 0.05).mean() > 0.2
 

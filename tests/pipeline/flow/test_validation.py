@@ -1,4 +1,5 @@
-"""Strategies read off a graph's edges, pairs spread over the depth, evidence back on the right edges."""
+"""Strategies read off a graph's edges, pairs spread over the depth, evidence back on the right
+edges."""
 
 from __future__ import annotations
 
@@ -6,7 +7,14 @@ import numpy as np
 import pandas as pd
 
 from data.sites import Site
-from pipeline.flow.validation import TOP_1, TOP_5, Validation, attach_evidence, chosen_pairs, strategies_of
+from pipeline.flow.validation import (
+    TOP_1,
+    TOP_5,
+    Validation,
+    attach_evidence,
+    chosen_pairs,
+    strategies_of,
+)
 
 
 def edges_between(source: str, target: str, relation: str = "residual") -> pd.DataFrame:
@@ -26,7 +34,9 @@ def edges_between(source: str, target: str, relation: str = "residual") -> pd.Da
 def test_strategies_hold_each_targets_candidates() -> None:
     found = strategies_of(edges_between("L0", "L1"), 4, seed=0)
     assert found[TOP_1][:, 0].tolist() == [5, -1, 7, -1]
-    assert found["kept link"][:, 0].tolist() == [5, -1, -1, -1], "the best predecessor of 2 was not kept"
+    assert found["kept link"][:, 0].tolist() == [5, -1, -1, -1], (
+        "the best predecessor of 2 was not kept"
+    )
     assert found[TOP_5][0].tolist() == [5, 6, -1, -1, -1]
     assert set(found["random of top-5"][0]) <= {5, 6, -1}
 
@@ -48,10 +58,15 @@ def test_pairs_are_spread_over_the_depth_and_relations() -> None:
 def test_evidence_lands_on_its_edge_only() -> None:
     evidence = pd.DataFrame(
         {
-            "source": ["L0"], "target": ["L1"], "source_latent": [7], "target_latent": [2],
-            "causal_n": [3], "causal_success": [1.0], "causal_change": [0.9],
+            "source": ["L0"],
+            "target": ["L1"],
+            "source_latent": [7],
+            "target_latent": [2],
+            "causal_n": [3],
+            "causal_success": [1.0],
+            "causal_change": [0.9],
         }
-    )  # fmt: skip
+    )
     attached = attach_evidence(edges_between("L0", "L1"), evidence)
     assert attached["causal_n"].tolist() == [0, 0, 3, 0]
     assert attached["causal_success"].isna().tolist() == [True, True, False, True]
