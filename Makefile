@@ -59,8 +59,8 @@ browser: install
 	  if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 	    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; \
 	  else echo "chromium and chromedriver are missing: the browser tests will be skipped"; fi; }
-	@test -d pipeline/atlas/site/node_modules || { \
-	  if command -v npm >/dev/null; then cd pipeline/atlas/site && npm ci --silent --no-audit --no-fund; \
+	@test -d pipeline/site/app/node_modules || { \
+	  if command -v npm >/dev/null; then cd pipeline/site/app && npm ci --silent --no-audit --no-fund; \
 	  else echo "npm is missing: the accessibility tests will be skipped"; fi; }
 
 emulators:  ## Azurite, for the tests of object stores that are skipped without it (npm, 370 MB, in .emulators)

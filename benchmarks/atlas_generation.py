@@ -25,16 +25,16 @@ import numpy as np
 import torch
 
 from data.store import DocumentRow, RowFilters, TokenTable
-from pipeline.atlas.corpus import Corpus, corpus_of
-from pipeline.atlas.describe import describe_site
-from pipeline.atlas.examples import PROFILES
-from pipeline.atlas.firings import Encoder
-from pipeline.atlas.labels import Bar, labels_of, make_rules
-from pipeline.atlas.pages import SitePages, write_site
-from pipeline.atlas.projection import Unembedding, project
-from pipeline.atlas.rules import attribute_tables
-from pipeline.atlas.survey import SurveyOptions, survey_site
-from pipeline.atlas.vocabulary import Vocabulary
+from pipeline.describe.columns import describe_site
+from pipeline.describe.corpus import Corpus, corpus_of
+from pipeline.describe.examples import PROFILES
+from pipeline.describe.firings import Encoder
+from pipeline.describe.labels import Bar, labels_of, make_rules
+from pipeline.describe.projection import Unembedding, project
+from pipeline.describe.rules import attribute_tables
+from pipeline.describe.survey import SurveyOptions, survey_site
+from pipeline.describe.vocabulary import Vocabulary
+from pipeline.site.pages import SitePages, write_site
 from sae import Sae
 from sae.activations import TopKActivation
 

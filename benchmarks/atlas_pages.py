@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.__main__ import head
-from pipeline.atlas.cards import Cards
+from pipeline.site.cards import Cards
 from tests.browser import synthetic
 
 _DRAWN = """

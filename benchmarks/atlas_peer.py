@@ -33,20 +33,20 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from data.model_sources import folder_of
-from data.model_spec import ModelSpec
-from data.sites import parse_site
+from data.model.sources import folder_of
+from data.model.spec import ModelSpec
 from data.store import ActivationStore, RowFilters
+from featureflow.progress import silent
+from featureflow.sites import parse_site
 from pipeline.artifact import SCHEMAS, Artifact
-from pipeline.atlas.build import prepare
-from pipeline.atlas.intermediate import load_columns
-from pipeline.atlas.labels import Bar
-from pipeline.atlas.workshop import Workshop, corpus_for, survey_job, unembedding_for, write_job
+from pipeline.describe.intermediate import load_columns
+from pipeline.describe.labels import Bar
+from pipeline.describe.workshop import Workshop, corpus_for, survey_job, unembedding_for, write_job
 from pipeline.run import RunContext
+from pipeline.site.build import prepare
 from pipeline.stages.atlas import model_facts
 from sae import load_sae
 from sae.formats.saelens import write_saelens
-from sae.report import silent
 
 ROOT = Path(__file__).parents[1]
 CONTEXTS_PER_FILE, PEER_BATCH = 64, 256

@@ -8,7 +8,7 @@ its pages.
 3. run axe on every kind of page, light and dark, at 1440 and 390 pixels; one JSON line per page
    with its violations.
 
-Needs Chromium with its driver, and `npm ci` in pipeline/atlas/site for axe. Cost: about a second a
+Needs Chromium with its driver, and `npm ci` in pipeline/site/app for axe. Cost: about a second a
 page.
 """
 
@@ -24,8 +24,8 @@ import numpy as np
 
 from benchmarks.atlas_pages import open_browser
 from benchmarks.atlas_screenshots import take
-from pipeline.atlas.cards import Cards
-from pipeline.atlas.shards import read_shard
+from pipeline.site.cards import Cards
+from pipeline.site.shards import read_shard
 
 AXE = (
     Path(__file__).parents[1]

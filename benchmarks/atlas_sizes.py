@@ -37,20 +37,20 @@ import torch
 from jaxtyping import Int64
 
 from benchmarks.__main__ import head
-from data.sites import Site
 from data.store import ActivationStore, RowFilters
+from featureflow.sites import Site
 from pipeline.artifact import SCHEMAS, Artifact
-from pipeline.atlas.build import AtlasFacts, each_site, finish, prepare
-from pipeline.atlas.cards import Cards
-from pipeline.atlas.examples import PROFILES
-from pipeline.atlas.labels import Bar
-from pipeline.atlas.validate import validate_atlas
-from pipeline.atlas.workshop import Workshop, survey_job, write_job
+from pipeline.describe.examples import PROFILES
+from pipeline.describe.labels import Bar
+from pipeline.describe.workshop import Workshop, survey_job, write_job
 from pipeline.flow.link import link_dictionaries
 from pipeline.flow.options import LinkOptions, Rotation
 from pipeline.flow.sources import DictionaryFolder
 from pipeline.flow.tables import write_tables
 from pipeline.run import RunContext
+from pipeline.site.build import AtlasFacts, each_site, finish, prepare
+from pipeline.site.cards import Cards
+from pipeline.site.validate import validate_atlas
 from pipeline.stages.atlas import model_facts
 from sae import Sae, TopKActivation, save_sae
 

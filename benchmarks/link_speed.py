@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from data.sites import Site
+from featureflow.sites import Site
 from pipeline.flow.directions import directions_of
 from pipeline.flow.link import link_dictionaries
 from pipeline.flow.match import full_precision, match

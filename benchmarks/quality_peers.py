@@ -38,8 +38,8 @@ import torch
 from scipy import stats
 
 from benchmarks.__main__ import head
-from data.sites import Site, parse_site
 from data.store import ActivationStore
+from featureflow.sites import Site, parse_site
 from pipeline.artifact import Artifact
 from pipeline.run import RunContext
 from pipeline.stages import collect, evaluate, train

@@ -26,8 +26,8 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.__main__ import head
-from data.sites import parse_site
 from data.store import ActivationStore
+from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
 from pipeline.run import RunContext
 from pipeline.stages import collect, evaluate, link, train

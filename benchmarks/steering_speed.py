@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from data.concepts.prompts import read_prompts
-from data.language_model import LanguageModel, Packaged, Random
-from data.sites import Site
+from data.model.language_model import LanguageModel, Packaged, Random
+from featureflow.sites import Site
 from sae import Sae, Threshold, TopKActivation, load_sae
 from steering.applied import applied
 from steering.edits import Add, Edit, Floor

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from data.concepts.topics import read_topics
-from pipeline.steer_session import SteerSession
+from pipeline.lenses.steering.session import SteerSession
+from pipeline.lenses.steering.study import Study, StudyOptions, cost_of
+from pipeline.lenses.steering.study_report import write_report
 from steering.applied import NothingTouched
-from steering.study import Study, StudyOptions, cost_of
-from steering.study_report import write_report
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from benchmarks.store_measure import compare
-from data.language_model import LanguageModel
-from data.model_spec import Packaged, Random
+from data.model.language_model import LanguageModel
+from data.model.spec import Packaged, Random
 from data.store import SiteLayout, StoreLayout, StoreWriter, TokenTable
 from data.store.collection import collect_shards
 from data.store.layout import record_name

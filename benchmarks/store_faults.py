@@ -31,17 +31,17 @@ from pathlib import Path
 
 import torch
 
-from data.corpus import BundledText
-from data.language_model import LanguageModel
-from data.model_spec import Random
-from data.packing import pack_corpus
+from data.model.language_model import LanguageModel
+from data.model.spec import Random
 from data.store import ActivationStore, SiteLayout, StoreLayout, StoreWriter
 from data.store.checks import problems_of_shard, verify_store
 from data.store.collection import collect_shards
 from data.store.places import LocalPlace
 from data.store.records import read_record
+from data.text.corpus import BundledText
+from data.text.packing import pack_corpus
+from featureflow.errors import UserError
 from pipeline.run import RunContext
-from sae.errors import UserError
 
 _HEADING = """# The activation store under faults
 

@@ -28,14 +28,14 @@ import torch
 from benchmarks.__main__ import head
 from benchmarks.store_collection import planted_tokens
 from benchmarks.store_measure import compare
-from data.language_model import LanguageModel
-from data.model_sources import folder_of
-from data.model_spec import Packaged
-from data.sites import Site, parse_site
+from data.model.language_model import LanguageModel
+from data.model.sources import folder_of
+from data.model.spec import Packaged
 from data.store import ActivationStore, SiteLayout, StoreLayout, StoreWriter, TokenTable
 from data.store.collection import collect_shards
 from data.store.foreign_arrow import read_arrow
-from sae.report import silent
+from featureflow.progress import silent
+from featureflow.sites import Site, parse_site
 
 HERE = Path(__file__).parent
 _FLOAT32_ROUNDING = 1e-4

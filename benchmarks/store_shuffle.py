@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.__main__ import head
-from data.sites import parse_site
 from data.store import ActivationStore
+from featureflow.sites import parse_site
 from sae.architectures import TopK
 from sae.batches import Batch
 from sae.normalisation import normalisation_of

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

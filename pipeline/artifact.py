@@ -33,8 +33,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from featureflow.errors import Problem, UserError
 from pipeline.made_by import code_digest, made_by
-from sae.errors import Problem, UserError
 
 MANIFEST = "manifest.json"
 SCHEMAS: Mapping[str, int] = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from pydantic import TypeAdapter
 
-from data.language_model import LanguageModel
-from data.model_spec import ModelSpec
+from data.model.language_model import LanguageModel
+from data.model.spec import ModelSpec
 from data.store import ActivationStore
+from featureflow.errors import UserError
 from pipeline.artifact import Artifact
 from pipeline.run import RunContext
-from sae.errors import UserError
 
 
 def open_collected_model(

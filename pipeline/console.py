@@ -25,7 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from sae.report import DETAIL, silent
+from featureflow.progress import DETAIL, silent
 
 _PATIENCE = 2.0
 

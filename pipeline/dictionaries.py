@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from data.sites import Site, parse_site
+from featureflow.errors import UserError
+from featureflow.sites import Site, parse_site
 from pipeline.artifact import Artifact
 from sae import Sae, load_sae
-from sae.errors import UserError
 
 FOLDER = "dictionaries"
 

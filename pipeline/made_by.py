@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_ROOMS = ("sae", "data", "steering", "pipeline")
+_ROOMS = ("featureflow", "sae", "data", "steering", "pipeline")
 _PACKAGES = (
     "torch",
     "transformer-lens",

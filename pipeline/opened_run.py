@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from featureflow.errors import Problem, UserError
 from pipeline.artifact import SCHEMAS, Artifact
-from sae.errors import Problem, UserError
 
 
 def open_run(root: Path, stages: Sequence[str]) -> dict[str, Artifact]:

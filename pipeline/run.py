@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sae.report import Metrics, Progress, discard, silent
+from featureflow.progress import Metrics, Progress, discard, silent
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 _STATE = "state"
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from featureflow.errors import Problem, UserError
 from sae.activations import (
     Activation,
     TopKActivation,
@@ -31,7 +32,6 @@ from sae.activations import (
     tensors_of,
     with_tensors,
 )
-from sae.errors import Problem, UserError
 from sae.selected import MOST_SELECTED, selected_of_topk
 
 _BLOCK_BYTES = 64 << 20

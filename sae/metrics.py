@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 DENSE_RATE = 0.1
 """A latent that fires on more than this share of tokens is dense."""

@@ -22,9 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from featureflow.errors import UserError
 from sae.activations import Activation, Gated, Threshold
 from sae.dictionary import Sae
-from sae.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

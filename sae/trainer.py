@@ -25,11 +25,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from featureflow.errors import UserError
 from sae.architectures.base import Architecture, Pass, Situation, Weights
 from sae.batches import Batch, Batches
 from sae.calibration import calibrated_threshold
 from sae.dictionary import Sae
-from sae.errors import UserError
 from sae.kernels.select import Precision
 from sae.normalisation import Normalisation, fold
 from sae.optimizer import Adam

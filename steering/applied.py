@@ -30,8 +30,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from data.sites import FeatureId, Site, parse_feature
-from sae.errors import UserError
+from featureflow.errors import UserError
+from featureflow.sites import FeatureId, Site, parse_feature
 from steering.edits import (
     Add,
     NodeValues,

@@ -36,8 +36,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data.sites import FeatureId, Site
-from sae.errors import UserError
+from featureflow.errors import UserError
+from featureflow.sites import FeatureId, Site
 from steering.edits import Add, Cap, Edit, Floor
 from steering.plan import Node, Plan
 from steering.schedules import Constant, Schedule

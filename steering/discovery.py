@@ -23,8 +23,8 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 from torch import Tensor
 
-from data.sites import FeatureId, Site
-from sae.errors import UserError
+from featureflow.errors import UserError
+from featureflow.sites import FeatureId, Site
 from steering.protocols import SteerableModel
 from steering.sequences import Batch, device_of, encoded, forward, in_batches, padded
 

@@ -27,8 +27,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from data.sites import Site, parse_feature
-from sae.errors import UserError
+from featureflow.errors import UserError
+from featureflow.sites import Site, parse_feature
 from steering.applied import SteeringReport, applied
 from steering.plan import Plan
 from steering.protocols import Dictionary, SteerableModel

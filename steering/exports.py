@@ -25,8 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.sites import Site
-from sae.errors import Problem, UserError
+from featureflow.errors import Problem, UserError
+from featureflow.sites import Site
 from steering.applied import direction_of_node
 from steering.edits import Add
 from steering.plan import Plan, is_linear

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from data.sites import FeatureId, Site, parse_feature
-from sae.errors import Problem
+from featureflow.errors import Problem
+from featureflow.sites import FeatureId, Site, parse_feature
 from steering.edits import reads_activation
 from steering.plan import Node, Plan
 from steering.protocols import Dictionary, SteerableModel

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from featureflow.errors import UserError
 from sae import Sae, Threshold, TopKActivation
-from sae.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,9 +26,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from data.sites import Site
-from sae.errors import Problem, UserError
-from sae.report import Progress, silent
+from featureflow.errors import Problem, UserError
+from featureflow.progress import Progress, silent
+from featureflow.sites import Site
 from steering.applied import RowPlan, SteeringReport, applied
 from steering.plan import Plan
 from steering.protocols import Dictionary, SteerableModel

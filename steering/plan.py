@@ -22,8 +22,8 @@ from typing import Any
 
 from torch import Tensor
 
-from data.sites import FeatureId, Site, parse_feature, parse_site
-from sae.errors import Problem, UserError
+from featureflow.errors import Problem, UserError
+from featureflow.sites import FeatureId, Site, parse_feature, parse_site
 from steering.choice import FromFile
 from steering.edits import Add, Edit, Rotate, reads_activation
 from steering.schedules import Budget, Constant, Schedule, weights

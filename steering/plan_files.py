@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae.errors import Problem, UserError
+from featureflow.errors import Problem, UserError
 from steering.choice import FromFile
 from steering.edits import Edit
 from steering.plan import Node, Plan

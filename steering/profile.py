@@ -29,8 +29,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from data.sites import FeatureId, Site
-from sae.errors import UserError
+from featureflow.errors import UserError
+from featureflow.sites import FeatureId, Site
 from steering.dose import NeutralText, steered_log_probs
 from steering.plan import Plan
 from steering.protocols import Dictionary, SteerableModel

@@ -1,7 +1,7 @@
 """What steering needs from a language model and from a dictionary, and nothing more.
 
-`data.language_model.LanguageModel` and `sae.Sae` satisfy these; so does any object of your own with
-the same methods.
+`data.model.language_model.LanguageModel` and `sae.Sae` satisfy these; so does any object of your
+own with the same methods.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from jaxtyping import Float
 from torch import Tensor
 
-from data.sites import Site
+from featureflow.sites import Site
 
 
 class SteerableModel(Protocol):

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.sites import FeatureId, Site
-from sae.report import Progress, silent
+from featureflow.progress import Progress, silent
+from featureflow.sites import FeatureId, Site
 from steering.generation import Sample
 from steering.protocols import Dictionary, SteerableModel
 from steering.sequences import Batch, device_of, encoded, forward, in_batches, padded

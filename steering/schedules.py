@@ -24,7 +24,7 @@ from typing import Annotated, Literal, assert_never
 
 from typing_extensions import Doc
 
-from sae.errors import UserError
+from featureflow.errors import UserError
 from steering.choice import FromFile
 
 Budget = Literal["sum", "peak", "none"]

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae.errors import UserError
+from featureflow.errors import UserError
 from steering.protocols import SteerableModel
 
 

@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data.sites import Site
-from sae.errors import UserError
+from featureflow.errors import UserError
+from featureflow.sites import Site
 from steering.applied import applied
 from steering.plan import Plan
 from steering.protocols import Dictionary, SteerableModel

@@ -18,8 +18,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from data.sites import Site
-from sae.report import Progress, silent
+from featureflow.progress import Progress, silent
+from featureflow.sites import Site
+from featureflow.statistics import Interval, bootstrap_mean
 from steering.arms import Flow, Scales, plans_of, with_whole_budget
 from steering.dose import Calibrated, Dose, NeutralText, calibrate, measure, persistence
 from steering.generation import Generation, Sample, Sampling, generate
@@ -27,7 +28,6 @@ from steering.plan import Plan
 from steering.protocols import Dictionary, SteerableModel
 from steering.reading import CoherenceLimits, Reading, Target, is_coherent, read_back
 from steering.schedules import Schedule
-from steering.statistics import Interval, bootstrap_mean
 
 MEASURES = ("own_tokens", "active", "activation", "nll", "coherent")
 

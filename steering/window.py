@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

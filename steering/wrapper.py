@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from data.sites import Site
-from sae.errors import UserError
+from featureflow.errors import UserError
+from featureflow.sites import Site
 from steering.applied import RowPlan, SteeringReport, applied
 from steering.plan import Plan
 from steering.protocols import Dictionary, SteerableModel

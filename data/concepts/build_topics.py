@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 _PER_TOPIC = 300
 _MAX_LEXICON = 600

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from data.concepts.topics import read_topics
 from data.packaged import installed_file
-from data.packaged_texts import iter_packaged_text
-from sae.errors import UserError
+from data.text.packaged_texts import iter_packaged_text
+from featureflow.errors import UserError
 
 _FORTUNES = Path("/usr/share/games/fortunes")
 EMPATH_CATEGORIES: Mapping[str, tuple[str, ...]] = {

@@ -17,7 +17,7 @@ from importlib.resources import files
 from types import MappingProxyType
 from typing import Literal
 
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 Split = Literal["discover", "classify", "dev", "test"]
 

@@ -12,7 +12,7 @@ from data.store.layout import parse_layout, record_name
 from data.store.places import LocalPlace
 from data.store.records import ShardRecord, iter_problems_of_record, read_record
 from data.store.writer import StoreWriter
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 
 def adopt_shards(writer: StoreWriter, earlier: Path) -> list[int]:

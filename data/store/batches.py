@@ -27,11 +27,11 @@ from data.store.plans import EpochPlan, ShuffleChoices
 from data.store.staging import StagingBuffers, keep_to_one_thread
 from data.store.tokens import RowFilters
 from data.store.windows import READERS, Windows
-from sae.errors import Problem, UserError
+from featureflow.errors import Problem, UserError
 
 if TYPE_CHECKING:
-    from data.sites import Site
     from data.store.store import ActivationStore
+    from featureflow.sites import Site
 
 Batch = dict[Any, Float[Tensor, "batch d_model"]]
 _WINDOW_ROWS = 65_536

@@ -21,7 +21,7 @@ from data.store.places import Place, open_place
 from data.store.records import Completion, ShardRecord, read_completion, read_record, sum_of
 from data.store.shards import read_chunks
 from data.store.store import ActivationStore, read_records
-from sae.errors import Problem, UserError
+from featureflow.errors import Problem, UserError
 
 _PIECE = 8 << 20
 

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from sae.errors import UserError
-from sae.report import Progress
+from featureflow.errors import UserError
+from featureflow.progress import Progress
 
 if TYPE_CHECKING:
     import dask.array
     from distributed import Client
 
-    from data.sites import Site
     from data.store.store import ActivationStore
+    from featureflow.sites import Site
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

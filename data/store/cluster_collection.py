@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from data.model_spec import ModelSpec
-from data.sites import Site
+from data.model.spec import ModelSpec
 from data.store.cluster import Machines, connected, map_shards, threads_of_worker
 from data.store.collection import CollectedShard, collect_shards
 from data.store.tokens import TokenTable
 from data.store.writer import StoreWriter
-from sae.errors import UserError
+from featureflow.errors import UserError
+from featureflow.sites import Site
 
 if TYPE_CHECKING:
-    from data.language_model import LanguageModel
+    from data.model.language_model import LanguageModel
 
 
 _ONE_SHARD = threading.Lock()
@@ -118,6 +118,6 @@ def _collect(task: ShardTask) -> CollectedShard:
 
 @lru_cache(maxsize=1)
 def _loaded(choice: ModelChoice) -> LanguageModel:
-    from data.language_model import LanguageModel
+    from data.model.language_model import LanguageModel
 
     return LanguageModel.open(choice.spec, dtype=choice.dtype, device=choice.device)

@@ -19,16 +19,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from data.sites import Site
 from data.store.tokens import TokenTable
 from data.store.writer import Rows, StoreWriter
+from featureflow.sites import Site
 
 _AHEAD = 2
 RowsDone = Callable[[int], None]
 
 
 class ActivationSource(Protocol):
-    """What collection needs of a model; `data.language_model.LanguageModel` is one."""
+    """What collection needs of a model; `data.model.language_model.LanguageModel` is one."""
 
     def activations(
         self, ids: Int[Tensor, "batch position"], sites: Sequence[Site]

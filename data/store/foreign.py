@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.store.foreign_arrow import read_arrow
 from data.store.foreign_rows import ForeignRows, ReadRows, files_of, site_name, spanning
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data.store.foreign_rows import ForeignRows, ReadRows, files_of, site_name, spanning
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 
 def read_arrow(source: Path, rename: Mapping[str, str]) -> list[ForeignRows]:

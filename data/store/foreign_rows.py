@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.sites import parse_site
-from sae.errors import UserError
+from featureflow.errors import UserError
+from featureflow.sites import parse_site
 
 ReadRows = Callable[[int, int], "Tensor | np.ndarray"]
 

@@ -33,7 +33,7 @@ from data.store.layout import SiteLayout, StoredDtype, StoreLayout
 from data.store.provenance import digest_of_file
 from data.store.tokens import FLAG_BOS, DocumentRow, TokenTable
 from data.store.writer import write_activations
-from sae.errors import Problem, UserError
+from featureflow.errors import Problem, UserError
 
 _PART_ROWS = 8192
 

@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sae.errors import Problem, UserError
+from featureflow.errors import Problem, UserError
 
 SCHEMA = 1
 FORMAT = "featureflow activation store"

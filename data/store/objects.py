@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data.store.staging_files import staging_file
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 _RENEW_SECONDS = 60.0
 _STALE_SECONDS = 300.0

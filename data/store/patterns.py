@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from data.sites import Site, parse_site
-from sae.errors import Problem, UserError
+from featureflow.errors import Problem, UserError
+from featureflow.sites import Site, parse_site
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?:/([1-9]\d*))?)?")
 _FORMS = "resid_post, mlp_out:0,5,10, attn_out:0-29/3, L12.mlp or blocks.12.hook_mlp_out"

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 _COUNTER = itertools.count()
 _OPEN_FILES = 256

@@ -15,14 +15,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import assert_never
 
-from data.corpus import BundledText, CorpusSpec, HubText, Mixture, PackagedText, TextFiles
-from data.gguf_conversion import CONVERSION
-from data.model_spec import Folder, Gguf, HuggingFace, ModelSpec, Packaged, Random, TransformerLens
-from data.packaged_texts import packaged_texts
-from data.packing import PackedTokens
+from data.model.gguf_conversion import CONVERSION
+from data.model.spec import Folder, Gguf, HuggingFace, ModelSpec, Packaged, Random, TransformerLens
 from data.store.layout import canonical_json
-from data.text_files import find_text_files
-from sae.errors import UserError
+from data.text.corpus import BundledText, CorpusSpec, HubText, Mixture, PackagedText, TextFiles
+from data.text.packaged_texts import packaged_texts
+from data.text.packing import PackedTokens
+from data.text.text_files import find_text_files
+from featureflow.errors import UserError
 
 _WHOLE = 16 << 20
 _STRETCH = 64 << 10
@@ -42,7 +42,7 @@ def corpus_digest(spec: CorpusSpec) -> str:
     it."""
     match spec:
         case BundledText():
-            from data.bundled import bundled_records
+            from data.text.bundled import bundled_records
 
             return _hash([canonical_json(list(bundled_records()))])
         case PackagedText(name=name):

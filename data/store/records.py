@@ -16,7 +16,7 @@ import xxhash
 from data.store.layout import COMPLETE, MEND_DAMAGE, StoreLayout, canonical_json, record_name
 from data.store.places import Place
 from data.store.shards import FileSum
-from sae.errors import Problem, UserError
+from featureflow.errors import Problem, UserError
 
 
 @dataclass(frozen=True, kw_only=True)

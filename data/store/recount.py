@@ -33,7 +33,7 @@ from data.store.statistics import (
     norms_of,
 )
 from data.store.store import ActivationStore
-from sae.errors import Problem
+from featureflow.errors import Problem
 
 
 @dataclass(frozen=True, kw_only=True)

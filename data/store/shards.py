@@ -31,7 +31,7 @@ import xxhash
 
 from data.store.layout import MEND_DAMAGE, ArrayLayout
 from data.store.places import Place
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 _MISSING = 2**64 - 1
 

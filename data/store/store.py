@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 import xxhash
 from jaxtyping import Float, Int64
 
-from data.sites import Site, parse_site
 from data.store.encoding import Standard, decode, decode_int8
 from data.store.layout import (
     DOCUMENTS,
@@ -44,7 +43,8 @@ from data.store.records import (
 from data.store.shards import read_chunk_file, read_chunks
 from data.store.statistics import N_BINS, Moments, SiteStatistics
 from data.store.tokens import DocumentRow, RowFilters, TokenTable
-from sae.errors import Problem, UserError
+from featureflow.errors import Problem, UserError
+from featureflow.sites import Site, parse_site
 
 if TYPE_CHECKING:
     import dask.array

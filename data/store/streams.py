@@ -12,7 +12,7 @@ import numpy as np
 
 from data.store.tokens import DocumentRow, TokenTable
 from data.store.writer import Rows, StoreWriter
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 
 def write_stream(

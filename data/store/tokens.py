@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt
 from jaxtyping import UInt8, UInt32
 from typing_extensions import Doc
 
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 FLAG_BOS = 1
 FLAG_SPECIAL = 2

@@ -46,7 +46,7 @@ from data.store.records import (
 )
 from data.store.shards import FileSum, write_chunk_file
 from data.store.tokens import DocumentRow, TokenTable
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 Rows = Mapping[str, Tensor | np.ndarray]
 """Activations of the same rows at every site: name of the site to `Float["row d_model"]`."""

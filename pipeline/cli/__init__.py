@@ -20,6 +20,7 @@ from types import FrameType
 
 import click
 
+from featureflow.errors import UserError
 from pipeline.cli.atlas import ATLAS_TOOLS
 from pipeline.cli.atlas_questions import QUESTIONS
 from pipeline.cli.dictionaries import sae_commands
@@ -32,7 +33,6 @@ from pipeline.cli.store import store_commands
 from pipeline.cli.verify import verify
 from pipeline.console import complain
 from pipeline.stages import STAGES
-from sae.errors import UserError
 
 
 @click.group(no_args_is_help=True)

@@ -31,8 +31,8 @@ from pipeline.console import say, show_number, table
 def serve(host: str, port: int, device: str, recipe: str, artifacts: Path) -> None:
     """Serve the atlas on this machine with a live model: try a text, steer, side by side. Ctrl-C
     ends it."""
-    from pipeline.atlas.live import LiveAtlas
-    from pipeline.atlas.serve import make_server
+    from pipeline.serve.atlas_server import make_server
+    from pipeline.serve.live import LiveAtlas
 
     live = LiveAtlas.open(run_folder(artifacts, recipe), device=device)
     server, address = make_server(live, host=host, port=port)
@@ -47,7 +47,7 @@ def serve(host: str, port: int, device: str, recipe: str, artifacts: Path) -> No
 def validate(folder: Path | None, recipe: str, artifacts: Path) -> None:
     """Check every file of an atlas (FOLDER, or that of the recipe) against its schemas and
     checksums."""
-    from pipeline.atlas.validate import validate_atlas
+    from pipeline.site.validate import validate_atlas
 
     place = folder or run_folder(artifacts, recipe) / "atlas"
     counts = validate_atlas(place)
@@ -84,10 +84,11 @@ def export(
     out: Path, to: str, feature: str | None, short: str | None, recipe: str, artifacts: Path
 ) -> None:
     """Write the atlas to OUT in the format of another viewer."""
-    from pipeline.atlas import Atlas, exports
-    from pipeline.atlas.cards import Cards
+    from pipeline.describe.opened import Atlas
     from pipeline.dictionaries import read_dictionaries
     from pipeline.opened_run import open_run
+    from pipeline.site import exports
+    from pipeline.site.cards import Cards
 
     root = run_folder(artifacts, recipe)
     atlas = Atlas.open(root / "atlas")
@@ -130,9 +131,9 @@ def export(
 def import_labels(notes: Path, out: Path, short: str | None, recipe: str, artifacts: Path) -> None:
     """Read labels from NOTES (the notes page's, or Neuronpedia's) and write the label table with
     them to OUT."""
-    from data.sites import parse_site
-    from pipeline.atlas import Atlas
-    from pipeline.atlas.imports import attach_labels, import_neuronpedia, import_notes
+    from featureflow.sites import parse_site
+    from pipeline.describe.opened import Atlas
+    from pipeline.site.imports import attach_labels, import_neuronpedia, import_notes
 
     labels = (
         import_notes(notes) if short is None else import_neuronpedia([notes], parse_site(short))
@@ -150,8 +151,8 @@ def import_labels(notes: Path, out: Path, short: str | None, recipe: str, artifa
 def import_examples(activations: Path, out: Path, short: str) -> None:
     """Read examples from a Neuronpedia export (activations/batch-N.jsonl.gz, or an upload batch)
     and write them to OUT as a Parquet table with the columns of `Atlas.examples_of`."""
-    from data.sites import parse_site
-    from pipeline.atlas.imports import import_neuronpedia_examples, write_examples
+    from featureflow.sites import parse_site
+    from pipeline.site.imports import import_neuronpedia_examples, write_examples
 
     examples = import_neuronpedia_examples([activations], parse_site(short))
     say(
@@ -169,7 +170,7 @@ def import_examples(activations: Path, out: Path, short: str) -> None:
 def diff(before: Path, after: Path, out: Path | None) -> None:
     """Compare the atlases of two runs (folders such as artifacts/laptop): features kept, gone and
     new."""
-    from pipeline.atlas import Atlas, diff_atlases
+    from pipeline.describe.opened import Atlas, diff_atlases
     from pipeline.dictionaries import read_dictionaries
     from pipeline.opened_run import open_run
 
@@ -228,10 +229,10 @@ def explain(
     Nothing is sent anywhere but to --endpoint."""
     import os
 
-    from pipeline.atlas.attach import attach_scores
-    from pipeline.atlas.explain import Evidence, Opinions, second_opinions
-    from pipeline.atlas.sentences import SentenceModel
-    from steering.chat import ChatModel
+    from pipeline.describe.chat import ChatModel
+    from pipeline.describe.explain import Evidence, Opinions, second_opinions
+    from pipeline.describe.sentences import SentenceModel
+    from pipeline.site.attach import attach_scores
 
     if not sentences and endpoint is None:
         raise click.UsageError("say who is asked: --sentences, --endpoint, or both")

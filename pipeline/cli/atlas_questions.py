@@ -22,9 +22,9 @@ def find(word: str, n: int, short: str | None, recipe: str, artifacts: Path) -> 
     promote.
 
     WORD may be the beginning of a word. Accepted labels come first, by held-out score (F1)."""
-    from data.sites import parse_site
-    from pipeline.atlas import Atlas
-    from pipeline.atlas.asking import find_features
+    from featureflow.sites import parse_site
+    from pipeline.describe.asking import find_features
+    from pipeline.describe.opened import Atlas
 
     atlas = Atlas.open(run_folder(artifacts, recipe) / "atlas")
     found = find_features(atlas, word, site=None if short is None else parse_site(short))
@@ -63,8 +63,8 @@ def read(text: str, n: int, short: str | None, device: str, recipe: str, artifac
     """Show which features fire on TEXT, token by token, at one site.
 
     The percentage is the activation as a share of the feature's largest on the corpus."""
-    from data.sites import parse_site
-    from pipeline.atlas.asking import read_text
+    from featureflow.sites import parse_site
+    from pipeline.describe.asking import read_text
 
     site = None if short is None else parse_site(short)
     rows = []

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from featureflow.errors import UserError
 from pipeline.cli.options import artifacts_option, recipe_option, run_folder
 from pipeline.console import complain, say, show_number, table
-from sae.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.flow.graph import FlowGraph
@@ -110,7 +110,7 @@ def _graph(folder: Path) -> FlowGraph:
 
 def labels_beside(folder: Path) -> Callable[[str], str] | None:
     """Labels of the atlas beside the graph, when there is one and it was made from that graph."""
-    from pipeline.atlas.opened import Atlas
+    from pipeline.describe.opened import Atlas
     from pipeline.opened_run import open_run
 
     try:

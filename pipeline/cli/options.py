@@ -97,7 +97,7 @@ class _StageHelp(click.Command):
     """Adds the stage's fields to its `--help`; the stage is imported only then."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from pipeline.recipe import describe_fields
+        from pipeline.stages.recipe import describe_fields
 
         formatter.write(_HOW)
         for name in STAGES if self.name == "run" else (str(self.name),):

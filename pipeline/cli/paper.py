@@ -18,11 +18,11 @@ from pipeline.cli.options import (
     run_folder,
 )
 from pipeline.console import progress_bars, say
-from pipeline.flow.experiments import EXPERIMENTS, FIGURE, REPORT
+from pipeline.lenses.paper import EXPERIMENTS, FIGURE, REPORT
 
 if TYPE_CHECKING:
     from pipeline.artifact import Artifact
-    from pipeline.flow.experiments.subject import Effort, Subject
+    from pipeline.lenses.paper.subject import Effort, Subject
     from pipeline.run import RunContext
 
 SCHEMA = 1
@@ -137,7 +137,7 @@ def make(
 ) -> Artifact:
     """The artifact of one experiment, made if it is not there. Raises UserError."""
     from pipeline.artifact import Artifact, digest_of
-    from pipeline.flow.experiments import run_experiment, write_finding
+    from pipeline.lenses.paper import run_experiment, write_finding
     from pipeline.opened_run import open_run
 
     effort = _effort(effort_fields)
@@ -157,8 +157,8 @@ def make(
 def _effort(fields: dict[str, int]) -> Effort:
     from pydantic import TypeAdapter, ValidationError
 
-    from pipeline.flow.experiments.subject import Effort
-    from sae.errors import UserError
+    from featureflow.errors import UserError
+    from pipeline.lenses.paper.subject import Effort
 
     try:
         return TypeAdapter(Effort).validate_python(fields)
@@ -172,9 +172,9 @@ def _subject(inputs: dict[str, Artifact], effort: Effort, context: RunContext) -
     from pipeline.cli.paper_tokens import contexts_of, rows_after_contexts
     from pipeline.collected import open_collected_model
     from pipeline.dictionaries import FOLDER
-    from pipeline.flow.experiments.subject import Subject
     from pipeline.flow.sources import DictionaryFolder, HeldOutRows
     from pipeline.flow.tables import read_tables
+    from pipeline.lenses.paper.subject import Subject
     from pipeline.stages.collect import STORE
 
     store = ActivationStore.open(inputs["collect"].path / STORE)

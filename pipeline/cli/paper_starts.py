@@ -6,7 +6,7 @@ compare their links.
    chain's first dictionary gets what its short successors leave).
 2. The three train artifacts are made under `<recipe>/paper/dictionaries/<start>` by the train
    stage, and kept.
-3. `pipeline/flow/experiments/starts.py` compares matchers on them; the result is an artifact too.
+3. `pipeline/lenses/paper/starts.py` compares matchers on them; the result is an artifact too.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 if TYPE_CHECKING:
     from data.store import ActivationStore
     from pipeline.artifact import Artifact
-    from pipeline.flow.experiments.starts import Start
-    from pipeline.flow.experiments.subject import Effort
+    from pipeline.lenses.paper.starts import Start
+    from pipeline.lenses.paper.subject import Effort
     from pipeline.run import RunContext
     from pipeline.stages import train
 
@@ -45,9 +45,9 @@ def make_starts(
     from pipeline.artifact import Artifact, digest_of
     from pipeline.cli.paper_tokens import contexts_of, rows_after_contexts
     from pipeline.collected import open_collected_model
-    from pipeline.flow.experiments import write_finding
-    from pipeline.flow.experiments.starts import compare_starts
     from pipeline.flow.sources import HeldOutRows
+    from pipeline.lenses.paper import write_finding
+    from pipeline.lenses.paper.starts import compare_starts
     from pipeline.stages.collect import STORE
 
     collect = inputs["collect"]
@@ -140,8 +140,8 @@ def _start(
     name: str, artifact: Artifact, store: ActivationStore, context: RunContext, effort: Effort
 ) -> Start:
     from pipeline.dictionaries import FOLDER
-    from pipeline.flow.experiments.starts import Start
     from pipeline.flow.sources import DictionaryFolder
+    from pipeline.lenses.paper.starts import Start
     from pipeline.stages.link import trained_start_nulls
 
     dictionaries = DictionaryFolder(artifact.path / FOLDER)

@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 if TYPE_CHECKING:
-    from data.language_model import LanguageModel
+    from data.model.language_model import LanguageModel
     from data.store import ActivationStore
     from pipeline.flow.causal import Contexts
-    from pipeline.flow.experiments.subject import Effort
+    from pipeline.lenses.paper.subject import Effort
 
 
 def contexts_of(store: ActivationStore) -> Callable[[LanguageModel, int], Contexts]:

@@ -57,9 +57,9 @@ def run(
 ) -> None:
     """Run the pipeline of a recipe: every stage that is not up to date, in order."""
     from pipeline.opened_run import whole_run
-    from pipeline.recipe import read_recipe
-    from pipeline.run_index import write_run_index
-    from pipeline.schedule import Events, run_recipe, stages_above
+    from pipeline.stages.recipe import read_recipe
+    from pipeline.stages.run_index import write_run_index
+    from pipeline.stages.schedule import Events, run_recipe, stages_above
 
     parsed = read_recipe(recipe, read_overrides(ctx), stages_above(to))
     root = folder_of_run(artifacts, parsed.name, name)
@@ -148,8 +148,8 @@ def stage_command(stage: str, tools: Sequence[click.Command] = ()) -> click.Comm
     ) -> None:
         if ctx.invoked_subcommand is not None:
             return
-        from pipeline.recipe import read_recipe
-        from pipeline.schedule import Events, run_single, stages_above
+        from pipeline.stages.recipe import read_recipe
+        from pipeline.stages.schedule import Events, run_single, stages_above
 
         parsed = read_recipe(recipe, read_overrides(ctx), stages_above(stage))
         with progress_bars(quiet=quiet) as progress:

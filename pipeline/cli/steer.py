@@ -43,7 +43,7 @@ def export(
     """Write a plan for other programs to OUT: .gguf (a control vector), .safetensors (vectors) or
     .json (the body of a Neuronpedia steering request). Refused, with the reason, where the plan
     cannot be expressed there."""
-    from pipeline.steer_session import SteerSession
+    from pipeline.lenses.steering.session import SteerSession
     from steering.exports import neuronpedia_request, write_gguf, write_vectors
 
     if out.suffix not in (".gguf", ".safetensors", ".json"):
@@ -65,7 +65,7 @@ def export(
 
 
 def _sources(words: tuple[str, ...]) -> dict[Any, str]:
-    from data.sites import parse_site
+    from featureflow.sites import parse_site
 
     pairs = [word.partition("=") for word in words]
     if bad := [
@@ -106,8 +106,8 @@ def serve(
 ) -> None:
     """Answer OpenAI-style completion requests with the recipe's model; a request names a plan to be
     steered by it."""
-    from pipeline.steer_session import SteerSession
-    from steering.serve import Endpoint, make_server
+    from pipeline.lenses.steering.session import SteerSession
+    from pipeline.serve.endpoint import Endpoint, make_server
 
     if host not in ("127.0.0.1", "localhost", "::1") and not token:
         raise click.UsageError("--token is needed to listen on an address that others can reach")
@@ -166,11 +166,11 @@ def paper(
     <recipe>/steer-paper."""
     from data.concepts.topics import read_topics
     from pipeline.console import progress_bars
-    from pipeline.steer_session import SteerSession
-    from steering.paper_report import write_paper_report
-    from steering.paper_runs import Paper, PaperOptions, neutral_text, run_paper
-    from steering.study_bench import Bench
-    from steering.study_options import StudyOptions
+    from pipeline.lenses.steering.paper_report import write_paper_report
+    from pipeline.lenses.steering.paper_runs import Paper, PaperOptions, neutral_text, run_paper
+    from pipeline.lenses.steering.session import SteerSession
+    from pipeline.lenses.steering.study_bench import Bench
+    from pipeline.lenses.steering.study_options import StudyOptions
 
     folder = run_folder(artifacts, recipe)
     session = SteerSession.open(folder, device=device)

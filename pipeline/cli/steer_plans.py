@@ -109,7 +109,7 @@ def plan(
     """Make a plan for FEATURE along its flow, at the strength that gives the dose."""
     from pydantic import TypeAdapter
 
-    from pipeline.steer_session import SteerSession
+    from pipeline.lenses.steering.session import SteerSession
     from steering.edits import Edit
     from steering.schedules import Schedule
 
@@ -168,8 +168,12 @@ def contrast(
     line)."""
     from dataclasses import replace
 
-    from pipeline.steer_contrast import features_of_contrast, plan_by_difference, read_lines
-    from pipeline.steer_session import SteerSession
+    from pipeline.lenses.steering.contrast import (
+        features_of_contrast,
+        plan_by_difference,
+        read_lines,
+    )
+    from pipeline.lenses.steering.session import SteerSession
 
     texts = read_lines(topical), read_lines(other)
     session = SteerSession.open(run_folder(artifacts, recipe), device=device)
@@ -217,7 +221,7 @@ def calibrate(
 ) -> None:
     """Find the strength at which a plan (written by hand, say) gives the dose, and write it with
     that strength."""
-    from pipeline.steer_session import SteerSession
+    from pipeline.lenses.steering.session import SteerSession
 
     session = SteerSession.open(run_folder(artifacts, recipe), device=device)
     _write(session.calibrated(session.signed(session.read_plan(plan_path)), dose), out)

@@ -47,7 +47,7 @@ def generate(
     artifacts: Path,
 ) -> None:
     """Continue a prompt with and without the plan, from the same random numbers."""
-    from pipeline.steer_session import SteerSession
+    from pipeline.lenses.steering.session import SteerSession
     from steering.generation import Sampling, generate
 
     session = SteerSession.open(run_folder(artifacts, recipe), device=device)
@@ -152,9 +152,9 @@ def judge(
     """Let a language model rate what the steer stage wrote at its headline dose, steered and
     unsteered."""
     from pipeline.console import progress_bars
-    from pipeline.steer_judge import judge_artifact, verdict_lines
-    from steering.chat import ChatModel
-    from steering.judge import Judge
+    from pipeline.describe.chat import ChatModel
+    from pipeline.lenses.steering.blind_pairs import judge_artifact, verdict_lines
+    from pipeline.lenses.steering.judge import Judge
 
     key = "" if key_file is None else key_file.read_text(encoding="utf-8").strip()
     with progress_bars(quiet=False) as progress:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from featureflow.errors import Problem, UserError
 from pipeline.cli.options import artifacts_option, recipe_option, run_folder
 from pipeline.console import say, show_number, table
-from sae.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from pipeline.artifact import Artifact

@@ -23,9 +23,9 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int64
 from scipy.stats import mannwhitneyu
 
+from featureflow.errors import UserError
 from pipeline.flow.functional import Codes
 from pipeline.flow.pairing import RELATIONS, Relation
-from sae.errors import UserError
 
 GROUPS = ("nowhere", "RES", "MLP", "ATT", "RES&MLP", "RES&ATT", "MLP&ATT", "RES&MLP&ATT")
 """In the order of the paper's figures."""

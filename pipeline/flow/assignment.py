@@ -31,10 +31,10 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
+from featureflow.errors import UserError
 from pipeline.flow.match import full_precision
 from sae import Sae
 from sae.activations import Threshold
-from sae.errors import UserError
 
 Objective = Literal["decoder", "encoder", "full"]
 OBJECTIVES: tuple[Objective, ...] = ("decoder", "encoder", "full")

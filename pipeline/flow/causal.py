@@ -17,7 +17,7 @@ Exhaustive search tries every latent that fires and keeps the best, an upper bou
 one-predecessor explanations.
 
 Cost: one row of the context per edit, through the blocks from P to R only
-(`data/partial_forward.py`).
+(`data/model/partial_forward.py`).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from data.language_model import LanguageModel
-from data.partial_forward import continued_from
-from data.sites import Site
+from data.model.language_model import LanguageModel
+from data.model.partial_forward import continued_from
+from featureflow.progress import Progress, silent
+from featureflow.sites import Site
 from sae import Sae, SparseCodes
-from sae.report import Progress, silent
 
 RANDOM_ACTIVE, STRONGEST_ACTIVE, EXHAUSTIVE = "random active", "strongest active", "exhaustive"
 CONTROLS = (RANDOM_ACTIVE, STRONGEST_ACTIVE)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from data.sites import FeatureId
+from featureflow.sites import FeatureId
 from pipeline.flow.graph import FlowGraph
 from pipeline.flow.queries import ChainStep
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 SAME_DIRECTION = 1 - 1e-6
 """Two unit rows with a cosine above this are one direction."""

@@ -23,9 +23,9 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 
-from data.sites import FeatureId
+from featureflow.errors import UserError
+from featureflow.sites import FeatureId
 from pipeline.flow.graph import FlowGraph
-from sae.errors import UserError
 
 PLACES = (
     "residual stream",

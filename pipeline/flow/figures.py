@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data.sites import FeatureId
+from featureflow.sites import FeatureId
 from pipeline.flow.graph import FlowGraph
 from pipeline.flow.nodes import CLASSES
 

@@ -22,7 +22,8 @@ from typing import assert_never
 import numpy as np
 import pandas as pd
 
-from data.sites import FeatureId, Site, parse_feature, parse_site
+from featureflow.errors import UserError
+from featureflow.sites import FeatureId, Site, parse_feature, parse_site
 from pipeline.artifact import MANIFEST, Artifact
 from pipeline.flow.nodes import node_numbers
 from pipeline.flow.options import Calibrated, Fixed, Thresholds
@@ -41,7 +42,6 @@ from pipeline.flow.queries import (
     trunk_paths,
 )
 from pipeline.flow.tables import KIND, SCHEMA, FlowTables, read_tables
-from sae.errors import UserError
 
 
 class FlowGraph:

@@ -31,8 +31,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data.sites import Site
 from data.store.cluster import Machines, map_shards
+from featureflow.progress import Progress, silent
+from featureflow.sites import Site
 from pipeline.flow.edges import EdgeColumns, edges_of
 from pipeline.flow.functional import FEW_FIRINGS, compare_firing
 from pipeline.flow.judge import Evidence, judge
@@ -53,7 +54,6 @@ from pipeline.flow.pairing import (
 from pipeline.flow.shelf import HeldOut, Shelf
 from pipeline.flow.sources import facts_of
 from sae import Sae
-from sae.report import Progress, silent
 
 
 @dataclass(frozen=True, kw_only=True)

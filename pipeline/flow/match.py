@@ -23,8 +23,8 @@ from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from featureflow.errors import UserError
 from pipeline.flow.directions import Directions
-from sae.errors import UserError
 
 CHUNK = 32
 NO_PARTNER = -1

@@ -39,12 +39,12 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from featureflow.errors import UserError
 from pipeline.flow.assignment import assign
 from pipeline.flow.directions import Directions, directions_of
 from pipeline.flow.functional import FEW_FIRINGS, Codes, Cofiring, compare_firing, encode_tokens
 from pipeline.flow.match import match
 from sae import Sae
-from sae.errors import UserError
 
 NOBODY = -1
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)

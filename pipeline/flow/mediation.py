@@ -35,12 +35,12 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from data.language_model import LanguageModel
-from data.partial_forward import continued_from
-from data.sites import Site
+from data.model.language_model import LanguageModel
+from data.model.partial_forward import continued_from
+from featureflow.progress import Progress, silent
+from featureflow.sites import Site
 from pipeline.flow.causal import Contexts
 from sae import Sae, SparseCodes
-from sae.report import Progress, silent
 
 CHAIN_HELD, CHAIN_ALONE, RANDOM_HELD, STRONGEST_HELD = (
     "chain_held",

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Int64
 
-from data.sites import Site
+from featureflow.sites import Site
 from pipeline.flow.communities import communities_of
 from pipeline.flow.options import Fixed
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from data.sites import Site
-from sae.errors import UserError
+from featureflow.errors import UserError
+from featureflow.sites import Site
 
 Relation = Literal["residual", "mlp", "attention"]
 RELATIONS: tuple[Relation, ...] = ("residual", "mlp", "attention")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.sites import FeatureId
+from featureflow.sites import FeatureId
 
 
 @dataclass(frozen=True, kw_only=True)

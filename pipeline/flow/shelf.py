@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data.sites import Site
+from featureflow.sites import Site
 from pipeline.flow.directions import Directions, directions_of
 from pipeline.flow.functional import Codes, encode_tokens
 from pipeline.flow.nodes import Side

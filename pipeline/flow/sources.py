@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from data.sites import Site, parse_site
 from data.store import ActivationStore
+from featureflow.errors import Problem, UserError
+from featureflow.sites import Site, parse_site
 from sae import Sae, load_sae
-from sae.errors import Problem, UserError
 
 _BLOCK_ROWS = 2048
 

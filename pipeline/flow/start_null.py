@@ -27,7 +27,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data.sites import Site, parse_site
+from featureflow.errors import UserError
+from featureflow.progress import Progress, silent
+from featureflow.sites import Site, parse_site
 from pipeline.flow.directions import directions_of
 from pipeline.flow.match import best_cosines
 from pipeline.flow.null import NullSample, Spectrum, rotated_within
@@ -36,9 +38,7 @@ from pipeline.flow.sources import facts_of
 from sae import Sae
 from sae.architectures import AnyArchitecture, Architecture
 from sae.batches import InMemoryBatches
-from sae.errors import UserError
 from sae.normalisation import Normalisation, unfold
-from sae.report import Progress, silent
 from sae.schedule import Schedule
 from sae.trainer import Trainer, random_start, train
 

@@ -17,8 +17,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from featureflow.errors import Problem, UserError
 from pipeline.artifact import SCHEMAS
-from sae.errors import Problem, UserError
 
 KIND, SCHEMA = "link", SCHEMAS["link"]
 _NAME = pa.dictionary(pa.int32(), pa.string())

@@ -32,17 +32,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from data.language_model import LanguageModel
-from data.partial_forward import continued_from
-from data.sites import Site
+from data.model.language_model import LanguageModel
+from data.model.partial_forward import continued_from
+from featureflow.errors import UserError
+from featureflow.progress import Progress, silent
+from featureflow.sites import Site
 from pipeline.flow.assignment import Objective, assign, folded
 from pipeline.flow.causal import Contexts
 from pipeline.flow.functional import Codes
 from pipeline.flow.match import full_precision
 from sae import Sae
 from sae.activations import Threshold
-from sae.errors import UserError
-from sae.report import Progress, silent
 
 Weights = Literal["dec-dec", "enc-enc", "dec-enc", "dec-dec+enc-enc"]
 WEIGHTS: tuple[Weights, ...] = ("dec-dec", "enc-enc", "dec-enc", "dec-dec+enc-enc")

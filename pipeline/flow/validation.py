@@ -22,9 +22,11 @@ from annotated_types import Ge
 from jaxtyping import Int64
 from typing_extensions import Doc
 
-from data.language_model import LanguageModel
-from data.sites import Site, parse_site
+from data.model.language_model import LanguageModel
 from data.store import ActivationStore
+from featureflow.errors import UserError
+from featureflow.progress import Progress, silent
+from featureflow.sites import Site, parse_site
 from pipeline.flow.causal import (
     Contexts,
     DeactivationOptions,
@@ -35,8 +37,6 @@ from pipeline.flow.causal import (
     summarise_deactivation,
 )
 from sae import Sae
-from sae.errors import UserError
-from sae.report import Progress, silent
 
 TOP_1, KEPT, RANDOM_OF_TOP_5, TOP_5 = "top-1", "kept link", "random of top-5", "top-5"
 

@@ -3,11 +3,11 @@ to browse.
 
 1. Read vocabulary and unembedding of the language model.
 2. Survey every dictionary over the store: statistics, examples, rules
-   pipeline/atlas/survey.py
+   pipeline/describe/survey.py
 3. Label features with held-out scores, inherit labels along the flow graph, write shards
-   pipeline/atlas/labels.py
+   pipeline/describe/labels.py
 4. Write what all sites share, and the tables
-   pipeline/atlas/build.py
+   pipeline/site/build.py
 
 Inputs: collect and train artifacts; link and evaluate when there are any. Output: `site/` (open
 `site/index.html`), `tables/`, `metrics.jsonl`. Cost: one encoding of all tokens at every site;
@@ -26,19 +26,19 @@ from annotated_types import Ge, Gt, Le
 from pydantic import TypeAdapter
 from typing_extensions import Doc
 
-from data.language_model import LanguageModel
-from data.model_spec import ModelSpec
-from data.sites import Site, parse_site
+from data.model.language_model import LanguageModel
+from data.model.spec import ModelSpec
 from data.store import ActivationStore, RowFilters
+from featureflow.errors import UserError
+from featureflow.sites import Site, parse_site
 from pipeline.artifact import SCHEMAS, Artifact, Draft
-from pipeline.atlas.attach import carry_over
-from pipeline.atlas.build import AtlasFacts, ModelFacts, build_atlas
-from pipeline.atlas.figures import draw_atlas
-from pipeline.atlas.labels import Bar
-from pipeline.atlas.vocabulary import Vocabulary
-from pipeline.atlas.workshop import Workshop
+from pipeline.describe.labels import Bar
+from pipeline.describe.vocabulary import Vocabulary
+from pipeline.describe.workshop import Workshop
 from pipeline.run import RunContext
-from sae.errors import UserError
+from pipeline.site.attach import carry_over
+from pipeline.site.build import AtlasFacts, ModelFacts, build_atlas
+from pipeline.site.figures import draw_atlas
 
 KIND, SCHEMA = "atlas", SCHEMAS["atlas"]
 STORE, DICTIONARIES = "store.zarr", "dictionaries"

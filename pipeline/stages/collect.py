@@ -25,11 +25,8 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from typing_extensions import Doc
 
-from data.corpus import CorpusSpec, PackagedText, describe_corpus
-from data.language_model import LanguageModel
-from data.model_spec import ModelSpec, Packaged
-from data.packing import PackedTokens, pack_corpus
-from data.sites import Site
+from data.model.language_model import LanguageModel
+from data.model.spec import ModelSpec, Packaged
 from data.store import ActivationStore, SiteLayout, StoreLayout, StoreWriter
 from data.store.adoption import adopt_shards
 from data.store.cluster_collection import ModelChoice, collect_on_cluster
@@ -37,9 +34,12 @@ from data.store.collection import CollectedShard, collect_shards
 from data.store.patterns import parse_sites
 from data.store.places import write_pointer
 from data.store.provenance import corpus_digest, model_digest, tokens_digest
+from data.text.corpus import CorpusSpec, PackagedText, describe_corpus
+from data.text.packing import PackedTokens, pack_corpus
+from featureflow.sites import Site
 from pipeline.artifact import SCHEMAS, Artifact, Draft
-from pipeline.figures_collect import draw_norms, site_table
 from pipeline.run import RunContext
+from pipeline.stages.collect_figures import draw_norms, site_table
 
 KIND, SCHEMA = "collect", SCHEMAS["collect"]
 STORE = "store.zarr"

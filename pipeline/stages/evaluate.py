@@ -5,7 +5,7 @@ loses by it.
    formulas in docs/metrics.md), with intervals over documents, beside a PCA of as many components
    as latents are active.
 2. At some sites run the model with the reconstruction in place of the activation and compare with
-   zero and mean ablation (pipeline/evaluation.py).
+   zero and mean ablation (pipeline/lenses/evaluation.py).
 3. Write one row a dictionary, the PCA curves, the frontier of L0 and FVU where several share a
    site, and the figures.
 
@@ -31,21 +31,21 @@ from annotated_types import Ge
 from jaxtyping import Int
 from typing_extensions import Doc
 
-from data.sites import Site, parse_site
 from data.store import ActivationStore
 from data.store.provenance import digest_of_file
 from data.store.store import Split
 from data.store.tokens import RowFilters
+from featureflow.errors import UserError
+from featureflow.sites import Site, parse_site
 from pipeline.artifact import SCHEMAS, Artifact, Draft, write_text_atomically
 from pipeline.collected import open_collected_model
-from pipeline.evaluation.candidates import TRAINED, Candidate, find_candidates
-from pipeline.evaluation.figures import draw_by_layer, draw_frontier
-from pipeline.evaluation.frontier import write_frontier
-from pipeline.evaluation.held_out import choose_contexts, choose_rows
-from pipeline.evaluation.reconstruction import Bootstrap, Rows, measure_site
-from pipeline.evaluation.recovery import Recovery, Subject, measure_recovery
+from pipeline.lenses.evaluation.candidates import TRAINED, Candidate, find_candidates
+from pipeline.lenses.evaluation.figures import draw_by_layer, draw_frontier
+from pipeline.lenses.evaluation.frontier import write_frontier
+from pipeline.lenses.evaluation.held_out import choose_contexts, choose_rows
+from pipeline.lenses.evaluation.reconstruction import Bootstrap, Rows, measure_site
+from pipeline.lenses.evaluation.recovery import Recovery, Subject, measure_recovery
 from pipeline.run import RunContext
-from sae.errors import UserError
 from sae.metrics import Interval
 
 KIND, SCHEMA = "evaluate", SCHEMAS["evaluate"]

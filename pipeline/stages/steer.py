@@ -1,8 +1,8 @@
 """Features and their flows → steered text beside unsteered text, and a measurement of whether
 steering did anything.
 
-1. Settle what counts as coherent, on unsteered text (pipeline/steer_choice.py).
-2. Choose features (pipeline/steer_selection.py) or take those named.
+1. Settle what counts as coherent, on unsteered text (pipeline/lenses/steering/choice.py).
+2. Choose features (pipeline/lenses/steering/selection.py) or take those named.
 3. Per feature, calibrate every arm to every dose: nats of KL on neutral text (steering/dose.py).
    Choose the headline's dose on openers that are kept for it.
 4. Generate from other openers, steered and unsteered, from the same random numbers; read everything
@@ -31,11 +31,10 @@ from annotated_types import Ge, Gt, Le, MinLen
 from typing_extensions import Doc
 
 from data.concepts.prompts import read_prompts
-from data.language_model import LanguageModel
+from data.model.language_model import LanguageModel
+from featureflow.progress import Progress
 from pipeline.artifact import SCHEMAS, Artifact, Draft
-from pipeline.run import RunContext
-from pipeline.steer_audition import AuditionOptions
-from pipeline.steer_choice import (
+from pipeline.lenses.steering.choice import (
     N_REPORTABLE,
     Candidate,
     DoseTrial,
@@ -46,10 +45,11 @@ from pipeline.steer_choice import (
     prompt_split,
     tried_doses,
 )
-from pipeline.steer_report import write_steer_report
-from pipeline.steer_selection import Chosen, SelectionOptions, Sources, choose_features
-from pipeline.steer_session import SteerSession
-from pipeline.steer_tables import (
+from pipeline.lenses.steering.report import write_steer_report
+from pipeline.lenses.steering.screening import AuditionOptions
+from pipeline.lenses.steering.selection import Chosen, SelectionOptions, Sources, choose_features
+from pipeline.lenses.steering.session import SteerSession
+from pipeline.lenses.steering.tables import (
     HEADLINE_ARM,
     atlas_document,
     atlas_labels,
@@ -63,7 +63,7 @@ from pipeline.steer_tables import (
     sample_table,
     side_by_side,
 )
-from sae.report import Progress
+from pipeline.run import RunContext
 from steering.arms import ARMS
 from steering.dose import NeutralText
 from steering.generation import Generation, Sampling, generate

@@ -26,11 +26,12 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import Doc
 
-from data.sites import Site
 from data.store import ActivationStore
 from data.store.cluster import connected, threads_of_worker
 from data.store.patterns import parse_sites
 from data.store.tokens import RowFilters
+from featureflow.progress import Metrics
+from featureflow.sites import Site
 from pipeline.artifact import SCHEMAS, Artifact, Draft, write_text_atomically
 from pipeline.dictionaries import FOLDER
 from pipeline.run import RunContext
@@ -56,7 +57,6 @@ from pipeline.training.trackers import Tracker, check_trackers, tracked
 from sae.architectures import AnyArchitecture, TopK
 from sae.kernels.memory import kept_memory
 from sae.kernels.select import Precision, has_fast_bfloat16
-from sae.report import Metrics
 
 KIND, SCHEMA = "train", SCHEMAS["train"]
 

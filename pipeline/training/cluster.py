@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from data.sites import Site
 from data.store import ActivationStore
+from featureflow.errors import UserError
+from featureflow.progress import Progress
+from featureflow.sites import Site
 from pipeline.training.lessons import Lesson
 from pipeline.training.reading import TrainingOptions
 from pipeline.training.site import train_lesson
-from sae.errors import UserError
-from sae.report import Progress
 
 if TYPE_CHECKING:
     from distributed import Client

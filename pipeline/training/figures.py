@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.sites import Site
+from featureflow.sites import Site
 
 Curves = Mapping[Site, Sequence[Mapping[str, float]]]
 

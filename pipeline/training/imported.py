@@ -21,12 +21,12 @@ from typing import Annotated, Any, Literal
 
 from typing_extensions import Doc
 
-from data.sites import Site
 from data.store import ActivationStore
+from featureflow.errors import Problem, UserError
+from featureflow.progress import Progress, silent
+from featureflow.sites import Site
 from sae import save_sae
-from sae.errors import Problem, UserError
 from sae.formats import read
-from sae.report import Progress, silent
 
 _IDENTITY_BYTES = 1 << 20
 

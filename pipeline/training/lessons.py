@@ -20,12 +20,12 @@ from typing import Annotated, Literal
 from annotated_types import Gt, MinLen
 from typing_extensions import Doc
 
-from data.sites import Site
 from data.store import ActivationStore
 from data.store.patterns import parse_sites
+from featureflow.errors import Problem, UserError
+from featureflow.sites import Site
 from pipeline.training.plan import SiteJob, rate_at
 from sae.architectures import AnyArchitecture, TopK
-from sae.errors import Problem, UserError
 
 DICTIONARIES, VARIANTS, TRANSCODERS = "dictionaries", "variants", "transcoders"
 BASE = "base"

@@ -15,9 +15,9 @@ import psutil
 import torch
 
 from data.store import ActivationStore
+from featureflow.errors import UserError
 from pipeline.training.lessons import Learner, Lesson
 from pipeline.training.reading import TrainingOptions
-from sae.errors import UserError
 from sae.kernels.select import BLOCK_BYTES
 
 _SHARE_OF_FREE = 0.9

@@ -24,9 +24,9 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
-from data.sites import Site
+from featureflow.errors import Problem, UserError
+from featureflow.sites import Site
 from sae.architectures import AnyArchitecture
-from sae.errors import Problem, UserError
 from sae.schedule import learning_rate_law
 
 _MODULES = ("mlp_out", "attn_out")

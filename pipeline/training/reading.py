@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from data.sites import Site
 from data.store import ActivationStore
 from data.store.tokens import RowFilters
+from featureflow.sites import Site
 from pipeline.training.lessons import Learner
 from sae.batches import Batch, Batches, InMemoryBatches
 from sae.kernels.select import Precision

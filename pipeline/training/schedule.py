@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from data.sites import Site
+from featureflow.sites import Site
 from pipeline.training.plan import SiteJob
 
 Work = Callable[[SiteJob, Callable[[], bool]], dict[str, Any]]

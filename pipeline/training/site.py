@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from data.store import ActivationStore
+from featureflow.progress import DETAIL, Metrics, Progress, discard, silent
 from pipeline.artifact import write_text_atomically
 from pipeline.training.lessons import DICTIONARIES, VARIANTS, Learner, Lesson
 from pipeline.training.plan import SiteJob
@@ -39,7 +40,6 @@ from sae import Sae, load_sae, save_sae
 from sae.batches import Batch, Batches
 from sae.checkpoint import read_checkpoint, write_checkpoint
 from sae.normalisation import unfold
-from sae.report import DETAIL, Metrics, Progress, discard, silent
 from sae.schedule import Schedule, schedule_of
 from sae.trainer import Trainer, random_start
 

@@ -21,8 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from sae.errors import Problem, UserError
-from sae.report import Metrics
+from featureflow.errors import Problem, UserError
+from featureflow.progress import Metrics
 
 Tracker = Literal["tensorboard", "wandb"]
 Record = Mapping[str, float | int | str]

@@ -28,9 +28,9 @@ from typing import Any
 
 from torch import Tensor
 
+from featureflow.errors import UserError
 from sae.activations import Activation, Gated, Relu, Threshold, TopKActivation
 from sae.dictionary import Sae
-from sae.errors import UserError
 from sae.formats.folding import Foreign, fold, full_like_latents
 from sae.formats.tensors import Shape, checked, read_json, read_pt
 

@@ -21,9 +21,9 @@ from typing import Any
 
 from torch import Tensor
 
+from featureflow.errors import UserError
 from sae.activations import Threshold
 from sae.dictionary import Sae
-from sae.errors import UserError
 from sae.formats.folding import Foreign, fold
 from sae.formats.tensors import Shape, checked, read_json, read_npz, read_safetensors
 

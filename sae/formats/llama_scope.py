@@ -25,9 +25,9 @@ from typing import Any
 
 from torch import Tensor
 
+from featureflow.errors import Problem, UserError
 from sae.activations import Activation, Relu, Threshold, TopKActivation
 from sae.dictionary import Sae
-from sae.errors import Problem, UserError
 from sae.formats.folding import Foreign, fold
 from sae.formats.tensors import checked, read_json, read_safetensors
 

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from featureflow.errors import Problem, UserError
 from sae.activations import Activation, Gated, Relu, Threshold, TopKActivation, describe, tensors_of
 from sae.dictionary import Sae
-from sae.errors import Problem, UserError
 
 FORMAT, VERSION = "featureflow-sae", 1
 WEIGHTS, DESCRIPTION = "sae.safetensors", "sae.json"

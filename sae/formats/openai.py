@@ -19,9 +19,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from featureflow.errors import UserError
 from sae.activations import Activation, Relu, TopKActivation
 from sae.dictionary import Sae
-from sae.errors import UserError
 from sae.formats.folding import Foreign, fold
 from sae.formats.normalised import LayerNorm, NormalisedSae
 from sae.formats.tensors import checked, read_pt

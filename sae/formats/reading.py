@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from featureflow.errors import UserError
 from sae.dictionary import Sae
-from sae.errors import UserError
 from sae.formats import dictionary_learning, openai
 from sae.formats.gemma_scope import read_gemma_scope, read_gemma_scope_2
 from sae.formats.llama_scope import read_llama_scope

@@ -32,9 +32,9 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
+from featureflow.errors import Problem, UserError
 from sae.activations import Activation, Gated, Relu, Threshold, TopKActivation
 from sae.dictionary import Sae
-from sae.errors import Problem, UserError
 from sae.formats.folding import Foreign, fold, full_like_latents, row_lengths
 from sae.formats.normalised import ConstantNorm, LayerNorm, Normalisation, NormalisedSae
 from sae.formats.tensors import Shape, checked, read_json, read_safetensors

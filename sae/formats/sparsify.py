@@ -13,9 +13,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from featureflow.errors import Problem, UserError
 from sae.activations import TopKActivation
 from sae.dictionary import Sae
-from sae.errors import Problem, UserError
 from sae.formats.folding import Foreign, fold
 from sae.formats.tensors import Shape, checked, read_json, read_safetensors
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae.errors import Problem, UserError
+from featureflow.errors import Problem, UserError
 
 Shape = tuple[str | int, ...]
 

@@ -201,5 +201,5 @@ def page_of(driver: Any) -> Callable[[Path], Page]:
 @pytest.fixture(scope="session")
 def axe() -> str:
     if not AXE.is_file():
-        pytest.skip("axe-core is not installed: run `npm ci` in pipeline/atlas/site")
+        pytest.skip("axe-core is not installed: run `npm ci` in pipeline/site/app")
     return AXE.read_text()

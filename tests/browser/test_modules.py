@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SITE = Path(__file__).parents[2] / "pipeline" / "atlas" / "site"
+SITE = Path(__file__).parents[2] / "pipeline" / "site" / "app"
 BUDGET = 125_000
 
 
@@ -28,7 +28,7 @@ def test_modules_agree_with_slow_references() -> None:
 def test_the_built_app_is_in_step_with_its_sources(tmp_path: Path) -> None:
     node = shutil.which("node")
     if node is None or not (SITE / "node_modules" / "esbuild").is_dir():
-        pytest.skip("esbuild is not installed: run `npm ci` in pipeline/atlas/site")
+        pytest.skip("esbuild is not installed: run `npm ci` in pipeline/site/app")
     for name in ("src", "build.mjs", "package.json"):
         source = SITE / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)

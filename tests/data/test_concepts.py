@@ -13,7 +13,7 @@ import pytest
 from data.concepts import build_topics, sources
 from data.concepts.prompts import read_prompts
 from data.concepts.topics import contrast_texts, read_topics, topic_named
-from sae.errors import UserError
+from featureflow.errors import UserError
 
 WORDNET = Path(os.environ.get("FEATUREFLOW_WORDNET", "/usr/share/wordnet"))
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data.bundled import bundled_records
-from data.corpus import (
+from data.text.bundled import bundled_records
+from data.text.corpus import (
     BundledText,
     HubText,
     Mixture,
@@ -24,9 +24,9 @@ from data.corpus import (
     describe_corpus,
     iter_documents,
 )
-from data.documents import Document, iter_parts, iter_passages, iter_shuffled
-from data.packaged_texts import packaged_texts
-from sae.errors import UserError
+from data.text.documents import Document, iter_parts, iter_passages, iter_shuffled
+from data.text.packaged_texts import packaged_texts
+from featureflow.errors import UserError
 
 
 def texts_of(*paths: Path, **options: object) -> list[str]:

@@ -22,10 +22,10 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from data.language_model import LanguageModel, Packaged, Random, boot_bridge
-from data.model_sources import LoadedModel, attention_for, build_random
-from data.sites import Site
-from sae.errors import UserError
+from data.model.language_model import LanguageModel, Packaged, Random, boot_bridge
+from data.model.sources import LoadedModel, attention_for, build_random
+from featureflow.errors import UserError
+from featureflow.sites import Site
 
 
 def random_llama() -> LanguageModel:

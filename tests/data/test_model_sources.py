@@ -17,9 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from data.bundled import bundled_records
-from data.cache import make_once
-from data.language_model import (
+from data.model.cache import make_once
+from data.model.language_model import (
     Folder,
     Gguf,
     LanguageModel,
@@ -28,11 +27,12 @@ from data.language_model import (
     TransformerLens,
     boot_bridge,
 )
-from data.model_sources import LoadedModel, build_random
+from data.model.sources import LoadedModel, build_random
 from data.packaged import packaged_model_file
-from data.sites import Site
-from data.tokens import byte_level_tokenizer
-from sae.errors import UserError
+from data.text.bundled import bundled_records
+from data.text.tokenizer import byte_level_tokenizer
+from featureflow.errors import UserError
+from featureflow.sites import Site
 
 IDS = torch.tensor([[0, 5, 250, 17, 44, 90, 8]])
 TOKENIZER = byte_level_tokenizer(320, [record["text"] for record in bundled_records()])
@@ -267,7 +267,7 @@ def test_hub_and_transformer_lens_names_come_from_the_hubs_cache(
     hub_cache(folder, tmp_path, "someone/tiny")
     hub_cache(folder, tmp_path, "gpt2")
     program = (
-        "from data.language_model import *; from sae.errors import UserError\n"
+        "from data.model.language_model import *; from featureflow.errors import UserError\n"
         "print(LanguageModel.open(HuggingFace(name='someone/tiny')).fingerprint)\n"
         "print(LanguageModel.open(TransformerLens(name='gpt2-small')).fingerprint)\n"
         "try: LanguageModel.open(HuggingFace(name='someone/else'))\n"

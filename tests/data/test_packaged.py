@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-from data.corpus import CorpusSpec, Mixture, PackagedText, iter_documents
-from data.documents import Document
-from data.model_spec import ModelSpec, name_of
-from data.packaged_texts import packaged_texts
+from data.model.spec import ModelSpec, name_of
+from data.text.corpus import CorpusSpec, Mixture, PackagedText, iter_documents
+from data.text.documents import Document
+from data.text.packaged_texts import packaged_texts
 
 GUIDE = Path(__file__).parents[2] / "docs" / "models-and-text.md"
 

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.bundled import bundled_records
-from data.corpus import BundledText
-from data.documents import Document
-from data.packing import PackedTokens, pack_corpus, pack_documents
 from data.store.tokens import FLAG_BOS, FLAG_SPECIAL
-from data.tokens import Tokenizer, byte_level_tokenizer
-from sae.errors import UserError
+from data.text.bundled import bundled_records
+from data.text.corpus import BundledText
+from data.text.documents import Document
+from data.text.packing import PackedTokens, pack_corpus, pack_documents
+from data.text.tokenizer import Tokenizer, byte_level_tokenizer
+from featureflow.errors import UserError
 
 TOKENIZER = byte_level_tokenizer(300, [record["text"] for record in bundled_records()])
 

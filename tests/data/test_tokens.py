@@ -13,9 +13,9 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data.bundled import bundled_records
-from data.tokens import SEPARATOR, Tokenizer, byte_level_tokenizer
-from sae.errors import UserError
+from data.text.bundled import bundled_records
+from data.text.tokenizer import SEPARATOR, Tokenizer, byte_level_tokenizer
+from featureflow.errors import UserError
 
 TEXTS = [record["text"] for record in bundled_records()]
 BYTE_LEVEL = byte_level_tokenizer(600, TEXTS)
@@ -133,8 +133,9 @@ def test_an_id_outside_the_vocabulary_is_refused() -> None:
 
 def test_the_fingerprint_is_the_same_in_another_process() -> None:
     program = (
-        "from data.tokens import byte_level_tokenizer; from data.bundled import bundled_records;"
-        "print(byte_level_tokenizer(600, [r['text'] for r in bundled_records()]).fingerprint)"
+        "from data.text.tokenizer import byte_level_tokenizer;"
+        "from data.text.bundled import bundled_records as records;"
+        "print(byte_level_tokenizer(600, [r['text'] for r in records()]).fingerprint)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

@@ -19,14 +19,14 @@ import pandas as pd
 import pytest
 import torch
 
-from data.language_model import LanguageModel
-from data.sites import parse_site
+from data.model.language_model import LanguageModel
 from data.store import ActivationStore
+from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
 from pipeline.cli import run_command
 from pipeline.dictionaries import read_dictionaries
-from pipeline.recipe import read_recipe
 from pipeline.stages import STAGES, StageName
+from pipeline.stages.recipe import read_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "configs" / "tiny.toml")

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from data.corpus import BundledText
-from data.model_spec import Random
+from data.model.spec import Random
+from data.text.corpus import BundledText
 from pipeline.artifact import Artifact
 from pipeline.run import RunContext
 from pipeline.stages import collect, link, steer, train

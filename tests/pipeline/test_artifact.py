@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pipeline.artifact
+from featureflow.errors import UserError
 from pipeline.artifact import Artifact, canonical_json, digest_of
-from sae.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import pipeline.cli
+from featureflow.errors import Problem, UserError
 from pipeline.cli import run_command
 from pipeline.cli.options import parse_overrides, run_context, run_folder
 from pipeline.console import show_number, table
-from sae.errors import Problem, UserError
 
 
 def test_overrides_in_both_spellings() -> None:

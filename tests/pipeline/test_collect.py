@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from data.corpus import BundledText
-from data.language_model import LanguageModel
-from data.model_spec import Random
-from data.sites import Site
+from data.model.language_model import LanguageModel
+from data.model.spec import Random
 from data.store import FLAG_BOS, ActivationStore
 from data.store.cluster_collection import collect_on_cluster
 from data.store.patterns import parse_sites
+from data.text.corpus import BundledText
+from featureflow.errors import UserError
+from featureflow.sites import Site
 from pipeline.run import RunContext
 from pipeline.stages.collect import Config, Inputs, outside_digests, run
-from sae.errors import UserError
 
 CONFIG = Config(
     model=Random(n_layers=3, d_model=16, n_heads=2, d_mlp=32),
@@ -126,7 +126,7 @@ def test_with_a_scheduler_only_the_workers_need_the_device(collected, tmp_path, 
 
 
 def test_a_text_file_that_changes_changes_the_digest(tmp_path):
-    from data.corpus import TextFiles
+    from data.text.corpus import TextFiles
 
     path = tmp_path / "text.txt"
     path.write_text("one text")

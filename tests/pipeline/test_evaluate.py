@@ -11,17 +11,17 @@ import pandas as pd
 import pytest
 import torch
 
-from data.corpus import BundledText
-from data.language_model import LanguageModel, Random
-from data.sites import Site, parse_site
+from data.model.language_model import LanguageModel, Random
 from data.store import ActivationStore, RowFilters
+from data.text.corpus import BundledText
+from featureflow.errors import UserError
+from featureflow.sites import Site, parse_site
 from pipeline.artifact import Artifact
-from pipeline.evaluation.held_out import choose_contexts, choose_rows
-from pipeline.evaluation.recovery import Subject, measure_recovery
+from pipeline.lenses.evaluation.held_out import choose_contexts, choose_rows
+from pipeline.lenses.evaluation.recovery import Subject, measure_recovery
 from pipeline.run import RunContext
 from pipeline.stages import collect, evaluate
 from sae import Relu, Sae, TopKActivation, save_sae
-from sae.errors import UserError
 from sae.formats import write_saelens
 
 MODEL = Random(n_layers=3, d_model=16, n_heads=2, d_mlp=32, scale=3.0)

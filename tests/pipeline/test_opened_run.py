@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from featureflow.errors import UserError
 from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.opened_run import open_run, whole_run
-from sae.errors import UserError
 
 
 def made(root: Path, stage: str, value: int, inputs: Mapping[str, Artifact]) -> Artifact:

@@ -11,10 +11,10 @@ import pytest
 from annotated_types import Gt
 from typing_extensions import Doc
 
-import pipeline.recipe
-from pipeline.recipe import describe_fields, read_recipe, recipe_path
+import pipeline.stages.recipe
+from featureflow.errors import UserError
 from pipeline.stages import STAGES, StageName
-from sae.errors import UserError
+from pipeline.stages.recipe import describe_fields, read_recipe, recipe_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def toy_stages(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, name: str) -> None:
             self.module = SimpleNamespace(Config=Config)
 
-    monkeypatch.setattr(pipeline.recipe, "StageName", Toy)
+    monkeypatch.setattr(pipeline.stages.recipe, "StageName", Toy)
 
 
 def write(tmp_path: Path, text: str) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-import pipeline.schedule
+import pipeline.stages.schedule
+from featureflow.errors import UserError
 from pipeline.artifact import Artifact
-from pipeline.recipe import Recipe
 from pipeline.run import RunContext
-from pipeline.schedule import run_recipe, run_single, stages_above
-from sae.errors import UserError
+from pipeline.stages.recipe import Recipe
+from pipeline.stages.schedule import run_recipe, run_single, stages_above
 
 WORLD = {"text": "v1"}
 
@@ -70,7 +70,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "link": toy_stage("link", FromBoth, calls),
     }
     monkeypatch.setattr(
-        pipeline.schedule, "StageName", lambda name: SimpleNamespace(module=modules[name])
+        pipeline.stages.schedule, "StageName", lambda name: SimpleNamespace(module=modules[name])
     )
     monkeypatch.setitem(WORLD, "text", "v1")
     return calls

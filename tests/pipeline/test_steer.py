@@ -13,17 +13,17 @@ import pandas as pd
 import pytest
 
 from data.concepts.prompts import read_prompts
-from pipeline import steer_tables
+from featureflow.errors import UserError
 from pipeline.artifact import Artifact
+from pipeline.describe.chat import ChatModel
+from pipeline.lenses.steering import tables as steer_tables
+from pipeline.lenses.steering.blind_pairs import judge_artifact, verdict_lines
+from pipeline.lenses.steering.judge import SAE_TS, Judge, Judged
+from pipeline.lenses.steering.session import SteerSession
 from pipeline.run import RunContext
+from pipeline.serve.endpoint import Endpoint, make_server
 from pipeline.stages import steer
-from pipeline.steer_judge import judge_artifact, verdict_lines
-from pipeline.steer_session import SteerSession
-from sae.errors import UserError
-from steering.chat import ChatModel
-from steering.judge import SAE_TS, Judge, Judged
 from steering.plan_files import read_plan
-from steering.serve import Endpoint, make_server
 
 CONFIG = steer.Config(
     n_features=2,

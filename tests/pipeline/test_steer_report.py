@@ -7,7 +7,7 @@ import re
 import pandas as pd
 import pytest
 
-from pipeline.steer_report import write_steer_report
+from pipeline.lenses.steering.report import write_steer_report
 
 ARMS, DOSES = ("single", "flow"), (0.1, 0.2)
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from data.concepts.prompts import read_prompts
-from data.language_model import LanguageModel, Random
-from data.sites import FeatureId, Site
-from pipeline.steer_audition import Audition, AuditionOptions, auditioned
-from pipeline.steer_choice import (
+from data.model.language_model import LanguageModel, Random
+from featureflow.sites import FeatureId, Site
+from pipeline.lenses.steering.choice import (
     N_REPORTABLE,
     Candidate,
     DoseTrial,
@@ -20,7 +19,8 @@ from pipeline.steer_choice import (
     prompt_split,
     tried_doses,
 )
-from pipeline.steer_selection import SelectionOptions, Sources, reach
+from pipeline.lenses.steering.screening import Audition, AuditionOptions, auditioned
+from pipeline.lenses.steering.selection import SelectionOptions, Sources, reach
 from sae import Relu, Sae
 from steering.arms import Flow, Scales, flow_additive
 from steering.generation import Sampling

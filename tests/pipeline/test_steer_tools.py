@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from data.sites import Site
+from featureflow.errors import UserError
+from featureflow.sites import Site
 from pipeline.cli import run_command
 from pipeline.flow.options import Fixed
+from pipeline.lenses.steering.contrast import telling_tokens
+from pipeline.lenses.steering.session import SteerSession
 from pipeline.run import RunContext
 from pipeline.stages import link
-from pipeline.steer_contrast import telling_tokens
-from pipeline.steer_session import SteerSession
-from sae.errors import UserError
 from steering.applied import applied
 from steering.discovery import rank_features, read_texts
 from steering.plan_files import read_plan, write_plan

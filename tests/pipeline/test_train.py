@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.corpus import BundledText
-from data.model_spec import Random
-from data.sites import parse_site
+from data.model.spec import Random
 from data.store import ActivationStore, RowFilters
+from data.text.corpus import BundledText
+from featureflow.errors import UserError
+from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
 from pipeline.dictionaries import read_dictionaries
 from pipeline.run import RunContext
@@ -22,7 +23,6 @@ from pipeline.stages import collect, train
 from pipeline.training.plan import Chain, Independent, Override, Shared, plan_jobs, rate_at
 from pipeline.training.reading import held_out_rows
 from sae.architectures import BatchTopK, TopK
-from sae.errors import UserError
 from sae.schedule import learning_rate_law
 
 COLLECT = collect.Config(

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.sites import Site
 from data.store import ActivationStore
+from featureflow.errors import UserError
+from featureflow.sites import Site
 from pipeline.dictionaries import Dictionaries
 from pipeline.training.imported import (
     Imported,
@@ -18,7 +19,6 @@ from pipeline.training.imported import (
     identity_of_imported,
     import_dictionaries,
 )
-from sae.errors import UserError
 
 SITES = (Site(0, "resid_post"), Site(1, "resid_post"), Site(1, "mlp_out"))
 

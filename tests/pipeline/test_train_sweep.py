@@ -12,20 +12,20 @@ import pandas as pd
 import pytest
 import torch
 
-from data.corpus import BundledText
-from data.model_spec import Random
-from data.sites import parse_site
+from data.model.spec import Random
 from data.store import ActivationStore
+from data.text.corpus import BundledText
+from featureflow.errors import UserError
+from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
 from pipeline.dictionaries import read_dictionaries
-from pipeline.evaluation.frontier import frontier_of
+from pipeline.lenses.evaluation.frontier import frontier_of
 from pipeline.run import RunContext
 from pipeline.stages import collect, evaluate, train
 from pipeline.training.lessons import Transcoders, Variant
 from pipeline.training.plan import Chain
 from sae import load_sae
 from sae.architectures import BatchTopK, JumpRelu, TopK
-from sae.errors import UserError
 
 COLLECT = collect.Config(
     model=Random(n_layers=3, d_model=16, n_heads=2, d_mlp=32, scale=3.0),

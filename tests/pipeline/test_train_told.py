@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from data.corpus import BundledText
-from data.model_spec import Random
+from data.model.spec import Random
 from data.store import ActivationStore
+from data.text.corpus import BundledText
+from featureflow.errors import UserError
 from pipeline.artifact import Artifact, canonical_json
 from pipeline.console import Bars, tell_finished
 from pipeline.run import RunContext
@@ -22,7 +23,6 @@ from pipeline.stages import collect, train
 from pipeline.training import trackers
 from pipeline.training.plan import Independent
 from sae.architectures import TopK
-from sae.errors import UserError
 
 CONFIG = train.Config(
     architecture=TopK(k=4),

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from featureflow.errors import UserError
 from sae import Activation, Gated, Relu, Sae, Threshold, TopKActivation, load_sae, save_sae
-from sae.errors import UserError
 
 N_LATENTS, D_IN, D_OUT, N_TOKENS = 24, 6, 6, 17
 

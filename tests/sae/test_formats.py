@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from featureflow.errors import UserError
 from sae import Gated, Relu, Sae, Threshold, TopKActivation
-from sae.errors import UserError
 from sae.formats import find, read, recognise, save_sae, write_saelens
 
 D, N, K, TOKENS = 6, 11, 3, 64

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sae.errors import UserError
+from featureflow.errors import UserError
 from sae.formats import read
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae.errors import UserError
+from featureflow.errors import UserError
 from sae.metrics import (
     CovarianceMeter,
     ReconstructionMeter,

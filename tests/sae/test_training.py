@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from featureflow.errors import UserError
 from sae.architectures import (
     AnyArchitecture,
     BatchTopK,
@@ -22,7 +23,6 @@ from sae.architectures.base import Situation
 from sae.batches import Batch, InMemoryBatches
 from sae.checkpoint import read_checkpoint, write_checkpoint
 from sae.dictionary import Sae
-from sae.errors import UserError
 from sae.normalisation import Normalisation, fold, normalisation_of_rows, unfold
 from sae.optimizer import Adam
 from sae.schedule import Schedule, schedule_of

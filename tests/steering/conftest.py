@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from data.language_model import LanguageModel, Random
-from data.sites import Site
+from data.model.language_model import LanguageModel, Random
+from featureflow.sites import Site
 from sae import Relu, Sae
 
 N_LATENTS = 24

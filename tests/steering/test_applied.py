@@ -8,8 +8,8 @@ import warnings
 import pytest
 import torch
 
-from data.sites import FeatureId, Site
-from sae.errors import UserError
+from featureflow.errors import UserError
+from featureflow.sites import FeatureId, Site
 from steering.applied import NothingTouched, RowPlan, applied
 from steering.edits import Ablate, Add, Cap, Clamp, Floor, MeanAblate, ProjectOut, Rescale, Rotate
 from steering.plan import Node, Plan

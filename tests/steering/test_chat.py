@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from sae.errors import UserError
-from steering.chat import ChatModel
+from featureflow.errors import UserError
+from pipeline.describe.chat import ChatModel
 
 
 class _Server:

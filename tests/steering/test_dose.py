@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from sae.errors import UserError
+from featureflow.errors import UserError
 from steering.applied import applied
 from steering.dose import NeutralText, calibrate, measure, solve_for_dose
 from steering.edits import Add, Cap

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sae.errors import UserError
+from featureflow.errors import UserError
 from steering.applied import applied
 from steering.edits import Add
 from steering.generation import Sampling, generate, stream

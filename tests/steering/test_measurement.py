@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from data.sites import FeatureId, Site
+from featureflow.errors import UserError
+from featureflow.sites import FeatureId, Site
+from featureflow.statistics import bootstrap_mean, equivalent, holm, sign_flip_p
+from pipeline.lenses.steering.concept import ConceptClassifier, lexicon_hits
 from sae import Sae, TopKActivation
-from sae.errors import UserError
 from steering.applied import applied
-from steering.concept import ConceptClassifier, lexicon_hits
 from steering.discovery import TextStates, auroc, difference_of_means, rank_features, read_texts
 from steering.dose import NeutralText
 from steering.gates import agreement, with_threshold_gate
@@ -23,7 +24,6 @@ from steering.plan import Node, Plan
 from steering.profile import output_scores, profile_features
 from steering.reading import CoherenceLimits, Reading, Target, is_coherent, read_back, repetition
 from steering.sequences import encoded
-from steering.statistics import bootstrap_mean, equivalent, holm, sign_flip_p
 from steering.teacher_forced import log_likelihoods, selectivity, token_mass
 
 L1 = Site(1, "resid_post")

@@ -13,14 +13,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data.sites import Site
-from sae.errors import UserError
-from steering.applied import applied
-from steering.chat import ChatModel
-from steering.edits import Add, Floor
-from steering.exports import neuronpedia_request, read_gguf, read_vectors, write_gguf, write_vectors
-from steering.generation import Sampling, generate
-from steering.judge import (
+from featureflow.errors import UserError
+from featureflow.sites import Site
+from pipeline.describe.chat import ChatModel
+from pipeline.lenses.steering.judge import (
     AXBENCH,
     SAE_TS,
     Judge,
@@ -31,10 +27,14 @@ from steering.judge import (
     spread,
     verdict_of,
 )
+from pipeline.serve.endpoint import Endpoint, make_server
+from steering.applied import applied
+from steering.edits import Add, Floor
+from steering.exports import neuronpedia_request, read_gguf, read_vectors, write_gguf, write_vectors
+from steering.generation import Sampling, generate
 from steering.plan import Node, Plan
 from steering.plan_files import plan_document
 from steering.scopes import AfterToken
-from steering.serve import Endpoint, make_server
 from steering.wrapper import SteeredModel
 
 FLOW = Plan(

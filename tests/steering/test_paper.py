@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.sites import FeatureId, Site
-from steering.arms import Flow, Scales
-from steering.concept import ConceptClassifier
-from steering.discovery import Contrast
-from steering.paper_report import write_paper_report
-from steering.paper_runs import (
+from featureflow.sites import FeatureId, Site
+from pipeline.lenses.steering.concept import ConceptClassifier
+from pipeline.lenses.steering.paper_report import write_paper_report
+from pipeline.lenses.steering.paper_runs import (
     Paper,
     PaperOptions,
     activation,
@@ -20,10 +18,12 @@ from steering.paper_runs import (
     neutral_text,
     seeds_of,
 )
+from pipeline.lenses.steering.study_bench import Bench
+from pipeline.lenses.steering.study_options import StudyOptions
+from pipeline.lenses.steering.study_topic import TopicSetup, World
+from steering.arms import Flow, Scales
+from steering.discovery import Contrast
 from steering.profile import OutputScore
-from steering.study_bench import Bench
-from steering.study_options import StudyOptions
-from steering.study_topic import TopicSetup, World
 from steering.teacher_forced import log_likelihoods
 
 TOPICS = ("food", "law")

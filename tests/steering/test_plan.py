@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.sites import FeatureId, Site, parse_feature
-from sae.errors import UserError
+from featureflow.errors import UserError
+from featureflow.sites import FeatureId, Site, parse_feature
 from steering.edits import Ablate, Add, Cap, Floor, Rotate
 from steering.plan import Node, Plan
 from steering.plan_files import read_plan, write_plan

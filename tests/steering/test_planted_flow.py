@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from data.sites import FeatureId, Site
+from featureflow.sites import FeatureId, Site
 from sae import Relu, Sae
 from steering.applied import applied
 from steering.arms import Flow, Scales, copied, flow_additive, flow_levels, single

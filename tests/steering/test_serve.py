@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from tokenizers import decoders
 
-from sae.errors import UserError
-from steering.guarded_http import is_local
+from featureflow.errors import UserError
+from pipeline.serve.endpoint import Endpoint, make_server
+from pipeline.serve.guard import is_local
+from pipeline.serve.streamed_text import SettledText
 from steering.plan import Node, Plan
-from steering.serve import Endpoint, make_server
-from steering.serve_text import SettledText
 
 FLOW = Plan(nodes=(Node(at="L1/3", scale=4.0),), strength=2.0, name="flow")
 

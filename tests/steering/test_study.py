@@ -10,13 +10,26 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data.sites import FeatureId
-from sae.errors import UserError
-from steering.study import Study, StudyOptions, choose_dose, cost_of, with_whole_budget
-from steering.study_figures import selectivity_at_equal_dose
-from steering.study_options import ACTIVATION_ARMS, SUPPRESSION_ARMS
-from steering.study_report import CONTROLS, FLOWS, compare, read_records, verdict, write_report
-from steering.study_topic import World
+from featureflow.errors import UserError
+from featureflow.sites import FeatureId
+from pipeline.lenses.steering.study import (
+    Study,
+    StudyOptions,
+    choose_dose,
+    cost_of,
+    with_whole_budget,
+)
+from pipeline.lenses.steering.study_figures import selectivity_at_equal_dose
+from pipeline.lenses.steering.study_options import ACTIVATION_ARMS, SUPPRESSION_ARMS
+from pipeline.lenses.steering.study_report import (
+    CONTROLS,
+    FLOWS,
+    compare,
+    read_records,
+    verdict,
+    write_report,
+)
+from pipeline.lenses.steering.study_topic import World
 
 
 def records(n_success, n_coherent, n=10):

@@ -38,7 +38,7 @@ __all__ = [
     "write_texts",
 ]
 
-DIST = Path(__file__).parents[3] / "pipeline" / "atlas" / "site" / "dist"
+DIST = Path(__file__).parents[3] / "pipeline" / "site" / "app" / "dist"
 
 
 def write_atlas(folder: Path, sizes: Sizes, *, app: Path = DIST) -> Path:

@@ -1,13 +1,13 @@
 // The pure parts of the app against slow references: layout, character joining, containers, addresses.
 import assert from "node:assert/strict";
 import test from "node:test";
-import { DamagedShard, parseContainer } from "../../../pipeline/atlas/site/src/data/container.js";
-import { decodeUtf8, isOpen, Vocabulary } from "../../../pipeline/atlas/site/src/data/text.js";
-import { briefLabel, percent, short } from "../../../pipeline/atlas/site/src/format.js";
-import { countCrossings, layout, spread } from "../../../pipeline/atlas/site/src/graph/layout.js";
-import { pathsThrough } from "../../../pipeline/atlas/site/src/graph/select.js";
-import { link, parse, parseFeature } from "../../../pipeline/atlas/site/src/route.js";
-import { level, visible } from "../../../pipeline/atlas/site/src/ui/tokens.js";
+import { DamagedShard, parseContainer } from "../../../pipeline/site/app/src/data/container.js";
+import { decodeUtf8, isOpen, Vocabulary } from "../../../pipeline/site/app/src/data/text.js";
+import { briefLabel, percent, short } from "../../../pipeline/site/app/src/format.js";
+import { countCrossings, layout, spread } from "../../../pipeline/site/app/src/graph/layout.js";
+import { pathsThrough } from "../../../pipeline/site/app/src/graph/select.js";
+import { link, parse, parseFeature } from "../../../pipeline/site/app/src/route.js";
+import { level, visible } from "../../../pipeline/site/app/src/ui/tokens.js";
 
 function random(seed) {
   let state = seed;

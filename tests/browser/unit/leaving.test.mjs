@@ -3,8 +3,8 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 globalThis.window = {};
-const { labelsOf } = await import("../../../pipeline/atlas/site/src/views/search.js");
-const { keyOf } = await import("../../../pipeline/atlas/site/src/data/atlas.js");
+const { labelsOf } = await import("../../../pipeline/site/app/src/views/search.js");
+const { keyOf } = await import("../../../pipeline/site/app/src/data/atlas.js");
 
 const keys = Array.from({ length: 30 }, (_, site) => keyOf(site, 1));
 const atlasOf = (read) => ({ labels: async (site) => (read.push(site), { labels: ["", `of ${site}`] }) });

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 from data.store import StoreWriter
-from sae.errors import UserError
+from featureflow.errors import UserError
 from tests.data.store.made import planted_rows, planted_tokens
 
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from data.corpus import BundledText
-from data.model_spec import Random
+from data.model.spec import Random
 from data.store import ActivationStore, StoreWriter
 from data.store.adoption import adopt_shards
 from data.store.checks import verify_store
-from pipeline.recipe import Recipe
+from data.text.corpus import BundledText
+from featureflow.errors import UserError
 from pipeline.run import RunContext
-from pipeline.schedule import run_recipe
 from pipeline.stages.collect import Config
-from sae.errors import UserError
+from pipeline.stages.recipe import Recipe
+from pipeline.stages.schedule import run_recipe
 from tests.data.store.made import RESIDUAL, make_store, planted_layout, planted_rows
 
 CONFIG = Config(

@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 from distributed import Client, LocalCluster
 
-from data.corpus import BundledText
-from data.language_model import LanguageModel
-from data.model_spec import Random
-from data.packing import pack_corpus
+from data.model.language_model import LanguageModel
+from data.model.spec import Random
 from data.store import ActivationStore, SiteLayout, StoreLayout, StoreWriter
 from data.store.checks import verify_store
 from data.store.cluster import map_shards
 from data.store.cluster_collection import ModelChoice, ShardTask, collect_on_cluster, collect_task
 from data.store.collection import collect_shards
+from data.text.corpus import BundledText
+from data.text.packing import pack_corpus
+from featureflow.errors import UserError
 from pipeline.run import RunContext
-from sae.errors import UserError
 from tests.data.store.cluster_tasks import always_die, complain, write_or_die
 from tests.data.store.made import make_store, planted_documents, planted_layout, planted_rows
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from data.store import ActivationStore, SiteLayout, StoreLayout, write_activations
 from data.store.importing import import_activations
+from featureflow.errors import UserError
 from pipeline.run import RunContext
-from sae.errors import UserError
 
 HERE = RunContext()
 SITE = "blocks.3.hook_resid_post"

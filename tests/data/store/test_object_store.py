@@ -22,8 +22,8 @@ from data.store import ActivationStore, StoreWriter
 from data.store.checks import verify_store
 from data.store.objects import ObjectPlace
 from data.store.places import write_pointer
+from featureflow.errors import UserError
 from pipeline.run import RunContext
-from sae.errors import UserError
 from tests.data.store.made import (
     MLP,
     RESIDUAL,

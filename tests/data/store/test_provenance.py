@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import data.store.provenance as provenance
-from data.corpus import BundledText, Mixture, PackagedText, Part, TextFiles
-from data.model_spec import Gguf, Packaged
-from data.packaged_texts import packaged_texts
+from data.model.spec import Gguf, Packaged
 from data.store.provenance import corpus_digest, model_digest
+from data.text.corpus import BundledText, Mixture, PackagedText, Part, TextFiles
+from data.text.packaged_texts import packaged_texts
 
 
 @pytest.mark.parametrize("name", [*packaged_texts()])

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.corpus import BundledText
-from data.model_spec import Random
-from data.sites import parse_site
+from data.model.spec import Random
 from data.store import ActivationStore
+from data.text.corpus import BundledText
+from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
 from pipeline.run import RunContext
 from pipeline.stages import atlas, collect, link

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from data.store import FLAG_SPECIAL, DocumentRow, RowFilters, TokenTable
-from pipeline.atlas.corpus import Corpus, corpus_of
-from pipeline.atlas.describe import Columns, describe_site
-from pipeline.atlas.examples import PROFILES
-from pipeline.atlas.firings import Encoder
-from pipeline.atlas.projection import Unembedding, project
-from pipeline.atlas.survey import SurveyOptions, survey_site
-from pipeline.atlas.vocabulary import Vocabulary
+from pipeline.describe.columns import Columns, describe_site
+from pipeline.describe.corpus import Corpus, corpus_of
+from pipeline.describe.examples import PROFILES
+from pipeline.describe.firings import Encoder
+from pipeline.describe.projection import Unembedding, project
+from pipeline.describe.survey import SurveyOptions, survey_site
+from pipeline.describe.vocabulary import Vocabulary
 from sae import Sae
 from sae.activations import TopKActivation
 from sae.formats.saelens import write_saelens

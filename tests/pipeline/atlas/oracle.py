@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from data.store import FLAG_BOS, DocumentRow, RowFilters, TokenTable
-from pipeline.atlas.corpus import Corpus, corpus_of
-from pipeline.atlas.vocabulary import Vocabulary
+from pipeline.describe.corpus import Corpus, corpus_of
+from pipeline.describe.vocabulary import Vocabulary
 from sae import Sae
 from sae.activations import Activation, Threshold, TopKActivation, activate
 

@@ -10,15 +10,15 @@ import pandas as pd
 import pytest
 import torch
 
-from data.language_model import LanguageModel
-from data.model_spec import Random
-from data.sites import parse_site
-from pipeline.atlas.asking import find_features, middle_site, read_text
-from pipeline.atlas.opened import Atlas
+from data.model.language_model import LanguageModel
+from data.model.spec import Random
+from featureflow.errors import UserError
+from featureflow.sites import parse_site
 from pipeline.cli import run_command
 from pipeline.cli.flow import labels_beside
+from pipeline.describe.asking import find_features, middle_site, read_text
+from pipeline.describe.opened import Atlas
 from sae import load_sae
-from sae.errors import UserError
 
 from .conftest import D_MODEL
 

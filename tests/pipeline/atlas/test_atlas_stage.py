@@ -15,21 +15,21 @@ import numpy as np
 import pytest
 import torch
 
-from data.sites import parse_site
 from data.store import ActivationStore
+from featureflow.errors import UserError
+from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
-from pipeline.atlas import Atlas, attach_steering, diff_atlases
-from pipeline.atlas.attach import attach_scores, carry_over, read_scores
-from pipeline.atlas.build import prepare
-from pipeline.atlas.cards import Cards
-from pipeline.atlas.labels import METHODS
-from pipeline.atlas.shards import Shard, read_shard, write_shard
-from pipeline.atlas.validate import validate_atlas
-from pipeline.atlas.workshop import corpus_for
+from pipeline.describe.labels import METHODS
+from pipeline.describe.opened import Atlas, diff_atlases
+from pipeline.describe.workshop import corpus_for
 from pipeline.run import RunContext
+from pipeline.site.attach import attach_scores, attach_steering, carry_over, read_scores
+from pipeline.site.build import prepare
+from pipeline.site.cards import Cards
+from pipeline.site.shards import Shard, read_shard, write_shard
+from pipeline.site.validate import validate_atlas
 from pipeline.stages import atlas as stage
 from sae import load_sae, save_sae
-from sae.errors import UserError
 from tests.pipeline.atlas.conftest import random_dictionary
 
 SITES = ("L0", "L1.mlp", "L1", "L2")
@@ -37,7 +37,7 @@ SITES = ("L0", "L1.mlp", "L1", "L2")
 
 def schema(name: str) -> dict:
     return json.loads(
-        (resources.files("pipeline.atlas") / "schemas" / f"{name}.schema.json").read_text()
+        (resources.files("pipeline.site") / "schemas" / f"{name}.schema.json").read_text()
     )
 
 
@@ -121,8 +121,8 @@ def test_similar_and_co_firing_features_are_searched_in_the_whole_dictionary(sma
 def test_promoted_tokens_are_the_largest_of_the_centred_unembedding(small_run, cards):
     from pydantic import TypeAdapter
 
-    from data.language_model import LanguageModel
-    from data.model_spec import ModelSpec
+    from data.model.language_model import LanguageModel
+    from data.model.spec import ModelSpec
 
     model = LanguageModel.open(
         TypeAdapter(ModelSpec).validate_python(small_run.collect.config["model"])

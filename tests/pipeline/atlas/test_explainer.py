@@ -16,20 +16,20 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from data.sites import parse_site
 from data.store import ActivationStore
+from featureflow.errors import UserError
+from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
-from pipeline.atlas import Atlas
-from pipeline.atlas.attach import attach_scores, read_scores
-from pipeline.atlas.corpus import HELD_OUT, PARTS
-from pipeline.atlas.explain import REACH, Evidence, Windows, sentence_scores
-from pipeline.atlas.explainer import Detection, detect, explain, fuzz, marked
-from pipeline.atlas.sentences import SentenceModel, embedding_score, example_embedding_score
-from pipeline.atlas.validate import validate_atlas
 from pipeline.cli import run_command
+from pipeline.describe.chat import ChatModel
+from pipeline.describe.corpus import HELD_OUT, PARTS
+from pipeline.describe.explain import REACH, Evidence, Windows, sentence_scores
+from pipeline.describe.explainer import Detection, detect, explain, fuzz, marked
+from pipeline.describe.opened import Atlas
+from pipeline.describe.sentences import SentenceModel, embedding_score, example_embedding_score
+from pipeline.site.attach import attach_scores, read_scores
+from pipeline.site.validate import validate_atlas
 from sae import load_sae
-from sae.errors import UserError
-from steering.chat import ChatModel
 
 
 class _Stub(BaseHTTPRequestHandler):

@@ -12,9 +12,11 @@ import networkx as nx
 import pyarrow.parquet as pq
 import pytest
 
-from data.sites import parse_site
-from pipeline.atlas.cards import Cards
-from pipeline.atlas.exports import (
+from featureflow.errors import UserError
+from featureflow.sites import parse_site
+from pipeline.describe.opened import Atlas
+from pipeline.site.cards import Cards
+from pipeline.site.exports import (
     export_attribution_graph,
     export_bulk,
     export_embedding_atlas,
@@ -22,22 +24,20 @@ from pipeline.atlas.exports import (
     export_graphml,
     export_upload_batches,
 )
-from pipeline.atlas.exports.graphs import cantor
-from pipeline.atlas.imports import (
+from pipeline.site.exports.graphs import cantor
+from pipeline.site.imports import (
     attach_labels,
     import_neuronpedia,
     import_neuronpedia_examples,
     import_notes,
     write_examples,
 )
-from pipeline.atlas.opened import Atlas
 from sae import load_sae
-from sae.errors import UserError
 
 
 def schema(name: str) -> dict:
     return json.loads(
-        (resources.files("pipeline.atlas") / "schemas" / f"{name}.schema.json").read_text()
+        (resources.files("pipeline.site") / "schemas" / f"{name}.schema.json").read_text()
     )
 
 

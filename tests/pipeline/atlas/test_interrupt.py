@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.atlas.build import _runner
 from pipeline.run import RunContext
+from pipeline.site.build import _runner
 
 N_SITES = 12
 

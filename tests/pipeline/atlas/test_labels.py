@@ -8,14 +8,22 @@ import pytest
 from scipy.stats import binomtest
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-import pipeline.atlas.survey
+import pipeline.describe.survey
 from data.store import DocumentRow, RowFilters, TokenTable
-from pipeline.atlas.corpus import CHOOSING, HELD_OUT, PROPOSING, Corpus, corpus_of
-from pipeline.atlas.firings import Firings
-from pipeline.atlas.labels import NO_RULE, TOO_RARE, Bar, Label, labels_of, make_rules, shown_text
-from pipeline.atlas.rules import RuleSets, attribute_tables, propose, score, wilson
-from pipeline.atlas.survey import Survey, SurveyOptions
-from pipeline.atlas.vocabulary import CLASSES, Vocabulary
+from pipeline.describe.corpus import CHOOSING, HELD_OUT, PROPOSING, Corpus, corpus_of
+from pipeline.describe.firings import Firings
+from pipeline.describe.labels import (
+    NO_RULE,
+    TOO_RARE,
+    Bar,
+    Label,
+    labels_of,
+    make_rules,
+    shown_text,
+)
+from pipeline.describe.rules import RuleSets, attribute_tables, propose, score, wilson
+from pipeline.describe.survey import Survey, SurveyOptions
+from pipeline.describe.vocabulary import CLASSES, Vocabulary
 from tests.pipeline.atlas.oracle import small_corpus
 
 BAR = Bar()
@@ -295,8 +303,8 @@ def test_a_pruned_table_never_flatters_a_rule(corpus, monkeypatch):
     """Firings on values that were pruned away are still firings: recall is of all of them."""
     fires = np.isin(corpus.token, [3, 7]) | (np.random.default_rng(5).random(len(corpus)) < 0.3)
     whole = tables_of(corpus, [fires])["token"]
-    monkeypatch.setattr(pipeline.atlas.survey, "MOST_PAIRS", 16)
-    monkeypatch.setattr(pipeline.atlas.survey, "PRUNED_VALUES", 2)
+    monkeypatch.setattr(pipeline.describe.survey, "MOST_PAIRS", 16)
+    monkeypatch.setattr(pipeline.describe.survey, "PRUNED_VALUES", 2)
     table = tables_of(corpus, [fires])["token"]
     assert len(table.counts.key) == 2
     np.testing.assert_array_equal(table.totals[:, :3], whole.totals[:, :3])

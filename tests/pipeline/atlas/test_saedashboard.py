@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.atlas.corpus import Corpus
-from pipeline.atlas.describe import Columns
-from pipeline.atlas.examples import TABS
+from pipeline.describe.columns import Columns
+from pipeline.describe.corpus import Corpus
+from pipeline.describe.examples import TABS
 from tests.pipeline.atlas.dashboard_case import LENGTH, N_LATENTS, RECORDED, Case, ask
 
 

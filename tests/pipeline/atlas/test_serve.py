@@ -10,12 +10,12 @@ import threading
 import pytest
 import torch
 
-from data.sites import parse_site
-from pipeline.atlas.live import MAX_TOKENS, LiveAtlas
-from pipeline.atlas.opened import Atlas
-from pipeline.atlas.serve import make_server
+from featureflow.errors import UserError
+from featureflow.sites import parse_site
+from pipeline.describe.opened import Atlas
+from pipeline.serve.atlas_server import make_server
+from pipeline.serve.live import MAX_TOKENS, LiveAtlas
 from sae import load_sae
-from sae.errors import UserError
 
 TEXT = "The river runs to the sea."
 
@@ -162,7 +162,7 @@ def test_links_beyond_the_most_that_are_sent_are_said_to_be_cut(live, monkeypatc
     links = next(record for record in live.read_text(TEXT) if "links" in record)
     assert not links["cut"]
     assert len(links["links"]) > 2
-    monkeypatch.setattr("pipeline.atlas.live.MAX_LINKS", 2)
+    monkeypatch.setattr("pipeline.serve.live.MAX_LINKS", 2)
     cut = next(record for record in live.read_text(TEXT) if "links" in record)
     assert cut == {"links": links["links"][:2], "cut": True}
 

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.atlas.shards import (
+from featureflow.errors import UserError
+from pipeline.site.shards import (
     DTYPES,
     MAGIC,
     Shard,
@@ -24,7 +25,6 @@ from pipeline.atlas.shards import (
     unpack,
     write_shard,
 )
-from sae.errors import UserError
 
 ARRAYS = st.sampled_from(sorted(DTYPES)).flatmap(
     lambda name: hnp.arrays(

@@ -6,12 +6,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.atlas import counts as counts_module
-from pipeline.atlas import survey as survey_module
-from pipeline.atlas.corpus import Corpus
-from pipeline.atlas.examples import PROFILES, choose_examples, deciles_of
-from pipeline.atlas.firings import Encoder
-from pipeline.atlas.survey import Survey, SurveyOptions, add_rows, survey_site
+from pipeline.describe import counts as counts_module
+from pipeline.describe import survey as survey_module
+from pipeline.describe.corpus import Corpus
+from pipeline.describe.examples import PROFILES, choose_examples, deciles_of
+from pipeline.describe.firings import Encoder
+from pipeline.describe.survey import Survey, SurveyOptions, add_rows, survey_site
 from tests.pipeline.atlas.oracle import (
     N_LATENTS,
     slow_survey,

@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data.sites import parse_site
-from pipeline.atlas import Atlas
-from pipeline.atlas.graph import read_graph
-from pipeline.atlas.shards import Shard, read_shard, write_shard
-from pipeline.atlas.trunks import BEGINS, ENDS, trunk_shard, trunks_of
-from pipeline.atlas.validate import validate_atlas
-from sae.errors import UserError
+from featureflow.errors import UserError
+from featureflow.sites import parse_site
+from pipeline.describe.opened import Atlas
+from pipeline.site.graph import read_graph
+from pipeline.site.shards import Shard, read_shard, write_shard
+from pipeline.site.trunks import BEGINS, ENDS, trunk_shard, trunks_of
+from pipeline.site.validate import validate_atlas
 
 SITES = ("L0", "L1.attn", "L1.mlp", "L1", "L2")
 RESIDUAL, MLP, ATTENTION = "residual", "mlp", "attention"

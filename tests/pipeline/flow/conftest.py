@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.sites import Site
+from featureflow.sites import Site
 from sae import Sae, TopKActivation
 
 

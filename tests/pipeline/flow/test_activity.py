@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sparse
 
+from featureflow.errors import UserError
 from pipeline.flow.activity import (
     GROUPS,
     MEMBERS,
@@ -22,7 +23,6 @@ from pipeline.flow.activity import (
 )
 from pipeline.flow.functional import Codes, codes_from
 from pipeline.flow.pairing import RELATIONS
-from sae.errors import UserError
 
 
 def random_codes(n_tokens: int, n_latents: int, seed: int, density: float = 0.3) -> Codes:

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from featureflow.errors import UserError
 from pipeline.flow.assignment import NOBODY, OBJECTIVES, Assignment, assign, folded, latent_rows
 from sae import Sae
 from sae.activations import Threshold, TopKActivation
-from sae.errors import UserError
 
 
 def random_sae(n: int = 40, d: int = 16, *, seed: int = 0, jump: bool = False) -> Sae:

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 import torch
 
-from data.language_model import LanguageModel
-from data.model_spec import Random
-from data.partial_forward import continued_from
-from data.sites import Site, parse_site
+from data.model.language_model import LanguageModel
+from data.model.partial_forward import continued_from
+from data.model.spec import Random
+from featureflow.sites import Site, parse_site
 from pipeline.flow.causal import (
     EXHAUSTIVE,
     Contexts,

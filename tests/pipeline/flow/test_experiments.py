@@ -13,28 +13,22 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from data.language_model import LanguageModel
-from data.model_spec import Random
-from data.sites import Site
+from data.model.language_model import LanguageModel
+from data.model.spec import Random
+from featureflow.errors import UserError
+from featureflow.sites import Site
 from pipeline.artifact import Artifact
 from pipeline.cli.paper import paper_commands
 from pipeline.flow.activity import GROUPS, MEMBERS
 from pipeline.flow.causal import Contexts
-from pipeline.flow.experiments import EXPERIMENTS, FIGURE, REPORT, run_experiment, write_finding
-from pipeline.flow.experiments.firings import (
-    Change,
-    clean_losses,
-    draw_firings,
-    prepare,
-    run_changes,
-)
-from pipeline.flow.experiments.remainder import PARTS, remainder
-from pipeline.flow.experiments.subject import Effort, Subject, fullest, layers_of, spread
 from pipeline.flow.link import link_dictionaries
 from pipeline.flow.options import LinkOptions
+from pipeline.lenses.paper import EXPERIMENTS, FIGURE, REPORT, run_experiment, write_finding
+from pipeline.lenses.paper.firings import Change, clean_losses, draw_firings, prepare, run_changes
+from pipeline.lenses.paper.remainder import PARTS, remainder
+from pipeline.lenses.paper.subject import Effort, Subject, fullest, layers_of, spread
 from sae import Sae
 from sae.activations import TopKActivation
-from sae.errors import UserError
 
 D, N = 32, 48
 SITES = [Site(layer, "resid_post") for layer in range(3)] + [

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data.sites import Site
+from featureflow.errors import UserError
+from featureflow.sites import Site
 from pipeline.artifact import Artifact
 from pipeline.flow.communities import communities_of
 from pipeline.flow.describe import describe_flow
@@ -24,7 +25,6 @@ from pipeline.flow.graph import FlowGraph
 from pipeline.flow.nodes import Side, node_table
 from pipeline.flow.options import Calibrated, Fixed
 from pipeline.flow.tables import EDGES, KIND, PAIRS, SCHEMA, FlowTables, read_tables, write_tables
-from sae.errors import UserError
 
 # source, target, relation, rank, forward_rank, cosine, q, kept
 ROWS = [

@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 import torch
 
-from data.corpus import BundledText
-from data.model_spec import Random
-from data.sites import Site
+from data.model.spec import Random
+from data.text.corpus import BundledText
+from featureflow.errors import UserError
+from featureflow.sites import Site
 from pipeline.flow.graph import FlowGraph
 from pipeline.flow.link import link_dictionaries
 from pipeline.flow.options import Automatic, FarLayers, LinkOptions, Rotation
@@ -19,7 +20,6 @@ from pipeline.run import RunContext
 from pipeline.stages import collect, link, train
 from pipeline.training.plan import Chain
 from sae.architectures import TopK
-from sae.errors import UserError
 
 QUICK = LinkOptions(null=Rotation(), n_null=300)
 RESIDUAL = [Site(layer, "resid_post") for layer in range(6)]

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from featureflow.errors import UserError
 from pipeline.flow.directions import directions_of
 from pipeline.flow.edges import edges_of
 from pipeline.flow.match import best_cosines, full_precision, match
-from sae.errors import UserError
 
 
 def random_directions(n: int, d: int, seed: int):

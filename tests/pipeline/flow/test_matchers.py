@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from featureflow.errors import UserError
 from pipeline.flow.functional import encode_tokens
 from pipeline.flow.matchers import (
     MATCHERS,
@@ -19,7 +20,6 @@ from pipeline.flow.matchers import (
     ridge_map,
 )
 from sae import Sae, TopKActivation
-from sae.errors import UserError
 
 N, D = 30, 48
 

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 import torch
 
-from data.language_model import LanguageModel
-from data.model_spec import Random
-from data.sites import Site
+from data.model.language_model import LanguageModel
+from data.model.spec import Random
+from featureflow.sites import Site
 from pipeline.flow.causal import Contexts, record_clean
 from pipeline.flow.mediation import RUNS, Chains, measure_mediation, summarise_mediation
 from sae import Sae

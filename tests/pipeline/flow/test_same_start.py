@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.sites import Site
+from featureflow.sites import Site
 from pipeline.flow.link import link_dictionaries
 from pipeline.flow.options import LinkOptions, Rotation
 from pipeline.flow.start_null import Recipe, plan_nulls, pooled, rotated_activations, start_sample

@@ -8,9 +8,10 @@ import pytest
 import scipy.sparse as sparse
 import torch
 
-from data.language_model import LanguageModel
-from data.model_spec import Random
-from data.sites import Site
+from data.model.language_model import LanguageModel
+from data.model.spec import Random
+from featureflow.errors import UserError
+from featureflow.sites import Site
 from pipeline.flow.causal import Contexts
 from pipeline.flow.functional import codes_from
 from pipeline.flow.transitions import (
@@ -26,7 +27,6 @@ from pipeline.flow.transitions import (
 )
 from sae import Sae
 from sae.activations import Threshold, TopKActivation
-from sae.errors import UserError
 
 
 def random_sae(n: int = 48, d: int = 16, *, seed: int = 0, theta: float | None = None) -> Sae:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from data.sites import Site
+from featureflow.sites import Site
 from pipeline.flow.validation import (
     TOP_1,
     TOP_5,

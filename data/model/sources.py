@@ -1,0 +1,310 @@
+"""From a ModelSpec to a Hugging Face module and its tokenizer, read from local files, with nothing
+unpickled.
+
+1. A spec is turned into a folder with config.json, *.safetensors and tokenizer files: a packaged
+   model and a GGUF file are converted once into the cache, a Hub id is found or downloaded by the
+   Hub's own client, a TransformerLens name is looked up for its Hub id. `Random` needs no folder.
+2. `load_folder` reads the folder: safetensors only, no code from the folder is run, fused attention
+   except where the model caps its attention logits (Gemma 2), which that kernel leaves out without
+   a word.
+
+Cost: reading 270 MB of bf16 weights takes 2–3 s; a first conversion of SmolLM2 about 25 s of one
+core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from data.model.gguf_conversion import converted_gguf
+from data.model.spec import Folder, Gguf, HuggingFace, ModelSpec, Packaged, Random, TransformerLens
+from data.packaged import packaged_model_file
+from data.text.bundled import bundled_records
+from data.text.tokenizer import Tokenizer, byte_level_tokenizer
+from featureflow.errors import Problem, UserError
+from featureflow.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """`folder` is None for a model made in memory."""
+
+    hf: PreTrainedModel
+    tokenizer: Tokenizer
+    folder: Path | None
+
+
+def load_model(spec: ModelSpec, *, dtype: str, device: str, progress: Progress) -> LoadedModel:
+    """Raises UserError for an unknown model, missing files, an architecture without support."""
+    torch_dtype = parse_dtype(dtype)
+    if isinstance(spec, Random):
+        loaded = build_random(spec)
+        _cast_weights(loaded.hf, torch_dtype)
+    else:
+        folder = folder_of(spec, progress)
+        progress("load model", 0, 1)
+        loaded = load_folder(folder, torch_dtype)
+        progress("load model", 1, 1)
+    module: nn.Module = loaded.hf
+    module.to(device=_checked_device(device)).eval().requires_grad_(False)
+    return loaded
+
+
+def parse_dtype(dtype: str) -> torch.dtype:
+    if dtype not in _DTYPES:
+        raise UserError(
+            "unknown dtype for the model", found=repr(dtype), expected=", ".join(_DTYPES)
+        )
+    return _DTYPES[dtype]
+
+
+def folder_of(spec: ModelSpec, progress: Progress) -> Path:
+    """The local folder with the model's files, made or fetched if need be."""
+    match spec:
+        case Packaged(name=name):
+            packaged = packaged_model_file(name)
+            return converted_gguf(packaged.path, sha256=packaged.sha256, progress=progress)
+        case Gguf(path=path):
+            return converted_gguf(Path(path), sha256=None, progress=progress)
+        case Folder(path=path):
+            return _checked_folder(Path(path))
+        case HuggingFace(name=name, revision=revision):
+            return _hub_folder(name, revision)
+        case TransformerLens(name=name):
+            return _hub_folder(_hub_id_of(name), "main")
+        case Random():
+            raise ValueError("a random model has no folder")
+
+
+def load_folder(folder: Path, dtype: torch.dtype) -> LoadedModel:
+    """The model and tokenizer of a folder as `save_pretrained` leaves it."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    with quiet_transformers(), _explained(folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention_for(config),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    hf, loading = loaded
+    _check_complete(folder, loading)
+    return LoadedModel(hf=hf, tokenizer=Tokenizer(tokenizer), folder=folder)
+
+
+def attention_for(config: Any) -> str | None:
+    """The library's choice (the fused kernel where the architecture has it), but not where
+    attention logits are capped: the fused kernel would leave the cap out."""
+    text_config = config.get_text_config()
+    return "eager" if getattr(text_config, "attn_logit_softcapping", None) else None
+
+
+def build_random(spec: Random) -> LoadedModel:
+    """A Llama of the spec's shape. Weights are drawn in the order of their names from a generator
+    of their own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = byte_level_tokenizer(spec.d_vocab, (record["text"] for record in bundled_records()))
+    config = LlamaConfig(
+        vocab_size=spec.d_vocab,
+        hidden_size=spec.d_model,
+        intermediate_size=spec.d_mlp,
+        num_hidden_layers=spec.n_layers,
+        num_attention_heads=spec.n_heads,
+        num_key_value_heads=spec.n_heads,
+        max_position_embeddings=spec.n_context,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.bos_id,
+    )
+    with torch.device("meta"):
+        hf = LlamaForCausalLM(config)
+    hf = hf.to_empty(device="cpu")
+    hf.model.rotary_emb = type(hf.model.rotary_emb)(
+        config
+    )  # its frequencies are computed, not weights
+    _draw_weights(hf, spec)
+    return LoadedModel(hf=hf, tokenizer=tokenizer, folder=None)
+
+
+def _cast_weights(hf: nn.Module, dtype: torch.dtype) -> None:
+    """Weights only, as `from_pretrained` does: buffers such as the rotary frequencies stay float32.
+    `Module.to` rounds those too, and rounded to bfloat16 SmolLM2's turn position 1,000 by up to 1.4
+    radians too much or too little."""
+    for weight in hf.parameters():
+        weight.data = weight.data.to(dtype)
+
+
+def _draw_weights(hf: nn.Module, spec: Random) -> None:
+    generator = torch.Generator().manual_seed(spec.seed)
+    with torch.no_grad():
+        for name, weight in sorted(hf.named_parameters()):
+            if weight.ndim == 1:
+                weight.fill_(1.0)
+            else:
+                fan_in = 1 if "embed_tokens" in name else weight.shape[1]
+                weight.copy_(
+                    torch.randn(weight.shape, generator=generator) * spec.scale * fan_in**-0.5
+                )
+
+
+def _checked_device(device: str) -> torch.device:
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(
+            "unknown device", found=repr(device), expected="cpu, cuda, cuda:0, mps"
+        ) from error
+    if parsed.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here", found=device, mend="use --device cpu")
+    return parsed
+
+
+def _checked_folder(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UserError(
+            "there is no such model folder",
+            where=str(folder),
+            expected="a folder with config.json, *.safetensors and tokenizer files",
+        )
+    missing = [name for name in ("config.json",) if not (folder / name).is_file()]
+    if not any(folder.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    ):
+        missing.append("tokenizer.json")
+    if missing:
+        raise UserError(
+            "the folder is not a model that can be read",
+            where=str(folder),
+            expected=", ".join(missing),
+            found=", ".join(sorted(path.name for path in folder.iterdir())[:12])
+            or "an empty folder",
+            mend="save it with save_pretrained(folder, safe_serialization=True), the tokenizer too",
+        )
+    return folder
+
+
+def _check_complete(folder: Path, loading: Mapping[str, Any]) -> None:
+    """The loader fills tensors that are missing or of another shape at random and goes on; here
+    that is an error."""
+    problems = [
+        Problem(what="tensor missing", where=name)
+        for name in sorted(loading.get("missing_keys", ()))
+    ]
+    problems += [
+        Problem(
+            what="tensor of another shape",
+            where=name,
+            expected=str(tuple(wanted)),
+            found=str(tuple(found)),
+        )
+        for name, found, wanted in sorted(loading.get("mismatched_keys", ()))
+    ]
+    if problems:
+        raise UserError(f"the weights in {folder} are incomplete", problems=tuple(problems))
+
+
+def _hub_id_of(name: str) -> str:
+    from transformer_lens.supported_models import DEFAULT_MODEL_ALIASES, get_official_model_name
+
+    try:
+        return get_official_model_name(name)
+    except ValueError as error:
+        from difflib import get_close_matches
+
+        near = (
+            get_close_matches(name, DEFAULT_MODEL_ALIASES, n=6, cutoff=0.3)
+            or DEFAULT_MODEL_ALIASES[:6]
+        )
+        raise UserError(
+            f"TransformerLens knows no model {name!r}",
+            expected=f"one of its names, for example {', '.join(near)}",
+        ) from error
+
+
+def _hub_folder(name: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+    try:
+        with quiet_transformers():
+            folder = snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*", "consolidated*"],
+            )
+    except Exception as error:
+        raise UserError(
+            f"the model {name!r} is neither in the Hub's local cache nor could be fetched",
+            expected=f"revision {revision!r} of a public model, or one whose terms you have "
+            "accepted",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            mend="check the name and the network; offline, use "
+            'kind = "packaged" (smollm2-135m), "folder" or "gguf"',
+        ) from error
+    return _checked_folder(Path(folder))
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Whatever the loader raises about these files becomes one error that names the folder."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # config, tokenizer, safetensors and torch each have errors of their own
+        raise UserError(
+            "the model in this folder cannot be loaded",
+            where=str(folder),
+            expected="a causal language model known to transformers, weights as safetensors",
+            found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+        ) from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bars and no notices from the libraries; what they said before is restored."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+    from transformers.utils import logging
+
+    verbosity, hub_was_quiet = logging.get_verbosity(), are_progress_bars_disabled()
+    was_active = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if was_active:
+            logging.enable_progress_bar()
+        if not hub_was_quiet:
+            enable_progress_bars()

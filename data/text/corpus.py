@@ -1,0 +1,232 @@
+"""Where text comes from: a union of small choices that each yield documents in a seeded order.
+
+`iter_documents(spec, seed)` checks what it can at once (names, paths, packages) and then streams.
+Orders are repeatable; a corpus up to 64 MB is shuffled uniformly, a larger one within a window of
+that size. Blank documents are left out here, exact duplicates in packing, where every document is
+hashed anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, assert_never
+
+from annotated_types import Ge, Gt, MinLen
+from typing_extensions import Doc
+
+from data.text.bundled import bundled_records
+from data.text.documents import Document, iter_passages, iter_shuffled
+from data.text.packaged_texts import iter_packaged_text
+from data.text.text_files import Fields, find_text_files, iter_file_documents
+from featureflow.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundledText:
+    """The small text in this repository: 57 short passages of five kinds, for tests and the tiny
+    recipe."""
+
+    kind: Literal["bundled"] = "bundled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackagedText:
+    """A text that ships inside a package of the registry."""
+
+    kind: Literal["packaged"] = "packaged"
+    name: Annotated[str, Doc("wiki, recipes, news, commons, reviews or pystdlib")] = "wiki"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFiles:
+    """One's own files: .txt and .md (a document each), .jsonl (a line each), .parquet (a row
+    each)."""
+
+    kind: Literal["files"] = "files"
+    paths: Annotated[
+        tuple[str, ...], MinLen(1), Doc("files, folders (read with all below) or glob patterns")
+    ]
+    text_field: Annotated[str, Doc("field or column of the text in .jsonl and .parquet")] = "text"
+    title_field: Annotated[str, Doc("field or column of the title, where there is one")] = "title"
+    label_field: Annotated[str, Doc("field or column of the label, where there is one")] = "label"
+    max_characters: Annotated[
+        int | None,
+        Ge(100),
+        Doc("longer .txt and .md files are cut into documents of this length at paragraph ends"),
+    ] = 8000
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubText:
+    """A data set of the Hugging Face Hub (or a local folder of its form), streamed. Needs the `hub`
+    extra."""
+
+    kind: Literal["hub"] = "hub"
+    dataset: Annotated[
+        str, Doc("data set id, such as `HuggingFaceFW/fineweb-edu`, or a local folder")
+    ]
+    config: Annotated[str | None, Doc("the data set's configuration, where it has several")] = None
+    split: Annotated[str, Doc("split to read")] = "train"
+    text_field: Annotated[str, Doc("column of the text")] = "text"
+    label_field: Annotated[str, Doc("column of the label, where there is one")] = "label"
+
+
+SingleCorpus = BundledText | PackagedText | TextFiles | HubText
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One source of a mixture and its share of the characters."""
+
+    corpus: Annotated[SingleCorpus, Doc("the text of this part, a table with its kind")]
+    weight: Annotated[float, Gt(0), Doc("share of the characters, relative to the other parts")] = (
+        1.0
+    )
+    max_characters: Annotated[
+        int | None,
+        Ge(100),
+        Doc("of a longer document one passage of at most this length is used, drawn at random"),
+    ] = 8000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Several corpora, interleaved so that each has its share of the characters at every point."""
+
+    kind: Literal["mixture"] = "mixture"
+    parts: Annotated[tuple[Part, ...], MinLen(1), Doc("the corpora and their weights")]
+
+
+CorpusSpec = BundledText | PackagedText | TextFiles | HubText | Mixture
+
+
+def iter_documents(spec: CorpusSpec, seed: int) -> Iterator[Document]:
+    """The corpus's documents in the order of `seed`. Raises UserError at once for what can be seen
+    without reading, and while reading for text that is not UTF-8, broken lines, or a corpus without
+    any text."""
+    if isinstance(spec, Mixture):
+        sources = [_iter_part(part, seed + i) for i, part in enumerate(spec.parts)]
+        return _iter_interleaved(sources, [part.weight for part in spec.parts])
+    return _iter_single(spec, seed)
+
+
+def describe_corpus(spec: CorpusSpec) -> str:
+    """One line for titles and provenance; file names without folders."""
+    match spec:
+        case BundledText():
+            return "bundled"
+        case PackagedText(name=name):
+            return name
+        case TextFiles(paths=paths):
+            names = [path.rstrip("/").rpartition("/")[2] for path in paths]
+            return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        case HubText(dataset=dataset, split=split):
+            return f"{dataset} ({split})"
+        case Mixture(parts=parts):
+            total = sum(part.weight for part in parts)
+            return " + ".join(
+                f"{describe_corpus(part.corpus)} {part.weight / total:.0%}" for part in parts
+            )
+        case _:
+            assert_never(spec)
+
+
+def _iter_part(part: Part, seed: int) -> Iterator[Document]:
+    documents = _iter_single(part.corpus, seed)
+    return (
+        documents
+        if part.max_characters is None
+        else iter_passages(documents, part.max_characters, seed)
+    )
+
+
+def _iter_single(spec: SingleCorpus, seed: int) -> Iterator[Document]:
+    match spec:
+        case BundledText():
+            documents: Iterator[Document] = (Document(**record) for record in bundled_records())
+        case PackagedText(name=name):
+            documents = iter_packaged_text(name)
+        case TextFiles():
+            documents = _iter_files(spec)
+        case HubText():
+            return _iter_not_blank(_iter_hub(spec, seed), describe_corpus(spec))
+        case _:
+            assert_never(spec)
+    return _iter_not_blank(iter_shuffled(documents, seed), describe_corpus(spec))
+
+
+def _iter_files(spec: TextFiles) -> Iterator[Document]:
+    files = find_text_files(spec.paths)
+    fields = Fields(text=spec.text_field, title=spec.title_field, label=spec.label_field)
+    return (
+        document
+        for file in files
+        for document in iter_file_documents(file, fields, n_characters=spec.max_characters)
+    )
+
+
+def _iter_not_blank(documents: Iterator[Document], where: str) -> Iterator[Document]:
+    is_empty = True
+    for document in documents:
+        if document.text.strip():
+            is_empty = False
+            yield document
+    if is_empty:
+        raise UserError("the corpus has no text", where=where)
+
+
+def _iter_hub(spec: HubText, seed: int) -> Iterator[Document]:
+    rows = _open_hub(spec)
+    columns = rows.column_names
+    if columns is not None and spec.text_field not in columns:
+        raise UserError(
+            f"the data set has no column {spec.text_field!r}",
+            where=spec.dataset,
+            expected=", ".join(columns),
+        )
+    shuffled = rows.shuffle(seed=seed, buffer_size=10_000)
+    return (
+        Document(
+            text=str(row[spec.text_field]),
+            source=spec.dataset,
+            title=f"{spec.dataset}, {number}",
+            label=str(row[spec.label_field]) if row.get(spec.label_field) is not None else "",
+        )
+        for number, row in enumerate(shuffled)
+    )
+
+
+def _open_hub(spec: HubText) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            "reading Hub data sets needs the package datasets",
+            mend="pip install 'featureflow[hub]'",
+        ) from error
+    try:
+        return datasets.load_dataset(spec.dataset, spec.config, split=spec.split, streaming=True)
+    except Exception as error:  # the library raises errors of many packages
+        raise UserError(
+            f"the data set {spec.dataset!r} cannot be opened",
+            expected=f"split {spec.split!r} of a public data set or a local folder of .jsonl or "
+            ".parquet files",
+            found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            mend='check name, split and network; offline, use kind = "files" or "packaged"',
+        ) from error
+
+
+def _iter_interleaved(
+    sources: list[Iterator[Document]], weights: list[float]
+) -> Iterator[Document]:
+    """Next comes the source that is furthest behind its share; one that is exhausted drops out."""
+    behind = dict.fromkeys(range(len(sources)), 0.0)
+    while behind:
+        chosen = min(behind, key=lambda i: (behind[i], i))
+        document = next(sources[chosen], None)
+        if document is None:
+            del behind[chosen]
+            continue
+        behind[chosen] += len(document.text) / weights[chosen]
+        yield document

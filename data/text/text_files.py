@@ -1,0 +1,224 @@
+"""Documents from a person's own files: .txt and .md, .jsonl, .parquet.
+
+A text file is one document, cut at paragraph ends when it is longer than asked; a JSON line or a
+Parquet row is one document, whose text, title and label are in named fields. Files are read as a
+stream in the order of their names.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.text.documents import Document, iter_parts
+from featureflow.errors import Problem, UserError
+
+_TEXT, _LINES, _TABLE = (".txt", ".md"), (".jsonl", ".ndjson"), (".parquet",)
+SUFFIXES = (*_TEXT, *_LINES, *_TABLE)
+_MOST_PROBLEMS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields:
+    """Which field of a JSON line or Parquet row is what; empty for none."""
+
+    text: str
+    title: str
+    label: str
+
+
+def find_text_files(paths: Sequence[str]) -> list[Path]:
+    """Files, folders (all text files below) and glob patterns, as sorted files without repetition.
+    Raises UserError naming every path that gives nothing."""
+    found: dict[Path, None] = {}
+    problems = []
+    for path in paths:
+        files = _files_of(path)
+        found.update(dict.fromkeys(files))
+        if not files:
+            problems.append(_problem_of_path(path))
+    problems += [
+        Problem(
+            what="not a kind of file that is read", where=str(path), expected=", ".join(SUFFIXES)
+        )
+        for path in found
+        if path.suffix.lower() not in SUFFIXES
+    ]
+    problems += [
+        Problem(what="the file is empty", where=str(path))
+        for path in found
+        if path.stat().st_size == 0
+    ]
+    if not paths:
+        problems.append(Problem(what="no text files are named", expected='paths = ["my-texts/"]'))
+    if problems:
+        raise UserError("the text files cannot be read", problems=tuple(problems))
+    return list(found)
+
+
+def iter_file_documents(
+    file: Path, fields: Fields, *, n_characters: int | None
+) -> Iterator[Document]:
+    """The documents of one file. Raises UserError naming the file and the byte or line that is
+    wrong."""
+    suffix = file.suffix.lower()
+    if suffix in _TEXT:
+        return _iter_text(file, n_characters)
+    if suffix in _LINES:
+        return _iter_lines(file, fields)
+    return _iter_table(file, fields)
+
+
+def _files_of(path: str) -> list[Path]:
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return sorted(
+            each for each in place.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file()
+        )
+    if place.is_file():
+        return [place]
+    return sorted(
+        Path(each) for each in glob.glob(str(place), recursive=True) if Path(each).is_file()
+    )
+
+
+def _problem_of_path(path: str) -> Problem:
+    if Path(path).expanduser().is_dir():
+        return Problem(
+            what="no text files below this folder", where=path, expected=", ".join(SUFFIXES)
+        )
+    return Problem(what="there is no such file", where=path)
+
+
+def _iter_text(file: Path, n_characters: int | None) -> Iterator[Document]:
+    text = _decoded(file.read_bytes(), file, 0).removeprefix("\ufeff").replace("\r\n", "\n")
+    if not text.strip():
+        raise UserError("the file has only blank text", where=str(file))
+    parts = list(iter_parts(text, n_characters)) if n_characters else [text]
+    for number, part in enumerate(parts, start=1):
+        title = file.name if len(parts) == 1 else f"{file.name}, part {number}"
+        yield Document(text=part, source=file.name, title=title)
+
+
+def _decoded(raw: bytes, file: Path, offset: int) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = f"{file}, byte {offset + error.start}"
+        found = f"byte 0x{raw[error.start]:02x} ({error.reason})"
+        mend = "convert it, for example: iconv -f latin1 -t utf-8 <file>"
+        raise UserError("the text is not UTF-8", where=where, found=found, mend=mend) from error
+
+
+def _iter_lines(file: Path, fields: Fields) -> Iterator[Document]:
+    """Good lines are given out as they come; a bad one ends the stream, naming every bad line that
+    follows too."""
+    with file.open("rb") as stream:
+        offset, n_documents = 0, 0
+        for number, raw in enumerate(stream, start=1):
+            if raw.strip():
+                parsed = _parse_line(raw, file, number, offset, fields)
+                if isinstance(parsed, Problem):
+                    offset += len(raw)
+                    raise _bad_lines(
+                        file, [parsed, *_iter_problems(stream, file, number + 1, offset, fields)]
+                    )
+                n_documents += 1
+                yield parsed
+            offset += len(raw)
+    if n_documents == 0:
+        raise UserError("the file has no documents", where=str(file))
+
+
+def _iter_problems(
+    stream: Any, file: Path, number: int, offset: int, fields: Fields
+) -> Iterator[Problem]:
+    for raw in stream:
+        parsed = _parse_line(raw, file, number, offset, fields) if raw.strip() else None
+        if isinstance(parsed, Problem):
+            yield parsed
+        number, offset = number + 1, offset + len(raw)
+
+
+def _bad_lines(file: Path, problems: list[Problem]) -> UserError:
+    shown = problems[:_MOST_PROBLEMS]
+    if len(problems) > len(shown):
+        shown.append(Problem(what=f"and {len(problems) - len(shown)} more lines", where=str(file)))
+    return UserError(f"{file.name} has bad lines", problems=tuple(shown))
+
+
+def _parse_line(
+    raw: bytes, file: Path, number: int, offset: int, fields: Fields
+) -> Document | Problem:
+    where = f"{file}, line {number} (byte {offset})"
+    try:
+        record = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Problem(
+            what="the line is not UTF-8",
+            where=f"{file}, line {number}, byte {offset + error.start}",
+        )
+    except ValueError as error:
+        return Problem(what="the line is not JSON", where=where, found=str(error))
+    if not isinstance(record, dict):
+        return Problem(what="the line is not an object", where=where, found=type(record).__name__)
+    if not isinstance(record.get(fields.text), str):
+        found = ", ".join(record) or "an empty object"
+        return Problem(
+            what=f"no text in the field {fields.text!r}",
+            where=where,
+            expected="a string",
+            found=found,
+        )
+    return _document(record, file, fields, number)
+
+
+def _document(record: dict[str, Any], file: Path, fields: Fields, number: int) -> Document:
+    title, label = record.get(fields.title), record.get(fields.label)
+    return Document(
+        text=record[fields.text],
+        source=file.name,
+        title=f"{file.name}, {number}" if title is None else str(title),
+        label="" if label is None else str(label),
+    )
+
+
+def _iter_table(file: Path, fields: Fields) -> Iterator[Document]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(
+            "not a Parquet file that can be read", where=str(file), found=str(error)
+        ) from error
+    with table:
+        columns = table.schema_arrow.names
+        kind = str(table.schema_arrow.field(fields.text).type) if fields.text in columns else None
+        if kind not in (
+            "string",
+            "large_string",
+            "string_view",
+            "dictionary<values=string, indices=int32, ordered=0>",
+        ):
+            found = f"columns {', '.join(columns)}" if kind is None else f"a column of {kind}"
+            raise UserError(
+                f"no text in the column {fields.text!r}",
+                where=str(file),
+                expected="strings",
+                found=found,
+            )
+        if table.metadata.num_rows == 0:
+            raise UserError("the file has no documents", where=str(file))
+        wanted = [name for name in (fields.text, fields.title, fields.label) if name in columns]
+        number = 0
+        for batch in table.iter_batches(batch_size=256, columns=wanted):
+            for record in batch.to_pylist():
+                number += 1
+                if record[fields.text] is not None:
+                    yield _document(record, file, fields, number)

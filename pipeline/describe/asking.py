@@ -1,0 +1,157 @@
+"""Questions to a finished atlas: which features are about a word, and which fire on a text of one's
+own.
+
+`find_features` looks for a word in labels, in the tokens a feature fires on most, and in the tokens
+it promotes; matches begin at the start of a word, letter case is ignored. Accepted labels come
+first, by held-out score. `read_text` runs the run's model over a text and gives, for every token,
+the strongest latents of one dictionary, with their activation as a share of the feature's largest
+on the corpus. The BOS is left out: its norm is far from all else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from data.model.language_model import LanguageModel
+from data.model.spec import ModelSpec
+from featureflow.errors import UserError
+from featureflow.sites import FeatureId, Site
+from pipeline.describe.opened import Atlas
+from pipeline.dictionaries import read_dictionaries
+from pipeline.opened_run import open_run
+
+_PLACES = ("label", "tokens", "promotes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A feature that a word was found at; `where` says in what: its label, tokens it fires on,
+    tokens it promotes."""
+
+    feature: str
+    where: tuple[str, ...]
+    label: str
+    accepted: bool
+    score: float
+    density: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Firing:
+    """A latent on one token: its activation, and that as a share of the feature's largest on the
+    corpus."""
+
+    feature: FeatureId
+    value: float
+    share: float
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadToken:
+    """One token of a text and the strongest firings there."""
+
+    text: str
+    firings: tuple[Firing, ...]
+
+
+def find_features(atlas: Atlas, word: str, *, site: Site | None = None) -> list[Found]:
+    """All features that the word is found at, best first. Raises UserError for an empty word or an
+    unknown site."""
+    if not word.strip():
+        raise UserError("the word is empty", expected="a word, or the beginning of one")
+    if site is not None and site not in atlas.sites:
+        raise UserError(
+            f"the atlas has no site {site.short}", expected=", ".join(s.short for s in atlas.sites)
+        )
+    pattern = re.compile(rf"(?<!\w){re.escape(word.strip())}", re.IGNORECASE)
+    frame = atlas.features
+    frame = (
+        frame[frame["alive"]]
+        if site is None
+        else frame[frame["alive"] & (frame["site"] == site.short)]
+    )
+    found = [
+        each
+        for row in frame.to_dict(orient="records")
+        if (each := _found(row, pattern)) is not None
+    ]
+    return sorted(
+        found,
+        key=lambda f: (
+            not (f.accepted and "label" in f.where),
+            _PLACES.index(f.where[0]),
+            -f.score,
+        ),
+    )
+
+
+def _found(row: dict[str, Any], pattern: re.Pattern[str]) -> Found | None:
+    texts = {"label": [row["label"]], "tokens": row["tokens"], "promotes": row["promotes"]}
+    where = tuple(
+        place for place in _PLACES if any(pattern.search(str(text)) for text in texts[place])
+    )
+    if not where:
+        return None
+    score = float(row["label_score"])
+    return Found(
+        feature=row["feature"],
+        where=where,
+        label=row["label"],
+        accepted=bool(row["label_accepted"]),
+        score=score if score == score else 0.0,
+        density=float(row["density"]),
+    )
+
+
+def read_text(
+    root: Path, text: str, *, site: Site | None = None, n: int = 3, device: str = "cpu"
+) -> list[ReadToken]:
+    """The tokens of a text with the `n` strongest latents at a site (the middle residual one) of
+    the run in `root`.
+
+    Raises UserError for an empty or too long text and for a site without a dictionary."""
+    run = open_run(root, ("collect", "train", "atlas"))
+    atlas = Atlas.open(run["atlas"].path)
+    where = site or middle_site(atlas.sites)
+    atlas.number(FeatureId(where, 0))
+    spec: ModelSpec = TypeAdapter(ModelSpec).validate_python(run["collect"].config["model"])
+    model = LanguageModel.open(spec, dtype=run["collect"].config["model_dtype"], device=device)
+    ids = [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
+    if not 1 < len(ids) <= model.n_context:
+        expected = f"1 … {model.n_context - 1} tokens"
+        raise UserError(
+            "the text is empty or too long", found=f"{len(ids) - 1} tokens", expected=expected
+        )
+    activations = model.activations(torch.tensor([ids]), [where])[where][0].float().cpu()
+    codes = read_dictionaries(run["train"])[where].encode(activations)[1:]
+    pieces = [model.tokenizer.token_text(i) for i in ids[1:]]
+    return [
+        ReadToken(text=piece, firings=tuple(_strongest(atlas, where, z, n)))
+        for piece, z in zip(pieces, codes, strict=True)
+    ]
+
+
+def middle_site(sites: Sequence[Site]) -> Site:
+    """The residual site in the middle; where there is none, the middle one of all."""
+    residual = [site for site in sites if site.kind == "resid_post"] or list(sites)
+    return residual[len(residual) // 2]
+
+
+def _strongest(atlas: Atlas, site: Site, z: torch.Tensor, n: int) -> Iterator[Firing]:
+    value, latent = z.topk(min(n, len(z)))
+    for a, index in zip(value.tolist(), latent.tolist(), strict=True):
+        if a > 0:
+            row = atlas.features.iloc[atlas.number(FeatureId(site, index))]
+            largest = float(row["max"])
+            share = a / largest if largest > 0 else float("inf")
+            yield Firing(
+                feature=FeatureId(site, index), value=a, share=share, label=str(row["label"])
+            )

@@ -1,0 +1,372 @@
+"""Counts of firings by latent and by something about the token: which it is, which came before,
+where it stands.
+
+Every attribute of a token position is a partition of the rows, so one kind of table serves
+statistics, labels and their scores. Per (latent, value) there are nine numbers, all additive:
+
+    n_propose, strong_propose        firings and strong firings on documents where labels are
+    proposed
+    n_choose, strong_choose          the same on documents that decide which label is taken
+    n_held, strong_held              the same on held-out documents
+    mass_held, near_held             Σa and near-misses on held-out documents
+    mass_rest                        Σa on all others
+
+A rule is about all firings or about strong ones (`Counts.about`); then five numbers matter: firings
+on each part of the documents, Σa held out, and the negatives that are hardest to tell: near-misses,
+or firings that are not strong.
+
+`Counts` is sparse: sorted unique keys `latent · n_values + value`. To count entries, each one
+becomes a single 64-bit number `key | code | Σa`, and these are sorted: one sort of plain numbers is
+several times faster than sorting an index and gathering nine columns by it. Tables merge by sums,
+so chunks, workers and machines may be joined in any order; since merging costs more than counting,
+entries are collected (`Entries.joined`) until there are many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int32, Int64, UInt8, UInt32
+
+from pipeline.describe.corpus import CHOOSING, HELD_OUT, PROPOSING
+from pipeline.describe.firings import Firings
+
+COLUMNS = (
+    "n_propose",
+    "strong_propose",
+    "n_choose",
+    "strong_choose",
+    "n_held",
+    "strong_held",
+    "mass_held",
+    "near_held",
+    "mass_rest",
+)
+PROPOSE, CHOOSE, HELD, MASS, NEGATIVE = range(5)
+Target = Literal["all", "strong"]
+_NEAR, _N_CODES = 6, 7
+_CODE_BITS, _MASS_BITS = 3, 32
+_AT_ONCE = 1 << 20
+_DENSE = 1 << 21
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Counts:
+    """Rows sorted by latent, then value. `columns[i]` is COLUMNS[i], or one of the five of a
+    target."""
+
+    n_latents: int
+    n_values: int
+    key: Int64[np.ndarray, "pair"]
+    columns: tuple[Float64[np.ndarray, "pair"], ...]
+
+    @classmethod
+    def empty(cls, n_latents: int, n_values: int) -> Counts:
+        return cls(
+            n_latents=n_latents,
+            n_values=n_values,
+            key=np.zeros(0, np.int64),
+            columns=tuple(np.zeros(0) for _ in COLUMNS),
+        )
+
+    @cached_property
+    def latent(self) -> Int64[np.ndarray, "pair"]:
+        return np.repeat(np.arange(self.n_latents), np.diff(self.start))
+
+    @cached_property
+    def value(self) -> Int64[np.ndarray, "pair"]:
+        return self.key - self.latent * self.n_values
+
+    @cached_property
+    def start(self) -> Int64[np.ndarray, "latent_and_one"]:
+        """Pairs of latent f are `start[f] … start[f + 1]`."""
+        return np.searchsorted(self.key, np.arange(self.n_latents + 1) * self.n_values)
+
+    def column(self, name: str) -> Float64[np.ndarray, "pair"]:
+        return self.columns[COLUMNS.index(name)]
+
+    @property
+    def n(self) -> Float64[np.ndarray, "pair"]:
+        """Firings on all documents."""
+        return self.column("n_propose") + self.column("n_choose") + self.column("n_held")
+
+    @property
+    def mass(self) -> Float64[np.ndarray, "pair"]:
+        """Σa on all documents."""
+        return self.column("mass_held") + self.column("mass_rest")
+
+    def totals(self) -> Float64[np.ndarray, "latent column"]:
+        """The sums over all values."""
+        parts = [
+            np.bincount(self.latent, weights=c, minlength=self.n_latents) for c in self.columns
+        ]
+        return np.stack(parts, axis=1)
+
+    def plus(self, other: Counts) -> Counts:
+        """The table over both sets of rows."""
+        both = zip(self.columns, other.columns, strict=True)
+        return _summed(
+            self.n_latents,
+            self.n_values,
+            np.concatenate([self.key, other.key]),
+            [np.concatenate(pair) for pair in both],
+        )
+
+    def about(self, target: Target) -> Counts:
+        """The columns PROPOSE, CHOOSE, HELD, MASS, NEGATIVE of rules about all firings, or about
+        strong ones."""
+        if target == "all":
+            names = ("n_propose", "n_choose", "n_held", "mass_held", "near_held")
+            chosen = tuple(self.column(name) for name in names)
+        else:
+            propose, choose, held = (
+                self.column(name) for name in ("strong_propose", "strong_choose", "strong_held")
+            )
+            chosen = (propose, choose, held, np.zeros(len(held)), self.column("n_held") - held)
+        return Counts(
+            n_latents=self.n_latents, n_values=self.n_values, key=self.key, columns=chosen
+        )
+
+    def mapped(self, value_of: Int32[np.ndarray, "value"], n_values: int) -> Counts:
+        """The table of a coarser attribute: `value_of[v]` is what v becomes, −1 to drop it."""
+        coarse = value_of[self.value]
+        keep = slice(None) if coarse.min(initial=0) >= 0 else coarse >= 0
+        key = self.latent[keep] * n_values + coarse[keep]
+        return _summed(self.n_latents, n_values, key, [c[keep] for c in self.columns])
+
+    def pruned(self, most: int) -> Counts:
+        """At most `most` values per latent, the ones with the most firings: what keeps a table
+        bounded. Sums over the rest are lost, so it is used only when a table has outgrown its
+        limit."""
+        order = np.lexsort((self.key, -self.n, self.latent))
+        latent = self.latent[order]
+        place = np.arange(len(order)) - self.start[latent]
+        return self.taken(np.sort(order[place < most]))
+
+    def taken(self, pairs: np.ndarray) -> Counts:
+        """Some of the pairs, in order: a mask, or ascending indices."""
+        columns = tuple(c[pairs] for c in self.columns)
+        return Counts(
+            n_latents=self.n_latents, n_values=self.n_values, key=self.key[pairs], columns=columns
+        )
+
+    def at(self, latent: np.ndarray, value: np.ndarray) -> tuple[Float64[np.ndarray, "query"], ...]:
+        """The numbers of some pairs, column by column; zeros for pairs never seen."""
+        if not len(self.key):
+            return tuple(np.zeros(len(latent)) for _ in self.columns)
+        key = latent.astype(np.int64) * self.n_values + value
+        place = np.minimum(np.searchsorted(self.key, key), len(self.key) - 1)
+        known = self.key[place] == key
+        return tuple(np.where(known, c[place], 0.0) for c in self.columns)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Entries:
+    """Firings, or near-misses, sorted by latent, with what is known of them whatever the attribute
+    they are counted by. `code` is part · 2 + strong for firings, _NEAR for near-misses on held-out
+    documents (others count for nothing)."""
+
+    latent: Int32[np.ndarray, "entry"]
+    row: UInt32[np.ndarray, "entry"]
+    mass: Float32[np.ndarray, "entry"]
+    code: UInt8[np.ndarray, "entry"]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @classmethod
+    def of_firings(
+        cls, fired: Firings, part: UInt8[np.ndarray, "row"], strong: Float32[np.ndarray, "latent"]
+    ) -> Entries:
+        """All firings; strong are those of at least `strong[latent]`."""
+        code = part[fired.row] * np.uint8(2) + (fired.value >= strong[fired.latent])
+        return cls(
+            latent=fired.latent, row=fired.row.astype(np.uint32), mass=fired.value, code=code
+        )
+
+    @classmethod
+    def of_near_misses(cls, near: Firings, part: UInt8[np.ndarray, "row"]) -> Entries:
+        """Near-misses on held-out documents."""
+        held = part[near.row] == HELD_OUT
+        row = near.row[held].astype(np.uint32)
+        code = np.full(len(row), _NEAR, dtype=np.uint8)
+        return cls(latent=near.latent[held], row=row, mass=near.value[held], code=code)
+
+    def between(self, low: int, high: int) -> Entries:
+        """Those of latents from `low` to below `high`."""
+        here = slice(*np.searchsorted(self.latent, [low, high]))
+        return Entries(
+            latent=self.latent[here], row=self.row[here], mass=self.mass[here], code=self.code[here]
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Entries]) -> Entries:
+        """All entries of at least one part, one part after the other."""
+        names = ("latent", "row", "mass", "code")
+        return cls(
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowValues:
+    """An attribute: its value for every row of the corpus, −1 for none, and how many values there
+    are."""
+
+    of_row: Int32[np.ndarray, "row"]
+    n_values: int
+
+
+def count(
+    parts: Sequence[Entries], attributes: Mapping[str, RowValues], n_latents: int
+) -> dict[str, Counts]:
+    """The tables of some entries. Latents are taken a range at a time, of so few entries that
+    everything stays in the processor's cache and in memory already at hand: fresh memory for large
+    arrays costs as much as the counting."""
+    pieces: dict[str, list[Counts]] = {name: [] for name in attributes}
+    most_values = max(attribute.n_values for attribute in attributes.values())
+    for low, high in _latent_ranges(sum(map(len, parts)), n_latents, most_values):
+        entries = Entries.joined([part.between(low, high) for part in parts])
+        for name, attribute in attributes.items():
+            pieces[name].append(
+                _count_range(entries, attribute.of_row[entries.row], low, high, attribute.n_values)
+            )
+    return {name: _joined(found, n_latents) for name, found in pieces.items()}
+
+
+def _latent_ranges(n_entries: int, n_latents: int, n_values: int) -> Iterator[tuple[int, int]]:
+    """Ranges of latents with about _AT_ONCE entries each, and keys that fit beside code and Σa."""
+    most = (1 << (64 - _CODE_BITS - _MASS_BITS)) // n_values
+    size = max(1, min(most, n_latents * _AT_ONCE // max(n_entries, 1)))
+    return ((low, min(low + size, n_latents)) for low in range(0, n_latents, size))
+
+
+def _count_range(entries: Entries, value: np.ndarray, low: int, high: int, n_values: int) -> Counts:
+    """The pairs of latents `low` to below `high`, numbered from 0."""
+    keep = slice(None) if value.min(initial=0) >= 0 else value >= 0
+    latent, value = entries.latent[keep] - np.int32(low), value[keep]
+    mass, code = entries.mass[keep], entries.code[keep]
+    n_latents = high - low
+    key, n, total = (
+        _by_counting(latent, value, mass, code, n_latents, n_values)
+        if n_latents * n_values <= _DENSE
+        else _by_sorting(latent, value, mass, code, n_values)
+    )
+    return Counts(n_latents=n_latents, n_values=n_values, key=key, columns=_columns_of(n, total))
+
+
+def _by_counting(
+    latent: np.ndarray,
+    value: np.ndarray,
+    mass: np.ndarray,
+    code: np.ndarray,
+    n_latents: int,
+    n_values: int,
+) -> tuple[
+    Int64[np.ndarray, "pair"], Float64[np.ndarray, "code pair"], Float64[np.ndarray, "code pair"]
+]:
+    """Few possible pairs: count into arrays of all of them, no sort."""
+    size = n_latents * n_values
+    place = code.astype(np.int64) * size + latent.astype(np.int64) * n_values + value
+    n = np.bincount(place, minlength=_N_CODES * size).reshape(_N_CODES, size)
+    total = np.bincount(place, weights=mass, minlength=_N_CODES * size).reshape(_N_CODES, size)
+    pairs = np.flatnonzero(n.any(axis=0))
+    return pairs, n[:, pairs].astype(np.float64), total[:, pairs]
+
+
+def _by_sorting(
+    latent: np.ndarray, value: np.ndarray, mass: np.ndarray, code: np.ndarray, n_values: int
+) -> tuple[
+    Int64[np.ndarray, "pair"], Float64[np.ndarray, "code pair"], Float64[np.ndarray, "code pair"]
+]:
+    """Every entry as one number `key | code | Σa`, sorted."""
+    packed = latent.astype(np.uint64) * np.uint64(n_values)
+    packed += value.astype(np.uint64)
+    packed <<= np.uint64(_CODE_BITS)
+    packed |= code
+    packed <<= np.uint64(_MASS_BITS)
+    packed |= mass.view(np.uint32)
+    packed.sort()
+    if not len(packed):
+        return np.zeros(0, np.int64), np.zeros((_N_CODES, 0)), np.zeros((_N_CODES, 0))
+    group = (packed >> np.uint64(_MASS_BITS)).astype(np.uint32)
+    starts = np.flatnonzero(np.concatenate([[True], group[1:] != group[:-1]]))
+    key, code = (
+        group[starts] >> np.uint32(_CODE_BITS),
+        group[starts] & np.uint32((1 << _CODE_BITS) - 1),
+    )
+    new = np.concatenate([[True], key[1:] != key[:-1]])
+    n, total = np.zeros((2, _N_CODES, int(new.sum())))
+    place = (
+        code.astype(np.int64) * n.shape[1] + np.cumsum(new) - 1
+    )  # a pair has at most one group of each code
+    n.ravel()[place] = np.diff(starts, append=len(group))
+    total.ravel()[place] = np.add.reduceat(
+        packed.astype(np.uint32).view(np.float32).astype(np.float64), starts
+    )
+    return key[new].astype(np.int64), n, total
+
+
+def _columns_of(
+    n: Float64[np.ndarray, "code pair"], mass: Float64[np.ndarray, "code pair"]
+) -> tuple[Float64[np.ndarray, "pair"], ...]:
+    """COLUMNS from numbers by code."""
+    propose, choose, held = (
+        2 * PROPOSING,
+        2 * CHOOSING,
+        2 * HELD_OUT,
+    )  # the weaker firings; the strong ones come after
+    return (
+        n[propose] + n[propose + 1],
+        n[propose + 1],
+        n[choose] + n[choose + 1],
+        n[choose + 1],
+        n[held] + n[held + 1],
+        n[held + 1],
+        mass[held] + mass[held + 1],
+        n[_NEAR],
+        mass[propose] + mass[propose + 1] + mass[choose] + mass[choose + 1],
+    )
+
+
+def _joined(pieces: Sequence[Counts], n_latents: int) -> Counts:
+    """Tables of ranges of latents, one after the other."""
+    n_values = pieces[0].n_values
+    first = np.cumsum([0, *(piece.n_latents for piece in pieces)])
+    return Counts(
+        n_latents=n_latents,
+        n_values=n_values,
+        key=np.concatenate(
+            [piece.key + f * n_values for piece, f in zip(pieces, first[:-1], strict=True)]
+        ),
+        columns=tuple(
+            np.concatenate(parts)
+            for parts in zip(*(piece.columns for piece in pieces), strict=True)
+        ),
+    )
+
+
+def _summed(
+    n_latents: int, n_values: int, key: np.ndarray, columns: Sequence[np.ndarray]
+) -> Counts:
+    """The table of pairs that may come several times."""
+    if n_latents * n_values <= _DENSE:
+        dense = [np.bincount(key, weights=c, minlength=n_latents * n_values) for c in columns]
+        key = np.flatnonzero(np.bincount(key, minlength=n_latents * n_values))
+        summed: tuple[np.ndarray, ...] = tuple(c[key] for c in dense)
+    else:
+        narrow = (
+            key.astype(np.uint32) if n_latents * n_values < 1 << 32 else key
+        )  # sorts in half the time
+        order = np.argsort(narrow, kind="stable")
+        key = key[order]
+        starts = np.flatnonzero(np.diff(key, prepend=-1))
+        sums: Callable[[np.ndarray], np.ndarray] = (
+            (lambda c: np.add.reduceat(c[order], starts)) if len(key) else lambda c: c
+        )
+        key, summed = key[starts], tuple(sums(c) for c in columns)
+    return Counts(n_latents=n_latents, n_values=n_values, key=key, columns=summed)

@@ -1,0 +1,250 @@
+"""Second opinions on chosen features of a finished atlas: what a sentence model and a chat model
+make of their text.
+
+1. windows: a feature's examples on documents that labels were proposed on are what a chat model is
+   shown; those on held-out documents, and held-out windows in which the feature is silent (drawn at
+   random, and around near-misses), are what both are scored on;
+2. a sentence model says how well firing windows belong together, and how well the label fits them
+   (pipeline/describe/sentences.py);
+3. a chat model writes a label from the shown examples and is scored by telling held-out windows
+   apart, and windows marked rightly from ones marked wrongly (pipeline/describe/explainer.py).
+
+Silence is checked with the dictionary itself on stored activations. Cost a site: one reading of
+`_CANDIDATES` windows; a feature: some twenty sentence embeddings, or ten questions to the chat
+model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+
+from data.store import ActivationStore
+from featureflow.errors import UserError
+from featureflow.sites import FeatureId, Site, parse_feature
+from pipeline.describe.chat import ChatModel
+from pipeline.describe.explainer import Detection, detect, explain, fuzz, marked
+from pipeline.describe.opened import Atlas
+from pipeline.describe.sentences import SentenceModel, embedding_score, example_embedding_score
+from pipeline.dictionaries import read_dictionaries
+from pipeline.opened_run import open_run
+from pipeline.site.cards import Cards, Example
+
+REACH, MOST = 16, 10
+_CANDIDATES = 64
+_ROUNDED = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Texts about one feature: `shown` marked, on documents for proposing; the rest on held-out
+    ones. In `near` it nearly fired, in `right` and `wrong` windows of `firing` are marked where it
+    fires, and on as many other tokens."""
+
+    shown: tuple[str, ...]
+    firing: tuple[str, ...]
+    silent: tuple[str, ...]
+    near: tuple[str, ...] = ()
+    right: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opinions:
+    """Who is asked; at least one of them."""
+
+    sentences: SentenceModel | None = None
+    chat: ChatModel | None = None
+    fuzz: bool = True
+
+
+class Evidence:
+    """Windows of any feature of a run (`artifacts/<recipe>`)."""
+
+    def __init__(self, root: Path, *, seed: int = 0) -> None:
+        self.atlas = Atlas.open(root / "atlas")
+        self.cards = Cards.open(root / "atlas" / "site")
+        run = open_run(root, ("collect", "train", "atlas"))
+        self._store = ActivationStore.open(run["collect"].path / "store.zarr")
+        self._saes = read_dictionaries(run["train"])
+        self._tokens = self.atlas.tokens
+        if "part" not in self._tokens:
+            raise UserError(
+                "the atlas does not say which documents are for what",
+                where=str(root / "atlas"),
+                mend="featureflow run --to atlas",
+            )
+        self._seed = seed
+        self._silence = lru_cache(maxsize=2)(self._fires_in)
+
+    def windows(self, feature: str) -> Windows:
+        """Raises UserError for a feature that the atlas does not have."""
+        wanted = parse_feature(feature)
+        card = self.cards.card(feature)
+        held_out = self._tokens["held_out"].to_numpy()
+        proposing = self._tokens["part"].to_numpy(str) == "proposing"
+        fired = {example.row: example for example in card.examples if example.tab != "near_miss"}
+        missed = [e.row for e in card.examples if e.tab == "near_miss" and held_out[e.row]]
+        in_test = [example for row, example in fired.items() if held_out[row]][:MOST]
+        generator = np.random.default_rng(self._seed)
+        misplaced = [self._misplaced(example, generator) for example in in_test]
+        silent = np.flatnonzero(~self._silence(wanted.site)[:, wanted.latent])[:MOST]
+        return Windows(
+            shown=tuple(self._marked(example) for row, example in fired.items() if proposing[row])[
+                :MOST
+            ],
+            firing=tuple(self._text(example.row) for example in in_test),
+            silent=tuple(self._text(int(self._candidates[i])) for i in silent),
+            near=tuple(self._text(row) for row in missed if not self._fires_near(wanted, row)),
+            right=tuple(
+                self._marked(e)
+                for e, other in zip(in_test, misplaced, strict=True)
+                if other is not None
+            ),
+            wrong=tuple(self._marked(other) for other in misplaced if other is not None),
+        )
+
+    def chosen(self, n: int, *, short: str | None = None) -> list[str]:
+        """`n` features that fire, drawn from the seed, over all dictionaries or one."""
+        features = self.atlas.features
+        alive = features[features["alive"] & ((features["site"] == short) if short else True)][
+            "feature"
+        ].to_numpy(str)
+        if not len(alive):
+            raise UserError("no feature fires there", where=short or str(self.atlas.folder))
+        drawn = np.random.default_rng(self._seed).choice(
+            len(alive), size=min(n, len(alive)), replace=False
+        )
+        return [str(alive[i]) for i in sorted(drawn)]
+
+    @property
+    def _candidates(self) -> Int64[np.ndarray, "window"]:
+        """Held-out rows around which silence is looked for, the same for every feature."""
+        rows = np.flatnonzero(self._tokens["held_out"].to_numpy() & self._tokens["kept"].to_numpy())
+        generator = np.random.default_rng(self._seed)
+        return np.sort(generator.choice(rows, size=min(_CANDIDATES, len(rows)), replace=False))
+
+    @torch.no_grad()
+    def _fires_in(self, site: Site) -> Bool[np.ndarray, "window latent"]:
+        """Which latents fire anywhere in each candidate window."""
+        sae = self._saes[site]
+        kept = self._tokens["kept"].to_numpy()
+        fires = []
+        for row in self._candidates:
+            rows = self._rows(int(row))
+            x = self._store.read(site, int(rows[0]), int(rows[-1]) + 1)[kept[rows]]
+            fires.append((sae.encode(torch.from_numpy(x)) > 0).any(dim=0).numpy())
+        return np.stack(fires)
+
+    @torch.no_grad()
+    def _fires_near(self, feature: FeatureId, row: int) -> bool:
+        """Whether a feature fires anywhere in the window around a row."""
+        rows = self._rows(row)
+        kept = self._tokens["kept"].to_numpy()[rows]
+        x = self._store.read(feature.site, int(rows[0]), int(rows[-1]) + 1)[kept]
+        return bool(
+            (self._saes[feature.site].encode(torch.from_numpy(x))[:, feature.latent] > 0).any()
+        )
+
+    def _rows(self, row: int) -> Int64[np.ndarray, "row"]:
+        """The rows of a window: those near enough in the same run of its document."""
+        rows = np.arange(max(0, row - REACH), min(len(self._tokens), row + REACH + 1))
+        run = self.atlas.runs
+        return rows[run[rows] == run[row]]
+
+    def _text(self, row: int) -> str:
+        token = self._tokens["token"].to_numpy()[self._rows(row)]
+        special = self.atlas.vocabulary.special
+        return self.atlas.vocabulary.join([int(t) for t in token if int(t) not in special]).strip()
+
+    def _misplaced(self, example: Example, generator: np.random.Generator) -> Example | None:
+        """The example with as many marks as before, all on tokens where the feature does not fire;
+        None where such tokens are too few."""
+        near = _near(example)
+        here, special = range(*near.indices(len(example.tokens))), self.atlas.vocabulary.special
+        firing = sum(example.values[i] > 0 for i in here)
+        free = [i for i in here if example.values[i] == 0 and example.tokens[i] not in special]
+        if not 0 < firing <= len(free):
+            return None
+        chosen = set(generator.choice(free, size=firing, replace=False).tolist())
+        return replace(
+            example, values=tuple(float(i in chosen) for i in range(len(example.values)))
+        )
+
+    def _marked(self, example: Example) -> str:
+        vocabulary, near = self.atlas.vocabulary, _near(example)
+        kept = [
+            (t, v)
+            for t, v in zip(example.tokens[near], example.values[near], strict=True)
+            if t not in vocabulary.special
+        ]
+        return marked([vocabulary.join([token]) for token, _ in kept], [value for _, value in kept])
+
+
+def second_opinions(
+    evidence: Evidence, features: Sequence[str], opinions: Opinions
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Feature by feature what `attach_scores` takes. Where held-out windows are too few a score is
+    None."""
+    for feature in features:
+        windows = evidence.windows(feature)
+        found: dict[str, Any] = {}
+        if opinions.sentences is not None:
+            found |= sentence_scores(
+                opinions.sentences, windows, _accepted_label(evidence.atlas, feature)
+            )
+        if opinions.chat is not None:
+            found |= chat_label(opinions.chat, windows, fuzzing=opinions.fuzz)
+        yield feature, found
+
+
+def sentence_scores(model: SentenceModel, windows: Windows, label: str | None) -> dict[str, Any]:
+    """How well the firing windows belong together, and how well a label fits them."""
+    vectors = model.encode([*windows.firing, *windows.silent, *([] if label is None else [label])])
+    firing, rest = vectors[: len(windows.firing)], vectors[len(windows.firing) :]
+    silent = rest[: len(windows.silent)]
+    return {
+        "examples_score": _rounded(example_embedding_score(firing, silent)),
+        "label_score": None
+        if label is None
+        else _rounded(embedding_score(rest[-1], firing, silent)),
+        "n_firing": len(firing),
+        "n_silent": len(silent),
+    }
+
+
+def chat_label(chat: ChatModel, windows: Windows, *, fuzzing: bool = True) -> dict[str, Any]:
+    """A label by the chat model with its scores; none when it gave no usable one."""
+    text = explain(chat, windows.shown) if windows.shown else None
+    if text is None:
+        return {"labels": []}
+    label: dict[str, Any] = {"text": text, "method": "model", "model": chat.model}
+    label |= _scores(detect(chat, text, windows.firing, [*windows.silent, *windows.near]))
+    if fuzzing and windows.right:
+        label["fuzz"] = _scores(fuzz(chat, text, windows.right, windows.wrong))
+    return {"labels": [label]}
+
+
+def _scores(found: Detection) -> dict[str, Any]:
+    return {name: value for name, value in asdict(found).items() if value is not None}
+
+
+def _near(example: Example) -> slice:
+    """The part of an example's tokens that a window shows."""
+    return slice(max(0, example.peak - REACH), example.peak + REACH + 1)
+
+
+def _accepted_label(atlas: Atlas, feature: str) -> str | None:
+    row = atlas.features.iloc[atlas.number(feature)]
+    return str(row["label"]) if bool(row["label_accepted"]) else None
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, _ROUNDED)

@@ -1,0 +1,236 @@
+"""A language model beside the atlas: which features fire on a typed text, which links were live,
+and steering.
+
+    live = LiveAtlas.open(Path("artifacts/laptop"))          collect, train and atlas artifacts of
+    one run
+    for record in live.read_text("The capital of France"): …
+    for record in live.steer(["L12/402"], "I think", dose=0.3): …
+
+1. one forward pass records every site; every dictionary encodes its own site, so the first records
+   come early;
+2. a link is live on a token when both its ends fire there; all kept links are looked at, by a
+   sorted search;
+3. steering adds the features' directions, scaled so that the push costs `dose` nats a token on
+   neutral text.
+
+Records are the lines of docs/decisions/0003-atlas-shards.md, "Live server". `stop()` ends a
+generator after its step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+
+from data.concepts.prompts import read_prompts
+from data.model.language_model import LanguageModel
+from data.model.spec import ModelSpec
+from featureflow.errors import UserError
+from featureflow.sites import Site, parse_feature, parse_site
+from pipeline.opened_run import open_run
+from pipeline.site.cards import Cards
+from pipeline.site.graph import AtlasGraph, read_graph
+from pipeline.site.shards import read_shard
+from sae import Sae, load_sae
+from steering.dose import NeutralText, measure, solve_for_dose
+from steering.edits import Add
+from steering.generation import Sampling, stream
+from steering.plan import Plan
+
+MAX_TOKENS, MAX_NEW_TOKENS, MAX_SAMPLES, MAX_LINKS = 256, 200, 4, 300_000
+_NEUTRAL_TEXTS = 8
+MAX_DOSE = 20.0  # nats a token; far beyond where text falls apart
+Record = dict[str, Any]
+
+
+class _Stopped(Exception):
+    """Somebody asked to stop while the strength was being found."""
+
+
+@dataclass(kw_only=True, eq=False)
+class LiveAtlas:
+    """Model, dictionaries and links, opened. One generator may run at a time; `stop` is safe from
+    another thread."""
+
+    model: LanguageModel
+    cards: Cards
+    dictionaries: Path
+    graph: AtlasGraph | None
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    @classmethod
+    def open(cls, root: Path, *, device: str = "cpu") -> LiveAtlas:
+        """Open the run in `root`. Raises UserError when one of its artifacts is missing."""
+        has_link = (root / "link" / "edges.parquet").is_file()
+        run = open_run(root, ("collect", "train", *(["link"] if has_link else []), "atlas"))
+        collect, train = run["collect"], run["train"]
+        cards = Cards.open(run["atlas"].path / "site")
+        spec = TypeAdapter(ModelSpec).validate_python(collect.config["model"])
+        sites = [parse_site(short) for short in cards.sites]
+        has_graph = cards.manifest["has"]["flow"] and has_link
+        sizes = [int(entry["n_latents"]) for entry in cards.sites.values()]
+        return cls(
+            model=LanguageModel.open(spec, dtype=collect.config["model_dtype"], device=device),
+            cards=cards,
+            dictionaries=train.path / "dictionaries",
+            graph=read_graph(root / "link", sites, sizes) if has_graph else None,
+        )
+
+    @cached_property
+    def saes(self) -> dict[Site, Sae]:
+        """All dictionaries, read once and kept."""
+        return {
+            parse_site(short): load_sae(self.dictionaries / short) for short in self.cards.sites
+        }
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def read_text(self, text: str) -> Iterator[Record]:
+        """The records of `POST /api/text`. Raises UserError for an empty or too long text."""
+        self.stopped.clear()
+        tokenizer = self.model.tokenizer
+        ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+        if not 1 < len(ids) <= MAX_TOKENS:
+            raise UserError(
+                "the text is empty or too long",
+                found=f"{len(ids) - 1} tokens",
+                expected=f"1 … {MAX_TOKENS - 1}",
+            )
+        yield {"tokens": ids, "pieces": [tokenizer.token_text(i) for i in ids]}
+        activations = self.model.activations(torch.tensor([ids]), tuple(self.saes))
+        fired = []
+        for index, (site, sae) in enumerate(self.saes.items()):
+            if self.stopped.is_set():
+                return
+            record, keys = self._site_record(index, sae, activations[site][0])
+            fired.append(keys)
+            yield record
+        links = self._live_links(np.sort(np.concatenate(fired)), len(ids))
+        yield {"links": links[:MAX_LINKS], "cut": len(links) > MAX_LINKS}
+        yield {"done": True}
+
+    def steer(
+        self,
+        features: Sequence[str],
+        prompt: str,
+        *,
+        dose: float = 0.2,
+        n_samples: int = 1,
+        n_new_tokens: int = 60,
+        seed: int = 0,
+    ) -> Iterator[Record]:
+        """The records of `POST /api/steer`: what it is at, then the text so far of either arm,
+        after every token. Raises UserError."""
+        self.stopped.clear()
+        if not 1 <= n_samples <= MAX_SAMPLES or not 1 <= n_new_tokens <= MAX_NEW_TOKENS:
+            raise UserError(
+                "too many or too few samples or tokens",
+                found=f"{n_samples} × {n_new_tokens}",
+                expected=f"1 … {MAX_SAMPLES} × 1 … {MAX_NEW_TOKENS}",
+            )
+        if not 0 < dose <= MAX_DOSE:
+            raise UserError(
+                "a dose is a positive number of nats", found=str(dose), expected=f"up to {MAX_DOSE}"
+            )
+        plan = self._plan(features)
+        yield {"status": "finding the strength for this dose on neutral text"}
+        try:
+            plan = self._at_dose(plan, dose)
+        except _Stopped:
+            return
+        for sample in range(n_samples):
+            sampling = Sampling(n_tokens=n_new_tokens)
+            written: tuple[list[int], list[int]] = ([], [])
+            for step in stream(
+                self.model, self.saes, prompt, [None, plan], seed=seed + sample, sampling=sampling
+            ):
+                for row, token in zip(step.rows, step.ids, strict=True):
+                    written[row].append(token)
+                    text = self.model.tokenizer.decode(written[row])
+                    yield {"arm": ("unsteered", "steered")[row], "sample": sample, "text": text}
+                if self.stopped.is_set():
+                    return
+        yield {"done": True}
+
+    def _site_record(self, index: int, sae: Sae, x: torch.Tensor) -> tuple[Record, np.ndarray]:
+        """What fires at one site, and its firings as sorted numbers (site, latent, position). The
+        BOS is left out."""
+        codes = sae.encode_sparse(x[1:].float())
+        at, slot = np.nonzero(codes.value.numpy() > 0)
+        latent, value = codes.index.numpy()[at, slot], codes.value.numpy()[at, slot]
+        largest = np.maximum(self._largest(index)[latent], 1e-9)
+        record = {
+            "site": index,
+            "at": (at + 1).tolist(),
+            "latent": latent.tolist(),
+            "value": np.round(value, 4).tolist(),
+            "share": np.round(np.minimum(value / largest, 9.99), 4).tolist(),
+        }
+        start = 0 if self.graph is None else int(self.graph.start[index])
+        return record, (start + latent.astype(np.int64)) * MAX_TOKENS + at + 1
+
+    def _largest(self, index: int) -> np.ndarray:
+        return read_shard(
+            self.cards.folder, f"sites/{list(self.cards.sites)[index]}/overview"
+        ).columns["max"]
+
+    def _live_links(self, fired: np.ndarray, n_tokens: int) -> list[list[int]]:
+        """(target site, target, source site, source, position) of the links whose two ends fire on
+        the same token."""
+        if self.graph is None or not len(fired):
+            return []
+        links = self.graph.links
+        source = self.graph.start[links.source_site] + links.source
+        target = self.graph.start[links.target_site] + links.target
+        found = []
+        for position in range(1, n_tokens):
+            here = fired[fired % MAX_TOKENS == position] // MAX_TOKENS
+            for e in np.flatnonzero(np.isin(source, here) & np.isin(target, here)):
+                row = (
+                    links.target_site[e],
+                    links.target[e],
+                    links.source_site[e],
+                    links.source[e],
+                    position,
+                )
+                found.append([int(x) for x in row])
+            if len(found) > MAX_LINKS:
+                break
+        return found
+
+    def _plan(self, features: Sequence[str]) -> Plan:
+        """Add the features' directions, each by its largest activation."""
+        if not features:
+            raise UserError("no feature to steer", expected="at least one, such as L12/402")
+        chosen = sorted({parse_feature(f) for f in features})
+        scales = {f: float(self.cards.card(str(f)).numbers["max"]) or 1.0 for f in chosen}
+        return Plan.from_chain([(f, 1.0) for f in chosen], edit=Add(), scales=scales)
+
+    def _at_dose(self, plan: Plan, dose: float) -> Plan:
+        """The plan as strong as costs `dose` on neutral text; looks after every try whether to
+        stop."""
+
+        def kl_at(strength: float) -> float:
+            if self.stopped.is_set():
+                raise _Stopped
+            return measure(self.model, self.saes, plan.with_strength(strength), self._neutral).kl
+
+        strength, _ = solve_for_dose(
+            kl_at, dose, guess=1.0, known={}, tolerance=0.05, max_evaluations=8, max_strength=1e4
+        )
+        return plan.with_strength(strength, dose=dose)
+
+    @cached_property
+    def _neutral(self) -> NeutralText:
+        return NeutralText.prepare(
+            self.model, read_prompts().neutral_texts[:_NEUTRAL_TEXTS], n_tokens=32
+        )

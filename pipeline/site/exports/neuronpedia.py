@@ -1,0 +1,194 @@
+"""Feature cards → Neuronpedia's formats.
+
+`export_upload_batches`: bodies of `POST /api/feature/upload-batch`, at most 128 features each (its
+public upload API). `export_bulk`: `features/`, `activations/`, `explanations/batch-N.jsonl.gz`, as
+its own export buckets hold them.
+
+Numbers come from the numbers of the survey, never from formatted text, so rare features keep their
+density. The groups of activations are the top examples (bin −1, as Neuronpedia writes it) and the
+ten deciles; a decile holds firings only.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.site.cards import Card, Cards, Example
+
+UPLOAD_FEATURES, BULK_FEATURES = 128, 1024
+_TEXT_LIMIT = 512
+
+
+def export_upload_batches(
+    cards: Cards, short: str, out: Path, *, model_id: str, source: str
+) -> list[Path]:
+    """Write one JSON file a batch of a site's living features; returns the paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    features = [
+        _upload_feature(cards, card) for card in cards.iter_site(short) if card.numbers["count"]
+    ]
+    paths = []
+    for i in range(0, len(features), UPLOAD_FEATURES):
+        body = {
+            "modelId": model_id,
+            "source": source,
+            "features": features[i : i + UPLOAD_FEATURES],
+        }
+        path = out / f"{source}-{i // UPLOAD_FEATURES:04d}.json"
+        path.write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8", errors="replace")
+        paths.append(path)
+    return paths
+
+
+def export_bulk(cards: Cards, short: str, out: Path, *, model_id: str, source: str) -> list[Path]:
+    """Write `{model}/{source}/{features,activations,explanations}/batch-N.jsonl.gz`; returns the
+    paths."""
+    base = out / model_id / source
+    living = [card for card in cards.iter_site(short) if card.numbers["count"]]
+    paths = []
+    for i in range(0, len(living), BULK_FEATURES):
+        part = living[i : i + BULK_FEATURES]
+        for kind, make in _BULK.items():
+            path = base / kind / f"batch-{i // BULK_FEATURES}.jsonl.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = (
+                json.dumps(row, ensure_ascii=False)
+                for card in part
+                for row in make(cards, card, model_id, source)
+            )
+            text = "".join(line + "\n" for line in lines).encode("utf-8", errors="replace")
+            path.write_bytes(gzip.compress(text, compresslevel=5, mtime=0))
+            paths.append(path)
+    return paths
+
+
+def _upload_feature(cards: Cards, card: Card) -> dict[str, Any]:
+    return {
+        "index": _index(card),
+        "density": _density(cards, card),
+        "topLogits": _logits(cards, card, "promotes"),
+        "bottomLogits": _logits(cards, card, "suppresses"),
+        "explanations": [
+            {"text": str(label["text"])[:_TEXT_LIMIT], "methodName": _method(cards, label)}
+            for label in card.labels
+        ],
+        "activations": [
+            _upload_activation(cards, card, e) for e in card.examples if e.tab in ("top", "decile")
+        ],
+    }
+
+
+def _upload_activation(cards: Cards, card: Card, example: Example) -> dict[str, Any]:
+    window = {"tokens": _texts(cards, example), "values": [round(v, 5) for v in example.values]}
+    if example.tab == "top" or example.decile is None:
+        return window
+    low, high = (float(card.numbers["decile"][example.decile + i]) for i in (0, 1))
+    return {**window, "quantileMin": low, "quantileMax": high, "quantileFraction": 0.1}
+
+
+def _bulk_features(
+    cards: Cards, card: Card, model_id: str, source: str
+) -> Iterator[dict[str, Any]]:
+    numbers = card.numbers
+    scale = cards.manifest["histogram"]
+    filled = numbers["histogram"].nonzero()[0]
+    edges = [2.0 ** (scale["log2_low"] + int(b) / scale["bins_per_octave"]) for b in filled]
+    yield {
+        "modelId": model_id,
+        "layer": source,
+        "index": str(_index(card)),
+        "sourceSetName": source.split("-", 1)[-1],
+        "maxActApprox": float(numbers["max"]),
+        "frac_nonzero": _density(cards, card),
+        "pos_str": [t["token"] for t in _logits(cards, card, "promotes")],
+        "pos_values": [t["value"] for t in _logits(cards, card, "promotes")],
+        "neg_str": [t["token"] for t in _logits(cards, card, "suppresses")],
+        "neg_values": [t["value"] for t in _logits(cards, card, "suppresses")],
+        "freq_hist_data_bar_values": edges,
+        "freq_hist_data_bar_heights": [int(numbers["histogram"][b]) for b in filled],
+        "topkCosSimIndices": card.ids("similar"),
+        "topkCosSimValues": [
+            round(float(v), 5) for v in numbers["similar_cosine"][: len(card.ids("similar"))]
+        ],
+        "correlated_features_indices": card.ids("cofiring"),
+        "hookName": cards.sites[card.feature.rpartition("/")[0]]["site"],
+        "hasVector": False,
+        "vector": [],
+    }
+
+
+def _bulk_activations(
+    cards: Cards, card: Card, model_id: str, source: str
+) -> Iterator[dict[str, Any]]:
+    for i, example in enumerate(card.examples):
+        if example.tab not in ("top", "decile"):
+            continue
+        low, high, inside = -1.0, float(card.numbers["max"]), -1.0
+        if example.tab == "decile" and example.decile is not None:
+            low, high = (float(card.numbers["decile"][example.decile + k]) for k in (0, 1))
+            inside = 0.1
+        yield {
+            "id": hashlib.sha256(f"{model_id}/{source}/{card.feature}/{i}".encode()).hexdigest()[
+                :25
+            ],
+            "modelId": model_id,
+            "layer": source,
+            "index": str(_index(card)),
+            "tokens": _texts(cards, example),
+            "values": [round(v, 5) for v in example.values],
+            "maxValue": max(example.values),
+            "maxValueTokenIndex": max(range(len(example.values)), key=example.values.__getitem__),
+            "minValue": 0.0,
+            "dataIndex": str(example.row),
+            "binMin": low,
+            "binMax": high,
+            "binContains": inside,
+            "qualifyingTokenIndex": example.peak,
+        }
+
+
+def _bulk_labels(cards: Cards, card: Card, model_id: str, source: str) -> Iterator[dict[str, Any]]:
+    for i, label in enumerate(card.labels):
+        yield {
+            "id": hashlib.sha256(
+                f"{model_id}/{source}/{card.feature}/label/{i}".encode()
+            ).hexdigest()[:25],
+            "modelId": model_id,
+            "layer": source,
+            "index": str(_index(card)),
+            "description": str(label["text"])[:_TEXT_LIMIT],
+            "typeName": _method(cards, label),
+            "explanationModelName": "featureflow",
+        }
+
+
+_BULK = {"features": _bulk_features, "activations": _bulk_activations, "explanations": _bulk_labels}
+
+
+def _index(card: Card) -> int:
+    return int(card.feature.rpartition("/")[2])
+
+
+def _density(cards: Cards, card: Card) -> float:
+    return float(card.numbers["count"]) / max(1, int(cards.manifest["corpus"]["n_tokens_seen"]))
+
+
+def _logits(cards: Cards, card: Card, name: str) -> list[dict[str, Any]]:
+    scores = card.numbers[f"{name}_score"]
+    return [
+        {"token": cards.vocabulary.text(token), "value": round(float(s), 5)}
+        for token, s in zip(card.ids(name), scores, strict=False)
+    ]
+
+
+def _texts(cards: Cards, example: Example) -> list[str]:
+    return [cards.vocabulary.text(token).replace("\0", " ") for token in example.tokens]
+
+
+def _method(cards: Cards, label: Any) -> str:
+    return "featureflow_" + str(cards.manifest["label_methods"][label["method"]]["name"])

@@ -1,0 +1,56 @@
+"""Figures of the atlas for the run's front page: how often features fire, and how many have a label
+that held."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from featureflow.sites import SiteKind, parse_site
+
+_KINDS: dict[SiteKind, tuple[str, str]] = {
+    "resid_post": ("residual stream", "#3b6fb6"),
+    "mlp_out": ("MLP output", "#e07b39"),
+    "attn_out": ("attention output", "#3a8f6b"),
+}
+
+
+def draw_atlas(features: pd.DataFrame, path: Path) -> None:
+    """Two panels by layer: median firing density with its middle 90 %, and the share of living
+    features with a label that passed its held-out test. `features` is the atlas' table of that
+    name."""
+    sites = {short: parse_site(short) for short in features["site"].unique()}
+    figure = Figure(figsize=(9.0, 5.2), layout="constrained")
+    density, labelled = figure.subplots(2, 1, sharex=True)
+    for kind, (title, colour) in _KINDS.items():
+        chosen = sorted((site.layer, short) for short, site in sites.items() if site.kind == kind)
+        if not chosen:
+            continue
+        layers = [layer for layer, _ in chosen]
+        alive = [features[(features["site"] == short) & features["alive"]] for _, short in chosen]
+        low, middle, high = np.array([_quantiles(part["density"]) for part in alive]).T
+        density.plot(layers, middle, "o-", color=colour, label=title, markersize=3)
+        density.fill_between(layers, low, high, color=colour, alpha=0.12, linewidth=0)
+        share = [part["label_accepted"].mean() if len(part) else np.nan for part in alive]
+        labelled.plot(layers, share, "o-", color=colour, markersize=3)
+    density.set_yscale("log")
+    density.set_title(
+        "share of tokens a living feature fires on: median, middle 90 %", loc="left", fontsize=10
+    )
+    density.legend(fontsize=8)
+    labelled.set_ylim(0, 1)
+    labelled.set_xlabel("layer")
+    labelled.set_title(
+        "living features with a label that held on other documents", loc="left", fontsize=10
+    )
+    figure.savefig(path, dpi=130)
+
+
+def _quantiles(values: pd.Series) -> tuple[float, float, float]:
+    if not len(values):
+        return (np.nan, np.nan, np.nan)
+    low, middle, high = np.quantile(np.maximum(values, 1e-6), [0.05, 0.5, 0.95])
+    return float(low), float(middle), float(high)
