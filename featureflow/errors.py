@@ -1,5 +1,5 @@
 """The one error a user is meant to read: what is wrong, where, what was expected, what was found,
-and what mends it.
+and what fixes it.
 
 Every package raises it (or a subclass) for bad input; the command line prints it without a
 traceback. All problems of one input are reported together, never one at a time.
@@ -30,7 +30,7 @@ class Problem:
 
 
 class UserError(Exception):
-    """Bad input or a bad state of the disk, explained; `mend` is a command or an action that puts
+    """Bad input or a bad state of the disk, explained; `fix` is a command or an action that puts
     it right."""
 
     def __init__(
@@ -40,19 +40,19 @@ class UserError(Exception):
         where: str | None = None,
         expected: str | None = None,
         found: str | None = None,
-        mend: str | None = None,
+        fix: str | None = None,
         problems: tuple[Problem, ...] = (),
     ) -> None:
         self.problems = problems or (
             Problem(what=what, where=where, expected=expected, found=found),
         )
         self.what = what
-        self.mend = mend
+        self.fix = fix
         super().__init__(what)
 
     def __str__(self) -> str:
         head = [self.what] if len(self.problems) > 1 or self.problems[0].what != self.what else []
         lines = head + [str(problem) for problem in self.problems]
-        if self.mend is not None:
-            lines.append(f"    to mend:  {self.mend}")
+        if self.fix is not None:
+            lines.append(f"    to fix:   {self.fix}")
         return "\n".join(lines)

@@ -93,21 +93,19 @@ class Artifact:
         return self.path / name
 
     @classmethod
-    def open(cls, path: Path, *, kind: str, schema: int, mend: str | None = None) -> Artifact:
-        """Read and validate. `mend` is the command that would make it; it is part of every error
+    def open(cls, path: Path, *, kind: str, schema: int, fix: str | None = None) -> Artifact:
+        """Read and validate. `fix` is the command that would make it; it is part of every error
         raised here."""
         path = Path(path)
-        mend = mend or (
-            f"featureflow run --to {kind}" if kind in SCHEMAS else f"featureflow {kind}"
-        )
-        document = _read_manifest(path, mend)
+        fix = fix or (f"featureflow run --to {kind}" if kind in SCHEMAS else f"featureflow {kind}")
+        document = _read_manifest(path, fix)
         problems = [
             *_problems_of_identity(document, kind, schema),
             *_problems_of_files(path, document.get("files", {})),
         ]
         if problems:
             raise UserError(
-                f"{path} is not a usable {kind} artifact", problems=tuple(problems), mend=mend
+                f"{path} is not a usable {kind} artifact", problems=tuple(problems), fix=fix
             )
         return cls(
             path=path,
@@ -171,7 +169,7 @@ class Artifact:
             raise UserError(
                 f"{self.path} is damaged",
                 problems=tuple(problems),
-                mend=f"featureflow {self.kind} --force",
+                fix=f"featureflow {self.kind} --force",
             )
 
 
@@ -260,10 +258,8 @@ def _explained(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        mend = "free space or choose another --artifacts folder"
-        raise UserError(
-            "cannot write here", where=str(place), found=str(error), mend=mend
-        ) from error
+        fix = "free space or choose another --artifacts folder"
+        raise UserError("cannot write here", where=str(place), found=str(error), fix=fix) from error
 
 
 @contextmanager
@@ -278,10 +274,8 @@ def _only_maker(partial: Path) -> Iterator[None]:
             held = None
     try:
         if held is not None and not _locked(held):
-            mend = "wait for it, end it, or choose another --artifacts folder"
-            raise UserError(
-                "another process is making this artifact", where=str(partial), mend=mend
-            )
+            fix = "wait for it, end it, or choose another --artifacts folder"
+            raise UserError("another process is making this artifact", where=str(partial), fix=fix)
         yield
     finally:
         if held is not None:
@@ -348,24 +342,24 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _read_manifest(path: Path, mend: str) -> dict[str, Any]:
+def _read_manifest(path: Path, fix: str) -> dict[str, Any]:
     recover_interrupted_replace(path)
     manifest = path / MANIFEST
     if not manifest.is_file():
         what = "unfinished: it has no manifest" if path.exists() else "there is no artifact here"
-        raise UserError(what, where=str(path), expected=str(manifest), mend=mend)
+        raise UserError(what, where=str(path), expected=str(manifest), fix=fix)
     try:
         document = json.loads(manifest.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(
-            "the manifest is not JSON", where=str(manifest), found=str(error), mend=mend
+            "the manifest is not JSON", where=str(manifest), found=str(error), fix=fix
         ) from error
     if not isinstance(document, dict):
         raise UserError(
             "the manifest is not an object",
             where=str(manifest),
             found=type(document).__name__,
-            mend=mend,
+            fix=fix,
         )
     return document
 

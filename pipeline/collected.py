@@ -22,7 +22,7 @@ def open_collected_model(
         raise UserError(
             "the activations do not say which model they are from",
             where=str(collect.path),
-            mend="set evaluate.ce_tokens to 0",
+            fix="set evaluate.ce_tokens to 0",
         )
     spec: ModelSpec = TypeAdapter(ModelSpec).validate_python(collect.config["model"])
     model = LanguageModel.open(
@@ -38,6 +38,6 @@ def open_collected_model(
             where=store.url,
             expected=f"fingerprint {expected[:12]}",
             found=f"fingerprint {model.fingerprint[:12]}",
-            mend="featureflow collect --force, then the stages after it with --force",
+            fix="featureflow collect --force, then the stages after it with --force",
         )
     return model

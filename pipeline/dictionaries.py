@@ -23,7 +23,7 @@ class Dictionaries(Mapping[Site, Sae]):
             raise UserError(
                 "there are no dictionaries here",
                 where=str(folder),
-                mend="featureflow run --to train",
+                fix="featureflow run --to train",
             )
         self._folder = folder
         self._sites = tuple(sorted(map(parse_site, names)))

@@ -28,7 +28,7 @@ def open_run(root: Path, stages: Sequence[str]) -> dict[str, Artifact]:
             "these artifacts do not belong together: a stage was made anew and those after it were "
             "not",
             problems=problems,
-            mend=f"featureflow run --to {max(stages, key=list(SCHEMAS).index)}",
+            fix=f"featureflow run --to {max(stages, key=list(SCHEMAS).index)}",
         )
     return opened
 

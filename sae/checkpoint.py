@@ -40,7 +40,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 file.metadata()[_STATE]
             )
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        mend = "delete it to start this site again"
+        fix = "delete it to start this site again"
         raise UserError(
-            "the checkpoint cannot be read", where=str(path), found=str(error), mend=mend
+            "the checkpoint cannot be read", where=str(path), found=str(error), fix=fix
         ) from error

@@ -40,7 +40,7 @@ class Normalisation:
                 "these activations cannot be normalised",
                 expected="a finite mean and a variance above 0",
                 found=f"scale {self.scale:g}",
-                mend="look at the site with `featureflow store info`: it is constant or holds NaN",
+                fix="look at the site with `featureflow store info`: it is constant or holds NaN",
             )
 
     def apply(self, x: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:

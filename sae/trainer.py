@@ -257,12 +257,10 @@ def _bad_batch(batch: Batch, batches: Batches | None, step: int) -> UserError:
         .tolist()
     )
     if not bad:
-        mend = "lower the learning rate"
-        return UserError(
-            "training diverged: the loss is not finite", where=f"step {step}", mend=mend
-        )
+        fix = "lower the learning rate"
+        return UserError("training diverged: the loss is not finite", where=f"step {step}", fix=fix)
     where = batches.locate(bad[:8]) if batches is not None else f"rows {bad[:8]} of the batch"
-    mend = "collect these activations again, or leave out the documents"
+    fix = "collect these activations again, or leave out the documents"
     return UserError(
-        "NaN or infinity among the activations", where=where, found=f"{len(bad)} rows", mend=mend
+        "NaN or infinity among the activations", where=where, found=f"{len(bad)} rows", fix=fix
     )

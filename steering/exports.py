@@ -47,7 +47,7 @@ def added_vectors(
             f"a plan that does `{plan.edit.kind}` has no fixed vectors: what it adds depends on "
             "the activation",
             expected="a plan with the edit add",
-            mend="make the plan with edit add, or export the plan itself (.safetensors)",
+            fix="make the plan with edit add, or export the plan itself (.safetensors)",
         )
     found: dict[Site, Tensor] = {}
     for node in plan.nodes:

@@ -327,5 +327,5 @@ def _refuse_too_long(model: SteerableModel, n_columns: int) -> None:
             "prompt and continuation do not fit the model's context",
             expected=f"at most {model.n_context} tokens",
             found=str(n_columns),
-            mend="shorten the prompt or ask for fewer tokens",
+            fix="shorten the prompt or ask for fewer tokens",
         )

@@ -80,7 +80,7 @@ def read_plan(path: str | Path) -> Plan:
         raise UserError(
             "there is no such plan",
             where=str(path),
-            mend="featureflow steer plan L12/402 --out PLAN.toml",
+            fix="featureflow steer plan L12/402 --out PLAN.toml",
         )
     if suffix == ".safetensors":
         return _read_safetensors(path)

@@ -125,7 +125,7 @@ class WindowTracker:
                 "the cache was filled before steering began, so positions are not known",
                 expected=f"a cache filled inside `applied` for {ids.shape[0]} rows",
                 found=f"{n_past} cached tokens",
-                mend="run the prompt inside the context manager too",
+                fix="run the prompt inside the context manager too",
             )
         return past
 

@@ -138,7 +138,7 @@ def build(folder: Path) -> list[dict[str, object]]:
             "no WordNet database here",
             where=str(folder),
             expected=", ".join(missing),
-            mend="install the package wordnet-base, or unpack it and name the folder",
+            fix="install the package wordnet-base, or unpack it and name the folder",
         )
     synsets = {synset.offset: synset for synset in _iter_synsets(folder / "data.noun")}
     senses = _read_senses(folder / "index.noun")

@@ -80,7 +80,7 @@ def fortune_texts(topic: str, *, folder: Path = _FORTUNES) -> list[str]:
     paths = [folder / name for name in FORTUNE_FILES[topic] if (folder / name).is_file()]
     if not paths:
         raise UserError(
-            "the fortunes are not installed", where=str(folder), mend="apt-get install fortunes"
+            "the fortunes are not installed", where=str(folder), fix="apt-get install fortunes"
         )
     found = [_without_attribution(each) for path in paths for each in _quotations(path)]
     return [text for text in found if len(text.split()) >= 5]

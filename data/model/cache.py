@@ -38,7 +38,7 @@ def make_once(place: Path, build: Callable[[Path], None]) -> Path:
             "cannot write the cache",
             where=str(place),
             found=str(error),
-            mend="free disk space, or set FEATUREFLOW_CACHE to a folder that can be written",
+            fix="free disk space, or set FEATUREFLOW_CACHE to a folder that can be written",
         ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)

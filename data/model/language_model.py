@@ -242,14 +242,14 @@ class LanguageModel:
                 "the context is longer than the model's",
                 found=f"{length} tokens",
                 expected=f"at most {self.n_context}",
-                mend=f"choose n_context = {self.n_context} or less",
+                fix=f"choose n_context = {self.n_context} or less",
             )
         if ids.numel() and (int(ids.max()) >= self.d_vocab or int(ids.min()) < 0):
             raise UserError(
                 "token ids outside the model's vocabulary",
                 found=f"{int(ids.min())} to {int(ids.max())}",
                 expected=f"0 to {self.d_vocab - 1}",
-                mend="tokenise with this model's own tokenizer",
+                fix="tokenise with this model's own tokenizer",
             )
 
     def _final_norm(self) -> nn.Module:

@@ -75,7 +75,7 @@ def find_blocks(model: nn.Module, n_layers: int) -> Sequence[nn.Module]:
         "this architecture has no list of blocks to read",
         where=type(model).__name__,
         expected=f"a module list with {n_layers} entries",
-        mend="use a decoder-only transformer (Llama, GPT-2, Pythia, Gemma, Qwen, …)",
+        fix="use a decoder-only transformer (Llama, GPT-2, Pythia, Gemma, Qwen, …)",
     )
 
 

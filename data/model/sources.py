@@ -175,7 +175,7 @@ def _checked_device(device: str) -> torch.device:
             "unknown device", found=repr(device), expected="cpu, cuda, cuda:0, mps"
         ) from error
     if parsed.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here", found=device, mend="use --device cpu")
+        raise UserError("there is no CUDA device here", found=device, fix="use --device cpu")
     return parsed
 
 
@@ -200,7 +200,7 @@ def _checked_folder(folder: Path) -> Path:
             expected=", ".join(missing),
             found=", ".join(sorted(path.name for path in folder.iterdir())[:12])
             or "an empty folder",
-            mend="save it with save_pretrained(folder, safe_serialization=True), the tokenizer too",
+            fix="save it with save_pretrained(folder, safe_serialization=True), the tokenizer too",
         )
     return folder
 
@@ -261,7 +261,7 @@ def _hub_folder(name: str, revision: str) -> Path:
             expected=f"revision {revision!r} of a public model, or one whose terms you have "
             "accepted",
             found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            mend="check the name and the network; offline, use "
+            fix="check the name and the network; offline, use "
             'kind = "packaged" (smollm2-135m), "folder" or "gguf"',
         ) from error
     return _checked_folder(Path(folder))

@@ -1,4 +1,4 @@
-"""Taking over from an earlier store what is sound in it, so that mending one shard costs one
+"""Taking over from an earlier store what is sound in it, so that fixing one shard costs one
 shard."""
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Report:
         """Raises UserError with every problem."""
         if self.problems:
             raise UserError(
-                f"{self.url} cannot be trusted", problems=self.problems, mend=MEND_DAMAGE
+                f"{self.url} cannot be trusted", problems=self.problems, fix=MEND_DAMAGE
             )
 
 
@@ -58,7 +58,7 @@ def verify_store(url: str | Path, full: bool, context: Machines) -> Report:
         completion = read_completion(place)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            "there is no activation store here", where=place.url, mend="featureflow collect"
+            "there is no activation store here", where=place.url, fix="featureflow collect"
         ) from None
     except UserError as error:
         return _report(place.url, full, [], list(error.problems))
@@ -82,7 +82,7 @@ def describe_store(url: str | Path) -> dict[str, Any]:
         layout = parse_layout(place.read("zarr.json"), where=f"{place.url}/zarr.json")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            "there is no activation store here", where=place.url, mend="featureflow collect"
+            "there is no activation store here", where=place.url, fix="featureflow collect"
         ) from None
     is_complete = read_completion(place) is not None
     found = {

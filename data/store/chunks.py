@@ -157,7 +157,7 @@ class ShardChunks:
                     )
                     for name, n in bad.items()
                 ),
-                mend="dtype = bfloat16 or float32 if float16 overflows; allow_non_finite counts "
+                fix="dtype = bfloat16 or float32 if float16 overflows; allow_non_finite counts "
                 "and skips such rows",
             )
 

@@ -71,7 +71,7 @@ def connected(machines: Machines) -> Iterator[Client | None]:
             "no Dask scheduler answers",
             where=machines.scheduler,
             found=str(error) or type(error).__name__,
-            mend="start one with `dask scheduler`, workers with `dask worker <address> --nthreads "
+            fix="start one with `dask scheduler`, workers with `dask worker <address> --nthreads "
             "1`",
         ) from error
     with client:
@@ -158,7 +158,7 @@ def _explained() -> Iterator[None]:
     from distributed.client import FutureCancelledError
     from distributed.comm import CommClosedError
 
-    mend = "run again: finished shards are kept"
+    fix = "run again: finished shards are kept"
     try:
         yield
     except KilledWorker as error:
@@ -166,11 +166,11 @@ def _explained() -> Iterator[None]:
             "workers died again and again at one shard",
             found=str(error).split(". ")[0],
             expected="workers with enough memory for the model and one batch",
-            mend=mend,
+            fix=fix,
         ) from error
     except (CommClosedError, FutureCancelledError, TimeoutError) as error:
         raise UserError(
-            "the Dask scheduler is gone", found=type(error).__name__, mend=mend
+            "the Dask scheduler is gone", found=type(error).__name__, fix=fix
         ) from error
 
 

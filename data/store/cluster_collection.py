@@ -100,7 +100,7 @@ def _collect(task: ShardTask) -> CollectedShard:
             "a worker has another model under this name",
             expected=task.model.fingerprint[:16],
             found=model.fingerprint[:16],
-            mend="give every worker the same files and versions",
+            fix="give every worker the same files and versions",
         )
     done: list[CollectedShard] = []
     writer = StoreWriter.attach(task.url, allow_non_finite=task.allow_non_finite)

@@ -267,7 +267,7 @@ def parse_layout(text: bytes, *, where: str) -> StoreLayout:
         document = json.loads(text)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(
-            "the store's metadata is not JSON", where=where, found=str(error), mend=_MEND
+            "the store's metadata is not JSON", where=where, found=str(error), fix=_MEND
         ) from error
     attributes = (
         document.get("attributes", {}).get("featureflow") if isinstance(document, dict) else None
@@ -277,7 +277,7 @@ def parse_layout(text: bytes, *, where: str) -> StoreLayout:
             "this is not an activation store",
             where=where,
             expected=f"attributes.featureflow.format = {FORMAT!r}",
-            mend="give the folder that ends in store.zarr; other activations come in by "
+            fix="give the folder that ends in store.zarr; other activations come in by "
             "`featureflow store import`",
         )
     if attributes.get("schema") != SCHEMA:
@@ -286,7 +286,7 @@ def parse_layout(text: bytes, *, where: str) -> StoreLayout:
             where=where,
             expected=f"schema {SCHEMA}",
             found=f"schema {attributes.get('schema')}",
-            mend=_MEND,
+            fix=_MEND,
         )
     return _layout_of_attributes(attributes, where)
 
@@ -325,7 +325,7 @@ def _layout_of_attributes(attributes: Mapping[str, Any], where: str) -> StoreLay
                 Problem(what="not a list of sites", where=f"{where}: sites", expected="name, width")
             )
     if problems:
-        raise UserError("the store's metadata is damaged", problems=tuple(problems), mend=_MEND)
+        raise UserError("the store's metadata is damaged", problems=tuple(problems), fix=_MEND)
     plain = {
         key: attributes[key] for key in ("n_rows", "n_context", "shard_rows", "chunk_rows", "dtype")
     }

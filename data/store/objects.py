@@ -155,7 +155,7 @@ class ObjectPlace:
             raise UserError(
                 "another writer took over the shard while this one was not heard of",
                 where=f"{self.url}/{min(self._lost)}",
-                mend="let the other writer finish, or stop it and run again",
+                fix="let the other writer finish, or stop it and run again",
             )
 
     @contextmanager
@@ -173,7 +173,7 @@ class ObjectPlace:
                 "the object store does not answer as it should",
                 where=self.url,
                 found=first,
-                mend="check the bucket's name and the credentials and endpoint in the environment",
+                fix="check the bucket's name and the credentials and endpoint in the environment",
             ) from error
 
 

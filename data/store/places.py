@@ -90,8 +90,7 @@ def explained_writes(url: str) -> Iterator[None]:
             "cannot write here",
             where=error.filename or url,
             found=error.strerror or str(error),
-            mend="free space, or choose another folder or its permissions; what is finished is "
-            "kept",
+            fix="free space, or choose another folder or its permissions; what is finished is kept",
         ) from error
 
 

@@ -87,7 +87,7 @@ def parse_record(content: bytes, *, where: str) -> ShardRecord:
         )
     except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            "the shard record is damaged", where=where, found=str(error), mend=MEND_DAMAGE
+            "the shard record is damaged", where=where, found=str(error), fix=MEND_DAMAGE
         ) from error
 
 
@@ -122,7 +122,7 @@ def read_completion(place: Place) -> Completion | None:
             "the store's completion record is damaged",
             where=where,
             found=str(error),
-            mend=MEND_DAMAGE,
+            fix=MEND_DAMAGE,
         ) from error
 
 

@@ -170,5 +170,5 @@ def damaged(place: Place, array: ArrayLayout, shard: int, what: str) -> UserErro
     return UserError(
         f"the activation store is damaged: {what}",
         where=f"{place.url}/{array.file_of(shard)} (shard {shard}, {site})",
-        mend=MEND_DAMAGE,
+        fix=MEND_DAMAGE,
     )

@@ -75,7 +75,7 @@ class ActivationStore:
                 "there is no activation store here",
                 where=place.url,
                 expected="a folder with zarr.json",
-                mend="featureflow collect",
+                fix="featureflow collect",
             ) from None
         layout = parse_layout(text, where=f"{place.url}/zarr.json")
         completion = read_completion(place)
@@ -85,12 +85,12 @@ class ActivationStore:
                 "the activation store is not finished",
                 where=place.url,
                 found=f"{n_done} of {layout.n_shards or '?'} shards",
-                mend="featureflow collect (it takes up what is there)",
+                fix="featureflow collect (it takes up what is there)",
             )
         records, problems = read_records(place, layout, completion)
         if problems:
             raise UserError(
-                f"{place.url} cannot be trusted", problems=tuple(problems), mend=MEND_DAMAGE
+                f"{place.url} cannot be trusted", problems=tuple(problems), fix=MEND_DAMAGE
             )
         return cls(place, layout, records)
 
@@ -153,7 +153,7 @@ class ActivationStore:
                 f"the store has no site {site}",
                 where=self.url,
                 expected=", ".join(self.names),
-                mend="collect again with this site in `sites`",
+                fix="collect again with this site in `sites`",
             ) from None
 
     def tokens(self) -> TokenTable:
@@ -368,7 +368,7 @@ def _read_documents(place: Place) -> tuple[DocumentRow, ...]:
     completion = read_completion(place)
     if completion is None or sum_of(content) != completion.documents:
         raise UserError(
-            "the document table is damaged", where=f"{place.url}/{DOCUMENTS}", mend=MEND_DAMAGE
+            "the document table is damaged", where=f"{place.url}/{DOCUMENTS}", fix=MEND_DAMAGE
         )
     rows = pq.read_table(io.BytesIO(content)).to_pylist()
     return tuple(DocumentRow(**row) for row in rows)

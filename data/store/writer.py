@@ -84,7 +84,7 @@ class StoreWriter:
                 where=place.url,
                 expected=f"run {layout.identity[:16]}",
                 found=f"run {found.identity[:16]}",
-                mend="remove that folder or choose another place",
+                fix="remove that folder or choose another place",
             )
         if read_completion(place) is not None:
             writer.layout = found
@@ -133,7 +133,7 @@ class StoreWriter:
                 raise UserError(
                     "another process is finishing this store",
                     where=self.place.url,
-                    mend="wait for it",
+                    fix="wait for it",
                 )
             self.place.remove(COMPLETE)
             self.place.sweep_all()
@@ -207,7 +207,7 @@ class ShardWriter:
             raise UserError(
                 "another process is writing this shard",
                 where=f"{self._store.place.url} (shard {self._shard})",
-                mend="wait for it, or stop it; a process that died holds nothing",
+                fix="wait for it, or stop it; a process that died holds nothing",
             )
         if not self._store.is_done(self._shard):
             with explained_writes(self._store.place.url):
@@ -268,7 +268,7 @@ class ShardWriter:
             raise UserError(
                 "two writers wrote different activations into one shard",
                 where=f"{place.url}/{record_name(self._shard)}",
-                mend=f"stop one of them, then: {MEND_DAMAGE}",
+                fix=f"stop one of them, then: {MEND_DAMAGE}",
             )
 
 

@@ -16,5 +16,5 @@ from importlib.resources import files
 @cache
 def bundled_records() -> tuple[dict[str, str], ...]:
     """Objects with text, source, title and label, in the order of the file."""
-    content = files("data").joinpath("bundled.jsonl").read_text(encoding="utf-8")
+    content = files("data.text").joinpath("bundled.jsonl").read_text(encoding="utf-8")
     return tuple(json.loads(line) for line in content.splitlines() if line)

@@ -202,8 +202,7 @@ def _open_hub(spec: HubText) -> Any:
         import datasets
     except ImportError as error:
         raise UserError(
-            "reading Hub data sets needs the package datasets",
-            mend="pip install 'featureflow[hub]'",
+            "reading Hub data sets needs the package datasets", fix="pip install 'featureflow[hub]'"
         ) from error
     try:
         return datasets.load_dataset(spec.dataset, spec.config, split=spec.split, streaming=True)
@@ -213,7 +212,7 @@ def _open_hub(spec: HubText) -> Any:
             expected=f"split {spec.split!r} of a public data set or a local folder of .jsonl or "
             ".parquet files",
             found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-            mend='check name, split and network; offline, use kind = "files" or "packaged"',
+            fix='check name, split and network; offline, use kind = "files" or "packaged"',
         ) from error
 
 

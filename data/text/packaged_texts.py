@@ -49,7 +49,7 @@ def iter_packaged_text(name: str) -> Iterator[Document]:
         raise UserError(
             f"there is no packaged text {name!r}",
             expected=", ".join(_TEXTS),
-            mend='for your own text use kind = "files" with paths = ["…"]',
+            fix='for your own text use kind = "files" with paths = ["…"]',
         )
     text = _TEXTS[name]
     if not text.requirement:

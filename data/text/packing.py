@@ -342,7 +342,7 @@ def _check_enough(
             "there is too little text for one context",
             where=where,
             expected=f"at least {n_context} tokens",
-            mend="add text, or choose a shorter n_context",
+            fix="add text, or choose a shorter n_context",
         )
     if fraction > 0 and layout.n_rows == validation_start:
         raise UserError(
@@ -351,6 +351,6 @@ def _check_enough(
             expected=f"documents with at least {n_context} tokens beside those for training; no "
             "document is in both",
             found=layout.contents(),
-            mend="add documents, cut long ones (max_document_tokens), or ask for fewer tokens "
+            fix="add documents, cut long ones (max_document_tokens), or ask for fewer tokens "
             "(n_tokens)",
         )

@@ -110,8 +110,8 @@ def _decoded(raw: bytes, file: Path, offset: int) -> str:
     except UnicodeDecodeError as error:
         where = f"{file}, byte {offset + error.start}"
         found = f"byte 0x{raw[error.start]:02x} ({error.reason})"
-        mend = "convert it, for example: iconv -f latin1 -t utf-8 <file>"
-        raise UserError("the text is not UTF-8", where=where, found=found, mend=mend) from error
+        fix = "convert it, for example: iconv -f latin1 -t utf-8 <file>"
+        raise UserError("the text is not UTF-8", where=where, found=found, fix=fix) from error
 
 
 def _iter_lines(file: Path, fields: Fields) -> Iterator[Document]:

@@ -6,7 +6,7 @@ atlases and plans.
     changed
     featureflow flow show L12/402              a feature's flow, in the terminal
 
-Every field of every stage is explained by `featureflow <stage> --help`. Errors a user can mend are
+Every field of every stage is explained by `featureflow <stage> --help`. Errors a user can fix are
 printed without a traceback (`--debug` shows it) and the exit code is not zero.
 """
 
@@ -24,8 +24,8 @@ from featureflow.errors import UserError
 from pipeline.cli.atlas import ATLAS_TOOLS
 from pipeline.cli.atlas_questions import QUESTIONS
 from pipeline.cli.dictionaries import sae_commands
+from pipeline.cli.fixing import completed
 from pipeline.cli.flow import flow_commands
-from pipeline.cli.mending import completed
 from pipeline.cli.paper import paper_commands
 from pipeline.cli.stage_commands import recipes, run, stage_command
 from pipeline.cli.steer import STEER_TOOLS, serve
@@ -67,7 +67,7 @@ def run_command(arguments: Sequence[str], *, debug: bool = False) -> int:
         error.show()
         return error.exit_code
     except UserError as error:
-        error.mend = completed(error.mend, arguments) if error.mend else None
+        error.fix = completed(error.fix, arguments) if error.fix else None
         _explain(error, f"error: {error}", debug)
         return 2
     except (KeyboardInterrupt, click.Abort):

@@ -151,7 +151,7 @@ def make(
             finding = run_experiment(name, subject, effort)
             write_finding(finding, draft.path)
             draft.summary.update(finding.summary)
-    return Artifact.open(out, kind=kind, schema=SCHEMA, mend=f"featureflow paper {name}")
+    return Artifact.open(out, kind=kind, schema=SCHEMA, fix=f"featureflow paper {name}")
 
 
 def _effort(fields: dict[str, int]) -> Effort:

@@ -77,7 +77,7 @@ def make_starts(
             )
             write_finding(finding, draft.path)
             draft.summary.update(finding.summary)
-    return Artifact.open(out, kind=kind, schema=SCHEMA, mend=f"featureflow paper {NAME}")
+    return Artifact.open(out, kind=kind, schema=SCHEMA, fix=f"featureflow paper {NAME}")
 
 
 def _training_configs(

@@ -37,7 +37,7 @@ def rows_after_contexts(store: ActivationStore, effort: Effort) -> Any:
             "the store has too few held-out tokens",
             where=store.url,
             expected=f"more than {first * store.n_context - store.validation_start} held-out rows",
-            mend="raise collect.validation_fraction or collect.n_tokens",
+            fix="raise collect.validation_fraction or collect.n_tokens",
         )
     return rows
 

@@ -58,7 +58,7 @@ def info(url: str, as_json: bool) -> None:
 @click.pass_context
 def verify(ctx: click.Context, url: str, full: bool, quiet: bool, **machine: Any) -> None:
     """Check the store at URL against its records; every damage is named, with the command that
-    mends it."""
+    fixes it."""
     from data.store.checks import verify_store
 
     with progress_bars(quiet=quiet) as progress:

@@ -1,7 +1,7 @@
 """`featureflow verify`: is the run in a folder whole and of one piece? Manifests, sizes, checksums,
 digests, the store.
 
-What is wrong is named with the command that mends it; nothing is written.
+What is wrong is named with the command that fixes it; nothing is written.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def verify(quick: bool, recipe: str, artifacts: Path) -> None:
             "there is no run here",
             where=str(root),
             expected=", ".join(SCHEMAS),
-            mend="featureflow run",
+            fix="featureflow run",
         )
     found: dict[str, Artifact] = {}
     damage = {stage: _damage(root, stage, found, quick=quick) for stage in stages}
@@ -47,11 +47,11 @@ def verify(quick: bool, recipe: str, artifacts: Path) -> None:
         say(line)
     damaged = [stage for stage in stages if damage[stage]]
     if damaged or foreign:
-        mend = [f"featureflow {stage} --force" for stage in damaged] + (
+        fix = [f"featureflow {stage} --force" for stage in damaged] + (
             ["featureflow run"] if foreign else []
         )
         problems = (*(problem for stage in stages for problem in damage[stage]), *foreign)
-        raise UserError(f"{root} cannot be trusted", problems=problems, mend=", then ".join(mend))
+        raise UserError(f"{root} cannot be trusted", problems=problems, fix=", then ".join(fix))
     say(
         f"{root}: sound"
         + (" (names and sizes; without --quick every byte is read)" if quick else "")

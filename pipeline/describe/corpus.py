@@ -273,7 +273,7 @@ def corpus_of(
         raise UserError(
             "the store has no rows that may be described",
             found=f"{len(table)} rows, {int(kept.sum())} after filters",
-            mend="collect more tokens, or switch a filter off (atlas.filters)",
+            fix="collect more tokens, or switch a filter off (atlas.filters)",
         )
     document = table.document.astype(np.int32)
     n_documents = max(len(table.documents), int(document.max()) + 1)

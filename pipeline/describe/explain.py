@@ -79,7 +79,7 @@ class Evidence:
             raise UserError(
                 "the atlas does not say which documents are for what",
                 where=str(root / "atlas"),
-                mend="featureflow run --to atlas",
+                fix="featureflow run --to atlas",
             )
         self._seed = seed
         self._silence = lru_cache(maxsize=2)(self._fires_in)

@@ -44,7 +44,7 @@ class Atlas:
         version."""
         return cls(
             Artifact.open(
-                Path(folder), kind=KIND, schema=SCHEMA, mend="featureflow run --to atlas"
+                Path(folder), kind=KIND, schema=SCHEMA, fix="featureflow run --to atlas"
             ).path
         )
 
@@ -170,9 +170,7 @@ class Atlas:
         path = self.folder / "tables" / f"{name}.parquet"
         if not path.is_file():
             raise UserError(
-                f"the atlas has no table {name!r}",
-                where=str(path),
-                mend="featureflow atlas --force",
+                f"the atlas has no table {name!r}", where=str(path), fix="featureflow atlas --force"
             )
         return pq.read_table(path).to_pandas()
 

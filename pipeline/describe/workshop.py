@@ -198,7 +198,7 @@ def check_fit(store: ActivationStore, site: Site, sae: Sae, shop: Workshop) -> N
             f"the store has no activations at {site.short}, though there is a dictionary for it",
             where=str(shop.store),
             expected=", ".join(s.short for s in store.sites),
-            mend="featureflow collect, then featureflow train",
+            fix="featureflow collect, then featureflow train",
         )
     if store.width(site) != sae.d_in:
         raise UserError(
@@ -206,7 +206,7 @@ def check_fit(store: ActivationStore, site: Site, sae: Sae, shop: Workshop) -> N
             where=str(shop.dictionaries / site.short),
             expected=f"vectors of width {store.width(site)}",
             found=f"a dictionary for width {sae.d_in}",
-            mend="featureflow run --to train",
+            fix="featureflow run --to train",
         )
 
 

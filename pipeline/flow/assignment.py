@@ -114,7 +114,7 @@ def assign(
             f"these dictionaries have no common {objective} space",
             expected=f"rows of {left.shape[1]} numbers",
             found=f"rows of {right.shape[1]}",
-            mend="match dictionaries of one model's residual stream",
+            fix="match dictionaries of one model's residual stream",
         )
     problem = (
         Candidates.all_of(left, right)
@@ -175,7 +175,7 @@ class Candidates:
                 "these dictionaries are too wide for the dense assignment",
                 expected=f"at most {MOST_DENSE:,} pairs",
                 found=f"{len(left):,} × {len(right):,}",
-                mend="give n_candidates, for example 64",
+                fix="give n_candidates, for example 64",
             )
         return cls(left=left, right=right, pairs=None)
 

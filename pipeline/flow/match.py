@@ -54,7 +54,7 @@ def match(source: Directions, target: Directions, *, k: int = 5, tile: int = 204
             "dictionaries of different spaces cannot be compared",
             expected=f"directions of dimension {source.d_model}",
             found=f"dimension {target.d_model}",
-            mend="give the projection into the residual stream (W_O for attention dictionaries)",
+            fix="give the projection into the residual stream (W_O for attention dictionaries)",
         )
     if k < 1 or tile < CHUNK:
         raise UserError(

@@ -77,7 +77,7 @@ def pair_sites(sites: Iterable[Site]) -> Pairing:
             expected="dictionaries of at least two residual sites, or of a module and the residual "
             "site after it",
             found=", ".join(site.short for site in ordered) or "no dictionaries",
-            mend="train dictionaries at more sites (collect.sites in the recipe)",
+            fix="train dictionaries at more sites (collect.sites in the recipe)",
         )
     return Pairing(
         pairs=tuple(sorted(pairs, key=lambda p: (p.target.depth, p.source.depth))),

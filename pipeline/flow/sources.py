@@ -38,7 +38,7 @@ class DictionaryFolder(Mapping[Site, Sae]):
             raise UserError(
                 "there are no dictionaries here",
                 where=str(folder),
-                mend="featureflow run --to train",
+                fix="featureflow run --to train",
             )
         self._paths = dict(sites)
 
@@ -74,7 +74,7 @@ class HeldOutRows:
                 "the store has no held-out rows",
                 where=store.url,
                 expected="a validation split",
-                mend="set collect.validation_fraction above 0, or link.functional_tokens to 0",
+                fix="set collect.validation_fraction above 0, or link.functional_tokens to 0",
             )
         return cls(url=store.url, rows=rows)
 

@@ -141,7 +141,7 @@ def read_tables(folder: Path) -> FlowTables:
             "not a usable flow graph",
             where=str(folder),
             problems=tuple(problems),
-            mend="featureflow run --to link",
+            fix="featureflow run --to link",
         )
     path = folder / "warnings.json"
     warnings = tuple(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ()

@@ -204,7 +204,7 @@ def held_out_contexts(model: LanguageModel, store: ActivationStore, *, n_context
         raise UserError(
             "the store has no held-out contexts",
             where=store.url,
-            mend="set collect.validation_fraction above 0",
+            fix="set collect.validation_fraction above 0",
         )
     rows = slice(first * length, last * length)
     return Contexts(

@@ -45,7 +45,7 @@ def listen(handler: type[GuardedHandler], host: str, port: int) -> ThreadingHTTP
             "cannot listen here",
             where=f"{host}:{port}",
             found=str(error),
-            mend="choose another --port or --host",
+            fix="choose another --port or --host",
         ) from error
 
 

@@ -95,7 +95,7 @@ def _check_place(folder: Path) -> None:
             "there is no atlas here",
             where=str(folder),
             expected="site/manifest.json",
-            mend="featureflow run --to atlas",
+            fix="featureflow run --to atlas",
         )
 
 

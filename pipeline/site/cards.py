@@ -74,7 +74,7 @@ class Cards:
                 where=str(folder),
                 expected=f"version {READABLE[-1]}",
                 found=str(manifest.get("version")),
-                mend="featureflow atlas --force",
+                fix="featureflow atlas --force",
             )
         return cls(Path(folder), manifest)
 

@@ -259,7 +259,7 @@ def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             "the flow graph cannot be read",
             where=str(path),
             found=str(error),
-            mend="featureflow run --to link",
+            fix="featureflow run --to link",
         ) from error
     missing = [name for name in columns if name not in frame.columns]
     if missing:
@@ -267,7 +267,7 @@ def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             Problem(what="column missing", where=f"{path}: {name}") for name in missing
         )
         raise UserError(
-            "not a flow graph's table", problems=problems, mend="featureflow run --to link"
+            "not a flow graph's table", problems=problems, fix="featureflow run --to link"
         )
     return frame
 
@@ -282,7 +282,7 @@ def _check_latents(
             where=str(folder / "nodes.parquet"),
             expected=f"latents below {int(limit.max())}",
             found=str(int(latent.max())),
-            mend="featureflow run --to link",
+            fix="featureflow run --to link",
         )
 
 

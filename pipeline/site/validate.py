@@ -56,7 +56,7 @@ def validate_atlas(folder: Path | str) -> dict[str, int]:
         raise UserError(
             f"{site} is not a whole atlas",
             problems=tuple(problems),
-            mend="featureflow atlas --force",
+            fix="featureflow atlas --force",
         )
     n_features = sum(int(s["n_latents"]) for s in manifest["sites"])
     return {

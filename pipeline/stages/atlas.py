@@ -129,7 +129,7 @@ def workshop_of(config: Config, inputs: Inputs, draft: Draft) -> Workshop:
         raise UserError(
             "there are no dictionaries to describe",
             where=str(folder),
-            mend="featureflow run --to train",
+            fix="featureflow run --to train",
         )
     return Workshop(
         store=inputs.collect.path / STORE,

@@ -59,7 +59,7 @@ def recipe_path(name_or_path: str) -> Path:
     raise UserError(
         f"there is no recipe {name_or_path!r}",
         expected=f"one of {', '.join(known)}, or the path of a .toml file{meant}",
-        mend="featureflow recipes",
+        fix="featureflow recipes",
     )
 
 
@@ -87,7 +87,7 @@ def read_recipe(
         raise UserError(
             f"recipe {path} cannot be used",
             problems=tuple(problems),
-            mend=f"featureflow {command} --help",
+            fix=f"featureflow {command} --help",
         )
     return Recipe(name=path.stem, description=document.get("description", ""), configs=configs)
 

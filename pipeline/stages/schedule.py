@@ -105,9 +105,9 @@ def run_single(
     inputs: dict[str, Artifact] = {}
     for above in stages_above(stage)[:-1]:
         module = StageName(above).module
-        mend = f"featureflow run --recipe {recipe.name} --to {above}"
+        fix = f"featureflow run --recipe {recipe.name} --to {above}"
         _share(above, recipe.configs[above], inputs, root, shared)
-        artifact = Artifact.open(root / above, kind=module.KIND, schema=module.SCHEMA, mend=mend)
+        artifact = Artifact.open(root / above, kind=module.KIND, schema=module.SCHEMA, fix=fix)
         expected = _digest(module, recipe.configs[above], inputs)
         if artifact.digest != expected:
             raise UserError(
@@ -115,7 +115,7 @@ def run_single(
                 where=str(artifact.path),
                 expected=f"digest {expected[:12]}",
                 found=f"digest {artifact.digest[:12]}",
-                mend=mend,
+                fix=fix,
             )
         inputs[above] = artifact
     result = _run_stage(stage, recipe.configs[stage], inputs, root, context_of, events, force)

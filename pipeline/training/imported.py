@@ -80,7 +80,7 @@ def find_imported(choice: Imported, sites: Sequence[Site]) -> dict[Site, Path]:
         raise UserError(
             "the dictionaries to import cannot be found",
             problems=tuple(problems),
-            mend="put the files there, or change train.imported.paths",
+            fix="put the files there, or change train.imported.paths",
         )
     return found
 

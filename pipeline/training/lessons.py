@@ -152,7 +152,7 @@ def lessons_of(
         )
     if problems:
         raise UserError(
-            "this sweep cannot be trained", problems=tuple(problems), mend="change train.sweep"
+            "this sweep cannot be trained", problems=tuple(problems), fix="change train.sweep"
         )
     return lessons
 
@@ -199,10 +199,8 @@ def transcoder_lessons(
         )
         lessons[site] = (Learner(job=job, folder=TRANSCODERS, reads=reads, skip=choice.skip),)
     if problems:
-        mend = (
-            f'add "{choice.reads}" for these layers to collect.sites, or change train.transcoders'
-        )
-        raise UserError("these transcoders cannot be trained", problems=tuple(problems), mend=mend)
+        fix = f'add "{choice.reads}" for these layers to collect.sites, or change train.transcoders'
+        raise UserError("these transcoders cannot be trained", problems=tuple(problems), fix=fix)
     return lessons
 
 

@@ -38,7 +38,7 @@ def check_memory(
         "training would need more memory than there is",
         expected=f"at most {free / 1e9:.1f} GB on {options.device}",
         found=f"{needed / 1e9:.1f} GB for {min(n_workers, len(lessons))} sites at once",
-        mend=_what_fits(lessons, store, options, costs, free),
+        fix=_what_fits(lessons, store, options, costs, free),
     )
 
 

@@ -130,7 +130,7 @@ def plan_jobs(
     jobs = [replace(job, group=_group(job)) for job in jobs]
     if problems := tuple(_problems(jobs)):
         raise UserError(
-            "these dictionaries cannot be trained", problems=problems, mend="change the recipe"
+            "these dictionaries cannot be trained", problems=problems, fix="change the recipe"
         )
     return tuple(jobs)
 

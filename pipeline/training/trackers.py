@@ -38,7 +38,7 @@ def check_trackers(names: Sequence[Tracker]) -> None:
                 Problem(what="no such package", where="train.log_to", found=name)
                 for name in missing
             ),
-            mend=f"pip install {' '.join(missing)}, or take it out of train.log_to",
+            fix=f"pip install {' '.join(missing)}, or take it out of train.log_to",
         )
 
 

@@ -116,7 +116,7 @@ def _class_by_names(state: Mapping[str, Any], where: Path) -> str:
             "TopK or BatchTopK? Both are saved under the same names",
             where=str(where),
             expected='config.json beside it, with {"trainer": {"dict_class": "AutoEncoderTopK"}}',
-            mend="put the config.json of the training run beside it, "
+            fix="put the config.json of the training run beside it, "
             'or pass dict_class="AutoEncoderTopK"',
         )
     fits = [name for name, shapes in _SHAPES.items() if set(shapes) <= names]

@@ -71,7 +71,7 @@ def load_sae(folder: str | Path, *, device: str | torch.device = "cpu") -> Sae:
         raise UserError(
             f"{folder} is not a usable dictionary",
             problems=problems,
-            mend="train or export it again",
+            fix="train or export it again",
         )
     return Sae(
         **{name: tensors[name] for name in _ALWAYS},

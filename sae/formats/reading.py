@@ -129,7 +129,7 @@ def _only(path: Path) -> str:
         "files of several formats lie here",
         where=str(path),
         found=", ".join(names),
-        mend=f'name one: format="{names[0]}"',
+        fix=f'name one: format="{names[0]}"',
     )
 
 

@@ -310,7 +310,7 @@ def _input_scale(folder: Path) -> float:
             "the scale of the activations is not in the folder",
             where=str(folder),
             expected=f"{path}, or normalize_activations: none",
-            mend="save it from SAELens after fold_activation_norm_scaling_factor",
+            fix="save it from SAELens after fold_activation_norm_scaling_factor",
         )
     scale = read_json(path).get("scaling_factor")
     if not isinstance(scale, (int, float)) or not scale > 0:

@@ -134,5 +134,5 @@ def _unreadable(path: Path, expected: str, error: Exception) -> UserError:
         where=str(path),
         expected=expected,
         found=first[:300],
-        mend="download it again, or convert it to safetensors where it was made",
+        fix="download it again, or convert it to safetensors where it was made",
     )

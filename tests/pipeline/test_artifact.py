@@ -108,7 +108,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     manifest["files"]["../outside.txt"] = {"size": 1, "sha256": None}
     (artifact.path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError) as caught:
-        Artifact.open(artifact.path, kind="toy", schema=1, mend="make toy")
+        Artifact.open(artifact.path, kind="toy", schema=1, fix="make toy")
     text = str(caught.value)
     for expected in ("schema 7", "file missing", "leaves the artifact", "make toy"):
         assert expected in text

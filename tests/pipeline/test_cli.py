@@ -62,7 +62,7 @@ def test_unknown_commands_and_stages_are_refused(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (UserError("bad width", where="train.n_latents", mend="use 8"), 2, "use 8"),
+        (UserError("bad width", where="train.n_latents", fix="use 8"), 2, "use 8"),
         (KeyboardInterrupt(), 130, "run the same command again"),
         (OSError(28, "No space left on device", "artifacts/x"), 3, "No space left on device"),
         (MemoryError(), 3, "out of memory"),
@@ -91,14 +91,14 @@ def test_every_failure_has_an_exit_code_and_a_message(
 
 def test_all_problems_of_an_error_are_printed() -> None:
     problems = (Problem(what="a", where="x", expected="1", found="2"), Problem(what="b"))
-    text = str(UserError("two things are wrong", problems=problems, mend="do this"))
+    text = str(UserError("two things are wrong", problems=problems, fix="do this"))
     assert text.splitlines() == [
         "two things are wrong",
         "x: a",
         "    expected: 1",
         "    found:    2",
         "b",
-        "    to mend:  do this",
+        "    to fix:   do this",
     ]
 
 

@@ -44,14 +44,14 @@ def test_dictionaries_made_anew_do_not_belong_to_the_earlier_graph(tmp_path: Pat
     (problem,) = caught.value.problems
     assert problem.where == str(tmp_path / "link")
     assert problem.found == run["train"].digest[:12]
-    assert caught.value.mend == "featureflow run --to link"
+    assert caught.value.fix == "featureflow run --to link"
 
 
 def test_a_missing_stage_is_named_before_anything_is_compared(tmp_path: Path) -> None:
     a_run(tmp_path)
     with pytest.raises(UserError, match="there is no artifact here") as caught:
         open_run(tmp_path, ("collect", "train", "link", "atlas"))
-    assert caught.value.mend == "featureflow run --to atlas"
+    assert caught.value.fix == "featureflow run --to atlas"
 
 
 def test_the_front_page_keeps_the_stages_that_were_not_run_and_still_belong(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def find_candidates(
         raise UserError(
             "dictionaries that cannot be measured",
             problems=tuple(problems),
-            mend="featureflow run --to train",
+            fix="featureflow run --to train",
         )
     return sorted(candidates, key=lambda c: (c.site, c.source != TRAINED, c.source))
 
@@ -109,5 +109,5 @@ def _reads(description: Path) -> Site:
         raise UserError(
             "the transcoder does not say what it reads",
             where=str(description),
-            mend="featureflow train --force",
+            fix="featureflow train --force",
         ) from error

@@ -59,7 +59,7 @@ def choose_rows(
         raise UserError(
             f"the store has no {split} rows that pass the filters",
             where=store.url,
-            mend="set collect.validation_fraction above 0 and collect again, or loosen the filters",
+            fix="set collect.validation_fraction above 0 and collect again, or loosen the filters",
         )
     block = max(store.chunk_rows, store.n_context)
     blocks = np.split(kept, np.flatnonzero(np.diff(kept // block)) + 1)
@@ -102,7 +102,7 @@ def choose_contexts(
         raise UserError(
             "the store has no whole held-out contexts to run the model on",
             where=store.url,
-            mend="collect with a validation_fraction above 0, or set evaluate.ce_tokens to 0",
+            fix="collect with a validation_fraction above 0, or set evaluate.ce_tokens to 0",
         )
     flags = tokens.flags[rows].reshape(shape)
     spliced = filters.keeps(tokens)[rows].reshape(shape)

@@ -33,7 +33,7 @@ def chains(subject: Subject, effort: Effort) -> Finding:
         raise UserError(
             "no chain is long enough",
             expected=f"{STEPS[0] + 1} neighbouring resid_post dictionaries",
-            mend="set collect.sites to resid_post",
+            fix="set collect.sites to resid_post",
         )
     model = subject.open_model()
     contexts = subject.contexts(model, effort.n_contexts)
@@ -63,7 +63,7 @@ def chains(subject: Subject, effort: Effort) -> Finding:
 
 def _finding(trials: pd.DataFrame, effort: Effort) -> Finding:
     if not len(trials):
-        raise UserError("no target fires together with its ancestor", mend="raise --contexts")
+        raise UserError("no target fires together with its ancestor", fix="raise --contexts")
     parts = {ALL: trials, KEPT: trials[trials["kept"]]}
     summary = pd.concat(
         [

@@ -210,8 +210,7 @@ def _residual_pairs(subject: Subject) -> list[tuple[Site, Site]]:
     pairs = [pair_of(layer) for layer in layers_of(subject) if "residual" in layer.links]
     if not pairs:
         raise UserError(
-            "there are no neighbouring residual dictionaries",
-            mend="set collect.sites to resid_post",
+            "there are no neighbouring residual dictionaries", fix="set collect.sites to resid_post"
         )
     return pairs
 

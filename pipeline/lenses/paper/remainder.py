@@ -41,8 +41,7 @@ def remainder(subject: Subject, effort: Effort) -> Finding:
     layers = [layer for layer in layers_of(subject) if _neighbouring(layer)]
     if not layers:
         raise UserError(
-            "no two neighbouring resid_post sites are linked",
-            mend="set collect.sites to resid_post",
+            "no two neighbouring resid_post sites are linked", fix="set collect.sites to resid_post"
         )
     model = subject.open_model()
     contexts = subject.contexts(model, effort.n_contexts)

@@ -67,7 +67,7 @@ def _texts(folder: Path, arm: str) -> tuple[pd.DataFrame, dict[str, str]]:
             "no texts to judge",
             where=str(folder),
             expected=", ".join(missing),
-            mend="featureflow run --to steer",
+            fix="featureflow run --to steer",
         )
     dose = json.loads(needed[2].read_text(encoding="utf-8"))["dose"]
     records = json.loads(needed[1].read_text(encoding="utf-8"))["features"]

@@ -109,14 +109,13 @@ def features_of_contrast(
     contrasts = rank_features(states, _labels(topical, other), n_best=n_best, by=by)
     if not contrasts:
         raise UserError(
-            "no feature is active on a tenth of the topical texts",
-            mend="give longer texts, or more",
+            "no feature is active on a tenth of the topical texts", fix="give longer texts, or more"
         )
     tokens = telling_tokens(session.model.tokenizer, topical, other)
     if not tokens:
         raise UserError(
             "no word tells the topical texts from the others",
-            mend="give more texts, or use --by difference",
+            fix="give more texts, or use --by difference",
         )
     scores = _output_side(session, [contrast.feature for contrast in contrasts], tokens)
     found = [Found(contrast=c, output=s) for c, s in zip(contrasts, scores, strict=True)]

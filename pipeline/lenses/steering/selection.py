@@ -142,7 +142,7 @@ def choose_features(sources: Sources, options: SelectionOptions) -> tuple[list[C
         raise UserError(
             "no feature can be steered with",
             expected="a living residual feature that fires on words of the text",
-            mend="name features: --steer.features '[\"L12/402\"]'",
+            fix="name features: --steer.features '[\"L12/402\"]'",
         )
     if len(taken) < options.n_features and not options.features:
         remarks.append(
@@ -238,7 +238,7 @@ def candidate_features(
         raise UserError(
             "no residual feature is alive",
             where="flow graph",
-            mend="featureflow train, with more steps",
+            fix="featureflow train, with more steps",
         )
     low, high = int(0.4 * len(layers)), int(0.85 * len(layers))
     middle = layers[low : max(high, low + 1)]

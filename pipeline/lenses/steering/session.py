@@ -199,7 +199,7 @@ class SteerSession:
             raise UserError(
                 f"{path} does not belong to these artifacts",
                 problems=tuple(problems),
-                mend="make it again (featureflow steer plan), or name its own run with --artifacts "
+                fix="make it again (featureflow steer plan), or name its own run with --artifacts "
                 "and --recipe",
             )
         return plan
@@ -212,7 +212,7 @@ class SteerSession:
                 f"no strength of this plan gives {dose:g} nats",
                 expected=f"about {dose:g}",
                 found=_reached(found),
-                mend="ask for a smaller dose, or for the edit add",
+                fix="ask for a smaller dose, or for the edit add",
             )
         return plan.with_strength(found.strength, dose=found.measured.kl)
 
@@ -275,7 +275,7 @@ def _residual_dictionaries(folder: Path, device: str) -> dict[Site, Sae]:
         raise UserError(
             "there is no dictionary of a residual site",
             where=str(folder),
-            mend="add resid_post to collect.sites",
+            fix="add resid_post to collect.sites",
         )
     return found
 

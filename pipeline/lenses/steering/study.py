@@ -123,7 +123,7 @@ class Study:
             raise UserError(
                 "nothing is locked yet",
                 where=str(self.lock_path),
-                mend="run the development part first",
+                fix="run the development part first",
             )
         document = json.loads(self.lock_path.read_text(encoding="utf-8"))
         content = {key: value for key, value in document.items() if key != "sha256"}
@@ -131,7 +131,7 @@ class Study:
             raise UserError(
                 "the lock was changed after it was made",
                 where=str(self.lock_path),
-                mend="lock again",
+                fix="lock again",
             )
         return document
 
@@ -292,12 +292,12 @@ class Study:
             if own.get(name) != known.get(name)
         )
         if problems:
-            mend = "choose another folder, or remove this one"
+            fix = "choose another folder, or remove this one"
             raise UserError(
                 "this study was begun with other choices",
                 where=str(path),
                 problems=problems,
-                mend=mend,
+                fix=fix,
             )
         if not path.is_file():
             _write_json(path, own)
@@ -332,7 +332,7 @@ class Study:
             raise UserError(
                 "this part of the study has not run",
                 where=str(path),
-                mend="run the development part",
+                fix="run the development part",
             )
         return json.loads(path.read_text(encoding="utf-8"))
 

@@ -63,7 +63,7 @@ def read_records(folder: Path, part: str = "test") -> pd.DataFrame:
         raise UserError(
             "the study has no results here",
             where=str(folder / part),
-            mend="run the study's test part",
+            fix="run the study's test part",
         )
     table = pd.DataFrame(rows)
     return table.assign(

@@ -33,5 +33,5 @@ def always_die(task: int):
 
 def complain(task: int):
     if task == 2:
-        raise UserError("this cannot be", where=f"shard {task}", mend="nothing")
+        raise UserError("this cannot be", where=f"shard {task}", fix="nothing")
     return task

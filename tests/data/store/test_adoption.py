@@ -33,7 +33,7 @@ def collect(root: Path, *, force: bool = False) -> tuple[Path, list[int]]:
     """The store of a real run of the collect stage, and the shards that the model was run for."""
     collected: list[int] = []
     context = RunContext(metrics=lambda record: collected.append(record["shard"]))
-    recipe = Recipe(name="mended", description="", configs={"collect": CONFIG})
+    recipe = Recipe(name="fixed", description="", configs={"collect": CONFIG})
     force_of = ("collect",) if force else ()
     [result] = run_recipe(
         recipe, to="collect", root=root, context_of=lambda stage: context, force=force_of
@@ -65,10 +65,10 @@ def test_a_forced_collection_runs_the_model_for_the_damaged_shard_alone(tmp_path
     whole = bytes_of(store)
     assert first == [0, 1, 2, 3]
     damage(shard_file(store, 2))
-    mended, again = collect(tmp_path, force=True)
+    fixed, again = collect(tmp_path, force=True)
     assert again == [2]
-    assert bytes_of(mended) == whole
-    assert verify_store(mended, full=True, context=RunContext()).is_sound
+    assert bytes_of(fixed) == whole
+    assert verify_store(fixed, full=True, context=RunContext()).is_sound
 
 
 @pytest.fixture(scope="module")

@@ -170,7 +170,7 @@ def test_a_worker_killed_in_a_shard_changes_nothing_in_the_end(machines, tmp_pat
 def test_a_user_error_of_a_worker_arrives_whole(machines):
     with pytest.raises(UserError, match="this cannot be") as caught:
         list(map_shards(complain, [0, 1, 2], machines))
-    assert caught.value.mend == "nothing"
+    assert caught.value.fix == "nothing"
     assert caught.value.problems[0].where == "shard 2"
 
 
@@ -285,7 +285,7 @@ def test_a_scheduler_that_dies_in_a_collection_ends_in_a_clear_error_and_the_nex
         ):
             done.append(each.shard)
             end_group(scheduler)
-    assert "run again" in caught.value.mend
+    assert "run again" in caught.value.fix
     assert done
     assert len(done) < made.layout.n_shards
     with pytest.raises(UserError, match="not finished"):

@@ -1,4 +1,4 @@
-"""Whatever happens to a store on disk, it is refused with the shard, site and what mends it; never
+"""Whatever happens to a store on disk, it is refused with the shard, site and what fixes it; never
 read as zeros."""
 
 import contextlib

@@ -1,7 +1,7 @@
 // Boots the page: opens the manifest, draws the frame, and on every change of the address draws one view.
 //
 // A view is `async (context) => ({ title, node })`, context = { atlas, options, feature, argument, key, alive }.
-// A view that fails shows what failed and what mends it; a newer address always wins over an older, slower one.
+// A view that fails shows what failed and what fixes it; a newer address always wins over an older, slower one.
 
 import { openAtlas } from "./data/atlas.js";
 import { h, show } from "./dom.js";

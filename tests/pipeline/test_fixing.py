@@ -1,4 +1,4 @@
-"""The command that an error names mends the run that failed: same recipe, same folder, same
+"""The command that an error names fixes the run that failed: same recipe, same folder, same
 fields."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import run_command
-from pipeline.cli.mending import completed
+from pipeline.cli.fixing import completed
 
 GIVEN = [
     "atlas",
@@ -22,7 +22,7 @@ GIVEN = [
 
 
 @pytest.mark.parametrize(
-    ("mend", "arguments", "wanted"),
+    ("fix", "arguments", "wanted"),
     [
         ("featureflow train", ["atlas"], "featureflow train"),
         (
@@ -57,9 +57,9 @@ GIVEN = [
     ],
 )
 def test_a_mending_command_carries_recipe_folder_and_the_fields_up_to_its_stage(
-    mend: str, arguments: list[str], wanted: str
+    fix: str, arguments: list[str], wanted: str
 ) -> None:
-    assert completed(mend, arguments) == wanted
+    assert completed(fix, arguments) == wanted
 
 
 def test_the_printed_command_can_be_copied(
@@ -72,7 +72,7 @@ def test_the_printed_command_can_be_copied(
     folder = tmp_path / "out"
     command = ["flow", "trunks", "-r", str(recipe), "--artifacts", str(folder)]
     assert run_command(command) == 2
-    printed = capsys.readouterr().err.partition("to mend:")[2].split()
+    printed = capsys.readouterr().err.partition("to fix:")[2].split()
     assert printed == [
         "featureflow",
         "run",

@@ -1,8 +1,8 @@
-"""The command that mends, as this user has to type it.
+"""The command that fixes, as this user has to type it.
 
 An error raised deep inside says `featureflow train`; the user ran `featureflow atlas -r mine.toml
 --artifacts /data --train.n_latents 4096`. The same recipe, folder and fields of the stages up to
-the one named belong to the command that mends, or it mends another run.
+the one named belong to the command that fixes, or it fixes another run.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _COMMAND = re.compile(
 _SHARED = (("--recipe", "-r"), ("--artifacts", None), ("--name", None))
 
 
-def completed(mend: str, arguments: Sequence[str]) -> str:
-    """`mend` with what `arguments`, the words of the command that failed, say of recipe, folder and
+def completed(fix: str, arguments: Sequence[str]) -> str:
+    """`fix` with what `arguments`, the words of the command that failed, say of recipe, folder and
     fields."""
     overrides, rest = split_overrides(arguments)
     shared = [*_shared(rest)]
@@ -37,7 +37,7 @@ def completed(mend: str, arguments: Sequence[str]) -> str:
         words = [*shared, *_fields(overrides, last if last in STAGES else STAGES[-1])]
         return shlex.join(["featureflow", match["name"], *words]) + flags
 
-    return _COMMAND.sub(complete, mend)
+    return _COMMAND.sub(complete, fix)
 
 
 def _shared(words: Sequence[str]) -> Iterator[str]:
