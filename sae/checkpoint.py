@@ -36,9 +36,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (on the CPU) and the state. Raises UserError when the file is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file}, json.loads(
-                file.metadata()[_STATE]
-            )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(file.metadata()[_STATE])
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         fix = "delete it to start this site again"
         raise UserError(

@@ -126,7 +126,8 @@ def read_vectors(path: str | Path) -> tuple[dict[str, Float[Tensor, "d_model"]],
                 where=str(path),
                 expected="written by write_vectors",
             )
-        return {name: stream.get_tensor(name) for name in stream}, json.loads(metadata["plan"])
+        vectors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        return vectors, json.loads(metadata["plan"])
 
 
 def neuronpedia_request(

@@ -41,7 +41,7 @@ def recipe_path(name_or_path: str) -> Path:
     """The file of a recipe: a path that exists, or `configs/<name>.toml` here or beside the
     installed package."""
     candidates = [Path(name_or_path)] if name_or_path.endswith(".toml") else []
-    folders = (Path("configs"), Path(__file__).parent.parent / "configs")
+    folders = (Path("configs"), Path(__file__).parents[2] / "configs")
     candidates += [folder / f"{name_or_path}.toml" for folder in folders]
     for candidate in candidates:
         if candidate.is_file():
