@@ -39,10 +39,10 @@ from data.store import ActivationStore, RowFilters
 from featureflow.progress import silent
 from featureflow.sites import parse_site
 from pipeline.artifact import SCHEMAS, Artifact
+from pipeline.context import RunContext
 from pipeline.describe.intermediate import load_columns
 from pipeline.describe.labels import Bar
 from pipeline.describe.workshop import Workshop, corpus_for, survey_job, unembedding_for, write_job
-from pipeline.run import RunContext
 from pipeline.site.build import prepare
 from pipeline.stages.atlas import model_facts
 from sae import load_sae

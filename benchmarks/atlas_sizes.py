@@ -40,14 +40,14 @@ from benchmarks.__main__ import head
 from data.store import ActivationStore, RowFilters
 from featureflow.sites import Site
 from pipeline.artifact import SCHEMAS, Artifact
+from pipeline.context import RunContext
 from pipeline.describe.examples import PROFILES
 from pipeline.describe.labels import Bar
 from pipeline.describe.workshop import Workshop, survey_job, write_job
 from pipeline.flow.link import link_dictionaries
 from pipeline.flow.options import LinkOptions, Rotation
-from pipeline.flow.sources import DictionaryFolder
 from pipeline.flow.tables import write_tables
-from pipeline.run import RunContext
+from pipeline.saes import Saes
 from pipeline.site.build import AtlasFacts, each_site, finish, prepare
 from pipeline.site.cards import Cards
 from pipeline.site.validate import validate_atlas
@@ -204,7 +204,7 @@ def link(dictionaries: Path, graph: Path) -> None:
     """The graph from directions alone, unless it is there."""
     if (graph / "edges.parquet").is_file():
         return
-    found = link_dictionaries(DictionaryFolder(dictionaries), options=LinkOptions(null=Rotation()))
+    found = link_dictionaries(Saes(dictionaries, n_kept=0), options=LinkOptions(null=Rotation()))
     graph.mkdir(parents=True, exist_ok=True)
     write_tables(
         graph, {"nodes": found.nodes, "edges": found.edges, "pairs": found.pairs}, found.warnings

@@ -28,8 +28,8 @@ from pipeline.flow.directions import directions_of
 from pipeline.flow.link import link_dictionaries
 from pipeline.flow.match import full_precision, match
 from pipeline.flow.options import LinkOptions, Rotation
-from pipeline.flow.sources import DictionaryFolder
 from pipeline.flow.tables import write_tables
+from pipeline.saes import Saes
 from sae import Sae, TopKActivation, save_sae
 
 
@@ -96,7 +96,7 @@ def graph(options: argparse.Namespace) -> dict[str, float | int]:
         before = _peak_mib()
         started = time.perf_counter()
         links = link_dictionaries(
-            DictionaryFolder(root / "dictionaries"),
+            Saes(root / "dictionaries", n_kept=0),
             options=LinkOptions(null=Rotation()),
             device=options.device,
         )

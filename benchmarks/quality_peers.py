@@ -41,7 +41,7 @@ from benchmarks.__main__ import head
 from data.store import ActivationStore
 from featureflow.sites import Site, parse_site
 from pipeline.artifact import Artifact
-from pipeline.run import RunContext
+from pipeline.context import RunContext
 from pipeline.stages import collect, evaluate, train
 from pipeline.training.plan import Independent
 from sae import Sae, save_sae

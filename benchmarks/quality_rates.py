@@ -25,7 +25,7 @@ from benchmarks.__main__ import head
 from data.store import ActivationStore
 from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
-from pipeline.run import RunContext
+from pipeline.context import RunContext
 from pipeline.stages import collect, evaluate, train
 
 RATES = (3.4e-3, 4.8e-3, 6.8e-3)  # below, every trainer did worse (docs/log.md)

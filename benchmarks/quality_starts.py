@@ -29,7 +29,7 @@ from benchmarks.__main__ import head
 from data.store import ActivationStore
 from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
-from pipeline.run import RunContext
+from pipeline.context import RunContext
 from pipeline.stages import collect, evaluate, link, train
 from pipeline.training.plan import Chain, Independent, Initialisation, Shared
 from sae.architectures import TopK

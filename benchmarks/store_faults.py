@@ -41,7 +41,7 @@ from data.store.records import read_record
 from data.text.corpus import BundledText
 from data.text.packing import pack_corpus
 from featureflow.errors import UserError
-from pipeline.run import RunContext
+from pipeline.context import RunContext
 
 _HEADING = """# The activation store under faults
 

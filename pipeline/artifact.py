@@ -34,6 +34,12 @@ from pathlib import Path
 from typing import Any
 
 from featureflow.errors import Problem, UserError
+from featureflow.files import (
+    digest_of_file,
+    recover_interrupted_replace,
+    replace_folder,
+    write_text_atomically,
+)
 from pipeline.made_by import code_digest, made_by
 
 MANIFEST = "manifest.json"
@@ -163,7 +169,7 @@ class Artifact:
             )
             for name, entry in self.files.items()
             if entry.get("sha256") is not None
-            and (found := _sha256(self.path / name)) != entry["sha256"]
+            and (found := digest_of_file(self.path / name)) != entry["sha256"]
         ]
         if problems:
             raise UserError(
@@ -312,36 +318,6 @@ def _read_marker(partial: Path) -> list[str]:
     return marker.read_text(encoding="utf-8").split() if marker.is_file() else []
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never a
-    half."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(path)
-
-
-def replace_folder(new: Path, place: Path) -> None:
-    """Put folder `new` at `place`. The old folder is moved aside first and removed last."""
-    old = place.with_name(place.name + ".old")
-    _remove(old)
-    if place.exists() or place.is_symlink():
-        place.rename(old)
-    new.rename(place)
-    _remove(old)
-
-
-def _remove(folder: Path) -> None:
-    """A folder with all in it; of a link to one (a stage shared with another run) the link
-    alone."""
-    if folder.is_symlink():
-        folder.unlink()
-    elif folder.exists():
-        shutil.rmtree(folder)
-
-
 def _read_manifest(path: Path, fix: str) -> dict[str, Any]:
     recover_interrupted_replace(path)
     manifest = path / MANIFEST
@@ -362,13 +338,6 @@ def _read_manifest(path: Path, fix: str) -> dict[str, Any]:
             fix=fix,
         )
     return document
-
-
-def recover_interrupted_replace(place: Path) -> None:
-    """A kill between the two renames of `replace_folder` leaves only `<place>.old`: put it back."""
-    old = place.with_name(place.name + ".old")
-    if old.exists() and not place.exists():
-        old.rename(place)
 
 
 def _problems_of_identity(document: Mapping[str, Any], kind: str, schema: int) -> Iterator[Problem]:
@@ -417,13 +386,11 @@ def _record_files(root: Path, externally_checked: tuple[str, ...]) -> dict[str, 
             name == prefix or name.startswith(prefix.rstrip("/") + "/")
             for prefix in externally_checked
         )
-        files[name] = {"size": path.stat().st_size, "sha256": None if external else _sha256(path)}
+        files[name] = {
+            "size": path.stat().st_size,
+            "sha256": None if external else digest_of_file(path),
+        }
     return files
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _plain(value: object) -> Any:

@@ -1,22 +1,227 @@
-"""What every stage is handed besides config and inputs: how to report, where to compute. It changes
-no result."""
+"""One run, opened once: everything that its stages left, each part when it is first asked for.
+
+    run = Run.open("artifacts/laptop")
+    run.saes[parse_site("L12")]     run.graph.chain("L12/402")     run.labels["L12/402"]
+
+1. An artifact records the digests of what it was made from. `featureflow train --train.n_latents
+   4096` replaces the SAEs and leaves the flow graph of the earlier ones beside them: latent 402 is
+   another feature then. An artifact is given only if everything beneath it is what it was made
+   from. Nothing is read for that but manifests.
+2. `model` is the one that the activations were collected from: its fingerprint is compared here,
+   for every consumer.
+3. Nobody else opens a store, a model, an SAE or a graph of a run.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
 
-from featureflow.progress import Metrics, Progress, discard, silent
+from pydantic import TypeAdapter
+
+from data.model.language_model import LanguageModel
+from data.model.spec import ModelSpec
+from data.store import ActivationStore
+from data.store.tokens import TokenTable
+from featureflow.errors import Problem, UserError
+from pipeline.artifact import SCHEMAS, Artifact
+from pipeline.context import RunContext
+from pipeline.describe.opened import Atlas
+from pipeline.findings import Finding, open_finding, read_finding
+from pipeline.flow.graph import FlowGraph
+from pipeline.flow.sources import HeldOutRows
+from pipeline.saes import FOLDER, Saes
+
+STORE = "store.zarr"
+"""The store in a collect artifact: a folder, or a small file that points to one elsewhere."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunContext:
-    """`device` is a torch device; `scheduler` is `None` (this process), `"local"` with `n_workers`,
-    or a Dask scheduler address such as `tcp://10.0.0.1:8786`; `n_threads` is how many cores a stage
-    may use."""
+class Run:
+    """The artifacts of one run and what they hold. `root` is their folder; SAEs and model are on
+    the context's device."""
 
-    progress: Progress = field(default=silent)
-    metrics: Metrics = field(default=discard)
-    device: str = "cpu"
-    n_threads: int = 2
-    scheduler: str | None = None
-    n_workers: int = 0
+    def __init__(
+        self, root: Path, *, context: RunContext, given: Mapping[str, Artifact] | None = None
+    ) -> None:
+        self.root = root
+        self.context = context
+        self._given = given
+        self._opened = dict(given or {})
+
+    @classmethod
+    def open(cls, root: str | Path, *, context: RunContext | None = None) -> Run:
+        """The run in a folder such as `artifacts/laptop`. Raises UserError when no stage ran there;
+        later, when a part is asked for that is missing, damaged or made from others."""
+        root = Path(root)
+        if not any((root / stage).is_dir() for stage in SCHEMAS):
+            others = [path.name for path in root.parent.glob("*") if (path / "collect").is_dir()]
+            raise UserError(
+                "there is no run here",
+                where=str(root),
+                expected=f"a folder with {', '.join(SCHEMAS)}",
+                found=f"runs beside it: {', '.join(sorted(others))}" if others else None,
+                fix="featureflow run",
+            )
+        return cls(root, context=context or RunContext())
+
+    @classmethod
+    def of(cls, artifacts: Mapping[str, Artifact], *, context: RunContext | None = None) -> Run:
+        """These artifacts by stage, wherever they lie: what the schedule hands to a stage."""
+        root = next(iter(artifacts.values())).path.parent
+        return cls(root, context=context or RunContext(), given=artifacts)
+
+    def artifact(self, stage: str) -> Artifact:
+        """What a stage left. Raises UserError that names the command when it is missing, damaged or
+        made from other artifacts than those of this run."""
+        return self.need(stage)[stage]
+
+    def need(self, *stages: str) -> dict[str, Artifact]:
+        """What these stages left. Raises UserError with all that is missing, or all that does not
+        belong together."""
+        if unknown := [stage for stage in stages if stage not in SCHEMAS]:
+            raise UserError(f"there is no stage {unknown[0]!r}", expected=", ".join(SCHEMAS))
+        found, missing = {}, []
+        for stage in stages:
+            try:
+                found[stage] = self._open(stage)
+            except UserError as error:
+                missing.append(error)
+        latest = max(stages, key=list(SCHEMAS).index)
+        if len(missing) == 1:
+            raise missing[0]
+        if missing:
+            problems = tuple(problem for error in missing for problem in error.problems)
+            what = f"{self.root} lacks what is needed"
+            raise UserError(what, problems=problems, fix=f"featureflow run --to {latest}")
+        self._check_together(found, fix=f"featureflow run --to {latest}")
+        return found
+
+    def has(self, stage: str) -> bool:
+        """Whether `artifact(stage)` would give one."""
+        try:
+            return bool(self.artifact(stage))
+        except UserError:
+            return False
+
+    @property
+    def artifacts(self) -> dict[str, Artifact]:
+        """Every stage's artifact that is here and belongs to the run, in the order of the road."""
+        return {stage: self.artifact(stage) for stage in SCHEMAS if self.has(stage)}
+
+    @cached_property
+    def store(self) -> ActivationStore:
+        """The collected activations."""
+        return ActivationStore.open(self.artifact("collect").path / STORE)
+
+    @cached_property
+    def tokens(self) -> TokenTable:
+        """The token, document and position of every row of the store."""
+        return self.store.tokens()
+
+    @cached_property
+    def saes(self) -> Saes:
+        """The SAEs that later stages use, by site; each is kept once it is read."""
+        return Saes(self.artifact("train").path / FOLDER, device=self.context.device)
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        """The model that the activations were collected from. Raises UserError if its weights are
+        others now."""
+        collect = self.artifact("collect")
+        if "model" not in collect.config:
+            raise UserError(
+                "the activations do not say which model they are from",
+                where=str(collect.path),
+                fix="collect them with a model named in the recipe; to evaluate without a model, "
+                "set evaluate.ce_tokens to 0",
+            )
+        spec: ModelSpec = TypeAdapter(ModelSpec).validate_python(collect.config["model"])
+        model = LanguageModel.open(
+            spec,
+            dtype=collect.config.get("model_dtype", "bfloat16"),
+            device=self.context.device,
+            progress=self.context.progress,
+        )
+        expected = self.store.provenance.get("model_fingerprint")
+        if expected is not None and expected != model.fingerprint:
+            raise UserError(
+                f"{model.name} is not the model that the activations were collected from",
+                where=self.store.url,
+                expected=f"fingerprint {expected[:12]}",
+                found=f"fingerprint {model.fingerprint[:12]}",
+                fix="featureflow collect --force, then the stages after it with --force",
+            )
+        return model
+
+    @cached_property
+    def graph(self) -> FlowGraph:
+        """The flow graph."""
+        return FlowGraph.open(self.artifact("link").path)
+
+    @cached_property
+    def features(self) -> Atlas:
+        """Features, labels, examples and documents as tables."""
+        return Atlas(self.artifact("atlas").path)
+
+    @cached_property
+    def labels(self) -> Mapping[str, str]:
+        """Feature id → label; the empty text for a feature that is never active."""
+        features = self.features.features
+        return dict(zip(features["feature"], features["label"], strict=True))
+
+    def held_out(self, n_tokens: int) -> HeldOutRows:
+        """The first `n_tokens` held-out rows, the same at every site. Raises UserError if there are
+        none."""
+        return HeldOutRows.of(self.store, n_tokens)
+
+    def lens(self, name: str) -> Finding:
+        """What a lens found. Raises UserError that names the command when it did not look yet, or
+        looked at other artifacts."""
+        artifact = open_finding(self.root, name)
+        self._check_together({name: artifact}, fix=f"featureflow lens {name}")
+        return read_finding(artifact)
+
+    def _open(self, stage: str) -> Artifact:
+        if stage not in self._opened and self._given is None:
+            path = self.root / stage
+            self._opened[stage] = Artifact.open(path, kind=stage, schema=SCHEMAS[stage])
+        if stage not in self._opened:
+            what = f"the {stage} artifact was not handed over"
+            raise UserError(what, where=str(self.root), found=", ".join(self._opened))
+        return self._opened[stage]
+
+    def _check_together(self, artifacts: Mapping[str, Artifact], *, fix: str) -> None:
+        if problems := tuple(misfits(self._with_what_is_beneath(artifacts))):
+            raise UserError(
+                "these artifacts do not belong together: a stage was made anew and those after it "
+                "were not",
+                problems=problems,
+                fix=fix,
+            )
+
+    def _with_what_is_beneath(self, artifacts: Mapping[str, Artifact]) -> dict[str, Artifact]:
+        """These and all that they were made from, as far as it is here."""
+        found, waiting = dict(artifacts), list(artifacts.values())
+        while waiting:
+            for stage in waiting.pop().inputs:
+                if stage in SCHEMAS and stage not in found:
+                    try:
+                        found[stage] = self._open(stage)
+                    except UserError:  # missing or damaged: an error only for who needs it
+                        continue
+                    waiting.append(found[stage])
+        return found
+
+
+def misfits(artifacts: Mapping[str, Artifact]) -> Iterator[Problem]:
+    """Every artifact that was made from another one than that of the same stage among these."""
+    for artifact in artifacts.values():
+        for stage, digest in artifact.inputs.items():
+            if stage in artifacts and artifacts[stage].digest != digest:
+                yield Problem(
+                    what=f"made from another {stage} artifact",
+                    where=str(artifact.path),
+                    expected=f"{artifacts[stage].digest[:12]}, that of {artifacts[stage].path}",
+                    found=digest[:12],
+                )

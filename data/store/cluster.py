@@ -33,7 +33,7 @@ _CONNECT_SECONDS = 15
 
 
 class Machines(Protocol):
-    """Where to compute: `pipeline.run.RunContext` is one."""
+    """Where to compute: `pipeline.context.RunContext` is one."""
 
     @property
     def progress(self) -> Progress: ...

@@ -84,14 +84,12 @@ def export(
     out: Path, to: str, feature: str | None, short: str | None, recipe: str, artifacts: Path
 ) -> None:
     """Write the atlas to OUT in the format of another viewer."""
-    from pipeline.describe.opened import Atlas
-    from pipeline.dictionaries import read_dictionaries
-    from pipeline.opened_run import open_run
+    from pipeline.run import Run
     from pipeline.site import exports
     from pipeline.site.cards import Cards
 
-    root = run_folder(artifacts, recipe)
-    atlas = Atlas.open(root / "atlas")
+    run = Run.open(run_folder(artifacts, recipe))
+    atlas = run.features
     match to:
         case "attribution-graph":
             if feature is None:
@@ -102,12 +100,11 @@ def export(
         case "graphml":
             written = [exports.export_graphml(atlas, out)]
         case "embedding-atlas":
-            saes = read_dictionaries(open_run(root, ("train", "atlas"))["train"])
-            written = [exports.export_embedding_atlas(atlas, saes, out)]
+            written = [exports.export_embedding_atlas(atlas, run.saes, out)]
         case _:
             if short is None:
                 raise click.UsageError(f"--to {to} needs --site")
-            cards = Cards.open(root / "atlas" / "site")
+            cards = Cards.open(atlas.folder / "site")
             write = exports.export_bulk if to == "neuronpedia" else exports.export_upload_batches
             written = write(
                 cards,
@@ -170,14 +167,11 @@ def import_examples(activations: Path, out: Path, short: str) -> None:
 def diff(before: Path, after: Path, out: Path | None) -> None:
     """Compare the atlases of two runs (folders such as artifacts/laptop): features kept, gone and
     new."""
-    from pipeline.describe.opened import Atlas, diff_atlases
-    from pipeline.dictionaries import read_dictionaries
-    from pipeline.opened_run import open_run
+    from pipeline.describe.opened import diff_atlases
+    from pipeline.run import Run
 
-    saes = [
-        read_dictionaries(open_run(root, ("train", "atlas"))["train"]) for root in (before, after)
-    ]
-    found = diff_atlases(Atlas.open(before / "atlas"), Atlas.open(after / "atlas"), *saes)
+    old, new = Run.open(before), Run.open(after)
+    found = diff_atlases(old.features, new.features, old.saes, new.saes)
     for line in table(
         [(str(status), show_number(int(n))) for status, n in found["status"].value_counts().items()]
     ):
@@ -232,6 +226,7 @@ def explain(
     from pipeline.describe.chat import ChatModel
     from pipeline.describe.explain import Evidence, Opinions, second_opinions
     from pipeline.describe.sentences import SentenceModel
+    from pipeline.run import Run
     from pipeline.site.attach import attach_scores
 
     if not sentences and endpoint is None:
@@ -243,7 +238,7 @@ def explain(
         fuzz=fuzz,
     )
     root = run_folder(artifacts, recipe)
-    evidence = Evidence(root, seed=seed)
+    evidence = Evidence(Run.open(root), seed=seed)
     everything = []
     for feature, found in second_opinions(
         evidence, features or evidence.chosen(n, short=short), opinions

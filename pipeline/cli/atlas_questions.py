@@ -64,11 +64,14 @@ def read(text: str, n: int, short: str | None, device: str, recipe: str, artifac
 
     The percentage is the activation as a share of the feature's largest on the corpus."""
     from featureflow.sites import parse_site
+    from pipeline.context import RunContext
     from pipeline.describe.asking import read_text
+    from pipeline.run import Run
 
+    run = Run.open(run_folder(artifacts, recipe), context=RunContext(device=device))
     site = None if short is None else parse_site(short)
     rows = []
-    for token in read_text(run_folder(artifacts, recipe), text, site=site, n=n, device=device):
+    for token in read_text(run, text, site=site, n=n):
         name = repr(token.text)
         for firing in token.firings:
             rows.append((name, str(firing.feature), f"{100 * firing.share:.0f} %", firing.label))

@@ -14,6 +14,7 @@ from pipeline.console import complain, say, show_number, table
 
 if TYPE_CHECKING:
     from pipeline.flow.graph import FlowGraph
+    from pipeline.run import Run
 
 
 @click.group("flow", no_args_is_help=True)
@@ -29,8 +30,8 @@ def show(feature: str, recipe: str, artifacts: Path) -> None:
     """Print where FEATURE (such as L12/402) comes from, how long it lasts and where it goes."""
     from pipeline.flow.describe import describe_flow
 
-    folder = _folder(recipe, artifacts)
-    say(describe_flow(_graph(folder), feature, label_of=labels_beside(folder)))
+    run = _run(recipe, artifacts)
+    say(describe_flow(_graph(run), feature, label_of=labels_beside(run)))
 
 
 @flow_commands.command()
@@ -50,8 +51,8 @@ def figure(feature: str, out: Path, hops: int, recipe: str, artifacts: Path) -> 
     """Draw the flow through FEATURE."""
     from pipeline.flow.figures import draw_flow
 
-    folder = _folder(recipe, artifacts)
-    draw_flow(_graph(folder), feature, out, label_of=labels_beside(folder), max_hops=hops)
+    run = _run(recipe, artifacts)
+    draw_flow(_graph(run), feature, out, label_of=labels_beside(run), max_hops=hops)
     say(str(out))
 
 
@@ -61,10 +62,10 @@ def figure(feature: str, out: Path, hops: int, recipe: str, artifacts: Path) -> 
 @artifacts_option
 def trunks(n: int, recipe: str, artifacts: Path) -> None:
     """List the longest strong flows of the graph."""
-    folder = _folder(recipe, artifacts)
-    label_of = labels_beside(folder) or (lambda name: "")
+    run = _run(recipe, artifacts)
+    label_of = labels_beside(run) or (lambda name: "")
     rows = []
-    for trunk in _graph(folder).trunks(n):
+    for trunk in _graph(run).trunks(n):
         first, middle, last = (str(trunk.features[i]) for i in (0, trunk.length // 2, -1))
         rows.append(
             (
@@ -88,32 +89,31 @@ def export(out: Path, around: str | None, hops: int | None, recipe: str, artifac
     """Write the graph to OUT: .graphml, .gexf, .cyjs (Cytoscape) or .json (attribution graph)."""
     from pipeline.flow.exports import export_graph
 
-    say(str(export_graph(_graph(_folder(recipe, artifacts)), out, around=around, max_hops=hops)))
+    say(str(export_graph(_graph(_run(recipe, artifacts)), out, around=around, max_hops=hops)))
 
 
-def _folder(recipe: str, artifacts: Path) -> Path:
-    return run_folder(artifacts, recipe)
+def _run(recipe: str, artifacts: Path) -> Run:
+    from pipeline.run import Run
+
+    return Run.open(run_folder(artifacts, recipe))
 
 
-def _graph(folder: Path) -> FlowGraph:
+def _graph(run: Run) -> FlowGraph:
+    """The graph, also when its features are not those of the dictionaries beside it: it can be read
+    all the same."""
     from pipeline.flow.graph import FlowGraph
-    from pipeline.opened_run import open_run
 
-    graph = FlowGraph.open(folder / "link")
+    graph = FlowGraph.open(run.root / "link")
     try:
-        open_run(folder, ("train", "link") if (folder / "train").exists() else ("link",))
-    # the graph can be read all the same, but its features are not those of the dictionaries
+        run.artifact("link")
     except UserError as error:
         complain(f"note: this graph is not that of the dictionaries beside it\n{error}")
     return graph
 
 
-def labels_beside(folder: Path) -> Callable[[str], str] | None:
+def labels_beside(run: Run) -> Callable[[str], str] | None:
     """Labels of the atlas beside the graph, when there is one and it was made from that graph."""
-    from pipeline.describe.opened import Atlas
-    from pipeline.opened_run import open_run
-
     try:
-        return Atlas(open_run(folder, ("link", "atlas"))["atlas"].path).label_of
+        return run.features.label_of
     except UserError:
         return None

@@ -176,7 +176,7 @@ def run_context(
     """The RunContext that the machine options describe; sets torch's thread count."""
     import torch
 
-    from pipeline.run import RunContext
+    from pipeline.context import RunContext
 
     n_threads = threads or _n_cores()
     torch.set_num_threads(n_threads)

@@ -22,8 +22,9 @@ from pipeline.lenses.paper import EXPERIMENTS, FIGURE, REPORT
 
 if TYPE_CHECKING:
     from pipeline.artifact import Artifact
+    from pipeline.context import RunContext
     from pipeline.lenses.paper.subject import Effort, Subject
-    from pipeline.run import RunContext
+    from pipeline.run import Run
 
 SCHEMA = 1
 INPUTS = ("collect", "train", "link")
@@ -107,12 +108,11 @@ def starts(
 
     def work(effort_fields: dict[str, int], context: RunContext) -> Artifact:
         from pipeline.cli.paper_starts import make_starts
-        from pipeline.opened_run import open_run
+        from pipeline.run import Run
 
-        root = run_folder(artifacts, recipe)
-        inputs = open_run(root, ("collect", "train"))
+        opened = Run.open(run_folder(artifacts, recipe), context=context)
         effort = _effort(effort_fields)
-        return make_starts(root, inputs, effort, context, n_layers=layers, steps=steps, force=force)
+        return make_starts(opened, effort, n_layers=layers, steps=steps, force=force)
 
     _run(work, others, quiet)
 
@@ -138,15 +138,16 @@ def make(
     """The artifact of one experiment, made if it is not there. Raises UserError."""
     from pipeline.artifact import Artifact, digest_of
     from pipeline.lenses.paper import run_experiment, write_finding
-    from pipeline.opened_run import open_run
+    from pipeline.run import Run
 
     effort = _effort(effort_fields)
-    inputs = open_run(root, INPUTS)
+    opened = Run.open(root, context=context)
+    inputs = opened.need(*INPUTS)
     digests = {stage: artifact.digest for stage, artifact in inputs.items()}
     kind, out = f"paper-{name}", root / "paper" / name
     config = dataclasses.asdict(effort)
     if force or not Artifact.is_current(out, digest_of(kind, SCHEMA, config, digests)):
-        subject = _subject(inputs, effort, context)
+        subject = _subject(opened, effort)
         with Artifact.create(out, kind=kind, schema=SCHEMA, config=config, inputs=digests) as draft:
             finding = run_experiment(name, subject, effort)
             write_finding(finding, draft.path)
@@ -166,25 +167,20 @@ def _effort(fields: dict[str, int]) -> Effort:
         raise UserError("these numbers cannot be used", found=str(error)) from error
 
 
-def _subject(inputs: dict[str, Artifact], effort: Effort, context: RunContext) -> Subject:
-    """The linked model behind the artifacts."""
-    from data.store import ActivationStore
+def _subject(opened: Run, effort: Effort) -> Subject:
+    """The linked model of a run."""
     from pipeline.cli.paper_tokens import contexts_of, rows_after_contexts
-    from pipeline.collected import open_collected_model
-    from pipeline.dictionaries import FOLDER
-    from pipeline.flow.sources import DictionaryFolder, HeldOutRows
-    from pipeline.flow.tables import read_tables
+    from pipeline.flow.sources import HeldOutRows
     from pipeline.lenses.paper.subject import Subject
-    from pipeline.stages.collect import STORE
 
-    store = ActivationStore.open(inputs["collect"].path / STORE)
+    store = opened.store
     return Subject(
-        dictionaries=DictionaryFolder(inputs["train"].path / FOLDER),
-        edges=read_tables(inputs["link"].path).edges,
+        dictionaries=opened.saes.keeping(0, device="cpu"),
+        edges=opened.graph.edges,
         held_out=HeldOutRows(url=store.url, rows=rows_after_contexts(store, effort)),
-        open_model=lambda: open_collected_model(inputs["collect"], store, context),
+        open_model=lambda: opened.model,
         contexts=contexts_of(store),
-        progress=context.progress,
+        progress=opened.context.progress,
     )
 
 

@@ -21,9 +21,10 @@ from featureflow.errors import UserError
 if TYPE_CHECKING:
     from data.store import ActivationStore
     from pipeline.artifact import Artifact
+    from pipeline.context import RunContext
     from pipeline.lenses.paper.starts import Start
     from pipeline.lenses.paper.subject import Effort
-    from pipeline.run import RunContext
+    from pipeline.run import Run
     from pipeline.stages import train
 
 NAME, SCHEMA = "starts", 1
@@ -31,28 +32,18 @@ FEWEST_LAYERS = 2
 
 
 def make_starts(
-    root: Path,
-    inputs: Mapping[str, Artifact],
-    effort: Effort,
-    context: RunContext,
-    *,
-    n_layers: int,
-    steps: int,
-    force: bool = False,
+    opened: Run, effort: Effort, *, n_layers: int, steps: int, force: bool = False
 ) -> Artifact:
     """The artifact of the comparison, made if it is not there. Raises UserError."""
-    from data.store import ActivationStore
     from pipeline.artifact import Artifact, digest_of
     from pipeline.cli.paper_tokens import contexts_of, rows_after_contexts
-    from pipeline.collected import open_collected_model
     from pipeline.flow.sources import HeldOutRows
     from pipeline.lenses.paper import write_finding
     from pipeline.lenses.paper.starts import compare_starts
-    from pipeline.stages.collect import STORE
 
-    collect = inputs["collect"]
-    store = ActivationStore.open(collect.path / STORE)
-    configs = _training_configs(inputs["train"], store, n_layers=n_layers, steps=steps)
+    made_from, root, context = opened.need("collect", "train"), opened.root, opened.context
+    collect, store = made_from["collect"], opened.store
+    configs = _training_configs(made_from["train"], store, n_layers=n_layers, steps=steps)
     folder = root / "paper" / "dictionaries"
     trained = {
         name: _trained(config, collect, folder / name, context) for name, config in configs.items()
@@ -70,7 +61,7 @@ def make_starts(
                     for name, artifact in trained.items()
                 ],
                 held_out=HeldOutRows(url=store.url, rows=rows_after_contexts(store, effort)),
-                open_model=lambda: open_collected_model(collect, store, context),
+                open_model=lambda: opened.model,
                 contexts=contexts_of(store),
                 effort=effort,
                 progress=context.progress,
@@ -139,12 +130,11 @@ def _trained(config: train.Config, collect: Artifact, out: Path, context: RunCon
 def _start(
     name: str, artifact: Artifact, store: ActivationStore, context: RunContext, effort: Effort
 ) -> Start:
-    from pipeline.dictionaries import FOLDER
-    from pipeline.flow.sources import DictionaryFolder
     from pipeline.lenses.paper.starts import Start
+    from pipeline.saes import FOLDER, Saes
     from pipeline.stages.link import trained_start_nulls
 
-    dictionaries = DictionaryFolder(artifact.path / FOLDER)
+    dictionaries = Saes(artifact.path / FOLDER, n_kept=0)
     nulls: Mapping[Any, Any] = trained_start_nulls(
         dictionaries, store, context, n_per_relation=1, seed=effort.seed
     )

@@ -56,7 +56,7 @@ def run(
     **machine: Any,
 ) -> None:
     """Run the pipeline of a recipe: every stage that is not up to date, in order."""
-    from pipeline.opened_run import whole_run
+    from pipeline.run import Run
     from pipeline.stages.recipe import read_recipe
     from pipeline.stages.run_index import write_run_index
     from pipeline.stages.schedule import Events, run_recipe, stages_above
@@ -78,7 +78,7 @@ def run(
             force=force,
             shared=artifacts / parsed.name,
         )
-    index = write_run_index(root, parsed, whole_run(root, [result.artifact for result in results]))
+    index = write_run_index(root, parsed, [*Run.open(root).artifacts.values()])
     _report_run(results, index)
 
 

@@ -174,6 +174,7 @@ def contrast(
         read_lines,
     )
     from pipeline.lenses.steering.session import SteerSession
+    from pipeline.run import Run
 
     texts = read_lines(topical), read_lines(other)
     session = SteerSession.open(run_folder(artifacts, recipe), device=device)
@@ -186,7 +187,7 @@ def contrast(
     found = features_of_contrast(
         session, *texts, by="auroc" if by == "auroc" else "d_prime", n_best=candidates
     )
-    label_of = labels_beside(run_folder(artifacts, recipe)) or (lambda name: "")
+    label_of = labels_beside(Run.open(run_folder(artifacts, recipe))) or (lambda name: "")
     for each in found[:5]:
         c = each.contrast
         say(

@@ -27,7 +27,7 @@ def verify(quick: bool, recipe: str, artifacts: Path) -> None:
     """Check a finished run: every file by its checksum, and that each stage was made from those
     beside it."""
     from pipeline.artifact import SCHEMAS
-    from pipeline.opened_run import misfits
+    from pipeline.run import misfits
 
     root = run_folder(artifacts, recipe)
     stages = [stage for stage in SCHEMAS if (root / stage).exists()]
@@ -65,12 +65,13 @@ def _damage(
     opened."""
     from data.store.checks import verify_store
     from pipeline.artifact import SCHEMAS, Artifact
-    from pipeline.run import RunContext
+    from pipeline.context import RunContext
+    from pipeline.run import STORE
 
     try:
         found[stage] = Artifact.open(root / stage, kind=stage, schema=SCHEMAS[stage])
         if stage == "collect":
-            verify_store(root / stage / "store.zarr", not quick, RunContext()).raise_if_damaged()
+            verify_store(root / stage / STORE, not quick, RunContext()).raise_if_damaged()
         if not quick:
             found[stage].verify()
     except UserError as error:

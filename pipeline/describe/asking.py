@@ -13,19 +13,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import TypeAdapter
 
-from data.model.language_model import LanguageModel
-from data.model.spec import ModelSpec
 from featureflow.errors import UserError
 from featureflow.sites import FeatureId, Site
 from pipeline.describe.opened import Atlas
-from pipeline.dictionaries import read_dictionaries
-from pipeline.opened_run import open_run
+
+if TYPE_CHECKING:
+    from pipeline.run import Run
 
 _PLACES = ("label", "tokens", "promotes")
 
@@ -111,27 +108,24 @@ def _found(row: dict[str, Any], pattern: re.Pattern[str]) -> Found | None:
     )
 
 
-def read_text(
-    root: Path, text: str, *, site: Site | None = None, n: int = 3, device: str = "cpu"
-) -> list[ReadToken]:
+def read_text(run: Run, text: str, *, site: Site | None = None, n: int = 3) -> list[ReadToken]:
     """The tokens of a text with the `n` strongest latents at a site (the middle residual one) of
-    the run in `root`.
+    the run.
 
     Raises UserError for an empty or too long text and for a site without a dictionary."""
-    run = open_run(root, ("collect", "train", "atlas"))
-    atlas = Atlas.open(run["atlas"].path)
+    run.need("collect", "train", "atlas")
+    atlas = run.features
     where = site or middle_site(atlas.sites)
     atlas.number(FeatureId(where, 0))
-    spec: ModelSpec = TypeAdapter(ModelSpec).validate_python(run["collect"].config["model"])
-    model = LanguageModel.open(spec, dtype=run["collect"].config["model_dtype"], device=device)
+    model = run.model
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
     if not 1 < len(ids) <= model.n_context:
         expected = f"1 … {model.n_context - 1} tokens"
         raise UserError(
             "the text is empty or too long", found=f"{len(ids) - 1} tokens", expected=expected
         )
-    activations = model.activations(torch.tensor([ids]), [where])[where][0].float().cpu()
-    codes = read_dictionaries(run["train"])[where].encode(activations)[1:]
+    activations = model.activations(torch.tensor([ids]), [where])[where][0].float()
+    codes = run.saes[where].encode(activations)[1:]
     pieces = [model.tokenizer.token_text(i) for i in ids[1:]]
     return [
         ReadToken(text=piece, firings=tuple(_strongest(atlas, where, z, n)))

@@ -19,23 +19,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 
-from data.store import ActivationStore
 from featureflow.errors import UserError
 from featureflow.sites import FeatureId, Site, parse_feature
 from pipeline.describe.chat import ChatModel
 from pipeline.describe.explainer import Detection, detect, explain, fuzz, marked
-from pipeline.describe.opened import Atlas
 from pipeline.describe.sentences import SentenceModel, embedding_score, example_embedding_score
-from pipeline.dictionaries import read_dictionaries
-from pipeline.opened_run import open_run
 from pipeline.site.cards import Cards, Example
+
+if TYPE_CHECKING:
+    from pipeline.describe.opened import Atlas
+    from pipeline.run import Run
 
 REACH, MOST = 16, 10
 _CANDIDATES = 64
@@ -68,17 +67,17 @@ class Opinions:
 class Evidence:
     """Windows of any feature of a run (`artifacts/<recipe>`)."""
 
-    def __init__(self, root: Path, *, seed: int = 0) -> None:
-        self.atlas = Atlas.open(root / "atlas")
-        self.cards = Cards.open(root / "atlas" / "site")
-        run = open_run(root, ("collect", "train", "atlas"))
-        self._store = ActivationStore.open(run["collect"].path / "store.zarr")
-        self._saes = read_dictionaries(run["train"])
+    def __init__(self, run: Run, *, seed: int = 0) -> None:
+        folder = run.need("collect", "train", "atlas")["atlas"].path
+        self.atlas = run.features
+        self.cards = Cards.open(folder / "site")
+        self._store = run.store
+        self._saes = run.saes
         self._tokens = self.atlas.tokens
         if "part" not in self._tokens:
             raise UserError(
                 "the atlas does not say which documents are for what",
-                where=str(root / "atlas"),
+                where=str(folder),
                 fix="featureflow run --to atlas",
             )
         self._seed = seed

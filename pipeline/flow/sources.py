@@ -1,16 +1,13 @@
-"""Where linking gets its inputs: dictionaries read one at a time from a folder, held-out
-activations from a store.
+"""What linking reads besides dictionaries: held-out activations from a store, and what the
+dictionaries say about themselves.
 
-A recipe of 30 layers × 16k latents holds tens of gigabytes of dictionaries; a pair needs two of
-them at once. Both classes travel to other processes as a path and a few numbers.
+The rows travel to other processes as a path and a few numbers.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,40 +18,10 @@ from torch import Tensor
 from data.store import ActivationStore
 from featureflow.errors import Problem, UserError
 from featureflow.sites import Site, parse_site
-from sae import Sae, load_sae
+from pipeline.saes import Saes
+from sae import Sae
 
 _BLOCK_ROWS = 2048
-
-
-class DictionaryFolder(Mapping[Site, Sae]):
-    """The dictionaries under `<folder>/<site short name>/`, loaded at each access and not kept."""
-
-    def __init__(self, folder: Path) -> None:
-        found = [path.parent for path in folder.glob("*/sae.json")] if folder.is_dir() else []
-        sites = sorted(
-            ((parse_site(path.name), path) for path in found), key=lambda item: item[0].depth
-        )
-        if not sites:
-            raise UserError(
-                "there are no dictionaries here",
-                where=str(folder),
-                fix="featureflow run --to train",
-            )
-        self._paths = dict(sites)
-
-    def __getitem__(self, site: Site) -> Sae:
-        return load_sae(self._paths[site])
-
-    def __iter__(self) -> Iterator[Site]:
-        return iter(self._paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def description(self, site: Site) -> dict[str, Any]:
-        """Sizes and metadata without the weights: `n_latents`, `d_out`, `metadata`. The loader
-        checks it fully."""
-        return json.loads((self._paths[site] / "sae.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,6 +86,6 @@ def facts_of(dictionaries: Mapping[Site, Sae]) -> dict[Site, Mapping[str, Any]]:
 
 
 def _metadata(dictionaries: Mapping[Site, Sae], site: Site) -> Mapping[str, Any]:
-    if isinstance(dictionaries, DictionaryFolder):
+    if isinstance(dictionaries, Saes):
         return dictionaries.description(site)["metadata"]
     return dictionaries[site].metadata

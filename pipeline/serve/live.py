@@ -28,18 +28,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 
 from data.concepts.prompts import read_prompts
 from data.model.language_model import LanguageModel
-from data.model.spec import ModelSpec
 from featureflow.errors import UserError
 from featureflow.sites import Site, parse_feature, parse_site
-from pipeline.opened_run import open_run
+from pipeline.context import RunContext
+from pipeline.run import Run
+from pipeline.saes import Saes
 from pipeline.site.cards import Cards
 from pipeline.site.graph import AtlasGraph, read_graph
 from pipeline.site.shards import read_shard
-from sae import Sae, load_sae
+from sae import Sae
 from steering.dose import NeutralText, measure, solve_for_dose
 from steering.edits import Add
 from steering.generation import Sampling, stream
@@ -62,34 +62,29 @@ class LiveAtlas:
 
     model: LanguageModel
     cards: Cards
-    dictionaries: Path
+    trained: Saes
     graph: AtlasGraph | None
     stopped: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
     def open(cls, root: Path, *, device: str = "cpu") -> LiveAtlas:
         """Open the run in `root`. Raises UserError when one of its artifacts is missing."""
-        has_link = (root / "link" / "edges.parquet").is_file()
-        run = open_run(root, ("collect", "train", *(["link"] if has_link else []), "atlas"))
-        collect, train = run["collect"], run["train"]
-        cards = Cards.open(run["atlas"].path / "site")
-        spec = TypeAdapter(ModelSpec).validate_python(collect.config["model"])
+        run = Run.open(root, context=RunContext(device=device))
+        cards = Cards.open(run.need("collect", "train", "atlas")["atlas"].path / "site")
         sites = [parse_site(short) for short in cards.sites]
-        has_graph = cards.manifest["has"]["flow"] and has_link
+        has_graph = cards.manifest["has"]["flow"] and (root / "link" / "edges.parquet").is_file()
         sizes = [int(entry["n_latents"]) for entry in cards.sites.values()]
         return cls(
-            model=LanguageModel.open(spec, dtype=collect.config["model_dtype"], device=device),
+            model=run.model,
             cards=cards,
-            dictionaries=train.path / "dictionaries",
-            graph=read_graph(root / "link", sites, sizes) if has_graph else None,
+            trained=run.saes,
+            graph=read_graph(run.artifact("link").path, sites, sizes) if has_graph else None,
         )
 
     @cached_property
     def saes(self) -> dict[Site, Sae]:
-        """All dictionaries, read once and kept."""
-        return {
-            parse_site(short): load_sae(self.dictionaries / short) for short in self.cards.sites
-        }
+        """All dictionaries, in the order of the cards' sites."""
+        return {(site := parse_site(short)): self.trained[site] for short in self.cards.sites}
 
     def stop(self) -> None:
         self.stopped.set()

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from featureflow.errors import Problem, UserError
-from pipeline.artifact import MANIFEST, SCHEMAS, Artifact, write_text_atomically
+from featureflow.files import write_text_atomically
+from pipeline.artifact import MANIFEST, SCHEMAS, Artifact
 from pipeline.site.shards import Shard, read_shard, write_shard
 from pipeline.site.site_folder import ATTACHED_VERSION, NO_STEERING
 

@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from featureflow.sites import parse_site
+from pipeline.context import RunContext
 from pipeline.describe.intermediate import load_columns
 from pipeline.describe.tables import write_tables
 from pipeline.describe.vocabulary import Vocabulary
@@ -42,7 +43,6 @@ from pipeline.describe.workshop import (
     survey_job,
     write_job,
 )
-from pipeline.run import RunContext
 from pipeline.site import site_folder
 from pipeline.site.shards import read_shard
 

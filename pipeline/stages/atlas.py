@@ -32,16 +32,17 @@ from data.store import ActivationStore, RowFilters
 from featureflow.errors import UserError
 from featureflow.sites import Site, parse_site
 from pipeline.artifact import SCHEMAS, Artifact, Draft
+from pipeline.context import RunContext
 from pipeline.describe.labels import Bar
 from pipeline.describe.vocabulary import Vocabulary
 from pipeline.describe.workshop import Workshop
-from pipeline.run import RunContext
+from pipeline.run import STORE
+from pipeline.saes import FOLDER
 from pipeline.site.attach import carry_over
 from pipeline.site.build import AtlasFacts, ModelFacts, build_atlas
 from pipeline.site.figures import draw_atlas
 
 KIND, SCHEMA = "atlas", SCHEMAS["atlas"]
-STORE, DICTIONARIES = "store.zarr", "dictionaries"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,7 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
 
 def workshop_of(config: Config, inputs: Inputs, draft: Draft) -> Workshop:
     """Where everything lies. Raises UserError when there are no dictionaries."""
-    folder = inputs.train.path / DICTIONARIES
+    folder = inputs.train.path / FOLDER
     sites = sorted(
         (parse_site(p.parent.name) for p in folder.glob("*/sae.json")), key=lambda site: site.depth
     )

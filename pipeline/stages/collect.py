@@ -38,11 +38,11 @@ from data.text.corpus import CorpusSpec, PackagedText, describe_corpus
 from data.text.packing import PackedTokens, pack_corpus
 from featureflow.sites import Site
 from pipeline.artifact import SCHEMAS, Artifact, Draft
-from pipeline.run import RunContext
+from pipeline.context import RunContext
+from pipeline.run import STORE
 from pipeline.stages.collect_figures import draw_norms, site_table
 
 KIND, SCHEMA = "collect", SCHEMAS["collect"]
-STORE = "store.zarr"
 
 
 @dataclass(frozen=True, kw_only=True)

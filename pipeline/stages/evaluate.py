@@ -36,16 +36,17 @@ from data.store.provenance import digest_of_file
 from data.store.store import Split
 from data.store.tokens import RowFilters
 from featureflow.errors import UserError
+from featureflow.files import write_text_atomically
 from featureflow.sites import Site, parse_site
-from pipeline.artifact import SCHEMAS, Artifact, Draft, write_text_atomically
-from pipeline.collected import open_collected_model
+from pipeline.artifact import SCHEMAS, Artifact, Draft
+from pipeline.context import RunContext
 from pipeline.lenses.evaluation.candidates import TRAINED, Candidate, find_candidates
 from pipeline.lenses.evaluation.figures import draw_by_layer, draw_frontier
 from pipeline.lenses.evaluation.frontier import write_frontier
 from pipeline.lenses.evaluation.held_out import choose_contexts, choose_rows
 from pipeline.lenses.evaluation.reconstruction import Bootstrap, Rows, measure_site
 from pipeline.lenses.evaluation.recovery import Recovery, Subject, measure_recovery
-from pipeline.run import RunContext
+from pipeline.run import Run
 from sae.metrics import Interval
 
 KIND, SCHEMA = "evaluate", SCHEMAS["evaluate"]
@@ -108,11 +109,12 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
         **outside_digests(config),
     }
     with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=digests) as draft:
-        store = ActivationStore.open(inputs.collect.path / "store.zarr")
+        opened = Run.of({"collect": inputs.collect, "train": inputs.train}, context=context)
+        store = opened.store
         candidates = find_candidates(inputs.train, config.others, store)
         rows, curves = _measure_all(config, store, candidates, draft, context)
         if config.ce_tokens:
-            recoveries = _with_the_model(config, inputs.collect, store, candidates, context)
+            recoveries = _with_the_model(config, opened, candidates)
             rows = [row | _recovery_columns(recoveries.get(row["name"])) for row in rows]
         _write(draft, pd.DataFrame(rows), pd.DataFrame(curves))
         shutil.rmtree(draft.path / _KEPT)
@@ -175,14 +177,10 @@ def _choose(config: Config, store: ActivationStore, sites: Sequence[Site]) -> Ro
 
 
 def _with_the_model(
-    config: Config,
-    collect: Artifact,
-    store: ActivationStore,
-    candidates: Sequence[Candidate],
-    context: RunContext,
+    config: Config, opened: Run, candidates: Sequence[Candidate]
 ) -> dict[str, Recovery]:
     sites = _ce_sites(config, candidates)
-    model = open_collected_model(collect, store, context)
+    store, context = opened.store, opened.context
     subjects = [
         Subject(
             name=candidate.name,
@@ -196,7 +194,7 @@ def _with_the_model(
     ]
     contexts = choose_contexts(store, config.ce_tokens, filters=config.filters, seed=config.seed)
     return measure_recovery(
-        model,
+        opened.model,
         subjects,
         contexts,
         n_resamples=config.n_resamples,

@@ -28,13 +28,12 @@ from typing_extensions import Doc
 
 from data.store import ActivationStore
 from pipeline.artifact import Artifact
-from pipeline.dictionaries import FOLDER
+from pipeline.context import RunContext
 from pipeline.flow.figures import draw_class_shares, draw_link_strengths
 from pipeline.flow.link import Links, link_dictionaries
 from pipeline.flow.null import NullSample
 from pipeline.flow.options import Automatic, Calibrated, LinkOptions, NullChoice, Thresholds
 from pipeline.flow.pairing import Relation
-from pipeline.flow.sources import DictionaryFolder, HeldOutRows
 from pipeline.flow.start_null import plan_nulls, pooled, start_sample
 from pipeline.flow.tables import KIND, SCHEMA, write_tables
 from pipeline.flow.validation import (
@@ -44,9 +43,8 @@ from pipeline.flow.validation import (
     attach_evidence,
     validate_links,
 )
-from pipeline.run import RunContext
-from pipeline.stages.collect import STORE
-from pipeline.stages.evaluate import open_collected_model
+from pipeline.run import Run
+from pipeline.saes import Saes
 from pipeline.training.reading import normalisation_at, read_rows
 
 MOST_NULL_ROWS = 65_536
@@ -94,18 +92,17 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
     digests = {"collect": inputs.collect.digest, "train": inputs.train.digest}
     with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=digests) as draft:
         started = time.monotonic()
-        dictionaries = DictionaryFolder(inputs.train.path / FOLDER)
-        store = ActivationStore.open(inputs.collect.path / STORE)
-        links = _linked(config, dictionaries, store, context)
+        opened = Run.of({"collect": inputs.collect, "train": inputs.train}, context=context)
+        saes = opened.saes.keeping(0, device="cpu")
+        links = _linked(config, opened, saes)
         draft.summary.update(summary_of(links))
         edges = links.edges
         if config.validate is not None:
-            model = open_collected_model(inputs.collect, store, context)
             found = validate_links(
                 edges,
-                dictionaries,
-                model,
-                store,
+                saes,
+                opened.model,
+                opened.store,
                 options=config.validate,
                 progress=context.progress,
             )
@@ -121,37 +118,37 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
 
 
-def _linked(
-    config: Config, dictionaries: DictionaryFolder, store: ActivationStore, context: RunContext
-) -> Links:
+def _linked(config: Config, opened: Run, saes: Saes) -> Links:
     names = ("top_k", "null", "n_null", "thresholds", "seed")
     options = LinkOptions(**{name: getattr(config, name) for name in names})
-    held_out = HeldOutRows.of(store, config.functional_tokens) if config.functional_tokens else None
+    n_tokens, context = config.functional_tokens, opened.context
     return link_dictionaries(
-        dictionaries,
+        saes,
         options=options,
-        held_out=held_out,
-        start_nulls=_start_nulls(config, dictionaries, store, context),
+        held_out=opened.held_out(n_tokens) if n_tokens else None,
+        start_nulls=_start_nulls(config, opened, saes),
         device=context.device,
         progress=context.progress,
         machines=context,
     )
 
 
-def _start_nulls(
-    config: Config, dictionaries: DictionaryFolder, store: ActivationStore, context: RunContext
-) -> dict[Relation, NullSample]:
+def _start_nulls(config: Config, opened: Run, saes: Saes) -> dict[Relation, NullSample]:
     """What inertia leaves, by relation, for dictionaries of one start; empty when none are or the
     choice is another."""
     if not isinstance(config.null, Automatic) or not config.null.trained_pairs:
         return {}
     return trained_start_nulls(
-        dictionaries, store, context, n_per_relation=config.null.trained_pairs, seed=config.seed
+        saes,
+        opened.store,
+        opened.context,
+        n_per_relation=config.null.trained_pairs,
+        seed=config.seed,
     )
 
 
 def trained_start_nulls(
-    dictionaries: DictionaryFolder,
+    dictionaries: Saes,
     store: ActivationStore,
     context: RunContext,
     *,

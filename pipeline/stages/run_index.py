@@ -9,7 +9,8 @@ from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader
 
-from pipeline.artifact import Artifact, write_text_atomically
+from featureflow.files import write_text_atomically
+from pipeline.artifact import Artifact
 from pipeline.console import show_number
 from pipeline.stages import TITLES
 from pipeline.stages.recipe import Recipe

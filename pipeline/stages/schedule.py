@@ -27,8 +27,9 @@ from types import ModuleType
 from typing import Any
 
 from featureflow.errors import UserError
-from pipeline.artifact import Artifact, digest_of, replace_folder
-from pipeline.run import RunContext
+from featureflow.files import replace_folder
+from pipeline.artifact import Artifact, digest_of
+from pipeline.context import RunContext
 from pipeline.stages import STAGES, StageName
 from pipeline.stages.recipe import Recipe
 from sae.kernels.memory import kept_memory

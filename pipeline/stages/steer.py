@@ -34,6 +34,7 @@ from data.concepts.prompts import read_prompts
 from data.model.language_model import LanguageModel
 from featureflow.progress import Progress
 from pipeline.artifact import SCHEMAS, Artifact, Draft
+from pipeline.context import RunContext
 from pipeline.lenses.steering.choice import (
     N_REPORTABLE,
     Candidate,
@@ -63,7 +64,7 @@ from pipeline.lenses.steering.tables import (
     sample_table,
     side_by_side,
 )
-from pipeline.run import RunContext
+from pipeline.run import Run
 from steering.arms import ARMS
 from steering.dose import NeutralText
 from steering.generation import Generation, Sampling, generate
@@ -190,9 +191,8 @@ class Found(Dosed):
 
 
 def _bench(config: Config, inputs: Inputs, context: RunContext) -> Bench:
-    session = SteerSession.of_artifacts(
-        inputs.collect, inputs.train, inputs.link, device=context.device, progress=context.progress
-    )
+    made_from = {"collect": inputs.collect, "train": inputs.train, "link": inputs.link}
+    session = SteerSession.of(Run.of(made_from, context=context))
     sources = dataclasses.replace(session.sources, has_label=labelled_by_atlas(inputs.atlas.path))
     split = prompt_split(config.n_prompts, config.seed)
     limits = ordinary_limits(

@@ -30,12 +30,13 @@ from data.store import ActivationStore
 from data.store.cluster import connected, threads_of_worker
 from data.store.patterns import parse_sites
 from data.store.tokens import RowFilters
+from featureflow.files import write_text_atomically
 from featureflow.progress import Metrics
 from featureflow.sites import Site
-from pipeline.artifact import SCHEMAS, Artifact, Draft, write_text_atomically
-from pipeline.dictionaries import FOLDER
-from pipeline.run import RunContext
-from pipeline.stages.collect import STORE
+from pipeline.artifact import SCHEMAS, Artifact, Draft
+from pipeline.context import RunContext
+from pipeline.run import STORE
+from pipeline.saes import FOLDER
 from pipeline.training.cluster import Described, run_lessons_on_cluster
 from pipeline.training.figures import draw_curves, draw_layers
 from pipeline.training.imported import Imported, identity_of_imported, import_dictionaries

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from data.store import ActivationStore
+from featureflow.files import write_text_atomically
 from featureflow.progress import DETAIL, Metrics, Progress, discard, silent
-from pipeline.artifact import write_text_atomically
 from pipeline.training.lessons import DICTIONARIES, VARIANTS, Learner, Lesson
 from pipeline.training.plan import SiteJob
 from pipeline.training.reading import (

@@ -24,7 +24,7 @@ from data.store import ActivationStore
 from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
 from pipeline.cli import run_command
-from pipeline.dictionaries import read_dictionaries
+from pipeline.saes import FOLDER, Saes
 from pipeline.stages import STAGES, StageName
 from pipeline.stages.recipe import read_recipe
 
@@ -69,7 +69,7 @@ def test_stored_activations_are_those_of_the_model(artifacts: Path) -> None:
 
 def test_dictionaries_explain_more_than_the_mean(artifacts: Path) -> None:
     store = ActivationStore.open(artifacts / "collect" / "store.zarr")
-    dictionaries = read_dictionaries(opened(artifacts, "train"))
+    dictionaries = Saes(opened(artifacts, "train").path / FOLDER)
     assert set(dictionaries) == set(store.sites)
     rows = store.kept_rows("validation")
     for site, sae in dictionaries.items():
@@ -82,7 +82,7 @@ def test_dictionaries_explain_more_than_the_mean(artifacts: Path) -> None:
 def test_evaluation_is_what_a_slow_recount_gives(artifacts: Path) -> None:
     table = pd.read_parquet(artifacts / "evaluate" / "metrics.parquet").set_index("site")
     store = ActivationStore.open(artifacts / "collect" / "store.zarr")
-    dictionaries = read_dictionaries(opened(artifacts, "train"))
+    dictionaries = Saes(opened(artifacts, "train").path / FOLDER)
     rows = store.kept_rows("validation")[:1024]
     for site, sae in dictionaries.items():
         x = torch.from_numpy(store.read(site, 0, store.n_rows)[rows]).double()
@@ -94,7 +94,7 @@ def test_evaluation_is_what_a_slow_recount_gives(artifacts: Path) -> None:
 
 def test_best_links_are_the_largest_cosines(artifacts: Path) -> None:
     edges = pd.read_parquet(artifacts / "link" / "edges.parquet")
-    dictionaries = read_dictionaries(opened(artifacts, "train"))
+    dictionaries = Saes(opened(artifacts, "train").path / FOLDER)
     residual = edges[(edges["relation"] == "residual") & (edges["rank"] == 0)]
     assert len(residual)
     for (source, target), group in residual.groupby(["source_site", "target_site"], observed=True):
@@ -115,7 +115,7 @@ def test_the_graph_only_points_forward(artifacts: Path) -> None:
 def test_the_atlas_has_a_page_and_rows_for_every_feature(artifacts: Path) -> None:
     features = pd.read_parquet(artifacts / "atlas" / "tables" / "features.parquet")
     n_expected = sum(
-        sae.n_latents for sae in read_dictionaries(opened(artifacts, "train")).values()
+        sae.n_latents for sae in Saes(opened(artifacts, "train").path / FOLDER).values()
     )
     assert len(features) == n_expected
     assert (artifacts / "atlas" / "site" / "index.html").is_file()
@@ -283,7 +283,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_dictionaries(
             break
     else:
         pytest.fail("never got through")
-    ours = read_dictionaries(opened(tmp_path / "tiny", "train"))
-    theirs = read_dictionaries(opened(artifacts, "train"))
+    ours = Saes(opened(tmp_path / "tiny", "train").path / FOLDER)
+    theirs = Saes(opened(artifacts, "train").path / FOLDER)
     for site, sae in ours.items():
         assert torch.equal(sae.W_dec, theirs[site].W_dec), site

@@ -8,7 +8,7 @@ import pytest
 from data.model.spec import Random
 from data.text.corpus import BundledText
 from pipeline.artifact import Artifact
-from pipeline.run import RunContext
+from pipeline.context import RunContext
 from pipeline.stages import collect, link, steer, train
 from sae.architectures import TopK
 

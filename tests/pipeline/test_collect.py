@@ -18,7 +18,7 @@ from data.store.patterns import parse_sites
 from data.text.corpus import BundledText
 from featureflow.errors import UserError
 from featureflow.sites import Site
-from pipeline.run import RunContext
+from pipeline.context import RunContext
 from pipeline.stages.collect import Config, Inputs, outside_digests, run
 
 CONFIG = Config(

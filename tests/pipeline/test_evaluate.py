@@ -17,9 +17,9 @@ from data.text.corpus import BundledText
 from featureflow.errors import UserError
 from featureflow.sites import Site, parse_site
 from pipeline.artifact import Artifact
+from pipeline.context import RunContext
 from pipeline.lenses.evaluation.held_out import choose_contexts, choose_rows
 from pipeline.lenses.evaluation.recovery import Subject, measure_recovery
-from pipeline.run import RunContext
 from pipeline.stages import collect, evaluate
 from sae import Relu, Sae, TopKActivation, save_sae
 from sae.formats import write_saelens

@@ -13,7 +13,7 @@ import pytest
 import pipeline.stages.schedule
 from featureflow.errors import UserError
 from pipeline.artifact import Artifact
-from pipeline.run import RunContext
+from pipeline.context import RunContext
 from pipeline.stages.recipe import Recipe
 from pipeline.stages.schedule import run_recipe, run_single, stages_above
 

@@ -15,12 +15,12 @@ import pytest
 from data.concepts.prompts import read_prompts
 from featureflow.errors import UserError
 from pipeline.artifact import Artifact
+from pipeline.context import RunContext
 from pipeline.describe.chat import ChatModel
 from pipeline.lenses.steering import tables as steer_tables
 from pipeline.lenses.steering.blind_pairs import judge_artifact, verdict_lines
 from pipeline.lenses.steering.judge import SAE_TS, Judge, Judged
 from pipeline.lenses.steering.session import SteerSession
-from pipeline.run import RunContext
 from pipeline.serve.endpoint import Endpoint, make_server
 from pipeline.stages import steer
 from steering.plan_files import read_plan

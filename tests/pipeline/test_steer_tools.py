@@ -13,10 +13,10 @@ import pytest
 from featureflow.errors import UserError
 from featureflow.sites import Site
 from pipeline.cli import run_command
+from pipeline.context import RunContext
 from pipeline.flow.options import Fixed
 from pipeline.lenses.steering.contrast import telling_tokens
 from pipeline.lenses.steering.session import SteerSession
-from pipeline.run import RunContext
 from pipeline.stages import link
 from steering.applied import applied
 from steering.discovery import rank_features, read_texts

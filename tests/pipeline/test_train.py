@@ -17,8 +17,8 @@ from data.text.corpus import BundledText
 from featureflow.errors import UserError
 from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
-from pipeline.dictionaries import read_dictionaries
-from pipeline.run import RunContext
+from pipeline.context import RunContext
+from pipeline.saes import FOLDER, Saes
 from pipeline.stages import collect, train
 from pipeline.training.plan import Chain, Independent, Override, Shared, plan_jobs, rate_at
 from pipeline.training.reading import held_out_rows
@@ -61,7 +61,7 @@ def trained(collected: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Ar
 
 
 def test_every_site_has_a_dictionary_that_says_where_it_comes_from(trained: Artifact) -> None:
-    dictionaries = read_dictionaries(trained)
+    dictionaries = Saes(trained.path / FOLDER)
     assert [site.short for site in dictionaries] == ["L0", "L1.mlp", "L1", "L2"]
     starts = {site.short: sae.metadata["initialisation"] for site, sae in dictionaries.items()}
     parents = {name: start["parent"] for name, start in starts.items()}
@@ -101,7 +101,7 @@ def test_dictionaries_are_over_raw_activations(trained: Artifact, collected: Art
 
     store = ActivationStore.open(collected.path / "store.zarr")
     rows = store.kept_rows("validation")
-    for site, sae in read_dictionaries(trained).items():
+    for site, sae in Saes(trained.path / FOLDER).items():
         x = torch.from_numpy(store.read(site, 0, store.n_rows)[rows])
         fvu = float((sae(x) - x).square().sum() / (x - x.mean(0)).square().sum())
         assert fvu == pytest.approx(sae.metadata["held_out_fvu"], rel=1e-3)
@@ -140,9 +140,9 @@ def test_two_threads_end_with_the_same_dictionaries(
 ) -> None:
     inputs = train.Inputs(collect=collected)
     again = train.run(CONFIG, inputs, tmp_path / "train", RunContext(n_threads=2))
-    for site, sae in read_dictionaries(again).items():
+    for site, sae in Saes(again.path / FOLDER).items():
         torch.testing.assert_close(
-            sae.W_dec, read_dictionaries(trained)[site].W_dec, rtol=1e-3, atol=1e-4
+            sae.W_dec, Saes(trained.path / FOLDER)[site].W_dec, rtol=1e-3, atol=1e-4
         )
 
 
@@ -167,7 +167,7 @@ def test_starts_are_shared_or_not(
     done = train.run(
         config, train.Inputs(collect=collected), tmp_path / "train", RunContext(n_threads=2)
     )
-    saes = list(read_dictionaries(done).values())
+    saes = list(Saes(done.path / FOLDER).values())
     same = [torch.allclose(saes[0].W_dec, sae.W_dec, atol=1e-4) for sae in saes[1:]]
     groups = {sae.metadata["initialisation"]["group"] for sae in saes}
     assert all(same) == isinstance(initialisation, Shared)
@@ -186,7 +186,7 @@ def test_overrides_and_calibration(collected: Artifact, tmp_path: Path) -> None:
     done = train.run(
         config, train.Inputs(collect=collected), tmp_path / "train", RunContext(n_threads=1)
     )
-    saes = read_dictionaries(done)
+    saes = Saes(done.path / FOLDER)
     changed = saes[parse_site("L2")]
     assert (changed.n_latents, changed.activation.kind) == (96, "threshold")
     assert changed.metadata["held_out_l0"] == pytest.approx(6, rel=0.01)

@@ -12,7 +12,7 @@ import torch
 from data.store import ActivationStore
 from featureflow.errors import UserError
 from featureflow.sites import Site
-from pipeline.dictionaries import Dictionaries
+from pipeline.saes import Saes
 from pipeline.training.imported import (
     Imported,
     find_imported,
@@ -76,7 +76,7 @@ def test_imported_dictionaries_compute_what_their_files_say(
 ) -> None:
     described = import_dictionaries(choice, store(), tmp_path / "dictionaries")
     assert set(described) == {SITES[0], SITES[1]}, "a kind without a pattern is left out"
-    ours = Dictionaries(tmp_path / "dictionaries")
+    ours = Saes(tmp_path / "dictionaries")
     for site, path in find_imported(choice, SITES).items():
         file = np.load(path)
         x = np.random.default_rng(9).normal(size=(20, 6)).astype(np.float32)

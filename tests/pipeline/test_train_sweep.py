@@ -18,9 +18,9 @@ from data.text.corpus import BundledText
 from featureflow.errors import UserError
 from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
-from pipeline.dictionaries import read_dictionaries
+from pipeline.context import RunContext
 from pipeline.lenses.evaluation.frontier import frontier_of
-from pipeline.run import RunContext
+from pipeline.saes import FOLDER, Saes
 from pipeline.stages import collect, evaluate, train
 from pipeline.training.lessons import Transcoders, Variant
 from pipeline.training.plan import Chain
@@ -152,7 +152,7 @@ def test_the_variant_in_use_is_what_later_stages_see(
     swept: Artifact, collected: Artifact, tmp_path: Path
 ) -> None:
     used = _train(collected, tmp_path / "train", replace(CONFIG, sweep=SWEEP[:1], used="k6"))
-    assert {sae.activation.kind for sae in read_dictionaries(used).values()} == {"threshold"}
+    assert {sae.activation.kind for sae in Saes(used.path / FOLDER).values()} == {"threshold"}
     assert _weights(used, "dictionaries/L0") == _weights(swept, "variants/k6/L0")
     assert _weights(used, "variants/base/L0") == _weights(swept, "dictionaries/L0")
 
@@ -254,7 +254,7 @@ def test_a_transcoder_predicts_the_mlp_from_its_input(
     assert sae.W_skip is not None
     assert fvu == pytest.approx(sae.metadata["held_out_fvu"], rel=1e-3)
     assert fvu < 0.8
-    assert [site.short for site in read_dictionaries(transcoded)] == ["L1"], (
+    assert [site.short for site in Saes(transcoded.path / FOLDER)] == ["L1"], (
         "later stages do not take it for an SAE"
     )
     curves = [

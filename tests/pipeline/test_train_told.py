@@ -18,7 +18,7 @@ from data.text.corpus import BundledText
 from featureflow.errors import UserError
 from pipeline.artifact import Artifact, canonical_json
 from pipeline.console import Bars, tell_finished
-from pipeline.run import RunContext
+from pipeline.context import RunContext
 from pipeline.stages import collect, train
 from pipeline.training import trackers
 from pipeline.training.plan import Independent

@@ -17,26 +17,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from pydantic import TypeAdapter
 
 from data.concepts.prompts import read_prompts
 from data.model.language_model import LanguageModel
-from data.model.spec import ModelSpec
-from data.store import ActivationStore
 from featureflow.errors import Problem, UserError
 from featureflow.progress import Progress, silent
 from featureflow.sites import FeatureId, Site, parse_feature
-from pipeline.artifact import Artifact
-from pipeline.flow.graph import FlowGraph
-from pipeline.flow.sources import DictionaryFolder
+from pipeline.context import RunContext
 from pipeline.lenses.steering.selection import Sources, window_of_chain
 from pipeline.lenses.steering.study_topic import World
-from pipeline.opened_run import open_run
-from pipeline.stages import collect
+from pipeline.run import Run
+from pipeline.saes import Saes
 from sae import Sae
 from steering.arms import Flow, Scales, flow_additive, flow_levels, single
 from steering.dose import Calibrated, NeutralText, calibrate
@@ -60,35 +53,17 @@ class SteerSession:
     ) -> SteerSession:
         """Open `<artifacts>/collect, train, link`. Raises UserError naming the command that makes
         what is missing."""
-        stages = open_run(Path(artifacts), ("collect", "train", "link"))
-        return cls.of_artifacts(
-            stages["collect"], stages["train"], stages["link"], device=device, progress=progress
-        )
+        return cls.of(Run.open(artifacts, context=RunContext(device=device, progress=progress)))
 
     @classmethod
-    def of_artifacts(
-        cls,
-        collected: Artifact,
-        trained: Artifact,
-        linked: Artifact,
-        *,
-        device: str,
-        progress: Progress = silent,
-    ) -> SteerSession:
-        """The same from opened artifacts."""
-        spec: Any = TypeAdapter(ModelSpec).validate_python(collected.config["model"])
-        model = LanguageModel.open(
-            spec, dtype=collected.config["model_dtype"], device=device, progress=progress
-        )
+    def of(cls, run: Run) -> SteerSession:
+        """The same from an opened run."""
+        made_from = run.need("collect", "train", "link")
         sources = Sources(
-            graph=FlowGraph.open(linked.path),
-            store=ActivationStore.open(collected.path / collect.STORE),
-            saes=_residual_dictionaries(trained.path / "dictionaries", device),
-            model=model,
+            graph=run.graph, store=run.store, saes=_residual_saes(run.saes), model=run.model
         )
-        return cls(
-            sources=sources, digests={"dictionaries": trained.digest, "graph": linked.digest}
-        )
+        digests = {"dictionaries": made_from["train"].digest, "graph": made_from["link"].digest}
+        return cls(sources=sources, digests=digests)
 
     @property
     def model(self) -> LanguageModel:
@@ -266,15 +241,12 @@ def _laid_out(flow: Flow, scales: Scales, edit: Edit, schedule: Schedule, along:
     return flow_levels(flow, scales, edit=edit, schedule=schedule)
 
 
-def _residual_dictionaries(folder: Path, device: str) -> dict[Site, Sae]:
-    stored = DictionaryFolder(folder)
-    found = {
-        site: stored[site].to(torch.device(device)) for site in stored if site.kind == "resid_post"
-    }
+def _residual_saes(saes: Saes) -> dict[Site, Sae]:
+    found = {site: saes[site] for site in saes if site.kind == "resid_post"}
     if not found:
         raise UserError(
             "there is no dictionary of a residual site",
-            where=str(folder),
+            where=str(saes.folder),
             fix="add resid_post to collect.sites",
         )
     return found

@@ -12,7 +12,7 @@ from data.store.adoption import adopt_shards
 from data.store.checks import verify_store
 from data.text.corpus import BundledText
 from featureflow.errors import UserError
-from pipeline.run import RunContext
+from pipeline.context import RunContext
 from pipeline.stages.collect import Config
 from pipeline.stages.recipe import Recipe
 from pipeline.stages.schedule import run_recipe

@@ -26,7 +26,7 @@ from data.store.collection import collect_shards
 from data.text.corpus import BundledText
 from data.text.packing import pack_corpus
 from featureflow.errors import UserError
-from pipeline.run import RunContext
+from pipeline.context import RunContext
 from tests.data.store.cluster_tasks import always_die, complain, write_or_die
 from tests.data.store.made import make_store, planted_documents, planted_layout, planted_rows
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from data.store import ActivationStore, SiteLayout, StoreLayout, write_activations
 from data.store.importing import import_activations
 from featureflow.errors import UserError
-from pipeline.run import RunContext
+from pipeline.context import RunContext
 
 HERE = RunContext()
 SITE = "blocks.3.hook_resid_post"

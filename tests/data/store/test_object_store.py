@@ -23,7 +23,7 @@ from data.store.checks import verify_store
 from data.store.objects import ObjectPlace
 from data.store.places import write_pointer
 from featureflow.errors import UserError
-from pipeline.run import RunContext
+from pipeline.context import RunContext
 from tests.data.store.made import (
     MLP,
     RESIDUAL,

@@ -12,7 +12,7 @@ from data.store import ActivationStore, StoreWriter
 from data.store.recount import recount_store
 from data.store.shards import write_chunk_file
 from pipeline.cli.store import store_commands
-from pipeline.run import RunContext
+from pipeline.context import RunContext
 from tests.data.store.made import (
     MLP,
     RESIDUAL,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from data.store import ActivationStore, StoreWriter
 from data.store.checks import describe_store, verify_store
 from featureflow.errors import UserError
-from pipeline.run import RunContext
+from pipeline.context import RunContext
 from tests.data.store.made import (
     MLP,
     RESIDUAL,

@@ -14,7 +14,7 @@ from data.store import ActivationStore
 from data.text.corpus import BundledText
 from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
-from pipeline.run import RunContext
+from pipeline.context import RunContext
 from pipeline.stages import atlas, collect, link
 from sae import Sae, save_sae
 from sae.activations import TopKActivation

@@ -18,6 +18,7 @@ from pipeline.cli import run_command
 from pipeline.cli.flow import labels_beside
 from pipeline.describe.asking import find_features, middle_site, read_text
 from pipeline.describe.opened import Atlas
+from pipeline.run import Run
 from sae import load_sae
 
 from .conftest import D_MODEL
@@ -59,7 +60,7 @@ def test_a_word_is_found_where_words_begin_and_accepted_labels_come_first() -> N
 
 def test_a_text_is_read_as_the_dictionary_reads_it(small_run) -> None:
     root = small_run.atlas.path.parent
-    tokens = read_text(root, TEXT, site=parse_site("L1"), n=2)
+    tokens = read_text(Run.open(root), TEXT, site=parse_site("L1"), n=2)
     model = LanguageModel.open(Random(n_layers=3, d_model=D_MODEL, n_heads=2, d_mlp=32))
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(TEXT)]
     site = parse_site("L1")
@@ -78,9 +79,9 @@ def test_a_text_is_read_as_the_dictionary_reads_it(small_run) -> None:
             )
     for text in ("", "word " * 3000):
         with pytest.raises(UserError, match="empty or too long"):
-            read_text(root, text)
+            read_text(Run.open(root), text)
     with pytest.raises(UserError, match=r"no site L2\.mlp"):
-        read_text(root, TEXT, site=parse_site("L2.mlp"))
+        read_text(Run.open(root), TEXT, site=parse_site("L2.mlp"))
     assert middle_site(Atlas.open(root / "atlas").sites) == parse_site("L1")
 
 
@@ -88,7 +89,9 @@ def test_both_questions_are_commands(small_run, tmp_path, capsys) -> None:
     (tmp_path / "small").symlink_to(small_run.atlas.path.parent)
     here = ["-r", "small", "--artifacts", str(tmp_path)]
     assert run_command(["atlas", "read", TEXT, "-n", "1", *here]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(read_text(tmp_path / "small", TEXT))
+    assert len(capsys.readouterr().out.splitlines()) == len(
+        read_text(Run.open(tmp_path / "small"), TEXT)
+    )
     assert run_command(["atlas", "find", "zzzz", *here]) == 0
     assert "no feature is about 'zzzz'" in capsys.readouterr().out
     assert run_command(["atlas", "read", "", *here]) == 2
@@ -103,12 +106,12 @@ def test_a_graph_made_anew_gets_no_labels_of_the_earlier_atlas_and_is_said_to_be
         (root / artifact.path.name).symlink_to(artifact.path)
     shutil.copytree(small_run.link.path, root / "link")
     trunks = ["flow", "trunks", "-r", "small", "--artifacts", str(tmp_path), "-n", "1"]
-    assert labels_beside(root) is not None
+    assert labels_beside(Run.open(root)) is not None
     assert run_command(trunks) == 0
     assert capsys.readouterr().err == ""
     manifest = json.loads((root / "link" / "manifest.json").read_text())
     changed = {**manifest, "digest": "0" * 64, "inputs": {**manifest["inputs"], "train": "1" * 64}}
     (root / "link" / "manifest.json").write_text(json.dumps(changed))
-    assert labels_beside(root) is None
+    assert labels_beside(Run.open(root)) is None
     assert run_command(trunks) == 0
     assert "not that of the dictionaries beside it" in capsys.readouterr().err

@@ -19,10 +19,10 @@ from data.store import ActivationStore
 from featureflow.errors import UserError
 from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
+from pipeline.context import RunContext
 from pipeline.describe.labels import METHODS
 from pipeline.describe.opened import Atlas, diff_atlases
 from pipeline.describe.workshop import corpus_for
-from pipeline.run import RunContext
 from pipeline.site.attach import attach_scores, attach_steering, carry_over, read_scores
 from pipeline.site.build import prepare
 from pipeline.site.cards import Cards

@@ -27,6 +27,7 @@ from pipeline.describe.explain import REACH, Evidence, Windows, sentence_scores
 from pipeline.describe.explainer import Detection, detect, explain, fuzz, marked
 from pipeline.describe.opened import Atlas
 from pipeline.describe.sentences import SentenceModel, embedding_score, example_embedding_score
+from pipeline.run import Run
 from pipeline.site.attach import attach_scores, read_scores
 from pipeline.site.validate import validate_atlas
 from sae import load_sae
@@ -182,7 +183,7 @@ def busiest(atlas: Atlas) -> str:
 def test_windows_with_a_feature_fire_and_those_without_are_silent_and_both_are_held_out(small_run):
     """Against a dense pass over the whole store."""
     root = small_run.atlas.path.parent
-    evidence = Evidence(root)
+    evidence = Evidence(Run.open(root))
     feature = busiest(evidence.atlas)
     latent = int(feature.split("/")[1])
     store = ActivationStore.open(root / "collect" / "store.zarr")
@@ -219,7 +220,7 @@ def test_windows_with_a_feature_fire_and_those_without_are_silent_and_both_are_h
 
 
 def test_wrong_marks_stand_on_as_many_tokens_of_the_same_text_none_of_them_firing(small_run):
-    evidence = Evidence(small_run.atlas.path.parent)
+    evidence = Evidence(Run.open(small_run.atlas.path.parent))
     windows = [evidence.windows(f"L2/{latent}") for latent in range(12)]
     pairs = [pair for window in windows for pair in zip(window.right, window.wrong, strict=True)]
     assert len(pairs) > 20
@@ -244,7 +245,7 @@ def marked_places(text: str) -> set[int]:
 
 
 def test_near_misses_are_among_the_windows_without_the_feature(small_run):
-    evidence = Evidence(small_run.atlas.path.parent)
+    evidence = Evidence(Run.open(small_run.atlas.path.parent))
     assert any(evidence.windows(f"L2/{latent}").near for latent in range(24))
 
 

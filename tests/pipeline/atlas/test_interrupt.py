@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.run import RunContext
+from pipeline.context import RunContext
 from pipeline.site.build import _runner
 
 N_SITES = 12

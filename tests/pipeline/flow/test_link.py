@@ -12,11 +12,11 @@ from data.model.spec import Random
 from data.text.corpus import BundledText
 from featureflow.errors import UserError
 from featureflow.sites import Site
+from pipeline.context import RunContext
 from pipeline.flow.graph import FlowGraph
 from pipeline.flow.link import link_dictionaries
 from pipeline.flow.options import Automatic, FarLayers, LinkOptions, Rotation
 from pipeline.flow.pairing import Pair, far_site, pair_sites, start_relation
-from pipeline.run import RunContext
 from pipeline.stages import collect, link, train
 from pipeline.training.plan import Chain
 from sae.architectures import TopK

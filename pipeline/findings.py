@@ -1,0 +1,81 @@
+"""What a lens found, and its form on disk.
+
+`tables/<name>.parquet` and `.csv`, `columns.parquet` and `.csv` (one row a feature, shown on its
+card), `figure.png` and `.svg`, `text.md`, `finding.json` (headline numbers, names of the tables).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from featureflow.errors import UserError
+from featureflow.figures import save
+from featureflow.files import write_text_atomically
+from pipeline.artifact import Artifact, canonical_json
+
+KIND, SCHEMA, FOLDER = "lens", 1, "lenses"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Tables, sentences, headline numbers and perhaps a figure. `columns` has one row a feature:
+    its id in `feature`, then values."""
+
+    tables: Mapping[str, pd.DataFrame]
+    text: str
+    headline: Mapping[str, Any] = field(default_factory=dict)
+    figure: Callable[[], Figure] | None = None
+    columns: pd.DataFrame | None = None
+
+
+def write_finding(finding: Finding, folder: Path) -> None:
+    """Write all of it into a folder. Raises UserError for columns that name no features."""
+    if finding.columns is not None and "feature" not in finding.columns:
+        found = ", ".join(map(str, finding.columns))
+        raise UserError("columns without a feature", expected="a column 'feature'", found=found)
+    (folder / "tables").mkdir(parents=True, exist_ok=True)
+    for name, table in finding.tables.items():
+        _write_table(table, folder / "tables" / name)
+    if finding.columns is not None:
+        _write_table(finding.columns, folder / "columns")
+    if finding.figure is not None:
+        save(finding.figure(), folder / "figure")
+    write_text_atomically(folder / "text.md", finding.text.rstrip() + "\n")
+    document = {"headline": finding.headline, "tables": list(finding.tables)}
+    write_text_atomically(folder / "finding.json", canonical_json(document) + "\n")
+
+
+def open_finding(root: Path, name: str) -> Artifact:
+    """The artifact of a lens of the run in `root`. Raises UserError that names the command."""
+    path = root / FOLDER / name
+    if path.parent != root / FOLDER or name in (".", ".."):
+        raise UserError(f"{name!r} is not the name of a lens", fix="featureflow lens list")
+    return Artifact.open(path, kind=KIND, schema=SCHEMA, fix=f"featureflow lens {name}")
+
+
+def read_finding(artifact: Artifact) -> Finding:
+    """What was written; the figure stays a picture in the artifact."""
+    document = json.loads(artifact.file("finding.json").read_text(encoding="utf-8"))
+    return Finding(
+        tables={
+            name: pd.read_parquet(artifact.file(f"tables/{name}.parquet"))
+            for name in document["tables"]
+        },
+        text=artifact.file("text.md").read_text(encoding="utf-8"),
+        headline=document["headline"],
+        columns=pd.read_parquet(artifact.file("columns.parquet"))
+        if "columns.parquet" in artifact.files
+        else None,
+    )
+
+
+def _write_table(table: pd.DataFrame, path: Path) -> None:
+    table.to_parquet(path.with_name(f"{path.name}.parquet"), index=False)
+    table.to_csv(path.with_name(f"{path.name}.csv"), index=False)
