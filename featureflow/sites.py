@@ -3,7 +3,9 @@ features there.
 
 A site is written as TransformerLens writes it, `blocks.12.hook_resid_post`; in feature ids and on
 pages it is short: `L12` (residual stream after block 12), `L12.mlp` (MLP output), `L12.attn`
-(attention output). A feature is `L12/402`, `L12.mlp/7`.
+(attention output), `L12.mlp_in` (what the MLP reads, after its norm), `L12.mlp_normalized` (the
+same before the norm's gain), `L12.z` (the heads' outputs before the output projection, one after
+another). A feature is `L12/402`, `L12.mlp/7`.
 """
 
 from __future__ import annotations
@@ -14,19 +16,40 @@ from typing import Literal
 
 from featureflow.errors import UserError
 
-SiteKind = Literal["resid_post", "mlp_out", "attn_out", "resid_pre", "resid_mid"]
+SiteKind = Literal[
+    "resid_post", "mlp_out", "attn_out", "resid_pre", "resid_mid", "mlp_in", "mlp_normalized", "z"
+]
 _SHORT: dict[SiteKind, str] = {
     "resid_post": "",
     "mlp_out": ".mlp",
     "attn_out": ".attn",
     "resid_pre": ".pre",
     "resid_mid": ".mid",
+    "mlp_in": ".mlp_in",
+    "mlp_normalized": ".mlp_normalized",
+    "z": ".z",
 }
-IN_LAYER: tuple[SiteKind, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+_INSIDE: dict[SiteKind, str] = {
+    "mlp_in": "mlp.hook_in",
+    "mlp_normalized": "ln2.hook_normalized",
+    "z": "attn.hook_z",
+}
+"""Hooks inside a sublayer, whose long names are not `hook_<kind>`."""
+IN_LAYER: tuple[SiteKind, ...] = (
+    "resid_pre",
+    "z",
+    "attn_out",
+    "resid_mid",
+    "mlp_normalized",
+    "mlp_in",
+    "mlp_out",
+    "resid_post",
+)
 """The kinds in the order in which a layer computes them."""
 _KIND_OF_SHORT = {short: kind for kind, short in _SHORT.items()}
-_LONG_PATTERN = re.compile(r"blocks\.(\d+)\.hook_(resid_post|mlp_out|attn_out|resid_pre|resid_mid)")
-_SHORT_PATTERN = re.compile(r"L(\d+)(\.mlp|\.attn|\.pre|\.mid|)")
+_KIND_OF_HOOK = {_INSIDE.get(kind, f"hook_{kind}"): kind for kind in _SHORT}
+_LONG_PATTERN = re.compile(r"blocks\.(\d+)\.([\w.]+)")
+_SHORT_PATTERN = re.compile(r"L(\d+)((?:\.\w+)?)")
 
 
 @dataclass(frozen=True, order=True)
@@ -39,7 +62,7 @@ class Site:
 
     @property
     def name(self) -> str:
-        return f"blocks.{self.layer}.hook_{self.kind}"
+        return f"blocks.{self.layer}.{_INSIDE.get(self.kind, f'hook_{self.kind}')}"
 
     @property
     def short(self) -> str:
@@ -68,14 +91,13 @@ class FeatureId:
 def parse_site(text: str) -> Site:
     """Read `blocks.12.hook_resid_post` or `L12`, `L12.mlp`. Raises UserError with the accepted
     forms."""
-    if match := _LONG_PATTERN.fullmatch(text):
-        return Site(int(match[1]), match[2])  # type: ignore[arg-type]  # the pattern admits only SiteKind
-    if match := _SHORT_PATTERN.fullmatch(text):
-        return Site(int(match[1]), _KIND_OF_SHORT[match[2]])
+    for pattern, kinds in ((_LONG_PATTERN, _KIND_OF_HOOK), (_SHORT_PATTERN, _KIND_OF_SHORT)):
+        if (match := pattern.fullmatch(text)) and match[2] in kinds:
+            return Site(int(match[1]), kinds[match[2]])
     raise UserError(
         f"{text!r} is not a site",
-        expected="blocks.<layer>.hook_<resid_post|mlp_out|attn_out|resid_pre|resid_mid>, or L12, "
-        "L12.mlp, L12.attn",
+        expected=f"blocks.<layer>.<{'|'.join(_KIND_OF_HOOK)}>, or "
+        + ", ".join(f"L12{short}" for short in _SHORT.values()),
     )
 
 

@@ -62,7 +62,7 @@ class BlockSites:
             "mlp_out": self.mlp is not None,
             "resid_post": True,
         }
-        return tuple(kind for kind in IN_LAYER if present[kind])
+        return tuple(kind for kind in IN_LAYER if present.get(kind))
 
 
 def find_blocks(model: nn.Module, n_layers: int) -> Sequence[nn.Module]:
