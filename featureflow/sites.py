@@ -12,22 +12,25 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from functools import total_ordering
+from typing import Literal, get_args
 
 from featureflow.errors import UserError
 
 SiteKind = Literal[
-    "resid_post", "mlp_out", "attn_out", "resid_pre", "resid_mid", "mlp_in", "mlp_normalized", "z"
+    "resid_pre", "z", "attn_out", "resid_mid", "mlp_normalized", "mlp_in", "mlp_out", "resid_post"
 ]
+IN_LAYER: tuple[SiteKind, ...] = get_args(SiteKind)
+"""The kinds in the order in which a layer computes them."""
 _SHORT: dict[SiteKind, str] = {
-    "resid_post": "",
-    "mlp_out": ".mlp",
-    "attn_out": ".attn",
     "resid_pre": ".pre",
-    "resid_mid": ".mid",
-    "mlp_in": ".mlp_in",
-    "mlp_normalized": ".mlp_normalized",
     "z": ".z",
+    "attn_out": ".attn",
+    "resid_mid": ".mid",
+    "mlp_normalized": ".mlp_normalized",
+    "mlp_in": ".mlp_in",
+    "mlp_out": ".mlp",
+    "resid_post": "",
 }
 _INSIDE: dict[SiteKind, str] = {
     "mlp_in": "mlp.hook_in",
@@ -35,30 +38,27 @@ _INSIDE: dict[SiteKind, str] = {
     "z": "attn.hook_z",
 }
 """Hooks inside a sublayer, whose long names are not `hook_<kind>`."""
-IN_LAYER: tuple[SiteKind, ...] = (
-    "resid_pre",
-    "z",
-    "attn_out",
-    "resid_mid",
-    "mlp_normalized",
-    "mlp_in",
-    "mlp_out",
-    "resid_post",
-)
-"""The kinds in the order in which a layer computes them."""
 _KIND_OF_SHORT = {short: kind for kind, short in _SHORT.items()}
 _KIND_OF_HOOK = {_INSIDE.get(kind, f"hook_{kind}"): kind for kind in _SHORT}
 _LONG_PATTERN = re.compile(r"blocks\.(\d+)\.([\w.]+)")
 _SHORT_PATTERN = re.compile(r"L(\d+)((?:\.\w+)?)")
 
 
-@dataclass(frozen=True, order=True)
+@total_ordering
+@dataclass(frozen=True)
 class Site:
     """A place in the model: `layer` counts blocks from 0, `kind` is the hook there. `str(site)` is
-    the long name."""
+    the long name; sites sort in the order of computation."""
 
     layer: int
     kind: SiteKind
+
+    def __lt__(self, other: Site) -> bool:
+        return self._place < other._place
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return self.layer, IN_LAYER.index(self.kind)
 
     @property
     def name(self) -> str:
@@ -67,11 +67,6 @@ class Site:
     @property
     def short(self) -> str:
         return f"L{self.layer}{_SHORT[self.kind]}"
-
-    @property
-    def depth(self) -> int:
-        """A number that grows along the computation."""
-        return self.layer * len(IN_LAYER) + IN_LAYER.index(self.kind)
 
     def __str__(self) -> str:
         return self.name

@@ -32,7 +32,7 @@ class Saes(Mapping[Site, Sae]):
             raise UserError("there are no dictionaries here", where=str(folder), fix=fix)
         by_site = {parse_site(path.name): path for path in paths}
         self.folder = folder
-        self._paths = {site: by_site[site] for site in sorted(by_site, key=lambda s: s.depth)}
+        self._paths = {site: by_site[site] for site in sorted(by_site)}
         self._device = device
         self._n_kept = n_kept
         self._kept: dict[Site, Sae] = {}

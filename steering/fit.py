@@ -84,7 +84,7 @@ def _misfits_of_condition(
 ) -> Iterator[Problem]:
     if feature.site not in saes:
         yield Problem(what="there is no dictionary for the scope's feature", where=str(feature))
-    if any(node.site.depth < feature.site.depth for node in plan.nodes):
+    if any(node.site < feature.site for node in plan.nodes):
         yield Problem(
             what="the scope's feature lies after an edited site",
             where=str(feature),

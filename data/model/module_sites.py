@@ -241,8 +241,7 @@ class Taps:
         for handle in self._handles:
             handle.remove()
         self._taps = {site: tap for site, tap in self._taps.items() if tap.edits or tap.recorders}
-        in_stream_order = sorted(self._taps, key=lambda site: site.depth)
-        self._handles = [handle for site in in_stream_order for handle in self._hang(site)]
+        self._handles = [handle for site in sorted(self._taps) for handle in self._hang(site)]
 
     def _hang(self, site: Site) -> Iterator[RemovableHandle]:
         at, tap = self._blocks[site.layer], self._taps[site]

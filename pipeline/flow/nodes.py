@@ -43,7 +43,7 @@ class Side:
 
 def node_table(sides: Mapping[Site, Side], edges: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     """One row a latent, sites in order of depth, latents in order."""
-    ordered = [sides[site] for site in sorted(sides, key=lambda site: site.depth)]
+    ordered = [sides[site] for site in sorted(sides)]
     nodes = pd.concat([_bare(side) for side in ordered], ignore_index=True)
     start = dict(
         zip(

@@ -53,7 +53,7 @@ class Pairing:
 
 def pair_sites(sites: Iterable[Site]) -> Pairing:
     """The pairs to link. Raises UserError when nothing can be linked."""
-    ordered = sorted(set(sites), key=lambda site: site.depth)
+    ordered = sorted(set(sites))
     chain = [site for site in ordered if site.kind not in _MODULES]
     pairs = [Pair(source=a, target=b, relation="residual") for a, b in pairwise(chain)]
     warnings = [
@@ -64,7 +64,7 @@ def pair_sites(sites: Iterable[Site]) -> Pairing:
     for site in ordered:
         if site.kind not in _MODULES:
             continue
-        target = next((r for r in chain if r.layer == site.layer and r.depth > site.depth), None)
+        target = next((r for r in chain if r.layer == site.layer and r > site), None)
         if target is None:
             warnings.append(
                 f"{site.short}: no residual dictionary of its layer; its features are not linked"
@@ -80,8 +80,7 @@ def pair_sites(sites: Iterable[Site]) -> Pairing:
             fix="train dictionaries at more sites (collect.sites in the recipe)",
         )
     return Pairing(
-        pairs=tuple(sorted(pairs, key=lambda p: (p.target.depth, p.source.depth))),
-        warnings=tuple(warnings),
+        pairs=tuple(sorted(pairs, key=lambda p: (p.target, p.source))), warnings=tuple(warnings)
     )
 
 

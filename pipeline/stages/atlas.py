@@ -123,9 +123,7 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
 def workshop_of(config: Config, inputs: Inputs, draft: Draft) -> Workshop:
     """Where everything lies. Raises UserError when there are no dictionaries."""
     folder = inputs.train.path / FOLDER
-    sites = sorted(
-        (parse_site(p.parent.name) for p in folder.glob("*/sae.json")), key=lambda site: site.depth
-    )
+    sites = sorted(parse_site(path.parent.name) for path in folder.glob("*/sae.json"))
     if not sites:
         raise UserError(
             "there are no dictionaries to describe",

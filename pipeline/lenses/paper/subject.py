@@ -134,7 +134,7 @@ def layers_of(subject: Subject) -> list[Layer]:
         layers.append(Layer(target=target, links=links))
     if not layers:
         raise UserError("the flow graph has no links", fix="featureflow run --to link")
-    return sorted(layers, key=lambda layer: layer.target.depth)
+    return sorted(layers, key=lambda layer: layer.target)
 
 
 def fullest(layers: list[Layer]) -> list[Layer]:
