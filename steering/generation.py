@@ -32,7 +32,15 @@ from featureflow.sites import Site
 from steering.applied import RowPlan, SteeringReport, applied
 from steering.plan import Plan
 from steering.protocols import Dictionary, SteerableModel
-from steering.sequences import Batch, device_of, encoded, forward_arguments, in_batches, padded
+from steering.sequences import (
+    Batch,
+    Prompt,
+    device_of,
+    encoded,
+    forward_arguments,
+    in_batches,
+    padded,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +79,7 @@ class Sample:
     plan: int
     prompt_index: int
     sample: int
-    prompt: str
+    prompt: Prompt
     text: str
     ids: tuple[int, ...]
     log_probs: tuple[float, ...]
@@ -91,11 +99,13 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One new token for every row that is still being written."""
+    """One new token for every row that is still being written; `top` has the likeliest tokens of
+    each row with their log-probabilities, where they were asked for."""
 
     rows: tuple[int, ...]
     ids: tuple[int, ...]
     log_probs: tuple[float, ...]
+    top: tuple[tuple[tuple[int, float], ...], ...]
 
 
 def generate(
@@ -134,17 +144,25 @@ def generate(
 def stream(
     model: SteerableModel,
     saes: Mapping[Site, Dictionary],
-    prompt: str,
+    prompt: Prompt,
     plans: Sequence[Plan | None],
     *,
+    n_samples: int = 1,
+    n_top: int = 0,
     seed: int = 0,
     sampling: Sampling = Sampling(),
     reports: list[SteeringReport] | None = None,
 ) -> Generator[Step, None, None]:
-    """One row a plan, token by token; a row ends at a stop token. At the end `reports` gets what
-    steering touched. The model is steered until then: close what is not exhausted."""
-    rows = [_Row(plan=p, prompt_index=0, sample=0, prompt=prompt) for p in range(len(plans))]
-    yield from _steps(model, saes, rows, plans, seed, sampling, [] if reports is None else reports)
+    """`n_samples` rows a plan, plan by plan, token by token; a row ends at a stop token. At the end
+    `reports` gets what steering touched. The model is steered until then: close what is not
+    exhausted."""
+    rows = [
+        _Row(plan=p, prompt_index=0, sample=s, prompt=prompt)
+        for p in range(len(plans))
+        for s in range(n_samples)
+    ]
+    reports = [] if reports is None else reports
+    yield from _steps(model, saes, rows, plans, seed, sampling, reports, n_top)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +170,7 @@ class _Row:
     plan: int
     prompt_index: int
     sample: int
-    prompt: str
+    prompt: Prompt
 
 
 def _generate_block(
@@ -205,6 +223,7 @@ def _steps(
     seed: int,
     sampling: Sampling,
     reports: list[SteeringReport],
+    n_top: int = 0,
 ) -> Iterator[Step]:
     device = device_of(model)
     batch = padded([encoded(model, row.prompt) for row in rows], device=device)
@@ -221,12 +240,14 @@ def _steps(
         )
         for _ in range(sampling.n_tokens):
             logits, cache = _next_logits(model, batch, cache)
-            chosen, log_probs = _choose(logits.float(), noise.next().to(device), sampling)
+            all_log_probs = logits.float().log_softmax(-1)
+            chosen = _choose(logits.float(), noise.next().to(device), sampling)
             kept = alive.nonzero().squeeze(1).tolist()
             yield Step(
                 rows=tuple(kept),
                 ids=tuple(chosen[alive].tolist()),
-                log_probs=tuple(log_probs[alive].tolist()),
+                log_probs=tuple(all_log_probs.gather(1, chosen[:, None])[alive, 0].tolist()),
+                top=_likeliest(all_log_probs[alive], n_top),
             )
             alive = alive & ~torch.isin(chosen, stops)
             if not alive.any():
@@ -251,26 +272,30 @@ def _next_logits(
 
 def _choose(
     logits: Float[Tensor, "batch vocab"], noise: Float[Tensor, "batch vocab"], sampling: Sampling
-) -> tuple[Int[Tensor, "batch"], Float[Tensor, "batch"]]:
-    log_probs = logits.log_softmax(-1)
+) -> Int[Tensor, "batch"]:
     if sampling.temperature == 0:
-        chosen = logits.argmax(-1)
-    else:
-        top, index = (logits / sampling.temperature).topk(
-            min(sampling.top_k, logits.shape[-1]), dim=-1
-        )
-        probability = top.softmax(-1)
-        before = probability.cumsum(-1) - probability
-        scores = torch.where(before < sampling.top_p, top + noise.gather(1, index), -torch.inf)
-        chosen = index.gather(1, scores.argmax(-1, keepdim=True)).squeeze(1)
-    return chosen, log_probs.gather(1, chosen[:, None]).squeeze(1)
+        return logits.argmax(-1)
+    top, index = (logits / sampling.temperature).topk(min(sampling.top_k, logits.shape[-1]), dim=-1)
+    probability = top.softmax(-1)
+    before = probability.cumsum(-1) - probability
+    scores = torch.where(before < sampling.top_p, top + noise.gather(1, index), -torch.inf)
+    return index.gather(1, scores.argmax(-1, keepdim=True)).squeeze(1)
+
+
+def _likeliest(
+    log_probs: Float[Tensor, "batch vocab"], n: int
+) -> tuple[tuple[tuple[int, float], ...], ...]:
+    values, ids = log_probs.topk(min(n, log_probs.shape[-1]), dim=-1)
+    return tuple(
+        tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)
+    )
 
 
 class _Noise:
     """Gumbel numbers for each row; rows of one (prompt, sample) get the same ones, whatever else is
     in the batch."""
 
-    def __init__(self, keys: Sequence[tuple[str, int]], seed: int, d_vocab: int) -> None:
+    def __init__(self, keys: Sequence[tuple[Prompt, int]], seed: int, d_vocab: int) -> None:
         unique = sorted(set(keys))
         self._generators = [
             torch.Generator().manual_seed(_stream_seed(seed, *key)) for key in unique
@@ -285,7 +310,7 @@ class _Noise:
         return -torch.log(-torch.log(drawn.clamp(1e-20, 1 - 1e-7)))[self._rows]
 
 
-def _stream_seed(seed: int, prompt: str, sample: int) -> int:
+def _stream_seed(seed: int, prompt: Prompt, sample: int) -> int:
     """Independent of the other prompts, of the batch and of Python's hash seed."""
     return int.from_bytes(
         hashlib.sha256(f"{seed}\0{prompt}\0{sample}".encode()).digest()[:7], "big"

@@ -20,6 +20,8 @@ from torch import Tensor
 from featureflow.errors import UserError
 from steering.protocols import SteerableModel
 
+Prompt = str | tuple[int, ...]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
@@ -32,8 +34,10 @@ class Batch:
         return (self.real.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def encoded(model: SteerableModel, text: str) -> list[int]:
-    """Token ids with the start token in front."""
+def encoded(model: SteerableModel, text: Prompt) -> list[int]:
+    """Token ids with the start token in front; a prompt of ids (a chat) is taken as it is."""
+    if not isinstance(text, str):
+        return list(text)
     bos = model.tokenizer.bos_id
     ids = list(model.tokenizer.encode(text))
     return ids if bos is None else [bos, *ids]

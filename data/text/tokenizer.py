@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,27 @@ class Tokenizer:
             encoding.ids
             for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)
         ]
+
+    def chat(self, messages: Sequence[Mapping[str, str]], *, name: str = "this model") -> list[int]:
+        """Ids of a conversation (role and content each) as the model's own template writes it, up
+        to where the reply begins. Raises UserError without a template, and for what it refuses."""
+        if not getattr(self.hf, "chat_template", None):
+            raise UserError(
+                f"{name} has no chat template",
+                expected="an instruct model, whose tokenizer has a chat_template",
+                fix="ask for a completion instead of a chat",
+            )
+        try:
+            text = self.hf.apply_chat_template(
+                [dict(each) for each in messages], add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # templates are programs of their own
+            raise UserError(
+                "the model's chat template refuses these messages",
+                expected="system (if any), then user and assistant in turn",
+                found=f"{type(error).__name__}: {error}"[:300],
+            ) from error
+        return list(self.hf.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens are written as they are named, broken UTF-8 as

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from http.server import HTTPServer
+from typing import TYPE_CHECKING
 
 from pipeline.console import say
 
+if TYPE_CHECKING:
+    from pipeline.serve.guard import Server
 
-def serve_until_interrupted(server: HTTPServer) -> None:
+
+def serve_until_interrupted(server: Server) -> None:
     """Answer requests until SIGINT or SIGTERM, then close the socket."""
     try:
-        server.serve_forever()
+        server.run()
     except KeyboardInterrupt:
         say("stopped")
-    finally:
-        server.server_close()

@@ -122,10 +122,7 @@ def serve(
         host=host,
         port=port,
     )
-    say(
-        f"listening on http://{host}:{server.server_address[1]}/v1; plans: "
-        f"{', '.join(plans) or 'none'}"
-    )
+    say(f"listening on {server.address}/v1; plans: {', '.join(plans) or 'none'}")
     serve_until_interrupted(server)
 
 

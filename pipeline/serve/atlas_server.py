@@ -2,199 +2,165 @@
 steering.
 
 On this machine only localhost names are answered (pipeline/serve/guard.py), and the model only
-with the token; listening elsewhere, every file needs the token too, which the printed address
-leaves in a cookie. One request at a time; bodies, texts and samples have limits. Answers are lines
-of JSON, sent as they are made; when the reader goes away, or asks for `/api/cancel`, the work stops
-after its current step. Nothing outside the site folder is served.
+with the token. When the server listens elsewhere, every file needs the token too, which the
+printed address leaves in a cookie. Requests to the model wait for their turn. Bodies, texts and
+samples have limits. Answers are lines of JSON, sent as they are made. When the reader goes away,
+or asks for `/api/cancel`, the work stops after its current step. Nothing outside the site folder is
+served.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from http import HTTPStatus
-from http.server import ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from collections.abc import AsyncGenerator, Generator
+from contextlib import aclosing
 
-from featureflow.errors import UserError
-from pipeline.serve.guard import GuardedHandler, is_local, listen
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from featureflow.errors import Problem, UserError
+from pipeline.serve.guard import (
+    Guarded,
+    ModelTurns,
+    Server,
+    Streamed,
+    is_local,
+    json_body,
+    unless_gone,
+)
 from pipeline.serve.live import MAX_NEW_TOKENS, MAX_SAMPLES, MAX_TOKENS, LiveAtlas, Record
 
-_TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".json": "application/json",
-    ".txt": "text/plain; charset=utf-8",
-}
-_COOKIE = "featureflow_atlas"
+_COOKIE, _MAX_BODY = "featureflow_atlas", 64 << 10
+
+
+class _Text(BaseModel):
+    model_config = ConfigDict(strict=True)
+    text: str
+
+    def records(self, live: LiveAtlas) -> Generator[Record, None, None]:
+        return live.read_text(self.text)
+
+
+class _Steer(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    features: list[str]
+    prompt: str
+    dose: float = 0.2
+    n_samples: int = 1
+    n_new_tokens: int = 60
+    seed: int = 0
+
+    def records(self, live: LiveAtlas) -> Generator[Record, None, None]:
+        return live.steer(**self.model_dump())
 
 
 def make_server(
-    live: LiveAtlas, *, host: str = "127.0.0.1", port: int = 8765, token: str | None = None
-) -> tuple[ThreadingHTTPServer, str]:
+    live: LiveAtlas,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8765,
+    token: str | None = None,
+    wait_s: float = 30.0,
+) -> tuple[Server, str]:
     """A server, not yet running, and the address to open (with its token). Port 0 takes a free one.
     Raises UserError where it cannot listen."""
-    token = token or secrets.token_urlsafe(24)
-    shared = {"live": live, "token": token, "lock": threading.Lock(), "only_local": is_local(host)}
-    server = listen(type("Handler", (_Handler,), shared), host, port)
-    return server, f"http://{host}:{server.server_address[1]}/?token={token}"
+    token, only_local = token or secrets.token_urlsafe(24), is_local(host)
+    turns = ModelTurns(wait_s=wait_s)
+    site = _Site(directory=live.cards.folder, html=True)
+    if not only_local:
+        site.cookie = f"{_COOKIE}={token}; HttpOnly; SameSite=Strict; Path=/"
+
+    async def text(request: Request) -> Response:
+        return await _answer(live, turns, request, _Text)
+
+    async def steer(request: Request) -> Response:
+        return await _answer(live, turns, request, _Steer)
+
+    async def cancel(request: Request) -> Response:
+        live.stop()
+        return JSONResponse({"stopped": True})
+
+    async def health(request: Request) -> Response:
+        return JSONResponse(_health(live))
+
+    app = Guarded(
+        [
+            Route("/api/health", health, methods=["GET"]),
+            Route("/api/cancel", cancel, methods=["POST"]),
+            Route("/api/text", text, methods=["POST"]),
+            Route("/api/steer", steer, methods=["POST"]),
+            Mount("/", site),
+        ],
+        only_local=only_local,
+        token=token,
+        given=lambda request: _given(request, only_local=only_local),
+        error=lambda status, message: PlainTextResponse(message, status),
+    )
+    server = Server(app, host=host, port=port)
+    return server, f"{server.address}/?token={token}"
 
 
-class _Handler(GuardedHandler):
-    live: LiveAtlas
-    lock: threading.Lock
-    protocol_version = "HTTP/1.0"
-    name = "this atlas"
-    max_body = 64 << 10
+def _given(request: Request, *, only_local: bool) -> str | None:
+    """The model asks for the token in a header. Files, elsewhere, for the one in the address (the
+    page itself) or in the cookie that it leaves."""
+    if request.url.path.startswith("/api/"):
+        return request.headers.get("X-Atlas-Token", "")
+    query, cookies = request.query_params, request.cookies
+    return None if only_local else query.get("token") or cookies.get(_COOKIE, "")
 
-    def do_GET(self) -> None:
-        if not self.is_asked_here():
-            return
-        path = unquote(urlsplit(self.path).path)
-        if path == "/api/health":
-            if self._has_token():
-                self._json(self._health())
-            return
-        if self.only_local or self._may_read():
-            self._file(path.lstrip("/") or "index.html")
 
-    def do_POST(self) -> None:
-        if not self.is_asked_here() or not self._has_token():
-            return
-        path = urlsplit(self.path).path
-        if path == "/api/cancel":
-            self.live.stop()
-            return self._json({"stopped": True})
-        makers = {"/api/text": self._text, "/api/steer": self._steer}
-        if path not in makers:
-            return self._error(
-                HTTPStatus.NOT_FOUND, "there is /api/text, /api/steer and /api/cancel"
-            )
+class _Site(StaticFiles):
+    """The files; `cookie` is left with each of them."""
+
+    cookie = ""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        if scope["method"] not in ("GET", "HEAD"):
+            raise HTTPException(404, "there is /api/text, /api/steer and /api/cancel")
+        response = await super().get_response(path, scope)
+        if self.cookie:
+            response.headers["Set-Cookie"] = self.cookie
+        return response
+
+
+async def _answer(
+    live: LiveAtlas, turns: ModelTurns, request: Request, kind: type[_Text | _Steer]
+) -> Response:
+    body = await json_body(request, at_most=_MAX_BODY)
+    try:
+        made = kind.model_validate(body).records(live)
+    except ValidationError as error:
+        problems = tuple(
+            Problem(what=e["msg"], where=".".join(map(str, e["loc"]))) for e in error.errors()
+        )
+        raise UserError("a field is missing or of the wrong type", problems=problems) from error
+    records = turns.items(made, stop=live.stop)
+    first = await unless_gone(request, anext(records, None))  # an error can still be the answer
+    return Streamed(_lines(first, records), media_type="application/x-ndjson")
+
+
+async def _lines(
+    record: Record | None, records: AsyncGenerator[Record, None]
+) -> AsyncGenerator[str, None]:
+    async with aclosing(records):
         try:
-            body = self.json_body()
+            while record is not None:
+                yield json.dumps(record) + "\n"
+                record = await anext(records, None)
         except UserError as error:
-            return self._error(HTTPStatus.BAD_REQUEST, str(error))
-        if not self.lock.acquire(blocking=False):
-            return self._error(HTTPStatus.TOO_MANY_REQUESTS, "another request is running")
-        try:
-            self._stream(lambda: makers[path](body))
-        finally:
-            self.lock.release()
-        return None
-
-    def _text(self, body: Mapping[str, Any]) -> Iterator[Record]:
-        return self.live.read_text(_typed(body, "text", str))
-
-    def _steer(self, body: Mapping[str, Any]) -> Iterator[Record]:
-        features = _typed(body, "features", list)
-        return self.live.steer(
-            [str(f) for f in features],
-            _typed(body, "prompt", str),
-            dose=float(_typed(body, "dose", int | float, 0.2)),
-            n_samples=_typed(body, "n_samples", int, 1),
-            n_new_tokens=_typed(body, "n_new_tokens", int, 60),
-            seed=_typed(body, "seed", int, 0),
-        )
-
-    def _stream(self, make: Callable[[], Iterator[Record]]) -> None:
-        """Send records as they come. An error before the first is an answer of its own, later one
-        is a record."""
-        started = False
-        try:
-            for record in make():
-                if not started:
-                    self._head(HTTPStatus.OK, "application/x-ndjson")
-                    started = True
-                self.wfile.write(
-                    json.dumps(record, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n"
-                )
-                self.wfile.flush()
-        except (BrokenPipeError, ConnectionResetError):
-            self.live.stop()
-        except UserError as error:
-            if started:
-                self.wfile.write(json.dumps({"error": str(error)}).encode() + b"\n")
-            else:
-                self._error(HTTPStatus.BAD_REQUEST, str(error))
-
-    def _health(self) -> Record:
-        limits = {
-            "max_tokens": MAX_TOKENS,
-            "max_new_tokens": MAX_NEW_TOKENS,
-            "max_samples": MAX_SAMPLES,
-        }
-        return {"live": True, "model": self.live.model.name, "limits": limits, "steering": True}
-
-    def _file(self, name: str) -> None:
-        root: Path = self.live.cards.folder.resolve()
-        path = (root / name).resolve()
-        if not path.is_relative_to(root) or not path.is_file() or path.suffix not in _TYPES:
-            return self._error(HTTPStatus.NOT_FOUND, "no such file in the atlas")
-        content = path.read_bytes()
-        self._head(HTTPStatus.OK, _TYPES[path.suffix], len(content), cookie=not self.only_local)
-        self.wfile.write(content)
-        return None
-
-    def _has_token(self) -> bool:
-        return self._allowed(self.headers.get("X-Atlas-Token") or "")
-
-    def _may_read(self) -> bool:
-        """Files carry the token in the address (the page itself) or in the cookie that it
-        leaves."""
-        given = parse_qs(urlsplit(self.path).query).get("token", [""])[0]
-        cookies = (self.headers.get("Cookie") or "").split(";")
-        kept = [
-            value
-            for name, _, value in (c.strip().partition("=") for c in cookies)
-            if name == _COOKIE
-        ]
-        return self._allowed(given or (kept[0] if kept else ""))
-
-    def _allowed(self, given: str) -> bool:
-        return self.has_token(
-            given, "the token is missing or wrong; open the address that was printed"
-        )
-
-    def _json(self, document: Record) -> None:
-        content = json.dumps(document).encode()
-        self._head(HTTPStatus.OK, "application/json", len(content))
-        self.wfile.write(content)
-
-    def _error(self, status: HTTPStatus, message: str) -> None:
-        content = message.encode("utf-8", errors="replace")
-        self._head(status, "text/plain; charset=utf-8", len(content))
-        self.wfile.write(content)
-
-    def _head(
-        self,
-        status: HTTPStatus,
-        content_type: str,
-        length: int | None = None,
-        *,
-        cookie: bool = False,
-    ) -> None:
-        self.send_response(status)
-        if cookie:
-            self.send_header(
-                "Set-Cookie", f"{_COOKIE}={self.token}; HttpOnly; SameSite=Strict; Path=/"
-            )
-        self.send_header("Content-Type", content_type)
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Referrer-Policy", "no-referrer")
-        if length is not None:
-            self.send_header("Content-Length", str(length))
-        self.end_headers()
+            yield json.dumps({"error": str(error)}) + "\n"
 
 
-def _typed(body: Mapping[str, Any], name: str, kind: Any, otherwise: Any = None) -> Any:
-    value = body.get(name, otherwise)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError(
-            "a field is missing or of the wrong type", where=name, found=type(value).__name__
-        )
-    return value
+def _health(live: LiveAtlas) -> Record:
+    limits = {
+        "max_tokens": MAX_TOKENS,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "max_samples": MAX_SAMPLES,
+    }
+    return {"live": True, "model": live.model.name, "limits": limits, "steering": True}

@@ -20,7 +20,7 @@ generator after its step.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -89,7 +89,7 @@ class LiveAtlas:
     def stop(self) -> None:
         self.stopped.set()
 
-    def read_text(self, text: str) -> Iterator[Record]:
+    def read_text(self, text: str) -> Generator[Record, None, None]:
         """The records of `POST /api/text`. Raises UserError for an empty or too long text."""
         self.stopped.clear()
         tokenizer = self.model.tokenizer
@@ -122,7 +122,7 @@ class LiveAtlas:
         n_samples: int = 1,
         n_new_tokens: int = 60,
         seed: int = 0,
-    ) -> Iterator[Record]:
+    ) -> Generator[Record, None, None]:
         """The records of `POST /api/steer`: what it is at, then the text so far of either arm,
         after every token. Raises UserError."""
         self.stopped.clear()

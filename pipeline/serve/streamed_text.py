@@ -37,6 +37,9 @@ class SettledText:
         self._text = text if cut is None else text[:cut]
         return self._up_to(len(self._text) if self.is_stopped else self._n_settled())
 
+    def __len__(self) -> int:
+        return len(self._text)
+
     def rest(self) -> str:
         """What was held back, for want of further tokens."""
         return self._up_to(len(self._text))

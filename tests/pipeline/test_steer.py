@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 from pathlib import Path
 
 import pandas as pd
@@ -148,14 +147,11 @@ def test_a_judge_sees_both_texts_of_a_pair_blind_and_what_it_says_is_counted(fin
     """The judge is the small random model behind the real endpoint: its answers are noise, and
     hardly any is read."""
     model = SteerSession.open(inputs.collect.path.parent).model
-    server = make_server(Endpoint(model=model, saes={}), port=0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    chat = ChatModel(url=f"http://127.0.0.1:{server.server_address[1]}/v1", model=model.name)
-    judge = _Noting(chat=chat, max_tokens=2)
-    table = judge_artifact(finished.path, judge, "sae-ts", arm="flow", n_pairs=4, seed=0)
-    again = judge.judge(SAE_TS, judge.asked)
-    server.shutdown()
-    server.server_close()
+    model.tokenizer.hf.chat_template = "{{ messages[0].content }}"
+    with make_server(Endpoint(model=model, saes={}), port=0).running() as address:
+        judge = _Noting(chat=ChatModel(url=f"{address}/v1", model=model.name), max_tokens=2)
+        table = judge_artifact(finished.path, judge, "sae-ts", arm="flow", n_pairs=4, seed=0)
+        again = judge.judge(SAE_TS, judge.asked)
     sides = [[pair, side] for pair in range(4) for side in ("steered", "unsteered")]
     assert table[["pair", "side"]].to_numpy().tolist() == sides
     samples = pd.read_parquet(finished.file("samples.parquet"))

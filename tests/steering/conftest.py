@@ -27,11 +27,19 @@ def make_dictionary(d_model: int, seed: int, n_latents: int = N_LATENTS) -> Sae:
     )
 
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
 @pytest.fixture(scope="session")
 def model() -> LanguageModel:
-    return LanguageModel.open(
+    made = LanguageModel.open(
         Random(n_layers=4, d_model=32, n_heads=2, d_mlp=64, seed=3), dtype="float32"
     )
+    made.tokenizer.hf.chat_template = CHAT_TEMPLATE
+    return made
 
 
 @pytest.fixture(scope="session")

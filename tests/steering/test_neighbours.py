@@ -5,7 +5,6 @@ speaks the protocol.
 from __future__ import annotations
 
 import json
-import threading
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -31,7 +30,7 @@ from pipeline.serve.endpoint import Endpoint, make_server
 from steering.applied import applied
 from steering.edits import Add, Floor
 from steering.exports import neuronpedia_request, read_gguf, read_vectors, write_gguf, write_vectors
-from steering.generation import Sampling, generate
+from steering.generation import Sampling, generate, stream
 from steering.plan import Node, Plan
 from steering.plan_files import plan_document
 from steering.scopes import AfterToken
@@ -199,12 +198,8 @@ def address(model, saes):
         saes=saes,
         plans={"flow": FLOW, "idle": replace(FLOW, scope=AfterToken(token=499))},
     )
-    server = make_server(endpoint, port=0)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+    with make_server(endpoint, port=0).running() as address:
+        yield address
 
 
 def ask(url, body=None, headers=None):
@@ -251,8 +246,7 @@ def test_the_endpoint_writes_what_the_library_writes(model, saes, address):
 def test_bad_requests_are_refused_with_the_reason(model, address):
     url = f"{address}/v1/completions"
     for body, word in (
-        ({"prompt": "a", "model": "m:none"}, "no plan"),
-        ({"prompt": ["a", "b"]}, "one prompt"),
+        ({"prompt": ["a", "b"]}, "prompt"),
         ({"prompt": "a", "temperature": "hot"}, "number"),
         ({"prompt": "a", "steering": {"document": {"schema": 1}}}, "nodes"),
         ({"prompt": "a", "max_tokens": 3, "steering": {"plan": "idle"}}, "touched no token"),
@@ -260,6 +254,10 @@ def test_bad_requests_are_refused_with_the_reason(model, address):
         code, text = refused(url, body)
         assert code == 400
         assert word in text
+    for name in ("m", f"{model.name}:none", "", "m:flow"):
+        code, text = refused(url, {"prompt": "a", "model": name})
+        assert (code, f"no model {name!r}" in text) == (404, True)
+    assert refused(url, {"prompt": "a", "steering": {"plan": "none"}})[0] == 404
     assert refused(url, {"prompt": "a"}, {"Host": "evil.example"})[0] == 403
 
 
@@ -272,25 +270,20 @@ def events(text):
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
-def test_a_stream_carries_what_the_whole_answer_does(address, path):
-    body = {
-        "prompt": "the dog",
-        "messages": [{"role": "user", "content": "the dog"}],
-        "model": "m:flow",
-        "max_tokens": 5,
-        "temperature": 0,
-        "logprobs": True,
-    }
+def test_a_stream_carries_what_the_whole_answer_does(model, address, path):
+    chat = path.startswith("chat")
+    body = {"messages": [{"role": "user", "content": "the dog"}], "logprobs": True}
+    body = body if chat else {"prompt": "the dog", "logprobs": 0}
+    body |= {"model": f"{model.name}:flow", "max_tokens": 5, "temperature": 0}
     url = f"{address}/v1/{path}"
     whole = json.loads(ask(url, body))["choices"][0]
     parts = [e["choices"][0] for e in events(ask(url, {**body, "stream": True}))]
-    chat = path.startswith("chat")
 
     def text(choice, key):
         return choice[key]["content"] if chat else choice["text"]
 
     def values(choice):
-        told = choice.get("logprobs", {})
+        told = choice["logprobs"] or {}
         return (
             [each["logprob"] for each in told.get("content", [])]
             if chat
@@ -367,11 +360,9 @@ def test_a_judge_asks_a_real_endpoint_and_says_what_it_could_not_read(model, sae
     each = Judged(concept="cooking", prompt="I think", text="I think soup")
     (verdict,) = judge.judge(AXBENCH, [each])
     question = f"user: {question_text(AXBENCH.questions[1], each)}\nassistant:"
-    written = (
-        generate(model, saes, [question], [None], sampling=Sampling(n_tokens=6, temperature=0))
-        .samples[0]
-        .text
-    )
+    ids, sampling = tuple(model.tokenizer.encode(question)), Sampling(n_tokens=6, temperature=0)
+    steps = list(stream(model, saes, ids, [None], sampling=sampling))
+    written = model.tokenizer.decode([step.ids[0] for step in steps])
     assert verdict.answers["relevance"] == written
     assert verdict.total is None or set(verdict.ratings) == set(verdict.answers)
     with pytest.raises(UserError, match="404"):

@@ -4,6 +4,7 @@ whole."""
 from __future__ import annotations
 
 import http.client
+import importlib
 import json
 import socket
 import struct
@@ -28,12 +29,8 @@ FLOW = Plan(nodes=(Node(at="L1/3", scale=4.0),), strength=2.0, name="flow")
 @contextmanager
 def served(endpoint: Endpoint, **options: Any) -> Iterator[int]:
     server = make_server(endpoint, port=0, **options)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
+    with server.running():
+        yield server.port
 
 
 @pytest.fixture
@@ -130,12 +127,24 @@ def test_without_the_token_nothing_is_answered(model, saes):
         ("[" * 100_000, "JSON"),
         ("", "missing"),
         ('"' + "x" * (1 << 20) + '"', "too large"),
-        ({"prompt": "a", "stop": 5}, "strings"),
-        ({"prompt": "a", "stop": ["a", 5]}, "strings"),
-        ({"prompt": "a", "steering": {"plan": "flow", "strength": "much"}}, "number"),
-        ({"prompt": "a", "steering": {"plan": "flow", "strength": None}}, "number"),
+        ('{"prompt": "\\ud83d"}', "half a character"),
+        ('{"\\udc00": 1}', "half a character"),
+        (b'{"prompt": "\xff"}', "JSON"),
+        ({"prompt": "a", "stop": 5}, "stop"),
+        ({"prompt": "a", "stop": ["a", 5]}, "stop.1"),
+        ({"prompt": "a", "steering": {"plan": "flow", "strength": "much"}}, "steering.strength"),
+        ({"prompt": "a", "steering": {"strength": 1}}, "0 plans"),
+        ({"prompt": "a", "steering": {"plan": "flow", "document": {}}}, "2 plans"),
         ({"prompt": "a", "temperature": float("nan")}, "temperature"),
-        ({"prompt": "a", "max_tokens": float("inf")}, "number"),
+        ({"prompt": "a", "max_tokens": float("inf")}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": True}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": 513}, "at most 512"),
+        ({"prompt": "a", "n": 0, "best": 1, "logprobs": -1}, "n: "),
+        ({"prompt": "a", "n": 0, "best": 1, "logprobs": -1}, "best: this endpoint does not serve"),
+        ({"prompt": "a", "n": 0, "best": 1, "logprobs": -1}, "logprobs: "),
+        ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty"),
+        ({"prompt": "a", "tools": [{}]}, "tools"),
+        ({"prompt": "a", "echo": True, "logprobs": 0}, "echo"),
     ],
 )
 def test_bad_bodies_are_answered_with_a_sentence(port, body, word):
@@ -175,55 +184,67 @@ def test_a_refused_request_cannot_carry_another_in_its_body(port):
     assert raw(port, chunked + inner).count(b"HTTP/1.1") == 1
 
 
-def test_one_request_at_a_time(endpoint, port):
-    with endpoint.lock:
-        assert ask(port, {"prompt": "a", "max_tokens": 1})[0] == 429
-    assert ask(port, {"prompt": "a", "max_tokens": 1})[0] == 200
+class Slow:
+    """The model with passes that take `seconds`; `steered` says for each whether a plan was on."""
+
+    def __init__(self, model, seconds: float) -> None:
+        self._model, self._n_hooks = model, n_hooks(model)
+        self.seconds, self.steered = seconds, []
+
+    def __enter__(self):
+        self._handle = self._model.hf.register_forward_pre_hook(self._before)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._handle.remove()
+
+    def _before(self, *_) -> None:
+        self.steered.append(n_hooks(self._model) > self._n_hooks + 1)
+        time.sleep(self.seconds)
 
 
-class _WatchedLock:
-    """A lock that looks at the model when it is let go of."""
-
-    def __init__(self, look) -> None:
-        self._lock, self._look = threading.Lock(), look
-        self.seen: list[int] = []
-
-    def acquire(self, timeout: float) -> bool:
-        return self._lock.acquire(timeout=timeout)
-
-    def release(self) -> None:
-        self.seen.append(self._look())
-        self._lock.release()
+def n_hooks(model) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())
 
 
-def test_a_client_that_goes_away_leaves_no_plan_on_the_model_for_the_next(model, saes):
-    """The next request may begin the moment the lock is free."""
+def test_requests_wait_for_their_turn_and_are_refused_after_a_while(model, saes):
+    body = {"prompt": "a", "max_tokens": 10, "temperature": 0}
+    found = []
+    with Slow(model, 0.05), served(Endpoint(model=model, saes=saes, wait_s=0.9)) as port:
+        threads = [threading.Thread(target=lambda: found.append(ask(port, body))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(status for status, _ in found) == [200, 200, 429, 429]
+    texts = {json.loads(text)["choices"][0]["text"] for status, text in found if status == 200}
+    assert len(texts) == 1
 
-    def n_hooks() -> int:
-        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())
 
-    before = n_hooks()
-    lock = _WatchedLock(n_hooks)
-    with served(Endpoint(model=model, saes=saes, plans={"flow": FLOW}, lock=lock)) as port:
-        body = json.dumps(
-            {"prompt": "a", "model": "m:flow", "max_tokens": 100, "stream": True}
-        ).encode()
-        head = (
-            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
-            f"{len(body)}\r\n\r\n"
-        ).encode()
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_the_model_at_once_and_takes_its_plan_along(
+    model, saes, stream
+):
+    body = {"prompt": "a", "max_tokens": 100, "model": f"{model.name}:flow", "stream": stream}
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}"
+    with (
+        served(Endpoint(model=model, saes=saes, plans={"flow": FLOW})) as port,
+        Slow(model, 0.1) as slow,
+    ):
         connection = socket.create_connection(("127.0.0.1", port), timeout=20)
-        connection.sendall(head + body)
-        connection.recv(200)
-        assert n_hooks() > before
-        connection.setsockopt(
-            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-        )  # gone at once
-        connection.close()
-        deadline = time.monotonic() + 20
-        while not lock.seen and time.monotonic() < deadline:
+        connection.sendall(head.encode() + b"\r\n\r\n" + content)
+        while len(slow.steered) < 3:
             time.sleep(0.01)
-    assert lock.seen == [before]
+        linger = struct.pack("ii", 1, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)  # gone at once
+        connection.close()
+        started, before = time.monotonic(), len(slow.steered)
+        assert ask(port, {"prompt": "b", "max_tokens": 2})[0] == 200
+        assert time.monotonic() - started < 2
+    assert all(slow.steered[:before])
+    assert not any(slow.steered[-2:])
+    assert len(slow.steered) < before + 6
 
 
 def test_a_taken_port_is_said_so(endpoint, port):
@@ -290,3 +311,11 @@ def test_an_answer_ends_before_its_stop_string_streamed_or_not(endpoint, port):
     ]
     assert (stopped["text"], stopped["finish_reason"]) == (expected, "stop")
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == expected
+
+
+def test_without_the_packages_of_the_extra_the_error_names_it(monkeypatch):
+    package = importlib.import_module("pipeline.serve")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="starlette and uvicorn") as caught:
+        importlib.reload(package)
+    assert "featureflow[serve]" in str(caught.value)

@@ -27,12 +27,9 @@ def live(small_run) -> LiveAtlas:
 
 @pytest.fixture
 def server(live):
-    made, address = make_server(live, port=0)
-    thread = threading.Thread(target=made.serve_forever, daemon=True)
-    thread.start()
-    yield made.server_address[1], address.split("token=")[1]
-    made.shutdown()
-    made.server_close()
+    made, address = make_server(live, port=0, wait_s=0.3)
+    with made.running():
+        yield made.port, address.split("token=")[1]
 
 
 def ask(server, method: str, path: str, body: object = None, **headers: str) -> tuple[int, str]:
@@ -187,17 +184,16 @@ def test_one_request_at_a_time(live, server, monkeypatch):
 
 def test_elsewhere_every_file_needs_the_token_which_stays_in_a_cookie(live):
     made, address = make_server(live, host="0.0.0.0", port=0)
-    threading.Thread(target=made.serve_forever, daemon=True).start()
     token = address.split("token=")[1]
 
     def get(path: str, **headers: str) -> tuple[int, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", made.server_address[1], timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", made.port, timeout=60)
         connection.request("GET", path, headers={"Host": "atlas.example", **headers})
         answer = connection.getresponse()
         answer.read()
         return answer.status, answer.headers.get("Set-Cookie") or ""
 
-    try:
+    with made.running():
         assert get("/")[0] == 401
         assert get("/manifest.js")[0] == 401
         assert get("/?token=wrong")[0] == 401
@@ -209,9 +205,6 @@ def test_elsewhere_every_file_needs_the_token_which_stays_in_a_cookie(live):
         assert (
             get("/api/health", Cookie=cookie.split(";")[0])[0] == 401
         )  # the model asks for the header
-    finally:
-        made.shutdown()
-        made.server_close()
 
 
 def test_a_taken_port_is_said_so(live, server):
