@@ -15,7 +15,6 @@ Pearson correlation of linked pairs on held-out tokens. What is made already is 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import time
@@ -87,7 +86,7 @@ def stage(
 ) -> Artifact:
     """The stage's artifact in `folder`: found, where it was made with this config, or made."""
     out = folder / module.KIND
-    wanted = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    wanted = json.loads(config.model_dump_json())
     if (out / "manifest.json").is_file():
         artifact = Artifact.open(out, kind=module.KIND, schema=module.SCHEMA)
         if all(artifact.config.get(name, value) == value for name, value in wanted.items()):

@@ -33,6 +33,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from featureflow.errors import Problem, UserError
 from featureflow.files import (
     digest_of_file,
@@ -57,7 +59,7 @@ MARKER = ".digest"
 
 
 def canonical_json(value: object) -> str:
-    """JSON with sorted keys and no spaces; dataclasses become objects, paths strings, tuples
+    """JSON with sorted keys and no spaces; models become objects, paths strings, tuples
     lists."""
     return json.dumps(
         _plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
@@ -394,11 +396,13 @@ def _record_files(root: Path, externally_checked: tuple[str, ...]) -> dict[str, 
 
 
 def _plain(value: object) -> Any:
-    """Dataclasses, paths, mappings and sequences as JSON values; anything else that JSON lacks is
-    an error. A field whose metadata says `changes_no_result` is left out."""
+    """Models, dataclasses, paths, mappings and sequences as JSON values; anything else that JSON
+    lacks is an error. A model's field that is excluded (it changes no result) is left out."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields.items()
+        return {name: _plain(getattr(value, name)) for name, f in fields if not f.exclude}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = (f for f in dataclasses.fields(value) if not f.metadata.get("changes_no_result"))
-        return {f.name: _plain(getattr(value, f.name)) for f in fields}
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -25,34 +25,34 @@ from typing import Annotated, Literal, assert_never
 from typing_extensions import Doc
 
 from featureflow.errors import UserError
-from steering.choice import FromFile
+from featureflow.settings import ByKind, Settings
 
 Budget = Literal["sum", "peak", "none"]
 
 
-class Constant(FromFile):
+class Constant(Settings):
     kind: Literal["constant"] = "constant"
 
 
-class Linear(FromFile):
+class Linear(Settings):
     """Falls or rises in a straight line along the flow."""
 
     end: Annotated[float, Doc("weight at the last layer; the first has 1")] = 0.0
     kind: Literal["linear"] = "linear"
 
 
-class Exponential(FromFile):
+class Exponential(Settings):
     """The paper's: exponential in the number of the layer."""
 
     rate: Annotated[float, Doc("of growth a layer; negative falls")] = -0.05
     kind: Literal["exponential"] = "exponential"
 
 
-class CosineProduct(FromFile):
+class CosineProduct(Settings):
     kind: Literal["cosine_product"] = "cosine_product"
 
 
-class Gaussian(FromFile):
+class Gaussian(Settings):
     """A bump over depth."""
 
     width: Annotated[float, Doc("standard deviation, in layers")] = 3.0
@@ -60,7 +60,7 @@ class Gaussian(FromFile):
     kind: Literal["gaussian"] = "gaussian"
 
 
-Schedule = Constant | Linear | Exponential | CosineProduct | Gaussian
+Schedule = Annotated[Constant | Linear | Exponential | CosineProduct | Gaussian, ByKind()]
 
 
 def weights(

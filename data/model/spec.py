@@ -3,16 +3,17 @@ is cheap."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from annotated_types import Ge, Gt
+from pydantic import model_validator
 from typing_extensions import Doc
 
+from featureflow.settings import ByKind, Settings
 
-@dataclass(frozen=True, kw_only=True)
-class Packaged:
+
+class Packaged(Settings):
     """A model that ships inside a package of the registry and needs no other network."""
 
     kind: Literal["packaged"] = "packaged"
@@ -21,8 +22,7 @@ class Packaged:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class HuggingFace:
+class HuggingFace(Settings):
     """A model of the Hugging Face Hub; downloaded once by its own client, or found in its cache
     when offline."""
 
@@ -33,8 +33,7 @@ class HuggingFace:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Folder:
+class Folder(Settings):
     """A local folder as `save_pretrained` leaves it: config.json, *.safetensors and the tokenizer's
     files."""
 
@@ -42,24 +41,21 @@ class Folder:
     path: Annotated[Path, Doc("folder with config.json, *.safetensors and tokenizer files")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gguf:
+class Gguf(Settings):
     """A GGUF file; its weights are dequantised once into the cache."""
 
     kind: Literal["gguf"] = "gguf"
     path: Annotated[Path, Doc("a .gguf file of an architecture that transformers can read")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TransformerLens:
+class TransformerLens(Settings):
     """A model by the name TransformerLens gives it (`gpt2-small`, `pythia-70m`)."""
 
     kind: Literal["transformer_lens"] = "transformer_lens"
     name: Annotated[str, Doc("a TransformerLens name or alias, such as `gpt2-small`")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Random:
+class Random(Settings):
     """A Llama built from this config with random weights, and a small byte-level tokenizer:
     seconds, no downloads."""
 
@@ -81,14 +77,16 @@ class Random:
     ] = 1.0
     seed: Annotated[int, Ge(0), Doc("seed of the weights")] = 0
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
         if self.d_model % (2 * self.n_heads) != 0:
             raise ValueError(
                 f"d_model {self.d_model} is not a multiple of 2 x n_heads = {2 * self.n_heads}"
             )
+        return self
 
 
-ModelSpec = Packaged | HuggingFace | Folder | Gguf | TransformerLens | Random
+ModelSpec = Annotated[Packaged | HuggingFace | Folder | Gguf | TransformerLens | Random, ByKind()]
 
 
 def name_of(spec: ModelSpec) -> str:

@@ -160,7 +160,7 @@ class BatchReader:
         return {
             "store": self.store.layout.identity,
             "split": self._split,
-            "filters": canonical_json(dataclasses.asdict(self._filters)),
+            "filters": canonical_json(self._filters.model_dump()),
             **dataclasses.asdict(self.choices),
         }
 

@@ -16,6 +16,7 @@ from jaxtyping import UInt8, UInt32
 from typing_extensions import Doc
 
 from featureflow.errors import UserError
+from featureflow.settings import Settings
 
 FLAG_BOS = 1
 FLAG_SPECIAL = 2
@@ -66,8 +67,7 @@ class TokenTable:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowFilters:
+class RowFilters(Settings):
     """Which rows to leave out. The defaults leave what the statistics of the store are over."""
 
     drop_bos: Annotated[

@@ -9,7 +9,6 @@ hashed anyway.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, assert_never
 
 from annotated_types import Ge, Gt, MinLen
@@ -20,26 +19,24 @@ from data.text.documents import Document, iter_passages, iter_shuffled
 from data.text.packaged_texts import iter_packaged_text
 from data.text.text_files import Fields, find_text_files, iter_file_documents
 from featureflow.errors import UserError
+from featureflow.settings import ByKind, Settings
 
 
-@dataclass(frozen=True, kw_only=True)
-class BundledText:
+class BundledText(Settings):
     """The small text in this repository: 57 short passages of five kinds, for tests and the tiny
     recipe."""
 
     kind: Literal["bundled"] = "bundled"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PackagedText:
+class PackagedText(Settings):
     """A text that ships inside a package of the registry."""
 
     kind: Literal["packaged"] = "packaged"
     name: Annotated[str, Doc("wiki, recipes, news, commons, reviews or pystdlib")] = "wiki"
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextFiles:
+class TextFiles(Settings):
     """One's own files: .txt and .md (a document each), .jsonl (a line each), .parquet (a row
     each)."""
 
@@ -57,8 +54,7 @@ class TextFiles:
     ] = 8000
 
 
-@dataclass(frozen=True, kw_only=True)
-class HubText:
+class HubText(Settings):
     """A data set of the Hugging Face Hub (or a local folder of its form), streamed. Needs the `hub`
     extra."""
 
@@ -72,11 +68,10 @@ class HubText:
     label_field: Annotated[str, Doc("column of the label, where there is one")] = "label"
 
 
-SingleCorpus = BundledText | PackagedText | TextFiles | HubText
+SingleCorpus = Annotated[BundledText | PackagedText | TextFiles | HubText, ByKind()]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
+class Part(Settings):
     """One source of a mixture and its share of the characters."""
 
     corpus: Annotated[SingleCorpus, Doc("the text of this part, a table with its kind")]
@@ -90,15 +85,14 @@ class Part:
     ] = 8000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mixture:
+class Mixture(Settings):
     """Several corpora, interleaved so that each has its share of the characters at every point."""
 
     kind: Literal["mixture"] = "mixture"
     parts: Annotated[tuple[Part, ...], MinLen(1), Doc("the corpora and their weights")]
 
 
-CorpusSpec = BundledText | PackagedText | TextFiles | HubText | Mixture
+CorpusSpec = Annotated[BundledText | PackagedText | TextFiles | HubText | Mixture, ByKind()]
 
 
 def iter_documents(spec: CorpusSpec, seed: int) -> Iterator[Document]:

@@ -97,16 +97,14 @@ class _StageHelp(click.Command):
     """Adds the stage's fields to its `--help`; the stage is imported only then."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from pipeline.stages.recipe import describe_fields
+        from featureflow.settings import describe
 
         formatter.write(_HOW)
         for name in STAGES if self.name == "run" else (str(self.name),):
             formatter.write(
                 f"\nFields of [{name}], each also an option (--{name}.<field> VALUE):\n"
             )
-            for place, kind, default, meaning in describe_fields(
-                StageName(name).module.Config, name
-            ):
+            for place, kind, default, meaning in describe(StageName(name).module.Config, name):
                 formatter.write(f"  --{place}  <{kind}>  default {default}\n")
                 if meaning:
                     formatter.write(f"      {meaning}\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,7 +144,7 @@ def make(
     inputs = opened.need(*INPUTS)
     digests = {stage: artifact.digest for stage, artifact in inputs.items()}
     kind, out = f"paper-{name}", root / "paper" / name
-    config = dataclasses.asdict(effort)
+    config = effort.model_dump()
     if force or not Artifact.is_current(out, digest_of(kind, SCHEMA, config, digests)):
         subject = _subject(opened, effort)
         with Artifact.create(out, kind=kind, schema=SCHEMA, config=config, inputs=digests) as draft:

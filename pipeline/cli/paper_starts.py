@@ -11,7 +11,6 @@ compare their links.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +51,7 @@ def make_starts(
         name: artifact.digest for name, artifact in trained.items()
     }
     kind, out = f"paper-{NAME}", root / "paper" / NAME
-    fields = dataclasses.asdict(effort) | {"n_layers": n_layers, "steps": steps}
+    fields = effort.model_dump() | {"n_layers": n_layers, "steps": steps}
     if force or not Artifact.is_current(out, digest_of(kind, SCHEMA, fields, digests)):
         with Artifact.create(out, kind=kind, schema=SCHEMA, config=fields, inputs=digests) as draft:
             finding = compare_starts(
@@ -91,14 +90,12 @@ def _training_configs(
             found=str(steps),
         )
     next_steps = max(1, steps // 4)
-    base = dataclasses.replace(base, sites=sites, steps=steps, overrides=(), imported=None)
+    base = base.replace(sites=sites, steps=steps, overrides=(), imported=None)
     first = steps * len(sites) - next_steps * (len(sites) - 1)
     return {
-        "independent": dataclasses.replace(base, initialisation=Independent()),
-        "shared": dataclasses.replace(base, initialisation=Shared()),
-        "chain": dataclasses.replace(
-            base, initialisation=Chain(next_steps=next_steps), steps=first
-        ),
+        "independent": base.replace(initialisation=Independent()),
+        "shared": base.replace(initialisation=Shared()),
+        "chain": base.replace(initialisation=Chain(next_steps=next_steps), steps=first),
     }
 
 

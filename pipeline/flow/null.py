@@ -33,14 +33,14 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Doc
 
+from featureflow.settings import Settings
 from pipeline.flow.directions import Directions
 from pipeline.flow.match import best_cosines, full_precision
 
 _ROWS_PER_ROTATION = 512
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rotation:
+class Rotation(Settings):
     """Rotate inside the eigenbasis, spectrum and mean kept."""
 
     block: Annotated[
@@ -49,22 +49,19 @@ class Rotation:
     kind: Literal["rotation"] = "rotation"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Isotropic:
+class Isotropic(Settings):
     """Random directions."""
 
     kind: Literal["isotropic"] = "isotropic"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shuffled:
+class Shuffled(Settings):
     """Each coordinate shuffled among the rows."""
 
     kind: Literal["shuffled"] = "shuffled"
 
 
-@dataclass(frozen=True, kw_only=True)
-class FarLayers:
+class FarLayers(Settings):
     """Dictionaries many layers apart."""
 
     min_distance: Annotated[int | None, Doc("layers between the two; none: half the depth")] = None

@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import Doc
 
+from featureflow.settings import ByKind, Settings
 from pipeline.flow.null import FarLayers, Isotropic, Rotation, Shuffled
 
 
-@dataclass(frozen=True, kw_only=True)
-class Automatic:
+class Automatic(Settings):
     """Each pair is judged by the strictest null that applies to it: rotation always; for
     dictionaries of one start also dictionaries that left that start for unrelated data (trained
     here, or else far layers), and the firing itself."""
@@ -29,19 +29,17 @@ class Automatic:
     kind: Literal["automatic"] = "automatic"
 
 
-NullChoice = Automatic | Rotation | FarLayers | Isotropic | Shuffled
+NullChoice = Annotated[Automatic | Rotation | FarLayers | Isotropic | Shuffled, ByKind()]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Calibrated:
+class Calibrated(Settings):
     """Keep links up to a false-discovery rate, judged pair by pair against the null."""
 
     fdr: Annotated[float, Gt(0), Lt(1), Doc("share of kept links that may be chance")] = 0.05
     kind: Literal["calibrated"] = "calibrated"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fixed:
+class Fixed(Settings):
     """Keep links above the paper's cosines (Feature Flow, appendix B.2)."""
 
     residual: Annotated[
@@ -53,7 +51,7 @@ class Fixed:
     kind: Literal["fixed"] = "fixed"
 
 
-Thresholds = Calibrated | Fixed
+Thresholds = Annotated[Calibrated | Fixed, ByKind()]
 
 
 @dataclass(frozen=True, kw_only=True)

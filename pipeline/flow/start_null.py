@@ -20,11 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from featureflow.errors import UserError
@@ -60,10 +61,8 @@ class Recipe:
         """None where the metadata does not tell (a dictionary trained elsewhere)."""
         try:
             start = metadata["initialisation"]
-            choice = dict(metadata["architecture"])
-            kinds = {kind.kind: kind for kind in get_args(AnyArchitecture)}
             return cls(
-                architecture=kinds[choice["kind"]](**choice),
+                architecture=TypeAdapter(AnyArchitecture).validate_python(metadata["architecture"]),
                 schedule=_schedule(metadata),
                 batch_size=int(metadata["batch_size"]),
                 seed=int(start["seed"]),

@@ -26,6 +26,7 @@ from data.model.language_model import LanguageModel
 from data.store import ActivationStore
 from featureflow.errors import UserError
 from featureflow.progress import Progress, silent
+from featureflow.settings import Settings
 from featureflow.sites import Site, parse_site
 from pipeline.flow.causal import (
     Contexts,
@@ -41,8 +42,7 @@ from sae import Sae
 TOP_1, KEPT, RANDOM_OF_TOP_5, TOP_5 = "top-1", "kept link", "random of top-5", "top-5"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Validation:
+class Validation(Settings):
     """How much of a flow graph is tested by removing predecessors in the model."""
 
     n_residual_pairs: Annotated[

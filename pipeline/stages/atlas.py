@@ -17,19 +17,20 @@ sites run in parallel processes.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import pandas as pd
 from annotated_types import Ge, Gt, Le
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, model_validator
 from typing_extensions import Doc
 
 from data.model.language_model import LanguageModel
 from data.model.spec import ModelSpec
 from data.store import ActivationStore, RowFilters
 from featureflow.errors import UserError
+from featureflow.settings import Settings
 from featureflow.sites import Site, parse_site
 from pipeline.artifact import SCHEMAS, Artifact, Draft
 from pipeline.context import RunContext
@@ -45,17 +46,14 @@ from pipeline.site.figures import draw_atlas
 KIND, SCHEMA = "atlas", SCHEMAS["atlas"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """What the atlas shows and how labels are judged."""
 
     profile: Annotated[
         Literal["mini", "standard", "full"], Doc("how many examples a feature card shows")
     ] = "standard"
     title: Annotated[str, Doc("title of the atlas; empty for one made from the model's name")] = ""
-    filters: Annotated[RowFilters, Doc("which tokens are left out of all statistics")] = field(
-        default_factory=RowFilters
-    )
+    filters: Annotated[RowFilters, Doc("tokens left out of all statistics")] = RowFilters()
     holdout: Annotated[
         float, Gt(0), Le(0.9), Doc("share of documents on which labels are scored, never proposed")
     ] = 0.33
@@ -78,11 +76,13 @@ class Config:
     ] = "bfloat16"
     seed: Annotated[int, Ge(0), Doc("of the uniform samples and the held-out documents")] = 0
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
         if self.holdout + self.choice >= 1:
             raise ValueError(
                 "holdout and choice must be below 1 together: labels are proposed on the rest"
             )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import model_validator
 from typing_extensions import Doc
 
 from data.model.language_model import LanguageModel
@@ -36,6 +37,7 @@ from data.store.places import write_pointer
 from data.store.provenance import corpus_digest, model_digest, tokens_digest
 from data.text.corpus import CorpusSpec, PackagedText, describe_corpus
 from data.text.packing import PackedTokens, pack_corpus
+from featureflow.settings import Settings
 from featureflow.sites import Site
 from pipeline.artifact import SCHEMAS, Artifact, Draft
 from pipeline.context import RunContext
@@ -45,12 +47,11 @@ from pipeline.stages.collect_figures import draw_norms, site_table
 KIND, SCHEMA = "collect", SCHEMAS["collect"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """Which text, which model, which sites, and how they are stored."""
 
-    model: Annotated[ModelSpec, Doc("the language model")] = field(default_factory=Packaged)
-    corpus: Annotated[CorpusSpec, Doc("the text")] = field(default_factory=PackagedText)
+    model: Annotated[ModelSpec, Doc("the language model")] = Packaged()
+    corpus: Annotated[CorpusSpec, Doc("the text")] = PackagedText()
     sites: Annotated[
         tuple[str, ...],
         MinLen(1),
@@ -91,7 +92,8 @@ class Config:
     ] = None
     seed: Annotated[int, Ge(0), Le(2**31), Doc("of the order of documents")] = 0
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
         if self.shard_rows % self.chunk_rows or self.shard_rows % self.n_context:
             raise ValueError(
                 f"shard_rows {self.shard_rows} is not a multiple of chunk_rows {self.chunk_rows} "
@@ -99,6 +101,7 @@ class Config:
             )
         if self.store_url is not None and "://" not in self.store_url:
             raise ValueError(f"store_url {self.store_url!r} is not a URL")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

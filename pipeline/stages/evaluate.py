@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +37,7 @@ from data.store.store import Split
 from data.store.tokens import RowFilters
 from featureflow.errors import UserError
 from featureflow.files import write_text_atomically
+from featureflow.settings import Settings
 from featureflow.sites import Site, parse_site
 from pipeline.artifact import SCHEMAS, Artifact, Draft
 from pipeline.context import RunContext
@@ -53,8 +54,7 @@ KIND, SCHEMA = "evaluate", SCHEMAS["evaluate"]
 _KEPT = ".rows"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """On how much, and where, dictionaries are measured."""
 
     n_tokens: Annotated[int, Ge(2), Doc("held-out tokens on which reconstruction is measured")] = (
@@ -75,7 +75,7 @@ class Config:
         Doc("residual sites where the model is run, spread over the depth, when none are named"),
     ] = 6
     n_resamples: Annotated[int, Ge(10), Doc("bootstrap resamples of documents")] = 1000
-    filters: Annotated[RowFilters, Doc("which rows count")] = field(default_factory=RowFilters)
+    filters: Annotated[RowFilters, Doc("which rows count")] = RowFilters()
     others: Annotated[
         tuple[str, ...],
         Doc("folders with further dictionaries, of any format, measured on the same rows"),

@@ -18,7 +18,7 @@ the null.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +27,7 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from data.store import ActivationStore
+from featureflow.settings import Settings
 from pipeline.artifact import Artifact
 from pipeline.context import RunContext
 from pipeline.flow.figures import draw_class_shares, draw_link_strengths
@@ -53,26 +54,21 @@ NULL_SEED = 7_919
 """Keeps the rotation of a null apart from everything else that the seed draws."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """How links are found, judged and checked."""
 
     top_k: Annotated[
         int, Ge(1), Doc("predecessors kept for each feature and relation, best first")
     ] = 5
-    null: Annotated[NullChoice, Doc("the idea of chance that links are compared with")] = field(
-        default_factory=Automatic
-    )
+    null: Annotated[NullChoice, Doc("the chance that links are compared with")] = Automatic()
     n_null: Annotated[
         int, Ge(100), Doc("best cosines drawn from the null for each pair of dictionaries")
     ] = 8192
-    thresholds: Annotated[Thresholds, Doc("which links are kept")] = field(
-        default_factory=Calibrated
-    )
+    thresholds: Annotated[Thresholds, Doc("which links are kept")] = Calibrated()
     functional_tokens: Annotated[
         int, Ge(0), Doc("held-out tokens on which firing is compared; 0 leaves the check out")
     ] = 8192
-    validate: Annotated[
+    validation: Annotated[
         Validation | None,
         Doc("test links by removing predecessors in the model; none leaves the test out"),
     ] = None
@@ -97,13 +93,13 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
         links = _linked(config, opened, saes)
         draft.summary.update(summary_of(links))
         edges = links.edges
-        if config.validate is not None:
+        if config.validation is not None:
             found = validate_links(
                 edges,
                 saes,
                 opened.model,
                 opened.store,
-                options=config.validate,
+                options=config.validation,
                 progress=context.progress,
             )
             edges = attach_evidence(edges, found.evidence)

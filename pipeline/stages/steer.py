@@ -22,17 +22,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import pandas as pd
 from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import model_validator
 from typing_extensions import Doc
 
 from data.concepts.prompts import read_prompts
 from data.model.language_model import LanguageModel
 from featureflow.progress import Progress
+from featureflow.settings import Settings
 from pipeline.artifact import SCHEMAS, Artifact, Draft
 from pipeline.context import RunContext
 from pipeline.lenses.steering.choice import (
@@ -76,8 +78,7 @@ from steering.trial import ArmDose, Effect, Twin, calibrated_arms, effects_of, r
 KIND, SCHEMA = "steer", SCHEMAS["steer"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """Which features are steered, in which ways, how strongly, and on what they are measured."""
 
     n_features: Annotated[int, Ge(1), Doc("features chosen automatically when none are named")] = 3
@@ -94,7 +95,7 @@ class Config:
     )
     schedule: Annotated[
         Schedule, Doc("how the arm `flow` shares its strength among the layers")
-    ] = field(default_factory=Constant)
+    ] = Constant()
     doses: Annotated[tuple[float, ...], MinLen(1), Doc("nats of KL a token on neutral text")] = (
         0.05,
         0.15,
@@ -122,7 +123,8 @@ class Config:
     batch_size: Annotated[int, Ge(1), Doc("samples generated at once")] = 72
     seed: Annotated[int, Ge(0), Doc("of sampling, placebos and intervals")] = 0
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
         if unknown := [arm for arm in self.arms if arm not in ARMS]:
             raise ValueError(f"no such arm: {', '.join(unknown)}; there are {', '.join(ARMS)}")
         if "single_budget" in self.arms and "flow" not in self.arms:
@@ -131,6 +133,7 @@ class Config:
             )
         if any(dose <= 0 for dose in self.doses):
             raise ValueError("doses are positive numbers of nats")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import Field
 from typing_extensions import Doc
 
 from data.store import ActivationStore
@@ -32,6 +33,7 @@ from data.store.patterns import parse_sites
 from data.store.tokens import RowFilters
 from featureflow.files import write_text_atomically
 from featureflow.progress import Metrics
+from featureflow.settings import Settings
 from featureflow.sites import Site
 from pipeline.artifact import SCHEMAS, Artifact, Draft
 from pipeline.context import RunContext
@@ -62,20 +64,15 @@ from sae.kernels.select import Precision, has_fast_bfloat16
 KIND, SCHEMA = "train", SCHEMAS["train"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """What is trained, how long, and from what start."""
 
-    architecture: Annotated[AnyArchitecture, Doc("how latents are chosen and kept few")] = field(
-        default_factory=TopK
-    )
+    architecture: Annotated[AnyArchitecture, Doc("how latents are chosen and kept few")] = TopK()
     n_latents: Annotated[int, Gt(0), Doc("latents of each dictionary")] = 2048
     sites: Annotated[
         tuple[str, ...], Doc("sites or patterns to train at; empty for all in the store")
     ] = ()
-    initialisation: Annotated[Initialisation, Doc("what each dictionary starts from")] = field(
-        default_factory=Chain
-    )
+    initialisation: Annotated[Initialisation, Doc("what each dictionary starts from")] = Chain()
     steps: Annotated[
         int, Gt(0), Doc("optimizer steps of a dictionary that starts from random directions")
     ] = 1600
@@ -97,9 +94,7 @@ class Config:
             "fast at it"
         ),
     ] = "auto"
-    filters: Annotated[RowFilters, Doc("which rows are left out")] = field(
-        default_factory=RowFilters
-    )
+    filters: Annotated[RowFilters, Doc("which rows are left out")] = RowFilters()
     overrides: Annotated[
         tuple[Override, ...], Doc("choices that differ at some sites; later ones win")
     ] = ()
@@ -127,7 +122,7 @@ class Config:
             "experiment trackers that are told the curves: tensorboard, wandb; no part of the "
             "digest"
         ),
-    ] = field(default=(), metadata={"changes_no_result": True})
+    ] = Field(default=(), exclude=True)
     imported: Annotated[
         Imported | None,
         Doc(

@@ -15,7 +15,6 @@ from __future__ import annotations
 import glob
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +23,7 @@ from typing_extensions import Doc
 from data.store import ActivationStore
 from featureflow.errors import Problem, UserError
 from featureflow.progress import Progress, silent
+from featureflow.settings import Settings
 from featureflow.sites import Site
 from sae import save_sae
 from sae.formats import read
@@ -31,8 +31,7 @@ from sae.formats import read
 _IDENTITY_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class Imported:
+class Imported(Settings):
     """Dictionaries that are read instead of trained."""
 
     paths: Annotated[

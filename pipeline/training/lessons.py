@@ -14,15 +14,17 @@ that the later stages use, `variants/<name>/` for the others of a sweep, `transc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, Self
 
 from annotated_types import Gt, MinLen
+from pydantic import model_validator
 from typing_extensions import Doc
 
 from data.store import ActivationStore
 from data.store.patterns import parse_sites
 from featureflow.errors import Problem, UserError
+from featureflow.settings import Settings
 from featureflow.sites import Site
 from pipeline.training.plan import SiteJob, rate_at
 from sae.architectures import AnyArchitecture, TopK
@@ -31,8 +33,7 @@ DICTIONARIES, VARIANTS, TRANSCODERS = "dictionaries", "variants", "transcoders"
 BASE = "base"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Variant:
+class Variant(Settings):
     """One more dictionary at a site, trained on the same batches. What is none stays as it is in
     the recipe."""
 
@@ -48,16 +49,17 @@ class Variant:
     n_latents: Annotated[int | None, Gt(0), Doc("latents of this variant")] = None
     learning_rate: Annotated[float | None, Gt(0), Doc("peak learning rate of this variant")] = None
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
         plain = bool(self.name) and all(
             character.isalnum() or character in "-_." for character in self.name
         )
         if not plain or self.name.startswith(".") or self.name == BASE:
             raise ValueError(f"a variant cannot be called {self.name!r}")
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
-class Transcoders:
+class Transcoders(Settings):
     """Dictionaries that predict an MLP's output from its input. They go to `transcoders/` and are
     evaluated."""
 
@@ -67,9 +69,7 @@ class Transcoders:
         Doc("the site of the same block that is read; resid_mid is what the MLP's norm sees"),
     ] = "resid_mid"
     skip: Annotated[bool, Doc("add a linear map from input to output (a skip transcoder)")] = True
-    architecture: Annotated[AnyArchitecture, Doc("how latents are chosen and kept few")] = field(
-        default_factory=TopK
-    )
+    architecture: Annotated[AnyArchitecture, Doc("how latents are chosen and kept few")] = TopK()
     n_latents: Annotated[int, Gt(0), Doc("latents of each transcoder")] = 2048
     steps: Annotated[int, Gt(0), Doc("optimizer steps of each transcoder")] = 1600
     learning_rate: Annotated[

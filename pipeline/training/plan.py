@@ -25,6 +25,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from featureflow.errors import Problem, UserError
+from featureflow.settings import ByKind, Settings
 from featureflow.sites import Site
 from sae.architectures import AnyArchitecture
 from sae.schedule import learning_rate_law
@@ -33,23 +34,20 @@ _MODULES = ("mlp_out", "attn_out")
 _DEPTH = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Independent:
+class Independent(Settings):
     """Every dictionary starts from random directions of its own."""
 
     kind: Literal["independent"] = "independent"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shared:
+class Shared(Settings):
     """All dictionaries start from the same random directions and train for the full number of
     steps."""
 
     kind: Literal["shared"] = "shared"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chain:
+class Chain(Settings):
     """A middle residual site trains for the full number of steps; the others start from their
     neighbour."""
 
@@ -70,11 +68,10 @@ class Chain:
     kind: Literal["chain"] = "chain"
 
 
-Initialisation = Independent | Shared | Chain
+Initialisation = Annotated[Independent | Shared | Chain, ByKind()]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Override:
+class Override(Settings):
     """Choices that differ at some sites. What is none stays as it is elsewhere."""
 
     sites: Annotated[tuple[str, ...], Doc("sites or patterns: resid_post:0-5, mlp_out, L12.attn")]

@@ -256,7 +256,7 @@ def _description(
         **variant,
         "model": store.provenance.get("model"),
         "model_fingerprint": store.provenance.get("model_fingerprint"),
-        "architecture": dataclasses.asdict(job.architecture),
+        "architecture": job.architecture.model_dump(mode="json"),
         "initialisation": {
             "kind": job.kind,
             "group": job.group,

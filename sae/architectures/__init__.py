@@ -1,12 +1,15 @@
 """The ways to train a dictionary. Each is one file with the few choices it owns; `base` is what
 they share.
 
-A new architecture is a new file with a frozen dataclass that satisfies `base.Architecture`, and a
+A new architecture is a new file with a frozen model that satisfies `base.Architecture`, and a
 line here.
 """
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from featureflow.settings import ByKind
 from sae.architectures.base import Architecture
 from sae.architectures.batch_topk import BatchTopK
 from sae.architectures.gated import GatedL1
@@ -15,7 +18,9 @@ from sae.architectures.matryoshka import MatryoshkaBatchTopK
 from sae.architectures.relu_l1 import ReluL1
 from sae.architectures.topk import TopK
 
-AnyArchitecture = TopK | BatchTopK | MatryoshkaBatchTopK | JumpRelu | ReluL1 | GatedL1
+AnyArchitecture = Annotated[
+    TopK | BatchTopK | MatryoshkaBatchTopK | JumpRelu | ReluL1 | GatedL1, ByKind()
+]
 
 __all__ = [
     "AnyArchitecture",

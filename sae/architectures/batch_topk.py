@@ -7,8 +7,7 @@ latents, set at the end so that held-out activations have k active latents on av
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt
@@ -16,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Doc
 
+from featureflow.settings import Settings
 from sae.activations import Activation, Threshold
 from sae.architectures.base import Pass, Situation, Weights
 from sae.kernels.select import WholeBatch
@@ -23,8 +23,7 @@ from sae.kernels.sparse_step import AuxK, sparse_step
 from sae.kernels.start import length_matched
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchTopK:
+class BatchTopK(Settings):
     """k latents per token on average over a batch; a threshold in inference."""
 
     k: Annotated[int, Gt(0), Doc("latents per token, on average")] = 32
@@ -37,9 +36,9 @@ class BatchTopK:
     def target_l0(self) -> float:
         return float(self.k)
 
-    unit_decoder = True
-    closed_loop = False
-    calibrated = True
+    unit_decoder: ClassVar[bool] = True
+    closed_loop: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = True
 
     def problems(self, n_latents: int) -> list[str]:
         return [f"k = {self.k} of {n_latents} latents"] if self.k > n_latents else []

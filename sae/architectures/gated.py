@@ -13,8 +13,7 @@ is left to it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Gt
@@ -22,13 +21,13 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Doc
 
+from featureflow.settings import Settings
 from sae.activations import Activation, Gated
 from sae.architectures.base import Pass, Situation, Weights
 from sae.architectures.dense import Forward, differentiated, gently_started
 
 
-@dataclass(frozen=True, kw_only=True)
-class GatedL1:
+class GatedL1(Settings):
     """A gate with its own L1 penalty, magnitudes without shrinkage."""
 
     target_l0: Annotated[
@@ -39,9 +38,9 @@ class GatedL1:
     ] = 2.0
     kind: Literal["gated"] = "gated"
 
-    unit_decoder = True
-    closed_loop = True
-    calibrated = True
+    unit_decoder: ClassVar[bool] = True
+    closed_loop: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = True
 
     def problems(self, n_latents: int) -> list[str]:
         return (

@@ -15,9 +15,8 @@ shift that gives the target on held-out rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Gt
@@ -25,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Doc
 
+from featureflow.settings import Settings
 from sae.activations import Activation, Threshold
 from sae.architectures.base import Pass, Situation, Weights
 from sae.architectures.dense import Forward, differentiated
@@ -32,8 +32,7 @@ from sae.architectures.dense import Forward, differentiated
 _TANH_SLOPE = 4.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class JumpRelu:
+class JumpRelu(Settings):
     """A threshold per latent, trained with the rest."""
 
     target_l0: Annotated[float, Gt(0), Doc("latents per token, on average")] = 32.0
@@ -51,8 +50,8 @@ class JumpRelu:
     ] = 1e-3
     kind: Literal["jump_relu"] = "jump_relu"
 
-    unit_decoder = True
-    calibrated = True
+    unit_decoder: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = True
 
     @property
     def closed_loop(self) -> bool:

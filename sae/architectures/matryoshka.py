@@ -8,15 +8,16 @@ instead of being split up by later ones. Selection and inference are BatchTopK's
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from annotated_types import Ge, Gt
 from jaxtyping import Float
+from pydantic import model_validator
 from torch import Tensor
 from typing_extensions import Doc
 
+from featureflow.settings import Settings
 from sae.activations import Activation, Threshold
 from sae.architectures.base import Pass, Situation, Weights
 from sae.kernels.select import WholeBatch
@@ -24,8 +25,7 @@ from sae.kernels.sparse_step import AuxK, sparse_step
 from sae.kernels.start import length_matched
 
 
-@dataclass(frozen=True, kw_only=True)
-class MatryoshkaBatchTopK:
+class MatryoshkaBatchTopK(Settings):
     """Nested dictionaries: `fractions` of the latents, each prefix holding the ones before it."""
 
     k: Annotated[int, Gt(0), Doc("latents per token, on average")] = 32
@@ -37,19 +37,21 @@ class MatryoshkaBatchTopK:
     ] = 1 / 8
     kind: Literal["matryoshka_batch_topk"] = "matryoshka_batch_topk"
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
         if not self.fractions or min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-6:
             raise ValueError(
                 f"fractions must be positive and add up to 1, not {sum(self.fractions):g}"
             )
+        return self
 
     @property
     def target_l0(self) -> float:
         return float(self.k)
 
-    unit_decoder = True
-    closed_loop = False
-    calibrated = True
+    unit_decoder: ClassVar[bool] = True
+    closed_loop: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = True
 
     def group_ends(self, n_latents: int) -> tuple[int, ...]:
         """Widths of the prefixes; the last is `n_latents`."""

@@ -9,8 +9,7 @@ one shift.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Gt
@@ -18,13 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Doc
 
+from featureflow.settings import Settings
 from sae.activations import Activation, Relu
 from sae.architectures.base import Pass, Situation, Weights
 from sae.architectures.dense import Forward, differentiated, gently_started
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReluL1:
+class ReluL1(Settings):
     """Every positive pre-activation counts; an L1 penalty keeps them few."""
 
     target_l0: Annotated[
@@ -35,9 +34,9 @@ class ReluL1:
     ] = 2.0
     kind: Literal["relu_l1"] = "relu_l1"
 
-    unit_decoder = False
-    closed_loop = True
-    calibrated = True
+    unit_decoder: ClassVar[bool] = False
+    closed_loop: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = True
 
     def problems(self, n_latents: int) -> list[str]:
         return (

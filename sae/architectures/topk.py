@@ -3,14 +3,14 @@ construction."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt
 from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Doc
 
+from featureflow.settings import Settings
 from sae.activations import Activation, TopKActivation
 from sae.architectures.base import Pass, Situation, Weights
 from sae.kernels.select import PerRow
@@ -18,8 +18,7 @@ from sae.kernels.sparse_step import AuxK, sparse_step
 from sae.kernels.start import length_matched
 
 
-@dataclass(frozen=True, kw_only=True)
-class TopK:
+class TopK(Settings):
     """Exactly k latents per token, fewer where fewer are positive."""
 
     k: Annotated[int, Gt(0), Doc("latents per token")] = 32
@@ -32,9 +31,9 @@ class TopK:
     def target_l0(self) -> float:
         return float(self.k)
 
-    unit_decoder = True
-    closed_loop = False
-    calibrated = False
+    unit_decoder: ClassVar[bool] = True
+    closed_loop: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
 
     def problems(self, n_latents: int) -> list[str]:
         return [f"k = {self.k} of {n_latents} latents"] if self.k > n_latents else []

@@ -130,7 +130,7 @@ def test_a_text_file_that_changes_changes_the_digest(tmp_path):
 
     path = tmp_path / "text.txt"
     path.write_text("one text")
-    config = replace(CONFIG, corpus=TextFiles(paths=(str(path),)))
+    config = CONFIG.replace(corpus=TextFiles(paths=(str(path),)))
     before = outside_digests(config)
     path.write_text("two text")
     assert outside_digests(config)["text"] != before["text"]
@@ -170,9 +170,9 @@ def test_the_sites_that_there_are_are_listed_as_patterns_that_name_them():
 
 
 def test_a_text_that_is_shorter_than_asked_is_said_to_be(tmp_path):
-    few = replace(CONFIG, n_tokens=1000, sites=("L0",))
+    few = CONFIG.replace(n_tokens=1000, sites=("L0",))
     assert "warnings.json" not in run(few, Inputs(), tmp_path / "few", RunContext()).files
-    passages = replace(few, n_tokens=10_000_000, max_document_tokens=20)
+    passages = few.replace(n_tokens=10_000_000, max_document_tokens=20)
     made = run(passages, Inputs(), tmp_path / "all", RunContext())
     (text,) = json.loads(made.file("warnings.json").read_text())
     assert (

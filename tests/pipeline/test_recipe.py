@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import pytest
 from annotated_types import Gt
+from pydantic import model_validator
 from typing_extensions import Doc
 
 import pipeline.stages.recipe
 from featureflow.errors import UserError
+from featureflow.settings import ByKind, Settings, describe
 from pipeline.stages import STAGES, StageName
-from pipeline.stages.recipe import describe_fields, read_recipe, recipe_path
+from pipeline.stages.recipe import read_recipe, recipe_path
 
 
-@dataclass(frozen=True, kw_only=True)
-class TopK:
+class TopK(Settings):
     k: Annotated[int, Gt(0), Doc("active latents a token")]
     kind: Literal["topk"] = "topk"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Relu:
+class Relu(Settings):
     l1: float = 5.0
     kind: Literal["relu"] = "relu"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    architecture: Annotated[TopK | Relu, Doc("which latents are kept")] = Relu()
+class Config(Settings):
+    architecture: Annotated[TopK | Relu, ByKind(), Doc("which latents are kept")] = Relu()
     steps: Annotated[int, Gt(0), Doc("optimizer steps")] = 4
     sites: tuple[str, ...] = ()
     others: Annotated[tuple[TopK, ...], Doc("more")] = ()
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
         if self.steps == 13:
             raise ValueError("13 steps bring bad luck")
+        return self
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_types_are_named_in_words_and_the_help_of_the_stage_is_named(tmp_path: P
         read_recipe(
             write(tmp_path, ""), {"train.sites": "L3", "train.steps": "-1"}, ("collect", "train")
         )
-    assert [problem.expected for problem in caught.value.problems] == ["int > 0", "list of str"]
+    assert {problem.expected for problem in caught.value.problems} == {"int > 0", "list of str"}
     assert caught.value.fix == "featureflow train --help"
     with pytest.raises(UserError) as caught:
         read_recipe(
@@ -144,14 +144,14 @@ def test_an_unknown_recipe_lists_the_known_ones() -> None:
 
 @pytest.mark.usefixtures("toy_stages")
 def test_the_fields_of_tables_in_a_list_are_explained() -> None:
-    rows = {place: (kind, meaning) for place, kind, _, meaning in describe_fields(Config, "train")}
+    rows = {place: (kind, meaning) for place, kind, _, meaning in describe(Config, "train")}
     assert rows["train.others"] == ("list of {k, kind}", "more")
     assert rows["train.others[].k"] == ("int > 0", "active latents a token")
 
 
 def test_every_field_of_every_stage_is_explained() -> None:
     for stage in STAGES:
-        rows = describe_fields(StageName(stage).module.Config, stage)
+        rows = describe(StageName(stage).module.Config, stage)
         missing = [place for place, _, _, meaning in rows if not meaning]
         assert rows, f"{stage} has no fields"
         assert not missing, f"without a line of documentation: {missing}"

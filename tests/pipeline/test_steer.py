@@ -198,7 +198,7 @@ def test_answers_that_were_read_give_a_paired_difference():
 
 def test_a_named_feature_is_steered_and_handed_to_the_atlas(inputs, handed, tmp_path, finished):
     feature = json.loads(finished.file("features.json").read_text())["features"][0]["feature"]
-    config = dataclasses.replace(CONFIG, features=(feature,), arms=("flow",), doses=(0.1,))
+    config = CONFIG.replace(features=(feature,), arms=("flow",), doses=(0.1,))
     artifact = steer.run(config, inputs, tmp_path / "steer", RunContext(n_threads=1))
     (document,) = handed
     assert {sample["feature"] for sample in document["samples"]} == {feature}
@@ -216,7 +216,7 @@ def test_wrong_features_and_arms_are_explained(inputs, handed, tmp_path):
     ):
         with pytest.raises(UserError, match=word):
             steer.run(
-                dataclasses.replace(CONFIG, features=(name,)),
+                CONFIG.replace(features=(name,)),
                 inputs,
                 tmp_path / "steer",
                 RunContext(n_threads=1),

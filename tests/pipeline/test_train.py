@@ -4,7 +4,6 @@ loses nothing."""
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -161,8 +160,8 @@ def test_a_cluster_ends_with_the_same_dictionaries(
 def test_starts_are_shared_or_not(
     collected: Artifact, tmp_path: Path, initialisation: Independent | Shared
 ) -> None:
-    config = replace(
-        CONFIG, initialisation=initialisation, steps=2, warmup_steps=0, learning_rate=1e-9
+    config = CONFIG.replace(
+        initialisation=initialisation, steps=2, warmup_steps=0, learning_rate=1e-9
     )
     done = train.run(
         config, train.Inputs(collect=collected), tmp_path / "train", RunContext(n_threads=2)
@@ -176,8 +175,7 @@ def test_starts_are_shared_or_not(
 
 
 def test_overrides_and_calibration(collected: Artifact, tmp_path: Path) -> None:
-    config = replace(
-        CONFIG,
+    config = CONFIG.replace(
         sites=("resid_post",),
         initialisation=Independent(),
         overrides=(Override(sites=("L2",), architecture=BatchTopK(k=6), n_latents=96, steps=40),),
@@ -197,9 +195,8 @@ def test_impossible_choices_are_refused_together_and_nothing_is_written(
     collected: Artifact, tmp_path: Path
 ) -> None:
     inputs = train.Inputs(collect=collected)
-    wide = replace(
-        CONFIG,
-        overrides=(Override(sites=("L2",), n_latents=32), Override(sites=("L0",), n_latents=2)),
+    wide = CONFIG.replace(
+        overrides=(Override(sites=("L2",), n_latents=32), Override(sites=("L0",), n_latents=2))
     )
     with pytest.raises(UserError) as caught:
         train.run(wide, inputs, tmp_path / "train", RunContext())
@@ -208,13 +205,11 @@ def test_impossible_choices_are_refused_together_and_nothing_is_written(
         for text in ("L2", "a chain keeps one width", "k = 4 of 2 latents")
     )
     with pytest.raises(UserError, match="memory"):
-        train.run(
-            replace(CONFIG, n_latents=2_000_000_000), inputs, tmp_path / "train", RunContext()
-        )
+        train.run(CONFIG.replace(n_latents=2_000_000_000), inputs, tmp_path / "train", RunContext())
     with pytest.raises(UserError, match="too few"):
-        train.run(replace(CONFIG, batch_size=100_000), inputs, tmp_path / "other", RunContext())
+        train.run(CONFIG.replace(batch_size=100_000), inputs, tmp_path / "other", RunContext())
     with pytest.raises(UserError):
-        train.run(replace(CONFIG, sites=("L7",)), inputs, tmp_path / "train", RunContext())
+        train.run(CONFIG.replace(sites=("L7",)), inputs, tmp_path / "train", RunContext())
     assert not (tmp_path / "train").exists()
 
 

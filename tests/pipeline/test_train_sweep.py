@@ -4,7 +4,6 @@ would be alone."""
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +71,7 @@ def _train(collected: Artifact, out: Path, config: train.Config, **context: obje
 @pytest.fixture(scope="module")
 def swept(collected: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return _train(
-        collected, tmp_path_factory.mktemp("swept") / "train", replace(CONFIG, sweep=SWEEP)
+        collected, tmp_path_factory.mktemp("swept") / "train", CONFIG.replace(sweep=SWEEP)
     )
 
 
@@ -84,7 +83,7 @@ def test_each_dictionary_of_a_sweep_is_what_it_would_be_alone(
     swept: Artifact, collected: Artifact, tmp_path: Path
 ) -> None:
     alone = _train(collected, tmp_path / "base", CONFIG)
-    other = _train(collected, tmp_path / "other", replace(CONFIG, architecture=BatchTopK(k=6)))
+    other = _train(collected, tmp_path / "other", CONFIG.replace(architecture=BatchTopK(k=6)))
     for site in ("L0", "L1", "L2"):
         assert _weights(swept, f"dictionaries/{site}") == _weights(alone, f"dictionaries/{site}"), (
             site
@@ -92,7 +91,7 @@ def test_each_dictionary_of_a_sweep_is_what_it_would_be_alone(
         assert _weights(swept, f"variants/k6/{site}") == _weights(other, f"dictionaries/{site}"), (
             site
         )
-    start = replace(CONFIG, sites=("L2",), architecture=JumpRelu(target_l0=5), n_latents=96)
+    start = CONFIG.replace(sites=("L2",), architecture=JumpRelu(target_l0=5), n_latents=96)
     wide = _train(collected, tmp_path / "wide", start)
     assert _weights(swept, "variants/wide/L2") == _weights(wide, "dictionaries/L2")
     assert not (swept.path / "variants" / "wide" / "L1").exists()
@@ -117,7 +116,7 @@ def test_a_sweep_reads_each_activation_once(
     monkeypatch.setattr(ActivationStore, "read", counted)
     _train(collected, tmp_path / "one", CONFIG)
     alone, rows = sum(rows), []
-    _train(collected, tmp_path / "three", replace(CONFIG, sweep=SWEEP))
+    _train(collected, tmp_path / "three", CONFIG.replace(sweep=SWEEP))
     assert 0 < sum(rows) == alone
 
 
@@ -140,8 +139,8 @@ def test_a_sweep_killed_at_random_steps_ends_with_the_same_bytes(
                 raise _Killed
 
         with pytest.raises(_Killed):
-            _train(collected, out, replace(CONFIG, sweep=SWEEP), progress=kill)
-    again = _train(collected, out, replace(CONFIG, sweep=SWEEP))
+            _train(collected, out, CONFIG.replace(sweep=SWEEP), progress=kill)
+    again = _train(collected, out, CONFIG.replace(sweep=SWEEP))
     assert again.files.keys() == swept.files.keys()
     for name in swept.files:
         if not name.endswith(".png"):
@@ -151,7 +150,7 @@ def test_a_sweep_killed_at_random_steps_ends_with_the_same_bytes(
 def test_the_variant_in_use_is_what_later_stages_see(
     swept: Artifact, collected: Artifact, tmp_path: Path
 ) -> None:
-    used = _train(collected, tmp_path / "train", replace(CONFIG, sweep=SWEEP[:1], used="k6"))
+    used = _train(collected, tmp_path / "train", CONFIG.replace(sweep=SWEEP[:1], used="k6"))
     assert {sae.activation.kind for sae in Saes(used.path / FOLDER).values()} == {"threshold"}
     assert _weights(used, "dictionaries/L0") == _weights(swept, "variants/k6/L0")
     assert _weights(used, "variants/base/L0") == _weights(swept, "dictionaries/L0")
@@ -212,7 +211,7 @@ def test_impossible_sweeps_are_refused(
     collected: Artifact, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        _train(collected, tmp_path / "train", replace(CONFIG, **changes))
+        _train(collected, tmp_path / "train", CONFIG.replace(**changes))
     assert not (tmp_path / "train").exists()
 
 
@@ -231,7 +230,7 @@ def transcoded(collected: Artifact, tmp_path_factory: pytest.TempPathFactory) ->
     return _train(
         collected,
         out,
-        replace(CONFIG, sites=("L1",), steps=5, transcoders=choice, max_rows_in_memory=100),
+        CONFIG.replace(sites=("L1",), steps=5, transcoders=choice, max_rows_in_memory=100),
     )
 
 

@@ -4,7 +4,6 @@ row lies."""
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +92,7 @@ def test_tensorboard_is_told_the_curves(collected: Artifact, tmp_path: Path) -> 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     records: list[dict] = []
-    config = replace(CONFIG, log_to=("tensorboard",))
+    config = CONFIG.replace(log_to=("tensorboard",))
     done = _train(
         collected, tmp_path / "train", config, metrics=lambda record: records.append(dict(record))
     )
@@ -112,7 +111,7 @@ def test_wandb_is_told_the_curves_offline(
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    _train(collected, tmp_path / "train", replace(CONFIG, log_to=("wandb",)))
+    _train(collected, tmp_path / "train", CONFIG.replace(log_to=("wandb",)))
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     written = file.read_bytes()  # a log of protocol buffers, in which names are plain
     for name in (b"L0/fvu", b"L0/step", b"L1/loss", b"L1/tokens_per_second", b"batch_size"):
@@ -124,13 +123,13 @@ def test_a_tracker_that_is_not_installed_is_named(
 ) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install wandb"):
-        _train(collected, tmp_path / "train", replace(CONFIG, log_to=("wandb",)))
+        _train(collected, tmp_path / "train", CONFIG.replace(log_to=("wandb",)))
     assert not list(tmp_path.iterdir())
 
 
 def test_whom_training_tells_is_no_part_of_what_it_makes() -> None:
-    assert canonical_json(replace(CONFIG, log_to=("wandb",))) == canonical_json(CONFIG)
-    assert canonical_json(replace(CONFIG, seed=1)) != canonical_json(CONFIG)
+    assert canonical_json(CONFIG.replace(log_to=("wandb",))) == canonical_json(CONFIG)
+    assert canonical_json(CONFIG.replace(seed=1)) != canonical_json(CONFIG)
 
 
 @pytest.mark.parametrize("max_rows_in_memory", [100, 1_000_000])
@@ -147,7 +146,7 @@ def test_nan_in_a_batch_names_the_shard_and_the_row(
             out[place, 3] = np.nan
 
     monkeypatch.setattr(ActivationStore, "read_stored", spoiled)
-    config = replace(CONFIG, steps=200, max_rows_in_memory=max_rows_in_memory)
+    config = CONFIG.replace(steps=200, max_rows_in_memory=max_rows_in_memory)
     with pytest.raises(UserError, match="NaN") as caught:
         _train(collected, tmp_path / "train", config)
     assert f"L0 row {bad} (shard {bad // 512})" in str(caught.value).replace("L0, ", "L0 ")

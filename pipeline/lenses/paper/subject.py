@@ -23,6 +23,7 @@ from typing_extensions import Doc
 from data.model.language_model import LanguageModel
 from featureflow.errors import UserError
 from featureflow.progress import Progress, silent
+from featureflow.settings import Settings
 from featureflow.sites import Site, parse_site
 from pipeline.flow.activity import Activity, Predecessors, activity_groups
 from pipeline.flow.causal import Contexts
@@ -34,8 +35,7 @@ from sae import Sae
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Effort:
+class Effort(Settings):
     """How much an experiment does. Part of its artifact's digest."""
 
     n_tokens: Annotated[int, Ge(1), Doc("held-out tokens on which firing is looked at")] = 8192

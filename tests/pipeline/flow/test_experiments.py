@@ -3,7 +3,6 @@ gives its tables."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -259,9 +258,7 @@ def test_an_unknown_experiment_lists_the_known_ones(subject: Subject) -> None:
 
 def test_the_commands_defaults_are_those_of_the_effort() -> None:
     options = {option.name: option.default for option in paper_commands.commands["groups"].params}
-    assert {name: options[name] for name in dataclasses.asdict(Effort())} == dataclasses.asdict(
-        Effort()
-    )
+    assert {name: options[name] for name in Effort().model_dump()} == Effort().model_dump()
 
 
 @pytest.fixture(scope="module")

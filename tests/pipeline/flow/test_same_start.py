@@ -79,7 +79,7 @@ def fit(world, site, weights, *, steps, kind, parent=None, group="one start", se
     train(trainer, InMemoryBatches(world.rows[site][:N_TRAIN], batch_size=256, seed=seed))
     metadata = {
         "site": site.name,
-        "architecture": dataclasses.asdict(TopK(k=K)),
+        "architecture": TopK(k=K).model_dump(),
         "initialisation": {
             "kind": kind,
             "group": group,
