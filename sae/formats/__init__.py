@@ -1,7 +1,8 @@
 """Dictionaries on disk: the native form, and what other libraries and labs write.
 
 `read(path)` recognises and reads any of them; `write_saelens(sae, folder)` writes what SAELens
-opens. The names load torch when they are first used, not when the package is imported.
+opens, `write_circuit_tracer(saes, folder)` what circuit-tracer opens. The names load torch when
+they are first used, not when the package is imported.
 """
 
 from __future__ import annotations
@@ -10,15 +11,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sae.formats.circuit_tracer import write_circuit_tracer
+    from sae.formats.conventions import Conventions
     from sae.formats.native import load_sae, save_sae
     from sae.formats.reading import FORMATS, find, read, recognise
     from sae.formats.saelens import write_saelens
 
-__all__ = ["FORMATS", "find", "load_sae", "read", "recognise", "save_sae", "write_saelens"]
+__all__ = [
+    "FORMATS",
+    "Conventions",
+    "find",
+    "load_sae",
+    "read",
+    "recognise",
+    "save_sae",
+    "write_circuit_tracer",
+    "write_saelens",
+]
 
 _HOMES = {
     **dict.fromkeys(("load_sae", "save_sae"), "sae.formats.native"),
     **dict.fromkeys(("FORMATS", "find", "read", "recognise"), "sae.formats.reading"),
+    "Conventions": "sae.formats.conventions",
+    "write_circuit_tracer": "sae.formats.circuit_tracer",
     "write_saelens": "sae.formats.saelens",
 }
 

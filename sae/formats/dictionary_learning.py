@@ -1,24 +1,21 @@
-"""saprmarks/dictionary_learning: `ae.pt`, with `config.json` beside it, turned into the inference
-form.
+"""saprmarks/dictionary_learning: `ae.pt` with `config.json`, on the Hub `model.safetensors`.
 
 The class that wrote the file decides what its tensors mean; `config.json` names it as
-`trainer.dict_class`.
+`trainer.dict_class`, and so does `format = "dictionary_learning:BatchTopKSAE"`.
 
 | class | tensors | z |
 |---|---|---|
 | AutoEncoder | encoder.{weight,bias}, decoder.weight, bias | relu(encoder(x − bias)) |
 | AutoEncoderNew | encoder.{weight,bias}, decoder.{weight,bias} | relu(encoder(x)) |
-| GatedAutoEncoder | encoder.weight, decoder.weight, decoder_bias, r_mag, gate_bias, mag_bias | with
-e = encoder(x − decoder_bias): (e + gate_bias > 0) · relu(exp(r_mag) e + mag_bias) | |
-JumpReluAutoEncoder | W_enc [d, latent], b_enc, W_dec [latent, d], b_dec, threshold [latent] |
-relu(pre) · (pre > threshold), b_dec not subtracted | | AutoEncoderTopK | encoder.{weight,bias},
-decoder.weight, b_dec, k, threshold | topk(relu(encoder(x − b_dec))) | | BatchTopKSAE | the same
-names | relu(e) · (e > threshold), threshold a scalar | | MatryoshkaBatchTopKSAE | W_enc, b_enc,
-W_dec, b_dec, k, threshold, group_sizes | as BatchTopKSAE |
+| GatedAutoEncoder | encoder.weight, decoder.weight, decoder_bias, r_mag, gate_bias, mag_bias | e = encoder(x − decoder_bias): (e + gate_bias > 0) · relu(exp(r_mag) e + mag_bias) |
+| JumpReluAutoEncoder | W_enc [d, latent], b_enc, W_dec [latent, d], b_dec, threshold [latent] | relu(pre) · (pre > threshold), b_dec not subtracted |
+| AutoEncoderTopK | encoder.{weight,bias}, decoder.weight, b_dec, k, threshold | topk(relu(encoder(x − b_dec))) |
+| BatchTopKSAE | the same names | relu(e) · (e > threshold), threshold a scalar |
+| MatryoshkaBatchTopKSAE | W_enc, b_enc, W_dec, b_dec, k, threshold, group_sizes | as BatchTopKSAE |
 
 Input scaling was folded by its authors when the file was saved. Layout of version 0.1.0. Read with
 `weights_only=True`.
-"""  # one row of a table is one line
+"""  # noqa: E501  # one row of a table is one line
 
 from __future__ import annotations
 
@@ -30,9 +27,9 @@ from torch import Tensor
 
 from featureflow.errors import UserError
 from sae.activations import Activation, Gated, Relu, Threshold, TopKActivation
-from sae.dictionary import Sae
-from sae.formats.folding import Foreign, fold, full_like_latents
-from sae.formats.tensors import Shape, checked, read_json, read_pt
+from sae.formats.base import Format, Shapes, config_beside, described
+from sae.formats.folding import Foreign, full_like_latents
+from sae.formats.tensors import Shape, checked, read_json, read_pt, read_safetensors
 
 _LINEAR: dict[str, Shape] = {
     "encoder.weight": ("latent", "d_in"),
@@ -61,31 +58,16 @@ _SHAPES: dict[str, dict[str, Shape]] = {
 }
 
 
-def read_dictionary_learning(
-    path: Path, *, unit_decoder: bool = True, dict_class: str | None = None
-) -> Sae:
-    """Read `ae.pt`, or a folder with it. `dict_class` says what wrote the file when no
-    `config.json` does."""
-    file = path / "ae.pt" if path.is_dir() else path
-    description = file.parent / "config.json"
-    config = read_json(description) if description.is_file() else {}
-    return from_state(
-        read_pt(file), where=file, config=config, unit_decoder=unit_decoder, dict_class=dict_class
-    )
-
-
-def from_state(
-    state: Mapping[str, Any],
-    *,
-    where: Path,
-    config: Mapping[str, Any],
-    unit_decoder: bool = True,
-    dict_class: str | None = None,
-) -> Sae:
-    """The dictionary in an already opened state mapping."""
+def read_dictionary_learning(path: Path, variant: str | None = None) -> Foreign:
+    """`variant` says what class wrote the file when no `config.json` does."""
+    file = next(f for f in (path / "ae.pt", path / _HUB, path) if f.is_file() or f == path)
+    config = config_beside(file, "config.json", read_json)
+    state = read_safetensors(file) if file.suffix == ".safetensors" else read_pt(file)
+    state = {**{key: config[key] for key in ("k", "threshold") if key in config}, **state}
     trainer = config.get("trainer")
     trainer = trainer if isinstance(trainer, Mapping) else {}
-    name = dict_class or str(trainer.get("dict_class") or _class_by_names(state, where))
+    name = variant or str(trainer.get("dict_class") or _class_by_names(state, file))
+    where = file
     if name not in _SHAPES:
         raise UserError(
             "unknown class", where=f"{where}: dict_class", expected=", ".join(_SHAPES), found=name
@@ -95,7 +77,7 @@ def from_state(
     W_dec = found["decoder.weight"].T.contiguous() if "decoder.weight" in found else found["W_dec"]
     b_dec = next(found[n] for n in ("b_dec", "bias", "decoder.bias", "decoder_bias") if n in found)
     b_enc = next(found[n] for n in ("encoder.bias", "b_enc", "gate_bias") if n in found)
-    foreign = Foreign(
+    return Foreign(
         W_enc=W_enc,
         b_enc=b_enc,
         W_dec=W_dec,
@@ -104,7 +86,6 @@ def from_state(
         activation=_activation(name, state, found, W_enc, where),
         metadata=_described(name, where, trainer),
     )
-    return fold(foreign, unit_decoder=unit_decoder)
 
 
 def _class_by_names(state: Mapping[str, Any], where: Path) -> str:
@@ -117,7 +98,8 @@ def _class_by_names(state: Mapping[str, Any], where: Path) -> str:
             where=str(where),
             expected='config.json beside it, with {"trainer": {"dict_class": "AutoEncoderTopK"}}',
             fix="put the config.json of the training run beside it, "
-            'or pass dict_class="AutoEncoderTopK"',
+            "or say which: format = dictionary_learning:AutoEncoderTopK or "
+            "dictionary_learning:BatchTopKSAE",
         )
     fits = [name for name, shapes in _SHAPES.items() if set(shapes) <= names]
     if "group_sizes" in names or not fits:
@@ -159,11 +141,39 @@ def _described(name: str, where: Path, trainer: Mapping[str, Any]) -> dict[str, 
     kept = {
         key: value for key, value in trainer.items() if isinstance(value, (str, int, float, bool))
     }
-    metadata: dict[str, Any] = {
-        "source": {"format": "dictionary_learning", "name": where.name, "class": name, **kept}
-    }
-    if isinstance(trainer.get("layer"), int) and "resid_post" in str(
-        trainer.get("submodule_name", "")
-    ):
-        metadata["site"] = f"blocks.{trainer['layer']}.hook_resid_post"
-    return metadata
+    return described(
+        "dictionary_learning",
+        where,
+        {"class": name, **kept},
+        writes=_hook(trainer),
+        model=trainer.get("lm_name"),
+        l0=trainer.get("k"),
+    )
+
+
+def _hook(trainer: Mapping[str, Any]) -> str | None:
+    """`submodule_name` is written as `resid_post_layer_3`."""
+    layer, name = trainer.get("layer"), str(trainer.get("submodule_name") or "")
+    if not isinstance(layer, int) or not name:
+        return None
+    kind = name.removesuffix(f"_layer_{layer}")
+    return f"blocks.{layer}.hook_{_KINDS.get(kind, kind)}"
+
+
+def _fits(shapes: Shapes) -> bool:
+    return "encoder.weight" in shapes or {"W_enc", "threshold"} <= set(shapes)
+
+
+_HUB = "model.safetensors"
+_KINDS = {"attention_out": "attn_out", "attn_output": "attn_out", "mlp_output": "mlp_out"}
+FORMATS = {
+    "dictionary_learning": Format(
+        read=read_dictionary_learning,
+        files=("ae.pt",),
+        lone=("*.pt", "*.pth"),
+        fits=lambda shapes: _fits(shapes) and "pre_bias" not in shapes,
+    ),
+    "dictionary_learning_hub": Format(
+        read=read_dictionary_learning, files=("config.json", _HUB), fits=_fits
+    ),
+}

@@ -27,13 +27,12 @@ from torch import Tensor
 
 from featureflow.errors import Problem, UserError
 from sae.activations import Activation, Relu, Threshold, TopKActivation
-from sae.dictionary import Sae
-from sae.formats.folding import Foreign, fold
+from sae.formats.base import Format, described
+from sae.formats.folding import Foreign
 from sae.formats.tensors import checked, read_json, read_safetensors
 
 
-def read_llama_scope(folder: Path, *, unit_decoder: bool = True) -> Sae:
-    """Read one dictionary's folder."""
+def read_llama_scope(folder: Path, variant: str | None = None) -> Foreign:
     config = read_json(folder / "hyperparams.json")
     if problems := tuple(_problems_of(config)):
         raise UserError(f"{folder / 'hyperparams.json'} cannot be used", problems=problems)
@@ -52,7 +51,7 @@ def read_llama_scope(folder: Path, *, unit_decoder: bool = True) -> Sae:
         if config.get("use_decoder_bias", True)
         else frozenset({"decoder.bias"}),
     )
-    return fold(_foreign(found, config, folder), unit_decoder=unit_decoder)
+    return _foreign(found, config, folder)
 
 
 def _foreign(found: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> Foreign:
@@ -61,11 +60,17 @@ def _foreign(found: Mapping[str, Tensor], config: Mapping[str, Any], folder: Pat
     b_dec = found["decoder.bias"] if "decoder.bias" in found else W_dec.new_zeros(W_dec.shape[1])
     by_norm = bool(config.get("sparsity_include_decoder_norm", True))
     length = W_dec.norm(dim=1).clamp_min(1e-12) if by_norm else W_dec.new_ones(W_dec.shape[0])
-    metadata: dict[str, Any] = {
-        "source": {"format": "llama_scope", "name": folder.resolve().name, **config}
-    }
-    if str(config.get("hook_point_in", "")).startswith("blocks."):
-        metadata["site"] = config["hook_point_in"]
+    hook, out = (_hook(config.get(name)) for name in ("hook_point_in", "hook_point_out"))
+    transcodes = out is not None and out != hook
+    metadata = described(
+        "llama_scope",
+        folder,
+        config,
+        reads=hook if transcodes else None,
+        writes=out or hook,
+        transcodes=transcodes,
+        model=config.get("model_name") or _model_of(folder),
+    )
     return Foreign(
         W_enc=found["encoder.weight"],
         b_enc=found["encoder.bias"] / s_in,
@@ -142,9 +147,25 @@ def _problems_of(config: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
+def _hook(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _model_of(folder: Path) -> str | None:
+    """From names such as `Llama3_1-8B-Base-L15R-8x`, which the files do not repeat."""
+    return "Llama-3.1-8B" if "Llama3_1-8B-Base-L" in folder.absolute().name else None
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_positive(value: object) -> bool:
     return _is_number(value) and value > 0  # type: ignore[operator]  # _is_number has seen to it
+
+
+FORMATS = {
+    "llama_scope": Format(
+        read=read_llama_scope, files=("hyperparams.json", "checkpoints/final.safetensors")
+    )
+}

@@ -2,13 +2,15 @@
 
 `sae.json` says what the tensors mean and is written last; nothing in either file executes on load.
 Normative description: docs/formats.md. Reading costs one pass over the tensors, to refuse NaN and
-infinity.
+infinity. A dictionary of normalised tokens (sae/formats/normalised.py) is version 2: its
+`normalisation` is part of the description, so that no older reader drops it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from torch import Tensor
 from featureflow.errors import Problem, UserError
 from sae.activations import Activation, Gated, Relu, Threshold, TopKActivation, describe, tensors_of
 from sae.dictionary import Sae
+from sae.formats.base import Format
+from sae.formats.normalised import NormalisedSae, normalisation_of
 
-FORMAT, VERSION = "featureflow-sae", 1
+FORMAT, VERSION, VERSION_NORMALISED = "featureflow-sae", 1, 2
 WEIGHTS, DESCRIPTION = "sae.safetensors", "sae.json"
 _ALWAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "b_in")
 _TENSORS_OF_KIND = {"relu": (), "topk": (), "threshold": ("theta",), "gated": ("gain", "offset")}
@@ -30,10 +34,11 @@ _TENSORS_OF_KIND = {"relu": (), "topk": (), "threshold": ("theta",), "gated": ("
 def save_sae(sae: Sae, folder: str | Path) -> None:
     """Write `sae` into `folder`, which is made. Each file is written beside and renamed, the
     description last."""
-    if type(sae) is not Sae:
+    normalised = isinstance(sae, NormalisedSae)
+    if not (sae.raw_units if isinstance(sae, NormalisedSae) else type(sae) is Sae):
         raise UserError(
-            f"the native form cannot hold a {type(sae).__name__}",
-            expected="a dictionary that is plain",
+            f"the native form cannot hold a {type(sae).__name__} with latents in a peer's units",
+            expected="a dictionary with latents in units of the activation",
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,13 +48,15 @@ def save_sae(sae: Sae, folder: str | Path) -> None:
         tensors["W_skip"] = sae.W_skip
     description = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION_NORMALISED if normalised else VERSION,
         "n_latents": sae.n_latents,
         "d_in": sae.d_in,
         "d_out": sae.d_out,
         "activation": describe(sae.activation),
         "metadata": sae.metadata,
     }
+    if isinstance(sae, NormalisedSae):
+        description["normalisation"] = asdict(sae.normalisation)
     text = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     beside = folder / (WEIGHTS + ".tmp")
     save_file(
@@ -73,12 +80,15 @@ def load_sae(folder: str | Path, *, device: str | torch.device = "cpu") -> Sae:
             problems=problems,
             fix="train or export it again",
         )
-    return Sae(
+    sae = Sae(
         **{name: tensors[name] for name in _ALWAYS},
         W_skip=tensors.get("W_skip"),
         activation=_activation_of(description["activation"], tensors),
         metadata=description["metadata"],
-    ).to(device)
+    )
+    if description["version"] == VERSION_NORMALISED:
+        sae = NormalisedSae.around(sae, normalisation_of(description.get("normalisation"), folder))
+    return sae.to(device)
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -96,11 +106,11 @@ def _read_description(folder: Path) -> dict[str, Any]:
         if isinstance(description, dict)
         else None
     )
-    if found != (FORMAT, VERSION):
+    if found not in ((FORMAT, VERSION), (FORMAT, VERSION_NORMALISED)):
         raise UserError(
             "not a native dictionary",
             where=str(path),
-            expected=f"{FORMAT} version {VERSION}",
+            expected=f"{FORMAT} version {VERSION} or {VERSION_NORMALISED}",
             found=str(found),
         )
     return description
@@ -158,3 +168,10 @@ def _activation_of(description: Mapping[str, Any], tensors: Mapping[str, Tensor]
             return Gated(gain=tensors["activation.gain"], offset=tensors["activation.offset"])
         case _:
             return Relu()
+
+
+FORMATS = {
+    "featureflow": Format(
+        read=lambda folder, variant: load_sae(folder), files=(DESCRIPTION, WEIGHTS)
+    )
+}

@@ -4,23 +4,25 @@ ones are.
     x̃ = normalise(x);  z = activation(W_enc (x̃ − b_in) + b_enc);  x̂ = undo(Σ z_i W_dec[i] +
     b_dec)
 
-The normalisation depends on the token, so it cannot be folded into the tensors. Latents are the
-peer's: measured in units of the normalised activation, so the share of `W_dec[i]` in the raw
-activation is `z_i` times the token's scale (`scale_of`). `decode` stays in normalised space,
-because it does not see the token; calling the dictionary goes the whole way. The native format
-cannot hold such a dictionary.
+The normalisation depends on the token, so it cannot be folded into the tensors. With `raw_units`
+latents are multiplied by the token's scale: `z_i W_dec[i]` is then what latent i adds to the raw
+activation, as with every other dictionary here, and a difference of latents decodes to a difference
+of activations. Without, they are the peer's, in units of the normalised activation. `decode` does
+not see the token and leaves out what depends on it; calling the dictionary goes the whole way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Literal, assert_never
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, assert_never
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from featureflow.errors import UserError
 from sae.dictionary import Sae, SparseCodes
 
 
@@ -43,18 +45,35 @@ class ConstantNorm:
 Normalisation = LayerNorm | ConstantNorm
 
 
+def normalisation_of(described: Any, where: Path) -> Normalisation:
+    """A normalisation as a description holds it. Raises UserError."""
+    match described:
+        case {"kind": "layer_norm", "epsilon": float(epsilon)} if epsilon >= 0:
+            return LayerNorm(epsilon=epsilon)
+        case {"kind": "constant_norm"}:
+            return ConstantNorm()
+    raise UserError(
+        "unknown normalisation",
+        where=f"{where}: normalisation",
+        expected='{"kind": "layer_norm", "epsilon": 1e-05}, or {"kind": "constant_norm"}',
+        found=str(described)[:200],
+    )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NormalisedSae(Sae):
     """A dictionary that normalises each token before encoding and undoes it after decoding."""
 
     normalisation: Normalisation = field(default_factory=LayerNorm)
+    raw_units: bool = True
 
     @classmethod
-    def around(cls, sae: Sae, normalisation: Normalisation) -> NormalisedSae:
+    def around(
+        cls, sae: Sae, normalisation: Normalisation, *, raw_units: bool = True
+    ) -> NormalisedSae:
         """The same tensors, applied to normalised tokens."""
-        return cls(
-            **{f.name: getattr(sae, f.name) for f in fields(Sae)}, normalisation=normalisation
-        )
+        tensors = {f.name: getattr(sae, f.name) for f in fields(Sae)}
+        return cls(**tensors, normalisation=normalisation, raw_units=raw_units)
 
     def scale_of(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token 1"]:
         """What one unit of normalised activation is in raw units, for each token."""
@@ -62,6 +81,15 @@ class NormalisedSae(Sae):
 
     def pre_activations(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token latent"]:
         return super().pre_activations(self._normalise(x)[0])
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token latent"]:
+        return super().encode(x) * self._unit(x)
+
+    @torch.no_grad()
+    def encode_sparse(self, x: Float[Tensor, "*token d_in"]) -> SparseCodes:
+        codes = self._peer_codes(x)
+        return replace(codes, value=codes.value * self._unit(x))
 
     @torch.no_grad()
     def encode_selected(
@@ -72,9 +100,15 @@ class NormalisedSae(Sae):
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_out"]:
-        codes: SparseCodes = self.encode_sparse(x)
         _, shift, scale = self._normalise(x)
-        return self.decode(codes) * scale + shift
+        return self.decode(self._peer_codes(x)) * scale + shift
+
+    def _peer_codes(self, x: Float[Tensor, "*token d_in"]) -> SparseCodes:
+        """Latents in units of the normalised activation."""
+        return Sae.encode_sparse(replace(self, raw_units=False), x)
+
+    def _unit(self, x: Float[Tensor, "*token d_in"]) -> Tensor | float:
+        return self.scale_of(x) if self.raw_units else 1.0
 
     def _normalise(self, x: Float[Tensor, "*token d_in"]) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised x, and what undoes it: x̂ = ŷ · scale + shift."""

@@ -1,5 +1,4 @@
-"""OpenAI's sparse_autoencoder checkpoints (v5 and earlier): one `.pt` file, turned into the
-inference form.
+"""OpenAI's sparse_autoencoder checkpoints (v5 and earlier): one `.pt` file.
 
 Tensors: `pre_bias [d]`, `latent_bias [latent]`, `encoder.weight [latent, d]`, `decoder.weight [d,
 latent]`; beside them `activation` ("TopK" or "ReLU") and `activation_state_dict` ({"k": …,
@@ -9,8 +8,7 @@ latent]`; beside them `activation` ("TopK" or "ReLU") and `activation_state_dict
     x̂ = undo(decoder(z) + pre_bias)
 
 Layer norm as in their code: mean over dimensions, standard deviation with n − 1, epsilon 1e-5 added
-to it. Latents keep the size the peer gives them, since the token's scale cannot be folded
-(sae/formats/normalised.py).
+to it.
 """
 
 from __future__ import annotations
@@ -21,20 +19,15 @@ from typing import Any
 
 from featureflow.errors import UserError
 from sae.activations import Activation, Relu, TopKActivation
-from sae.dictionary import Sae
-from sae.formats.folding import Foreign, fold
-from sae.formats.normalised import LayerNorm, NormalisedSae
+from sae.formats.base import Format, described, has
+from sae.formats.folding import Foreign
+from sae.formats.normalised import LayerNorm
 from sae.formats.tensors import checked, read_pt
 
 
-def read_openai(file: Path, *, unit_decoder: bool = True) -> Sae:
-    """Read one `.pt` file. A TopK file gives a `NormalisedSae`."""
-    return from_state(read_pt(file), where=file, unit_decoder=unit_decoder)
-
-
-def from_state(state: Mapping[str, Any], *, where: Path, unit_decoder: bool = True) -> Sae:
-    """The dictionary in an already opened state mapping."""
-    activation = _activation(state, where)
+def read_openai(file: Path, variant: str | None = None) -> Foreign:
+    state = read_pt(file)
+    activation = _activation(state, file)
     found = checked(
         state,
         {
@@ -43,19 +36,18 @@ def from_state(state: Mapping[str, Any], *, where: Path, unit_decoder: bool = Tr
             "pre_bias": ("d_in",),
             "latent_bias": ("latent",),
         },
-        where=where,
+        where=file,
     )
-    foreign = Foreign(
+    return Foreign(
         W_enc=found["encoder.weight"],
         b_enc=found["latent_bias"],
         W_dec=found["decoder.weight"].T.contiguous(),
         b_dec=found["pre_bias"],
         b_in=found["pre_bias"],
         activation=activation,
-        metadata={"source": {"format": "openai", "name": where.name}},
+        normalisation=LayerNorm() if isinstance(activation, TopKActivation) else None,
+        metadata=described("openai", file),
     )
-    sae = fold(foreign, unit_decoder=unit_decoder)
-    return NormalisedSae.around(sae, LayerNorm()) if isinstance(activation, TopKActivation) else sae
 
 
 def _activation(state: Mapping[str, Any], where: Path) -> Activation:
@@ -72,3 +64,8 @@ def _activation(state: Mapping[str, Any], where: Path) -> Activation:
             found=f"{name}, k={k}, postact_fn={after}",
         )
     return TopKActivation(k=k)
+
+
+FORMATS = {
+    "openai": Format(read=read_openai, lone=("*.pt", "*.pth"), fits=has("pre_bias", "latent_bias"))
+}

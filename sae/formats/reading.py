@@ -1,81 +1,75 @@
 """Any supported dictionary file or folder, recognised and read into the inference form.
 
-1. `recognise` looks at file names (for lone `.pt` files at the names inside) and says which formats
-   fit.
-2. `read` hands the path to that format's reader. Each reader folds scales, biases and decoder
-   lengths (sae/formats/folding.py) so that the result works on raw activations.
-3. `find` walks a folder tree and reports every dictionary in it.
+1. `FORMATS` holds what the modules of this folder declare in a `FORMATS` of their own, and what
+   installed packages offer in the entry point group `featureflow.formats`: a format is one file.
+2. `recognise` looks at file names, and at the names and shapes of tensors where several formats
+   share a file name.
+3. `read` hands the path to that format's reader, fills in the conventions that are in no file
+   (sae/formats/conventions.py) and folds scales, biases and decoder lengths
+   (sae/formats/folding.py), so that the result works on raw activations.
+4. `find` walks a folder tree and reports every dictionary in it.
 
 Nothing is unpickled; the cost is one pass over the tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from featureflow.errors import UserError
+from sae import formats
 from sae.dictionary import Sae
-from sae.formats import dictionary_learning, openai
-from sae.formats.gemma_scope import read_gemma_scope, read_gemma_scope_2
-from sae.formats.llama_scope import read_llama_scope
-from sae.formats.native import load_sae
-from sae.formats.saelens import read_saelens
-from sae.formats.sparsify import read_sparsify
-from sae.formats.tensors import read_pt
+from sae.formats.base import Format, shapes_in
+from sae.formats.conventions import Conventions, settled
+from sae.formats.folding import fold
 
 
-@dataclass(frozen=True, kw_only=True)
-class Format:
-    """A format: the files that a folder of it has, and how it is read. `lone` tells which single
-    files are of it."""
-
-    files: tuple[str, ...]
-    read: Callable[..., Sae]
-    lone: tuple[str, ...] = ()
-
-
-def _read_native(path: Path, *, unit_decoder: bool = True) -> Sae:
-    return load_sae(path)
+def _all_formats() -> dict[str, Format]:
+    names = sorted(module.name for module in pkgutil.iter_modules(formats.__path__))
+    here = (importlib.import_module(f"sae.formats.{name}") for name in names if name != "reading")
+    beyond = (point.load() for point in entry_points(group="featureflow.formats"))
+    found: dict[str, Format] = {}
+    for module in (*here, *beyond):
+        found |= getattr(module, "FORMATS", {})
+    return found
 
 
-FORMATS: dict[str, Format] = {
-    "featureflow": Format(files=("sae.json", "sae.safetensors"), read=_read_native),
-    "saelens": Format(files=("cfg.json", "sae_weights.safetensors"), read=read_saelens),
-    "sparsify": Format(files=("cfg.json", "sae.safetensors"), read=read_sparsify),
-    "gemma_scope": Format(files=("params.npz",), read=read_gemma_scope, lone=(".npz",)),
-    "gemma_scope_2": Format(
-        files=("params.safetensors",), read=read_gemma_scope_2, lone=(".safetensors",)
-    ),
-    "llama_scope": Format(
-        files=("hyperparams.json", "checkpoints/final.safetensors"), read=read_llama_scope
-    ),
-    "dictionary_learning": Format(
-        files=("ae.pt",), read=dictionary_learning.read_dictionary_learning, lone=(".pt", ".pth")
-    ),
-    "openai": Format(files=(), read=openai.read_openai, lone=(".pt", ".pth")),
-}
+FORMATS = _all_formats()
 
 
-def read(path: str | Path, *, format: str = "auto", unit_decoder: bool = True) -> Sae:
+def read(
+    path: str | Path,
+    *,
+    format: str = "auto",
+    unit_decoder: bool = True,
+    conventions: Conventions | None = None,
+) -> Sae:
     """Read a dictionary from a folder or a file of any supported format.
 
     With `unit_decoder` (the default) decoder rows have unit length and latents the size of what
-    they add; without it latents have the size the peer's own code gives them. Raises UserError
-    naming every problem of the file.
+    they add; without it latents have the size the peer's own code gives them. `format` may name a
+    class after a colon (`dictionary_learning:BatchTopKSAE`). Raises UserError naming every problem
+    of the file.
     """
     path = Path(path)
     if not path.exists():
         raise UserError("there is no such file or folder", where=str(path), expected=_expected())
-    if format == "auto":
+    name, _, variant = format.partition(":")
+    if name == "auto":
         path = path.parent if _is_part_of_a_folder(path) else path
-        format = _only(path)
-    if format not in FORMATS:
+        name = _only(path)
+    if name not in FORMATS:
         raise UserError(
             "unknown format", where="format", expected="auto, " + ", ".join(FORMATS), found=format
         )
-    return FORMATS[format].read(path, unit_decoder=unit_decoder)
+    found = FORMATS[name].read(path, variant or None)
+    if isinstance(found, Sae):
+        return found
+    return fold(settled(found, path, conventions or Conventions()), unit_decoder=unit_decoder)
 
 
 def recognise(path: str | Path) -> tuple[str, ...]:
@@ -83,27 +77,37 @@ def recognise(path: str | Path) -> tuple[str, ...]:
     folder."""
     path = Path(path)
     if path.is_dir():
-        return tuple(
-            name for name, spec in FORMATS.items() if spec.files and _has(path, spec.files)
-        )
-    fits = tuple(name for name, spec in FORMATS.items() if path.suffix in spec.lone)
-    if path.suffix in (".pt", ".pth") and path.is_file():
-        return ("openai",) if "pre_bias" in read_pt(path) else ("dictionary_learning",)
-    return fits
+        return tuple(name for name, form in FORMATS.items() if form.files and _fits(path, form))
+    names = tuple(n for n, form in FORMATS.items() if any(map(path.match, form.lone)))
+    if len(names) < 2 or not path.is_file():
+        return names
+    shapes = shapes_in(path)
+    return tuple(name for name in names if FORMATS[name].fits(shapes)) if shapes else names
 
 
 def find(root: str | Path) -> Iterator[tuple[Path, str]]:
-    """Every folder under `root` (itself included) that holds exactly one recognised dictionary, in
-    path order."""
+    """Every folder under `root` (itself included) that holds exactly one recognised dictionary, and
+    every file of those that lie one a layer in a folder; in path order."""
     root = Path(root)
     for folder in sorted([root, *(path for path in root.rglob("*") if path.is_dir())]):
         names = recognise(folder)
         if len(names) == 1:
             yield folder, names[0]
+        elif not names:
+            yield from ((file, name) for file in _many(folder) for name in recognise(file)[:1])
 
 
-def _has(folder: Path, files: tuple[str, ...]) -> bool:
-    return all((folder / name).is_file() for name in files)
+def _fits(folder: Path, form: Format) -> bool:
+    if not all((folder / name).is_file() for name in form.files):
+        return False
+    shapes = shapes_in(folder / form.files[-1])
+    return form.fits(shapes) if shapes else True
+
+
+def _many(folder: Path) -> list[Path]:
+    """The files of which a folder holds one a layer."""
+    patterns = sorted({form.many for form in FORMATS.values() if form.many})
+    return sorted(file for many in patterns for file in folder.glob(many) if recognise(file))
 
 
 def _is_part_of_a_folder(path: Path) -> bool:
@@ -116,31 +120,40 @@ def _is_part_of_a_folder(path: Path) -> bool:
 
 def _only(path: Path) -> str:
     names = recognise(path)
-    if len(names) == 1:
+    if len(names) == 1 or (names and path.is_file() and not shapes_in(path)):
         return names[0]
-    if not names:
+    if names:
         raise UserError(
-            "no dictionary of a known format here",
+            "files of several formats lie here",
             where=str(path),
-            expected=_expected(),
-            found=_listing(path),
+            found=", ".join(names),
+            fix=f'name one: format="{names[0]}"',
+        )
+    if path.is_dir() and (files := _many(path)):
+        raise UserError(
+            f"{len(files)} dictionaries lie here, one a file",
+            where=str(path),
+            found=", ".join(file.name for file in files[:3]),
+            fix=f"name one file, such as {files[0]}",
         )
     raise UserError(
-        "files of several formats lie here",
+        "no dictionary of a known format here",
         where=str(path),
-        found=", ".join(names),
-        fix=f'name one: format="{names[0]}"',
+        expected=_expected(),
+        found=_listing(path),
     )
 
 
 def _expected() -> str:
     return "; ".join(
-        f"{name}: {' + '.join(spec.files) or '*.pt'}" for name, spec in FORMATS.items()
+        f"{name}: {' + '.join(form.files) or form.many or ', '.join(form.lone)}"
+        for name, form in FORMATS.items()
     )
 
 
 def _listing(path: Path) -> str:
-    if not path.is_dir():
-        return path.name
+    if path.is_file():
+        tensors = sorted(shapes_in(path))
+        return f"{path.name} with {', '.join(tensors[:8])}" if tensors else path.name
     names = sorted(entry.name for entry in path.iterdir())
     return ", ".join(names[:8]) + (" …" if len(names) > 8 else "") if names else "an empty folder"

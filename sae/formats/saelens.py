@@ -1,23 +1,26 @@
-"""SAELens (version 6 and the flat configuration before it): `cfg.json` and
+"""SAELens (version 6, and the flat configuration of 1 to 5): `cfg.json` and
 `sae_weights.safetensors`, both ways.
 
 Reading, by architecture (`pre = (x − b_dec if apply_b_dec_to_input) W_enc + b_enc`, matrices stored
-[in, out]):
+[in, out]; each also as `transcoder` and `skip_transcoder`, without the subtraction):
 
 | architecture | z |
 |---|---|
-| standard, transcoder, skip_transcoder | relu(pre) |
-| topk | topk(relu(pre)); with `rescale_acts_by_decoder_norm`, of pre · row length, decoded with
-rows of unit length | | jumprelu, jumprelu_transcoder, jumprelu_skip_transcoder | relu(pre) · (pre >
-threshold) | | batchtopk, matryoshka_batchtopk (checkpoints) | relu(pre) · (pre > topk_threshold),
-`pre` rescaled as for topk | | gated | (pre + b_gate > 0) · relu(exp(r_mag) pre + b_mag), no b_enc |
+| standard | relu(pre) |
+| topk | topk(relu(pre)); by decoder norm: of pre · row length, decoded by unit rows |
+| jumprelu | relu(pre) · (pre > threshold) |
+| batchtopk, matryoshka_batchtopk | relu(pre) · (pre > topk_threshold), `pre` rescaled as for topk |
+| gated | (pre + b_gate > 0) · relu(exp(r_mag) pre + b_mag), no b_enc |
 
-Activations scaled by `expected_average_only_in` are folded when `activation_scaler.json` holds the
-scale; layer norm and constant norm depend on the token and give a `NormalisedSae`; whitening is
+A flat configuration names its hook `hook_name` or `hook_point`, and TopK by `activation_fn_str` or
+`activation_fn` with its k in `activation_fn_kwargs`. Activations scaled by
+`expected_average_only_in` are folded when `activation_scaler.json` or the conventions have the
+scale; layer norm and constant norm depend on the token (sae/formats/normalised.py); whitening is
 refused.
 
 Writing chooses topk, jumprelu, standard or gated (or their transcoders) by the activation; latents
-and reconstructions are the same there. Layouts of SAELens 6.54.
+and reconstructions are the same there. SAELens 6 has no TopK transcoder: those are written for
+circuit-tracer (sae/formats/circuit_tracer.py). Layouts of SAELens 6.54.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ from torch import Tensor
 from featureflow.errors import Problem, UserError
 from sae.activations import Activation, Gated, Relu, Threshold, TopKActivation
 from sae.dictionary import Sae
-from sae.formats.folding import Foreign, fold, full_like_latents, row_lengths
+from sae.formats.base import Format, described
+from sae.formats.folding import Foreign, full_like_latents, row_lengths
 from sae.formats.normalised import ConstantNorm, LayerNorm, Normalisation, NormalisedSae
 from sae.formats.tensors import Shape, checked, read_json, read_safetensors
 
@@ -57,6 +61,13 @@ _HISTORY_FIELDS = (
 _RELU = ("standard", "transcoder", "skip_transcoder")
 _JUMP = ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 _BATCH = ("batchtopk", "matryoshka_batchtopk")
+_RENAMED = {
+    "hook_point": "hook_name",
+    "hook_point_layer": "hook_layer",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
+_FUNCTIONS = ("relu", "topk")
 _ARCHITECTURES = (*_RELU, "topk", *_JUMP, *_BATCH, "gated")
 _NORMALISATIONS: dict[str, Normalisation] = {
     "layer_norm": LayerNorm(),
@@ -64,8 +75,7 @@ _NORMALISATIONS: dict[str, Normalisation] = {
 }
 
 
-def read_saelens(folder: Path, *, unit_decoder: bool = True) -> Sae:
-    """Read a folder written by SAELens."""
+def read_saelens(folder: Path, variant: str | None = None) -> Foreign:
     config = _modern(read_json(folder / CONFIG))
     if problems := tuple(_problems_of(config)):
         raise UserError(f"{folder / CONFIG} cannot be used", problems=problems)
@@ -76,30 +86,27 @@ def read_saelens(folder: Path, *, unit_decoder: bool = True) -> Sae:
         if isinstance(config.get(key), int)
     }
     file = folder / WEIGHTS
-    found = checked(read_safetensors(file), _shapes(architecture, config), where=file, sizes=sizes)
-    normalisation = _NORMALISATIONS.get(config["normalize_activations"])
-    scale = (
-        _input_scale(folder)
-        if config["normalize_activations"] == "expected_average_only_in"
-        else 1.0
-    )
-    foreign = Foreign(
+    tensors = read_safetensors(file)
+    _check_scaling_factor(tensors, file)
+    found = checked(tensors, _shapes(architecture, config), where=file, sizes=sizes)
+    is_scaled = config["normalize_activations"] == "expected_average_only_in"
+    scale = _input_scale(folder) if is_scaled else 1.0
+    subtracts = config["apply_b_dec_to_input"] and "transcoder" not in architecture
+    return Foreign(
         W_enc=found["W_enc"].T.contiguous(),
         b_enc=found["b_gate"] if architecture == "gated" else found["b_enc"],
         W_dec=found["W_dec"],
         b_dec=found["b_dec"],
-        b_in=found["b_dec"]
-        if config["apply_b_dec_to_input"] and "transcoder" not in architecture
-        else None,
+        b_in=found["b_dec"] if subtracts else None,
         activation=_activation(config, found),
         W_skip=found.get("W_skip"),
         input_scale=scale,
         output_scale=scale,
+        centred=_is_centred(config),
+        normalisation=_NORMALISATIONS.get(config["normalize_activations"]),
         select_by_norm=_selects_by_norm(config),
-        metadata=_described(config),
+        metadata=_described(folder, config),
     )
-    sae = fold(foreign, unit_decoder=unit_decoder)
-    return sae if normalisation is None else NormalisedSae.around(sae, normalisation)
 
 
 def write_saelens(
@@ -134,7 +141,8 @@ def write_saelens(
             "sae_lens_version": "6.0.0",  # the layout's version; below 6 SAELens would convert it
             "sae_lens_training_version": None,
             "model_name": model_name or sae.metadata.get("model"),
-            "hook_name": hook_name or sae.metadata.get("site"),
+            "hook_name": hook_name or sae.metadata.get("reads") or sae.metadata.get("site"),
+            **({"hook_name_out": sae.metadata["site"]} if "reads" in sae.metadata else {}),
             "training_architecture": _trained_as(sae) or architecture,
             "written_by": "featureflow",
             HISTORY: {name: sae.metadata[name] for name in _HISTORY_FIELDS if name in sae.metadata},
@@ -183,7 +191,10 @@ def _exported(sae: Sae) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
         return name, {**tensors, "b_enc": b_enc, "threshold": kind.theta}, extra
     if transcodes:
         raise UserError(
-            "SAELens has no such transcoder", expected="ReLU or thresholds", found=kind.kind
+            "SAELens has no such transcoder",
+            expected="ReLU or thresholds",
+            found=kind.kind,
+            fix="write it for circuit-tracer: featureflow sae convert … --to circuit_tracer",
         )
     if isinstance(kind, TopKActivation):
         return (
@@ -250,22 +261,49 @@ def _shapes(architecture: str, config: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 def _modern(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of version 6; the flat one before it has activation_fn_str and its keys at
-    the top."""
-    config = dict(config)
+    """The configuration of version 6; a flat one is renamed, and names its activation apart from
+    its architecture."""
+    config = {_RENAMED.get(name, name): value for name, value in config.items()}
     config.setdefault("architecture", "standard")
     config.setdefault("apply_b_dec_to_input", True)
-    chosen = config.get("activation_fn_str", config.get("activation_fn"))
-    if config["architecture"] == "standard" and chosen == "topk":
+    if config.get("activation_fn") == "topk" and config["architecture"] == "standard":
         config["architecture"] = "topk"
+    if config["architecture"] == "topk":
         config.setdefault("k", (config.get("activation_fn_kwargs") or {}).get("k"))
     mode = config.get("normalize_activations")
-    config["normalize_activations"] = {
-        True: "expected_average_only_in",
-        False: "none",
-        None: "none",
-    }.get(mode, mode)
+    named = {True: "expected_average_only_in", False: "none", None: "none"}
+    config["normalize_activations"] = named.get(mode, mode) if not isinstance(mode, list) else mode
     return config
+
+
+def _facts(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the file says about where it was trained: `metadata`, before version 6 the whole."""
+    inner = config.get("metadata")
+    return {**config, **inner} if isinstance(inner, Mapping) else config
+
+
+def _is_centred(config: Mapping[str, Any]) -> bool | None:
+    """Whether the stream was centred. Version 6 loads models unprocessed unless told otherwise;
+    before it GPT-2 files say nothing, and both occur."""
+    facts = _facts(config)
+    options = facts.get("model_from_pretrained_kwargs")
+    if isinstance(options, Mapping) and "center_writing_weights" in options:
+        return bool(options["center_writing_weights"])
+    is_old = not isinstance(config.get("metadata"), Mapping)
+    is_gpt2 = str(facts.get("model_name") or "").rpartition("/")[2].startswith("gpt2")
+    normed = config["normalize_activations"] == "layer_norm"  # which takes the mean away anyway
+    return None if is_old and is_gpt2 and not normed else False
+
+
+def _check_scaling_factor(tensors: Mapping[str, Tensor], file: Path) -> None:
+    factor = tensors.get("scaling_factor")
+    if factor is not None and not torch.allclose(factor.float(), torch.ones(())):
+        raise UserError(
+            "fine-tuned scaling is not supported",
+            where=f"{file}: scaling_factor",
+            expected="ones",
+            found=f"{float(factor.min()):.3g} to {float(factor.max()):.3g}",
+        )
 
 
 def _problems_of(config: Mapping[str, Any]) -> list[Problem]:
@@ -278,6 +316,21 @@ def _problems_of(config: Mapping[str, Any]) -> list[Problem]:
                 expected=", ".join(_ARCHITECTURES),
                 found=str(config["architecture"]),
             )
+        )
+    function = config.get("activation_fn")
+    if function is not None and function not in _FUNCTIONS:
+        problems.append(
+            Problem(
+                what="activation not supported",
+                where="activation_fn",
+                expected=", ".join(_FUNCTIONS),
+                found=str(function),
+            )
+        )
+    if _facts(config).get("hook_head_index") is not None:
+        found = str(_facts(config)["hook_head_index"])
+        problems.append(
+            Problem(what="one head alone is not a site", where="hook_head_index", found=found)
         )
     k = config.get("k")
     if config["architecture"] == "topk" and (
@@ -301,42 +354,33 @@ def _problems_of(config: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
-def _input_scale(folder: Path) -> float:
+def _input_scale(folder: Path) -> float | None:
     """The scale of a training checkpoint. Finished SAELens dictionaries have it folded and say
     "none"."""
     path = folder / SCALER
     if not path.is_file():
-        raise UserError(
-            "the scale of the activations is not in the folder",
-            where=str(folder),
-            expected=f"{path}, or normalize_activations: none",
-            fix="save it from SAELens after fold_activation_norm_scaling_factor",
-        )
+        return None
     scale = read_json(path).get("scaling_factor")
     if not isinstance(scale, (int, float)) or not scale > 0:
         raise UserError("not a positive number", where=f"{path}: scaling_factor", found=str(scale))
     return float(scale)
 
 
-def _described(config: Mapping[str, Any]) -> dict[str, Any]:
-    inner = config.get("metadata")
-    inner = inner if isinstance(inner, Mapping) else config
-    hook, model = (
-        inner.get("hook_name", config.get("hook_name")),
-        inner.get("model_name", config.get("model_name")),
+def _described(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    facts = _facts(config)
+    hook, out = (_text(facts.get(name)) for name in ("hook_name", "hook_name_out"))
+    transcodes = "transcoder" in config["architecture"] or (out is not None and out != hook)
+    metadata = described(
+        "saelens",
+        folder,
+        {"architecture": config["architecture"]},
+        reads=hook if transcodes else None,
+        writes=out if transcodes else hook,
+        transcodes=transcodes,
+        model=facts.get("model_name"),
+        l0=config.get("k") if config["architecture"] == "topk" else None,
     )
-    metadata: dict[str, Any] = {
-        "source": {"format": "saelens", "architecture": config["architecture"], "hook": hook}
-    }
-    if model:
-        metadata["model"] = model
-    if (
-        isinstance(hook, str)
-        and hook.startswith("blocks.")
-        and "transcoder" not in config["architecture"]
-    ):
-        metadata["site"] = hook
-    history = inner.get(HISTORY)
+    history = facts.get(HISTORY)
     if isinstance(history, Mapping):
         metadata |= {
             name: history[name]
@@ -344,3 +388,10 @@ def _described(config: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(history.get(name), (dict, int, float))
         }
     return metadata
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+FORMATS = {"saelens": Format(read=read_saelens, files=(CONFIG, WEIGHTS))}

@@ -9,19 +9,17 @@ over the tensors.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from featureflow.errors import Problem, UserError
 from sae.activations import TopKActivation
-from sae.dictionary import Sae
-from sae.formats.folding import Foreign, fold
+from sae.formats.base import Format, config_beside, described
+from sae.formats.folding import Foreign
 from sae.formats.tensors import Shape, checked, read_json, read_safetensors
 
 
-def read_sparsify(folder: Path, *, unit_decoder: bool = True) -> Sae:
-    """Read one hookpoint's folder."""
+def read_sparsify(folder: Path, variant: str | None = None) -> Foreign:
     config = read_json(folder / "cfg.json")
     k, skips, transcodes = (
         config.get("k"),
@@ -44,7 +42,7 @@ def read_sparsify(folder: Path, *, unit_decoder: bool = True) -> Sae:
     sizes = {"d_in": int(config["d_in"])} if "d_in" in config else {}
     file = folder / "sae.safetensors"
     found = checked(read_safetensors(file), shapes, where=file, sizes=sizes)
-    foreign = Foreign(
+    return Foreign(
         W_enc=found["encoder.weight"],
         b_enc=found["encoder.bias"],
         W_dec=found["W_dec"],
@@ -54,7 +52,6 @@ def read_sparsify(folder: Path, *, unit_decoder: bool = True) -> Sae:
         W_skip=found.get("W_skip"),
         metadata=_described(folder, config),
     )
-    return fold(foreign, unit_decoder=unit_decoder)
 
 
 def _problems_of(config: dict[str, Any]) -> list[Problem]:
@@ -85,11 +82,20 @@ def _problems_of(config: dict[str, Any]) -> list[Problem]:
 
 def _described(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Its hookpoints are named after Hugging Face modules: `layers.6` is the residual stream after
-    block 6."""
-    metadata: dict[str, Any] = {
-        "source": {"format": "sparsify", "name": folder.resolve().name, **config}
-    }
-    match = re.fullmatch(r"(?:\w+\.)*(?:layers|h)\.(\d+)(\.mlp)?", folder.resolve().name)
-    if match and not config.get("transcode"):
-        metadata["site"] = f"blocks.{match[1]}.hook_{'mlp_out' if match[2] else 'resid_post'}"
-    return metadata
+    block 6. A transcoder goes from the input of a module to its output."""
+    hook = folder.absolute().name
+    transcodes = bool(config.get("transcode"))
+    whole = config_beside(folder, "config.json", read_json)
+    return described(
+        "sparsify",
+        folder,
+        config,
+        reads=f"{hook}.input" if transcodes else None,
+        writes=f"{hook}.output" if transcodes else hook,
+        transcodes=transcodes,
+        model=whole.get("model"),
+        l0=config.get("k"),
+    )
+
+
+FORMATS = {"sparsify": Format(read=read_sparsify, files=("cfg.json", "sae.safetensors"))}

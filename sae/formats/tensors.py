@@ -6,7 +6,7 @@ and shapes.
    `weights_only=True`.
 2. `checked` names every missing, misshaped, non-floating or non-finite tensor at once; sizes such
    as `d_in` are written as words and must agree between tensors.
-3. `read_json` reads the description beside the weights.
+3. `read_json` and `read_yaml` read the description beside the weights.
 
 Cost: one pass over the tensors.
 """
@@ -14,12 +14,14 @@ Cost: one pass over the tensors.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,13 +29,17 @@ from torch import Tensor
 from featureflow.errors import Problem, UserError
 
 Shape = tuple[str | int, ...]
+_LONGEST_HEADER = 100 << 20
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file."""
     try:
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            json.loads(stream.read(min(length, _LONGEST_HEADER)), object_pairs_hook=_without_twins)
         return load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, struct.error, RecursionError) as error:
         raise _unreadable(path, "safetensors", error) from error
 
 
@@ -41,6 +47,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     """All arrays of a NumPy archive. An array of Python objects (a pickle) is refused."""
     try:
         with np.load(path, allow_pickle=False) as archive:
+            _without_twins([(name, None) for name in archive.files])
             return {name: torch.from_numpy(np.array(archive[name])) for name in archive.files}
     except Exception as error:  # the readers of damaged archives raise almost anything
         raise _unreadable(path, "a NumPy archive of plain arrays", error) from error
@@ -50,7 +57,7 @@ def read_pt(path: Path) -> dict[str, Any]:
     """The mapping in a torch file: tensors and plain values. Anything that would execute on load is
     refused."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # torch's restricted reader raises almost anything on random bytes
         raise _unreadable(path, "a torch file of tensors and plain values only", error) from error
     if not isinstance(found, Mapping):
@@ -60,15 +67,51 @@ def read_pt(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in found.items()}
 
 
+def _is_zip(path: Path) -> bool:
+    """Whether torch can map the file instead of reading it."""
+    with path.open("rb") as stream:
+        return stream.read(4) == b"PK\x03\x04"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text, object_pairs_hook=_without_twins)
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise _unreadable(path, "a JSON object", error) from error
     if not isinstance(found, dict):
         raise UserError("not a JSON object", where=str(path), found=type(found).__name__)
     return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping of plain values."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        raise _unreadable(path, "a YAML mapping", error) from error
+    if not isinstance(found, dict):
+        raise UserError("not a YAML mapping", where=str(path), found=type(found).__name__)
+    return found
+
+
+def _without_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping, when no name comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twins = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"twice in the file: {', '.join(twins)}")
+    return found
+
+
+def lowered(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """The same tensors by names in lower case. Raises UserError when two share one."""
+    try:
+        return _without_twins([(name.lower(), tensor) for name, tensor in tensors.items()])
+    except ValueError as error:
+        raise UserError("two tensors of one name", where=str(where), found=str(error)) from error
 
 
 def checked(
@@ -115,7 +158,7 @@ def _problems_of(name: str, tensor: Any, shape: Shape, known: dict[str, int]) ->
         yield Problem(
             what="shape", where=name, expected=_written(shape, known), found=str(list(tensor.shape))
         )
-    elif not torch.isfinite(tensor).all():
+    elif not torch.isfinite(tensor.float()).all():
         yield Problem(what="NaN or infinity", where=name)
 
 

@@ -17,52 +17,7 @@ from safetensors.torch import save_file
 from featureflow.errors import UserError
 from sae import Gated, Relu, Sae, Threshold, TopKActivation
 from sae.formats import find, read, recognise, save_sae, write_saelens
-
-D, N, K, TOKENS = 6, 11, 3, 64
-
-
-def numbers(*shape, seed, scale=1.0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-@pytest.fixture
-def parts():
-    """Tensors of a dictionary as stored by most peers, [in, out], with rows of unequal length."""
-    return {
-        "W_enc": numbers(D, N, seed=1),
-        "b_enc": numbers(N, seed=2, scale=0.3),
-        "W_dec": numbers(N, D, seed=3) * torch.linspace(0.4, 2.5, N)[:, None],
-        "b_dec": numbers(D, seed=4),
-        "x": numbers(TOKENS, D, seed=5) + numbers(D, seed=6),
-        "theta": numbers(N, seed=7).abs() * 0.8,
-    }
-
-
-def topk(pre, k=K):
-    value, index = pre.topk(k, dim=-1)
-    return torch.zeros_like(pre).scatter_(-1, index, value.relu())
-
-
-def agrees(path, z, reconstruction, x, *, format="auto"):
-    """Read both ways: with the peer's latent sizes, and with unit decoder rows."""
-    raw = read(path, format=format, unit_decoder=False)
-    torch.testing.assert_close(raw.encode(x), z, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(raw(x), reconstruction, rtol=1e-4, atol=1e-4)
-    unit = read(path, format=format)
-    torch.testing.assert_close(unit(x), reconstruction, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(unit.encode(x) > 0, z > 0)
-    if unit.metadata["unit_decoder"]:
-        torch.testing.assert_close(unit.W_dec.norm(dim=1), torch.ones(N))
-        scale = raw.W_dec.norm(dim=1)
-        torch.testing.assert_close(unit.encode(x), z * scale, rtol=1e-4, atol=1e-5)
-    return unit
-
-
-def write_folder(folder, tensors, config, *, weights, description):
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / weights)
-    (folder / description).write_text(json.dumps(config))
-    return folder
+from tests.sae.foreign_files import D, K, N, agrees, numbers, topk, write_folder
 
 
 def saelens_folder(folder, parts, config, **more):
@@ -278,14 +233,18 @@ def test_sparsify(tmp_path, parts, kind):
     if kind == "skip":
         tensors["W_skip"] = numbers(D, D, seed=15)
         reconstruction = reconstruction + x @ tensors["W_skip"].mT
-    folder = tmp_path / "layers.6"
+    folder = tmp_path / ("layers.6" if kind == "sae" else "layers.6.mlp")
     sae = agrees(
         write_folder(folder, tensors, config, weights="sae.safetensors", description="cfg.json"),
         z,
         reconstruction,
         x,
     )
-    assert sae.metadata.get("site") == ("blocks.6.hook_resid_post" if kind == "sae" else None)
+    ends = (sae.metadata.get("reads"), sae.metadata["site"])
+    expected = (None, "blocks.6.hook_resid_post")
+    assert ends == (
+        expected if kind == "sae" else ("blocks.6.mlp.hook_in", "blocks.6.hook_mlp_out")
+    )
 
 
 def dictionary_learning_case(name, parts):
