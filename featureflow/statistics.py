@@ -1,32 +1,39 @@
-"""Statistics of paired comparisons: intervals, tests, and corrections for many arms.
+"""Intervals, tests, and corrections for many tests. Everything takes a seed; nothing touches global
+generators.
 
+- `bootstrap`: percentile intervals of any statistic that is a function of sums over independent
+  units; `bootstrap_ratio` is the one of a ratio of two sums. Documents are the units where tokens
+  are counted, because tokens of one document are not independent. A resample is a row of weights,
+  so that a statistic is a matrix product (`scipy.stats.bootstrap` would copy every unit).
 - `bootstrap_mean`: percentile interval of a mean by resampling whole groups and, within each, its
   members (concepts → prompts → samples): the groups are the unit, so repeated samples of one prompt
   do not count as independent.
 - `sign_flip_p`: two-sided permutation test of a mean of paired differences (exact up to 14 units,
-  else sampled).
-- `holm`: adjusted p-values. `equivalent`: two one-sided tests by the interval at 1 − 2α.
-
-Everything takes a seed; nothing touches global generators.
+  else sampled). `p_values`: against a sample of the null.
+- `holm` and `q_values` (Benjamini and Hochberg, 1995): adjusted p-values. `value_at_rate`: the
+  value from which a false-discovery rate accepts. `equivalent`: two one-sided tests by the interval
+  at 1 − 2α.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from jaxtyping import Float
 
 from featureflow.errors import UserError
 
+_DRAWS = 1000
 _EXACT_UNITS = 14
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean with a percentile interval; `n` counts the innermost values."""
+    """An estimate with a percentile interval; `n` counts what was measured: units of `bootstrap`,
+    the innermost values of `bootstrap_mean`. NaN on both sides for fewer than two units."""
 
     mean: float
     low: float
@@ -36,6 +43,46 @@ class Interval:
     @property
     def excludes_zero(self) -> bool:
         return self.low > 0 or self.high < 0
+
+
+def bootstrap(
+    statistic: Callable[[Float[np.ndarray, "draw unit"]], Float[np.ndarray, "draw"]],
+    n_units: int,
+    *,
+    seed: int,
+    level: float = 0.95,
+    n: int = _DRAWS,
+) -> Interval:
+    """The statistic of all units, with its interval when units are drawn with replacement.
+    `statistic` gets how often each unit counts, one row a draw; draws that give NaN are left
+    out."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = float(statistic(np.ones((1, n_units)))[0]) if n_units else float("nan")
+        if n_units < 2:
+            return Interval(mean=mean, low=float("nan"), high=float("nan"), n=n_units)
+        generator = np.random.default_rng(seed)
+        weights = generator.multinomial(n_units, np.full(n_units, 1 / n_units), size=n)
+        draws = statistic(weights.astype(np.float64))
+    draws = draws[np.isfinite(draws)]
+    tail = (1 - level) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail]) if len(draws) else (np.nan, np.nan)
+    return Interval(mean=mean, low=float(low), high=float(high), n=n_units)
+
+
+def bootstrap_ratio(
+    numerator: Float[np.ndarray, "unit"],
+    denominator: Float[np.ndarray, "unit"],
+    *,
+    seed: int,
+    level: float = 0.95,
+    n: int = _DRAWS,
+) -> Interval:
+    """`numerator.sum() / denominator.sum()` over resampled units, such as documents."""
+
+    def ratio(weights: Float[np.ndarray, "draw unit"]) -> Float[np.ndarray, "draw"]:
+        return (weights @ numerator) / (weights @ denominator)
+
+    return bootstrap(ratio, len(numerator), seed=seed, level=level, n=n)
 
 
 def bootstrap_mean(
@@ -69,15 +116,26 @@ def sign_flip_p(differences: Sequence[float], *, seed: int, n: int = 20_000) -> 
     """P of a mean at least this far from 0 if signs were random; one difference a unit."""
     values = np.asarray(differences, dtype=np.float64)
     values = values[np.isfinite(values)]
-    if not len(values):
-        return float("nan")
-    if len(values) <= _EXACT_UNITS:
-        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(values))))
-        means = np.abs(signs @ values)
-        return float((means >= np.abs(values.sum()) * (1 - 1e-12)).mean())
-    signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(n, len(values)))
-    means = np.abs(signs @ values)
-    return float((1 + (means >= np.abs(values.sum()) * (1 - 1e-12)).sum()) / (n + 1))
+    if len(values) < 2:
+        return 1.0 if len(values) else float("nan")
+    found = scipy.stats.permutation_test(
+        (values,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=np.inf if len(values) <= _EXACT_UNITS else n,
+        rng=seed,
+    )
+    return float(found.pvalue)
+
+
+def p_values(
+    observed: Float[np.ndarray, "test"], null: Float[np.ndarray, "sample"]
+) -> Float[np.ndarray, "test"]:
+    """(1 + number of null values at or above) / (1 + number of null values): never zero, honest
+    about the sample's size."""
+    ordered = np.sort(null)
+    at_least = len(ordered) - np.searchsorted(ordered, observed, side="left")
+    return (1 + at_least) / (1 + len(ordered))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -88,6 +146,32 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(stepped, 1.0)
     return adjusted.tolist()
+
+
+def q_values(
+    p: Float[np.ndarray, "test"], family: Float[np.ndarray, "test"] | None = None
+) -> Float[np.ndarray, "test"]:
+    """The smallest false-discovery rate at which each `p` is accepted, judged among the tests of
+    `family` (itself): q(p) = n·p / number of the family's p-values ≤ p, made monotone."""
+    tests = np.sort(p if family is None else family)
+    if not len(tests):
+        return np.ones_like(p)
+    accepted = np.searchsorted(tests, p, side="right")
+    own = len(tests) * p / np.maximum(accepted, 1)
+    later = np.append(scipy.stats.false_discovery_control(tests), np.inf)[accepted]
+    return np.minimum(np.minimum(own, later), 1.0)
+
+
+def value_at_rate(
+    p: Float[np.ndarray, "test"], nulls: Sequence[Float[np.ndarray, "sample"]], rate: float
+) -> float | None:
+    """The value from which tests of this family are accepted at false-discovery rate `rate`; None
+    when none is. It is the null's quantile at the largest p-value that Benjamini and Hochberg
+    accept, the largest over `nulls`."""
+    accepted = int((q_values(p) <= rate).sum())
+    if not accepted or not nulls:
+        return None
+    return max(float(np.quantile(null, 1 - rate * accepted / len(p))) for null in nulls)
 
 
 def equivalent(interval: Interval, margin: float) -> bool:

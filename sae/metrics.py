@@ -5,8 +5,8 @@ out.
    sums by document.
 2. `ReconstructionMeter.result` turns the sums into `Reconstruction`; every formula is in
    docs/metrics.md.
-3. `bootstrap_ratio` and `ReconstructionMeter.fvu_interval` resample whole documents, because tokens
-   of one document are not independent.
+3. `ReconstructionMeter.fvu_interval` resamples whole documents, because tokens of one document are
+   not independent.
 4. `CovarianceMeter` and `pca_fvu` give the baseline: what a PCA of k components leaves unexplained
    on the same rows.
 
@@ -25,18 +25,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from featureflow.errors import UserError
+from featureflow.statistics import Interval, bootstrap
 
 DENSE_RATE = 0.1
 """A latent that fires on more than this share of tokens is dense."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A 95 % percentile-bootstrap interval over documents; NaN on both sides for fewer than two
-    documents."""
-
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,15 +123,16 @@ class ReconstructionMeter:
         )
 
     def fvu_interval(self, *, n_resamples: int, seed: int) -> Interval:
-        """95 % interval of FVU; the global mean is taken anew from the documents of every
-        resample."""
+        """95 % interval of FVU over documents; the global mean is taken anew from the documents of
+        every resample."""
         table = self._document_table()
-        weights = _document_weights(len(table.n), n_resamples=n_resamples, seed=seed)
-        n, error, squares = weights @ table.n, weights @ table.error, weights @ table.squares
-        total = squares - np.square(weights @ table.vectors).sum(1) / n
-        return _percentile_interval(
-            error / np.where(total > 0, total, np.nan), n_documents=len(table.n)
-        )
+
+        def fvu(weights: Float[np.ndarray, "draw document"]) -> Float[np.ndarray, "draw"]:
+            n, error, squares = weights @ table.n, weights @ table.error, weights @ table.squares
+            total = squares - np.square(weights @ table.vectors).sum(1) / n
+            return error / np.where(total > 0, total, np.nan)
+
+        return bootstrap(fvu, len(table.n), seed=seed, n=n_resamples)
 
     def _add_documents(
         self,
@@ -182,21 +175,6 @@ def active_latents(
 ) -> Int[Tensor, "firing"]:
     """The latents of the slots that hold a non-zero value (empty slots of sparse codes hold 0)."""
     return index[value != 0]
-
-
-def bootstrap_ratio(
-    numerator: Float[np.ndarray, "document"],
-    denominator: Float[np.ndarray, "document"],
-    *,
-    n_resamples: int,
-    seed: int,
-) -> Interval:
-    """95 % interval of `numerator.sum() / denominator.sum()` over resampled documents."""
-    weights = _document_weights(len(numerator), n_resamples=n_resamples, seed=seed)
-    below = weights @ denominator
-    return _percentile_interval(
-        (weights @ numerator) / np.where(below != 0, below, np.nan), n_documents=len(numerator)
-    )
 
 
 @dataclass(kw_only=True)
@@ -281,20 +259,3 @@ def _safe_ratio(
     return torch.where(
         below > 0, above / below.clamp_min(torch.finfo(below.dtype).tiny), torch.zeros_like(above)
     )
-
-
-def _document_weights(
-    n_documents: int, *, n_resamples: int, seed: int
-) -> Float[np.ndarray, "resample document"]:
-    """How often each document is drawn in each resample (rows sum to n_documents)."""
-    generator = np.random.default_rng(seed)
-    return generator.multinomial(
-        n_documents, np.full(n_documents, 1 / n_documents), size=n_resamples
-    ).astype(np.float64)
-
-
-def _percentile_interval(values: Float[np.ndarray, "resample"], *, n_documents: int) -> Interval:
-    if n_documents < 2 or not np.isfinite(values).any():
-        return Interval(low=float("nan"), high=float("nan"))
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return Interval(low=float(low), high=float(high))

@@ -35,6 +35,7 @@ from data.model.language_model import LanguageModel
 from data.model.partial_forward import continued_from
 from featureflow.progress import Progress, silent
 from featureflow.sites import Site
+from featureflow.statistics import bootstrap_ratio
 from sae import Sae, SparseCodes
 
 RANDOM_ACTIVE, STRONGEST_ACTIVE, EXHAUSTIVE = "random active", "strongest active", "exhaustive"
@@ -368,34 +369,25 @@ def summarise_deactivation(
     `n_targets` counts all targets of the group, `n` those with an active predecessor,
     `active_share` is their ratio.
     """
-    generator = np.random.default_rng(seed)
     rows = []
     for key, group in table[table["strategy"] != EXHAUSTIVE].groupby(list(by), sort=False):
         run = group[group["n_removed"] > 0]
         row = dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True))
         row |= {"n_targets": len(group), "n": len(run), "active_share": len(run) / len(group)}
-        row |= mean_with_interval(run, "success", n_bootstrap, generator)
-        row |= mean_with_interval(run, "change", n_bootstrap, generator)
+        row |= mean_with_interval(run, "success", n_bootstrap, seed)
+        row |= mean_with_interval(run, "change", n_bootstrap, seed)
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def mean_with_interval(
-    run: pd.DataFrame, column: str, n_bootstrap: int, generator: np.random.Generator
+    run: pd.DataFrame, column: str, n_bootstrap: int, seed: int
 ) -> dict[str, float]:
     """The mean over rows and its percentile interval when whole documents are drawn with
     replacement."""
-    if run.empty:
-        return {column: float("nan"), f"{column}_low": float("nan"), f"{column}_high": float("nan")}
-    per_document = run.groupby("document")[column].agg(["sum", "count"]).to_numpy(dtype=np.float64)
-    draws = generator.integers(len(per_document), size=(n_bootstrap, len(per_document)))
-    sums, counts = per_document[draws, 0].sum(1), per_document[draws, 1].sum(1)
-    low, high = np.quantile(sums / counts, [0.025, 0.975])
-    return {
-        column: float(run[column].mean()),
-        f"{column}_low": float(low),
-        f"{column}_high": float(high),
-    }
+    sums = run.groupby("document")[column].agg(["sum", "count"]).to_numpy(dtype=np.float64)
+    found = bootstrap_ratio(sums[:, 0], sums[:, 1], seed=seed, n=n_bootstrap)
+    return {column: found.mean, f"{column}_low": found.low, f"{column}_high": found.high}
 
 
 def evidence_of_edges(table: pd.DataFrame, strategy: str) -> pd.DataFrame:

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
+from featureflow.statistics import p_values, q_values
 from pipeline.flow.edges import EdgeColumns
 from pipeline.flow.functional import Cofiring
 from pipeline.flow.null import NullSample
-from pipeline.flow.significance import p_values, q_values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ from data.model.language_model import LanguageModel
 from data.model.partial_forward import continued_from
 from featureflow.progress import Progress, silent
 from featureflow.sites import Site
+from featureflow.statistics import bootstrap
 from pipeline.flow.causal import Contexts
 from sae import Sae, SparseCodes
 
@@ -314,40 +315,36 @@ def summarise_mediation(
     of that change that need the chain (`through_chain`), that the chain alone makes
     (`chain_alone`), and that need other latents (`through_random`, `through_strongest`); 95 %
     percentile intervals of a bootstrap over documents."""
-    rng = np.random.default_rng(seed)
     rows = []
     for key, group in table.groupby(list(by), sort=False):
         sums = group.groupby("document")[[f"change_{run}" for run in RUNS]].sum().to_numpy()
         counts = group.groupby("document").size().to_numpy()
-        draws = rng.integers(len(counts), size=(n_bootstrap, len(counts)))
-        drawn = _shares(sums[draws].sum(1), counts[draws].sum(1))
-        low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-        whole = _shares(sums.sum(0)[None], np.array([counts.sum()]))[0]
         row = dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True)) | {
             "n": len(group)
         }
-        for i, name in enumerate(
-            ("change", "through_chain", "chain_alone", "through_random", "through_strongest")
-        ):
-            row |= {
-                name: float(whole[i]),
-                f"{name}_low": float(low[i]),
-                f"{name}_high": float(high[i]),
-            }
+        for name in _shares(sums, counts):
+            found = bootstrap(
+                lambda weights, sums=sums, counts=counts, name=name: _shares(
+                    weights @ sums, weights @ counts
+                )[name],
+                len(counts),
+                seed=seed,
+                n=n_bootstrap,
+            )
+            row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def _shares(
-    sums: Float[np.ndarray, "draw run"], counts: np.ndarray
-) -> Float[np.ndarray, "draw share"]:
-    total = np.where(sums[:, 0] == 0, np.nan, sums[:, 0])
+    sums: Float[np.ndarray, "draw run"], counts: Float[np.ndarray, "draw"]
+) -> dict[str, Float[np.ndarray, "draw"]]:
     removed, held, alone, random, strongest = sums.T
-    shares = (
-        removed / counts,
-        1 - held / total,
-        alone / total,
-        1 - random / total,
-        1 - strongest / total,
-    )
-    return np.stack(shares, axis=1)
+    total = np.where(removed == 0, np.nan, removed)
+    return {
+        "change": removed / counts,
+        "through_chain": 1 - held / total,
+        "chain_alone": alone / total,
+        "through_random": 1 - random / total,
+        "through_strongest": 1 - strongest / total,
+    }

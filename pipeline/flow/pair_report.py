@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy
 
+from featureflow.statistics import value_at_rate
 from pipeline.flow.edges import EdgeColumns
 from pipeline.flow.functional import Cofiring
 from pipeline.flow.judge import Evidence
 from pipeline.flow.null import NullSample
 from pipeline.flow.pairing import RELATIONS, Pair, StartRelation
-from pipeline.flow.significance import cosine_at_rate, hubness
 
 HISTOGRAM_EDGES = np.linspace(0, 1, 101)
 """Bins of the cosine histograms in the pair table."""
@@ -99,7 +100,7 @@ def pair_row(
         "margin_median": _median(columns.margin[top]),
         "null_median": None if strictest is None else strictest.quantile(0.5),
         "null_p99": None if strictest is None else strictest.quantile(0.99),
-        "threshold": cosine_at_rate(evidence.joint[top], [null.best_cosine for null in nulls], fdr),
+        "threshold": value_at_rate(evidence.joint[top], [null.best_cosine for null in nulls], fdr),
         "n_above_fixed": int((cosine >= (0.5 if pair.relation == "residual" else 0.15)).sum()),
         "hub_skewness": skew,
         "hub_largest": largest,
@@ -109,6 +110,14 @@ def pair_row(
         if strictest is None
         else np.histogram(strictest.best_cosine, HISTOGRAM_EDGES)[0].tolist(),
     }
+
+
+def hubness(index: np.ndarray, n_possible: int) -> tuple[float, int]:
+    """How unequally sources are chosen as best partner: skewness of the counts (0 even, > 1 hubs)
+    and the largest."""
+    counts = np.bincount(index[index >= 0], minlength=n_possible)
+    skew = float(scipy.stats.skew(counts)) if counts.std() > 0 else 0.0
+    return skew, int(counts.max(initial=0))
 
 
 def _firing(

@@ -39,6 +39,7 @@ from featureflow.errors import UserError
 from featureflow.files import write_text_atomically
 from featureflow.settings import Settings
 from featureflow.sites import Site, parse_site
+from featureflow.statistics import Interval
 from pipeline.artifact import SCHEMAS, Artifact, Draft
 from pipeline.context import RunContext
 from pipeline.lenses.evaluation.candidates import TRAINED, Candidate, find_candidates
@@ -48,7 +49,6 @@ from pipeline.lenses.evaluation.held_out import choose_contexts, choose_rows
 from pipeline.lenses.evaluation.reconstruction import Bootstrap, Rows, measure_site
 from pipeline.lenses.evaluation.recovery import Recovery, Subject, measure_recovery
 from pipeline.run import Run
-from sae.metrics import Interval
 
 KIND, SCHEMA = "evaluate", SCHEMAS["evaluate"]
 _KEPT = ".rows"

@@ -16,7 +16,6 @@ from sae.metrics import (
     CovarianceMeter,
     ReconstructionMeter,
     active_latents,
-    bootstrap_ratio,
     n_components_to_match,
     pca_fvu,
 )
@@ -140,12 +139,6 @@ def test_one_document_has_no_interval():
         .fvu_interval(n_resamples=10, seed=0)
         .low
     )
-
-
-def test_bootstrap_ratio_of_a_constant_ratio_is_that_ratio():
-    below = np.array([1.0, 5.0, 2.0, 9.0])
-    interval = bootstrap_ratio(0.25 * below, below, n_resamples=100, seed=0)
-    assert (interval.low, interval.high) == pytest.approx((0.25, 0.25))
 
 
 def test_pca_curve_equals_projecting_the_rows():

@@ -3,7 +3,6 @@ discovery."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 
 from featureflow.errors import UserError
 from featureflow.sites import FeatureId, Site
-from featureflow.statistics import bootstrap_mean, equivalent, holm, sign_flip_p
 from pipeline.lenses.steering.concept import ConceptClassifier, lexicon_hits
 from sae import Sae, TopKActivation
 from steering.applied import applied
@@ -29,40 +27,6 @@ from steering.teacher_forced import log_likelihoods, selectivity, token_mass
 L1 = Site(1, "resid_post")
 PLAN = Plan(nodes=(Node(at="L1/3", scale=4.0),))
 TEXTS = ["The cat sat on the mat.", "A law is a rule.", "Rain fell."]
-
-
-def test_bootstrap_covers_the_truth_as_often_as_it_says():
-    """Groups of four with a shared part: intervals by group cover 0 near 95 %, intervals by value
-    far less."""
-    generator = np.random.default_rng(0)
-    covered = {"groups": 0, "values": 0}
-    n_rounds, n_groups = 120, 20
-    groups = np.repeat(np.arange(n_groups), 4).tolist()
-    for seed in range(n_rounds):
-        values = (
-            generator.normal(size=n_groups).repeat(4) + 0.3 * generator.normal(size=4 * n_groups)
-        ).tolist()
-        covered["groups"] += not bootstrap_mean(values, [groups], seed=seed, n=300).excludes_zero
-        covered["values"] += not bootstrap_mean(values, seed=seed, n=300).excludes_zero
-    assert covered["groups"] / n_rounds > 0.86
-    assert covered["values"] / n_rounds < 0.8
-
-
-def test_sign_flips_by_hand():
-    values = [1.0, 2.0, -0.5]
-    sums = [
-        abs(sum(s * v for s, v in zip(signs, values, strict=True)))
-        for signs in itertools.product((1, -1), repeat=3)
-    ]
-    assert sign_flip_p(values, seed=0) == pytest.approx(np.mean([s >= 2.5 for s in sums]))
-    assert sign_flip_p([0.3] * 40, seed=0) < 0.001
-
-
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert equivalent(bootstrap_mean([0.0, 0.01, -0.01] * 10, seed=0), 0.05)
-    with pytest.raises(UserError, match="one key"):
-        bootstrap_mean([1.0, 2.0], [["a"]], seed=0)
 
 
 def test_readings_are_what_the_unsteered_model_says(model, saes):

@@ -32,9 +32,9 @@ from data.model.language_model import LanguageModel
 from data.model.partial_forward import continued_from
 from featureflow.progress import Progress, silent
 from featureflow.sites import Site
+from featureflow.statistics import Interval, bootstrap_ratio
 from pipeline.lenses.evaluation.held_out import Contexts
 from sae.dictionary import Sae
-from sae.metrics import Interval, bootstrap_ratio
 
 _LOGIT_BYTES = 256 << 20
 ORIGINAL, ZERO, MEAN = "original", "zero", "mean"
@@ -237,10 +237,10 @@ class _Sums:
     ) -> tuple[float, Interval]:
         kept, damage = self.ce[ablated] - self.ce[spliced], self.ce[ablated] - self.ce[ORIGINAL]
         if damage.sum() <= 0:
-            return float("nan"), Interval(low=float("nan"), high=float("nan"))
-        return float(kept.sum() / damage.sum()), bootstrap_ratio(
-            kept, damage, n_resamples=n_resamples, seed=seed
-        )
+            nan = float("nan")
+            return nan, Interval(mean=nan, low=nan, high=nan, n=len(kept))
+        found = bootstrap_ratio(kept, damage, seed=seed, n=n_resamples)
+        return found.mean, found
 
 
 def _kl_share(

@@ -142,12 +142,11 @@ def rescaling(subject: Subject, effort: Effort) -> Finding:
 
 def _means(trials: pd.DataFrame, columns: tuple[str, ...], seed: int) -> pd.DataFrame:
     """Means by group and scale, with intervals over documents."""
-    rng = np.random.default_rng(seed)
     rows = []
     for (group, scale), part in trials.groupby(["group", "scale"]):
         row: dict[str, object] = {"group": group, "scale": scale, "n": len(part)}
         for column in columns:
-            row |= mean_with_interval(part, column, 1000, rng)
+            row |= mean_with_interval(part, column, 1000, seed)
         rows.append(row)
     return pd.DataFrame(rows, columns=["group", "scale", "n", *_with_bounds(columns)])
 

@@ -29,6 +29,7 @@ import torch
 from data.model.language_model import LanguageModel
 from featureflow.progress import Progress, silent
 from featureflow.sites import Site
+from featureflow.statistics import p_values, q_values
 from pipeline.flow.causal import (
     Contexts,
     DeactivationOptions,
@@ -54,7 +55,6 @@ from pipeline.flow.matchers import (
 from pipeline.flow.null import NullSample, NullSampler, Rotation
 from pipeline.flow.pairing import Pair, pair_sites, start_relation
 from pipeline.flow.shelf import HeldOut
-from pipeline.flow.significance import p_values, q_values
 from pipeline.lenses.paper.figures import draw_bars
 from pipeline.lenses.paper.subject import Effort, Finding, pair_data
 from sae import Sae

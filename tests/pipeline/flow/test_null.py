@@ -1,15 +1,12 @@
-"""p-values count, q-values are Benjamini and Hochberg's, nulls keep what they promise to keep."""
+"""Nulls keep what they promise to keep; hubs are counted."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
-from scipy import stats
 
+from featureflow.statistics import p_values
 from pipeline.flow.directions import directions_of
 from pipeline.flow.match import best_cosines
 from pipeline.flow.null import (
@@ -21,38 +18,7 @@ from pipeline.flow.null import (
     rotated_within,
     spectrum_of,
 )
-from pipeline.flow.significance import cosine_at_rate, hubness, p_values, q_values
-
-
-def test_a_p_value_counts_the_null_at_or_above_and_the_observation_itself():
-    null = np.array([0.1, 0.2, 0.3, 0.3])
-    assert p_values(np.array([0.05, 0.2, 0.3, 0.31]), null).tolist() == pytest.approx(
-        [1.0, 0.8, 0.6, 0.2]
-    )
-
-
-@settings(max_examples=60, deadline=None)
-@given(arrays(np.float64, st.integers(1, 60), elements=st.floats(1e-6, 1.0)))
-def test_q_values_are_benjamini_hochberg(p):
-    np.testing.assert_allclose(q_values(p), stats.false_discovery_control(p), rtol=1e-9)
-
-
-def test_a_link_outside_the_family_is_judged_by_the_familys_curve():
-    family = np.array([0.001, 0.002, 0.5, 0.9])
-    inside = q_values(family)
-    np.testing.assert_allclose(q_values(family, family), inside)
-    assert q_values(np.array([0.0015]), family)[0] == pytest.approx(
-        0.004
-    )  # accepted at the rate of the next test
-    assert q_values(np.array([0.95]), family)[0] == pytest.approx(0.95)
-    assert q_values(np.array([0.2]), np.zeros(0))[0] == 1.0
-
-
-def test_the_threshold_is_the_nulls_quantile_at_the_accepted_p_value():
-    null = np.linspace(0, 1, 10_001)
-    p = p_values(np.array([0.9999] * 50 + [0.5] * 50), null)
-    assert cosine_at_rate(p, [null], 0.05) == pytest.approx(1 - 0.05 * 50 / 100, abs=1e-3)
-    assert cosine_at_rate(np.ones(10), [null], 0.05) is None
+from pipeline.flow.pair_report import hubness
 
 
 def test_hubness_is_zero_when_every_source_is_chosen_once():
