@@ -49,10 +49,11 @@ def show(feature: str, recipe: str, artifacts: Path) -> None:
 @artifacts_option
 def figure(feature: str, out: Path, hops: int, recipe: str, artifacts: Path) -> None:
     """Draw the flow through FEATURE."""
+    from featureflow.figures import save
     from pipeline.flow.figures import draw_flow
 
     run = _run(recipe, artifacts)
-    draw_flow(_graph(run), feature, out, label_of=labels_beside(run), max_hops=hops)
+    save(draw_flow(_graph(run), feature, label_of=labels_beside(run), max_hops=hops), out)
     say(str(out))
 
 

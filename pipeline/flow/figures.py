@@ -1,28 +1,28 @@
 """Figures of the flow graph: link strength against chance, classes by layer, and the flow of one
 feature.
 
-The only module of this package that plots. Every function writes one PNG and returns nothing.
+The only module of this package that plots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from featureflow.figures import COLOURS, legend, panels
 from featureflow.sites import FeatureId
 from pipeline.flow.graph import FlowGraph
 from pipeline.flow.nodes import CLASSES
 
 _COLOURS = {
-    "translated": "#3b6fb6",
-    "processed": "#7a5195",
-    "newborn": "#e07b39",
-    "unexplained": "#b8b8b8",
+    "translated": COLOURS[0],
+    "processed": COLOURS[3],
+    "newborn": COLOURS[1],
+    "unexplained": COLOURS[7],
 }
 _TITLES = {
     "residual": "layer → next layer (residual)",
@@ -31,24 +31,22 @@ _TITLES = {
 }
 
 
-def draw_link_strengths(pairs: pd.DataFrame, path: Path) -> None:
+def draw_link_strengths(pairs: pd.DataFrame) -> Figure:
     """Per pair of dictionaries: median best cosine, the null's median and 99th percentile, the
     threshold at the FDR."""
     relations = [name for name in _TITLES if name in set(pairs["relation"])]
-    figure = Figure(figsize=(9.0, 2.6 * len(relations) + 0.4), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(len(relations), 1, sharey=True))
+    figure, axes = panels(len(relations), width=9.0, height=2.7, share_y=True)
     for axis, relation in zip(axes, relations, strict=True):
         _strengths(axis, pairs[pairs["relation"] == relation].reset_index(drop=True))
-        axis.set_title(_TITLES[relation], loc="left", fontsize=10)
-    axes[0].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path, dpi=130)
+        axis.set_title(_TITLES[relation], loc="left")
+    legend(axes[0], outside=True)
+    return figure
 
 
-def draw_class_shares(nodes: pd.DataFrame, path: Path) -> None:
+def draw_class_shares(nodes: pd.DataFrame) -> Figure:
     """Share of carried, processed, new and unexplained features, layer by layer."""
     known = nodes[nodes["class"].notna()]
-    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
-    axis = figure.subplots()
+    figure, (axis,) = panels(width=7.5, height=3.2)
     if len(known):
         shares = pd.crosstab(known["layer"], known["class"].astype(str), normalize="index")
         below = np.zeros(len(shares))
@@ -63,22 +61,19 @@ def draw_class_shares(nodes: pd.DataFrame, path: Path) -> None:
                 label=name,
             )
             below += height
-        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    axis.set_xlabel("layer")
-    axis.set_ylabel("share of living features")
-    axis.set_ylim(0, 1)
-    figure.savefig(path, dpi=130)
+    legend(axis, outside=True)
+    axis.set(xlabel="layer", ylabel="share of living features", ylim=(0, 1))
+    return figure
 
 
 def draw_flow(
     graph: FlowGraph,
     feature: FeatureId | str,
-    path: Path,
     *,
     label_of: Callable[[str], str] | None = None,
     max_hops: int = 3,
     n_per_site: int = 4,
-) -> None:
+) -> Figure:
     """The flow through one feature: columns are layers, the chain is the middle line, strong links
     are thick."""
     here = graph.number(feature)
@@ -86,10 +81,7 @@ def draw_flow(
     shown = _shown(graph, here, chain, max_hops, n_per_site)
     places = _places(graph, shown, chain)
     layers = [layer for layer, _ in places.values()]
-    figure = Figure(
-        figsize=(max(5.0, 1.15 * (max(layers) - min(layers) + 2)), 4.2), layout="constrained"
-    )
-    axis = figure.subplots()
+    figure, (axis,) = panels(width=max(5.0, 1.15 * (max(layers) - min(layers) + 2)), height=4.2)
     _draw_links(axis, graph, places)
     for number, (x, y) in places.items():
         _draw_feature(axis, graph, number, x, y, here=number == here, label_of=label_of)
@@ -97,9 +89,9 @@ def draw_flow(
     axis.set_xlabel("layer")
     axis.set_yticks([])
     axis.margins(0.12, 0.2)
-    axis.set_title(f"Flow through {graph.feature(here)}", loc="left", fontsize=10)
-    axis.spines[["left", "right", "top"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    axis.set_title(f"Flow through {graph.feature(here)}", loc="left")
+    axis.spines["left"].set_visible(False)
+    return figure
 
 
 def _shown(
@@ -183,7 +175,7 @@ def _strengths(axis: Axes, pairs: pd.DataFrame) -> None:
     axis.plot(
         place,
         pairs["cosine_median"],
-        color="#3b6fb6",
+        color=COLOURS[0],
         marker="o",
         markersize=3,
         label="best cosine, median",
@@ -200,7 +192,7 @@ def _strengths(axis: Axes, pairs: pd.DataFrame) -> None:
         place,
         pairs["threshold"].astype(float),
         marker="_",
-        color="#c0392b",
+        color=COLOURS[1],
         label="kept from here on",
         zorder=3,
     )

@@ -37,6 +37,7 @@ from data.store.places import write_pointer
 from data.store.provenance import corpus_digest, model_digest, tokens_digest
 from data.text.corpus import CorpusSpec, PackagedText, describe_corpus
 from data.text.packing import PackedTokens, pack_corpus
+from featureflow.figures import save
 from featureflow.settings import Settings
 from featureflow.sites import Site
 from pipeline.artifact import SCHEMAS, Artifact, Draft
@@ -256,7 +257,7 @@ def _describe(draft: Draft, store: ActivationStore, n_collected: int, seconds: f
     table = site_table(store)
     table.to_parquet(draft.path / "sites.parquet", index=False)
     (draft.path / "figures").mkdir(exist_ok=True)
-    draw_norms(table, draft.path / "figures" / "norm_by_layer.png")
+    save(draw_norms(table), draft.path / "figures" / "norm_by_layer")
     size = sum(each.size for record in store.records for each in record.files.values())
     n_train, n_validation = len(store.kept_rows("train")), len(store.kept_rows("validation"))
     draft.summary.update(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
+from matplotlib.figure import Figure
 
 from data.store import ActivationStore
+from featureflow.figures import KINDS, legend, panels
 
 
 def site_table(store: ActivationStore) -> pd.DataFrame:
@@ -32,23 +32,16 @@ def site_table(store: ActivationStore) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def draw_norms(table: pd.DataFrame, path: Path) -> None:
+def draw_norms(table: pd.DataFrame) -> Figure:
     """Median norm by layer for each kind of site, with the band from the 5th to the 95th
     percentile."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for kind, part in table.sort_values("layer").groupby("kind", sort=True):
-        (line,) = axes.plot(
-            part["layer"], part["norm_q50"], marker="o", markersize=3, label=str(kind)
-        )
-        axes.fill_between(
-            part["layer"], part["norm_q05"], part["norm_q95"], alpha=0.15, color=line.get_color()
-        )
-    axes.set(xlabel="layer", ylabel="norm of the activation (ordinary tokens)", yscale="log")
-    axes.set_title("Median norm by layer; band: 5th to 95th percentile", fontsize=10)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure, (axis,) = panels(width=7, height=4)
+    for kind, part in table.sort_values("layer").groupby("kind", sort=False):
+        title, colour = KINDS[kind]
+        layers, low, high = part["layer"], part["norm_q05"], part["norm_q95"]
+        axis.plot(layers, part["norm_q50"], "o-", markersize=3, color=colour, label=title)
+        axis.fill_between(layers, low, high, alpha=0.15, color=colour, linewidth=0)
+    axis.set(xlabel="layer", ylabel="norm of the activation (ordinary tokens)", yscale="log")
+    axis.set_title("Median norm by layer; band: 5th to 95th percentile")
+    legend(axis)
+    return figure

@@ -27,6 +27,7 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from data.store import ActivationStore
+from featureflow.figures import save
 from featureflow.settings import Settings
 from pipeline.artifact import Artifact
 from pipeline.context import RunContext
@@ -174,8 +175,8 @@ def trained_start_nulls(
 
 def _draw(links: Links, figures: Path) -> None:
     figures.mkdir(exist_ok=True)
-    draw_link_strengths(links.pairs, figures / "link_strength.png")
-    draw_class_shares(links.nodes, figures / "classes_by_layer.png")
+    save(draw_link_strengths(links.pairs), figures / "link_strength")
+    save(draw_class_shares(links.nodes), figures / "classes_by_layer")
 
 
 def _write_validation(found: ValidatedLinks, folder: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from data.store import ActivationStore
 from data.store.cluster import connected, threads_of_worker
 from data.store.patterns import parse_sites
 from data.store.tokens import RowFilters
+from featureflow.figures import save
 from featureflow.files import write_text_atomically
 from featureflow.progress import Metrics
 from featureflow.settings import Settings
@@ -346,8 +347,9 @@ def _describe(draft: Draft, described: Mapping[str, Mapping[Site, Mapping[str, A
     figures = draft.path / "figures"
     figures.mkdir(exist_ok=True)
     used = described[DICTIONARIES]
-    draw_curves({site: curves[DICTIONARIES, site] for site in used}, figures / "training.png")
-    draw_layers(used, figures / "layers.png")
+    trained = {site: curves[DICTIONARIES, site] for site in used}
+    save(draw_curves(trained), figures / "training")
+    save(draw_layers(used), figures / "layers")
     draft.summary.update(_summary(used))
     if others := {
         folder: len(sites) for folder, sites in described.items() if folder != DICTIONARIES

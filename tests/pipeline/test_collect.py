@@ -63,7 +63,6 @@ def test_what_describes_the_run_is_recorded(collected):
     assert store.provenance["model_fingerprint"] == LanguageModel.open(CONFIG.model).fingerprint
     assert collected.inputs == outside_digests(CONFIG)
     assert collected.summary["n_tokens"] == store.n_rows
-    assert collected.file("figures/norm_by_layer.png").stat().st_size > 1000
 
 
 class _Interrupted(Exception):

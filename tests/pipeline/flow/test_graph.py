@@ -322,6 +322,11 @@ def test_bad_exports_are_refused(graph, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_figure_of_a_feature_is_drawn(graph, tmp_path):
-    draw_flow(graph, "L1/1", tmp_path / "flow.png", label_of=lambda feature: feature)
-    assert (tmp_path / "flow.png").stat().st_size > 5000
+def test_the_figure_of_a_feature_has_its_chain_on_the_middle_line(graph):
+    (axis,) = draw_flow(graph, "L1/1", label_of=lambda feature: f"label of {feature}").axes
+    assert axis.get_title("left") == "Flow through L1/1"
+    chain = [str(step.feature) for step in graph.chain("L1/1")]
+    drawn = {text.get_text().split("\n")[0]: text.xy for text in axis.texts}
+    assert set(chain) <= set(drawn)
+    assert [drawn[name] for name in chain] == [(i, 0.0) for i in range(len(chain))]
+    assert any(text.get_text().endswith("label of L1/1") for text in axis.texts)
