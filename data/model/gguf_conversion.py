@@ -2,11 +2,14 @@
 
 1. The file is named by its sha256 (checked where it is known); an existing folder of that name is
    the answer.
-2. transformers dequantises the tensors to float32 and undoes llama.cpp's permutation of Q and K.
-3. Marks of quantisation are dropped from the config (the saved folder would still claim it) and the
-   weights are saved as bfloat16: the rounding is a hundred times smaller than that of 4-bit
-   weights, and the folder half the size.
-4. SmolLM's tokenizer splits digits one by one, a step that reading the GGUF loses; it is put back.
+2. The configuration gets every key and every factor that the file states (`data.model.gguf_keys`);
+   what cannot be applied is refused by name, and so are tensors that no weight takes.
+3. transformers dequantises the tensors to float32 and undoes llama.cpp's permutation of Q and K.
+4. Marks of quantisation are dropped from the config (the saved folder would still claim it).
+   Quantised weights are saved as bfloat16: the rounding is a hundred times smaller than that of
+   4-bit weights, and the folder half the size. Unquantised ones stay float32.
+5. Steps of the tokenizer that reading the GGUF loses are put back: digits one by one (SmolLM,
+   StarCoder), no space before the text. A way of splitting text that is not known is refused.
 
 Cost for SmolLM2-135M: about 25 s of one core, 2 GB of memory, 270 MB of disk.
 """
@@ -23,10 +26,13 @@ from typing import Any
 import torch
 
 from data.model.cache import cache_folder, make_once
+from data.model.gguf_keys import is_rope_factor, stated_config
+from data.model.loading import check_complete, quiet_transformers
 from featureflow.errors import UserError
 from featureflow.progress import Progress
 
-CONVERSION = 1  # part of the folder's name: raise it when the steps below change
+_OTHER_SOURCE = 'use the model\'s own folder or Hub id: kind = "folder" or "huggingface"'
+CONVERSION = 2  # part of the folder's name: raise it when the steps below change
 
 
 def converted_gguf(path: Path, *, sha256: str | None, progress: Progress) -> Path:
@@ -57,9 +63,8 @@ def _check_is_gguf(path: Path) -> None:
 
 
 def _convert(path: Path, folder: Path, progress: Progress) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from data.model.sources import quiet_transformers
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     label = f"convert {path.name}"
     progress(label, 0, 3)
@@ -69,16 +74,29 @@ def _convert(path: Path, folder: Path, progress: Progress) -> None:
             quiet_transformers(),
             redirect_stderr(io.StringIO()),
         ):  # the GGUF reader draws a bar of its own
+            reader = GGUFReader(path)
+            _refuse_other_kinds(path, reader)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
+            _restore_steps(tokenizer, reader)
+            config = _config_of(path, reader, AutoConfig.from_pretrained(path.parent, **source))
             progress(label, 1, 3)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                path.parent, **source, dtype=torch.float32
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                **source,
+                config=config,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
             )
+            model, loading = loaded
+            check_complete(path, loading)
+            _refuse_unused_tensors(path, reader, model)
             progress(label, 2, 3)
             _forget_quantisation(model)
-            model.to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
-            _restore_digits(tokenizer, path)
+            model.to(_dtype_to_keep(reader)).save_pretrained(folder, safe_serialization=True)
             tokenizer.save_pretrained(folder)
+    except UserError:
+        raise
     except (
         Exception
     ) as error:  # the reader, the dequantiser and the tokenizer each have errors of their own
@@ -93,6 +111,92 @@ def _convert(path: Path, folder: Path, progress: Progress) -> None:
     progress(label, 3, 3)
 
 
+def _refuse_other_kinds(path: Path, reader: Any) -> None:
+    """Files that hold a part of a model, or none."""
+    kind = _field(reader, "general.type") or "model"
+    n_parts = int(_field(reader, "split.count") or 1)
+    if kind != "model":
+        raise UserError("this GGUF file is no model", where=str(path), found=str(kind))
+    if n_parts > 1:
+        raise UserError(
+            "this GGUF file is one part of a model",
+            where=str(path),
+            found=f"{n_parts} parts",
+            fix="join them with llama-gguf-split --merge, or give the model's own folder",
+        )
+
+
+def _config_of(path: Path, reader: Any, config: Any) -> Any:
+    """The configuration with all that the file states. Raises UserError naming what it cannot
+    hold."""
+    from gguf import dequantize
+
+    architecture = str(_field(reader, "general.architecture"))
+    prefix = f"{architecture}."
+    stated = {
+        key.removeprefix(prefix): field.contents()
+        for key, field in reader.fields.items()
+        if key.startswith(prefix)
+    }
+    tensors = {
+        tensor.name: lambda tensor=tensor: (
+            dequantize(tensor.data, tensor.tensor_type).reshape(-1).tolist()
+        )
+        for tensor in reader.tensors
+    }
+    config, problems = stated_config(config, architecture, stated, tensors)
+    embedding = next((each for each in reader.tensors if each.name == "token_embd.weight"), None)
+    if embedding is not None:
+        config.vocab_size = int(embedding.shape[1])
+        if (getattr(config, "pad_token_id", None) or 0) >= config.vocab_size:
+            config.pad_token_id = None
+    if problems:
+        raise UserError(
+            f"{path.name} states what cannot be applied: its activations would be another model's",
+            problems=tuple(problems),
+            fix=_OTHER_SOURCE,
+        )
+    return config
+
+
+def _refuse_unused_tensors(path: Path, reader: Any, model: Any) -> None:
+    """Tensors of the file that became no weight: biases, norms or experts that the architecture in
+    transformers does not have."""
+    from transformers.integrations.gguf import is_gguf_arch_supported
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    architecture = str(_field(reader, "general.architecture"))
+    if is_gguf_arch_supported(architecture):
+        return  # its loader reports unexpected tensors itself
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+    used = get_gguf_hf_weights_map(model, processor)
+    is_used = {"output.weight"} | set(used) | {f"{name}.weight" for name in used}
+    unused = [
+        each.name
+        for each in reader.tensors
+        if each.name not in is_used and not is_rope_factor(each.name)
+    ]
+    if unused:
+        raise UserError(
+            f"{path.name} has tensors that transformers' {type(model).__name__} does not use",
+            found=", ".join(unused[:12]) + (" …" if len(unused) > 12 else ""),
+            fix=_OTHER_SOURCE,
+        )
+
+
+def _dtype_to_keep(reader: Any) -> torch.dtype:
+    """bfloat16 for quantised weights, float32 when the file's matrices are not quantised."""
+    from gguf import GGMLQuantizationType as Kind
+
+    wide = {Kind.F32, Kind.F16, Kind.F64}
+    is_wide = [each.tensor_type in wide for each in reader.tensors if len(each.shape) > 1]
+    return torch.float32 if any(is_wide) else torch.bfloat16
+
+
 def _forget_quantisation(model: Any) -> None:
     config = model.config
     if hasattr(config, "quantization_config"):
@@ -103,26 +207,51 @@ def _forget_quantisation(model: Any) -> None:
             delattr(model, name)
 
 
-def _restore_digits(tokenizer: Any, path: Path) -> None:
-    """Put back `Digits(individual_digits)` before the byte-level step where the file says
-    `smollm`."""
-    if _pre_tokenizer_name(path) != "smollm":
-        return
+_AS_GPT2 = {None, "default", "gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion", "phi-2", "mellum"}
+_DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+
+
+def _restore_steps(tokenizer: Any, reader: Any) -> None:
+    """How the file says that text is split, where transformers' reader leaves it out."""
     from tokenizers import pre_tokenizers
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    kind, pre = _field(reader, "tokenizer.ggml.model"), _field(reader, "tokenizer.ggml.pre")
+    if kind == "llama" and _field(reader, "tokenizer.ggml.add_space_prefix") is False:
+        _add_no_space(tokenizer.backend_tokenizer)
+    if kind != "gpt2":
+        return
+    if pre in _DIGITS_FIRST:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+    elif pre not in _AS_GPT2 and pre not in GGUF_PRE_TOKENIZER_SPLITS:
+        raise UserError(
+            "this GGUF file splits text in a way that is not known here",
+            where="tokenizer.ggml.pre",
+            found=str(pre),
+            expected=", ".join(
+                sorted({*GGUF_PRE_TOKENIZER_SPLITS, *_DIGITS_FIRST, *(_AS_GPT2 - {None})})
+            ),
+            fix=_OTHER_SOURCE,
+        )
 
 
-def _pre_tokenizer_name(path: Path) -> str | None:
-    from gguf import GGUFReader
+def _add_no_space(backend: Any) -> None:
+    from tokenizers import normalizers, pre_tokenizers
 
-    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
-    return None if field is None else str(field.contents())
+    if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
+        backend.pre_tokenizer.prepend_scheme = "never"
+    elif isinstance(backend.normalizer, normalizers.Sequence):
+        backend.normalizer = normalizers.Replace(pattern=" ", content="▁")
+
+
+def _field(reader: Any, key: str) -> Any:
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
 
 
 def _sha256(path: Path) -> str:

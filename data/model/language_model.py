@@ -27,8 +27,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from data.model.loading import quiet_transformers
 from data.model.module_sites import BlockSites, Edit, Taps, find_blocks, find_sites
-from data.model.sources import LoadedModel, load_model, quiet_transformers
+from data.model.sources import LoadedModel, load_model
 from data.model.spec import (
     Folder,
     Gguf,

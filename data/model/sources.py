@@ -14,7 +14,7 @@ core.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +24,12 @@ import torch
 from torch import nn
 
 from data.model.gguf_conversion import converted_gguf
+from data.model.loading import check_complete, quiet_transformers
 from data.model.spec import Folder, Gguf, HuggingFace, ModelSpec, Packaged, Random, TransformerLens
 from data.packaged import packaged_model_file
 from data.text.bundled import bundled_records
 from data.text.tokenizer import Tokenizer, byte_level_tokenizer
-from featureflow.errors import Problem, UserError
+from featureflow.errors import UserError
 from featureflow.progress import Progress
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def load_folder(folder: Path, dtype: torch.dtype) -> LoadedModel:
             folder, local_files_only=True, trust_remote_code=False
         )
     hf, loading = loaded
-    _check_complete(folder, loading)
+    check_complete(folder, loading)
     return LoadedModel(hf=hf, tokenizer=Tokenizer(tokenizer), folder=folder)
 
 
@@ -205,26 +206,6 @@ def _checked_folder(folder: Path) -> Path:
     return folder
 
 
-def _check_complete(folder: Path, loading: Mapping[str, Any]) -> None:
-    """The loader fills tensors that are missing or of another shape at random and goes on; here
-    that is an error."""
-    problems = [
-        Problem(what="tensor missing", where=name)
-        for name in sorted(loading.get("missing_keys", ()))
-    ]
-    problems += [
-        Problem(
-            what="tensor of another shape",
-            where=name,
-            expected=str(tuple(wanted)),
-            found=str(tuple(found)),
-        )
-        for name, found, wanted in sorted(loading.get("mismatched_keys", ()))
-    ]
-    if problems:
-        raise UserError(f"the weights in {folder} are incomplete", problems=tuple(problems))
-
-
 def _hub_id_of(name: str) -> str:
     from transformer_lens.supported_models import DEFAULT_MODEL_ALIASES, get_official_model_name
 
@@ -283,28 +264,3 @@ def _explained(folder: Path) -> Iterator[None]:
             expected="a causal language model known to transformers, weights as safetensors",
             found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
         ) from error
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No bars and no notices from the libraries; what they said before is restored."""
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-    from transformers.utils import logging
-
-    verbosity, hub_was_quiet = logging.get_verbosity(), are_progress_bars_disabled()
-    was_active = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if was_active:
-            logging.enable_progress_bar()
-        if not hub_was_quiet:
-            enable_progress_bars()
