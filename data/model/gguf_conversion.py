@@ -207,7 +207,7 @@ def _forget_quantisation(model: Any) -> None:
             delattr(model, name)
 
 
-_AS_GPT2 = {None, "default", "gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion", "phi-2", "mellum"}
+_AS_GPT2 = {"default", "gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion", "phi-2", "mellum"}
 _DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 
 
@@ -228,14 +228,12 @@ def _restore_steps(tokenizer: Any, reader: Any) -> None:
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
-    elif pre not in _AS_GPT2 and pre not in GGUF_PRE_TOKENIZER_SPLITS:
+    elif pre is not None and pre not in {*_AS_GPT2, *GGUF_PRE_TOKENIZER_SPLITS}:
         raise UserError(
             "this GGUF file splits text in a way that is not known here",
             where="tokenizer.ggml.pre",
             found=str(pre),
-            expected=", ".join(
-                sorted({*GGUF_PRE_TOKENIZER_SPLITS, *_DIGITS_FIRST, *(_AS_GPT2 - {None})})
-            ),
+            expected=", ".join(sorted({*GGUF_PRE_TOKENIZER_SPLITS, *_DIGITS_FIRST, *_AS_GPT2})),
             fix=_OTHER_SOURCE,
         )
 

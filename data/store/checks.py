@@ -8,6 +8,7 @@ chunks that fail their crc32c are named.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import xxhash
 
 from data.store.cluster import Machines, map_shards
+from data.store.encoding import MOST_LOST
 from data.store.layout import DOCUMENTS, MEND_DAMAGE, StoreLayout, parse_layout
 from data.store.places import Place, open_place
 from data.store.records import Completion, ShardRecord, read_completion, read_record, sum_of
@@ -28,7 +30,8 @@ _PIECE = 8 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What verification found. `problems` is empty for a sound store."""
+    """What verification found. `problems` is empty for a sound store; `variance_lost` is, by site,
+    the largest fraction of a chunk's variance that int8 lost (empty for other dtypes)."""
 
     url: str
     is_full: bool
@@ -36,6 +39,7 @@ class Report:
     n_files: int
     n_bytes: int
     problems: tuple[Problem, ...]
+    variance_lost: Mapping[str, float]
 
     @property
     def is_sound(self) -> bool:
@@ -119,6 +123,11 @@ def _describe_rows(url: str | Path) -> dict[str, Any]:
                 "median_norm": statistics.median_norm,
                 "total_variance": statistics.total_variance,
                 "n_non_finite": statistics.n_non_finite,
+                **(
+                    {"variance_lost": store.variance_lost(name)}
+                    if store.layout.dtype == "int8"
+                    else {}
+                ),
             }
         )
     return {
@@ -131,6 +140,20 @@ def _describe_rows(url: str | Path) -> dict[str, Any]:
 
 def _report(url: str, full: bool, records: list[ShardRecord], problems: list[Problem]) -> Report:
     sizes = [each.size for record in records for each in record.files.values()]
+    lost: dict[str, float] = {}
+    for record in records:
+        for name, each in record.variance_lost.items():
+            lost[name] = max(each, lost.get(name, 0.0))
+    problems += [
+        Problem(
+            what="int8 lost too much of the variance",
+            where=name,
+            expected=f"at most {MOST_LOST:g}",
+            found=f"{each:.2g}",
+        )
+        for name, each in lost.items()
+        if not each <= MOST_LOST
+    ]
     return Report(
         url=url,
         is_full=full,
@@ -138,6 +161,7 @@ def _report(url: str, full: bool, records: list[ShardRecord], problems: list[Pro
         n_files=len(sizes),
         n_bytes=sum(sizes),
         problems=tuple(problems),
+        variance_lost=lost,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from data.store.encoding import Standard, decode, decode_int8, encode, encode_int8, standard_of
+from data.store.encoding import MOST_LOST, Standard, decode, decode_int8, encode, quantise
 from data.store.layout import STORED_AS, SiteLayout, StoreLayout
 from data.store.places import Place
 from data.store.shards import FileSum, ShardFile, write_chunk_file
@@ -33,6 +33,7 @@ class ChunkStatistics:
     n_kept: int
     n_non_finite: Mapping[str, int]
     histograms: Mapping[str, np.ndarray]
+    variance_lost: Mapping[str, float]
 
 
 class ShardChunks:
@@ -94,6 +95,7 @@ class ShardChunks:
             n_kept=int(kept.sum()),
             n_non_finite={each.site.name: each.n_non_finite for each in self._sites},
             histograms={each.site.name: each.histogram for each in self._sites},
+            variance_lost={each.site.name: each.variance_lost for each in self._sites},
         )
         return files, statistics
 
@@ -117,8 +119,28 @@ class ShardChunks:
                 )
         for each in self._sites:
             each.write(n, self._n_written, flags == 0)
+        self._refuse_lost_variance()
         self._n_written += n
         self._n_pending = 0
+
+    def _refuse_lost_variance(self) -> None:
+        problems = tuple(
+            Problem(
+                what="int8 loses too much of the variance",
+                where=f"{each.site.name}, rows {first} to {first + self._layout.chunk_rows}",
+                expected=f"at most {MOST_LOST:g}",
+                found=f"{each.variance_lost:.2g}",
+            )
+            for each in self._sites
+            for first in [self._shard * self._layout.shard_rows + self._n_written]
+            if each.variance_lost > MOST_LOST
+        )
+        if problems:
+            raise UserError(
+                "these activations cannot be stored as int8",
+                problems=problems,
+                fix="choose dtype = bfloat16, float16 or float32",
+            )
 
     def _checked_length(self, rows: Mapping[str, Tensor | np.ndarray]) -> int:
         missing = [each.site.name for each in self._sites if each.site.name not in rows]
@@ -178,7 +200,8 @@ class _SiteChunks:
         self.histogram = np.zeros(N_BINS, dtype=np.int64)
         self._norms = np.zeros(n_rows, dtype=np.float32)
         self._scale = np.ones(n_rows if self._is_int8 else 0, dtype=np.float32)
-        self._standard: Standard | None = None
+        self._standards: list[Standard] = []
+        self.variance_lost = 0.0
         self._moments: Moments = empty_moments(site.width)
         self._chunk_norms = np.zeros(0, dtype=np.float32)
 
@@ -213,11 +236,11 @@ class _SiteChunks:
         files[norm.file_of(shard)] = write_chunk_file(place, norm, shard, self._norms)
         stacked = np.stack([self._moments.mean, self._moments.m2])[None]
         files[moments.file_of(shard)] = write_chunk_file(place, moments, shard, stacked)
-        if self._is_int8 and self._standard is not None:
+        if self._is_int8:
             scale, standard = layout.scale_array(site), layout.standard_array(site)
-            pair = np.stack([self._standard.mean, self._standard.spread])[None]
+            pairs = np.stack([np.stack([each.mean, each.spread]) for each in self._standards])
             files[scale.file_of(shard)] = write_chunk_file(place, scale, shard, self._scale)
-            files[standard.file_of(shard)] = write_chunk_file(place, standard, shard, pair)
+            files[standard.file_of(shard)] = write_chunk_file(place, standard, shard, pairs)
         return files
 
     def _values(self, n: int) -> np.ndarray:
@@ -226,11 +249,11 @@ class _SiteChunks:
         )
 
     def _write_int8(self, n: int, start: int, kept: np.ndarray) -> np.ndarray:
-        if self._standard is None:
-            self._standard = standard_of(self.buffer[:n], kept)
-        stored, scale = encode_int8(self.buffer[:n], self._standard)
+        standard, stored, scale, lost = quantise(self.buffer[:n], kept)
+        self._standards.append(standard)
+        self.variance_lost = max(self.variance_lost, lost)
         chunk = np.zeros((self._layout.chunk_rows, self.site.width), dtype=np.int8)
         chunk[:n] = stored
         self.file.append(chunk)
         self._scale[start : start + n] = scale
-        return decode_int8(stored, scale, self._standard)
+        return decode_int8(stored, scale, standard)

@@ -11,7 +11,7 @@ A store is one Zarr v3 group (docs/formats.md, "Activation store", is the normat
     sites/<name>/moments            (shard, 2, d_model) float64: mean, and sum of squared
     deviations, over kept rows
     sites/<name>/{scale,standard}   int8 only: a scale a row; mean and spread of each dimension, a
-    pair a shard
+    pair a chunk
     records/<shard>.json            sizes and checksums of the shard's files, written last: no
     record, no shard
     records/complete.json           the checksums of all records; written when the store is complete
@@ -178,6 +178,7 @@ class StoreLayout:
             "dtype": self.dtype,
             "sites": [{"name": site.name, "width": site.width} for site in self.sites],
             "provenance": dict(self.provenance),
+            **({"standard_of": "chunk"} if self.dtype == "int8" else {}),
         }
 
     def rows_array(self, site: SiteLayout) -> ArrayLayout:
@@ -201,10 +202,23 @@ class StoreLayout:
         return self._per_row(f"sites/{site.name}/scale", "float32")
 
     def moments_array(self, site: SiteLayout) -> ArrayLayout:
-        return self._per_shard(site, "moments", "float64")
+        return ArrayLayout(
+            path=f"sites/{site.name}/moments",
+            shape=(self.n_shards, 2, site.width),
+            chunk=(1, 2, site.width),
+            dtype="float64",
+            dimensions=("shard", "moment", "d_model"),
+        )
 
     def standard_array(self, site: SiteLayout) -> ArrayLayout:
-        return self._per_shard(site, "standard", "float32")
+        per_shard = self.shard_rows // self.chunk_rows
+        return ArrayLayout(
+            path=f"sites/{site.name}/standard",
+            shape=(self.n_shards * per_shard, 2, site.width),
+            chunk=(per_shard, 2, site.width),
+            dtype="float32",
+            dimensions=("chunk", "moment", "d_model"),
+        )
 
     def iter_arrays(self) -> Iterator[ArrayLayout]:
         """All arrays, in the order in which a shard is written."""
@@ -237,15 +251,6 @@ class StoreLayout:
             chunk=(self.shard_rows,),
             dtype=dtype,
             dimensions=("row",),
-        )
-
-    def _per_shard(self, site: SiteLayout, name: str, dtype: str) -> ArrayLayout:
-        return ArrayLayout(
-            path=f"sites/{site.name}/{name}",
-            shape=(self.n_shards, 2, site.width),
-            chunk=(1, 2, site.width),
-            dtype=dtype,
-            dimensions=("shard", "moment", "d_model"),
         )
 
 
@@ -286,6 +291,14 @@ def parse_layout(text: bytes, *, where: str) -> StoreLayout:
             where=where,
             expected=f"schema {SCHEMA}",
             found=f"schema {attributes.get('schema')}",
+            fix=_MEND,
+        )
+    if attributes.get("dtype") == "int8" and attributes.get("standard_of") != "chunk":
+        raise UserError(
+            "the int8 rows are relative to the first chunk of their shard, which may lose most of "
+            "their variance",
+            where=where,
+            expected="mean and spread of every chunk",
             fix=_MEND,
         )
     return _layout_of_attributes(attributes, where)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import xxhash
 
@@ -32,6 +32,7 @@ class ShardRecord:
     files: Mapping[str, FileSum]
     n_non_finite: Mapping[str, int]
     histograms: Mapping[str, list[int]]
+    variance_lost: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         document = {
@@ -42,6 +43,7 @@ class ShardRecord:
             "files": {name: [each.size, each.xxh3] for name, each in self.files.items()},
             "n_non_finite": dict(self.n_non_finite),
             "histograms": dict(self.histograms),
+            **({"variance_lost": dict(self.variance_lost)} if self.variance_lost else {}),
         }
         return (canonical_json(document) + "\n").encode()
 
@@ -84,6 +86,7 @@ def parse_record(content: bytes, *, where: str) -> ShardRecord:
             },
             n_non_finite=document["n_non_finite"],
             histograms=document["histograms"],
+            variance_lost=document.get("variance_lost", {}),
         )
     except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(

@@ -195,23 +195,31 @@ class ActivationStore:
     def decoded(
         self, site: SiteLayout, stored: np.ndarray, start: int
     ) -> Float[np.ndarray, "row d_model"]:
-        """float32 values of stored rows that begin at row `start` and lie in one shard."""
+        """float32 values of whole stored chunks that begin at row `start` and lie in one shard."""
         if self.layout.dtype != "int8":
             return decode(stored, self.layout.dtype)
         shard, offset = divmod(start, self.shard_rows)
         scale = self._shard_scale(site, shard)[offset : offset + len(stored)]
-        return decode_int8(stored, scale, self.standard(site, shard))
-
-    def standard(self, site: SiteLayout, shard: int) -> Standard:
-        """What the int8 rows of a shard are relative to."""
-        pair = read_chunk_file(self.place, self.layout.standard_array(site), shard)[0]
-        return Standard(mean=pair[0], spread=pair[1])
+        pairs = read_chunk_file(self.place, self.layout.standard_array(site), shard)
+        values = np.empty(stored.shape, dtype=np.float32)
+        for first in range(0, len(stored), self.chunk_rows):
+            rows = slice(first, first + self.chunk_rows)
+            mean, spread = pairs[(offset + first) // self.chunk_rows]
+            values[rows] = decode_int8(
+                stored[rows], scale[rows], Standard(mean=mean, spread=spread)
+            )
+        return values
 
     def scales(self, site: SiteLayout) -> Float[np.ndarray, "row"]:
         """The int8 scale of every row."""
         return self._column(
             [self._shard_scale(site, shard) for shard in range(self.layout.n_shards)]
         )
+
+    def variance_lost(self, site: Site | str) -> float:
+        """The largest fraction of a chunk's variance that storing lost; 0 where it was not int8."""
+        name = self.site_layout(site).name
+        return max((record.variance_lost.get(name, 0.0) for record in self.records), default=0.0)
 
     def norms(self, site: Site | str) -> Float[np.ndarray, "row"]:
         """The norm of every row, as gathered when it was written."""

@@ -289,6 +289,7 @@ def _record_of(
         files=files,
         n_non_finite=statistics.n_non_finite,
         histograms={name: counts.tolist() for name, counts in statistics.histograms.items()},
+        variance_lost=dict(statistics.variance_lost) if layout.dtype == "int8" else {},
     )
 
 

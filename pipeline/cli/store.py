@@ -67,6 +67,8 @@ def verify(ctx: click.Context, url: str, full: bool, quiet: bool, **machine: Any
         f"{report.url}: {report.n_shards} shards, {report.n_files} files, "
         f"{show_number(report.n_bytes / 1e9)} GB"
     )
+    for name, lost in report.variance_lost.items():
+        say(f"{name}: int8 lost at most {show_number(lost)} of a chunk's variance")
     if report.is_sound:
         say("sound" + ("" if full else " (names and sizes; --full reads every byte)"))
         return
