@@ -11,7 +11,7 @@ import zarr
 from data.store import ActivationStore
 from data.store.checks import verify_store
 from featureflow.errors import UserError
-from pipeline.run import RunContext
+from pipeline.context import RunContext
 from tests.data.store.made import MLP, N_CONTEXT, RESIDUAL, make_store, planted_rows
 
 
