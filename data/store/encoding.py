@@ -21,6 +21,7 @@ from data.store.layout import STORED_AS, StoredDtype
 
 _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SMALLEST_SPREAD = 1e-6
+_QUIET = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +58,17 @@ def quantise(
     rows: Float[np.ndarray, "row d_model"], kept: np.ndarray
 ) -> tuple[Standard, np.ndarray, Float[np.ndarray, "row"], float]:
     """A chunk as int8: what its rows are relative to, the rows, their scales, and the fraction of
-    variance that is lost. Mean and spread are of the kept rows; where that loses too much (a
-    dimension that only the other rows have), of all finite ones."""
+    variance that is lost. Mean and spread are of the kept rows; of all finite ones in dimensions
+    that only the other rows use, and everywhere if that loses less."""
     finite = np.isfinite(rows).all(axis=1)
+    everywhere = _standard_of(rows[finite])
+    ordinary = _standard_of(rows[kept & finite]) if (kept & finite).any() else everywhere
+    is_quiet = ordinary.spread < _QUIET * everywhere.spread
+    mixed = Standard(
+        mean=ordinary.mean, spread=np.where(is_quiet, everywhere.spread, ordinary.spread)
+    )
     tried = []
-    for measured in (kept & finite, finite):
-        if len(rows[measured]):
-            standard = _standard_of(rows[measured])
-        else:
-            zeros = np.zeros(rows.shape[1], np.float32)
-            standard = Standard(mean=zeros, spread=zeros + 1)
+    for standard in (mixed, everywhere):
         stored, scale = encode_int8(rows, standard)
         back = decode_int8(stored, scale, standard)
         loss = max(
@@ -80,6 +82,9 @@ def quantise(
 
 
 def _standard_of(rows: Float[np.ndarray, "row d_model"]) -> Standard:
+    if not len(rows):
+        zeros = np.zeros(rows.shape[1], np.float32)
+        return Standard(mean=zeros, spread=zeros + 1)
     return Standard(
         mean=rows.mean(axis=0).astype(np.float32),
         spread=np.maximum(rows.std(axis=0), _SMALLEST_SPREAD).astype(np.float32),
