@@ -13,7 +13,7 @@ RUN := $(BIN)/featureflow run --recipe $(RECIPE) --artifacts $(ARTIFACTS)
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help demo install test check lint types layers format bench peers bench-train bench-quality faults steering-study browser emulators clean clean-artifacts collect train evaluate link atlas steer
+.PHONY: help demo install test check lint types layers wheel format bench peers bench-train bench-quality faults steering-study browser emulators clean clean-artifacts collect train evaluate link atlas steer
 
 help:  ## show this list
 	@grep -hE '^[a-z -]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -39,7 +39,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt assets.txt
 
 # --- checks --------------------------------------------------------------------------------------------------------------
 
-check: lint types layers test  ## lint, types, import layers, tests
+check: lint types layers test wheel  ## lint, types, import layers, tests, the wheel
 
 lint: install
 	$(BIN)/ruff check .
@@ -53,6 +53,9 @@ layers: install
 
 test: install browser  ## every test that needs no GPU, token or network
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+wheel: install  ## build the wheel, install it into a fresh environment, run the tiny recipe there from an empty folder
+	.ci/wheel $(BIN)
 
 browser: install
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \

@@ -32,10 +32,11 @@ class Recipe:
 
 
 def recipe_path(name_or_path: str) -> Path:
-    """The file of a recipe: a path that exists, or `configs/<name>.toml` here or beside the
-    installed package."""
+    """The file of a recipe: a path that exists, or `configs/<name>.toml` here or with the installed
+    package."""
     candidates = [Path(name_or_path)] if name_or_path.endswith(".toml") else []
-    folders = (Path("configs"), Path(__file__).parents[2] / "configs")
+    package = Path(__file__).parents[1]  # a wheel has the recipes inside, a checkout beside it
+    folders = (Path("configs"), package / "configs", package.parent / "configs")
     candidates += [folder / f"{name_or_path}.toml" for folder in folders]
     for candidate in candidates:
         if candidate.is_file():
