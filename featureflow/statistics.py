@@ -10,8 +10,8 @@ generators.
   do not count as independent.
 - `sign_flip_p`: two-sided permutation test of a mean of paired differences (exact up to 14 units,
   else sampled). `p_values`: against a sample of the null.
-- `holm` and `q_values` (Benjamini and Hochberg, 1995): adjusted p-values. `value_at_rate`: the
-  value from which a false-discovery rate accepts. `equivalent`: two one-sided tests by the interval
+- `holm` and `q_values` (Benjamini and Hochberg, 1995): adjusted p-values. `accepted_p`: the
+  largest p-value that a false-discovery rate accepts. `equivalent`: two one-sided tests by the interval
   at 1 − 2α.
 """
 
@@ -162,16 +162,11 @@ def q_values(
     return np.minimum(np.minimum(own, later), 1.0)
 
 
-def value_at_rate(
-    p: Float[np.ndarray, "test"], nulls: Sequence[Float[np.ndarray, "sample"]], rate: float
-) -> float | None:
-    """The value from which tests of this family are accepted at false-discovery rate `rate`; None
-    when none is. It is the null's quantile at the largest p-value that Benjamini and Hochberg
-    accept, the largest over `nulls`."""
+def accepted_p(p: Float[np.ndarray, "test"], rate: float) -> float | None:
+    """The largest p-value that false-discovery rate `rate` accepts in this family; None when it
+    accepts none."""
     accepted = int((q_values(p) <= rate).sum())
-    if not accepted or not nulls:
-        return None
-    return max(float(np.quantile(null, 1 - rate * accepted / len(p))) for null in nulls)
+    return rate * accepted / len(p) if accepted else None
 
 
 def equivalent(interval: Interval, margin: float) -> bool:

@@ -78,7 +78,7 @@ def judge(
 
 
 def _largest(columns: EdgeColumns, nulls: Sequence[NullSample]) -> Float[np.ndarray, "edge"] | None:
-    found = [p_values(columns.cosine, null.best_cosine) for null in nulls]
+    found = [null.p_values(columns.cosine, columns.target) for null in nulls]
     return np.max(found, axis=0) if found else None
 
 

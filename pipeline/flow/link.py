@@ -39,7 +39,15 @@ from pipeline.flow.functional import FEW_FIRINGS, compare_firing
 from pipeline.flow.judge import Evidence, judge
 from pipeline.flow.match import match
 from pipeline.flow.nodes import Side, node_table
-from pipeline.flow.null import DirectionNull, FarLayers, NullSample, NullSampler, Rotation, mirrored
+from pipeline.flow.null import (
+    DirectionNull,
+    FarLayers,
+    NullSample,
+    NullSampler,
+    Rotation,
+    Siblings,
+    mirrored,
+)
 from pipeline.flow.options import Automatic, Calibrated, Fixed, LinkOptions
 from pipeline.flow.pair_report import edge_table, pair_row
 from pipeline.flow.pairing import (
@@ -207,7 +215,7 @@ def _null_samples(
         return []
     match options.null:
         case Automatic():
-            samples = [_drawn(Rotation(), pair, shelf, options)]
+            samples = [_drawn(Siblings(), pair, shelf, options)]
             if start == "same_start":
                 inertia = stretch.start_nulls.get(pair.relation) or _far_sample(
                     pair, shelf, stretch, None

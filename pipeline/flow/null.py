@@ -3,6 +3,8 @@
 Each sample is the largest cosine of a direction that shares no feature with the source dictionary.
 Where such directions come from is the choice:
 
+- `Siblings`: each target's own part replaced, what it shares with its siblings kept (siblings.py).
+  The null for dictionaries of different starts: it alone keeps clusters.
 - `Rotation`: target rows turned at random inside the source's own eigenbasis, in blocks of
   neighbouring eigenvalues, the mean direction left alone. Width, dimension, anisotropy and the
   common mean are kept; what a feature is, is not.
@@ -13,8 +15,8 @@ Where such directions come from is the choice:
   has one. A minority of features is really carried that far, so only the lower half of the sample
   is believed and mirrored at its median (Efron's empirical null); right while less than half of the
   links between far layers are real.
-- a dictionary that left the *same start* for data with nothing in common (`null_dictionary.py`):
-  what inertia leaves.
+- a dictionary that left the *same start* for data with nothing in common (`start_null.py`): what
+  inertia leaves.
 
 Cost: `n` rows against the source, so n / n_target of one match; plus one eigendecomposition of
 d_model × d_model.
@@ -23,21 +25,30 @@ d_model × d_model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, assert_never
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from annotated_types import Ge
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from typing_extensions import Doc
 
 from featureflow.settings import Settings
+from featureflow.statistics import p_values
 from pipeline.flow.directions import Directions
 from pipeline.flow.match import best_cosines, full_precision
+from pipeline.flow.siblings import sibling_sample
 
 _ROWS_PER_ROTATION = 512
+
+
+class Siblings(Settings):
+    """What each target shares with its siblings kept, its own part random."""
+
+    n_decoys: Annotated[int, Ge(3), Doc("decoys of each target")] = 8
+    kind: Literal["siblings"] = "siblings"
 
 
 class Rotation(Settings):
@@ -68,19 +79,39 @@ class FarLayers(Settings):
     kind: Literal["far"] = "far"
 
 
-DirectionNull = Rotation | Isotropic | Shuffled
+DirectionNull = Siblings | Rotation | Isotropic | Shuffled
 
 
 @dataclass(frozen=True, kw_only=True)
 class NullSample:
-    """Best cosines under one null, unsorted. `of_start`: what a common start alone leaves."""
+    """Best cosines under one null, unsorted. `of_start`: what a common start alone leaves. Where
+    each target has a null of its own, `centre` and `scale` are its units and `in_units` is the
+    pooled sample in them."""
 
     name: str
     best_cosine: Float[np.ndarray, "sample"]
     of_start: bool = False
+    centre: Float[np.ndarray, "target"] | None = None
+    scale: Float[np.ndarray, "target"] | None = None
+    in_units: Float[np.ndarray, "sample"] | None = None
 
     def quantile(self, share: float) -> float:
         return float(np.quantile(self.best_cosine, share))
+
+    def p_values(
+        self, cosine: Float[np.ndarray, "edge"], target: Int64[np.ndarray, "edge"]
+    ) -> Float[np.ndarray, "edge"]:
+        """How often chance gives a target such a cosine."""
+        if self.in_units is None or self.centre is None or self.scale is None:
+            return p_values(cosine, self.best_cosine)
+        return p_values((cosine - self.centre[target]) / self.scale[target], self.in_units)
+
+    def cosine_at(self, p: float) -> float:
+        """The cosine with p-value `p`; of the median target where each has a null of its own."""
+        if self.in_units is None or self.centre is None or self.scale is None:
+            return self.quantile(1 - p)
+        units = float(np.quantile(self.in_units, 1 - p))
+        return float(np.nanmedian(self.centre + self.scale * units))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +134,8 @@ class NullSampler:
         self, source: Directions, target: Directions, generator: torch.Generator
     ) -> NullSample:
         """`n` best cosines with `source` of directions made from rows of `target`."""
+        if isinstance(self.choice, Siblings):
+            return _of_siblings(self.choice, source, target, generator, self.tile)
         rows = target.unit[target.usable]
         drawn = rows[torch.randint(rows.shape[0], (self.n,), generator=generator).to(rows.device)]
         with full_precision(), torch.no_grad():
@@ -128,7 +161,18 @@ class NullSampler:
                 mixed = drawn.gather(0, keys.argsort(0))
                 return mixed / torch.linalg.vector_norm(mixed, dim=1, keepdim=True).clamp_min(1e-12)
             case _:
-                assert_never(self.choice)
+                raise AssertionError(self.choice)
+
+
+def _of_siblings(
+    choice: Siblings, source: Directions, target: Directions, generator: torch.Generator, tile: int
+) -> NullSample:
+    in_units, centre, scale, best = sibling_sample(
+        source, target, n_decoys=choice.n_decoys, generator=generator, tile=tile
+    )
+    return NullSample(
+        name=choice.kind, best_cosine=best.ravel(), centre=centre, scale=scale, in_units=in_units
+    )
 
 
 def spectrum_of(directions: Directions) -> Spectrum:

@@ -10,11 +10,11 @@ from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import Doc
 
 from featureflow.settings import ByKind, Settings
-from pipeline.flow.null import FarLayers, Isotropic, Rotation, Shuffled
+from pipeline.flow.null import FarLayers, Isotropic, Rotation, Shuffled, Siblings
 
 
 class Automatic(Settings):
-    """Each pair is judged by the strictest null that applies to it: rotation always; for
+    """Each pair is judged by the strictest null that applies to it: siblings always; for
     dictionaries of one start also dictionaries that left that start for unrelated data (trained
     here, or else far layers), and the firing itself."""
 
@@ -29,7 +29,7 @@ class Automatic(Settings):
     kind: Literal["automatic"] = "automatic"
 
 
-NullChoice = Annotated[Automatic | Rotation | FarLayers | Isotropic | Shuffled, ByKind()]
+NullChoice = Annotated[Automatic | Siblings | Rotation | FarLayers | Isotropic | Shuffled, ByKind()]
 
 
 class Calibrated(Settings):

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy
 
-from featureflow.statistics import value_at_rate
+from featureflow.statistics import accepted_p
 from pipeline.flow.edges import EdgeColumns
 from pipeline.flow.functional import Cofiring
 from pipeline.flow.judge import Evidence
@@ -84,6 +84,7 @@ def pair_row(
     top = columns.top
     cosine = columns.cosine[top]
     strictest = max(nulls, key=lambda null: null.quantile(0.99), default=None)
+    p = accepted_p(evidence.joint[top], fdr)
     skew, largest = hubness(columns.source[top], n_sources)
     return {
         "source_site": pair.source.short,
@@ -100,7 +101,7 @@ def pair_row(
         "margin_median": _median(columns.margin[top]),
         "null_median": None if strictest is None else strictest.quantile(0.5),
         "null_p99": None if strictest is None else strictest.quantile(0.99),
-        "threshold": value_at_rate(evidence.joint[top], [null.best_cosine for null in nulls], fdr),
+        "threshold": None if p is None or not nulls else max(n.cosine_at(p) for n in nulls),
         "n_above_fixed": int((cosine >= (0.5 if pair.relation == "residual" else 0.15)).sum()),
         "hub_skewness": skew,
         "hub_largest": largest,
