@@ -47,7 +47,7 @@ _ROWS_PER_ROTATION = 512
 class Siblings(Settings):
     """What each target shares with its siblings kept, its own part random."""
 
-    n_decoys: Annotated[int, Ge(3), Doc("decoys of each target")] = 8
+    n_decoys: Annotated[int, Ge(3), Doc("decoys of each target, at least")] = 8
     kind: Literal["siblings"] = "siblings"
 
 
@@ -135,7 +135,17 @@ class NullSampler:
     ) -> NullSample:
         """`n` best cosines with `source` of directions made from rows of `target`."""
         if isinstance(self.choice, Siblings):
-            return _of_siblings(self.choice, source, target, generator, self.tile)
+            n_decoys = max(self.choice.n_decoys, -(-self.n // max(int(target.usable.sum()), 1)))
+            in_units, centre, scale, best = sibling_sample(
+                source, target, n_decoys=n_decoys, generator=generator, tile=self.tile
+            )
+            return NullSample(
+                name=self.choice.kind,
+                best_cosine=best.ravel(),
+                centre=centre,
+                scale=scale,
+                in_units=in_units,
+            )
         rows = target.unit[target.usable]
         drawn = rows[torch.randint(rows.shape[0], (self.n,), generator=generator).to(rows.device)]
         with full_precision(), torch.no_grad():
@@ -162,17 +172,6 @@ class NullSampler:
                 return mixed / torch.linalg.vector_norm(mixed, dim=1, keepdim=True).clamp_min(1e-12)
             case _:
                 raise AssertionError(self.choice)
-
-
-def _of_siblings(
-    choice: Siblings, source: Directions, target: Directions, generator: torch.Generator, tile: int
-) -> NullSample:
-    in_units, centre, scale, best = sibling_sample(
-        source, target, n_decoys=choice.n_decoys, generator=generator, tile=tile
-    )
-    return NullSample(
-        name=choice.kind, best_cosine=best.ravel(), centre=centre, scale=scale, in_units=in_units
-    )
 
 
 def spectrum_of(directions: Directions) -> Spectrum:
