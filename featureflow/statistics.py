@@ -11,8 +11,8 @@ generators.
 - `sign_flip_p`: two-sided permutation test of a mean of paired differences (exact up to 14 units,
   else sampled). `p_values`: against a sample of the null.
 - `holm` and `q_values` (Benjamini and Hochberg, 1995): adjusted p-values. `accepted_p`: the
-  largest p-value that a false-discovery rate accepts. `equivalent`: two one-sided tests by the interval
-  at 1 − 2α.
+  largest p-value that a false-discovery rate accepts. `equivalent`: two one-sided tests by the
+  interval at 1 − 2α.
 """
 
 from __future__ import annotations

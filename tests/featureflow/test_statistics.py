@@ -114,7 +114,7 @@ def test_a_test_outside_the_family_is_judged_by_the_familys_curve():
     assert q_values(np.array([0.2]), np.zeros(0))[0] == 1.0
 
 
-def test_the_threshold_is_the_nulls_quantile_at_the_accepted_p_value():
+def test_the_accepted_p_value_is_benjamini_and_hochbergs():
     null = np.linspace(0, 1, 10_001)
     p = p_values(np.array([0.9999] * 50 + [0.5] * 50), null)
     assert accepted_p(p, 0.05) == pytest.approx(0.05 * 50 / 100)
