@@ -1,12 +1,9 @@
-"""Llamascopium (OpenMOSS, lm-saes): `config.json` and `sae_weights.safetensors`, and Llama Scope
-R1.
+"""Llamascopium (OpenMOSS, lm-saes): `config.json` and `sae_weights.safetensors`, and Llama Scope R1.
 
 | format | tensors |
 |---|---|
-| llamascopium | `W_E [d_in, latent]`, `b_E`, `W_D [latent, d_out]`, `b_D`; for JumpReLU
-`activation_function.log_jumprelu_threshold`; `dataset_average_activation_norm.<hook>` | |
-llama_scope_r1 | `encoder.weight [latent, d]`, `encoder.bias`, `decoder.weight [d, latent]`,
-`decoder.bias`, `log_jumprelu_threshold`; its scale is in no file (sae/formats/conventions.py) |
+| llamascopium | `W_E [d_in, latent]`, `b_E`, `W_D [latent, d_out]`, `b_D`; for JumpReLU `activation_function.log_jumprelu_threshold`; `dataset_average_activation_norm.<hook>` |
+| llama_scope_r1 | `encoder.weight [latent, d]`, `encoder.bias`, `decoder.weight [d, latent]`, `decoder.bias`, `log_jumprelu_threshold`; its scale is in no file (sae/formats/conventions.py) |
 
     x' = x s_in;   pre = x' W_E + b_E;   z = activation(pre);   x̂ = (z W_D + b_D) / s_out
 
