@@ -136,12 +136,12 @@ class NullSampler:
         """`n` best cosines with `source` of directions made from rows of `target`."""
         if isinstance(self.choice, Siblings):
             n_decoys = max(self.choice.n_decoys, -(-self.n // max(int(target.usable.sum()), 1)))
-            in_units, centre, scale, best = sibling_sample(
+            in_units, centre, scale, decoys = sibling_sample(
                 source, target, n_decoys=n_decoys, generator=generator, tile=self.tile
             )
             return NullSample(
                 name=self.choice.kind,
-                best_cosine=best.ravel(),
+                best_cosine=decoys.ravel(),
                 centre=centre,
                 scale=scale,
                 in_units=in_units,
