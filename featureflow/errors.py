@@ -7,6 +7,8 @@ traceback. All problems of one input are reported together, never one at a time.
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -29,9 +31,38 @@ class Problem:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, init=False)
+class Command:
+    """A command of `featureflow` that puts something right: `Command("run", to="train")`. The
+    command line prints it with the user's own recipe, folder and fields."""
+
+    words: tuple[str, ...]
+    to: str | None
+    force: bool
+    note: str
+
+    def __init__(
+        self, *words: str, to: str | None = None, force: bool = False, note: str = ""
+    ) -> None:
+        for name, value in (("words", words), ("to", to), ("force", force), ("note", note)):
+            object.__setattr__(self, name, value)
+
+    def __str__(self) -> str:
+        return self.line()
+
+    def line(self, given: Sequence[str] = ()) -> str:
+        """As it is typed, with the `given` options."""
+        flags = [*(["--to", self.to] if self.to else []), *(["--force"] if self.force else [])]
+        line = shlex.join(["featureflow", *self.words, *given, *flags])
+        return f"{line}: {self.note}" if self.note else line
+
+
+Fix = str | Command | tuple[str | Command, ...]
+"""What puts it right: an action in words, a command, or several, one after the other."""
+
+
 class UserError(Exception):
-    """Bad input or a bad state of the disk, explained; `fix` is a command or an action that puts
-    it right."""
+    """Bad input or a bad state of the disk, explained, with the `fix` that puts it right."""
 
     def __init__(
         self,
@@ -40,7 +71,7 @@ class UserError(Exception):
         where: str | None = None,
         expected: str | None = None,
         found: str | None = None,
-        fix: str | None = None,
+        fix: Fix | None = None,
         problems: tuple[Problem, ...] = (),
     ) -> None:
         self.problems = problems or (
@@ -54,5 +85,6 @@ class UserError(Exception):
         head = [self.what] if len(self.problems) > 1 or self.problems[0].what != self.what else []
         lines = head + [str(problem) for problem in self.problems]
         if self.fix is not None:
-            lines.append(f"    to fix:   {self.fix}")
+            steps = self.fix if isinstance(self.fix, tuple) else (self.fix,)
+            lines.append(f"    to fix:   {', then '.join(map(str, steps))}")
         return "\n".join(lines)

@@ -35,7 +35,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from featureflow.errors import Problem, UserError
+from featureflow.errors import Command, Fix, Problem, UserError
 from featureflow.files import (
     digest_of_file,
     recover_interrupted_replace,
@@ -101,11 +101,11 @@ class Artifact:
         return self.path / name
 
     @classmethod
-    def open(cls, path: Path, *, kind: str, schema: int, fix: str | None = None) -> Artifact:
+    def open(cls, path: Path, *, kind: str, schema: int, fix: Fix | None = None) -> Artifact:
         """Read and validate. `fix` is the command that would make it; it is part of every error
         raised here."""
         path = Path(path)
-        fix = fix or (f"featureflow run --to {kind}" if kind in SCHEMAS else f"featureflow {kind}")
+        fix = fix or (Command("run", to=kind) if kind in SCHEMAS else Command(kind))
         document = _read_manifest(path, fix)
         problems = [
             *_problems_of_identity(document, kind, schema),
@@ -177,7 +177,7 @@ class Artifact:
             raise UserError(
                 f"{self.path} is damaged",
                 problems=tuple(problems),
-                fix=f"featureflow {self.kind} --force",
+                fix=Command(self.kind, force=True),
             )
 
 
@@ -320,7 +320,7 @@ def _read_marker(partial: Path) -> list[str]:
     return marker.read_text(encoding="utf-8").split() if marker.is_file() else []
 
 
-def _read_manifest(path: Path, fix: str) -> dict[str, Any]:
+def _read_manifest(path: Path, fix: Fix) -> dict[str, Any]:
     recover_interrupted_replace(path)
     manifest = path / MANIFEST
     if not manifest.is_file():

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from featureflow.errors import UserError
+from featureflow.errors import Command, UserError
 from featureflow.figures import save
 from featureflow.files import write_text_atomically
 from pipeline.artifact import Artifact, canonical_json
@@ -56,8 +56,8 @@ def open_finding(root: Path, name: str) -> Artifact:
     """The artifact of a lens of the run in `root`. Raises UserError that names the command."""
     path = root / FOLDER / name
     if path.parent != root / FOLDER or name in (".", ".."):
-        raise UserError(f"{name!r} is not the name of a lens", fix="featureflow lens list")
-    return Artifact.open(path, kind=KIND, schema=SCHEMA, fix=f"featureflow lens {name}")
+        raise UserError(f"{name!r} is not the name of a lens", fix=Command("lens", "list"))
+    return Artifact.open(path, kind=KIND, schema=SCHEMA, fix=Command("lens", name))
 
 
 def read_finding(artifact: Artifact) -> Finding:

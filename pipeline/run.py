@@ -24,7 +24,7 @@ from data.model.language_model import LanguageModel
 from data.model.spec import ModelSpec
 from data.store import ActivationStore
 from data.store.tokens import TokenTable
-from featureflow.errors import Problem, UserError
+from featureflow.errors import Command, Fix, Problem, UserError
 from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.context import RunContext
 from pipeline.describe.opened import Atlas
@@ -61,7 +61,7 @@ class Run:
                 where=str(root),
                 expected=f"a folder with {', '.join(SCHEMAS)}",
                 found=f"runs beside it: {', '.join(sorted(others))}" if others else None,
-                fix="featureflow run",
+                fix=Command("run"),
             )
         return cls(root, context=context or RunContext())
 
@@ -93,8 +93,8 @@ class Run:
         if missing:
             problems = tuple(problem for error in missing for problem in error.problems)
             what = f"{self.root} lacks what is needed"
-            raise UserError(what, problems=problems, fix=f"featureflow run --to {latest}")
-        self._check_together(found, fix=f"featureflow run --to {latest}")
+            raise UserError(what, problems=problems, fix=Command("run", to=latest))
+        self._check_together(found, fix=Command("run", to=latest))
         return found
 
     def has(self, stage: str) -> bool:
@@ -150,7 +150,7 @@ class Run:
                 where=self.store.url,
                 expected=f"fingerprint {expected[:12]}",
                 found=f"fingerprint {model.fingerprint[:12]}",
-                fix="featureflow collect --force, then the stages after it with --force",
+                fix=(Command("collect", force=True), "the stages after it with --force"),
             )
         return model
 
@@ -179,7 +179,7 @@ class Run:
         """What a lens found. Raises UserError that names the command when it did not look yet, or
         looked at other artifacts."""
         artifact = open_finding(self.root, name)
-        self._check_together({name: artifact}, fix=f"featureflow lens {name}")
+        self._check_together({name: artifact}, fix=Command("lens", name))
         return read_finding(artifact)
 
     def _open(self, stage: str) -> Artifact:
@@ -191,7 +191,7 @@ class Run:
             raise UserError(what, where=str(self.root), found=", ".join(self._opened))
         return self._opened[stage]
 
-    def _check_together(self, artifacts: Mapping[str, Artifact], *, fix: str) -> None:
+    def _check_together(self, artifacts: Mapping[str, Artifact], *, fix: Fix) -> None:
         if problems := tuple(misfits(self._with_what_is_beneath(artifacts))):
             raise UserError(
                 "these artifacts do not belong together: a stage was made anew and those after it "

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from featureflow.errors import UserError
+from featureflow.errors import Command, UserError
 from featureflow.sites import Site, parse_site
 from sae import Sae, load_sae
 
@@ -28,7 +28,7 @@ class Saes(Mapping[Site, Sae]):
     def __init__(self, folder: Path, *, device: str = "cpu", n_kept: int | None = None) -> None:
         paths = [path.parent for path in folder.glob("*/sae.json")] if folder.is_dir() else []
         if not paths:
-            fix = "featureflow run --to train"
+            fix = Command("run", to="train")
             raise UserError("there are no dictionaries here", where=str(folder), fix=fix)
         by_site = {parse_site(path.name): path for path in paths}
         self.folder = folder

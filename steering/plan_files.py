@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from featureflow.errors import Problem, UserError
+from featureflow.errors import Command, Problem, UserError
 from steering.choice import FromFile
 from steering.edits import Edit
 from steering.plan import Node, Plan
@@ -80,7 +80,7 @@ def read_plan(path: str | Path) -> Plan:
         raise UserError(
             "there is no such plan",
             where=str(path),
-            fix="featureflow steer plan L12/402 --out PLAN.toml",
+            fix=Command("steer", "plan", "L12/402", "--out", "PLAN.toml"),
         )
     if suffix == ".safetensors":
         return _read_safetensors(path)

@@ -23,7 +23,7 @@ from data.store.places import Place, open_place
 from data.store.records import Completion, ShardRecord, read_completion, read_record, sum_of
 from data.store.shards import read_chunks
 from data.store.store import ActivationStore, read_records
-from featureflow.errors import Problem, UserError
+from featureflow.errors import Command, Problem, UserError
 
 _PIECE = 8 << 20
 
@@ -62,7 +62,7 @@ def verify_store(url: str | Path, full: bool, context: Machines) -> Report:
         completion = read_completion(place)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            "there is no activation store here", where=place.url, fix="featureflow collect"
+            "there is no activation store here", where=place.url, fix=Command("collect")
         ) from None
     except UserError as error:
         return _report(place.url, full, [], list(error.problems))
@@ -86,7 +86,7 @@ def describe_store(url: str | Path) -> dict[str, Any]:
         layout = parse_layout(place.read("zarr.json"), where=f"{place.url}/zarr.json")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            "there is no activation store here", where=place.url, fix="featureflow collect"
+            "there is no activation store here", where=place.url, fix=Command("collect")
         ) from None
     is_complete = read_completion(place) is not None
     found = {

@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from featureflow.errors import Problem, UserError
+from featureflow.errors import Command, Problem, UserError
 
 SCHEMA = 1
 FORMAT = "featureflow activation store"
@@ -272,7 +272,7 @@ def parse_layout(text: bytes, *, where: str) -> StoreLayout:
         document = json.loads(text)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(
-            "the store's metadata is not JSON", where=where, found=str(error), fix=_MEND
+            "the store's metadata is not JSON", where=where, found=str(error), fix=COLLECT_AGAIN
         ) from error
     attributes = (
         document.get("attributes", {}).get("featureflow") if isinstance(document, dict) else None
@@ -291,7 +291,7 @@ def parse_layout(text: bytes, *, where: str) -> StoreLayout:
             where=where,
             expected=f"schema {SCHEMA}",
             found=f"schema {attributes.get('schema')}",
-            fix=_MEND,
+            fix=COLLECT_AGAIN,
         )
     if attributes.get("dtype") == "int8" and attributes.get("standard_of") != "chunk":
         raise UserError(
@@ -304,8 +304,10 @@ def parse_layout(text: bytes, *, where: str) -> StoreLayout:
     return _layout_of_attributes(attributes, where)
 
 
-MEND_DAMAGE = "featureflow collect --force: sound shards are kept, damaged ones are made anew"
-_MEND = "collect the activations again: featureflow collect --force"
+MEND_DAMAGE = Command(
+    "collect", force=True, note="sound shards are kept, damaged ones are made anew"
+)
+COLLECT_AGAIN = Command("collect", force=True)
 
 
 def _layout_of_attributes(attributes: Mapping[str, Any], where: str) -> StoreLayout:
@@ -338,7 +340,9 @@ def _layout_of_attributes(attributes: Mapping[str, Any], where: str) -> StoreLay
                 Problem(what="not a list of sites", where=f"{where}: sites", expected="name, width")
             )
     if problems:
-        raise UserError("the store's metadata is damaged", problems=tuple(problems), fix=_MEND)
+        raise UserError(
+            "the store's metadata is damaged", problems=tuple(problems), fix=COLLECT_AGAIN
+        )
     plain = {
         key: attributes[key] for key in ("n_rows", "n_context", "shard_rows", "chunk_rows", "dtype")
     }

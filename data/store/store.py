@@ -43,7 +43,7 @@ from data.store.records import (
 from data.store.shards import read_chunk_file, read_chunks
 from data.store.statistics import N_BINS, Moments, SiteStatistics
 from data.store.tokens import DocumentRow, RowFilters, TokenTable
-from featureflow.errors import Problem, UserError
+from featureflow.errors import Command, Problem, UserError
 from featureflow.sites import Site, parse_site
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class ActivationStore:
                 "there is no activation store here",
                 where=place.url,
                 expected="a folder with zarr.json",
-                fix="featureflow collect",
+                fix=Command("collect"),
             ) from None
         layout = parse_layout(text, where=f"{place.url}/zarr.json")
         completion = read_completion(place)
@@ -85,7 +85,7 @@ class ActivationStore:
                 "the activation store is not finished",
                 where=place.url,
                 found=f"{n_done} of {layout.n_shards or '?'} shards",
-                fix="featureflow collect (it takes up what is there)",
+                fix=Command("collect", note="it takes up what is there"),
             )
         records, problems = read_records(place, layout, completion)
         if problems:

@@ -268,7 +268,7 @@ class ShardWriter:
             raise UserError(
                 "two writers wrote different activations into one shard",
                 where=f"{place.url}/{record_name(self._shard)}",
-                fix=f"stop one of them, then: {MEND_DAMAGE}",
+                fix=("stop one of them", MEND_DAMAGE),
             )
 
 

@@ -24,8 +24,8 @@ from featureflow.errors import UserError
 from pipeline.cli.atlas import ATLAS_TOOLS
 from pipeline.cli.atlas_questions import QUESTIONS
 from pipeline.cli.dictionaries import sae_commands
-from pipeline.cli.fixing import completed
 from pipeline.cli.flow import flow_commands
+from pipeline.cli.options import Given, as_typed
 from pipeline.cli.paper import paper_commands
 from pipeline.cli.stage_commands import recipes, run, stage_command
 from pipeline.cli.steer import STEER_TOOLS, serve
@@ -60,14 +60,15 @@ def main() -> None:
 
 def run_command(arguments: Sequence[str], *, debug: bool = False) -> int:
     """Run one command line in this process; returns the exit code and never raises."""
+    given = Given()
     try:
-        code = app(args=list(arguments), prog_name="featureflow", standalone_mode=False)
+        code = app(list(arguments), "featureflow", standalone_mode=False, obj=given)
         return int(code or 0)
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except UserError as error:
-        error.fix = completed(error.fix, arguments) if error.fix else None
+        error.fix = as_typed(error.fix, given)
         _explain(error, f"error: {error}", debug)
         return 2
     except (KeyboardInterrupt, click.Abort):

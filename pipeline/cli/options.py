@@ -5,20 +5,58 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from featureflow.errors import Command, Fix
 from pipeline.stages import STAGES, StageName
 
 DEFAULT_RECIPE = "laptop"
+_OF_A_RUN = ("run", *STAGES, "flow", "lens", "paper", "verify")
 TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@dataclass(kw_only=True)
+class Given:
+    """What the user's command said of the run: it belongs to every command that fixes."""
+
+    options: dict[str, str] = field(default_factory=dict)
+    fields: dict[str, str] = field(default_factory=dict)
+
+
+def _remembered(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    name = str(parameter.name)
+    if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+        ctx.ensure_object(Given).options[f"--{name}"] = str(value)
+    return value
+
+
+def as_typed(fix: Fix | None, given: Given) -> Fix | None:
+    """`fix` with its commands as this user has to type them: the same recipe, folder and name, and
+    the fields of the stages up to the one named."""
+    if isinstance(fix, tuple):
+        return tuple(str(as_typed(step, given)) for step in fix)
+    if not isinstance(fix, Command) or fix.words[0] not in _OF_A_RUN or "--help" in fix.words:
+        return fix
+    words = [word for option in given.options.items() for word in option]
+    if fix.words[1:] or fix.words[0] not in ("run", *STAGES):
+        return fix.line(words)
+    last = fix.to or (fix.words[0] if fix.words[0] in STAGES else STAGES[-1])
+    up_to = STAGES[: STAGES.index(last) + 1] if last in STAGES else STAGES
+    for name, value in given.fields.items():
+        words += (f"--{name}", value) if name.partition(".")[0] in up_to else ()
+    return fix.line(words)
+
 
 recipe_option = click.option(
     "--recipe",
     "-r",
     default=DEFAULT_RECIPE,
+    callback=_remembered,
     show_default=True,
     help="name of a recipe in configs/, or a TOML file",
 )
@@ -26,12 +64,14 @@ artifacts_option = click.option(
     "--artifacts",
     type=click.Path(path_type=Path),
     default=Path("artifacts"),
+    callback=_remembered,
     show_default=True,
     help="folder that holds one folder of artifacts per recipe",
 )
 name_option = click.option(
     "--name",
     default=None,
+    callback=_remembered,
     help="name of this run: its folder below --artifacts, for variants beside each other. What the "
     "recipe's own run "
     "has as it is wanted here, from collect to link, is shared with it  [default: the recipe's "
@@ -145,7 +185,9 @@ def _is_override(word: str) -> bool:
 
 def read_overrides(ctx: click.Context) -> dict[str, str]:
     """`--train.steps 500` and `--train.steps=500` as {"train.steps": "500"}."""
-    return parse_overrides([*ctx.meta.get("overrides", ()), *ctx.args])
+    fields = parse_overrides([*ctx.meta.get("overrides", ()), *ctx.args])
+    ctx.ensure_object(Given).fields |= fields
+    return fields
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from featureflow.errors import Command
 from pipeline.cli.options import (
     artifacts_option,
     machine_options,
@@ -151,7 +152,7 @@ def make(
             finding = run_experiment(name, subject, effort)
             write_finding(finding, draft.path)
             draft.summary.update(finding.summary)
-    return Artifact.open(out, kind=kind, schema=SCHEMA, fix=f"featureflow paper {name}")
+    return Artifact.open(out, kind=kind, schema=SCHEMA, fix=Command("paper", name))
 
 
 def _effort(fields: dict[str, int]) -> Effort:

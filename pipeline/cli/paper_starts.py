@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featureflow.errors import UserError
+from featureflow.errors import Command, UserError
 
 if TYPE_CHECKING:
     from data.store import ActivationStore
@@ -67,7 +67,7 @@ def make_starts(
             )
             write_finding(finding, draft.path)
             draft.summary.update(finding.summary)
-    return Artifact.open(out, kind=kind, schema=SCHEMA, fix=f"featureflow paper {NAME}")
+    return Artifact.open(out, kind=kind, schema=SCHEMA, fix=Command("paper", NAME))
 
 
 def _training_configs(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from featureflow.errors import Problem, UserError
+from featureflow.errors import Command, Problem, UserError
 from pipeline.cli.options import artifacts_option, recipe_option, run_folder
 from pipeline.console import say, show_number, table
 
@@ -33,10 +33,7 @@ def verify(quick: bool, recipe: str, artifacts: Path) -> None:
     stages = [stage for stage in SCHEMAS if (root / stage).exists()]
     if not stages:
         raise UserError(
-            "there is no run here",
-            where=str(root),
-            expected=", ".join(SCHEMAS),
-            fix="featureflow run",
+            "there is no run here", where=str(root), expected=", ".join(SCHEMAS), fix=Command("run")
         )
     found: dict[str, Artifact] = {}
     damage = {stage: _damage(root, stage, found, quick=quick) for stage in stages}
@@ -47,11 +44,10 @@ def verify(quick: bool, recipe: str, artifacts: Path) -> None:
         say(line)
     damaged = [stage for stage in stages if damage[stage]]
     if damaged or foreign:
-        fix = [f"featureflow {stage} --force" for stage in damaged] + (
-            ["featureflow run"] if foreign else []
-        )
+        again = [Command(stage, force=True) for stage in damaged]
+        fix = (*again, *([Command("run")] if foreign else []))
         problems = (*(problem for stage in stages for problem in damage[stage]), *foreign)
-        raise UserError(f"{root} cannot be trusted", problems=problems, fix=", then ".join(fix))
+        raise UserError(f"{root} cannot be trusted", problems=problems, fix=fix)
     say(
         f"{root}: sound"
         + (" (names and sizes; without --quick every byte is read)" if quick else "")

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 
-from featureflow.errors import UserError
+from featureflow.errors import Command, UserError
 from featureflow.sites import FeatureId, Site, parse_feature
 from pipeline.describe.chat import ChatModel
 from pipeline.describe.explainer import Detection, detect, explain, fuzz, marked
@@ -78,7 +78,7 @@ class Evidence:
             raise UserError(
                 "the atlas does not say which documents are for what",
                 where=str(folder),
-                fix="featureflow run --to atlas",
+                fix=Command("run", to="atlas"),
             )
         self._seed = seed
         self._silence = lru_cache(maxsize=2)(self._fires_in)

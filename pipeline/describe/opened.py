@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.parquet as pq
 
-from featureflow.errors import UserError
+from featureflow.errors import Command, UserError
 from featureflow.sites import FeatureId, Site, parse_feature, parse_site
 from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.describe.vocabulary import Vocabulary
@@ -44,7 +44,7 @@ class Atlas:
         version."""
         return cls(
             Artifact.open(
-                Path(folder), kind=KIND, schema=SCHEMA, fix="featureflow run --to atlas"
+                Path(folder), kind=KIND, schema=SCHEMA, fix=Command("run", to="atlas")
             ).path
         )
 
@@ -170,7 +170,9 @@ class Atlas:
         path = self.folder / "tables" / f"{name}.parquet"
         if not path.is_file():
             raise UserError(
-                f"the atlas has no table {name!r}", where=str(path), fix="featureflow atlas --force"
+                f"the atlas has no table {name!r}",
+                where=str(path),
+                fix=Command("atlas", force=True),
             )
         return pq.read_table(path).to_pandas()
 

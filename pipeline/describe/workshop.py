@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from data.store import ActivationStore, RowFilters
-from featureflow.errors import UserError
+from featureflow.errors import Command, UserError
 from featureflow.sites import Site, parse_site
 from pipeline.describe import intermediate
 from pipeline.describe.columns import describe_site
@@ -198,7 +198,7 @@ def check_fit(store: ActivationStore, site: Site, sae: Sae, shop: Workshop) -> N
             f"the store has no activations at {site.short}, though there is a dictionary for it",
             where=str(shop.store),
             expected=", ".join(s.short for s in store.sites),
-            fix="featureflow collect, then featureflow train",
+            fix=(Command("collect"), Command("train")),
         )
     if store.width(site) != sae.d_in:
         raise UserError(
@@ -206,7 +206,7 @@ def check_fit(store: ActivationStore, site: Site, sae: Sae, shop: Workshop) -> N
             where=str(shop.dictionaries / site.short),
             expected=f"vectors of width {store.width(site)}",
             found=f"a dictionary for width {sae.d_in}",
-            fix="featureflow run --to train",
+            fix=Command("run", to="train"),
         )
 
 

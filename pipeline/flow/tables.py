@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from featureflow.errors import Problem, UserError
+from featureflow.errors import Command, Problem, UserError
 from pipeline.artifact import SCHEMAS
 
 KIND, SCHEMA = "link", SCHEMAS["link"]
@@ -141,7 +141,7 @@ def read_tables(folder: Path) -> FlowTables:
             "not a usable flow graph",
             where=str(folder),
             problems=tuple(problems),
-            fix="featureflow run --to link",
+            fix=Command("run", to="link"),
         )
     path = folder / "warnings.json"
     warnings = tuple(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ()

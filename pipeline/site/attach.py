@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from featureflow.errors import Problem, UserError
+from featureflow.errors import Command, Problem, UserError
 from featureflow.files import write_text_atomically
 from pipeline.artifact import MANIFEST, SCHEMAS, Artifact
 from pipeline.site.shards import Shard, read_shard, write_shard
@@ -96,7 +96,7 @@ def _check_place(folder: Path) -> None:
             "there is no atlas here",
             where=str(folder),
             expected="site/manifest.json",
-            fix="featureflow run --to atlas",
+            fix=Command("run", to="atlas"),
         )
 
 

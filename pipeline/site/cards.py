@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from featureflow.errors import UserError
+from featureflow.errors import Command, UserError
 from featureflow.sites import parse_feature
 from pipeline.describe.vocabulary import Vocabulary
 from pipeline.site.shards import PAD, Shard, read_shard
@@ -74,7 +74,7 @@ class Cards:
                 where=str(folder),
                 expected=f"version {READABLE[-1]}",
                 found=str(manifest.get("version")),
-                fix="featureflow atlas --force",
+                fix=Command("atlas", force=True),
             )
         return cls(Path(folder), manifest)
 

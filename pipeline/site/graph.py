@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float32, Int64
 
-from featureflow.errors import Problem, UserError
+from featureflow.errors import Command, Problem, UserError
 from featureflow.sites import Site, parse_site
 from pipeline.site.shards import Shard, narrow
 
@@ -259,7 +259,7 @@ def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             "the flow graph cannot be read",
             where=str(path),
             found=str(error),
-            fix="featureflow run --to link",
+            fix=Command("run", to="link"),
         ) from error
     missing = [name for name in columns if name not in frame.columns]
     if missing:
@@ -267,7 +267,7 @@ def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             Problem(what="column missing", where=f"{path}: {name}") for name in missing
         )
         raise UserError(
-            "not a flow graph's table", problems=problems, fix="featureflow run --to link"
+            "not a flow graph's table", problems=problems, fix=Command("run", to="link")
         )
     return frame
 
@@ -282,7 +282,7 @@ def _check_latents(
             where=str(folder / "nodes.parquet"),
             expected=f"latents below {int(limit.max())}",
             found=str(int(latent.max())),
-            fix="featureflow run --to link",
+            fix=Command("run", to="link"),
         )
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from featureflow.errors import UserError
+from featureflow.errors import Command, UserError
 
 MAGIC = b"FFC1"
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -108,7 +108,7 @@ def read_shard(site: Path, key: str) -> Shard:
         text = path.read_text(encoding="ascii")
     except FileNotFoundError as error:
         raise UserError(
-            "shard missing", where=str(path), fix="featureflow atlas --force"
+            "shard missing", where=str(path), fix=Command("atlas", force=True)
         ) from error
     except UnicodeDecodeError as error:
         raise UserError("a shard is ASCII", where=str(path), found=str(error)) from error
@@ -121,7 +121,7 @@ def read_shard(site: Path, key: str) -> Shard:
         return unpack(_gunzip(base64.b64decode(match[2], validate=True)))
     except (binascii.Error, zlib.error, EOFError) as error:
         raise UserError(
-            "a damaged shard", where=str(path), found=str(error), fix="featureflow atlas --force"
+            "a damaged shard", where=str(path), found=str(error), fix=Command("atlas", force=True)
         ) from error
     except UserError as error:
         raise UserError(error.what, where=str(path), found=error.problems[0].found) from error

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from featureflow.errors import Problem, UserError
+from featureflow.errors import Command, Problem, UserError
 from pipeline.site.shards import PAD, Shard, read_shard
 from pipeline.site.site_folder import FORMAT, VERSION
 
@@ -56,7 +56,7 @@ def validate_atlas(folder: Path | str) -> dict[str, int]:
         raise UserError(
             f"{site} is not a whole atlas",
             problems=tuple(problems),
-            fix="featureflow atlas --force",
+            fix=Command("atlas", force=True),
         )
     n_features = sum(int(s["n_latents"]) for s in manifest["sites"])
     return {

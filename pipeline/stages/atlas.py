@@ -29,7 +29,7 @@ from typing_extensions import Doc
 from data.model.language_model import LanguageModel
 from data.model.spec import ModelSpec
 from data.store import ActivationStore, RowFilters
-from featureflow.errors import UserError
+from featureflow.errors import Command, UserError
 from featureflow.settings import Settings
 from featureflow.sites import Site, parse_site
 from pipeline.artifact import SCHEMAS, Artifact, Draft
@@ -128,7 +128,7 @@ def workshop_of(config: Config, inputs: Inputs, draft: Draft) -> Workshop:
         raise UserError(
             "there are no dictionaries to describe",
             where=str(folder),
-            fix="featureflow run --to train",
+            fix=Command("run", to="train"),
         )
     return Workshop(
         store=inputs.collect.path / STORE,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featureflow.errors import Problem, UserError
+from featureflow.errors import Command, Problem, UserError
 from featureflow.settings import unknown_key
 from pipeline.stages import STAGES, StageName
 
@@ -54,7 +54,7 @@ def recipe_path(name_or_path: str) -> Path:
     raise UserError(
         f"there is no recipe {name_or_path!r}",
         expected=f"one of {', '.join(known)}, or the path of a .toml file{meant}",
-        fix="featureflow recipes",
+        fix=Command("recipes"),
     )
 
 
@@ -82,7 +82,7 @@ def read_recipe(
         raise UserError(
             f"recipe {path} cannot be used",
             problems=tuple(problems),
-            fix=f"featureflow {command} --help",
+            fix=Command(command, "--help"),
         )
     return Recipe(name=path.stem, description=document.get("description", ""), configs=configs)
 

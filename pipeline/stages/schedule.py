@@ -26,7 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from featureflow.errors import UserError
+from featureflow.errors import Command, UserError
 from featureflow.files import replace_folder
 from pipeline.artifact import Artifact, digest_of
 from pipeline.context import RunContext
@@ -106,7 +106,7 @@ def run_single(
     inputs: dict[str, Artifact] = {}
     for above in stages_above(stage)[:-1]:
         module = StageName(above).module
-        fix = f"featureflow run --recipe {recipe.name} --to {above}"
+        fix = Command("run", to=above)
         _share(above, recipe.configs[above], inputs, root, shared)
         artifact = Artifact.open(root / above, kind=module.KIND, schema=module.SCHEMA, fix=fix)
         expected = _digest(module, recipe.configs[above], inputs)

@@ -76,7 +76,7 @@ def test_every_failure_has_an_exit_code_and_a_message(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(**_: object) -> int:
+    def fail(*_: object, **__: object) -> int:
         raise error
 
     monkeypatch.setattr(pipeline.cli, "app", fail)

@@ -7,59 +7,54 @@ from pathlib import Path
 
 import pytest
 
+import pipeline.stages.recipe
+from featureflow.errors import Command, Fix, UserError
 from pipeline.cli import run_command
-from pipeline.cli.fixing import completed
 
-GIVEN = [
-    "atlas",
-    "-r",
-    "my runs/mine.toml",
-    "--artifacts=/data",
-    "--train.steps",
-    "5",
-    "--atlas.seed=1",
-]
+GIVEN = ["-r", "my runs/mine.toml", "--artifacts=/data", "--train.steps", "5", "--atlas.seed=1"]
+MINE = "--recipe 'my runs/mine.toml' --artifacts /data"
 
 
 @pytest.mark.parametrize(
     ("fix", "arguments", "wanted"),
     [
-        ("featureflow train", ["atlas"], "featureflow train"),
+        (Command("train"), ["atlas"], "featureflow train"),
+        (Command("train"), ["atlas", *GIVEN], f"featureflow train {MINE} --train.steps 5"),
+        (Command("run", to="collect"), ["atlas", *GIVEN], f"featureflow run {MINE} --to collect"),
         (
-            "featureflow train --recipe mine",
-            GIVEN,
-            "featureflow train --recipe 'my runs/mine.toml' --artifacts /data --train.steps 5",
-        ),
-        (
-            "featureflow run --recipe mine --to collect",
-            GIVEN,
-            "featureflow run --recipe 'my runs/mine.toml' --artifacts /data --to collect",
-        ),
-        (
-            "featureflow collect --force: sound shards are kept",
+            Command("collect", force=True, note="sound shards are kept"),
             ["train", "-rtiny", "--collect.seed", "3"],
             "featureflow collect --recipe tiny --collect.seed 3 --force: sound shards are kept",
         ),
         (
-            "featureflow collect, then featureflow train",
+            (Command("collect"), Command("train")),
             ["link", "--recipe=tiny"],
             "featureflow collect --recipe tiny, then featureflow train --recipe tiny",
         ),
         (
-            "featureflow train, with more",
-            ["steer", "-r", "a.toml"],
-            "featureflow train --recipe a.toml, with more",
+            ("stop one of them", Command("train")),
+            ["steer", "--name", "mine"],
+            "stop one of them, then featureflow train --name mine",
         ),
-        ("featureflow atlas --help", GIVEN, "featureflow atlas --help"),
-        ("make it again (featureflow steer plan)", GIVEN, "make it again (featureflow steer plan)"),
-        ("featureflow recipes", GIVEN, "featureflow recipes"),
-        ("use 8", GIVEN, "use 8"),
+        (Command("lens", "depth"), ["atlas", "-r", "a"], "featureflow lens depth --recipe a"),
+        (Command("train", "--help"), ["atlas", *GIVEN], "featureflow train --help"),
+        (Command("recipes"), ["atlas", *GIVEN], "featureflow recipes"),
+        ("use 8", ["atlas", *GIVEN], "use 8"),
     ],
 )
-def test_a_mending_command_carries_recipe_folder_and_the_fields_up_to_its_stage(
-    fix: str, arguments: list[str], wanted: str
+def test_a_fixing_command_carries_recipe_folder_and_the_fields_up_to_its_stage(
+    fix: Fix,
+    arguments: list[str],
+    wanted: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert completed(fix, arguments) == wanted
+    def fail(*_: object, **__: object) -> None:
+        raise UserError("broken", fix=fix)
+
+    monkeypatch.setattr(pipeline.stages.recipe, "read_recipe", fail)
+    assert run_command(arguments) == 2
+    assert capsys.readouterr().err.partition("to fix:")[2].strip() == wanted
 
 
 def test_the_printed_command_can_be_copied(
@@ -73,15 +68,6 @@ def test_the_printed_command_can_be_copied(
     command = ["flow", "trunks", "-r", str(recipe), "--artifacts", str(folder)]
     assert run_command(command) == 2
     printed = capsys.readouterr().err.partition("to fix:")[2].split()
-    assert printed == [
-        "featureflow",
-        "run",
-        "--recipe",
-        str(recipe),
-        "--artifacts",
-        str(folder),
-        "--to",
-        "link",
-    ]
+    assert printed == ["featureflow", "run", "--recipe", str(recipe), "--artifacts", str(folder)]
     assert run_command(printed[1:]) == 2
     assert "nowhere: there is no model in this folder" in capsys.readouterr().err

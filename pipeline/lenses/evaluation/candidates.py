@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.store import ActivationStore
-from featureflow.errors import Problem, UserError
+from featureflow.errors import Command, Problem, UserError
 from featureflow.sites import Site, parse_site
 from pipeline.artifact import Artifact
 from sae import Sae
@@ -77,7 +77,7 @@ def find_candidates(
         raise UserError(
             "dictionaries that cannot be measured",
             problems=tuple(problems),
-            fix="featureflow run --to train",
+            fix=Command("run", to="train"),
         )
     return sorted(candidates, key=lambda c: (c.site, c.source != TRAINED, c.source))
 
@@ -109,5 +109,5 @@ def _reads(description: Path) -> Site:
         raise UserError(
             "the transcoder does not say what it reads",
             where=str(description),
-            fix="featureflow train --force",
+            fix=Command("train", force=True),
         ) from error

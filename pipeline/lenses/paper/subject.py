@@ -21,7 +21,7 @@ from torch import Tensor
 from typing_extensions import Doc
 
 from data.model.language_model import LanguageModel
-from featureflow.errors import UserError
+from featureflow.errors import Command, UserError
 from featureflow.progress import Progress, silent
 from featureflow.settings import Settings
 from featureflow.sites import Site, parse_site
@@ -133,7 +133,7 @@ def layers_of(subject: Subject) -> list[Layer]:
         }
         layers.append(Layer(target=target, links=links))
     if not layers:
-        raise UserError("the flow graph has no links", fix="featureflow run --to link")
+        raise UserError("the flow graph has no links", fix=Command("run", to="link"))
     return sorted(layers, key=lambda layer: layer.target)
 
 

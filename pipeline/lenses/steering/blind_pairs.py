@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from featureflow.errors import UserError
+from featureflow.errors import Command, UserError
 from featureflow.progress import Progress, silent
 from featureflow.statistics import bootstrap_mean
 from pipeline.lenses.steering.judge import (
@@ -67,7 +67,7 @@ def _texts(folder: Path, arm: str) -> tuple[pd.DataFrame, dict[str, str]]:
             "no texts to judge",
             where=str(folder),
             expected=", ".join(missing),
-            fix="featureflow run --to steer",
+            fix=Command("run", to="steer"),
         )
     dose = json.loads(needed[2].read_text(encoding="utf-8"))["dose"]
     records = json.loads(needed[1].read_text(encoding="utf-8"))["features"]

@@ -32,7 +32,7 @@ from torch import Tensor
 from data.concepts.prompts import read_prompts
 from data.model.language_model import LanguageModel
 from data.store import ActivationStore
-from featureflow.errors import UserError
+from featureflow.errors import Command, UserError
 from featureflow.sites import FeatureId, Site, parse_feature, parse_site
 from pipeline.flow.graph import FlowGraph
 from pipeline.lenses.steering.screening import Audition, AuditionOptions, auditioned
@@ -238,7 +238,7 @@ def candidate_features(
         raise UserError(
             "no residual feature is alive",
             where="flow graph",
-            fix="featureflow train, with more steps",
+            fix=Command("train", note="with more steps"),
         )
     low, high = int(0.4 * len(layers)), int(0.85 * len(layers))
     middle = layers[low : max(high, low + 1)]
