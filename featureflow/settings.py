@@ -18,12 +18,15 @@ import json
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from functools import reduce
+from operator import or_
 from typing import Annotated, Any, Literal, NamedTuple, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
-from pydantic_core import PydanticUndefined
+from pydantic import BaseModel, ConfigDict, Discriminator, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, PydanticUndefined
 
 from featureflow.errors import Problem, UserError
+from featureflow.plugins import plugins
 
 
 class Settings(BaseModel):
@@ -54,9 +57,20 @@ class Settings(BaseModel):
         return None
 
 
-def ByKind() -> Any:
-    """Marks a union of Settings as a choice: told apart by `kind`; a recipe may give it alone."""
-    return Discriminator("kind")
+class ByKind:
+    """Marks a union of Settings as a choice: told apart by `kind`, which a recipe may give alone.
+    Packages add to it under the entry point group (featureflow/plugins.py), if one is named."""
+
+    def __init__(self, group: str | None = None) -> None:
+        self.group = group
+
+    def members(self, union: Any) -> tuple[Any, ...]:
+        """The types of the union, and those of other packages."""
+        return (*get_args(union), *(plugins(self.group).values() if self.group else ()))
+
+    def __get_pydantic_core_schema__(self, union: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        choice = reduce(or_, self.members(union))
+        return handler.generate_schema(Annotated[choice, Discriminator("kind")])
 
 
 def kinds_of(choice: Any) -> dict[str, type[Settings]]:
@@ -162,12 +176,17 @@ def _bare(hint: Any) -> Any:
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
+def _notes(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+
+
 def _members(hint: Any) -> tuple[Any, ...]:
     """The types of a union, none left out; the type itself where it is no union."""
     bare = _bare(hint)
     if get_origin(bare) not in (Union, types.UnionType):
         return (bare,)
-    found = [member for each in get_args(bare) for member in _members(each)]
+    choice = next((n for n in _notes(hint) if isinstance(n, ByKind)), ByKind())
+    found = [member for each in choice.members(bare) for member in _members(each)]
     return tuple(member for member in found if member is not types.NoneType)
 
 
@@ -189,10 +208,9 @@ def _show_hint(hint: Any) -> str:
     """A type with its bounds in words: `int > 0`, `list of str`, `topk | batch_topk | none`."""
     bare = _bare(hint)
     if get_origin(bare) in (Union, types.UnionType):
-        kinds = [_kinds(m)[0] if _is_settings(m) else _show_type(m) for m in _members(bare)]
+        kinds = [_kinds(m)[0] if _is_settings(m) else _show_type(m) for m in _members(hint)]
         return " | ".join([*kinds, *(["none"] if types.NoneType in get_args(bare) else [])])
-    notes = get_args(hint)[1:] if hint is not bare else ()
-    return " ".join([_show_type(bare), *filter(None, map(_show_bound, notes))])
+    return " ".join([_show_type(bare), *filter(None, map(_show_bound, _notes(hint)))])
 
 
 def _show_type(hint: Any) -> str:
@@ -230,5 +248,5 @@ def _show_default(cls: type[Settings], name: str) -> str:
 
 
 def _meaning(hint: Any) -> str:
-    notes = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
-    return next((str(n.documentation) for n in notes if hasattr(n, "documentation")), "")
+    notes = (str(n.documentation) for n in _notes(hint) if hasattr(n, "documentation"))
+    return next(notes, "")

@@ -24,14 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from featureflow.errors import Problem, UserError
-from sae.activations import (
-    Activation,
-    TopKActivation,
-    activate,
-    is_elementwise,
-    tensors_of,
-    with_tensors,
-)
+from sae.activations import Activation, TopKActivation, tensors_of, with_tensors
 from sae.selected import MOST_SELECTED, selected_of_topk
 
 _BLOCK_BYTES = 64 << 20
@@ -105,7 +98,7 @@ class Sae:
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token latent"]:
         """All latents, dense: `token × latent` numbers. For many tokens prefer `encode_sparse`."""
-        return activate(self.activation, self.pre_activations(x))
+        return self.activation(self.pre_activations(x))
 
     @torch.no_grad()
     def encode_sparse(self, x: Float[Tensor, "*token d_in"]) -> SparseCodes:
@@ -128,11 +121,11 @@ class Sae:
         """The columns `latents` of `encode(x)`. Elementwise activations compute only those; TopK
         looks at others as far as needed to decide (sae/selected.py)."""
         chosen = torch.as_tensor(latents, dtype=torch.int64, device=self.device)
-        if is_elementwise(self.activation):
+        if self.activation.is_elementwise:
             narrow = {name: tensor[chosen] for name, tensor in tensors_of(self.activation).items()}
             centred = x.to(self.device, self.dtype) - self.b_in
             pre = F.linear(centred, self.W_enc[chosen], self.b_enc[chosen])
-            return activate(with_tensors(self.activation, narrow), pre)
+            return with_tensors(self.activation, narrow)(pre)
         blocks = self._blocks(x.reshape(-1, x.shape[-1]))
         if (
             isinstance(self.activation, TopKActivation)
@@ -172,7 +165,7 @@ class Sae:
     def __call__(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_out"]:
         """Encode and decode; for a transcoder, the prediction of the other site."""
         out = self.decode(
-            self.encode_sparse(x) if not is_elementwise(self.activation) else self.encode(x)
+            self.encode_sparse(x) if not self.activation.is_elementwise else self.encode(x)
         )
         return (
             out

@@ -80,7 +80,7 @@ def fold(
         W_dec=weights["W_dec"] / length[:, None],
         b_dec=b_dec if skip is None else b_dec - skip @ source.mean,
         b_in=b_dec.clone() if target is None else source.mean.clone(),
-        activation=_scaled(activation, gain),
+        activation=activation.scaled(gain),
         W_skip=skip,
         metadata=metadata,
     )
@@ -107,13 +107,3 @@ def unfold(
         weights["log_gain"] = sae.activation.gain.log()
         weights["magnitude_bias"] = sae.activation.offset / out.scale
     return weights
-
-
-def _scaled(activation: Activation, gain: Tensor) -> Activation:
-    match activation:
-        case Threshold(theta=theta):
-            return Threshold(theta=theta * gain)
-        case Gated(gain=slope, offset=offset):
-            return Gated(gain=slope, offset=offset * gain)
-        case _:
-            return activation

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae.activations import TopKActivation, activate
+from sae.activations import TopKActivation
 
 MOST_SELECTED = 8
 _ROUNDING = 64 * 2.0**-24
@@ -65,7 +65,7 @@ def selected_of_topk(
             parts = [each[kept] for each in parts]
         if not len(rows):
             return found
-    z = activate(activation, torch.cat(parts, dim=1))[:, chosen]
+    z = activation(torch.cat(parts, dim=1))[:, chosen]
     found[rows] = torch.where(z.isnan(), z, torch.where(z > 0, wanted, 0).relu())
     return found
 

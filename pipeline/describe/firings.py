@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, assert_never
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
 from sae import Sae
-from sae.activations import Gated, Relu, Threshold, TopKActivation, activate
+from sae.activations import Threshold, TopKActivation
 
 Precision = Literal["float32", "bfloat16"]
 _NEAR = 0.25
@@ -104,14 +104,12 @@ class Encoder:
                 return _top_k(pre, rows, k, self.n_near)
             case Threshold(theta=theta):
                 return _above(pre.numpy(), rows, theta.numpy())
-            case Relu() | Gated():
-                value = activate(self.sae.activation, pre).numpy()
+            case activation:
+                value = activation(pre).numpy()
                 row, latent = np.nonzero(value)
                 return _Entries(rows[row], latent, value[row, latent]), _Entries(
                     rows[:0], latent[:0], value[:0, 0]
                 )
-            case other:
-                assert_never(other)
 
 
 class _Entries(NamedTuple):

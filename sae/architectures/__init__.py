@@ -1,8 +1,8 @@
 """The ways to train a dictionary. Each is one file with the few choices it owns; `base` is what
 they share.
 
-A new architecture is a new file with a frozen model that satisfies `base.Architecture`, and a
-line here.
+A new architecture is one new file with a frozen model that satisfies `base.Architecture`: here with
+a line below, or in any package under the entry point group `featureflow.architectures`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sae.architectures.relu_l1 import ReluL1
 from sae.architectures.topk import TopK
 
 AnyArchitecture = Annotated[
-    TopK | BatchTopK | MatryoshkaBatchTopK | JumpRelu | ReluL1 | GatedL1, ByKind()
+    TopK | BatchTopK | MatryoshkaBatchTopK | JumpRelu | ReluL1 | GatedL1, ByKind("architectures")
 ]
 
 __all__ = [

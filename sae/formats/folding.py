@@ -24,14 +24,14 @@ All steps are exact up to rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from featureflow.errors import UserError
-from sae.activations import Activation, Gated, Relu, Threshold, TopKActivation
+from sae.activations import Activation, Gated, TopKActivation
 from sae.dictionary import Sae
 from sae.formats.normalised import ConstantNorm, LayerNorm, Normalisation, NormalisedSae
 
@@ -146,9 +146,5 @@ def _scale_latents(
     match activation:
         case Gated(gain=gain, offset=offset):
             return W_enc, b_enc, Gated(gain=gain * factor, offset=offset * factor)
-        case Threshold(theta=theta):
-            return W_enc * factor[:, None], b_enc * factor, Threshold(theta=theta * factor)
-        case Relu() | TopKActivation():
-            return W_enc * factor[:, None], b_enc * factor, activation
         case _:
-            assert_never(activation)
+            return W_enc * factor[:, None], b_enc * factor, activation.scaled(factor)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from featureflow.errors import Problem, UserError
-from sae.activations import Activation, Gated, Relu, Threshold, TopKActivation, describe, tensors_of
+from sae.activations import Activation, activations, describe, tensors_of
 from sae.dictionary import Sae
 from sae.formats.base import Format
 from sae.formats.normalised import NormalisedSae, normalisation_of
@@ -28,7 +28,6 @@ from sae.formats.normalised import NormalisedSae, normalisation_of
 FORMAT, VERSION, VERSION_NORMALISED = "featureflow-sae", 1, 2
 WEIGHTS, DESCRIPTION = "sae.safetensors", "sae.json"
 _ALWAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "b_in")
-_TENSORS_OF_KIND = {"relu": (), "topk": (), "threshold": ("theta",), "gated": ("gain", "offset")}
 
 
 def save_sae(sae: Sae, folder: str | Path) -> None:
@@ -132,11 +131,11 @@ def _problems_of(
     activation = description.get("activation")
     activation = activation if isinstance(activation, dict) else {}
     kind, k = activation.get("kind"), activation.get("k")
-    if kind not in _TENSORS_OF_KIND:
+    if kind not in activations():
         yield Problem(
             what="unknown activation",
             where=DESCRIPTION,
-            expected=", ".join(_TENSORS_OF_KIND),
+            expected=", ".join(activations()),
             found=str(kind),
         )
     elif kind == "topk" and not (isinstance(k, int) and k > 0):
@@ -145,7 +144,11 @@ def _problems_of(
         )
     if not isinstance(description.get("metadata"), dict):
         yield Problem(what="missing or not an object", where=f"{DESCRIPTION}: metadata")
-    required = [*_ALWAYS, *(f"activation.{name}" for name in _TENSORS_OF_KIND.get(str(kind), ()))]
+    names = {f.name for f in fields(activations()[str(kind)])} if kind in activations() else set()
+    for name in activation.keys() - names - {"kind"} if names else ():
+        yield Problem(what="unknown key", where=f"{DESCRIPTION}: activation.{name}")
+    own = sorted(names - activation.keys() - {"k"})
+    required = [*_ALWAYS, *(f"activation.{name}" for name in own)]
     for name in required:
         if name not in tensors:
             yield Problem(what="missing tensor", where=f"{WEIGHTS}: {name}")
@@ -159,15 +162,12 @@ def _problems_of(
 
 
 def _activation_of(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Activation:
-    match description["kind"]:
-        case "topk":
-            return TopKActivation(k=description["k"])
-        case "threshold":
-            return Threshold(theta=tensors["activation.theta"])
-        case "gated":
-            return Gated(gain=tensors["activation.gain"], offset=tensors["activation.offset"])
-        case _:
-            return Relu()
+    own: dict[str, Any] = {
+        name.removeprefix("activation."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("activation.")
+    }
+    return activations()[description["kind"]](**{**description, **own})
 
 
 FORMATS = {

@@ -17,10 +17,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from pathlib import Path
 
 from featureflow.errors import UserError
+from featureflow.plugins import plugins
 from sae import formats
 from sae.dictionary import Sae
 from sae.formats.base import Format, shapes_in
@@ -31,9 +31,8 @@ from sae.formats.folding import fold
 def _all_formats() -> dict[str, Format]:
     names = sorted(module.name for module in pkgutil.iter_modules(formats.__path__))
     here = (importlib.import_module(f"sae.formats.{name}") for name in names if name != "reading")
-    beyond = (point.load() for point in entry_points(group="featureflow.formats"))
     found: dict[str, Format] = {}
-    for module in (*here, *beyond):
+    for module in (*here, *plugins("formats").values()):
         found |= getattr(module, "FORMATS", {})
     return found
 

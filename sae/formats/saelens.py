@@ -202,6 +202,8 @@ def _exported(sae: Sae) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
             {**tensors, "b_enc": b_enc},
             {**extra, "k": kind.k, "rescale_acts_by_decoder_norm": False},
         )
+    if not isinstance(kind, Gated):
+        raise UserError("SAELens has no such activation", found=kind.kind)
     if not (kind.gain > 0).all():
         raise UserError("SAELens stores the logarithm of a gate's gain", expected="gains above 0")
     return (

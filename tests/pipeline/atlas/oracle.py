@@ -13,7 +13,7 @@ from data.store import FLAG_BOS, DocumentRow, RowFilters, TokenTable
 from pipeline.describe.corpus import Corpus, corpus_of
 from pipeline.describe.vocabulary import Vocabulary
 from sae import Sae
-from sae.activations import Activation, Threshold, TopKActivation, activate
+from sae.activations import Activation, Threshold, TopKActivation
 
 N_TOKENS, D, N_LATENTS = 40, 12, 24
 
@@ -85,7 +85,7 @@ class Slow:
 def slow_survey(x: np.ndarray, sae: Sae, corpus: Corpus) -> Slow:
     """Loop over rows and latents; dense, obvious, slow."""
     pre = sae.pre_activations(torch.from_numpy(x))
-    z = activate(sae.activation, pre).numpy()
+    z = sae.activation(pre).numpy()
     slow = Slow(z=z, pre=pre.numpy())
     for row in range(len(corpus)):
         if not corpus.kept[row]:

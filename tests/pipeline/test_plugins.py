@@ -1,0 +1,117 @@
+"""What other packages add is one file and an entry point, used through the command line.
+
+The package lies outside the repository, in a temporary folder on the path, as pip would leave it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae import load_sae
+
+ARCHITECTURE = '''
+"""ReLU with a soft threshold: z = max(W x + b - theta, 0)."""
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge
+from torch import Tensor
+from typing_extensions import Doc
+
+from sae.activations import Activation
+from sae.architectures import ReluL1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shrunk(Activation):
+    theta: Tensor
+    kind: Literal["shrunk"] = "shrunk"
+
+    def __call__(self, pre):
+        return (pre - self.theta).relu()
+
+    def scaled(self, gain):
+        return replace(self, theta=self.theta * gain)
+
+
+class SoftThreshold(ReluL1):
+    """Every pre-activation is made smaller by theta; what stays positive is a latent."""
+
+    theta: Annotated[float, Ge(0), Doc("taken from each pre-activation")] = 0.25
+    kind: Literal["soft_threshold"] = "soft_threshold"
+
+    def gradients(self, weights, x, y, now):
+        return super().gradients(weights | {"b_enc": weights["b_enc"] - self.theta}, x, y, now)
+
+    def activation(self, weights, threshold):
+        return Shrunk(theta=torch.full_like(weights["b_enc"], self.theta))
+
+    def edges(self, weights):
+        return torch.full_like(weights["b_enc"], self.theta)
+'''
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A folder with a package of others, installed."""
+    folder = tmp_path / "site-packages"
+    about = folder / "mine-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[featureflow.architectures]\nsoft = mine_soft:SoftThreshold\n"
+    )
+    (folder / "mine_soft.py").write_text(ARCHITECTURE)
+    return folder
+
+
+def featureflow(package: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(package), str(root)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pipeline", *words]
+    return subprocess.run(
+        command, cwd=package.parent, env=environment, capture_output=True, text=True
+    )
+
+
+def test_an_architecture_with_an_activation_of_its_own_is_trained_and_read(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("run", "--recipe", "tiny", "--to", "link", "-q", "--train.architecture")
+    found = featureflow(package, *words, '{kind = "soft_threshold", theta = 0.5, target_l0 = 6}')
+    assert found.returncode == 0, found.stderr
+    monkeypatch.syspath_prepend(str(package))
+    sae = load_sae(package.parent / "artifacts" / "tiny" / "train" / "dictionaries" / "L1")
+    assert sae.activation.kind == "shrunk"
+    x = torch.randn(20, sae.d_in, generator=torch.Generator().manual_seed(0)) * 3
+    pre = (x - sae.b_in) @ sae.W_enc.T + sae.b_enc
+    theta = sae.activation.theta  # type: ignore[attr-defined]
+    assert (theta > 0).all()
+    torch.testing.assert_close(sae.encode(x), (pre - theta).clamp_min(0))
+    torch.testing.assert_close(sae.encode_sparse(x).dense(), sae.encode(x))
+
+
+def test_its_fields_are_explained_and_checked(package: Path) -> None:
+    found = featureflow(package, "train", "--help")
+    assert "--train.architecture(soft_threshold).theta" in found.stdout, found.stderr
+    wrong = '{kind = "soft_threshold", theta = -1}'
+    found = featureflow(package, "train", "-r", "tiny", "--train.architecture", wrong)
+    assert found.returncode == 2
+    assert "train.architecture.theta" in found.stderr
+    assert "float ≥ 0" in found.stderr
+
+
+def test_a_package_that_cannot_be_used_is_named(package: Path) -> None:
+    (package / "mine_soft.py").write_text("import a_module_that_is_not_there")
+    found = featureflow(package, "train", "-r", "tiny")
+    assert found.returncode == 2
+    for expected in ("mine: soft = mine_soft:SoftThreshold", "a_module_that_is_not_there"):
+        assert expected in found.stderr
