@@ -202,6 +202,13 @@ def diff(before: Path, after: Path, out: Path | None) -> None:
 @click.option("--model", default="", help="name of the chat model there")
 @click.option("--key-variable", default=None, help="environment variable that holds its key")
 @click.option("--fuzz/--no-fuzz", default=True, help="also ask it which tokens the label fits")
+@click.option(
+    "--max-tokens",
+    default=64,
+    show_default=True,
+    type=click.IntRange(1),
+    help="of each of its answers; more for a model that reasons first",
+)
 @recipe_option
 @artifacts_option
 def explain(
@@ -214,6 +221,7 @@ def explain(
     model: str,
     key_variable: str | None,
     fuzz: bool,
+    max_tokens: int,
     recipe: str,
     artifacts: Path,
 ) -> None:
@@ -236,6 +244,7 @@ def explain(
         sentences=SentenceModel.packaged() if sentences else None,
         chat=ChatModel(url=endpoint, model=model, key=key) if endpoint else None,
         fuzz=fuzz,
+        max_tokens=max_tokens,
     )
     root = run_folder(artifacts, recipe)
     evidence = Evidence(Run.open(root), seed=seed)

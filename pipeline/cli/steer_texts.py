@@ -130,6 +130,13 @@ def _tell_touched(reports: Any) -> None:
 )
 @click.option("--seed", default=0, show_default=True, help="of the draw")
 @click.option(
+    "--max-tokens",
+    default=16,
+    show_default=True,
+    type=click.IntRange(1),
+    help="of an answer; more for a model that reasons first",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     required=True,
@@ -145,6 +152,7 @@ def judge(
     n_texts: int,
     arm: str,
     seed: int,
+    max_tokens: int,
     out: Path,
     recipe: str,
     artifacts: Path,
@@ -160,7 +168,7 @@ def judge(
     with progress_bars(quiet=False) as progress:
         table = judge_artifact(
             run_folder(artifacts, recipe) / "steer",
-            Judge(chat=ChatModel(url=url, model=model, key=key)),
+            Judge(chat=ChatModel(url=url, model=model, key=key), max_tokens=max_tokens),
             rubric,
             arm=arm,
             n_pairs=n_texts,

@@ -17,8 +17,9 @@ model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from jaxtyping import Bool, Int64
 from featureflow.errors import Command, UserError
 from featureflow.sites import FeatureId, Site, parse_feature
 from pipeline.describe.chat import ChatModel
-from pipeline.describe.explainer import Detection, detect, explain, fuzz, marked
+from pipeline.describe.explainer import ANSWER_TOKENS, Detection, detect, explain, fuzz, marked
 from pipeline.describe.sentences import SentenceModel, embedding_score, example_embedding_score
 from pipeline.site.cards import Cards, Example
 
@@ -62,6 +63,7 @@ class Opinions:
     sentences: SentenceModel | None = None
     chat: ChatModel | None = None
     fuzz: bool = True
+    max_tokens: int = ANSWER_TOKENS
 
 
 class Evidence:
@@ -93,21 +95,18 @@ class Evidence:
         missed = [e.row for e in card.examples if e.tab == "near_miss" and held_out[e.row]]
         in_test = [example for row, example in fired.items() if held_out[row]][:MOST]
         generator = np.random.default_rng(self._seed)
-        misplaced = [self._misplaced(example, generator) for example in in_test]
+        pieces = [self._pieces(example) for example in in_test]
+        moved = [(p, _misplaced(p[1], generator)) for p in pieces]
         silent = np.flatnonzero(~self._silence(wanted.site)[:, wanted.latent])[:MOST]
         return Windows(
-            shown=tuple(self._marked(example) for row, example in fired.items() if proposing[row])[
+            shown=tuple(marked(*self._pieces(e)) for row, e in fired.items() if proposing[row])[
                 :MOST
             ],
             firing=tuple(self._text(example.row) for example in in_test),
             silent=tuple(self._text(int(self._candidates[i])) for i in silent),
             near=tuple(self._text(row) for row in missed if not self._fires_near(wanted, row)),
-            right=tuple(
-                self._marked(e)
-                for e, other in zip(in_test, misplaced, strict=True)
-                if other is not None
-            ),
-            wrong=tuple(self._marked(other) for other in misplaced if other is not None),
+            right=tuple(marked(*p) for p, other in moved if other is not None),
+            wrong=tuple(marked(p[0], other) for p, other in moved if other is not None),
         )
 
     def chosen(self, n: int, *, short: str | None = None) -> list[str]:
@@ -163,28 +162,28 @@ class Evidence:
         special = self.atlas.vocabulary.special
         return self.atlas.vocabulary.join([int(t) for t in token if int(t) not in special]).strip()
 
-    def _misplaced(self, example: Example, generator: np.random.Generator) -> Example | None:
-        """The example with as many marks as before, all on tokens where the feature does not fire;
-        None where such tokens are too few."""
-        near = _near(example)
-        here, special = range(*near.indices(len(example.tokens))), self.atlas.vocabulary.special
-        firing = sum(example.values[i] > 0 for i in here)
-        free = [i for i in here if example.values[i] == 0 and example.tokens[i] not in special]
-        if not 0 < firing <= len(free):
-            return None
-        chosen = set(generator.choice(free, size=firing, replace=False).tolist())
-        return replace(
-            example, values=tuple(float(i in chosen) for i in range(len(example.values)))
-        )
-
-    def _marked(self, example: Example) -> str:
-        vocabulary, near = self.atlas.vocabulary, _near(example)
+    def _pieces(self, example: Example) -> tuple[list[str], list[float]]:
+        """The window's text in pieces of whole characters, and the largest activation in each."""
+        near, vocabulary = _near(example), self.atlas.vocabulary
         kept = [
-            (t, v)
-            for t, v in zip(example.tokens[near], example.values[near], strict=True)
-            if t not in vocabulary.special
+            (token, value)
+            for token, value in zip(example.tokens[near], example.values[near], strict=True)
+            if token not in vocabulary.special
         ]
-        return marked([vocabulary.join([token]) for token, _ in kept], [value for _, value in kept])
+        values = iter([value for _, value in kept])
+        pieces = vocabulary.whole([token for token, _ in kept])
+        return [text for text, _ in pieces], [max(islice(values, n)) for _, n in pieces]
+
+
+def _misplaced(values: Sequence[float], generator: np.random.Generator) -> list[float] | None:
+    """As many marks as before, all on pieces where the feature is not active; None where such
+    pieces are too few."""
+    free = np.flatnonzero(np.array(values) == 0)
+    n_active = len(values) - len(free)
+    if not 0 < n_active <= len(free):
+        return None
+    chosen = generator.choice(free, size=n_active, replace=False)
+    return [float(i in chosen) for i in range(len(values))]
 
 
 def second_opinions(
@@ -200,7 +199,9 @@ def second_opinions(
                 opinions.sentences, windows, _accepted_label(evidence.atlas, feature)
             )
         if opinions.chat is not None:
-            found |= chat_label(opinions.chat, windows, fuzzing=opinions.fuzz)
+            found |= chat_label(
+                opinions.chat, windows, fuzzing=opinions.fuzz, max_tokens=opinions.max_tokens
+            )
         yield feature, found
 
 
@@ -219,15 +220,19 @@ def sentence_scores(model: SentenceModel, windows: Windows, label: str | None) -
     }
 
 
-def chat_label(chat: ChatModel, windows: Windows, *, fuzzing: bool = True) -> dict[str, Any]:
+def chat_label(
+    chat: ChatModel, windows: Windows, *, fuzzing: bool = True, max_tokens: int = ANSWER_TOKENS
+) -> dict[str, Any]:
     """A label by the chat model with its scores; none when it gave no usable one."""
-    text = explain(chat, windows.shown) if windows.shown else None
+    text = explain(chat, windows.shown, max_tokens=max_tokens) if windows.shown else None
     if text is None:
         return {"labels": []}
     label: dict[str, Any] = {"text": text, "method": "model", "model": chat.model}
-    label |= _scores(detect(chat, text, windows.firing, [*windows.silent, *windows.near]))
+    others = [*windows.silent, *windows.near]
+    label |= _scores(detect(chat, text, windows.firing, others, max_tokens=max_tokens))
     if fuzzing and windows.right:
-        label["fuzz"] = _scores(fuzz(chat, text, windows.right, windows.wrong))
+        found = fuzz(chat, text, windows.right, windows.wrong, max_tokens=max_tokens)
+        label["fuzz"] = _scores(found)
     return {"labels": [label]}
 
 

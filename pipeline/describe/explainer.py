@@ -9,11 +9,10 @@ given.
 3. *fuzz*: windows with the feature, marked where it fires or on other tokens instead; the model
    says whether the marks fit the label, scored alike.
 
-An answer that is no list of as many numbers is unreadable: its windows count as asked, not as
-answered.
+An answer is read after the model's reasoning. One that is no list of as many numbers, or that
+holds two different lists, is unreadable: its windows count as asked, not as answered.
 
-Nothing is sent anywhere but to the address given (pipeline/describe/chat.py). Tested against a
-local stand-in server.
+Nothing is sent anywhere but to the address given (pipeline/describe/chat.py).
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.describe.chat import ChatModel
+from pipeline.describe.chat import ChatModel, after_reasoning
 from pipeline.describe.rules import wilson
 
+ANSWER_TOKENS = 64
 _LONGEST = 160
-_ANSWER_TOKENS = 64
 _PER_QUESTION = 5
 _EXPLAIN = (
     "Below are excerpts from text. In each, the tokens on which one feature of a language model is "
@@ -65,11 +64,12 @@ class Detection:
     n_asked: int
 
 
-def explain(chat: ChatModel, examples: Sequence[str]) -> str | None:
+def explain(
+    chat: ChatModel, examples: Sequence[str], *, max_tokens: int = ANSWER_TOKENS
+) -> str | None:
     """A label for marked examples; None when the answer is no short single line."""
-    answer = chat.ask(
-        _EXPLAIN.format(examples=_numbered(examples)), max_tokens=_ANSWER_TOKENS
-    ).strip()
+    question = _EXPLAIN.format(examples=_numbered(examples))
+    answer = after_reasoning(chat.ask(question, max_tokens=max_tokens))
     answer = (
         re.sub(r"^(label|answer|explanation)\s*:\s*", "", answer, flags=re.IGNORECASE)
         .strip()
@@ -80,22 +80,40 @@ def explain(chat: ChatModel, examples: Sequence[str]) -> str | None:
 
 
 def detect(
-    chat: ChatModel, label: str, firing: Sequence[str], other: Sequence[str], *, seed: int = 0
+    chat: ChatModel,
+    label: str,
+    active: Sequence[str],
+    other: Sequence[str],
+    *,
+    seed: int = 0,
+    max_tokens: int = ANSWER_TOKENS,
 ) -> Detection:
     """How well the label tells windows with the feature from windows without."""
-    return _judged(chat, _DETECT, label, firing, other, seed)
+    return _judged(chat, _DETECT, label, active, other, seed, max_tokens)
 
 
 def fuzz(
-    chat: ChatModel, label: str, right: Sequence[str], wrong: Sequence[str], *, seed: int = 0
+    chat: ChatModel,
+    label: str,
+    right: Sequence[str],
+    wrong: Sequence[str],
+    *,
+    seed: int = 0,
+    max_tokens: int = ANSWER_TOKENS,
 ) -> Detection:
     """How well the label tells windows marked where the feature fires from windows marked
     elsewhere."""
-    return _judged(chat, _FUZZ, label, right, wrong, seed)
+    return _judged(chat, _FUZZ, label, right, wrong, seed, max_tokens)
 
 
 def _judged(
-    chat: ChatModel, template: str, label: str, true: Sequence[str], false: Sequence[str], seed: int
+    chat: ChatModel,
+    template: str,
+    label: str,
+    true: Sequence[str],
+    false: Sequence[str],
+    seed: int,
+    max_tokens: int,
 ) -> Detection:
     windows = [(text, True) for text in true] + [(text, False) for text in false]
     order = np.random.default_rng(seed).permutation(len(windows))
@@ -106,7 +124,7 @@ def _judged(
         question = template.format(
             label=label, n=len(block), examples=_numbered([text for text, _ in block])
         )
-        said_of_block = _bits(chat.ask(question, max_tokens=_ANSWER_TOKENS), len(block))
+        said_of_block = _bits(chat.ask(question, max_tokens=max_tokens), len(block))
         for said, (_, fires) in zip(said_of_block, block, strict=False):
             n[fires] += 1
             hits[fires] += said == fires
@@ -129,10 +147,14 @@ def marked(pieces: Sequence[str], values: Sequence[float]) -> str:
 
 
 def _bits(answer: str, n: int) -> list[bool]:
-    """The list of 0 and 1 in an answer; nothing when it has another length."""
-    found = re.search(r"\[([01,\s]*)\]", answer)
-    bits = re.findall(r"[01]", found[1]) if found else []
-    return [bit == "1" for bit in bits] if len(bits) == n else []
+    """The list of 0 and 1 in an answer; nothing when it has another length, or when the answer has
+    two different lists."""
+    lists = {
+        tuple(found[1].replace(",", " ").split())
+        for found in re.finditer(r"\[([\d.,\s]*)\]", after_reasoning(answer))
+    }
+    bits = lists.pop() if len(lists) == 1 else ()
+    return [bit == "1" for bit in bits] if len(bits) == n and set(bits) <= {"0", "1"} else []
 
 
 def _numbered(texts: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ tokens.
 from __future__ import annotations
 
 import unicodedata
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,6 +79,19 @@ class Vocabulary:
     def join(self, tokens: Sequence[int]) -> str:
         """The text of a run of tokens: bytes first, then UTF-8."""
         return b"".join(self.tokens[int(t)] for t in tokens).decode("utf-8", errors="replace")
+
+    def whole(self, tokens: Sequence[int]) -> list[tuple[str, int]]:
+        """The text in pieces of whole characters, each with how many tokens it is of; bytes that
+        never become a character are U+FFFD."""
+        decoder, pieces, n = getincrementaldecoder("utf-8")(errors="replace"), [], 0
+        text = ""
+        for place, token in enumerate(tokens, 1):
+            text += decoder.decode(self.tokens[int(token)], final=place == len(tokens))
+            n += 1
+            if not decoder.getstate()[0]:
+                pieces.append((text, n))
+                text, n = "", 0
+        return pieces
 
     @cached_property
     def classes(self) -> Int32[np.ndarray, "token"]:

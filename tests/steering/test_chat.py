@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from featureflow.errors import UserError
-from pipeline.describe.chat import ChatModel
+from pipeline.describe.chat import ChatModel, after_reasoning
 
 
 class _Server:
@@ -95,8 +95,13 @@ def test_an_answer_of_another_form_is_an_error_that_names_the_address(server, do
     assert server.url in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [None, 5, ["a"]])
-def test_an_answer_without_text_does_not_become_the_word_none(server, content):
+def test_an_answer_of_null_is_empty_and_does_not_become_the_word_none(server):
+    server.answers({"choices": [{"message": {"content": None}}]})
+    assert ChatModel(url=server.url, model="m").ask("?", max_tokens=1) == ""
+
+
+@pytest.mark.parametrize("content", [5, ["a"], False])
+def test_an_answer_that_is_no_text_is_an_error(server, content):
     server.answers({"choices": [{"message": {"content": content}}]})
     with pytest.raises(UserError, match="without text"):
         ChatModel(url=server.url, model="m").ask("?", max_tokens=1)
@@ -144,3 +149,22 @@ def test_only_http_addresses_are_asked(url):
 def test_no_server_there_is_said_so(url):
     with pytest.raises(UserError, match="did not answer"):
         ChatModel(url=url, model="m", timeout_s=2).ask("?", max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("plain", "plain"),
+        ("<think>2, or 1?</think>\n\nRating: [[1]]", "Rating: [[1]]"),
+        ("opened by the template … </think> so 2", "so 2"),
+        ("<think>a</think>b<think>c</think> d ", "d"),
+        ("<THINK>a</Think>b", "b"),
+        ("[THINK]a[/THINK]b", "b"),
+        ("<think>cut off at the token limit: Rating: [[2]]", ""),
+        ("<think>a</think>b<think>again", ""),
+        ("I think 2", "I think 2"),
+        ("", ""),
+    ],
+)
+def test_only_what_comes_after_the_reasoning_is_said(answer, said):
+    assert after_reasoning(answer) == said

@@ -5,10 +5,11 @@ unless asked for.
    one whole number: AxBench's three (concept, relevance, fluency, 0 to 2; harmonic mean, 0 if any
    is 0) and SAE-TS's two (behaviour, coherence, 1 to 10; mapped to 0…1, their product). The wording
    is ours, the scales and totals are theirs.
-2. An answer is read strictly: `Rating: [[n]]` or a number with nothing but punctuation before it.
-   Anything else, any number outside the scale and a number with a colon after it (a small model
-   recites the scale: "0: not at all. 1: …") is unread: never guessed, counted, and shown with the
-   result.
+2. An answer is read strictly, after the model's reasoning: one `Rating: [[n]]`, or a number with
+   nothing but punctuation before it and no other number after it (`8/10` is 8). Two different
+   numbers are no answer. A number with a colon or an equals sign after it is none either: a small
+   model recites the scale ("0: not at all. 1: …"). What is unread is never guessed; it is counted
+   and shown with the result.
 3. A verdict has a total only if all its answers were read.
 
 A small judge may answer in form without judging: `spread` says whether it gave different texts
@@ -24,10 +25,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from featureflow.progress import Progress, silent
-from pipeline.describe.chat import ChatModel
+from pipeline.describe.chat import ChatModel, after_reasoning
 
-_FORM = re.compile(r"\[\[\s*(-?\d+)\s*\]\]")
-_BARE = re.compile(r"\W*(?:[Rr]ating\W*)?(\d+)(?![\d.,]*\d)(?!\s*:)")
+_FORM = re.compile(r"\[\[([^\]]*)\]\]")
+_BARE = re.compile(r"\W*?(?:rating\W*?)?(-?\d+)(?!\s*[:=])", re.IGNORECASE)
+_NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
+
+ANSWER_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +130,7 @@ class Judge:
     """Who is asked (pipeline/describe/chat.py), and how long an answer may be."""
 
     chat: ChatModel
-    max_tokens: int = 16
+    max_tokens: int = ANSWER_TOKENS
 
     def judge(
         self, rubric: Rubric, texts: Sequence[Judged], *, progress: Progress = silent
@@ -156,10 +160,14 @@ def question_text(question: Question, each: Judged) -> str:
 
 
 def read_rating(question: Question, answer: str) -> int | None:
-    """The number of an answer; None if it has none, or none of the scale."""
-    found = _FORM.search(answer) or _BARE.match(answer)
-    value = int(found[1]) if found else None
-    return value if value is not None and question.low <= value <= question.high else None
+    """The number of an answer; None if it has none, two different ones, or none of the scale."""
+    said = re.sub(rf"(\d)\s*(?:/|out of)\s*{question.high}\b", r"\1", after_reasoning(answer))
+    found = {each.strip() for each in _FORM.findall(said)}
+    if not found and _BARE.match(said):
+        found = set(_NUMBER.findall(said))
+    if len(found) != 1 or not re.fullmatch(r"\d+", value := found.pop()):
+        return None
+    return int(value) if question.low <= int(value) <= question.high else None
 
 
 def verdict_of(rubric: Rubric, answers: Mapping[str, str]) -> Verdict:

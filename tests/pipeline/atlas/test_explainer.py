@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -27,6 +28,7 @@ from pipeline.describe.explain import REACH, Evidence, Windows, sentence_scores
 from pipeline.describe.explainer import Detection, detect, explain, fuzz, marked
 from pipeline.describe.opened import Atlas
 from pipeline.describe.sentences import SentenceModel, embedding_score, example_embedding_score
+from pipeline.describe.vocabulary import Vocabulary
 from pipeline.run import Run
 from pipeline.site.attach import attach_scores, read_scores
 from pipeline.site.validate import validate_atlas
@@ -66,6 +68,11 @@ def says_yes_to_monday(question: str) -> str:
     return json.dumps([int("Monday" in line) for line in lines])
 
 
+@pytest.mark.parametrize(
+    "chat",
+    [_Stub.answer, lambda q: "<think>Let me\nsee.</think>\n\ndays of the week"],
+    indirect=True,
+)
 def test_an_explanation_is_one_short_line(chat):
     assert explain(chat, ["on <<Monday>>"]) == "days of the week"
 
@@ -77,6 +84,8 @@ def test_an_explanation_is_one_short_line(chat):
         lambda q: "Let me think.\nStep 1",
         lambda q: "word " * 100,
         lambda q: "the <<token>>",
+        lambda q: None,
+        lambda q: "<think>the days of the week",
     ],
     indirect=True,
 )
@@ -84,7 +93,15 @@ def test_scratch_text_does_not_become_a_label(chat):
     assert explain(chat, ["on <<Monday>>"]) is None
 
 
-@pytest.mark.parametrize("chat", [says_yes_to_monday], indirect=True)
+@pytest.mark.parametrize(
+    "chat",
+    [
+        says_yes_to_monday,
+        lambda q: f"<think>first I say [1, 0]</think>\n{says_yes_to_monday(q)}",
+        lambda q: f"So {says_yes_to_monday(q)}, that is {says_yes_to_monday(q)}.",
+    ],
+    indirect=True,
+)
 def test_detection_is_balanced_accuracy_over_windows(chat):
     firing = ["see you Monday"] * 6 + ["see you Tuesday"] * 2
     other = ["no day here"] * 11 + ["Monday by mistake"]
@@ -111,7 +128,19 @@ def test_fuzzing_asks_whether_the_marks_fit(chat):
     assert fuzz(chat, "Mondays", right, wrong).score == pytest.approx((1 + 5 / 6) / 2, abs=1e-4)
 
 
-@pytest.mark.parametrize("chat", [lambda q: "I cannot tell."], indirect=True)
+@pytest.mark.parametrize(
+    "chat",
+    [
+        lambda q: "I cannot tell.",
+        lambda q: None,
+        lambda q: "<think>perhaps [1, 0]",
+        lambda q: "a list such as [1, 0], so: [0, 1]",
+        lambda q: "[1, 2]",
+        lambda q: "[10]",
+        lambda q: "[1, 0, 1]",
+    ],
+    indirect=True,
+)
 def test_unreadable_answers_give_no_score(chat):
     assert detect(chat, "x", ["a"], ["b"]) == Detection(n=0, n_asked=2)
 
@@ -132,6 +161,16 @@ def test_no_server_is_said_so():
         explain(ChatModel(url="http://127.0.0.1:9/v1", model="none", timeout_s=2), ["a"])
     with pytest.raises(UserError, match="not an http address"):
         explain(ChatModel(url="file:///etc", model="none"), ["a"])
+
+
+def test_a_character_of_several_tokens_is_shown_whole_and_marked_once():
+    third, rest = "⅓".encode(), "é".encode()
+    tokens = [b"a ", third[:1], third[1:2], third[2:] + rest[:1], rest[1:], b" cup", b"\xff", b"z"]
+    vocabulary = Vocabulary(tokens=tokens, special=frozenset())
+    pieces = vocabulary.whole(range(len(tokens)))
+    assert pieces == [("a ", 1), ("⅓é", 4), (" cup", 1), ("\ufffd", 1), ("z", 1)]
+    assert vocabulary.whole([1, 2]) == [("\ufffd", 2)]
+    assert vocabulary.whole([]) == []
 
 
 def test_marks_surround_the_firing_tokens():
@@ -242,6 +281,23 @@ def marked_places(text: str) -> set[int]:
         out |= set(range(plain, plain + len(part))) if inside else set()
         plain += len(part)
     return out
+
+
+def test_windows_show_characters_of_several_tokens_whole(small_run, monkeypatch):
+    """The most frequent pair of tokens becomes the two halves of a character."""
+    evidence = Evidence(Run.open(small_run.atlas.path.parent))
+    atlas = evidence.atlas
+    ids = atlas.tokens["token"].tolist()
+    pairs = Counter(pair for pair in itertools.pairwise(ids) if pair[0] != pair[1])
+    (first, second), _ = pairs.most_common(1)[0]
+    tokens = list(atlas.vocabulary.tokens)
+    tokens[first], tokens[second] = b"x\xc3", b"\xa9y"
+    vocabulary = Vocabulary(tokens=tokens, special=atlas.vocabulary.special)
+    monkeypatch.setitem(vars(atlas), "vocabulary", vocabulary)
+    found = [evidence.windows(f"L2/{latent}") for latent in range(24)]
+    texts = [text for w in found for text in (*w.shown, *w.right, *w.wrong)]
+    assert any("xéy" in text for text in texts)
+    assert not [text for text in texts if re.search("x\ufffd(<<|>>)*\ufffdy", text)]
 
 
 def test_near_misses_are_among_the_windows_without_the_feature(small_run):
