@@ -24,10 +24,12 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from featureflow.progress import DETAIL, silent
 
 _PATIENCE = 2.0
+_UNLIMITED = 100_000
 
 
 @dataclass(kw_only=True)
@@ -93,15 +95,22 @@ def complain(text: str) -> None:
     sys.stderr.flush()
 
 
-def table(rows: Sequence[tuple[str, ...]], *, gap: str = "  ") -> list[str]:
-    """Left-aligned columns, the last one free."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
-    return [
-        gap.join(
-            [*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]
-        ).rstrip()
-        for row in rows
-    ]
+def table(rows: Sequence[tuple[str, ...]], *, header: Sequence[str] = ()) -> list[str]:
+    """Left-aligned columns, as lines. On a terminal the last column folds; in a file or a pipe no
+    line is cut."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = _UNLIMITED
+    columns = Table(
+        *header, box=None, show_header=bool(header), header_style="", pad_edge=False, expand=False
+    )
+    for row in rows:
+        columns.add_row(*row)
+    for column in columns.columns:
+        column.no_wrap, column.overflow = column is not columns.columns[-1], "fold"
+    with console.capture() as printed:
+        console.print(columns)
+    return [line.rstrip() for line in printed.get().splitlines()] if rows else []
 
 
 def show_number(value: object) -> str:

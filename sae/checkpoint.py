@@ -1,14 +1,9 @@
 """A training run's whole state in one safetensors file: tensors in its body, plain JSON in its
-header.
-
-The file is written beside its place, flushed to disk and renamed: a kill leaves the old state or
-the new one.
-"""
+header, written in one piece: a kill leaves the old state or the new one."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,18 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from featureflow.errors import UserError
+from featureflow.files import written_atomically
 
 _STATE = "state"
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, beside, metadata={_STATE: json.dumps(state, allow_nan=False)})
-    with beside.open("rb") as stream:
-        os.fsync(stream.fileno())
-    beside.replace(path)
+    with written_atomically(path) as beside:
+        save_file(plain, beside, metadata={_STATE: json.dumps(state, allow_nan=False)})
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
