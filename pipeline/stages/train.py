@@ -39,13 +39,18 @@ from featureflow.sites import Site
 from pipeline.artifact import SCHEMAS, Artifact, Draft
 from pipeline.context import RunContext
 from pipeline.run import STORE
-from pipeline.saes import FOLDER
 from pipeline.training.cluster import Described, run_lessons_on_cluster
 from pipeline.training.figures import draw_curves, draw_layers
-from pipeline.training.imported import Imported, identity_of_imported, import_dictionaries
+from pipeline.training.imported import (
+    Imported,
+    identity_of_imported,
+    import_dictionaries,
+    warnings_of,
+)
 from pipeline.training.lessons import (
     BASE,
     DICTIONARIES,
+    TRANSCODERS,
     Lesson,
     Transcoders,
     Variant,
@@ -183,11 +188,15 @@ def _run_import(
     """Read the dictionaries instead of training; the figure shows what they are."""
     digests = {"collect": inputs.collect.digest, **outside_digests(config)}
     with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=digests) as draft:
-        place = draft.path / FOLDER
+        sites = _sites(config, store)
         described = import_dictionaries(
-            choice, store, place, sites=_sites(config, store), progress=context.progress
+            choice, store, draft.path, sites=sites, progress=context.progress
         )
-        draft.summary["n_dictionaries"] = len(described)
+        if warnings := warnings_of(described):
+            write_text_atomically(draft.path / "warnings.json", json.dumps(warnings))
+        draft.summary["n_dictionaries"] = len(described.get(DICTIONARIES, ()))
+        if TRANSCODERS in described:
+            draft.summary["n_transcoders"] = len(described[TRANSCODERS])
         draft.summary["imported"] = True
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
 

@@ -60,6 +60,10 @@ def find_candidates(
                 problems.append(
                     Problem(what="the dictionary does not say its site", where=str(path))
                 )
+            elif metadata.get("transcodes") and "reads" not in metadata:
+                hook = metadata.get("hooks", {}).get("reads")
+                what = "the transcoder does not say a site here that it reads"
+                problems.append(Problem(what=what, where=str(path), found=hook))
             else:
                 inside = path.relative_to(root).as_posix()
                 source = root.name if inside == "." else f"{root.name}/{inside}"
