@@ -315,7 +315,7 @@ def _plain(name: str) -> str:
 _BASE_GEMMA = r"^(gemma3.*)pt$"
 
 
-def _at(path: Path, problem: Problem, fix: str | None = None) -> Problem:
+def _at(path: Path, problem: Problem, fix: object = None) -> Problem:
     """The same problem, with the file that has it."""
     where = f"{path}: {problem.where}" if problem.where else str(path)
     where = problem.where if problem.where and str(path) in problem.where else where
