@@ -18,6 +18,8 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.artifact import Artifact
+from pipeline.lenses.base import fitting
+from pipeline.run import Run
 from pipeline.stages import STAGES, StageName
 
 README = Path(__file__).parent.parent / "README.md"
@@ -50,7 +52,7 @@ def main() -> None:
 
 def report(run: Path) -> str:
     """The times of all stages in a sentence, then the table."""
-    seconds = {stage: float(_open(run, stage).made_by["seconds"]) for stage in STAGES}
+    seconds = {stage: _seconds(run, stage) for stage in STAGES}
     times = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
     size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) / 1e9
     lines = [
@@ -81,7 +83,7 @@ def rows(run: Path) -> Iterator[Row]:
 
 
 def _evaluate_rows(run: Path) -> Iterator[Row]:
-    metrics = pd.read_parquet(run / "evaluate" / "metrics.parquet")
+    metrics = pd.read_parquet(run / "lenses" / "reconstruction" / "tables" / "metrics.parquet")
     better = int((metrics.fvu < metrics.pca_fvu).sum())
     yield (
         f"Variance unexplained (FVU) at {metrics.l0.median():.0f} latents a token, median of "
@@ -92,7 +94,8 @@ def _evaluate_rows(run: Path) -> Iterator[Row]:
         f"{len(metrics)} sites",
         "make evaluate",
     )
-    spliced = metrics.dropna(subset=["ce_recovered_zero"])
+    losses = pd.read_parquet(run / "lenses" / "loss-recovered" / "tables" / "losses.parquet")
+    spliced = losses.dropna(subset=["ce_recovered_zero"])
     yield (
         "Next-token loss recovered when the model reads the reconstruction, median of "
         f"{len(spliced)} sites",
@@ -186,6 +189,12 @@ def _steer_rows(run: Path) -> Iterator[Row]:
             f"{shown('random_flow', 'own_tokens')}",
             "make steer",
         )
+
+
+def _seconds(run: Path, stage: str) -> float:
+    """How long a stage took; of the lenses, all that fit together."""
+    made = [*fitting(Run.open(run)).values()] if stage == "lenses" else [_open(run, stage)]
+    return sum(float(artifact.made_by["seconds"]) for artifact in made)
 
 
 def _open(run: Path, stage: str) -> Artifact:

@@ -13,10 +13,10 @@ we make of them?
    made again, so a stopped run goes on; `--trainers saelens --seeds 1 --train-only` makes one of
    them.
 3. Turn the peers' files into dictionaries over raw activations (they were given centred and scaled
-   rows) and let the evaluate stage measure all of them on the same held-out rows and contexts.
+   rows) and let the evaluation lenses measure all of them on the same held-out rows and contexts.
 
 Prints one JSON line per dictionary, one per trainer (mean over seeds, lowest and highest), and one
-per peer and number: ours minus theirs, with a 95 % interval over seeds (Welch). `OUT/evaluate` has
+per peer and number: ours minus theirs, with a 95 % interval over seeds (Welch). `OUT/lenses` has
 the figures. Cost at 1 M tokens, d=576, N=2,048: about 10 minutes per peer run on one core.
 """
 
@@ -38,11 +38,12 @@ import torch
 from scipy import stats
 
 from benchmarks.__main__ import head
+from benchmarks.measured import measured
 from data.store import ActivationStore
 from featureflow.sites import Site, parse_site
 from pipeline.artifact import Artifact
 from pipeline.context import RunContext
-from pipeline.stages import collect, evaluate, train
+from pipeline.stages import collect, train
 from pipeline.training.plan import Independent
 from sae import Sae, save_sae
 from sae.architectures import BatchTopK, TopK
@@ -107,15 +108,17 @@ def main(arguments: argparse.Namespace) -> None:
     first = Artifact.open(
         out / "train" / f"seed{arguments.seeds[0]}", kind=train.KIND, schema=train.SCHEMA
     )
-    settings = evaluate.Config(
-        n_tokens=arguments.eval_tokens,
-        ce_tokens=arguments.ce_tokens,
-        ce_sites=(site.short,),
-        others=(str(out / "dictionaries"),),
+    report(
+        measured(
+            collected,
+            first,
+            out,
+            n_tokens=arguments.eval_tokens,
+            others=(str(out / "dictionaries"),),
+            ce_tokens=arguments.ce_tokens,
+            ce_sites=(site.short,),
+        )
     )
-    inputs = evaluate.Inputs(collect=collected, train=first)
-    evaluated = evaluate.run(settings, inputs, out / "evaluate", RunContext())
-    report(pd.read_parquet(evaluated.path / "metrics.parquet"))
 
 
 def rate_of_each(arguments: argparse.Namespace) -> dict[str, float]:

@@ -5,10 +5,10 @@ every trainer alike.
     [--save-best FILE]
 
 Every trainer (ours, SAELens, dictionary_learning) trains one dictionary per rate, with a seed that
-the comparison does not use (9), on the rows, width, L0 and budget of `quality_peers`; the evaluate
-stage measures all of them on held-out rows. Prints one JSON line per dictionary and one per trainer
-with its best rate. `--save-best` writes them as `quality_peers --learning-rate` takes them:
-`featureflow=… saelens=… dictionary_learning=…`. What is made already is not made again.
+the comparison does not use (9), on the rows, width, L0 and budget of `quality_peers`; the lens
+`reconstruction` measures all of them on held-out rows. Prints one JSON line per dictionary and one
+per trainer with its best rate. `--save-best` writes them as `quality_peers --learning-rate` takes
+them: `featureflow=… saelens=… dictionary_learning=…`. What is made already is not made again.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import pandas as pd
 
 from benchmarks import quality_peers
 from benchmarks.__main__ import head
+from benchmarks.measured import measured
 from data.store import ActivationStore
 from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
-from pipeline.context import RunContext
-from pipeline.stages import collect, evaluate, train
+from pipeline.stages import collect, train
 
 RATES = (3.4e-3, 4.8e-3, 6.8e-3)  # below, every trainer did worse (docs/log.md)
 SEED = 9
@@ -57,12 +57,10 @@ def main(arguments: argparse.Namespace, rates: list[float], save_best: Path | No
     first = Artifact.open(
         arguments.out / "train" / f"{rates[0]:g}", kind=train.KIND, schema=train.SCHEMA
     )
-    settings = evaluate.Config(
-        n_tokens=arguments.eval_tokens, others=(str(arguments.out / "dictionaries"),)
+    others = (str(arguments.out / "dictionaries"),)
+    best = report(
+        measured(collected, first, arguments.out, n_tokens=arguments.eval_tokens, others=others)
     )
-    inputs = evaluate.Inputs(collect=collected, train=first)
-    evaluated = evaluate.run(settings, inputs, arguments.out / "evaluate", RunContext())
-    best = report(pd.read_parquet(evaluated.path / "metrics.parquet"))
     if save_best is not None:
         save_best.write_text(
             " ".join(f"{trainer}={rate:g}" for trainer, rate in best.items()), encoding="utf-8"

@@ -4,12 +4,12 @@ layers line up.
     python -m benchmarks.quality_starts --collect ARTIFACT --out FOLDER [--layers 12 13 14 15 16 17]
     [--seeds 0 1 2] …
 
-For each start: the train stage, the evaluate stage with the model at every layer, the link stage.
-Independent and shared dictionaries train one pass over the rows (or `--steps`), so does the first
-of a chain; the others of a chain `--next-steps`. Prints one JSON line per start and seed, and one
-per start (mean over seeds, lowest and highest): FVU, CE recovered, dead latents, processor seconds
-of training (all cores added up), links above the null at a 5 % false-discovery rate, and the
-Pearson correlation of linked pairs on held-out tokens. What is made already is not made again.
+For each start: the train stage, the evaluation lenses with the model at every layer, the link
+stage. Independent and shared SAEs train one pass over the rows (or `--steps`), so does the first of
+a chain; the others of a chain `--next-steps`. Prints one JSON line per start and seed, and one per
+start (mean over seeds, lowest and highest): FVU, CE recovered, dead latents, processor seconds of
+training (all cores added up), links above the null at a 5 % false-discovery rate, and the Pearson
+correlation of linked pairs on held-out tokens. What is made already is not made again.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.__main__ import head
+from benchmarks.measured import measured
 from data.store import ActivationStore
 from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
 from pipeline.context import RunContext
-from pipeline.stages import collect, evaluate, link, train
+from pipeline.stages import collect, link, train
 from pipeline.training.plan import Chain, Independent, Initialisation, Shared
 from sae.architectures import TopK
 
@@ -54,8 +55,8 @@ def main(arguments: argparse.Namespace) -> None:
     records = []
     for seed in arguments.seeds:
         for name in arguments.starts:
-            evaluated, linked, trained = made(arguments, collected, name, seed)
-            records.append(record(arguments, name, seed, trained, evaluated, linked))
+            rows, linked, trained = made(arguments, collected, name, seed)
+            records.append(record(arguments, name, seed, trained, rows, linked))
             print(json.dumps(records[-1]), flush=True)
     for line in means(records):
         print(json.dumps(line), flush=True)
@@ -63,19 +64,24 @@ def main(arguments: argparse.Namespace) -> None:
 
 def made(
     arguments: argparse.Namespace, collected: Artifact, start: str, seed: int
-) -> tuple[Artifact, ...]:
-    """The three artifacts of a start: evaluation, links, dictionaries."""
+) -> tuple[pd.DataFrame, Artifact, Artifact]:
+    """What a start gave: evaluation, links, dictionaries."""
     folder = arguments.out / f"{start}-seed{seed}"
     trained = stage(
         arguments, train, train_config(arguments, start, seed), folder, collect=collected
     )
     sites = tuple(f"L{layer}" for layer in arguments.layers)
-    measured = evaluate.Config(
-        n_tokens=arguments.eval_tokens, ce_tokens=arguments.ce_tokens, ce_sites=sites, seed=0
+    rows = measured(
+        collected,
+        trained,
+        folder,
+        n_tokens=arguments.eval_tokens,
+        ce_tokens=arguments.ce_tokens,
+        ce_sites=sites,
+        context=RunContext(n_threads=arguments.threads),
     )
-    evaluated = stage(arguments, evaluate, measured, folder, collect=collected, train=trained)
     return (
-        evaluated,
+        rows,
         stage(arguments, link, link.Config(), folder, collect=collected, train=trained),
         trained,
     )
@@ -118,10 +124,9 @@ def record(
     start: str,
     seed: int,
     trained: Artifact,
-    evaluated: Artifact,
+    rows: pd.DataFrame,
     linked: Artifact,
 ) -> dict[str, Any]:
-    rows = pd.read_parquet(evaluated.path / "metrics.parquet")
     seconds = (
         trained.path.parent / "train_seconds.txt"
     )  # not there when the training was stopped and resumed

@@ -45,14 +45,7 @@ from featureflow.files import (
 from pipeline.made_by import code_digest, made_by
 
 MANIFEST = "manifest.json"
-SCHEMAS: Mapping[str, int] = {
-    "collect": 2,
-    "train": 1,
-    "evaluate": 1,
-    "link": 2,
-    "atlas": 1,
-    "steer": 2,
-}
+SCHEMAS: Mapping[str, int] = {"collect": 2, "train": 1, "link": 2, "atlas": 1, "steer": 2}
 """The schema of each stage's artifact: raised when what it means changes, so that older ones are
 refused."""
 MARKER = ".digest"
@@ -140,6 +133,20 @@ class Artifact:
             return False
 
     @classmethod
+    def borrow(cls, place: Path, theirs: Path, digest: str) -> bool:
+        """Let `place` point to the artifact at `theirs`, of another run, if that has this digest;
+        whether it does."""
+        if place.resolve() == theirs.resolve() or not cls.is_current(theirs, digest):
+            return False
+        place.parent.mkdir(parents=True, exist_ok=True)
+        link = place.with_name(f"{place.name}.link")
+        link.unlink(missing_ok=True)
+        target = os.path.relpath(theirs.resolve(), place.parent.resolve())
+        link.symlink_to(target, target_is_directory=True)
+        replace_folder(link, place)
+        return True
+
+    @classmethod
     @contextmanager
     def create(
         cls, out: Path, *, kind: str, schema: int, config: object, inputs: Mapping[str, str]
@@ -160,6 +167,11 @@ class Artifact:
             with _only_maker(partial):
                 _empty(partial)
 
+    @property
+    def _command(self) -> tuple[str, ...]:
+        """What makes it: a stage, or a lens by its name."""
+        return ("lens", self.path.name) if self.kind == "lens" else (self.kind,)
+
     def verify(self) -> None:
         """Recompute every checksum. Raises UserError naming each damaged file."""
         problems = [
@@ -177,7 +189,7 @@ class Artifact:
             raise UserError(
                 f"{self.path} is damaged",
                 problems=tuple(problems),
-                fix=Command(self.kind, force=True),
+                fix=Command(*self._command, force=True),
             )
 
 

@@ -1,7 +1,13 @@
 """What a lens found, and its form on disk.
 
 `tables/<name>.parquet` and `.csv`, `columns.parquet` and `.csv` (one row a feature, shown on its
-card), `figure.png` and `.svg`, `text.md`, `finding.json` (headline numbers, names of the tables).
+card), `figure.png` and `.svg`, `text.md`, and `finding.json`:
+
+    {"name", "title", "headline": {…}, "figure": true, "columns": [{"name", "kind"}, …] or null,
+     "tables": {"summary": {"rows": 12, "columns": [{"name", "kind"}, …]}, …}}
+
+The kind of a column is `number`, `text`, `feature` or `site`. The last two follow from its name:
+`feature` and `*_feature` hold ids such as `L12/402`, `site` and `*_site` short names.
 """
 
 from __future__ import annotations
@@ -35,20 +41,30 @@ class Finding:
     columns: pd.DataFrame | None = None
 
 
-def write_finding(finding: Finding, folder: Path) -> None:
+def write_finding(finding: Finding, folder: Path, *, name: str, title: str) -> None:
     """Write all of it into a folder. Raises UserError for columns that name no features."""
     if finding.columns is not None and "feature" not in finding.columns:
         found = ", ".join(map(str, finding.columns))
         raise UserError("columns without a feature", expected="a column 'feature'", found=found)
     (folder / "tables").mkdir(parents=True, exist_ok=True)
-    for name, table in finding.tables.items():
-        _write_table(table, folder / "tables" / name)
+    for stem, table in finding.tables.items():
+        _write_table(table, folder / "tables" / stem)
     if finding.columns is not None:
         _write_table(finding.columns, folder / "columns")
     if finding.figure is not None:
         save(finding.figure(), folder / "figure")
     write_text_atomically(folder / "text.md", finding.text.rstrip() + "\n")
-    document = {"headline": finding.headline, "tables": list(finding.tables)}
+    document = {
+        "name": name,
+        "title": title,
+        "headline": finding.headline,
+        "figure": finding.figure is not None,
+        "columns": None if finding.columns is None else _columns(finding.columns),
+        "tables": {
+            stem: {"rows": len(table), "columns": _columns(table)}
+            for stem, table in finding.tables.items()
+        },
+    }
     write_text_atomically(folder / "finding.json", canonical_json(document) + "\n")
 
 
@@ -74,6 +90,17 @@ def read_finding(artifact: Artifact) -> Finding:
         if "columns.parquet" in artifact.files
         else None,
     )
+
+
+def _columns(table: pd.DataFrame) -> list[dict[str, str]]:
+    return [{"name": str(name), "kind": _kind(table[name])} for name in table]
+
+
+def _kind(column: pd.Series) -> str:
+    last = str(column.name).rpartition("_")[2]
+    if last in ("feature", "site"):
+        return last
+    return "number" if pd.api.types.is_numeric_dtype(column) else "text"
 
 
 def _write_table(table: pd.DataFrame, path: Path) -> None:

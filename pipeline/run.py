@@ -204,13 +204,14 @@ class Run:
         """These and all that they were made from, as far as it is here."""
         found, waiting = dict(artifacts), list(artifacts.values())
         while waiting:
-            for stage in waiting.pop().inputs:
-                if stage in SCHEMAS and stage not in found:
-                    try:
-                        found[stage] = self._open(stage)
-                    except UserError:  # missing or damaged: an error only for who needs it
+            for name in waiting.pop().inputs:
+                if name not in found:
+                    try:  # missing or damaged: an error only for who needs it
+                        stage = name in SCHEMAS
+                        found[name] = self._open(name) if stage else open_finding(self.root, name)
+                    except UserError:
                         continue
-                    waiting.append(found[stage])
+                    waiting.append(found[name])
         return found
 
 

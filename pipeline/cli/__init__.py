@@ -25,14 +25,14 @@ from pipeline.cli.atlas import ATLAS_TOOLS
 from pipeline.cli.atlas_questions import QUESTIONS
 from pipeline.cli.dictionaries import sae_commands
 from pipeline.cli.flow import flow_commands
+from pipeline.cli.lens import lens_commands, paper_commands
 from pipeline.cli.options import Given, as_typed
-from pipeline.cli.paper import paper_commands
 from pipeline.cli.stage_commands import recipes, run, stage_command
 from pipeline.cli.steer import STEER_TOOLS, serve
 from pipeline.cli.store import store_commands
 from pipeline.cli.verify import verify
 from pipeline.console import complain
-from pipeline.stages import STAGES
+from pipeline.stages import ALSO, STAGES
 
 
 @click.group(no_args_is_help=True)
@@ -43,8 +43,17 @@ def app() -> None:
 
 
 _TOOLS = {"atlas": (*QUESTIONS, *ATLAS_TOOLS), "steer": STEER_TOOLS}
-_STAGE_COMMANDS = [stage_command(stage, _TOOLS.get(stage, ())) for stage in STAGES]
-_OTHERS = (verify, recipes, serve, store_commands, flow_commands, paper_commands, sae_commands)
+_STAGE_COMMANDS = [stage_command(stage, _TOOLS.get(stage, ())) for stage in (*STAGES, *ALSO)]
+_OTHERS = (
+    verify,
+    recipes,
+    serve,
+    store_commands,
+    flow_commands,
+    lens_commands,
+    paper_commands,
+    sae_commands,
+)
 for _command in (run, *_STAGE_COMMANDS, *_OTHERS):
     app.add_command(_command)
 

@@ -13,10 +13,10 @@ import click
 from click.core import ParameterSource
 
 from featureflow.errors import Command, Fix
-from pipeline.stages import STAGES, StageName
+from pipeline.stages import ALSO, STAGES, StageName, section_of
 
 DEFAULT_RECIPE = "laptop"
-_OF_A_RUN = ("run", *STAGES, "flow", "lens", "paper", "verify")
+_OF_A_RUN = ("run", *STAGES, *ALSO, "flow", "lens", "paper", "verify")
 TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -43,7 +43,7 @@ def as_typed(fix: Fix | None, given: Given) -> Fix | None:
     if not isinstance(fix, Command) or fix.words[0] not in _OF_A_RUN or "--help" in fix.words:
         return fix
     words = [word for option in given.options.items() for word in option]
-    if fix.words[1:] or fix.words[0] not in ("run", *STAGES):
+    if fix.words[1:] or fix.words[0] not in ("run", *STAGES, *ALSO):
         return fix.line(words)
     last = fix.to or (fix.words[0] if fix.words[0] in STAGES else STAGES[-1])
     up_to = STAGES[: STAGES.index(last) + 1] if last in STAGES else STAGES
@@ -141,10 +141,12 @@ class _StageHelp(click.Command):
 
         formatter.write(_HOW)
         for name in STAGES if self.name == "run" else (str(self.name),):
+            section = section_of(name)
             formatter.write(
-                f"\nFields of [{name}], each also an option (--{name}.<field> VALUE):\n"
+                f"\nFields of [{section}], each also an option (--{section}.<field> VALUE):\n"
             )
-            for place, kind, default, meaning in describe(StageName(name).module.Config, name):
+            config_type = StageName(name).module.Config
+            for place, kind, default, meaning in describe(config_type, section):
                 formatter.write(f"  --{place}  <{kind}>  default {default}\n")
                 if meaning:
                     formatter.write(f"      {meaning}\n")

@@ -24,7 +24,7 @@ from pipeline.cli.options import (
     run_context,
 )
 from pipeline.console import progress_bars, say, show_number, table
-from pipeline.stages import STAGES, TITLES
+from pipeline.stages import ALSO, STAGES, TITLES
 
 _WARNINGS_SHOWN = 3
 
@@ -32,7 +32,10 @@ _WARNINGS_SHOWN = 3
 @click.command(cls=StageCommand, context_settings=TAKES_OVERRIDES)
 @recipe_option
 @click.option(
-    "--to", type=click.Choice(STAGES), default=STAGES[-1], help="last stage to bring up to date"
+    "--to",
+    type=click.Choice((*STAGES, *ALSO)),
+    default=STAGES[-1],
+    help="last stage to bring up to date",
 )
 @click.option(
     "--force",
@@ -67,7 +70,7 @@ def run(
     with progress_bars(quiet=quiet) as progress:
         context = run_context(progress=progress, **machine)
         events = Events(
-            started=lambda stage: say(f"{stage}: {TITLES[stage]} …"), finished=_report_stage
+            started=lambda stage: say(f"{stage}: {_title(stage)} …"), finished=_report_stage
         )
         results = run_recipe(
             parsed,
@@ -78,8 +81,16 @@ def run(
             force=force,
             shared=artifacts / parsed.name,
         )
-    index = write_run_index(root, parsed, [*Run.open(root).artifacts.values()])
+    index = write_run_index(root, parsed, Run.open(root))
     _report_run(results, index)
+
+
+def _title(stage: str) -> str:
+    """One line about a stage or a lens (`lenses/<name>`)."""
+    from pipeline.lenses.base import find_lens
+
+    name = stage.partition("/")[2]
+    return find_lens(name).TITLE if name else TITLES[stage]
 
 
 def _report_stage(result: Any) -> None:
@@ -155,7 +166,7 @@ def stage_command(stage: str, tools: Sequence[click.Command] = ()) -> click.Comm
         with progress_bars(quiet=quiet) as progress:
             context = run_context(progress=progress, **machine)
             root = folder_of_run(artifacts, parsed.name, name)
-            result = run_single(
+            results = run_single(
                 parsed,
                 stage,
                 root=root,
@@ -164,9 +175,10 @@ def stage_command(stage: str, tools: Sequence[click.Command] = ()) -> click.Comm
                 force=force,
                 shared=artifacts / parsed.name,
             )
-        for line in [*_summary_lines(result.artifact), *_warning_lines(result.artifact)]:
-            say(f"  {line}")
-        say(f"  {result.artifact.path}")
+        for result in results:
+            for line in [*_summary_lines(result.artifact), *_warning_lines(result.artifact)]:
+                say(f"  {line}")
+            say(f"  {result.artifact.path}")
 
     command.__doc__ = (
         f"{TITLES[stage].capitalize()} (this stage alone; its inputs must be up to date)."

@@ -31,6 +31,7 @@ def verify(quick: bool, recipe: str, artifacts: Path) -> None:
 
     root = run_folder(artifacts, recipe)
     stages = [stage for stage in SCHEMAS if (root / stage).exists()]
+    stages += [f"lenses/{path.parent.name}" for path in sorted(root.glob("lenses/*/manifest.json"))]
     if not stages:
         raise UserError(
             "there is no run here", where=str(root), expected=", ".join(SCHEMAS), fix=Command("run")
@@ -44,7 +45,8 @@ def verify(quick: bool, recipe: str, artifacts: Path) -> None:
         say(line)
     damaged = [stage for stage in stages if damage[stage]]
     if damaged or foreign:
-        again = [Command(stage, force=True) for stage in damaged]
+        words = [stage.replace("lenses/", "lens/").split("/") for stage in damaged]
+        again = [Command(*each, force=True) for each in words]
         fix = (*again, *([Command("run")] if foreign else []))
         problems = (*(problem for stage in stages for problem in damage[stage]), *foreign)
         raise UserError(f"{root} cannot be trusted", problems=problems, fix=fix)
@@ -62,10 +64,15 @@ def _damage(
     from data.store.checks import verify_store
     from pipeline.artifact import SCHEMAS, Artifact
     from pipeline.context import RunContext
+    from pipeline.findings import open_finding
     from pipeline.run import STORE
 
     try:
-        found[stage] = Artifact.open(root / stage, kind=stage, schema=SCHEMAS[stage])
+        found[stage] = (
+            Artifact.open(root / stage, kind=stage, schema=SCHEMAS[stage])
+            if stage in SCHEMAS
+            else open_finding(root, Path(stage).name)
+        )
         if stage == "collect":
             verify_store(root / stage / STORE, not quick, RunContext()).raise_if_damaged()
         if not quick:

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
-STAGES = ("collect", "train", "evaluate", "link", "atlas", "steer")
+STAGES = ("collect", "train", "link", "lenses", "atlas", "steer")
+ALSO = ("evaluate",)
+"""Names of parts of a stage: `evaluate` is `lenses` with the evaluation lenses only."""
 
 TITLES = {
     "collect": "run the model over text and store its activations",
     "train": "train one dictionary (sparse autoencoder) per site",
-    "evaluate": "measure the dictionaries on held-out documents",
+    "evaluate": "measure the dictionaries on held-out documents (the evaluation lenses)",
     "link": "match features across layers into a flow graph",
+    "lenses": "look at the run through the lenses of the recipe",
     "atlas": "describe every feature and export the browsable atlas",
     "steer": "steer the model along features' flows and measure it",
 }
@@ -35,3 +38,8 @@ class StageName:
     @property
     def module(self) -> ModuleType:
         return import_module(f"pipeline.stages.{self.name}")
+
+
+def section_of(stage: str) -> str:
+    """The section of a recipe that a stage reads."""
+    return "lenses" if stage == "evaluate" else stage

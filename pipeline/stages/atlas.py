@@ -9,15 +9,16 @@ to browse.
 4. Write what all sites share, and the tables
    pipeline/site/build.py
 
-Inputs: collect and train artifacts; link and evaluate when there are any. Output: `site/` (open
-`site/index.html`), `tables/`, `metrics.jsonl`. Cost: one encoding of all tokens at every site;
-sites run in parallel processes.
+Inputs: collect and train artifacts; link and findings of lenses when there are any. Output:
+`site/` (open `site/index.html`), `tables/`, `metrics.jsonl`. Cost: one encoding of all tokens at
+every site; sites run in parallel processes.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -37,6 +38,7 @@ from pipeline.context import RunContext
 from pipeline.describe.labels import Bar
 from pipeline.describe.vocabulary import Vocabulary
 from pipeline.describe.workshop import Workshop
+from pipeline.findings import read_finding
 from pipeline.run import STORE
 from pipeline.saes import FOLDER
 from pipeline.site.attach import carry_over
@@ -87,13 +89,13 @@ class Config(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What the atlas describes. Without `link` there is no flow in it, without `evaluate` no
-    reconstruction metrics."""
+    """What the atlas describes. Without `link` there is no flow in it, without the evaluation
+    lenses no reconstruction metrics."""
 
     collect: Artifact
     train: Artifact
     link: Artifact | None = None
-    evaluate: Artifact | None = None
+    lenses: Mapping[str, Artifact] = field(default_factory=dict)
 
 
 def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artifact:
@@ -107,7 +109,7 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
         model = model_facts(inputs.collect, store, context)
         facts = AtlasFacts(
             title=config.title or f"{model.card['name']} · {len(shop.sites)} dictionaries",
-            metrics={} if inputs.evaluate is None else read_metrics(inputs.evaluate.path),
+            metrics=read_metrics(inputs.lenses),
             provenance=_digests(inputs),
         )
         headline = build_atlas(shop, model, facts, draft.path / "tables", context)
@@ -175,19 +177,19 @@ def model_facts(collect: Artifact, store: ActivationStore, context: RunContext) 
     )
 
 
-def read_metrics(folder: Path) -> dict[str, dict[str, Any]]:
-    """Headline metrics by site from an evaluate artifact's `metrics.parquet`; those it does not
-    have are left out."""
-    path = folder / "metrics.parquet"
-    if not path.is_file():
-        return {}
+def read_metrics(findings: Mapping[str, Artifact]) -> dict[str, dict[str, Any]]:
+    """Headline metrics by site from the evaluation lenses; those they do not have are left out."""
     out: dict[str, dict[str, Any]] = {}
-    rows = pd.read_parquet(path)
-    for row in rows[rows["source"] == "train"].to_dict(
-        orient="records"
-    ):  # not those measured for comparison
-        named = {str(k): v for k, v in row.items() if isinstance(v, int | float) and not pd.isna(v)}
-        out[parse_site(str(row["site"])).short] = {k: round(float(v), 5) for k, v in named.items()}
+    for lens, table in (("reconstruction", "metrics"), ("loss-recovered", "losses")):
+        if lens not in findings:
+            continue
+        rows = read_finding(findings[lens]).tables[table]
+        for row in rows[rows["source"] == "train"].to_dict(orient="records"):
+            named = {
+                str(k): v for k, v in row.items() if isinstance(v, int | float) and not pd.isna(v)
+            }
+            site = out.setdefault(parse_site(str(row["site"])).short, {})
+            site |= {k: round(float(v), 5) for k, v in named.items()}
     return out
 
 
@@ -198,5 +200,6 @@ def _n_latents(folder: Path, site: Site) -> int:
 
 
 def _digests(inputs: Inputs) -> dict[str, str]:
-    named = {name: getattr(inputs, name) for name in ("collect", "train", "link", "evaluate")}
+    named = {name: getattr(inputs, name) for name in ("collect", "train", "link")}
+    named |= {f"lenses/{name}": finding for name, finding in inputs.lenses.items()}
     return {name: artifact.digest for name, artifact in named.items() if artifact is not None}

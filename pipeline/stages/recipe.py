@@ -17,7 +17,7 @@ from typing import Any
 
 from featureflow.errors import Command, Problem, UserError
 from featureflow.settings import unknown_key
-from pipeline.stages import STAGES, StageName
+from pipeline.stages import STAGES, StageName, section_of
 
 _TOP_LEVEL = ("description",)
 
@@ -72,8 +72,8 @@ def read_recipe(
     ]
     configs: dict[str, Any] = {}
     for stage in stages:
-        config_type = StageName(stage).module.Config
-        configs[stage] = config_type.read(document.get(stage, {}), stage, problems)
+        section, config_type = section_of(stage), StageName(stage).module.Config
+        configs[stage] = config_type.read(document.get(section, {}), section, problems)
     if problems:
         named = {
             (problem.where or "").split(".")[0].split("[")[0].rstrip(":") for problem in problems
@@ -85,6 +85,15 @@ def read_recipe(
             fix=Command(command, "--help"),
         )
     return Recipe(name=path.stem, description=document.get("description", ""), configs=configs)
+
+
+def lens_options(name_or_path: str, lens: str) -> dict[str, Any]:
+    """What a recipe says of a lens; nothing for a run that no recipe has the name of."""
+    try:
+        document = _read_toml(recipe_path(name_or_path))
+    except UserError:
+        return {}
+    return document.get("lenses", {}).get(lens, {})
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

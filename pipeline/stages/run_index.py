@@ -12,6 +12,8 @@ from jinja2 import Environment, PackageLoader
 from featureflow.files import write_text_atomically
 from pipeline.artifact import Artifact
 from pipeline.console import show_number
+from pipeline.lenses.base import find_lens, fitting
+from pipeline.run import Run
 from pipeline.stages import TITLES
 from pipeline.stages.recipe import Recipe
 
@@ -21,35 +23,39 @@ _PAGES = {
 }
 
 
-def write_run_index(root: Path, recipe: Recipe, artifacts: Sequence[Artifact]) -> Path:
+def write_run_index(root: Path, recipe: Recipe, run: Run) -> Path:
     """Write the page beside the artifacts and return its path. All text is escaped; the page asks
     no network."""
     template = Environment(
         loader=PackageLoader("pipeline.stages", "templates"), autoescape=True
     ).get_template("run_index.html")
-    page = template.render(
-        recipe=recipe, stages=[_stage(a) for a in artifacts], links=[*_links(artifacts)]
-    )
+    artifacts = [*run.artifacts.values()]
+    stages = [_section(root, artifact, TITLES[artifact.kind]) for artifact in artifacts]
+    after = 1 + max(i for i, a in enumerate(artifacts) if a.kind in ("collect", "train", "link"))
+    stages[after:after] = [
+        _section(root, finding, find_lens(name).TITLE) for name, finding in fitting(run).items()
+    ]
+    page = template.render(recipe=recipe, stages=stages, links=[*_links(artifacts)])
     place = root / "index.html"
     write_text_atomically(place, page)
     return place
 
 
-def _stage(artifact: Artifact) -> dict[str, object]:
-    stage = artifact.path.name
+def _section(root: Path, artifact: Artifact, title: str) -> dict[str, object]:
+    place = artifact.path.relative_to(root).as_posix()
     figures = [
         name for name in artifact.files if name.endswith(".png") and not name.startswith("site/")
     ]
     return {
-        "kind": stage,
-        "title": TITLES[stage].capitalize(),
+        "place": place,
+        "title": title[0].upper() + title[1:],
         "seconds": show_number(artifact.made_by["seconds"]),
         "digest": artifact.digest[:12],
         "summary": [
             (key.replace("_", " "), show_number(value)) for key, value in artifact.summary.items()
         ],
         "figures": [
-            {"href": quote(f"{stage}/{name}"), "title": Path(name).stem.replace("_", " ")}
+            {"href": quote(f"{place}/{name}"), "title": Path(name).stem.replace("_", " ")}
             for name in figures
         ],
     }

@@ -17,29 +17,32 @@ A changed section of a recipe therefore reruns that stage and what lies below it
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from featureflow.errors import Command, UserError
-from featureflow.files import replace_folder
 from pipeline.artifact import Artifact, digest_of
 from pipeline.context import RunContext
-from pipeline.stages import STAGES, StageName
+from pipeline.lenses.base import fitting
+from pipeline.run import Run
+from pipeline.stages import ALSO, STAGES, StageName, section_of
+from pipeline.stages.lenses import look_through
 from pipeline.stages.recipe import Recipe
 from sae.kernels.memory import kept_memory
 
-_SHARED = ("collect", "train", "evaluate", "link")
+_SHARED = ("collect", "train", "link")
+LENSES = "lenses"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StageResult:
-    """What came of one stage: its artifact, whether it had to run, and how long that took."""
+    """What came of one stage, or of one lens (`lenses/<name>`): its artifact, whether it had to
+    run, and how long that took."""
 
     stage: str
     artifact: Artifact
@@ -49,8 +52,8 @@ class StageResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Events:
-    """Called as a run goes on: `started` only for a stage that really runs, `finished` for every
-    stage."""
+    """Called as a run goes on: `started` only for what really runs, `finished` for every stage and
+    lens."""
 
     started: Callable[[str], None] = lambda stage: None
     finished: Callable[[StageResult], None] = lambda result: None
@@ -60,7 +63,7 @@ def stages_above(stage: str) -> tuple[str, ...]:
     """The stages whose artifacts `stage` needs, directly or not, in running order, itself last."""
     wanted: set[str] = set()
     _collect_above(stage, wanted)
-    return tuple(name for name in STAGES if name in wanted)
+    return tuple(name for name in (*STAGES, *ALSO) if name in wanted)
 
 
 def run_recipe(
@@ -75,18 +78,23 @@ def run_recipe(
 ) -> list[StageResult]:
     """Bring every stage up to and including `to` up to date. Artifacts lie in `root/<stage>`; one
     that the run `shared` has already as it is wanted here is linked to instead of made (collect to
-    link: later ones are written into)."""
-    events = events or Events()
+    lenses: later ones are written into)."""
     results: list[StageResult] = []
+    available: dict[str, Artifact] = {}
     for stage in stages_above(to):
-        inputs = {result.stage: result.artifact for result in results}
+        config = recipe.configs[stage]
         if stage not in force:
-            _share(stage, recipe.configs[stage], inputs, root, shared)
-        result = _run_stage(
-            stage, recipe.configs[stage], inputs, root, context_of, events, stage in force
+            _share(stage, config, available, root, shared)
+        results += _run_stage(
+            stage,
+            config,
+            available,
+            root,
+            context_of(stage),
+            events or Events(),
+            force=stage in force,
+            shared=shared,
         )
-        results.append(result)
-        events.finished(result)
     return results
 
 
@@ -99,17 +107,19 @@ def run_single(
     events: Events | None = None,
     force: bool = False,
     shared: Path | None = None,
-) -> StageResult:
+) -> list[StageResult]:
     """Run one stage on the artifacts that are there; a missing or outdated input is an error that
     names its command."""
-    events = events or Events()
-    inputs: dict[str, Artifact] = {}
+    available: dict[str, Artifact] = {}
     for above in stages_above(stage)[:-1]:
-        module = StageName(above).module
         fix = Command("run", to=above)
-        _share(above, recipe.configs[above], inputs, root, shared)
+        if above == LENSES:
+            _add_findings(available, Run.of(available), recipe.configs[above].lenses, fix)
+            continue
+        module = StageName(above).module
+        _share(above, recipe.configs[above], available, root, shared)
         artifact = Artifact.open(root / above, kind=module.KIND, schema=module.SCHEMA, fix=fix)
-        expected = _digest(module, recipe.configs[above], inputs)
+        expected = _digest(module, recipe.configs[above], available)
         if artifact.digest != expected:
             raise UserError(
                 f"the {above} artifact was made by another recipe, text or version",
@@ -118,40 +128,88 @@ def run_single(
                 found=f"digest {artifact.digest[:12]}",
                 fix=fix,
             )
-        inputs[above] = artifact
-    result = _run_stage(stage, recipe.configs[stage], inputs, root, context_of, events, force)
-    events.finished(result)
-    return result
+        available[above] = artifact
+    return _run_stage(
+        stage,
+        recipe.configs[stage],
+        available,
+        root,
+        context_of(stage),
+        events or Events(),
+        force=force,
+        shared=shared,
+    )
 
 
 def _run_stage(
     stage: str,
     config: Any,
-    available: Mapping[str, Artifact],
+    available: dict[str, Artifact],
     root: Path,
-    context_of: Callable[[str], RunContext],
+    context: RunContext,
     events: Events,
+    *,
     force: bool,
-) -> StageResult:
+    shared: Path | None,
+) -> list[StageResult]:
+    """One result; of `lenses` one a lens. What was made is added to `available`."""
+    if section_of(stage) == LENSES:
+        return _run_lenses(config, available, context, events, force=force, shared=shared)
     module = StageName(stage).module
     out = root / stage
     if not force and Artifact.is_current(out, _digest(module, config, available)):
-        artifact = Artifact.open(out, kind=module.KIND, schema=module.SCHEMA)
-        return StageResult(stage=stage, artifact=artifact, was_current=True, seconds=0.0)
-    if force:
-        Artifact.discard_partial(out)
-    events.started(stage)
-    started = time.monotonic()
-    inputs = module.Inputs(
-        **{name: available[name] for name in _input_names(module) if name in available}
-    )
-    for name in _input_names(module):
-        available[name].verify()
+        artifact, seconds = Artifact.open(out, kind=module.KIND, schema=module.SCHEMA), None
+    else:
+        if force:
+            Artifact.discard_partial(out)
+        events.started(stage)
+        started = time.monotonic()
+        for needed in _needed(module, available).values():
+            needed.verify()
+        with kept_memory():
+            artifact = module.run(config, _inputs(module, available), out, context)
+        seconds = time.monotonic() - started
+    available[stage] = artifact
+    result = StageResult(stage, artifact, seconds is None, seconds or 0.0)
+    events.finished(result)
+    return [result]
+
+
+def _run_lenses(
+    config: Any,
+    available: dict[str, Artifact],
+    context: RunContext,
+    events: Events,
+    *,
+    force: bool,
+    shared: Path | None,
+) -> list[StageResult]:
+    run, results = Run.of(dict(available), context=context), []
     with kept_memory():
-        artifact = module.run(config, inputs, out, context_of(stage))
-    return StageResult(
-        stage=stage, artifact=artifact, was_current=False, seconds=time.monotonic() - started
-    )
+        for looked in look_through(
+            config.lenses,
+            run,
+            force=force,
+            shared=shared,
+            starting=lambda name: events.started(f"{LENSES}/{name}"),
+        ):
+            place = f"{LENSES}/{looked.name}"
+            results.append(StageResult(place, looked.artifact, looked.was_current, looked.seconds))
+            events.finished(results[-1])
+    _add_findings(available, run, config.lenses)
+    return results
+
+
+def _add_findings(
+    available: dict[str, Artifact], run: Run, wanted: Iterable[str], fix: Command | None = None
+) -> None:
+    """Add every finding that fits the run, named `lenses/<name>`. Raises UserError when one that
+    the recipe wants is not among them."""
+    found = fitting(run)
+    if missing := [name for name in wanted if name not in found]:
+        what = "these lenses have not looked at the run as it is now"
+        raise UserError(what, where=str(run.root / LENSES), found=", ".join(missing), fix=fix)
+    available |= {f"{LENSES}/{name}": artifact for name, artifact in found.items()}
 
 
 def _share(
@@ -159,23 +217,34 @@ def _share(
 ) -> None:
     """Let `root/<stage>` point to the artifact of the run `shared`, if it is current there and not
     here."""
-    if shared is None or stage not in _SHARED or shared.resolve() == root.resolve():
-        return
-    digest = _digest(StageName(stage).module, config, available)
-    place, theirs = root / stage, shared / stage
-    if Artifact.is_current(place, digest) or not Artifact.is_current(theirs, digest):
-        return
-    root.mkdir(parents=True, exist_ok=True)
-    link = root / f"{stage}.link"
-    link.unlink(missing_ok=True)
-    link.symlink_to(os.path.relpath(theirs.resolve(), root.resolve()), target_is_directory=True)
-    replace_folder(link, place)
+    if shared is not None and stage in _SHARED:
+        digest = _digest(StageName(stage).module, config, available)
+        if not Artifact.is_current(root / stage, digest):
+            Artifact.borrow(root / stage, shared / stage, digest)
 
 
 def _digest(module: ModuleType, config: Any, available: Mapping[str, Artifact]) -> str:
-    inputs = {name: available[name].digest for name in _input_names(module) if name in available}
+    inputs = {name: artifact.digest for name, artifact in _needed(module, available).items()}
     outside = module.outside_digests(config) if hasattr(module, "outside_digests") else {}
     return digest_of(module.KIND, module.SCHEMA, config, {**inputs, **outside})
+
+
+def _needed(module: ModuleType, available: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    """The artifacts that a stage is made from, findings by their place."""
+    names = _input_names(module)
+    return {name: found for name, found in available.items() if name.partition("/")[0] in names}
+
+
+def _inputs(module: ModuleType, available: Mapping[str, Artifact]) -> Any:
+    """Its `Inputs`: an artifact a stage, of `lenses` a mapping from the names of lenses."""
+    given: dict[str, Any] = {LENSES: {}} if LENSES in _input_names(module) else {}
+    for place, artifact in _needed(module, available).items():
+        stage, _, lens = place.partition("/")
+        if lens:
+            given[stage][lens] = artifact
+        else:
+            given[stage] = artifact
+    return module.Inputs(**given)
 
 
 def _input_names(module: ModuleType) -> tuple[str, ...]:

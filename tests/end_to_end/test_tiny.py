@@ -24,6 +24,7 @@ from data.store import ActivationStore
 from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
 from pipeline.cli import run_command
+from pipeline.findings import open_finding, read_finding
 from pipeline.saes import FOLDER, Saes
 from pipeline.stages import STAGES, StageName
 from pipeline.stages.recipe import read_recipe
@@ -46,9 +47,14 @@ def opened(artifacts: Path, stage: str) -> Artifact:
     return Artifact.open(artifacts / stage, kind=module.KIND, schema=module.SCHEMA)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_artifact_is_complete_and_undamaged(artifacts: Path, stage: str) -> None:
-    artifact = opened(artifacts, stage)
+PLACES = [stage for stage in STAGES if stage != "lenses"]
+PLACES += [f"lenses/{name}" for name in ("reconstruction", "loss-recovered")]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_artifact_is_complete_and_undamaged(artifacts: Path, place: str) -> None:
+    stage, _, lens = place.partition("/")
+    artifact = open_finding(artifacts, lens) if lens else opened(artifacts, stage)
     artifact.verify()
     assert artifact.summary, "every stage has headline numbers"
     assert any(name.endswith(".png") for name in artifact.files), "every stage draws its figures"
@@ -79,8 +85,12 @@ def test_dictionaries_explain_more_than_the_mean(artifacts: Path) -> None:
         assert int((sae.encode(x) > 0).sum(1).max()) <= 4
 
 
+def measured(artifacts: Path) -> pd.DataFrame:
+    return read_finding(open_finding(artifacts, "reconstruction")).tables["metrics"]
+
+
 def test_evaluation_is_what_a_slow_recount_gives(artifacts: Path) -> None:
-    table = pd.read_parquet(artifacts / "evaluate" / "metrics.parquet").set_index("site")
+    table = measured(artifacts).set_index("site")
     store = ActivationStore.open(artifacts / "collect" / "store.zarr")
     dictionaries = Saes(opened(artifacts, "train").path / FOLDER)
     rows = store.kept_rows("validation")[:1024]
@@ -131,8 +141,8 @@ def test_steering_left_samples_with_the_unsteered_text_beside(artifacts: Path) -
 
 def test_the_front_page_links_to_what_is_there(artifacts: Path) -> None:
     page = (artifacts / "index.html").read_text()
-    for stage in STAGES:
-        assert f'id="{stage}"' in page
+    for place in PLACES:
+        assert f'id="{place}"' in page
     for name in ("atlas/site/index.html",):
         assert name in page
         assert (artifacts / name).is_file()
@@ -146,7 +156,7 @@ def test_the_readme_s_table_is_made_of_the_artifacts(artifacts: Path, tmp_path: 
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    metrics = pd.read_parquet(artifacts / "evaluate" / "metrics.parquet")
+    metrics = measured(artifacts)
     assert f"**{np.median(metrics.fvu):.3f}**" in done.stdout
     atlas = opened(artifacts, "atlas").summary
     assert f"**{atlas['n_labelled'] / atlas['n_alive']:.0%}**" in done.stdout
@@ -181,7 +191,7 @@ def test_a_second_run_does_nothing_and_prints_the_same_numbers(
     }
     assert run_command(["run", "--recipe", RECIPE, "--artifacts", str(artifacts.parent)]) == 0
     text = capsys.readouterr().out
-    assert text.count("up to date") == len(STAGES)
+    assert text.count("up to date") == len(PLACES) + 1, "and the lens frontier, which draws nothing"
     assert {path: path.stat().st_mtime_ns for path in before} == before
     summary = json.loads((artifacts / "collect" / "manifest.json").read_text())["summary"]
     assert f"{summary['n_tokens']:,}" in text
@@ -191,11 +201,12 @@ def test_a_changed_section_reruns_that_stage_and_nothing_above(
     artifacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["run", "--recipe", RECIPE, "--artifacts", str(artifacts.parent), "--to", "evaluate"]
-    assert run_command([*command, "--evaluate.n_tokens", "512"]) == 0
+    assert run_command([*command, "--lenses.reconstruction.n_tokens", "512"]) == 0
     text = capsys.readouterr().out
     assert "collect: up to date" in text
     assert "train: up to date" in text
-    assert "evaluate: done" in text
+    assert "lenses/reconstruction: done" in text
+    assert "lenses/loss-recovered: up to date" in text
     assert run_command(command) == 0, "and back, for the tests that follow"
 
 

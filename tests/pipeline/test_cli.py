@@ -15,6 +15,7 @@ from featureflow.errors import Problem, UserError
 from pipeline.cli import run_command
 from pipeline.cli.options import parse_overrides, run_context, run_folder
 from pipeline.console import show_number, table
+from pipeline.stages import STAGES
 
 
 def test_overrides_in_both_spellings() -> None:
@@ -31,12 +32,13 @@ def test_a_word_that_is_no_override_is_refused(words: list[str]) -> None:
         parse_overrides(words)
 
 
-@pytest.mark.parametrize("stage", ["collect", "train", "evaluate", "link", "atlas", "steer", "run"])
+@pytest.mark.parametrize("stage", [*STAGES, "evaluate", "run"])
 def test_help_explains_every_field(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command([stage, "--help"]) == 0
     text = capsys.readouterr().out
     assert "Fields of [" in text
-    assert f"--{'collect' if stage == 'run' else stage}." in text
+    section = {"run": "collect", "evaluate": "lenses"}.get(stage, stage)
+    assert f"--{section}." in text
 
 
 @pytest.mark.parametrize(

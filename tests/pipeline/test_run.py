@@ -89,9 +89,9 @@ def test_all_that_is_missing_is_named_before_anything_is_compared(tmp_path: Path
         run.need("collect", "train", "link", "atlas")
     assert str(caught.value.fix) == "featureflow run --to atlas"
     with pytest.raises(UserError) as caught:
-        run.need("collect", "evaluate", "atlas")
+        run.need("collect", "steer", "atlas")
     assert [Path(str(problem.where)).name for problem in caught.value.problems] == [
-        "evaluate",
+        "steer",
         "atlas",
     ]
     with pytest.raises(UserError, match="there is no stage 'shop'"):
@@ -185,7 +185,7 @@ def test_a_finding_is_read_back_and_refused_once_its_inputs_changed(tmp_path: Pa
         config={},
         inputs={"train": run["train"].digest},
     ) as draft:
-        write_finding(finding, draft.path)
+        write_finding(finding, draft.path, name="depth", title="depth of a concept")
     found = Run.open(tmp_path).lens("depth")
     pd.testing.assert_frame_equal(found.tables["depth"], finding.tables["depth"])
     assert found.columns is not None
@@ -205,4 +205,5 @@ def test_a_finding_is_read_back_and_refused_once_its_inputs_changed(tmp_path: Pa
 
 def test_a_finding_whose_columns_name_no_features_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="columns without a feature"):
-        write_finding(Finding(tables={}, text="", columns=pd.DataFrame({"latent": [1]})), tmp_path)
+        finding = Finding(tables={}, text="", columns=pd.DataFrame({"latent": [1]}))
+        write_finding(finding, tmp_path, name="depth", title="depth of a concept")

@@ -18,9 +18,11 @@ from featureflow.errors import UserError
 from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
 from pipeline.context import RunContext
-from pipeline.lenses.evaluation.frontier import frontier_of
+from pipeline.lenses import loss_recovered, reconstruction
+from pipeline.lenses.frontier import frontier_of
+from pipeline.run import Run
 from pipeline.saes import FOLDER, Saes
-from pipeline.stages import collect, evaluate, train
+from pipeline.stages import collect, train
 from pipeline.training.lessons import Transcoders, Variant
 from pipeline.training.plan import Chain
 from sae import load_sae
@@ -159,19 +161,20 @@ def test_the_variant_in_use_is_what_later_stages_see(
 def test_evaluation_reports_the_frontier(
     swept: Artifact, collected: Artifact, tmp_path: Path
 ) -> None:
-    config = evaluate.Config(
-        n_tokens=400, n_pca_tokens=400, ce_tokens=64, ce_sites=("L2",), n_resamples=20
-    )
-    found = evaluate.run(
-        config, evaluate.Inputs(collect=collected, train=swept), tmp_path / "evaluate", RunContext()
-    )
-    rows = pd.read_parquet(found.path / "metrics.parquet")
+    run = Run.of({"collect": collected, "train": swept})
+    few = {"n_resamples": 20}
+    found = reconstruction.look(
+        run, reconstruction.Config(n_tokens=400, n_pca_tokens=400, **few)
+    ).tables
+    rows = found["metrics"]
     at = {site: set(part["source"]) for site, part in rows.groupby("site")}
     assert at == {"L0": {"train", "variants/k6"}, "L1": {"train", "variants/k6"}} | {
         "L2": {"train", "variants/k6", "variants/wide"}
     }
-    assert rows[rows["site"] == "L2"]["kl_spliced"].notna().sum() == 3
-    frontier = pd.read_parquet(found.path / "frontier.parquet")
+    config = loss_recovered.Config(n_tokens=64, sites=("L2",), **few)
+    losses = loss_recovered.look(run, config).tables["losses"]
+    assert losses["kl_spliced"].notna().sum() == len(losses) == 3
+    frontier = frontier_of(rows)
     assert len(frontier) == len(rows)
     assert frontier["on_frontier"].any()
     assert (found.path / "figures" / "frontier.png").stat().st_size > 5000
@@ -265,17 +268,17 @@ def test_a_transcoder_predicts_the_mlp_from_its_input(
 def test_a_transcoder_is_evaluated_on_what_it_reads(
     transcoded: Artifact, collected: Artifact, tmp_path: Path
 ) -> None:
-    config = evaluate.Config(
-        n_tokens=10_000, n_pca_tokens=0, ce_tokens=200, ce_sites=("L1.mlp",), n_resamples=20
-    )
-    inputs = evaluate.Inputs(collect=collected, train=transcoded)
-    found = evaluate.run(config, inputs, tmp_path / "evaluate", RunContext())
-    rows = pd.read_parquet(found.path / "metrics.parquet").set_index("source")
+    run, few = Run.of({"collect": collected, "train": transcoded}), {"n_resamples": 20}
+    config = reconstruction.Config(n_tokens=10_000, n_pca_tokens=0, **few)
+    rows = reconstruction.look(run, config).tables["metrics"].set_index("source")
+    spliced = loss_recovered.Config(n_tokens=200, sites=("L1.mlp",), **few)
+    losses = loss_recovered.look(run, spliced).tables["losses"].set_index("source")
     sae, (x, y) = load_sae(transcoded.path / "transcoders" / "L1.mlp"), _held_out(collected)
     fvu = float((sae(x) - y).double().square().sum() / (y - y.mean(0)).double().square().sum())
     row = rows.loc["transcoders"]
     assert (row["site"], row["reads"]) == ("L1.mlp", "L1.mid")
     assert row["fvu"] == pytest.approx(fvu, rel=1e-4)
-    assert row["kl_spliced"] < row["kl_mean"], (
+    lost = losses.loc["transcoders"]
+    assert lost["kl_spliced"] < lost["kl_mean"], (
         "the model loses less by the prediction than by the mean"
     )

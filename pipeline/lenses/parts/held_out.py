@@ -1,4 +1,4 @@
-"""The rows that dictionaries are measured on: whole contexts or blocks of rows, drawn by seed from
+"""The rows that SAEs are measured on: whole contexts or blocks of rows, drawn by seed from
 one split.
 
 1. `choose_rows` draws blocks of rows until enough of them pass the filters; `iter_rows` reads them
@@ -102,7 +102,7 @@ def choose_contexts(
         raise UserError(
             "the store has no whole held-out contexts to run the model on",
             where=store.url,
-            fix="collect with a validation_fraction above 0, or set evaluate.ce_tokens to 0",
+            fix="collect with a validation_fraction above 0",
         )
     flags = tokens.flags[rows].reshape(shape)
     spliced = filters.keeps(tokens)[rows].reshape(shape)

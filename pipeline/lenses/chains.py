@@ -16,70 +16,96 @@ import pandas as pd
 
 from featureflow.errors import UserError
 from featureflow.sites import Site
+from pipeline.findings import Finding
 from pipeline.flow.causal import record_clean
 from pipeline.flow.mediation import Chains, measure_mediation, summarise_mediation
-from pipeline.lenses.paper.figures import draw_bars
-from pipeline.lenses.paper.subject import Effort, Finding, Layer, Subject, layers_of, spread
+from pipeline.lenses.base import LensConfig
+from pipeline.lenses.parts.charts import bars
+from pipeline.lenses.parts.layers import (
+    Layer,
+    NContexts,
+    NPairs,
+    NTargets,
+    Seed,
+    contexts_of,
+    layers_of,
+    per_context,
+    spread,
+    with_features,
+)
+from pipeline.run import Run
 
+TITLE = "remove ancestors, hold the chain between (indirect effects; in neither paper)"
+GROUP = "paper"
+NEEDS = ("collect", "train", "link")
 STEPS = (2, 3, 4, 6)
 """Links between the ancestor and its target."""
 ALL, KEPT = "all", "kept links only"
 
 
-def chains(subject: Subject, effort: Effort) -> Finding:
+class Config(LensConfig):
+    """How much is tested."""
+
+    n_pairs: NPairs = 6
+    n_targets: NTargets = 150
+    n_contexts: NContexts = 32
+    seed: Seed = 0
+
+
+def look(run: Run, config: Config) -> Finding:
     """Remove ancestors, hold the chain, and see how much of the effect is left."""
-    layers = {layer.target: layer for layer in layers_of(subject) if "residual" in layer.links}
+    layers = {layer.target: layer for layer in layers_of(run) if "residual" in layer.links}
     if not (possible := [site for site in layers if _sites_before(layers, site, STEPS[0])]):
         raise UserError(
             "no chain is long enough",
             expected=f"{STEPS[0] + 1} neighbouring resid_post dictionaries",
             fix="set collect.sites to resid_post",
         )
-    model = subject.open_model()
-    contexts = subject.contexts(model, effort.n_contexts)
-    tables = []
-    for target in spread(possible, effort.n_pairs):
+    contexts, tables = contexts_of(run, config.n_contexts), []
+    for target in spread(possible, config.n_pairs):
         ways = [sites for steps in STEPS if (sites := _sites_before(layers, target, steps))]
-        recorded = record_clean(model, contexts, ways[-1], progress=subject.progress)
-        dictionaries = {site: subject.dictionaries[site] for site in ways[-1]}
+        recorded = record_clean(run.model, contexts, ways[-1], progress=run.context.progress)
+        saes = {site: run.saes[site] for site in ways[-1]}
         for sites in ways:
             found = _composed(layers, sites)
             table = measure_mediation(
-                model,
-                dictionaries,
+                run.model,
+                saes,
                 found,
                 contexts=contexts,
                 recorded=recorded,
-                n_targets=effort.n_targets,
-                n_targets_per_context=max(1, -(-effort.n_targets // len(contexts.ids))),
-                seed=effort.seed + target.layer,
-                progress=subject.progress,
+                n_targets=config.n_targets,
+                n_targets_per_context=per_context(config.n_targets, contexts),
+                seed=config.seed + target.layer,
+                progress=run.context.progress,
             )
-            tables.append(
-                table.assign(kept=_kept_chains(subject, found)[table["target_latent"].to_numpy()])
-            )
-    return _finding(pd.concat(tables, ignore_index=True), effort)
+            kept = _kept_chains(run.graph.edges, found)
+            tables.append(table.assign(kept=kept[table["target_latent"].to_numpy()]))
+    return _finding(pd.concat(tables, ignore_index=True), config)
 
 
-def _finding(trials: pd.DataFrame, effort: Effort) -> Finding:
+def _finding(trials: pd.DataFrame, config: Config) -> Finding:
     if not len(trials):
-        raise UserError("no target fires together with its ancestor", fix="raise --contexts")
+        raise UserError("no target is active together with its ancestor", fix="raise --contexts")
     parts = {ALL: trials, KEPT: trials[trials["kept"]]}
     summary = pd.concat(
         [
-            summarise_mediation(part, seed=effort.seed).assign(chains=name)
+            summarise_mediation(part, seed=config.seed).assign(chains=name)
             for name, part in parts.items()
             if len(part)
         ],
         ignore_index=True,
     )
-    by_layer = summarise_mediation(trials, by=("target_site", "steps"), seed=effort.seed)
+    by_layer = summarise_mediation(trials, by=("target_site", "steps"), seed=config.seed)
     everything = summary[summary["chains"] == ALL]
     return Finding(
-        tables={"trials": trials, "summary": summary, "by_layer": by_layer},
-        draw=lambda path: draw_bars(
+        tables={
+            "summary": summary,
+            "by_layer": by_layer,
+            "trials": with_features(trials.rename(columns={"ancestor": "ancestor_latent"})),
+        },
+        figure=lambda: bars(
             everything,
-            path,
             by=("steps",),
             columns={
                 "change": "change when the ancestor is removed",
@@ -89,7 +115,7 @@ def _finding(trials: pd.DataFrame, effort: Effort) -> Finding:
             },
         ),
         text=_text(everything, trials["target_site"].nunique()),
-        summary={
+        headline={
             f"{name}, {row.steps} steps": round(float(getattr(row, name)), 4)
             for row in everything.itertuples()
             for name in ("change", "through_chain")
@@ -112,7 +138,7 @@ def _text(summary: pd.DataFrame, n_layers: int) -> str:
     return (
         "What the paper saw: it removes direct predecessors only; effects over several layers were "
         "not measured.\n\n"
-        f"What this model shows, {n_layers} target layers, targets whose ancestor fires, 95 % "
+        f"What this model shows, {n_layers} target layers, targets whose ancestor is active, 95 % "
         "intervals by document:\n" + "\n".join(lines)
     )
 
@@ -141,10 +167,10 @@ def _composed(layers: Mapping[Site, Layer], sites: tuple[Site, ...]) -> Chains:
     return Chains(sites=sites, latent=np.stack(latents[::-1]))
 
 
-def _kept_chains(subject: Subject, found: Chains) -> np.ndarray:
+def _kept_chains(edges: pd.DataFrame, found: Chains) -> np.ndarray:
     """Whether the graph keeps every link of each target's chain."""
     kept = np.ones(found.latent.shape[1], dtype=bool)
-    edges = subject.edges[(subject.edges["rank"] == 0) & (subject.edges["relation"] == "residual")]
+    edges = edges[(edges["rank"] == 0) & (edges["relation"] == "residual")]
     for i, site in enumerate(found.sites[1:], start=1):
         links = edges[(edges["target_site"] == site.short) & edges["kept"]]
         good = np.zeros(

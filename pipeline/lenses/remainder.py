@@ -8,7 +8,7 @@ predecessor have done better?
    those that did not; there also what the layer adds after the removal.
 2. Exact only where the source's site and the target's differ by one layer's output, so neighbouring
    `resid_post` sites.
-3. On `--exhaustive` targets per pair every latent that fires is tried: is the top-1 predecessor the
+3. On `n_exhaustive` targets per pair every active latent is tried: is the top-1 predecessor the
    best of them?
 
 Not in the paper, whose Table 1 gives both strategies on different targets.
@@ -22,33 +22,56 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data.model.language_model import LanguageModel
 from featureflow.errors import UserError
-from pipeline.flow.causal import Contexts, DeactivationOptions, measure_deactivation, record_clean
+from pipeline.findings import Finding
+from pipeline.flow.causal import Contexts, record_clean
 from pipeline.flow.validation import TOP_1
-from pipeline.lenses.paper.figures import draw_bars
-from pipeline.lenses.paper.subject import Effort, Finding, Layer, Subject, layers_of, spread
+from pipeline.lenses.base import LensConfig
+from pipeline.lenses.parts.charts import bars
+from pipeline.lenses.parts.layers import (
+    Layer,
+    NContexts,
+    NExhaustive,
+    NPairs,
+    NTargets,
+    Seed,
+    contexts_of,
+    layers_of,
+    remove_predecessors,
+    spread,
+    with_features,
+)
+from pipeline.run import Run
 from sae import Sae
 
+TITLE = "what keeps targets alive whose predecessor was removed (in neither paper)"
+GROUP = "paper"
+NEEDS = ("collect", "train", "link")
 BEST = "best single active"
 PARTS = ("predecessor", "other_latents", "error", "constant", "layer", "layer_after")
 _TARGET = ["target", "context", "position", "target_latent"]
 
 
-def remainder(subject: Subject, effort: Effort) -> Finding:
+class Config(LensConfig):
+    """How much is tested."""
+
+    n_pairs: NPairs = 6
+    n_targets: NTargets = 150
+    n_contexts: NContexts = 32
+    n_exhaustive: NExhaustive = 20
+    seed: Seed = 0
+
+
+def look(run: Run, config: Config) -> Finding:
     """Take the targets' readings apart, and compare top-1 with the best of all active latents on
     the same targets."""
-    layers = [layer for layer in layers_of(subject) if _neighbouring(layer)]
+    layers = [layer for layer in layers_of(run) if _neighbouring(layer)]
     if not layers:
         raise UserError(
             "no two neighbouring resid_post sites are linked", fix="set collect.sites to resid_post"
         )
-    model = subject.open_model()
-    contexts = subject.contexts(model, effort.n_contexts)
-    done = [
-        _of_layer(subject, model, layer, contexts, effort)
-        for layer in spread(layers, effort.n_pairs)
-    ]
+    contexts = contexts_of(run, config.n_contexts)
+    done = [_of_layer(run, layer, contexts, config) for layer in spread(layers, config.n_pairs)]
     parts = pd.concat([found for found, _ in done], ignore_index=True)
     both = _both(pd.concat([trials for _, trials in done], ignore_index=True))
     summary = parts.groupby("success", as_index=False).agg(
@@ -57,80 +80,72 @@ def remainder(subject: Subject, effort: Effort) -> Finding:
         **{name: (name, "mean") for name in PARTS},
     )
     by_layer = parts.groupby(["target", "success"], as_index=False)[list(PARTS)].mean()
-    bars = pd.DataFrame(
-        [
-            {
-                "part": name.replace("_", " ")
-                + (", target silenced" if row.success else ", still fires"),
-                "share": float(getattr(row, name)),
-            }
-            for name in PARTS
-            for row in summary.itertuples()
-            if np.isfinite(getattr(row, name))
-        ]
+    shares = summary.melt("success", PARTS, "part", "share").dropna(subset="share")
+    shares["part"] = shares["part"].str.replace("_", " ") + shares["success"].map(
+        {True: ", target silenced", False: ", still active"}
     )
     return Finding(
-        tables={"parts": parts, "summary": summary, "by_layer": by_layer, "same_targets": both},
-        draw=lambda path: draw_bars(
-            bars, path, by=("part",), columns={"share": "share of the target's activation"}
+        tables={
+            "summary": summary,
+            "by_layer": by_layer.rename(columns={"target": "target_site"}),
+            "same_targets": both.rename(columns={"target": "target_site"}),
+            "parts": with_features(parts),
+        },
+        figure=lambda: bars(
+            shares, by=("part",), columns={"share": "share of the target's activation"}
         ),
         text=_text(summary, both, parts["target"].nunique()),
-        summary={"top-1 is the best": round(float(both["same"].mean()), 4)} if len(both) else {},
+        headline={"top-1 is the best": round(float(both["same"].mean()), 4)} if len(both) else {},
     )
 
 
 def _neighbouring(layer: Layer) -> bool:
+    """Whether the residual predecessor is one whole block before."""
     link = layer.links.get("residual")
-    kinds = {layer.target.kind} | ({link.source.kind} if link else set())
-    return (
-        link is not None and kinds == {"resid_post"} and link.source.layer == layer.target.layer - 1
-    )
+    if link is None or {layer.target.kind, link.source.kind} != {"resid_post"}:
+        return False
+    return link.source.layer == layer.target.layer - 1
 
 
 def _of_layer(
-    subject: Subject, model: LanguageModel, layer: Layer, contexts: Contexts, effort: Effort
+    run: Run, layer: Layer, contexts: Contexts, config: Config
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     source, target = layer.links["residual"].source, layer.target
-    saes = {site: subject.dictionaries[site] for site in (source, target)}
-    recorded = record_clean(model, contexts, (source, target), progress=subject.progress)
-    trials = measure_deactivation(
-        model,
+    saes = {site: run.saes[site] for site in (source, target)}
+    recorded = record_clean(run.model, contexts, (source, target), progress=run.context.progress)
+    trials = remove_predecessors(
+        run,
         saes,
-        source=source,
-        target=target,
-        predecessors={TOP_1: layer.links["residual"].best[:, None]},
-        contexts=contexts,
-        options=DeactivationOptions(
-            n_targets=effort.n_targets,
-            n_targets_per_context=max(1, -(-effort.n_targets // len(contexts.ids))),
-            n_exhaustive=effort.n_exhaustive,
-            controls=(),
-            seed=effort.seed + target.layer,
-        ),
+        source,
+        target,
+        {TOP_1: layer.links["residual"].best[:, None]},
+        contexts,
+        n_targets=config.n_targets,
+        seed=config.seed,
         recorded=recorded,
-        progress=subject.progress,
+        n_exhaustive=config.n_exhaustive,
+        controls=(),
     )
-    run = trials[(trials["strategy"] == TOP_1) & (trials["n_removed"] == 1)].reset_index(drop=True)
-    at = (
-        torch.tensor(run["context"].to_numpy(copy=True)),
-        torch.tensor(run["position"].to_numpy(copy=True)),
-    )
-    taken = _taken_apart(run, saes[source], saes[target], recorded[source][at])
+    removed = _removed(trials).reset_index(drop=True)
+    at = tuple(torch.tensor(removed[name].to_numpy(copy=True)) for name in ("context", "position"))
+    taken = _taken_apart(removed, saes[source], saes[target], recorded[source][at])
     usual = _usual_smallest(saes[target], recorded[target][torch.from_numpy(contexts.usable)])
-    return taken.assign(below_usual=~run["success"] & (run["after"] < usual)), trials
+    return taken.assign(below_usual=~removed["success"] & (removed["after"] < usual)), trials
+
+
+def _removed(trials: pd.DataFrame) -> pd.DataFrame:
+    """Trials of the top-1 predecessor in which it was active."""
+    return trials[(trials["strategy"] == TOP_1) & (trials["n_removed"] == 1)]
 
 
 def _taken_apart(
-    run: pd.DataFrame, source: Sae, target: Sae, stream: Float[Tensor, "trial d_model"]
+    trials: pd.DataFrame, source: Sae, target: Sae, stream: Float[Tensor, "trial d_model"]
 ) -> pd.DataFrame:
     """Each target's reading as shares of its activation; `layer` and `layer_after` are what is left
     over."""
-    latent, before = (
-        torch.tensor(run["target_latent"].to_numpy(copy=True)),
-        run["before"].to_numpy(),
-    )
-    predecessor = torch.tensor(run["predecessor"].to_numpy(copy=True))
-    rows = target.W_enc[latent]
+    latent = torch.tensor(trials["target_latent"].to_numpy(copy=True))
+    predecessor = torch.tensor(trials["predecessor"].to_numpy(copy=True))
+    before, rows = trials["before"].to_numpy(), target.W_enc[latent]
     codes = source.encode_sparse(stream)
     strength = (codes.value * (codes.index == predecessor[:, None])).sum(1)
     direct = strength * (rows * source.W_dec[predecessor]).sum(1)
@@ -144,9 +159,10 @@ def _taken_apart(
     parts = {name: value.double().numpy() / before for name, value in sums.items()}
     rest = parts["other_latents"] + parts["error"] + parts["constant"]
     parts["layer"] = 1.0 - rest - parts["predecessor"]
-    parts["layer_after"] = np.where(run["success"], np.nan, run["after"] / before - rest)
-    facts = run[["source", *_TARGET, "document", "before", "after", "success"]]
-    return facts.assign(predecessor_latent=run["predecessor"], **parts)
+    after = trials["after"] / before - rest
+    parts["layer_after"] = np.where(trials["success"], np.nan, after)
+    facts = trials[["source", *_TARGET, "predecessor", "document", "before", "after", "success"]]
+    return facts.rename(columns={"predecessor": "source_latent"}).assign(**parts)
 
 
 def _usual_smallest(sae: Sae, rows: Float[Tensor, "token d_model"]) -> float:
@@ -160,14 +176,13 @@ def _both(trials: pd.DataFrame) -> pd.DataFrame:
     """Targets tested by both strategies."""
     columns = [*_TARGET, "predecessor", "success", "change"]
     best = trials.loc[trials["strategy"] == BEST, columns]
-    top = trials.loc[(trials["strategy"] == TOP_1) & (trials["n_removed"] == 1), columns]
-    both = top.merge(best, on=_TARGET, suffixes=("_top_1", "_best"))
+    both = _removed(trials)[columns].merge(best, on=_TARGET, suffixes=("_top_1", "_best"))
     return both.assign(same=both["predecessor_top_1"] == both["predecessor_best"])
 
 
 def _text(summary: pd.DataFrame, both: pd.DataFrame, n_layers: int) -> str:
     lines = [
-        f"  {'silenced' if row.success else 'still firing'} (n {row.n}): predecessor "
+        f"  {'silenced' if row.success else 'still active'} (n {row.n}): predecessor "
         f"{row.predecessor:.2f}, "
         f"other latents {row.other_latents:.2f}, error {row.error:.2f}, constant "
         f"{row.constant:.2f}, "
@@ -178,16 +193,16 @@ def _text(summary: pd.DataFrame, both: pd.DataFrame, n_layers: int) -> str:
     failed = summary[~summary["success"].astype(bool)]
     if len(failed):
         lines.append(
-            f"  of those still firing {failed['kept_below_usual'].iloc[0]:.2f} end below the usual "
+            f"  of those still active {failed['kept_below_usual'].iloc[0]:.2f} end below the usual "
             "smallest value"
         )
     if len(both):
+        mean = both[["success_top_1", "change_top_1", "success_best", "change_best"]].mean()
         lines.append(
-            f"  on {len(both)} targets tested both ways: top-1 success "
-            f"{both['success_top_1'].mean():.2f}, change "
-            f"{both['change_top_1'].mean():.2f}; best of all active latents "
-            f"{both['success_best'].mean():.2f}, "
-            f"{both['change_best'].mean():.2f}; the same latent in {both['same'].mean():.2f}"
+            f"  on {len(both)} targets tested both ways: top-1 success {mean['success_top_1']:.2f},"
+            f" change {mean['change_top_1']:.2f}; best of all active latents "
+            f"{mean['success_best']:.2f}, {mean['change_best']:.2f}; the same latent in "
+            f"{both['same'].mean():.2f}"
         )
     return (
         "What the paper saw: the best of all active latents succeeds in 0.73, the top-1 one in "

@@ -1,9 +1,8 @@
-"""The evaluate stage measures what its words say: on a tiny random model, against plain loops and
-known answers."""
+"""The evaluation lenses measure what their words say: on a tiny random model, against plain loops
+and known answers."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,12 @@ from featureflow.errors import UserError
 from featureflow.sites import Site, parse_site
 from pipeline.artifact import Artifact
 from pipeline.context import RunContext
-from pipeline.lenses.evaluation.held_out import choose_contexts, choose_rows
-from pipeline.lenses.evaluation.recovery import Subject, measure_recovery
-from pipeline.stages import collect, evaluate
+from pipeline.lenses import loss_recovered, reconstruction
+from pipeline.lenses.base import LensConfig, find_lens, run_lens
+from pipeline.lenses.loss_recovered import Spliced, measure_recovery
+from pipeline.lenses.parts.held_out import choose_contexts, choose_rows
+from pipeline.run import Run
+from pipeline.stages import collect
 from sae import Relu, Sae, TopKActivation, save_sae
 from sae.formats import write_saelens
 
@@ -86,43 +88,43 @@ def train_artifact(folder: Path, dictionaries: dict[str, Sae]) -> Artifact:
     return Artifact.open(folder, kind="train", schema=1)
 
 
-def evaluated(collected, tmp_path, dictionaries, **config):
-    train = train_artifact(tmp_path / "train", dictionaries)
-    settings = evaluate.Config(
-        **{"n_tokens": 600, "n_pca_tokens": 600, "ce_tokens": 200, "n_resamples": 50} | config
-    )
-    inputs = evaluate.Inputs(collect=collected, train=train)
-    return evaluate.run(settings, inputs, tmp_path / "evaluate", RunContext())
+def measured(collected, tmp_path, saes, **options) -> Run:
+    """The run after `reconstruction` looked."""
+    run = Run.of({"collect": collected, "train": train_artifact(tmp_path / "train", saes)})
+    run.root = tmp_path
+    small = {"n_tokens": 600, "n_pca_tokens": 600, "n_resamples": 50} | options
+    run_lens("reconstruction", run, reconstruction.Config(**small))
+    return run
 
 
-def test_a_perfect_dictionary_loses_nothing_and_a_rough_one_something(collected, tmp_path):
-    found = evaluated(
-        collected, tmp_path, {"L0": perfect(), "L1": rough(1), "L1.mlp": perfect(), "L2": rough(2)}
-    )
-    rows = pd.read_parquet(found.path / "metrics.parquet").set_index("site")
+def metrics(run: Run) -> pd.DataFrame:
+    return run.lens("reconstruction").tables["metrics"]
+
+
+def losses(run: Run, **options) -> pd.DataFrame:
+    config = loss_recovered.Config(**{"n_tokens": 200, "n_resamples": 50} | options)
+    return loss_recovered.look(run, config).tables["losses"]
+
+
+def test_a_perfect_sae_loses_nothing_and_a_rough_one_something(collected, tmp_path):
+    saes = {"L0": perfect(), "L1": rough(1), "L1.mlp": perfect(), "L2": rough(2)}
+    run = measured(collected, tmp_path, saes)
+    rows = metrics(run).set_index("site")
     assert rows.loc["L0", "fvu"] == pytest.approx(0, abs=1e-9)
     assert rows.loc["L0", "l0"] == pytest.approx(D)
-    assert rows.loc["L0", "ce_spliced"] == pytest.approx(rows.loc["L0", "ce_original"], abs=1e-5)
-    assert rows.loc["L0", "kl_spliced"] == pytest.approx(0, abs=1e-5)
-    assert rows.loc["L0", "kl_recovered_mean"] == pytest.approx(1, abs=1e-4)
     assert rows.loc["L1", "l0"] <= 4
     assert rows.loc["L1", "fvu_low"] <= rows.loc["L1", "fvu"] <= rows.loc["L1", "fvu_high"]
-    assert rows.loc["L1", "kl_spliced"] > 1e-3
-    assert np.isnan(
-        rows.loc["L1.mlp", "ce_recovered_zero"]
-    )  # n_ce_sites spreads over the residual stream
-    assert [
-        record["site"] for record in json.loads((found.path / "metrics.json").read_text())
-    ] == list(rows.index)
-    assert (found.path / "figures" / "by_layer.png").stat().st_size > 5000
-    assert not (found.path / "figures" / "frontier.png").exists()
-    assert found.summary["n_dictionaries"] == 4
-    assert not (found.path / ".rows").exists()
+    assert run.lens("reconstruction").headline["n_dictionaries"] == 4
+    found = losses(run).set_index("site")
+    assert set(found.index) == {"L0", "L1", "L2"}, "spread over the residual stream"
+    assert found.loc["L0", "ce_spliced"] == pytest.approx(found.loc["L0", "ce_original"], abs=1e-5)
+    assert found.loc["L0", "kl_spliced"] == pytest.approx(0, abs=1e-5)
+    assert found.loc["L0", "kl_recovered_mean"] == pytest.approx(1, abs=1e-4)
+    assert found.loc["L1", "kl_spliced"] > 1e-3
 
 
 def test_the_pca_baseline_is_that_of_the_rows_used(collected, tmp_path):
-    found = evaluated(collected, tmp_path, {"L1": rough(1)}, ce_tokens=0)
-    row = pd.read_parquet(found.path / "metrics.parquet").iloc[0]
+    row = metrics(measured(collected, tmp_path, {"L1": rough(1)})).iloc[0]
     store = ActivationStore.open(collected.path / "store.zarr")
 
     def rows_of(split):
@@ -173,7 +175,7 @@ def test_recovery_equals_a_plain_loop_over_whole_forward_passes(collected, model
     contexts = choose_contexts(store, 90, filters=RowFilters(), seed=1)
     place, sae, mean = parse_site(site), rough(5), torch.randn(D)
     found = measure_recovery(
-        model, [Subject(name="x", site=place, sae=sae, mean=mean)], contexts, n_resamples=20, seed=0
+        model, [Spliced(name="x", site=place, sae=sae, mean=mean)], contexts, n_resamples=20, seed=0
     )["x"]
     losses = {name: [] for name in ("plain", "sae", "zero", "mean")}
     kl = {name: [] for name in losses}
@@ -211,17 +213,17 @@ def test_recovery_equals_a_plain_loop_over_whole_forward_passes(collected, model
         assert len(documents) == len(ids)
         assert len(flags) == store.n_rows
     ce = {name: float(np.mean(values)) for name, values in losses.items()}
-    assert found.n_tokens == len(losses["plain"]) == contexts.n_counted
-    assert (found.ce_original, found.ce_spliced) == pytest.approx(
+    assert found["ce_n_tokens"] == len(losses["plain"]) == contexts.n_counted
+    assert (found["ce_original"], found["ce_spliced"]) == pytest.approx(
         (ce["plain"], ce["sae"]), abs=1e-4
     )
-    assert (found.ce_zero, found.ce_mean) == pytest.approx((ce["zero"], ce["mean"]), abs=1e-4)
-    assert (found.kl_spliced, found.kl_zero) == pytest.approx(
+    assert (found["ce_zero"], found["ce_mean"]) == pytest.approx((ce["zero"], ce["mean"]), abs=1e-4)
+    assert (found["kl_spliced"], found["kl_zero"]) == pytest.approx(
         (np.mean(kl["sae"]), np.mean(kl["zero"])), abs=1e-4
     )
     if ce["zero"] > ce["plain"]:
         expected = (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["plain"])
-        assert found.ce_recovered_zero == pytest.approx(expected, rel=1e-2, abs=1e-3)
+        assert found["ce_recovered_zero"] == pytest.approx(expected, rel=1e-2, abs=1e-3)
 
 
 def test_other_libraries_dictionaries_share_the_frontier(collected, tmp_path):
@@ -229,12 +231,20 @@ def test_other_libraries_dictionaries_share_the_frontier(collected, tmp_path):
         write_saelens(
             rough(7, k=k), tmp_path / "sweep" / f"k{k}", hook_name="blocks.1.hook_resid_post"
         )
-    found = evaluated(collected, tmp_path, {"L1": rough(1)}, others=(str(tmp_path / "sweep"),))
-    rows = pd.read_parquet(found.path / "metrics.parquet")
+    others = (str(tmp_path / "sweep"),)
+    run = measured(collected, tmp_path, {"L1": rough(1)}, others=others)
+    rows = metrics(run)
     assert list(rows["source"]) == ["train", "sweep/k2", "sweep/k8"]
     assert rows["l0"].is_monotonic_increasing is False
-    assert (found.path / "figures" / "frontier.png").stat().st_size > 5000
-    assert len(found.inputs) == 3  # collect, train and the other folder's files
+    run_lens("frontier", run)
+    frontier = run.lens("frontier").tables["frontier"]
+    assert set(frontier["source"]) == set(rows["source"])
+    [axis] = find_lens("frontier").look(run, LensConfig()).figure().axes
+    assert {text.get_text() for text in axis.texts} == set(rows["source"])
+    before = run_lens("reconstruction", run, reconstruction.Config(others=others)).digest
+    write_saelens(rough(8), tmp_path / "sweep" / "k2", hook_name="blocks.1.hook_resid_post")
+    after = run_lens("reconstruction", run, reconstruction.Config(others=others)).digest
+    assert before != after, "the other folder's files count"
 
 
 def test_what_cannot_be_measured_is_refused_with_everything_at_once(collected, tmp_path):
@@ -243,20 +253,13 @@ def test_what_cannot_be_measured_is_refused_with_everything_at_once(collected, t
         rough(1), tmp_path / "other" / "b", hook_name="blocks.7.hook_resid_post"
     )  # not in the store
     with pytest.raises(UserError) as caught:
-        evaluated(collected, tmp_path, {"L1": rough(1)}, others=(str(tmp_path / "other"),))
+        measured(collected, tmp_path, {"L1": rough(1)}, others=(str(tmp_path / "other"),))
     assert len(caught.value.problems) == 2
-    assert not (tmp_path / "evaluate").exists()
+    assert not (tmp_path / "lenses" / "reconstruction").exists()
     with pytest.raises(UserError, match="another width"):
-        evaluated(collected, tmp_path / "wide", {"L1": perfect(d=8)})
+        measured(collected, tmp_path / "wide", {"L1": perfect(d=8)})
     with pytest.raises(UserError, match="no dictionary to run the model with"):
-        evaluated(collected, tmp_path / "site", {"L1": rough(1)}, ce_sites=("L2",))
-
-
-def test_a_second_run_of_the_same_config_gives_the_same_numbers(collected, tmp_path):
-    first = evaluated(collected, tmp_path, {"L1": rough(1)})
-    text = (first.path / "metrics.json").read_text()
-    second = evaluated(collected, tmp_path / "again", {"L1": rough(1)})
-    assert (second.path / "metrics.json").read_text() == text
+        losses(measured(collected, tmp_path / "site", {"L1": rough(1)}), sites=("L2",))
 
 
 def test_a_limit_on_norms_holds_for_the_rows_measured_too(collected):
@@ -271,20 +274,20 @@ def test_a_limit_on_norms_holds_for_the_rows_measured_too(collected):
     assert set(rows) == set(ordinary[norms[ordinary] <= median * 1.0001]) != set(ordinary)
 
 
-def test_a_run_killed_while_the_model_runs_keeps_its_rows_and_counts_nothing_twice(
-    collected, tmp_path, monkeypatch
-):
-    def killed(*args, **named):
-        raise KeyboardInterrupt
+def test_a_killed_look_keeps_the_sites_it_finished(collected, tmp_path, monkeypatch):
+    saes = {"L0": rough(1), "L1": rough(2)}
+    of_site, asked = reconstruction._of_site, []
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(evaluate, "measure_recovery", killed)
-        evaluated(collected, tmp_path, {"L0": perfect()})
-    measured = []
-    measure_site = evaluate.measure_site
-    monkeypatch.setattr(
-        evaluate, "measure_site", lambda *a, **b: measured.append(a) or measure_site(*a, **b)
-    )
-    found = evaluated(collected, tmp_path, {"L0": perfect()})
-    assert not measured, "what was measured before the kill is there"
-    assert len((found.path / "metrics.jsonl").read_text().splitlines()) == 1
+    def killed_at_the_second(run, site, *rest):
+        asked.append(site.short)
+        if asked == ["L0", "L1"]:
+            raise KeyboardInterrupt
+        return of_site(run, site, *rest)
+
+    monkeypatch.setattr(reconstruction, "_of_site", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        measured(collected, tmp_path, saes)
+    run = measured(collected, tmp_path, saes)
+    assert asked == ["L0", "L1", "L1"], "what was measured before the kill is there"
+    assert list(metrics(run)["site"]) == ["L0", "L1"]
+    assert not (tmp_path / "lenses" / "reconstruction" / ".kept").exists()

@@ -1,0 +1,1 @@
+"""What several lenses share: layers and their best links, joint edits, charts."""
