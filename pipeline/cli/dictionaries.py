@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from featureflow.errors import UserError
 from pipeline.console import say, show_number, table
 
 
@@ -14,45 +16,137 @@ def sae_commands() -> None:
     """Read, describe and convert dictionaries in other tools' formats."""
 
 
-@sae_commands.command()
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option(
+format_option = click.option(
     "--format",
     "form",
     default="auto",
     show_default=True,
-    help="format, if it should not be recognised",
+    help="format, if it should not be recognised; a class after a colon, as in "
+    "dictionary_learning:BatchTopKSAE",
 )
-def info(path: Path, form: str) -> None:
-    """Describe the dictionary at PATH (a file or folder of any known format)."""
-    from sae.formats import read
+conventions_options = (
+    click.option(
+        "--centred/--not-centred",
+        default=None,
+        help="whether the stream was centred, where the files do not say it (GPT-2)",
+    ),
+    click.option(
+        "--input-scale", type=float, help="scale of the activations, where no file has it"
+    ),
+)
 
-    sae = read(path, format=form)
-    rows = [
-        ("latents", show_number(sae.n_latents)),
-        ("width in, out", f"{sae.d_in}, {sae.d_out}"),
-        ("activation", sae.activation.kind),
-        *((key.replace("_", " "), show_number(value)) for key, value in sae.metadata.items()),
-    ]
-    for line in table(rows):
-        say(line)
+
+def _with_conventions(command: Any) -> Any:
+    for option in (*reversed(conventions_options), format_option):
+        command = option(command)
+    return command
 
 
 @sae_commands.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
+@_with_conventions
+@click.option("--model", help="a model: a folder, a .gguf file, smollm2-135m, or a name on the Hub")
+@click.option("--run", "run", type=click.Path(path_type=Path), help="or a run, whose model is used")
+@click.option("--site", help="where it is used, if its files do not say it: L12, L12.mlp")
+@click.option("--reads", help="what a transcoder reads, if its files do not say it: L12.mlp_in")
+@click.option("--text", type=click.Path(path_type=Path), help="a text file  [default: bundled]")
+@click.option("--tokens", default=4096, show_default=True, help="tokens to run the model over")
+def check(
+    path: Path,
+    form: str,
+    centred: bool | None,
+    input_scale: float | None,
+    model: str | None,
+    run: Path | None,
+    site: str | None,
+    reads: str | None,
+    text: Path | None,
+    tokens: int,
+) -> None:
+    """Say what the dictionary at PATH is: format, site, scale, conventions. With --model or --run,
+    measure its L0 and FVU on text beside the published L0."""
+    from data.text.corpus import TextFiles
+    from featureflow.sites import parse_site
+    from pipeline.training.checking import check_dictionary
+    from sae.formats import Conventions
+
+    found = check_dictionary(
+        path,
+        format=form,
+        conventions=Conventions(centred=centred, input_scale=input_scale),
+        site=parse_site(site) if site else None,
+        reads=parse_site(reads) if reads else None,
+        model=_model(model, run),
+        text=TextFiles(paths=(str(text),)) if text else None,
+        n_tokens=tokens,
+    )
+    for line in table([(name, show_number(value)) for name, value in found.described.items()]):
+        say(line)
+    for row in found.measured:
+        say(
+            f"{row['reading']}: L0 {row['L0']:.1f}, FVU {row['FVU']:.3f} ({row['n_tokens']} tokens)"
+        )
+    for note in found.notes:
+        say(f"note: {note}")
+
+
+def _model(name: str | None, run: Path | None) -> Any:
+    """The model that the options name, if they name one."""
+    from data.model.language_model import LanguageModel
+    from data.model.spec import Folder, Gguf, HuggingFace, Packaged
+    from pipeline.run import Run
+
+    if name is not None and run is not None:
+        raise click.UsageError("--model and --run are not said together")
+    if run is not None:
+        return Run.open(run).model
+    if name is None:
+        return None
+    if Path(name).is_dir():
+        return LanguageModel.open(Folder(path=Path(name)), dtype="float32")
+    if name.endswith(".gguf"):
+        return LanguageModel.open(Gguf(path=Path(name)), dtype="float32")
+    spec = Packaged(name=name) if name == Packaged().name else HuggingFace(name=name)
+    return LanguageModel.open(spec, dtype="float32")
+
+
+@sae_commands.command()
+@click.argument("sources", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--to", type=click.Choice(["native", "saelens"]), required=True, help="format to write"
+    "--to",
+    type=click.Choice(["native", "saelens", "circuit_tracer"]),
+    required=True,
+    help="format to write; a set for circuit_tracer takes one SOURCE for every layer",
 )
-@click.option("--format", "form", default="auto", show_default=True, help="format of SOURCE")
-def convert(source: Path, out: Path, to: str, form: str) -> None:
-    """Read the dictionary at SOURCE and write it to the folder OUT."""
+@_with_conventions
+def convert(
+    sources: tuple[Path, ...],
+    out: Path,
+    to: str,
+    form: str,
+    centred: bool | None,
+    input_scale: float | None,
+) -> None:
+    """Read the dictionary at each of SOURCES and write it to the folder OUT."""
+    from featureflow.sites import parse_site
     from sae import save_sae
-    from sae.formats import read, write_saelens
+    from sae.formats import Conventions, read, write_circuit_tracer, write_saelens
 
-    sae = read(source, format=form)
-    if to == "native":
-        save_sae(sae, out)
+    if len(sources) > 1 and to != "circuit_tracer":
+        raise click.UsageError(f"one SOURCE for --to {to}")
+    conventions = Conventions(centred=centred, input_scale=input_scale)
+    saes = [read(source, format=form, conventions=conventions) for source in sources]
+    if to == "circuit_tracer":
+        sites = [sae.metadata.get("site") for sae in saes]
+        if None in sites or len(set(sites)) < len(sites):
+            raise UserError(
+                "a set has one dictionary a layer, each with its site",
+                found=", ".join(f"{s}: {at}" for s, at in zip(sources, sites, strict=True)),
+            )
+        write_circuit_tracer(dict(zip(map(parse_site, map(str, sites)), saes, strict=True)), out)
+    elif to == "native":
+        save_sae(saes[0], out)
     else:
-        write_saelens(sae, out)
+        write_saelens(saes[0], out)
     say(str(out))

@@ -207,6 +207,22 @@ def warnings_of(described: Mapping[str, Mapping[Site, Mapping[str, Any]]]) -> li
     return [f"{', '.join(names)}: {note}" for note, names in sites.items()]
 
 
+def same_model(one: str, other: str) -> bool:
+    """Whether two names mean one model: the Hub's with and without the organisation, and
+    TransformerLens'."""
+    return _plain(one) == _plain(other)
+
+
+def _plain(name: str) -> str:
+    last = re.sub(r"[^a-z0-9]", "", name.rpartition("/")[2].lower())
+    for pattern, plain in ((r"^gpt2small$", "gpt2"), (r"^meta(?=llama)", ""), (_BASE_GEMMA, r"\1")):
+        last = re.sub(pattern, plain, last)
+    return last
+
+
+_BASE_GEMMA = r"^(gemma3.*)pt$"
+
+
 def _contradictions(
     sae: Sae, key: str, site: Site, store: ActivationStore, choice: Imported
 ) -> Iterator[Problem]:
@@ -252,7 +268,7 @@ def _contradictions(
             found=f"width {sae.d_in} in, {sae.d_out} out",
         )
     said, here = metadata.get("model"), choice.model or store.provenance.get("model")
-    if said and here and not _same_model(said, here):
+    if said and here and not same_model(said, here):
         yield Problem(
             what="another model",
             expected=here,
@@ -297,22 +313,6 @@ def _complete(
         metadata.update({"reads": str(reads), "skip": sae.W_skip is not None})
     if notes:
         metadata["notes"] = notes
-
-
-def _same_model(one: str, other: str) -> bool:
-    """Whether two names mean one model: the Hub's with and without the organisation, and
-    TransformerLens'."""
-    return _plain(one) == _plain(other)
-
-
-def _plain(name: str) -> str:
-    last = re.sub(r"[^a-z0-9]", "", name.rpartition("/")[2].lower())
-    for pattern, plain in ((r"^gpt2small$", "gpt2"), (r"^meta(?=llama)", ""), (_BASE_GEMMA, r"\1")):
-        last = re.sub(pattern, plain, last)
-    return last
-
-
-_BASE_GEMMA = r"^(gemma3.*)pt$"
 
 
 def _at(path: Path, problem: Problem, fix: object = None) -> Problem:

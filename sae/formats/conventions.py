@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +25,7 @@ from annotated_types import Gt
 from typing_extensions import Doc
 
 from featureflow.errors import UserError
+from featureflow.settings import Settings
 from sae.formats.folding import Foreign
 from sae.formats.normalised import ConstantNorm
 
@@ -32,8 +33,7 @@ OPEN = "conventions_open"
 """Key of the metadata: names of what neither the file nor the table nor the user said."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Conventions:
+class Conventions(Settings):
     """What the user says of dictionaries whose files do not."""
 
     centred: Annotated[
