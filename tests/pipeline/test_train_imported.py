@@ -20,8 +20,10 @@ from featureflow.errors import UserError
 from featureflow.sites import Site
 from pipeline.artifact import Artifact
 from pipeline.context import RunContext
+from pipeline.lenses import reconstruction
+from pipeline.run import Run
 from pipeline.saes import Saes
-from pipeline.stages import collect, evaluate, train
+from pipeline.stages import collect, train
 from pipeline.training.imported import (
     Imported,
     find_imported,
@@ -367,13 +369,9 @@ def test_an_imported_transcoder_is_evaluated_from_its_input_to_its_output(
         context,
     )
     assert imported.summary["n_transcoders"] == 1
-    found = evaluate.run(
-        evaluate.Config(n_tokens=4096, n_pca_tokens=0, ce_tokens=0, filters=EVERY),
-        evaluate.Inputs(collect=collected, train=imported),
-        tmp_path / "evaluate",
-        context,
-    )
-    (row,) = json.loads(found.file("metrics.json").read_text())
+    config = reconstruction.Config(n_tokens=4096, n_pca_tokens=0, filters=EVERY)
+    run = Run.of({"collect": collected, "train": imported})
+    [row] = reconstruction.look(run, config).tables["metrics"].to_dict("records")
     error = writes[held_out] - reads[held_out] @ fitted[:8] - fitted[8]
     centred = writes[held_out] - writes[held_out].mean(0)
     expected = float(error.square().sum() / centred.square().sum())
