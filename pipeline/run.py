@@ -152,6 +152,16 @@ class Run:
                 found=f"fingerprint {model.fingerprint[:12]}",
                 fix=(Command("collect", force=True), "the stages after it with --force"),
             )
+        stream = [site for site in self.store.sites if site.kind.startswith("resid")]
+        widths = {self.store.width(site) for site in stream}
+        if not widths <= {model.d_model}:
+            raise UserError(
+                f"{model.name} is not the model that the activations are from",
+                where=self.store.url,
+                expected=f"a model of width {', '.join(map(str, sorted(widths)))}",
+                found=f"width {model.d_model}",
+                fix="name the model of the imported store: collect.model",
+            )
         return model
 
     @cached_property

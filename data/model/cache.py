@@ -18,9 +18,15 @@ from featureflow.errors import UserError
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept; not created here."""
-    chosen = os.environ.get("FEATUREFLOW_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "featureflow"
+    """Where converted models are kept; not created here. Raises UserError without a home."""
+    place = os.path.expanduser(os.environ.get("FEATUREFLOW_CACHE") or "~/.cache/featureflow")
+    if place.startswith("~"):
+        raise UserError(
+            "there is no home folder to keep models in",
+            where=place,
+            fix="set FEATUREFLOW_CACHE to a folder of yours",
+        )
+    return Path(place)
 
 
 def make_once(place: Path, build: Callable[[Path], None]) -> Path:

@@ -17,7 +17,9 @@ from typing import assert_never
 
 from data.model.gguf_conversion import CONVERSION
 from data.model.spec import Folder, Gguf, HuggingFace, ModelSpec, Packaged, Random, TransformerLens
-from data.store.layout import canonical_json
+from data.store.layout import COMPLETE, canonical_json
+from data.store.places import open_place
+from data.store.store import ActivationStore
 from data.text.corpus import BundledText, CorpusSpec, HubText, Mixture, PackagedText, TextFiles
 from data.text.packaged_texts import packaged_texts
 from data.text.packing import PackedTokens
@@ -35,6 +37,12 @@ def tokens_digest(packed: PackedTokens) -> str:
     for column in (packed.id, packed.document, packed.position, packed.flags):
         hasher.update(column.data)
     return hasher.hexdigest()
+
+
+def store_digest(url: str) -> str:
+    """Of a finished store: its layout and the checksums of its shards. Raises UserError."""
+    store = ActivationStore.open(url)
+    return _hash([store.layout.identity, open_place(url).read(COMPLETE).decode()])
 
 
 def corpus_digest(spec: CorpusSpec) -> str:

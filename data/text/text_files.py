@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def iter_file_documents(
 
 
 def _files_of(path: str) -> list[Path]:
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if place.is_dir():
         return sorted(
             each for each in place.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file()
@@ -87,7 +88,7 @@ def _files_of(path: str) -> list[Path]:
 
 
 def _problem_of_path(path: str) -> Problem:
-    if Path(path).expanduser().is_dir():
+    if Path(os.path.expanduser(path)).is_dir():
         return Problem(
             what="no text files below this folder", where=path, expected=", ".join(SUFFIXES)
         )

@@ -31,7 +31,7 @@ from pipeline.cli.stage_commands import recipes, run, stage_command
 from pipeline.cli.steer import STEER_TOOLS, serve
 from pipeline.cli.store import store_commands
 from pipeline.cli.verify import verify
-from pipeline.console import complain
+from pipeline.console import complain, use_any_console
 from pipeline.stages import ALSO, STAGES
 
 
@@ -62,6 +62,7 @@ def main() -> None:
     """Entry point: run the command line and turn every failure into an exit code and a readable
     message."""
     signal.signal(signal.SIGTERM, _interrupt)
+    use_any_console()
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     sys.exit(run_command(arguments, debug=debug))

@@ -27,14 +27,14 @@ from pydantic import model_validator
 from typing_extensions import Doc
 
 from data.model.language_model import LanguageModel
-from data.model.spec import ModelSpec, Packaged
+from data.model.spec import ModelSpec, Packaged, name_of
 from data.store import ActivationStore, SiteLayout, StoreLayout, StoreWriter
 from data.store.adoption import adopt_shards
 from data.store.cluster_collection import ModelChoice, collect_on_cluster
 from data.store.collection import CollectedShard, collect_shards
 from data.store.patterns import parse_sites
 from data.store.places import write_pointer
-from data.store.provenance import corpus_digest, model_digest, tokens_digest
+from data.store.provenance import corpus_digest, model_digest, store_digest, tokens_digest
 from data.text.corpus import CorpusSpec, PackagedText, describe_corpus
 from data.text.packing import PackedTokens, pack_corpus
 from featureflow.figures import save
@@ -92,6 +92,13 @@ class Config(Settings):
         str | None, Doc("s3://, gs:// or az:// URL of the store; none for a folder in the artifact")
     ] = None
     seed: Annotated[int, Ge(0), Le(2**31), Doc("of the order of documents")] = 0
+    imported: Annotated[
+        str | None,
+        Doc(
+            "a finished store, made by `store import` or write_activations, that is used instead "
+            "of collecting; besides it only `model` counts, the one its activations are from"
+        ),
+    ] = None
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
@@ -111,13 +118,18 @@ class Inputs:
 
 
 def outside_digests(config: Config) -> dict[str, str]:
-    """What the result depends on besides the config: the text's and the model's files."""
+    """What the result depends on besides the config: the text's and the model's files, or those of
+    an imported store."""
+    if config.imported is not None:
+        return {"store": store_digest(config.imported)}
     return {"text": corpus_digest(config.corpus), "model": model_digest(config.model)}
 
 
 def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artifact:
     """Collect activations. Raises UserError; a later run with the same config goes on where this
     one stopped."""
+    if config.imported is not None:
+        return _use_imported(config, config.imported, out)
     with Artifact.create(
         out, kind=KIND, schema=SCHEMA, config=config, inputs=outside_digests(config)
     ) as draft:
@@ -155,6 +167,20 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
                 "(n_tokens)"
             )
             (draft.path / "warnings.json").write_text(json.dumps([short]), encoding="utf-8")
+    return Artifact.open(out, kind=KIND, schema=SCHEMA)
+
+
+def _use_imported(config: Config, url: str, out: Path) -> Artifact:
+    """The artifact of a store that others filled: it points there."""
+    digests = outside_digests(config)
+    store = ActivationStore.open(url)
+    with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=digests) as draft:
+        draft.externally_checked = (STORE,)
+        write_pointer(draft.path / STORE, url if "://" in url else Path(url).resolve().as_uri())
+        _describe(draft, store, 0, 0.0)
+        if "model_fingerprint" not in store.provenance:
+            note = f"the store does not say its model; taken for {name_of(config.model)} (model)"
+            (draft.path / "warnings.json").write_text(json.dumps([note]), encoding="utf-8")
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
 
 

@@ -18,7 +18,9 @@ from data.store.patterns import parse_sites
 from data.text.corpus import BundledText
 from featureflow.errors import UserError
 from featureflow.sites import Site
+from pipeline.cli import run_command
 from pipeline.context import RunContext
+from pipeline.run import Run
 from pipeline.stages.collect import Config, Inputs, outside_digests, run
 
 CONFIG = Config(
@@ -178,3 +180,31 @@ def test_a_text_that_is_shorter_than_asked_is_said_to_be(tmp_path):
         text == f"the text gave {made.summary['n_tokens']:,} of the 10,000,000 tokens asked for "
         "(n_tokens)"
     )
+
+
+def test_an_imported_store_is_trained_on_from_the_command_line(tmp_path, capsys):
+    """Three of 24 planted directions a row: the dictionary finds most of what varies."""
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(24, 32)) / np.sqrt(32)
+    codes = np.zeros((4000, 24))
+    np.put_along_axis(codes, rng.random(codes.shape).argsort(1)[:, :3], 1.0, 1)
+    rows = ((codes * rng.uniform(1, 2, codes.shape)) @ directions).astype(np.float32)
+    np.save(tmp_path / "L2.npy", rows)
+    store = str(tmp_path / "store.zarr")
+    imports = ["store", "import", str(tmp_path / "L2.npy"), store, "--dtype", "float32", "-q"]
+    assert run_command(imports) == 0
+    words = ["-r", "tiny", "-q", "--artifacts", str(tmp_path), "--collect.imported", store]
+    words += ["--train.initialisation", "independent", "--train.steps", "300"]
+    assert run_command(["run", "--to", "train", *words]) == 0
+    assert "does not say its model" in capsys.readouterr().out
+    opened = Run.open(tmp_path / "tiny")
+    held_out = opened.store.kept_rows("validation")
+    assert np.array_equal(opened.store.read(Site(2, "resid_post"), 0, 4000), rows)
+    x = torch.from_numpy(rows[held_out])
+    error = opened.saes[Site(2, "resid_post")](x) - x
+    assert error.square().sum() < 0.4 * (x - x.mean(0)).square().sum()
+    other = Config(imported=store).replace(model=Random(d_model=16, n_heads=2))
+    assert outside_digests(other) == outside_digests(Config(imported=store))
+    wrong = '{kind = "random", d_model = 16, n_heads = 2}'
+    assert run_command(["run", "--to", "evaluate", *words, "--collect.model", wrong]) == 2
+    assert "expected: a model of width 32" in capsys.readouterr().err
