@@ -13,7 +13,7 @@ RUN := $(BIN)/featureflow run --recipe $(RECIPE) --artifacts $(ARTIFACTS)
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help demo install test check lint types layers wheel format bench peers bench-train bench-quality faults steering-study browser emulators clean clean-artifacts collect train evaluate link lenses atlas steer
+.PHONY: help demo install test check lint types layers wheel format bench peers bench-train bench-quality faults steering-study browser emulators clean clean-artifacts collect train evaluate link describe lenses steer atlas
 
 help:  ## show this list
 	@grep -hE '^[a-z -]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -22,7 +22,7 @@ help:  ## show this list
 demo: install  ## the main job: text -> activations -> dictionaries -> flow graph -> atlas -> steering
 	$(RUN) $(ARGS)
 
-collect train evaluate link lenses atlas steer: install  ## bring one stage (and what it needs) up to date
+collect train evaluate link describe lenses steer atlas: install  ## bring one stage (and what it needs) up to date
 	$(RUN) --to $@ $(ARGS)
 
 # --- environment -------------------------------------------------------------------------------------------------------

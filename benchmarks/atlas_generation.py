@@ -29,12 +29,12 @@ from pipeline.describe.columns import describe_site
 from pipeline.describe.corpus import Corpus, corpus_of
 from pipeline.describe.examples import PROFILES
 from pipeline.describe.firings import Encoder
-from pipeline.describe.labels import Bar, labels_of, make_rules
+from pipeline.describe.labels import Acceptance, labels_of, make_rules
 from pipeline.describe.projection import Unembedding, project
 from pipeline.describe.rules import attribute_tables
 from pipeline.describe.survey import SurveyOptions, survey_site
 from pipeline.describe.vocabulary import Vocabulary
-from pipeline.site.pages import SitePages, write_site
+from pipeline.site.pages import write_cards
 from sae import Sae
 from sae.activations import TopKActivation
 
@@ -106,20 +106,12 @@ def run(options: argparse.Namespace, repeat: int) -> None:
     labels = timed(
         "labels",
         lambda: [
-            labels_of(f, int(n), rules, None, corpus, Bar()) for f, n in enumerate(columns["count"])
+            labels_of(f, int(n), rules, None, corpus, Acceptance())
+            for f, n in enumerate(columns["count"])
         ],
     )
-    pages = SitePages(
-        index=0,
-        short="L0",
-        columns=columns,
-        labels=labels,
-        graph=None,
-        trunk_starts=frozenset(),
-        corpus=corpus,
-    )
     with tempfile.TemporaryDirectory() as folder:
-        timed("pages", lambda: write_site(Path(folder), pages))
+        timed("cards", lambda: write_cards(Path(folder), "L0", columns, labels))
         size = sum(path.stat().st_size for path in Path(folder).rglob("*.js"))
     line = {
         "pages_bytes": round(size / options.latents, 1),

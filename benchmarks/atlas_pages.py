@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.__main__ import head
-from pipeline.site.cards import Cards
+from pipeline.site.shards import read_shard
 from tests.browser import synthetic
 
 _DRAWN = """
@@ -67,7 +67,8 @@ def main() -> None:
             synthetic.write_atlas(folder, synthetic.Sizes(**sizes, full_cards=False))
         report("synthetic", folder, options.layers, options.latents, options.cards)
     if options.site:
-        sites = [s for s in Cards.open(options.site).manifest["sites"] if s["kind"] == "resid_post"]
+        sites = read_shard(options.site, "manifest").json["sites"]
+        sites = [site for site in sites if site["kind"] == "resid_post"]
         report(
             "real",
             options.site.resolve(),

@@ -39,12 +39,13 @@ from data.store import ActivationStore, RowFilters
 from featureflow.progress import silent
 from featureflow.sites import parse_site
 from pipeline.artifact import SCHEMAS, Artifact
-from pipeline.context import RunContext
-from pipeline.describe.intermediate import load_columns
-from pipeline.describe.labels import Bar
-from pipeline.describe.workshop import Workshop, corpus_for, survey_job, unembedding_for, write_job
-from pipeline.site.build import prepare
-from pipeline.stages.atlas import model_facts
+from pipeline.describe.build import finish, prepare
+from pipeline.describe.features import Features
+from pipeline.describe.jobs import Config, Job, corpus_for, label_job, survey_job, unembedding_for
+from pipeline.run import STORE, Run
+from pipeline.saes import FOLDER
+from pipeline.site.pages import Job as PagesJob
+from pipeline.site.pages import write_site
 from sae import load_sae
 from sae.formats.saelens import write_saelens
 
@@ -117,8 +118,8 @@ def make_case(case: Path, options: argparse.Namespace) -> dict[str, Any]:
     )
     store, site = ActivationStore.open(collect.path / "store.zarr"), parse_site(options.site)
     sae = load_sae(options.artifacts / "train" / "dictionaries" / options.site)
-    shop = workshop(case / "ours", options)
-    prepare(shop, model_facts(collect, store, RunContext()))
+    job = job_of(case / "ours", options)
+    prepare(job, Run.of({"collect": collect}).model)
     write_saelens(sae, case / "sae", model_name="smollm2-135m", hook_name=site.name)
     (case / "cache").mkdir()
     n, width = store.n_context, store.width(site)
@@ -127,10 +128,10 @@ def make_case(case: Path, options: argparse.Namespace) -> dict[str, Any]:
         stop = min(start + CONTEXTS_PER_FILE, len(tokens))
         x = torch.from_numpy(store.read(site, start * n, stop * n)).view(stop - start, n, width)
         torch.save({site.name: x}, case / "cache" / f"model_activations_{i}.pt")
-    unembedding = unembedding_for(shop)
+    unembedding = unembedding_for(job)
     if unembedding is None:
         raise SystemExit("the model has no unembedding that reads the residual stream")
-    left_out = np.unique(tokens.ravel()[~corpus_for(shop).kept])
+    left_out = np.unique(tokens.ravel()[~corpus_for(job).kept])
     np.savez(case / "arrays.npz", tokens=tokens, W_U=unembedding.matrix.T.numpy(), ignored=left_out)
     facts = {
         "hook": site.name,
@@ -147,50 +148,46 @@ def make_case(case: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def workshop(folder: Path, options: argparse.Namespace) -> Workshop:
-    """The stage's workshop with one site and no flow graph, with filters that both sides have."""
-    dictionaries = (options.artifacts / "train" / "dictionaries").resolve()
-    return Workshop(
-        store=(options.artifacts / "collect" / "store.zarr").resolve(),
-        dictionaries=dictionaries,
+def job_of(folder: Path, options: argparse.Namespace) -> Job:
+    """The describe stage's job for one site without a flow graph, with filters that both sides
+    have."""
+    own = folder / FOLDER
+    if not own.is_dir():
+        own.mkdir(parents=True)
+        theirs = options.artifacts / "train" / FOLDER / options.site
+        (own / options.site).symlink_to(theirs.resolve())
+    config = Config(filters=RowFilters(drop_sinks=False), precision=options.precision)
+    return Job(
+        store=(options.artifacts / "collect" / STORE).resolve(),
+        dictionaries=own,
         graph=None,
         work=folder / "work",
-        site_folder=folder / "site",
-        sites=(options.site,),
-        n_latents=(load_sae(dictionaries / options.site).n_latents,),
-        filters=RowFilters(drop_sinks=False),
-        holdout=0.33,
-        choice=0.17,
-        made_from=(),
-        seed=0,
-        precision=options.precision,
-        profile="standard",
-        bar=Bar(),
-        cofiring_rows=32768,
+        config=config,
     )
 
 
 def ours(case: Path, options: argparse.Namespace) -> None:
-    """Our side, timed: both jobs of the stage."""
+    """Our side, timed: both jobs of the describe stage, tables and pages."""
     torch.set_num_threads(1)
-    shop = workshop(case / "ours", options)
-    for earlier in (shop.work / options.site, shop.site_folder):
+    folder, short = case / "ours", options.site
+    job = job_of(folder, options)
+    for earlier in (job.work / short, folder / "site", folder / "sites", folder / "tables"):
         shutil.rmtree(earlier, ignore_errors=True)
-    (
-        corpus_for(shop),
-        unembedding_for(shop),
-    )  # shared by all sites of an atlas, like loading the model
+    corpus_for(job), unembedding_for(job)  # shared by all sites, like loading the model
     started = time.perf_counter()
-    survey_job(shop, options.site)
+    survey_job(job, short)
     surveyed = time.perf_counter()
-    write_job(shop, options.site)
+    label_job(job, short)
+    finish(job, [short], folder)
+    pages = PagesJob(features=folder, graph=None, site_folder=folder / "site")
+    _, numbers = write_site(pages, short)
     ended = time.perf_counter()
-    size = sum(path.stat().st_size for path in shop.site_folder.rglob("*.js"))
+    size = sum(path.stat().st_size for path in pages.site_folder.rglob("*.js"))
     record = {
         "seconds": round(ended - started, 2),
         "survey_s": round(surveyed - started, 2),
         "write_s": round(ended - surveyed, 2),
-        "bytes_per_feature": round(size / shop.n_latents[0]),
+        "bytes_per_feature": round(size / numbers["n_latents"]),
         "load_after": round(os.getloadavg()[0], 2),
     }
     print(json.dumps(record), flush=True)
@@ -198,8 +195,8 @@ def ours(case: Path, options: argparse.Namespace) -> None:
 
 def agreement(case: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What both define alike, of the features that SAEDashboard described."""
-    shop = workshop(case / "ours", options)
-    corpus, columns = corpus_for(shop), load_columns(shop.work, options.site)
+    corpus = corpus_for(job_of(case / "ours", options))
+    columns = Features(case / "ours").columns(options.site)
     with np.load(case / "found.npz") as arrays:
         theirs = {name: arrays[name] for name in arrays.files}
     n = options.features

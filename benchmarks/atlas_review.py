@@ -24,14 +24,13 @@ import numpy as np
 
 from benchmarks.atlas_pages import open_browser
 from benchmarks.atlas_screenshots import take
-from pipeline.site.cards import Cards
 from pipeline.site.shards import read_shard
 
 AXE = (
     Path(__file__).parents[1]
     / "pipeline"
-    / "atlas"
     / "site"
+    / "app"
     / "node_modules"
     / "axe-core"
     / "axe.min.js"
@@ -74,7 +73,7 @@ def main() -> None:
 def chosen_features(site: Path, n: int, seed: int) -> list[str]:
     """Features that fire: dictionaries spread evenly over the model, latents uniformly in each."""
     generator = np.random.default_rng(seed)
-    shorts = list(Cards.open(site).sites)
+    shorts = [s["short"] for s in read_shard(site, "manifest").json["sites"]]
     chosen = []
     for place in np.linspace(0, len(shorts) - 1, n).round().astype(int):
         alive = np.flatnonzero(

@@ -8,8 +8,8 @@ memory.
    activations, at layer l, of the same `--latents` tokens of the store (no token twice before all
    have had their turn), tied, TopK of 32;
 2. the flow graph between them, from directions alone, as `link_dictionaries` makes it;
-3. the atlas stage's own steps over the store's real text, one process, one thread: survey and write
-   every site, then what all sites share; the site is checked byte by byte at the end.
+3. the own steps of the stages describe and atlas over the store's real text, one process, one
+   thread: survey, label and tables, then the pages; they are checked byte by byte at the end.
 
 JSON lines: seconds and peak memory of every step, then the folder by part and in bytes a feature,
 and what a site adds (`mb_a_site`; the rest is shared). `--layers 4` takes four layers spread over
@@ -41,17 +41,20 @@ from data.store import ActivationStore, RowFilters
 from featureflow.sites import Site
 from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.context import RunContext
+from pipeline.describe.build import finish, prepare, write_about
 from pipeline.describe.examples import PROFILES
-from pipeline.describe.labels import Bar
-from pipeline.describe.workshop import Workshop, survey_job, write_job
+from pipeline.describe.features import Features
+from pipeline.describe.jobs import Config, Job, label_job, survey_job
+from pipeline.flow.graph import FlowGraph
 from pipeline.flow.link import link_dictionaries
 from pipeline.flow.options import LinkOptions, Rotation
 from pipeline.flow.tables import write_tables
+from pipeline.run import STORE, Run
 from pipeline.saes import Saes
-from pipeline.site.build import AtlasFacts, each_site, finish, prepare
-from pipeline.site.cards import Cards
+from pipeline.site.build import Shown, build_site
+from pipeline.site.pages import Job as PagesJob
+from pipeline.site.shards import read_shard
 from pipeline.site.validate import validate_atlas
-from pipeline.stages.atlas import model_facts
 from sae import Sae, TopKActivation, save_sae
 
 T = TypeVar("T")
@@ -105,46 +108,32 @@ def make(options: argparse.Namespace, folder: Path) -> None:
     timed("dictionaries", lambda: write_dictionaries(store, sites, options.latents, made))
     timed("link", lambda: link(made, graph))
     out = folder / options.profile
-    shop = Workshop(
-        store=collect.path / "store.zarr",
-        dictionaries=made,
-        graph=graph,
-        work=out / "work",
-        site_folder=out / "site",
-        sites=tuple(site.short for site in sites),
-        n_latents=(options.latents,) * len(sites),
-        filters=RowFilters(),
-        holdout=0.33,
-        choice=0.17,
-        made_from=(),
-        seed=0,
-        precision=options.precision,
-        profile=options.profile,
-        bar=Bar(),
-        cofiring_rows=32768,
+    config = Config(profile=options.profile, precision=options.precision)
+    job = Job(
+        store=collect.path / STORE, dictionaries=made, graph=graph, work=out / "work", config=config
     )
-    model, context = model_facts(collect, store, RunContext()), RunContext(n_threads=1)
-    timed("prepare", lambda: prepare(shop, model))
-    timed("survey", lambda: each_site(_here, survey_job, shop, context, "survey"))
-    timed("write", lambda: each_site(_here, write_job, shop, context, "write"))
-    facts_of = AtlasFacts(title="untrained dictionaries", metrics={}, provenance={})
-    timed("finish", lambda: finish(shop, model, facts_of, out / "tables"))
-    shutil.rmtree(shop.work)
+    model, names = Run.of({"collect": collect}).model, [site.short for site in sites]
+    timed("prepare", lambda: prepare(job, model))
+    timed("survey", lambda: [survey_job(job, name) for name in names])
+    timed("label", lambda: [label_job(job, name) for name in names])
+    timed("tables", lambda: finish(job, names, out))
+    write_about(job, model, out)
+    shutil.rmtree(job.work)
+    shown = Shown(title="untrained dictionaries", described=config.model_dump())
+    pages = PagesJob(features=out, graph=graph, site_folder=out / "site")
+    opened = Features(out), FlowGraph.open(graph)
+    timed("pages", lambda: build_site(*opened, shown, pages, RunContext(n_threads=1)))
     timed("validate", lambda: validate_atlas(out))
     tables = sum(path.stat().st_size for path in (out / "tables").iterdir())
     print(
         json.dumps(
             {
                 "atlas": options.profile,
-                **parts(shop.site_folder),
+                **parts(pages.site_folder),
                 "tables_mb": round(tables / 1e6, 1),
             }
         )
     )
-
-
-def _here(job: Callable[[Workshop, str], str], shop: Workshop) -> Any:
-    return (job(shop, short) for short in shop.sites)
 
 
 def spread_sites(store: ActivationStore, n: int) -> list[Site]:
@@ -213,7 +202,7 @@ def link(dictionaries: Path, graph: Path) -> None:
 
 def parts(site: Path) -> dict[str, Any]:
     """The folder's size: whole, by part in MB, and bytes a feature."""
-    manifest = Cards.open(site).manifest
+    manifest = read_shard(site, "manifest").json
     n = sum(entry["n_latents"] for entry in manifest["sites"])
     names = [entry["short"] for entry in manifest["sites"]]
     size: Counter[str] = Counter()

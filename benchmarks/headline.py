@@ -72,12 +72,12 @@ def rows(run: Path) -> Iterator[Row]:
     yield from _evaluate_rows(run)
     yield from _link_rows(run)
     yield from _causal_rows(run)
-    atlas = _open(run, "atlas").summary
+    described = _open(run, "describe").summary
     yield (
         "Living features with a label that held on other documents (F1 ≥ 0.6)",
-        f"**{atlas['n_labelled'] / atlas['n_alive']:.0%}**",
+        f"**{described['n_labelled'] / described['n_alive']:.0%}**",
         "the others are called “no simple rule”",
-        "make atlas",
+        "make describe",
     )
     yield from _steer_rows(run)
 

@@ -45,7 +45,14 @@ from featureflow.files import (
 from pipeline.made_by import code_digest, made_by
 
 MANIFEST = "manifest.json"
-SCHEMAS: Mapping[str, int] = {"collect": 2, "train": 1, "link": 2, "atlas": 1, "steer": 2}
+SCHEMAS: Mapping[str, int] = {
+    "collect": 2,
+    "train": 1,
+    "link": 2,
+    "describe": 1,
+    "steer": 3,
+    "atlas": 2,
+}
 """The schema of each stage's artifact: raised when what it means changes, so that older ones are
 refused."""
 MARKER = ".digest"

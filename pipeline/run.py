@@ -27,7 +27,7 @@ from data.store.tokens import TokenTable
 from featureflow.errors import Command, Fix, Problem, UserError
 from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.context import RunContext
-from pipeline.describe.opened import Atlas
+from pipeline.describe.features import Features
 from pipeline.findings import Finding, open_finding, read_finding
 from pipeline.flow.graph import FlowGraph
 from pipeline.flow.sources import HeldOutRows
@@ -170,14 +170,14 @@ class Run:
         return FlowGraph.open(self.artifact("link").path)
 
     @cached_property
-    def features(self) -> Atlas:
+    def features(self) -> Features:
         """Features, labels, examples and documents as tables."""
-        return Atlas(self.artifact("atlas").path)
+        return Features(self.artifact("describe").path)
 
     @cached_property
     def labels(self) -> Mapping[str, str]:
         """Feature id → label; the empty text for a feature that is never active."""
-        features = self.features.features
+        features = self.features.table
         return dict(zip(features["feature"], features["label"], strict=True))
 
     def held_out(self, n_tokens: int) -> HeldOutRows:

@@ -1,8 +1,8 @@
-"""Run SAEDashboard on the case of tests/pipeline/atlas/dashboard_case.py and record what it finds
-for the tests.
+"""Run SAEDashboard on the case of tests/pipeline/describe/dashboard_case.py and record what it
+finds for the tests.
 
     python -m benchmarks.peers.record_saedashboard FOLDER      writes
-    tests/pipeline/atlas/saedashboard.json
+    tests/pipeline/describe/saedashboard.json
 
 FOLDER holds the peers' environments (benchmarks/peers/make_environments.sh). Cost: some ten
 seconds.
@@ -15,7 +15,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from tests.pipeline.atlas.dashboard_case import RECORDED, Case, ask
+from tests.pipeline.describe.dashboard_case import RECORDED, Case, ask
 
 
 def main() -> None:

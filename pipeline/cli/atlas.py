@@ -14,6 +14,8 @@ from pipeline.cli.options import artifacts_option, recipe_option, run_folder
 from pipeline.cli.serving import serve_until_interrupted
 from pipeline.console import say, show_number, table
 
+_HOPS, _MOST_NODES = 4, 300  # of an attribution graph around one feature
+
 
 @click.command()
 @click.option(
@@ -84,35 +86,38 @@ def export(
     out: Path, to: str, feature: str | None, short: str | None, recipe: str, artifacts: Path
 ) -> None:
     """Write the atlas to OUT in the format of another viewer."""
+    from pipeline.flow.exports import export_graph
     from pipeline.run import Run
-    from pipeline.site import exports
-    from pipeline.site.cards import Cards
+    from pipeline.site.exports.embedding_atlas import export_embedding_atlas
+    from pipeline.site.exports.neuronpedia import export_bulk, export_upload_batches
 
     run = Run.open(run_folder(artifacts, recipe))
-    atlas = run.features
     match to:
         case "attribution-graph":
             if feature is None:
                 raise click.UsageError("--to attribution-graph needs --feature")
-            written = [exports.export_attribution_graph(atlas, feature, out)]
-        case "gexf":
-            written = [exports.export_gexf(atlas, out)]
-        case "graphml":
-            written = [exports.export_graphml(atlas, out)]
+            written = [
+                export_graph(
+                    run.graph,
+                    out,
+                    around=feature,
+                    max_hops=_HOPS,
+                    max_nodes=_MOST_NODES,
+                    labels=run.labels,
+                    form=".json",
+                )
+            ]
+        case "gexf" | "graphml":
+            written = [export_graph(run.graph, out, labels=run.labels, form=f".{to}")]
         case "embedding-atlas":
-            written = [exports.export_embedding_atlas(atlas, run.saes, out)]
+            written = [export_embedding_atlas(run.features, run.saes, out)]
         case _:
             if short is None:
                 raise click.UsageError(f"--to {to} needs --site")
-            cards = Cards.open(atlas.folder / "site")
-            write = exports.export_bulk if to == "neuronpedia" else exports.export_upload_batches
-            written = write(
-                cards,
-                short,
-                out,
-                model_id=str(cards.manifest["model"]["name"]),
-                source=f"{short}-featureflow",
-            )
+            name = str(run.features.about["model"]["name"])
+            write = export_bulk if to == "neuronpedia" else export_upload_batches
+            source = f"{short}-featureflow"
+            written = write(run.features, short, out, model_id=name, source=source)
     for path in written:
         say(str(path))
 
@@ -129,14 +134,14 @@ def import_labels(notes: Path, out: Path, short: str | None, recipe: str, artifa
     """Read labels from NOTES (the notes page's, or Neuronpedia's) and write the label table with
     them to OUT."""
     from featureflow.sites import parse_site
-    from pipeline.describe.opened import Atlas
+    from pipeline.run import Run
     from pipeline.site.imports import attach_labels, import_neuronpedia, import_notes
 
     labels = (
         import_notes(notes) if short is None else import_neuronpedia([notes], parse_site(short))
     )
-    atlas = Atlas.open(run_folder(artifacts, recipe) / "atlas")
-    say(f"{attach_labels(atlas, labels, out)}: {len(labels)} labels added")
+    features = Run.open(run_folder(artifacts, recipe)).features
+    say(f"{attach_labels(features, labels, out)}: {len(labels)} labels added")
 
 
 @click.command("import-examples")
@@ -147,7 +152,7 @@ def import_labels(notes: Path, out: Path, short: str | None, recipe: str, artifa
 )
 def import_examples(activations: Path, out: Path, short: str) -> None:
     """Read examples from a Neuronpedia export (activations/batch-N.jsonl.gz, or an upload batch)
-    and write them to OUT as a Parquet table with the columns of `Atlas.examples_of`."""
+    and write them to OUT as a Parquet table with the columns of `Features.examples_of`."""
     from featureflow.sites import parse_site
     from pipeline.site.imports import import_neuronpedia_examples, write_examples
 
@@ -167,11 +172,11 @@ def import_examples(activations: Path, out: Path, short: str) -> None:
 def diff(before: Path, after: Path, out: Path | None) -> None:
     """Compare the atlases of two runs (folders such as artifacts/laptop): features kept, gone and
     new."""
-    from pipeline.describe.opened import diff_atlases
+    from pipeline.describe.features import diff_features
     from pipeline.run import Run
 
     old, new = Run.open(before), Run.open(after)
-    found = diff_atlases(old.features, new.features, old.saes, new.saes)
+    found = diff_features(old.features, new.features, old.saes, new.saes)
     for line in table(
         [(str(status), show_number(int(n))) for status, n in found["status"].value_counts().items()]
     ):
@@ -232,10 +237,9 @@ def explain(
     import os
 
     from pipeline.describe.chat import ChatModel
-    from pipeline.describe.explain import Evidence, Opinions, second_opinions
+    from pipeline.describe.explain import Evidence, Opinions, second_opinions, write_opinions
     from pipeline.describe.sentences import SentenceModel
     from pipeline.run import Run
-    from pipeline.site.attach import attach_scores
 
     if not sentences and endpoint is None:
         raise click.UsageError("say who is asked: --sentences, --endpoint, or both")
@@ -246,19 +250,21 @@ def explain(
         fuzz=fuzz,
         max_tokens=max_tokens,
     )
-    root = run_folder(artifacts, recipe)
-    evidence = Evidence(Run.open(root), seed=seed)
+    run = Run.open(run_folder(artifacts, recipe))
+    train = run.need("collect", "train", "describe")["train"]
+    evidence = Evidence(run.features, run.store, run.saes, seed=seed)
     everything = []
     for feature, found in second_opinions(
         evidence, features or evidence.chosen(n, short=short), opinions
     ):
-        attach_scores(root / "atlas", {feature: found})
+        kept = write_opinions(run.root, train.digest, {feature: found})
         everything.append(found)
-        say(f"{feature}: {evidence.atlas.label_of(feature)}")
+        say(f"{feature}: {run.features.label_of(feature)}")
         for line in _opinion_lines(found):
             say(f"    {line}")
     for line in _summary_lines(everything):
         say(line)
+    say(f"kept in {kept}; featureflow atlas shows them on the cards")
 
 
 def _opinion_lines(found: Mapping[str, Any]) -> Iterator[str]:

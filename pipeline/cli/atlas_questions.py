@@ -24,10 +24,10 @@ def find(word: str, n: int, short: str | None, recipe: str, artifacts: Path) -> 
     WORD may be the beginning of a word. Accepted labels come first, by held-out score (F1)."""
     from featureflow.sites import parse_site
     from pipeline.describe.asking import find_features
-    from pipeline.describe.opened import Atlas
+    from pipeline.run import Run
 
-    atlas = Atlas.open(run_folder(artifacts, recipe) / "atlas")
-    found = find_features(atlas, word, site=None if short is None else parse_site(short))
+    features = Run.open(run_folder(artifacts, recipe)).features
+    found = find_features(features, word, site=None if short is None else parse_site(short))
     rows = [
         (
             f.feature,
@@ -71,7 +71,8 @@ def read(text: str, n: int, short: str | None, device: str, recipe: str, artifac
     run = Run.open(run_folder(artifacts, recipe), context=RunContext(device=device))
     site = None if short is None else parse_site(short)
     rows = []
-    for token in read_text(run, text, site=site, n=n):
+    run.need("collect", "train", "describe")
+    for token in read_text(run.model, run.features, run.saes, text, site=site, n=n):
         name = repr(token.text)
         for firing in token.firings:
             rows.append((name, str(firing.feature), f"{100 * firing.share:.0f} %", firing.label))

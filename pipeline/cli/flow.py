@@ -90,7 +90,10 @@ def export(out: Path, around: str | None, hops: int | None, recipe: str, artifac
     """Write the graph to OUT: .graphml, .gexf, .cyjs (Cytoscape) or .json (attribution graph)."""
     from pipeline.flow.exports import export_graph
 
-    say(str(export_graph(_graph(_run(recipe, artifacts)), out, around=around, max_hops=hops)))
+    run = _run(recipe, artifacts)
+    label_of = labels_beside(run)
+    labels = {} if label_of is None else run.labels
+    say(str(export_graph(_graph(run), out, around=around, max_hops=hops, labels=labels)))
 
 
 def _run(recipe: str, artifacts: Path) -> Run:
@@ -113,7 +116,7 @@ def _graph(run: Run) -> FlowGraph:
 
 
 def labels_beside(run: Run) -> Callable[[str], str] | None:
-    """Labels of the atlas beside the graph, when there is one and it was made from that graph."""
+    """Labels of the features, when they were described from this graph."""
     try:
         return run.features.label_of
     except UserError:

@@ -1,4 +1,4 @@
-"""Questions to a finished atlas: which features are about a word, and which fire on a text of one's
+"""Questions to described features: which are about a word, and which fire on a text of one's
 own.
 
 `find_features` looks for a word in labels, in the tokens a feature fires on most, and in the tokens
@@ -11,18 +11,17 @@ on the corpus. The BOS is left out: its norm is far from all else.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from data.model.language_model import LanguageModel
 from featureflow.errors import UserError
 from featureflow.sites import FeatureId, Site
-from pipeline.describe.opened import Atlas
-
-if TYPE_CHECKING:
-    from pipeline.run import Run
+from pipeline.describe.features import Features
+from sae import Sae
 
 _PLACES = ("label", "tokens", "promotes")
 
@@ -59,25 +58,18 @@ class ReadToken:
     firings: tuple[Firing, ...]
 
 
-def find_features(atlas: Atlas, word: str, *, site: Site | None = None) -> list[Found]:
+def find_features(features: Features, word: str, *, site: Site | None = None) -> list[Found]:
     """All features that the word is found at, best first. Raises UserError for an empty word or an
     unknown site."""
     if not word.strip():
         raise UserError("the word is empty", expected="a word, or the beginning of one")
-    if site is not None and site not in atlas.sites:
-        raise UserError(
-            f"the atlas has no site {site.short}", expected=", ".join(s.short for s in atlas.sites)
-        )
+    if site is not None:
+        features.number(FeatureId(site, 0))
     pattern = re.compile(rf"(?<!\w){re.escape(word.strip())}", re.IGNORECASE)
-    frame = atlas.features
-    frame = (
-        frame[frame["alive"]]
-        if site is None
-        else frame[frame["alive"] & (frame["site"] == site.short)]
-    )
+    frame = features.table if site is None else features.at(site.short)
     found = [
         each
-        for row in frame.to_dict(orient="records")
+        for row in frame[frame["alive"]].to_dict(orient="records")
         if (each := _found(row, pattern)) is not None
     ]
     return sorted(
@@ -108,27 +100,31 @@ def _found(row: dict[str, Any], pattern: re.Pattern[str]) -> Found | None:
     )
 
 
-def read_text(run: Run, text: str, *, site: Site | None = None, n: int = 3) -> list[ReadToken]:
-    """The tokens of a text with the `n` strongest latents at a site (the middle residual one) of
-    the run.
+def read_text(
+    model: LanguageModel,
+    features: Features,
+    saes: Mapping[Site, Sae],
+    text: str,
+    *,
+    site: Site | None = None,
+    n: int = 3,
+) -> list[ReadToken]:
+    """The tokens of a text with the `n` strongest latents at a site (the middle residual one).
 
     Raises UserError for an empty or too long text and for a site without a dictionary."""
-    run.need("collect", "train", "atlas")
-    atlas = run.features
-    where = site or middle_site(atlas.sites)
-    atlas.number(FeatureId(where, 0))
-    model = run.model
+    where = site or middle_site(features.sites)
+    features.number(FeatureId(where, 0))
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
     if not 1 < len(ids) <= model.n_context:
         expected = f"1 … {model.n_context - 1} tokens"
         raise UserError(
             "the text is empty or too long", found=f"{len(ids) - 1} tokens", expected=expected
         )
-    activations = model.activations(torch.tensor([ids]), [where])[where][0].float()
-    codes = run.saes[where].encode(activations)[1:]
+    activations = model.activations(torch.tensor([ids]), [where])[where][0].float().cpu()
+    codes = saes[where].encode(activations)[1:]
     pieces = [model.tokenizer.token_text(i) for i in ids[1:]]
     return [
-        ReadToken(text=piece, firings=tuple(_strongest(atlas, where, z, n)))
+        ReadToken(text=piece, firings=tuple(_strongest(features, where, z, n)))
         for piece, z in zip(pieces, codes, strict=True)
     ]
 
@@ -139,11 +135,11 @@ def middle_site(sites: Sequence[Site]) -> Site:
     return residual[len(residual) // 2]
 
 
-def _strongest(atlas: Atlas, site: Site, z: torch.Tensor, n: int) -> Iterator[Firing]:
+def _strongest(features: Features, site: Site, z: torch.Tensor, n: int) -> Iterator[Firing]:
     value, latent = z.topk(min(n, len(z)))
     for a, index in zip(value.tolist(), latent.tolist(), strict=True):
         if a > 0:
-            row = atlas.features.iloc[atlas.number(FeatureId(site, index))]
+            row = features.table.iloc[features.number(FeatureId(site, index))]
             largest = float(row["max"])
             share = a / largest if largest > 0 else float("inf")
             yield Firing(

@@ -20,10 +20,11 @@ from pipeline.describe.examples import Examples, Profile, choose_examples, decil
 from pipeline.describe.firings import threshold_of
 from pipeline.describe.projection import Projection
 from pipeline.describe.survey import Survey
-from pipeline.site.shards import PAD
 from sae import Sae
 
 PAGE_BINS = 64
+PAD = 0xFFFFFFFF
+"""Fills a list of ids that is shorter than its column."""
 N_TOKENS, N_AROUND, N_NEAREST = 12, 8, 8
 _BLOCK = 512
 

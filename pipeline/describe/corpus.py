@@ -117,6 +117,13 @@ class Corpus:
         marks[self.run_start[1:]] = 1
         return marks.cumsum(dtype=np.int32)
 
+    def window(self, row: int, reach: int) -> Int64[np.ndarray, "row"]:
+        """The rows at most `reach` away in the same run."""
+        run = int(self.run[row])
+        first = int(self.run_start[run])
+        last = int(self.run_start[run + 1]) if run + 1 < len(self.run_start) else len(self)
+        return np.arange(max(first, row - reach), min(last, row + reach + 1))
+
     def neighbour(self, offset: int) -> Int32[np.ndarray, "row"]:
         """The token `offset` rows away in the same run, −1 beyond its ends."""
         out = np.full(len(self), -1, dtype=np.int32)
@@ -201,19 +208,15 @@ class Corpus:
     def pieces(self, row: int, *, before: int, after: int) -> tuple[str, str, str]:
         """The text before a row's token, of the token, and after it, inside its run; a character
         cut over tokens is read whole, with the token."""
-        run = int(self.run[row])
-        last = int(self.run_start[run + 1]) if run + 1 < len(self.run_start) else len(self)
+        run = self.window(row, len(self))
+        first, last = int(run[0]), int(run[-1]) + 1
         is_part = self.vocabulary.classes == CLASSES.index("parts of characters")
         start, stop = row, row + 1
-        while (
-            is_part[self.token[row]]
-            and start > self.run_start[run]
-            and is_part[self.token[start - 1]]
-        ):
+        while is_part[self.token[row]] and start > first and is_part[self.token[start - 1]]:
             start -= 1
         while is_part[self.token[row]] and stop < last and is_part[self.token[stop]]:
             stop += 1
-        low, high = max(int(self.run_start[run]), start - before), min(last, stop + after)
+        low, high = max(first, start - before), min(last, stop + after)
         return self._text(low, start), self._text(start, stop), self._text(stop, high)
 
     def _text(self, start: int, stop: int) -> str:

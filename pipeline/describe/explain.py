@@ -1,4 +1,4 @@
-"""Second opinions on chosen features of a finished atlas: what a sentence model and a chat model
+"""Second opinions on chosen features: what a sentence model and a chat model
 make of their text.
 
 1. windows: a feature's examples on documents that labels were proposed on are what a chat model is
@@ -16,27 +16,31 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 
-from featureflow.errors import Command, UserError
+from data.store import ActivationStore
+from featureflow.errors import UserError
+from featureflow.files import write_text_atomically
 from featureflow.sites import FeatureId, Site, parse_feature
+from pipeline.describe.cards import Example
 from pipeline.describe.chat import ChatModel
+from pipeline.describe.corpus import PROPOSING
 from pipeline.describe.explainer import ANSWER_TOKENS, Detection, detect, explain, fuzz, marked
+from pipeline.describe.features import Features
 from pipeline.describe.sentences import SentenceModel, embedding_score, example_embedding_score
-from pipeline.site.cards import Cards, Example
+from sae import Sae
 
-if TYPE_CHECKING:
-    from pipeline.describe.opened import Atlas
-    from pipeline.run import Run
-
+OPINIONS = "opinions.json"
 REACH, MOST = 16, 10
 _CANDIDATES = 64
 _ROUNDED = 4
@@ -67,30 +71,23 @@ class Opinions:
 
 
 class Evidence:
-    """Windows of any feature of a run (`artifacts/<recipe>`)."""
+    """Windows of any feature of a run."""
 
-    def __init__(self, run: Run, *, seed: int = 0) -> None:
-        folder = run.need("collect", "train", "atlas")["atlas"].path
-        self.atlas = run.features
-        self.cards = Cards.open(folder / "site")
-        self._store = run.store
-        self._saes = run.saes
-        self._tokens = self.atlas.tokens
-        if "part" not in self._tokens:
-            raise UserError(
-                "the atlas does not say which documents are for what",
-                where=str(folder),
-                fix=Command("run", to="atlas"),
-            )
+    def __init__(
+        self, features: Features, store: ActivationStore, saes: Mapping[Site, Sae], *, seed: int = 0
+    ) -> None:
+        self.features = features
+        self._store = store
+        self._saes = saes
+        self._corpus = features.corpus
         self._seed = seed
         self._silence = lru_cache(maxsize=2)(self._fires_in)
 
     def windows(self, feature: str) -> Windows:
         """Raises UserError for a feature that the atlas does not have."""
         wanted = parse_feature(feature)
-        card = self.cards.card(feature)
-        held_out = self._tokens["held_out"].to_numpy()
-        proposing = self._tokens["part"].to_numpy(str) == "proposing"
+        card = self.features.card(feature)
+        held_out, proposing = self._corpus.held_out, self._corpus.part == PROPOSING
         fired = {example.row: example for example in card.examples if example.tab != "near_miss"}
         missed = [e.row for e in card.examples if e.tab == "near_miss" and held_out[e.row]]
         in_test = [example for row, example in fired.items() if held_out[row]][:MOST]
@@ -111,12 +108,12 @@ class Evidence:
 
     def chosen(self, n: int, *, short: str | None = None) -> list[str]:
         """`n` features that fire, drawn from the seed, over all dictionaries or one."""
-        features = self.atlas.features
+        features = self.features.table
         alive = features[features["alive"] & ((features["site"] == short) if short else True)][
             "feature"
         ].to_numpy(str)
         if not len(alive):
-            raise UserError("no feature fires there", where=short or str(self.atlas.folder))
+            raise UserError("no feature fires there", where=short or str(self.features.folder))
         drawn = np.random.default_rng(self._seed).choice(
             len(alive), size=min(n, len(alive)), replace=False
         )
@@ -125,7 +122,7 @@ class Evidence:
     @property
     def _candidates(self) -> Int64[np.ndarray, "window"]:
         """Held-out rows around which silence is looked for, the same for every feature."""
-        rows = np.flatnonzero(self._tokens["held_out"].to_numpy() & self._tokens["kept"].to_numpy())
+        rows = np.flatnonzero(self._corpus.held_out & self._corpus.kept)
         generator = np.random.default_rng(self._seed)
         return np.sort(generator.choice(rows, size=min(_CANDIDATES, len(rows)), replace=False))
 
@@ -133,10 +130,10 @@ class Evidence:
     def _fires_in(self, site: Site) -> Bool[np.ndarray, "window latent"]:
         """Which latents fire anywhere in each candidate window."""
         sae = self._saes[site]
-        kept = self._tokens["kept"].to_numpy()
+        kept = self._corpus.kept
         fires = []
         for row in self._candidates:
-            rows = self._rows(int(row))
+            rows = self._corpus.window(int(row), REACH)
             x = self._store.read(site, int(rows[0]), int(rows[-1]) + 1)[kept[rows]]
             fires.append((sae.encode(torch.from_numpy(x)) > 0).any(dim=0).numpy())
         return np.stack(fires)
@@ -144,27 +141,21 @@ class Evidence:
     @torch.no_grad()
     def _fires_near(self, feature: FeatureId, row: int) -> bool:
         """Whether a feature fires anywhere in the window around a row."""
-        rows = self._rows(row)
-        kept = self._tokens["kept"].to_numpy()[rows]
+        rows = self._corpus.window(row, REACH)
+        kept = self._corpus.kept[rows]
         x = self._store.read(feature.site, int(rows[0]), int(rows[-1]) + 1)[kept]
         return bool(
             (self._saes[feature.site].encode(torch.from_numpy(x))[:, feature.latent] > 0).any()
         )
 
-    def _rows(self, row: int) -> Int64[np.ndarray, "row"]:
-        """The rows of a window: those near enough in the same run of its document."""
-        rows = np.arange(max(0, row - REACH), min(len(self._tokens), row + REACH + 1))
-        run = self.atlas.runs
-        return rows[run[rows] == run[row]]
-
     def _text(self, row: int) -> str:
-        token = self._tokens["token"].to_numpy()[self._rows(row)]
-        special = self.atlas.vocabulary.special
-        return self.atlas.vocabulary.join([int(t) for t in token if int(t) not in special]).strip()
+        vocabulary = self.features.vocabulary
+        token = self._corpus.token[self._corpus.window(row, REACH)].tolist()
+        return vocabulary.join([t for t in token if t not in vocabulary.special]).strip()
 
     def _pieces(self, example: Example) -> tuple[list[str], list[float]]:
         """The window's text in pieces of whole characters, and the largest activation in each."""
-        near, vocabulary = _near(example), self.atlas.vocabulary
+        near, vocabulary = _near(example), self.features.vocabulary
         kept = [
             (token, value)
             for token, value in zip(example.tokens[near], example.values[near], strict=True)
@@ -189,20 +180,49 @@ def _misplaced(values: Sequence[float], generator: np.random.Generator) -> list[
 def second_opinions(
     evidence: Evidence, features: Sequence[str], opinions: Opinions
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Feature by feature what `attach_scores` takes. Where held-out windows are too few a score is
+    """Feature by feature what `write_opinions` takes. Where held-out windows are too few a score is
     None."""
     for feature in features:
         windows = evidence.windows(feature)
         found: dict[str, Any] = {}
         if opinions.sentences is not None:
             found |= sentence_scores(
-                opinions.sentences, windows, _accepted_label(evidence.atlas, feature)
+                opinions.sentences, windows, _accepted_label(evidence.features, feature)
             )
         if opinions.chat is not None:
             found |= chat_label(
                 opinions.chat, windows, fuzzing=opinions.fuzz, max_tokens=opinions.max_tokens
             )
         yield feature, found
+
+
+def write_opinions(root: Path, train: str, found: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Keep opinions beside the artifacts of a run, in `opinions.json`: earlier ones stay, as long
+    as they are of the same SAEs (`train`, the digest). The atlas stage shows them."""
+    known = read_opinions(root, train)
+    merged = {**known, **{name: {**known.get(name, {}), **new} for name, new in found.items()}}
+    document = {"version": 1, "train": train, "features": dict(sorted(merged.items()))}
+    path = root / OPINIONS
+    write_text_atomically(path, json.dumps(document, ensure_ascii=False, indent=1))
+    return path
+
+
+def read_opinions(root: Path, train: str) -> dict[str, dict[str, Any]]:
+    """What `write_opinions` kept, by feature id; nothing when it is of other SAEs. Raises UserError
+    when the file is damaged."""
+    path = root / OPINIONS
+    if not path.is_file():
+        return {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return dict(document["features"]) if document["train"] == train else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            "these opinions cannot be read",
+            where=str(path),
+            found=str(error),
+            fix="remove the file and run featureflow atlas explain again",
+        ) from error
 
 
 def sentence_scores(model: SentenceModel, windows: Windows, label: str | None) -> dict[str, Any]:
@@ -245,8 +265,8 @@ def _near(example: Example) -> slice:
     return slice(max(0, example.peak - REACH), example.peak + REACH + 1)
 
 
-def _accepted_label(atlas: Atlas, feature: str) -> str | None:
-    row = atlas.features.iloc[atlas.number(feature)]
+def _accepted_label(features: Features, feature: str) -> str | None:
+    row = features.table.iloc[features.number(feature)]
     return str(row["label"]) if bool(row["label_accepted"]) else None
 
 

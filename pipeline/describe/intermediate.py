@@ -47,8 +47,12 @@ def save_site(
     partial.rename(work / short)
 
 
+def columns_path(work: Path, short: str) -> Path:
+    return work / short / "columns.npz"
+
+
 def load_columns(work: Path, short: str) -> Columns:
-    with np.load(work / short / "columns.npz", allow_pickle=False) as arrays:
+    with np.load(columns_path(work, short), allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 

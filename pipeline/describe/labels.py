@@ -12,8 +12,8 @@ from.
    label with provenance;
 4. a rule is *accepted* from `min_f1` on those choosing documents, with at least `min_firings`
    held-out firings. The score comes from the held-out documents, which chose nothing, so it may lie
-   below the bar. Without an accepted rule the label is "no simple rule", with the score that the
-   best rule reached.
+   below the threshold. Without an accepted rule the label is "no simple rule", with the score that
+   the best rule reached.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ METHODS: tuple[Method, ...] = (
         about="the rule of its best predecessor, scored on this feature",
     ),
     Method(
-        name="none", kind="none", about="no rule reached the bar; the score is that of the best one"
+        name="none",
+        kind="none",
+        about="no rule reached the threshold; the score is that of the best one",
     ),
     Method(name="model", kind="model", about="written by a language model"),
     Method(name="human", kind="human", about="written by a person"),
@@ -98,7 +100,7 @@ METHOD_INDEX = {method.name: i for i, method in enumerate(METHODS)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bar:
+class Acceptance:
     """What a rule must reach on the choosing documents to be accepted, and how many held-out
     firings its score takes (half as many on the choosing documents, of which there are fewer)."""
 
@@ -134,11 +136,11 @@ class Scored:
     rules: RuleSets
     scores: RuleScores
 
-    def passes(self, latent: int, bar: Bar) -> bool:
-        """Whether one latent's rule reaches the bar."""
+    def passes(self, latent: int, need: Acceptance) -> bool:
+        """Whether one latent's rule reaches the threshold."""
         s = self.scores
-        enough = s.n[latent] >= bar.min_firings and 2 * s.n_choice[latent] >= bar.min_firings
-        return bool(s.choice[latent] >= bar.min_f1 and enough)
+        enough = s.n[latent] >= need.min_firings and 2 * s.n_choice[latent] >= need.min_firings
+        return bool(s.choice[latent] >= need.min_f1 and enough)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -149,14 +151,14 @@ class SiteRules:
     by_method: Mapping[str, Scored]
     best: Int64[np.ndarray, "target latent"]
 
-    def accepted(self, bar: Bar) -> Int64[np.ndarray, "latent"]:
+    def accepted(self, need: Acceptance) -> Int64[np.ndarray, "latent"]:
         """The method whose rule is each latent's best and passes: about all firings if one does,
         else about strong ones; −1 for none."""
         out = np.full(self.best.shape[1], -1, dtype=np.int64)
         for best in self.best[::-1]:
             for i, name in enumerate(RULE_METHODS):
                 if name in self.by_method:
-                    out[(best == i) & passes(self.by_method[name].scores, bar)] = i
+                    out[(best == i) & passes(self.by_method[name].scores, need)] = i
         return out
 
 
@@ -192,10 +194,10 @@ def make_rules(
     return SiteRules(by_method=by_method, best=_best(by_method))
 
 
-def passes(scores: RuleScores, bar: Bar) -> np.ndarray:
-    """Which latents' rules reach the bar."""
-    enough = (scores.n >= bar.min_firings) & (2 * scores.n_choice >= bar.min_firings)
-    return (np.nan_to_num(scores.choice) >= bar.min_f1) & enough
+def passes(scores: RuleScores, need: Acceptance) -> np.ndarray:
+    """Which latents' rules reach the threshold."""
+    enough = (scores.n >= need.min_firings) & (2 * scores.n_choice >= need.min_firings)
+    return (np.nan_to_num(scores.choice) >= need.min_f1) & enough
 
 
 def typical_tokens(table: AttributeTable, weigh: Weigh) -> RuleSets:
@@ -217,19 +219,24 @@ def typical_tokens(table: AttributeTable, weigh: Weigh) -> RuleSets:
 
 
 def labels_of(
-    latent: int, count: int, rules: SiteRules, inherited: Inherited | None, corpus: Corpus, bar: Bar
+    latent: int,
+    count: int,
+    rules: SiteRules,
+    inherited: Inherited | None,
+    corpus: Corpus,
+    need: Acceptance,
 ) -> list[Label]:
     """The labels of one latent, best first; empty for one that never fired."""
     if not count:
         return []
     made = [
-        label for label in _candidates(latent, rules, inherited, corpus, bar) if label is not None
+        label for label in _candidates(latent, rules, inherited, corpus, need) if label is not None
     ]
     accepted = sorted((x for x in made if x.accepted), key=lambda x: -(x.choice or 0))
     rest = [
         x for x in made if not x.accepted and (x.method in ("log_odds", "inherited") or _holds(x))
     ]
-    return [*accepted, *([] if accepted else [_no_rule(latent, rules, bar)]), *rest]
+    return [*accepted, *([] if accepted else [_no_rule(latent, rules, need)]), *rest]
 
 
 def shown_text(labels: list[Label], example: str = "") -> str:
@@ -252,12 +259,12 @@ def _holds(label: Label) -> bool:
 
 
 def _candidates(
-    latent: int, rules: SiteRules, inherited: Inherited | None, corpus: Corpus, bar: Bar
+    latent: int, rules: SiteRules, inherited: Inherited | None, corpus: Corpus, need: Acceptance
 ) -> Iterator[Label | None]:
     for best in rules.best[:, latent]:
         if best >= 0:
             name = RULE_METHODS[best]
-            yield _label(latent, name, rules.by_method[name], corpus, bar)
+            yield _label(latent, name, rules.by_method[name], corpus, need)
     if inherited is not None and inherited.origin[latent] is not None:
         for rule in inherited.by_attribute.values():
             yield _label(
@@ -265,13 +272,13 @@ def _candidates(
                 "inherited",
                 rule,
                 corpus,
-                bar,
+                need,
                 origin=inherited.origin[latent],
                 cosine=round(float(inherited.cosine[latent]), 4),
             )
     for name in ("log_odds", "promotes"):
         if name in rules.by_method:
-            yield _label(latent, name, rules.by_method[name], corpus, bar)
+            yield _label(latent, name, rules.by_method[name], corpus, need)
 
 
 def _label(
@@ -279,7 +286,7 @@ def _label(
     method: str,
     rule: Scored,
     corpus: Corpus,
-    bar: Bar,
+    need: Acceptance,
     *,
     origin: str | None = None,
     cosine: float | None = None,
@@ -291,7 +298,7 @@ def _label(
     return Label(
         text=_text(method, rule.rules, values, corpus),
         method=method,
-        accepted=method not in DESCRIPTIONS and rule.passes(latent, bar),
+        accepted=method not in DESCRIPTIONS and rule.passes(latent, need),
         score=_number(s.f1[latent]),
         n=int(s.n[latent]),
         **{name: _number(getattr(s, name)[latent]) for name in _MEASURES},
@@ -310,14 +317,14 @@ def _text(method: str, rules: RuleSets, values: Int64[np.ndarray, "value"], corp
     return describe_rule(rules.attribute, rules.target, values.tolist(), corpus)
 
 
-def _no_rule(latent: int, rules: SiteRules, bar: Bar) -> Label:
+def _no_rule(latent: int, rules: SiteRules, need: Acceptance) -> Label:
     """Which of the two it is: no rule was good enough, or there is too little to say so."""
     best = int(rules.best[0, latent])
     if best < 0:
         return Label(text=TOO_RARE, method="none")
     scores = rules.by_method[RULE_METHODS[best]].scores
     n = int(scores.n[latent])
-    if n < bar.min_firings:
+    if n < need.min_firings:
         return Label(text=TOO_RARE, method="none", n=n)
     return Label(
         text=NO_RULE,

@@ -5,16 +5,19 @@ JSON.
 2. Make a networkx graph with plain attributes (no nulls: a number that is not known is left out).
 3. Write beside and rename.
 
-The attribution-graph form is the one circuit-tracer's viewer reads. A flow graph has no prompt, so
-the viewer's token axis shows where in a layer a feature lives: residual stream, MLP, attention, and
-before or inside the layer where there are dictionaries. `feature` is the Cantor pairing of layer
-and latent, as that viewer expects now.
+The attribution-graph form is the one that the viewers of circuit-tracer and Neuronpedia read. A
+flow graph has no prompt, so the token axis shows where in a layer a feature lives: residual stream,
+MLP, attention, and before or inside the layer where there are dictionaries. There are at least
+three such tokens, since the viewer hides what is active on more than two thirds of them. `feature`
+is the Cantor pairing of the layer and a number that no other feature of the layer has: the latent
+for the residual stream, for other sites the latent beyond those of the sites before it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,8 @@ PLACES = (
 )
 _PLACE_OF_KIND = {"resid_post": 0, "mlp_out": 1, "attn_out": 2, "resid_pre": 3, "resid_mid": 4}
 _N_USUAL = 3
+_LONGEST_CLERP = 512
+_NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _NODE_COLUMNS = (
     "layer",
     "kind",
@@ -66,28 +71,31 @@ def export_graph(
     *,
     around: FeatureId | str | None = None,
     max_hops: int | None = None,
+    max_nodes: int | None = None,
     labels: Mapping[str, str] | None = None,
+    form: str = "",
 ) -> Path:
-    """Write to `path`; its ending chooses the form: .graphml, .gexf, .cyjs, or .json for the
-    attribution graph.
+    """Write to `path` in the `form` .graphml, .gexf, .cyjs, or .json for the attribution graph; by
+    default its ending says which.
 
-    `around` and `max_hops` restrict to the flow through one feature; `labels` maps feature ids to
-    text.
+    `around`, `max_hops` and `max_nodes` restrict to the flow through one feature, nearest and
+    strongest first; `labels` maps feature ids to text.
     """
     target = Path(path)
-    if target.suffix not in _WRITERS:
+    write = _WRITERS.get(form or target.suffix)
+    if write is None:
         raise UserError(
             "no such export",
             where=str(target),
             expected=" | ".join(_WRITERS),
-            found=target.suffix or "no ending",
+            found=form or target.suffix or "no ending",
         )
-    made = to_networkx(graph, around=around, max_hops=max_hops, labels=labels)
+    made = to_networkx(graph, around=around, max_hops=max_hops, max_nodes=max_nodes, labels=labels)
     if not len(made):
         raise UserError("nothing to export: no kept links here", where=str(around or target))
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    _WRITERS[target.suffix](made, beside)
+    write(made, beside)
     beside.replace(target)
     return target
 
@@ -97,24 +105,23 @@ def to_networkx(
     *,
     around: FeatureId | str | None = None,
     max_hops: int | None = None,
+    max_nodes: int | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> nx.DiGraph:
     """Kept links as a directed graph over feature ids; the attribute `weight` is the cosine."""
-    wanted = None if around is None else _flow_through(graph, around, max_hops)
-    rows = graph.kept_between(wanted)
-    made = nx.DiGraph()
-    numbers = (
-        np.union1d(rows["source"], rows["target"]) if wanted is None else np.array(sorted(wanted))
-    )
+    rows, made = graph.links, nx.DiGraph(around=str(around or ""))
+    if around is None:
+        numbers = np.union1d(rows["source"], rows["target"])
+    else:
+        numbers = np.sort(_flow_through(graph, around, max_hops)[:max_nodes])
+        rows = graph.links_between(numbers)
     names = {int(number): str(graph.feature(int(number))) for number in numbers}
     for name, facts in zip(
         names.values(), _known(graph.nodes.iloc[numbers], _NODE_COLUMNS), strict=True
     ):
         made.add_node(name, label=(labels or {}).get(name, name), **facts)
     ends = zip(rows["source"].map(names), rows["target"].map(names), strict=True)
-    for (source, target), facts in zip(
-        ends, _known(graph.edges.iloc[rows["edge"]], _EDGE_COLUMNS), strict=True
-    ):
+    for (source, target), facts in zip(ends, _known(rows, _EDGE_COLUMNS), strict=True):
         made.add_edge(source, target, weight=facts["cosine"], **facts)
     return made
 
@@ -123,17 +130,12 @@ def attribution_document(
     made: nx.DiGraph, *, slug: str = "flow-graph", scan: str = "featureflow"
 ) -> dict[str, Any]:
     """The attribution-graph JSON of a networkx flow graph."""
-    names = {feature: _attribution_id(facts) for feature, facts in made.nodes(data=True)}
-    last = max((_PLACE_OF_KIND[facts["kind"]] for _, facts in made.nodes(data=True)), default=0)
+    facts = dict(made.nodes(data=True))
+    names = {feature: _attribution_id(node) for feature, node in facts.items()}
+    last = max((_PLACE_OF_KIND[node["kind"]] for node in facts.values()), default=0)
     places = PLACES[: max(last + 1, _N_USUAL)]
-    nodes = [
-        _attribution_node(names[feature], facts, len(places))
-        for feature, facts in made.nodes(data=True)
-    ]
-    links = [
-        {"source": names[a], "target": names[b], "weight": facts["weight"]}
-        for a, b, facts in made.edges(data=True)
-    ]
+    most = max((int(node["latent"]) + 1 for node in facts.values()), default=0)
+    around = made.graph.get("around", "")
     metadata = {
         "slug": slug,
         "scan": scan,
@@ -143,36 +145,53 @@ def attribution_document(
         "node_threshold": 1.0,
         "schema_version": 1,
         "info": {
-            "description": "Flow graph of sparse-autoencoder features",
-            "generator": {"name": "featureflow"},
+            "description": f"features that flow into and out of {around}"
+            if around
+            else "Flow graph of sparse-autoencoder features",
+            "creator_name": "featureflow",
+            "generator": {"name": "featureflow", "version": "1"},
         },
     }
     parameters = {
-        "pinnedIds": [],
+        "pinnedIds": [names[around]] if around else [],
         "supernodes": [],
         "linkType": "both",
-        "clickedId": "",
+        "clickedId": names.get(around, ""),
         "sg_pos": "",
     }
+    nodes = [
+        _attribution_node(names[id], id, node, len(places), most) for id, node in facts.items()
+    ]
+    links = [
+        {"source": names[a], "target": names[b], "weight": round(float(link["weight"]), 5)}
+        for a, b, link in made.edges(data=True)
+    ]
     return {"metadata": metadata, "qParams": parameters, "nodes": nodes, "links": links}
+
+
+def cantor(x: int, y: int) -> int:
+    """The pairing function that attribution graphs number features with."""
+    return (x + y) * (x + y + 1) // 2 + y
 
 
 def _attribution_id(facts: Mapping[str, Any]) -> str:
     return f"{facts['layer']}_{facts['latent']}_{_PLACE_OF_KIND[facts['kind']]}"
 
 
-def _attribution_node(name: str, facts: Mapping[str, Any], n_places: int) -> dict[str, Any]:
-    place = _PLACE_OF_KIND[facts["kind"]]
-    layer, latent = int(facts["layer"]), int(facts["latent"])
+def _attribution_node(
+    name: str, feature: str, facts: Mapping[str, Any], n_places: int, most: int
+) -> dict[str, Any]:
+    """`most` is above every latent, so that `feature` differs between the sites of a layer."""
+    place, label = _PLACE_OF_KIND[facts["kind"]], facts["label"]
     return {
         "node_id": name,
         "jsNodeId": name,
-        "feature": (layer + latent) * (layer + latent + 1) // 2 + latent,
-        "layer": str(layer),
+        "feature": cantor(int(facts["layer"]), int(facts["latent"]) + place * most),
+        "layer": str(facts["layer"]),
         "ctx_idx": place,
         "reverse_ctx_idx": n_places - 1 - place,
         "feature_type": "cross layer transcoder",
-        "clerp": facts["label"],
+        "clerp": feature if label in (feature, "") else f"{feature} {label}"[:_LONGEST_CLERP],
         "influence": None,
         "activation": None,
         "token_prob": 0.0,
@@ -181,12 +200,14 @@ def _attribution_node(name: str, facts: Mapping[str, Any], n_places: int) -> dic
     }
 
 
-def _flow_through(graph: FlowGraph, feature: FeatureId | str, max_hops: int | None) -> set[int]:
+def _flow_through(graph: FlowGraph, feature: FeatureId | str, max_hops: int | None) -> list[int]:
+    """The feature, then what it reaches and is reached from, nearest and strongest first."""
     reached = [
         *graph.ancestors(feature, max_hops=max_hops),
         *graph.descendants(feature, max_hops=max_hops),
     ]
-    return {graph.number(feature), *(graph.number(found.feature) for found in reached)}
+    near = sorted(reached, key=lambda found: (found.hops, -found.strength))
+    return [graph.number(feature), *(graph.number(found.feature) for found in near)]
 
 
 def _known(table: pd.DataFrame, columns: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -201,11 +222,20 @@ def _known(table: pd.DataFrame, columns: Iterable[str]) -> Iterator[dict[str, An
 
 
 def _write_graphml(made: nx.DiGraph, path: Path) -> None:
-    nx.write_graphml_xml(made, path)
+    nx.write_graphml_xml(_for_xml(made), path)
 
 
 def _write_gexf(made: nx.DiGraph, path: Path) -> None:
-    nx.write_gexf(made, path)
+    nx.write_gexf(_for_xml(made), path)
+
+
+def _for_xml(made: nx.DiGraph) -> nx.DiGraph:
+    """The same graph without the characters in labels that XML cannot hold."""
+    made = nx.DiGraph(made)
+    made.graph.clear()
+    for _, facts in made.nodes(data=True):
+        facts["label"] = _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", facts["label"])
+    return made
 
 
 def _write_cytoscape(made: nx.DiGraph, path: Path) -> None:
@@ -214,9 +244,8 @@ def _write_cytoscape(made: nx.DiGraph, path: Path) -> None:
 
 def _write_attribution(made: nx.DiGraph, path: Path) -> None:
     slug = path.name.split(".")[0]
-    path.write_text(
-        json.dumps(attribution_document(made, slug=slug), ensure_ascii=False), encoding="utf-8"
-    )
+    text = json.dumps(attribution_document(made, slug=slug), ensure_ascii=False)
+    path.write_text(text, encoding="utf-8", errors="replace")
 
 
 _WRITERS: dict[str, Callable[[nx.DiGraph, Path], None]] = {

@@ -137,13 +137,10 @@ def _places(graph: FlowGraph, shown: set[int], chain: set[int]) -> dict[int, tup
 
 
 def _draw_links(axis: Axes, graph: FlowGraph, places: dict[int, tuple[float, float]]) -> None:
-    rows = graph.kept_between(set(places))
-    mutual = graph.edges["mutual"].to_numpy(bool)
-    cosine = graph.edges["cosine"].to_numpy()
-    for row in rows.itertuples(index=False):
+    for row in graph.links_between(places).itertuples(index=False):
         (x0, y0), (x1, y1) = places[int(row.source)], places[int(row.target)]
-        strength = float(cosine[row.edge])
-        style = "-" if mutual[row.edge] else "--"
+        strength = float(row.cosine)
+        style = "-" if row.mutual else "--"
         width, alpha = 0.5 + 2.5 * strength, 0.25 + 0.6 * strength
         axis.plot(
             [x0, x1], [y0, y1], style, color="#555555", linewidth=width, alpha=alpha, zorder=1

@@ -8,6 +8,9 @@ one line each.
     graph.best_path("L3/7", "L12/402")
     graph.trunks()      graph.splits()      graph.merges()      graph.communities()
 
+For work on all features at once they are numbered through all sites, as the node table is:
+`start`, `parent`, `degree`, `links` and `dying` are arrays over these numbers.
+
 Every link points forward in the computation. Queries follow kept links only; `thresholds` can
 replace what the linking run kept by the paper's cosines or by another false-discovery rate. Cost:
 each query touches only the links it follows.
@@ -15,12 +18,15 @@ each query touches only the links it follows.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import assert_never
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool, Float64, Int64
 
 from featureflow.errors import UserError
 from featureflow.sites import FeatureId, Site, parse_feature, parse_site
@@ -39,9 +45,11 @@ from pipeline.flow.queries import (
     forks,
     reachable,
     strongest_path,
-    trunk_paths,
 )
 from pipeline.flow.tables import KIND, SCHEMA, FlowTables, read_tables
+from pipeline.flow.trunks import trunks_of
+
+RELATIONS = ("residual", "mlp", "attention")
 
 
 class FlowGraph:
@@ -75,10 +83,11 @@ class FlowGraph:
     def number(self, feature: FeatureId | str) -> int:
         """The row number of a feature. Raises UserError for one that the graph does not have."""
         wanted = parse_feature(feature) if isinstance(feature, str) else feature
-        start, n = self._extent.get(wanted.site.short, (0, 0))
-        if not n:
+        if wanted.site not in self.sites:
             known = ", ".join(site.short for site in self.sites)
             raise UserError(f"the flow graph has no site {wanted.site.short}", expected=known)
+        place = self.sites.index(wanted.site)
+        start, n = int(self.start[place]), self.n_latents[place]
         if wanted.latent >= n:
             raise UserError(
                 f"the dictionary at {wanted.site.short} has no latent {wanted.latent}",
@@ -88,8 +97,66 @@ class FlowGraph:
 
     def feature(self, number: int) -> FeatureId:
         """The feature at a row of the node table."""
-        place = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return FeatureId(self.sites[place], int(number - self._starts[place]))
+        place = int(self.site_of(number))
+        return FeatureId(self.sites[place], int(number - self.start[place]))
+
+    def site_of(self, number: Int64[np.ndarray, "*feature"] | int) -> Int64[np.ndarray, "*feature"]:
+        """The place in `sites` of features by number."""
+        return np.searchsorted(self.start, number, side="right") - 1
+
+    @cached_property
+    def n_latents(self) -> tuple[int, ...]:
+        """Latents of every site."""
+        counts = self.nodes["site"].value_counts(sort=False)
+        return tuple(int(counts[site.short]) for site in self.sites)
+
+    @cached_property
+    def start(self) -> Int64[np.ndarray, "site_and_one"]:
+        """Latent f of the site at place s has the number `start[s] + f`."""
+        return np.concatenate([[0], np.cumsum(self.n_latents)]).astype(np.int64)
+
+    @property
+    def parent(self) -> tuple[Int64[np.ndarray, "feature"], Float64[np.ndarray, "feature"]]:
+        """The best kept predecessor of every feature along the residual stream (its number, -1 for
+        none) and the cosine (0 for none)."""
+        step = self._best_predecessor
+        return step.node, np.where(step.edge >= 0, self._cosine[step.edge], 0.0)
+
+    @property
+    def degree(self) -> tuple[Int64[np.ndarray, "feature"], Int64[np.ndarray, "feature"]]:
+        """Kept links into and out of every feature."""
+        return np.diff(self._in.start), np.diff(self._out.start)
+
+    @cached_property
+    def links(self) -> pd.DataFrame:
+        """The kept edges sorted by target, relation and rank, with `source` and `target` as
+        numbers; the index is the row of the edge table."""
+        rows = np.flatnonzero(self.kept)
+        relation = self.edges["relation"].astype(str).map(RELATIONS.index).to_numpy()[rows]
+        rank = self.edges["rank"].to_numpy()[rows]
+        rows = rows[np.lexsort((rank, relation, self._target[rows]))]
+        ends = {"source": self._source[rows], "target": self._target[rows]}
+        return self.edges.iloc[rows].set_axis(rows).assign(**ends)
+
+    @cached_property
+    def goes_on(self) -> Bool[np.ndarray, "feature"]:
+        """Which features have a kept link onward along the residual stream."""
+        onward = np.zeros(len(self.nodes), dtype=bool)
+        onward[self._source[self.kept & self._is("residual")]] = True
+        return onward
+
+    @property
+    def dying(self) -> Bool[np.ndarray, "feature"]:
+        """Features of the residual stream without a link onward, though it has a later site."""
+        before_last = np.zeros(len(self.nodes), dtype=bool)
+        for place in self.residual[:-1]:
+            before_last[self.start[place] : self.start[place + 1]] = True
+        return before_last & ~self.goes_on
+
+    @cached_property
+    def residual(self) -> tuple[int, ...]:
+        """The places in `sites` of the residual stream after each layer."""
+        return tuple(i for i, site in enumerate(self.sites) if site.kind == "resid_post")
 
     def chain(
         self, feature: FeatureId | str, *, backward: bool = True, forward: bool = True
@@ -148,18 +215,16 @@ class FlowGraph:
         return [self._step(number, edge) for edge, number in path or []]
 
     def trunks(self, n: int | None = 20, *, min_length: int = 3) -> list[Trunk]:
-        """The `n` longest residual paths whose every link is first choice both ways; no two share a
-        feature."""
-        mutual = self.kept & self.edges["mutual"].to_numpy(bool) & self._is("residual")
-        step = Step.of(mutual, self._source, self._target, len(self.nodes))
+        """The `n` longest trunks (flow/trunks.py); no two share a feature."""
+        trunks = trunks_of(self)
         return [
             Trunk(
-                features=tuple(self.feature(number) for number in numbers),
-                mean_cosine=float(cosines.mean()),
-                weakest=float(cosines.min()),
+                features=tuple(self.feature(int(number)) for number in trunks.feature[a:b]),
+                mean_cosine=float(trunks.cosine[a + 1 : b].mean()),
+                weakest=float(trunks.cosine[a + 1 : b].min()),
             )
-            for numbers, cosines in trunk_paths(step, self._cosine, min_length=min_length)[:n]
-        ]
+            for a, b in pairwise(trunks.offset[: 1 + (trunks.length >= max(2, min_length)).sum()])
+        ][:n]
 
     def splits(self, n: int | None = 20, *, relation: Relation = "residual") -> list[Fork]:
         """Features with several kept successors at one site, strongest second branch first."""
@@ -177,17 +242,10 @@ class FlowGraph:
         wanted = sorted(int(name) for name, size in sizes.items() if size >= min_size)
         return {name: [self.feature(int(number)) for number in members[name]] for name in wanted}
 
-    def kept_between(self, numbers: set[int] | None = None) -> pd.DataFrame:
-        """Kept edges among the given nodes (all): `edge` (row of the edge table), `source` and
-        `target` (nodes)."""
-        rows = np.flatnonzero(self.kept)
-        if numbers is not None:
-            wanted = np.zeros(len(self.nodes), dtype=bool)
-            wanted[list(numbers)] = True
-            rows = rows[wanted[self._source[rows]] & wanted[self._target[rows]]]
-        return pd.DataFrame(
-            {"edge": rows, "source": self._source[rows], "target": self._target[rows]}
-        )
+    def links_between(self, numbers: Collection[int]) -> pd.DataFrame:
+        """The part of `links` whose both ends are among these features."""
+        among = self.links["source"].isin(numbers) & self.links["target"].isin(numbers)
+        return self.links[among]
 
     def life(self, feature: FeatureId | str) -> tuple[int, int]:
         """Birth and death layer of a feature: how far back and forward its residual chain
@@ -196,27 +254,16 @@ class FlowGraph:
         return steps[0].feature.site.layer, steps[-1].feature.site.layer
 
     @cached_property
-    def _extent(self) -> dict[str, tuple[int, int]]:
-        counts = self.nodes["site"].value_counts(sort=False)
-        sizes = [int(counts[site.short]) for site in self.sites]
-        starts = np.cumsum([0, *sizes])
-        return {
-            site.short: (int(a), n) for site, a, n in zip(self.sites, starts, sizes, strict=False)
-        }
-
-    @cached_property
-    def _starts(self) -> np.ndarray:
-        return np.array([start for start, _ in self._extent.values()])
-
-    @cached_property
     def _source(self) -> np.ndarray:
-        start = {name: a for name, (a, _) in self._extent.items()}
-        return node_numbers(start, self.edges["source_site"], self.edges["source_latent"])
+        return self._numbers("source")
 
     @cached_property
     def _target(self) -> np.ndarray:
-        start = {name: a for name, (a, _) in self._extent.items()}
-        return node_numbers(start, self.edges["target_site"], self.edges["target_latent"])
+        return self._numbers("target")
+
+    def _numbers(self, end: str) -> np.ndarray:
+        start = {site.short: int(a) for site, a in zip(self.sites, self.start, strict=False)}
+        return node_numbers(start, self.edges[f"{end}_site"], self.edges[f"{end}_latent"])
 
     @cached_property
     def _cosine(self) -> np.ndarray:
@@ -264,10 +311,8 @@ class FlowGraph:
     def _forks(
         self, one: np.ndarray, other: np.ndarray, relation: Relation, n: int | None
     ) -> list[Fork]:
-        site = np.searchsorted(self._starts, other, side="right")
-        groups = forks(
-            self.kept & self._is(relation), one, site, self._cosine, len(self.sites) + 1
-        )[:n]
+        chosen = self.kept & self._is(relation)
+        groups = forks(chosen, one, self.site_of(other), self._cosine, len(self.sites))[:n]
         return [
             Fork(
                 feature=self.feature(int(one[rows[0]])),

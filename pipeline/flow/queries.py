@@ -1,5 +1,5 @@
 """What is asked of a flow graph, as functions over arrays: walks, reachable sets, best paths,
-trunks, splits, merges.
+splits, merges.
 
 Nodes are row numbers of the node table, edges row numbers of the edge table; `FlowGraph` (graph.py)
 gives both and turns the answers into features. Edges point forward in the computation, so the graph
@@ -53,8 +53,8 @@ class Leaf:
 
 @dataclass(frozen=True, kw_only=True)
 class Trunk:
-    """A long strong path: every link in it is first choice both ways. `weakest` is the smallest
-    cosine along it."""
+    """A path of steps to the closest feature (flow/trunks.py). `weakest` is the smallest cosine
+    along it."""
 
     features: tuple[FeatureId, ...]
     mean_cosine: float
@@ -170,24 +170,6 @@ def _retraced(
         path.append((row, number))
         number = before
     return [(None, start), *reversed(path)]
-
-
-def trunk_paths(
-    step: Step, cosine: np.ndarray, *, min_length: int
-) -> list[tuple[list[int], np.ndarray]]:
-    """Maximal chains of `step` (first choice both ways, so no two share a node), longest first,
-    then strongest."""
-    has_before = np.zeros(len(step.node), dtype=bool)
-    has_before[step.node[step.node >= 0]] = True
-    heads = np.flatnonzero(~has_before & (step.node >= 0))
-    paths = []
-    for head in heads:
-        walked = list(step.walk(int(head)))
-        if len(walked) + 1 >= min_length:
-            paths.append(
-                ([int(head), *(n for _, n in walked)], cosine[[edge for edge, _ in walked]])
-            )
-    return sorted(paths, key=lambda path: (-len(path[0]), -float(path[1].mean()), path[0][0]))
 
 
 def forks(

@@ -72,7 +72,7 @@ def make_server(
     Raises UserError where it cannot listen."""
     token, only_local = token or secrets.token_urlsafe(24), is_local(host)
     turns = ModelTurns(wait_s=wait_s)
-    site = _Site(directory=live.cards.folder, html=True)
+    site = _Site(directory=live.site_folder, html=True)
     if not only_local:
         site.cookie = f"{_COOKIE}={token}; HttpOnly; SameSite=Strict; Path=/"
 

@@ -1,8 +1,7 @@
 """A language model beside the atlas: which features fire on a typed text, which links were live,
 and steering.
 
-    live = LiveAtlas.open(Path("artifacts/laptop"))          collect, train and atlas artifacts of
-    one run
+    live = LiveAtlas.open(Path("artifacts/laptop"))          all of a run up to the atlas
     for record in live.read_text("The capital of France"): …
     for record in live.steer(["L12/402"], "I think", dose=0.3): …
 
@@ -32,13 +31,12 @@ import torch
 from data.concepts.prompts import read_prompts
 from data.model.language_model import LanguageModel
 from featureflow.errors import UserError
-from featureflow.sites import Site, parse_feature, parse_site
+from featureflow.sites import parse_feature
 from pipeline.context import RunContext
+from pipeline.describe.features import Features
+from pipeline.flow.graph import FlowGraph
 from pipeline.run import Run
 from pipeline.saes import Saes
-from pipeline.site.cards import Cards
-from pipeline.site.graph import AtlasGraph, read_graph
-from pipeline.site.shards import read_shard
 from sae import Sae
 from steering.dose import NeutralText, measure, solve_for_dose
 from steering.edits import Add
@@ -61,30 +59,24 @@ class LiveAtlas:
     another thread."""
 
     model: LanguageModel
-    cards: Cards
-    trained: Saes
-    graph: AtlasGraph | None
+    features: Features
+    saes: Saes
+    graph: FlowGraph
+    site_folder: Path
     stopped: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
     def open(cls, root: Path, *, device: str = "cpu") -> LiveAtlas:
         """Open the run in `root`. Raises UserError when one of its artifacts is missing."""
         run = Run.open(root, context=RunContext(device=device))
-        cards = Cards.open(run.need("collect", "train", "atlas")["atlas"].path / "site")
-        sites = [parse_site(short) for short in cards.sites]
-        has_graph = cards.manifest["has"]["flow"] and (root / "link" / "edges.parquet").is_file()
-        sizes = [int(entry["n_latents"]) for entry in cards.sites.values()]
+        made = run.need("collect", "train", "link", "describe", "atlas")
         return cls(
             model=run.model,
-            cards=cards,
-            trained=run.saes,
-            graph=read_graph(run.artifact("link").path, sites, sizes) if has_graph else None,
+            features=run.features,
+            saes=run.saes,
+            graph=run.graph,
+            site_folder=made["atlas"].path / "site",
         )
-
-    @cached_property
-    def saes(self) -> dict[Site, Sae]:
-        """All dictionaries, in the order of the cards' sites."""
-        return {(site := parse_site(short)): self.trained[site] for short in self.cards.sites}
 
     def stop(self) -> None:
         self.stopped.set()
@@ -162,7 +154,7 @@ class LiveAtlas:
         codes = sae.encode_sparse(x[1:].float())
         at, slot = np.nonzero(codes.value.numpy() > 0)
         latent, value = codes.index.numpy()[at, slot], codes.value.numpy()[at, slot]
-        largest = np.maximum(self._largest(index)[latent], 1e-9)
+        largest = np.maximum(self._largest[index][latent], 1e-9)
         record = {
             "site": index,
             "at": (at + 1).tolist(),
@@ -170,34 +162,27 @@ class LiveAtlas:
             "value": np.round(value, 4).tolist(),
             "share": np.round(np.minimum(value / largest, 9.99), 4).tolist(),
         }
-        start = 0 if self.graph is None else int(self.graph.start[index])
+        start = int(self.graph.start[index])
         return record, (start + latent.astype(np.int64)) * MAX_TOKENS + at + 1
 
-    def _largest(self, index: int) -> np.ndarray:
-        return read_shard(
-            self.cards.folder, f"sites/{list(self.cards.sites)[index]}/overview"
-        ).columns["max"]
+    @cached_property
+    def _largest(self) -> list[np.ndarray]:
+        """The largest activation of every latent on the corpus, site by site."""
+        return np.split(self.features.table["max"].to_numpy(), self.graph.start[1:-1])
 
-    def _live_links(self, fired: np.ndarray, n_tokens: int) -> list[list[int]]:
-        """(target site, target, source site, source, position) of the links whose two ends fire on
-        the same token."""
-        if self.graph is None or not len(fired):
-            return []
-        links = self.graph.links
-        source = self.graph.start[links.source_site] + links.source
-        target = self.graph.start[links.target_site] + links.target
-        found = []
+    def _live_links(self, active: np.ndarray, n_tokens: int) -> list[list[int]]:
+        """(target site, target, source site, source, position) of the links whose two ends are
+        active on the same token."""
+        source, target = (self.graph.links[end].to_numpy() for end in ("source", "target"))
+        found: list[list[int]] = []
         for position in range(1, n_tokens):
-            here = fired[fired % MAX_TOKENS == position] // MAX_TOKENS
-            for e in np.flatnonzero(np.isin(source, here) & np.isin(target, here)):
-                row = (
-                    links.target_site[e],
-                    links.target[e],
-                    links.source_site[e],
-                    links.source[e],
-                    position,
-                )
-                found.append([int(x) for x in row])
+            here = active[active % MAX_TOKENS == position] // MAX_TOKENS
+            live = np.isin(source, here) & np.isin(target, here)
+            ends = []
+            for number in (target[live], source[live]):
+                site = self.graph.site_of(number)
+                ends += [site, number - self.graph.start[site]]
+            found += np.stack([*ends, np.full(live.sum(), position)], axis=1).tolist()
             if len(found) > MAX_LINKS:
                 break
         return found
@@ -207,7 +192,8 @@ class LiveAtlas:
         if not features:
             raise UserError("no feature to steer", expected="at least one, such as L12/402")
         chosen = sorted({parse_feature(f) for f in features})
-        scales = {f: float(self.cards.card(str(f)).numbers["max"]) or 1.0 for f in chosen}
+        largest = self.features.table["max"].to_numpy()
+        scales = {f: float(largest[self.features.number(f)]) or 1.0 for f in chosen}
         return Plan.from_chain([(f, 1.0) for f in chosen], edit=Add(), scales=scales)
 
     def _at_dose(self, plan: Plan, dose: float) -> Plan:

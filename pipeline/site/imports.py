@@ -2,12 +2,12 @@
 exports.
 
 `import_notes` reads the JSON that the site's notes page exports; `import_neuronpedia` reads
-`explanations/batch-N.jsonl(.gz)` or a saved upload batch. `attach_labels` writes the atlas' label
-table with them added as human or imported labels: they carry no held-out score, so they never
-displace measured ones.
+`explanations/batch-N.jsonl(.gz)` or a saved upload batch. `attach_labels` writes the label table
+with them added as human or imported labels: they carry no held-out score, so they never displace
+measured ones.
 
 `import_neuronpedia_examples` reads `activations/batch-N.jsonl(.gz)` or a saved upload batch;
-`write_examples` writes them as a table. Their text is not the atlas' text, so they do not appear on
+`write_examples` writes them as a table. Their text is not that of the run, so they do not appear on
 its pages.
 """
 
@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from featureflow.errors import Problem, UserError
 from featureflow.sites import Site, parse_feature
-from pipeline.describe.opened import Atlas
+from pipeline.describe.features import Features
 
 MAX_LABEL = 512
 _STRONGEST = -1.0  # Neuronpedia's mark of the group of strongest activations
@@ -162,21 +162,19 @@ def write_examples(examples: Iterable[ImportedExample], out: Path) -> Path:
     return out
 
 
-def attach_labels(atlas: Atlas, labels: Iterable[ImportedLabel], out: Path) -> Path:
-    """Write the atlas' label table with these labels added after the measured ones, to `out`.
-    Raises UserError for features that the atlas does not have."""
+def attach_labels(features: Features, labels: Iterable[ImportedLabel], out: Path) -> Path:
+    """Write the label table with these labels added after the measured ones, to `out`.
+    Raises UserError for features that are not described."""
     labels = list(labels)
-    table = pq.read_table(atlas.folder / "tables" / "labels.parquet")
-    known = set(atlas.features["feature"])
+    table = pq.read_table(features.folder / "tables" / "labels.parquet")
+    known = set(features.table["feature"])
     unknown = [
         Problem(what="no such feature", where=label.feature)
         for label in labels
         if label.feature not in known
     ]
     if unknown:
-        raise UserError(
-            "labels of features that the atlas does not have", problems=tuple(unknown[:50])
-        )
+        raise UserError("labels of features that are not described", problems=tuple(unknown[:50]))
     rank = table.column("rank").to_pylist()
     last: dict[str, int] = {}
     for feature, place in zip(table.column("feature").to_pylist(), rank, strict=True):
@@ -185,8 +183,11 @@ def attach_labels(atlas: Atlas, labels: Iterable[ImportedLabel], out: Path) -> P
     for label in labels:
         last[label.feature] = last.get(label.feature, -1) + 1
         row: dict[str, Any] = dict.fromkeys(table.column_names)
+        where = parse_feature(label.feature)
         row |= {
             "feature": label.feature,
+            "site": where.site.short,
+            "latent": where.latent,
             "rank": last[label.feature],
             "text": label.text,
             "method": label.method,

@@ -40,7 +40,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "i32": np.dtype("<i4"),
     "f32": np.dtype("<f4"),
 }
-PAD = 0xFFFFFFFF
 _NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPES.items()}
 _KEY = re.compile(r"[A-Za-z0-9._/-]+")
 _SCRIPT = re.compile(r'FF\("([A-Za-z0-9._/-]+)","([A-Za-z0-9+/]*={0,2})"\)\n?')

@@ -3,9 +3,9 @@ and the app's own files.
 
 1. `vocab`, `corpus/…`: tokens as bytes, once; rows of the store; runs and documents
 2. `flow/model`, `flow/communities`, `flow/trunks`: the graph from afar
-3. `search/tokens/…`: which features fire on, or promote, a token
-4. `attached/steering`, `attached/scores`: empty until the steer stage and `featureflow atlas
-   explain` fill them
+3. `search/tokens/…`: which features are active on, or promote, a token
+4. `attached/steering`, `attached/scores`: what the steer stage and `featureflow atlas explain`
+   found
 5. the app (`pipeline/site/app/dist`), and the manifest with size and sha256 of every shard
 """
 
@@ -20,31 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from pipeline.describe.columns import PAGE_BINS, Columns
+from pipeline.describe.columns import PAD, PAGE_BINS, Columns
 from pipeline.describe.corpus import Corpus
 from pipeline.describe.examples import TABS
 from pipeline.describe.labels import METHODS
 from pipeline.describe.survey import LOG2_LOW, REACH
-from pipeline.site.communities import community_shard
-from pipeline.site.graph import CLASSES, RELATIONS, AtlasGraph, pairs_json
-from pipeline.site.pages import CARDS_PER_SHARD
-from pipeline.site.shards import PAD, Shard, narrow, write_shard
-from pipeline.site.trunks import FEWEST_LAYERS, trunk_shard, trunks_of
+from pipeline.flow.graph import RELATIONS, FlowGraph
+from pipeline.site.flow_pages import FEWEST_LAYERS, community_shard, pairs_json, trunk_shard
+from pipeline.site.pages import CARDS_PER_SHARD, CLASSES
+from pipeline.site.shards import Shard, narrow, write_shard
 
 FORMAT, VERSION = "featureflow-atlas", 2
-ATTACHED_VERSION = 1  # of what later stages add, which outlives a remade atlas
+ATTACHED_VERSION = 1
 ROWS_PER_SHARD, TOKENS_PER_SHARD = 262_144, 1024
-NO_STEERING: dict[str, Any] = {
-    "version": ATTACHED_VERSION,
-    "samples": [],
-    "effects": [],
-    "commands": {},
-}
 _SEARCH_SHARE, _SEARCH_TOKENS, _SEARCH_PROMOTES = 0.05, 5, 5
 _README = """This folder is an atlas of features. Open index.html by double click;
 nothing is loaded from the network. It also works from any static web host.
-The tables beside it (../tables) hold the same data for programs.
+The tables of the describe stage hold the same data for programs.
 """
 
 
@@ -86,24 +80,15 @@ def write_corpus(site: Path, corpus: Corpus) -> int:
 
 
 def write_flow(
-    site: Path,
-    graph: AtlasGraph,
-    shown: Sequence[Sequence[str]],
-    scores: Sequence[np.ndarray],
-    columns: Sequence[Columns],
-    corpus: Corpus,
+    site: Path, graph: FlowGraph, features: pd.DataFrame, columns: Sequence[Columns], corpus: Corpus
 ) -> int:
-    """The graph from afar; `shown[s][f]` is the label of a feature, `scores` its score (NaN none).
-    Returns the number of trunks of three layers or more."""
+    """The graph from afar; `features` has a row a feature. Returns the number of trunks of three
+    layers or more."""
     write_shard(site, "flow/model", Shard(json={"pairs": pairs_json(graph), "settings": {}}))
     write_shard(site, "flow/communities", community_shard(graph, columns, corpus))
-    n_firings = np.concatenate([c["count"] for c in columns])
-    trunks = trunks_of(graph, n_firings > 0)
-    labels = [label for site_labels in shown for label in site_labels]
-    write_shard(
-        site, "flow/trunks", trunk_shard(graph, trunks, n_firings, labels, np.concatenate(scores))
-    )
-    return int((trunks.length >= FEWEST_LAYERS).sum())
+    trunks = trunk_shard(graph, features)
+    write_shard(site, "flow/trunks", trunks)
+    return int((trunks.columns["length"] >= FEWEST_LAYERS).sum())
 
 
 def write_search(site: Path, corpus: Corpus, columns: Sequence[Columns]) -> list[int]:
@@ -129,11 +114,14 @@ def write_search(site: Path, corpus: Corpus, columns: Sequence[Columns]) -> list
     return [int(s) for s in shards]
 
 
-def write_attached(site: Path) -> None:
-    """The files that may be filled later, empty: a page that asks for a missing file would
-    complain."""
-    write_shard(site, "attached/steering", Shard(json=NO_STEERING))
-    write_shard(site, "attached/scores", Shard(json={"version": ATTACHED_VERSION, "features": {}}))
+def write_attached(
+    site: Path, steering: Mapping[str, Any] | None, opinions: Mapping[str, Any]
+) -> None:
+    """What later stages found about single features; empty when they did not run."""
+    nothing: dict[str, Any] = {"samples": [], "effects": [], "commands": {}}
+    version = {"version": ATTACHED_VERSION}
+    write_shard(site, "attached/steering", Shard(json=version | nothing | dict(steering or {})))
+    write_shard(site, "attached/scores", Shard(json=version | {"features": dict(opinions)}))
 
 
 def copy_app(site: Path) -> bool:
@@ -157,7 +145,7 @@ def write_manifest(site: Path, document: Mapping[str, Any]) -> None:
     shards = {}
     for path in sorted(site.rglob("*.js")):
         key = path.relative_to(site).as_posix().removesuffix(".js")
-        if key != "app" and not key.startswith("attached/"):
+        if key != "app":
             content = path.read_bytes()
             shards[key] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     text = json.dumps({**document, "shards": shards}, ensure_ascii=False, indent=1)

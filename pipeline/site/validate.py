@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from featureflow.errors import Command, Problem, UserError
-from pipeline.site.shards import PAD, Shard, read_shard
+from pipeline.describe.columns import PAD
+from pipeline.site.shards import Shard, read_shard
 from pipeline.site.site_folder import FORMAT, VERSION
 
 APP_FILES = ("index.html", "app.js", "app.css", "README.txt", "manifest.json")
@@ -110,11 +111,7 @@ def _listing_problems(site: Path, listing: Mapping[str, Mapping[str, Any]]) -> I
             yield Problem(
                 what="checksum differs", where=f"{key}.js", expected=entry["sha256"], found=found
             )
-    known = {f"{key}.js" for key in listing} | {
-        "attached/steering.js",
-        "attached/scores.js",
-        *APP_FILES,
-    }
+    known = {f"{key}.js" for key in listing} | {*APP_FILES}
     for path in sorted(p for p in site.rglob("*") if p.is_file()):
         if path.relative_to(site).as_posix() not in known:
             yield Problem(

@@ -2,9 +2,11 @@
 program.
 
 Every stage module has `KIND`, `SCHEMA`, `Config`, `Inputs` and `run(config, inputs, out, context)
--> Artifact`; `Inputs` is a dataclass whose fields are named after the stages they come from. A
-stage whose result also depends on something outside its config and its input artifacts (the bytes
-of a text file, the weights of a model) has `outside_digests(config) -> dict`.
+-> Artifact`; `Inputs` is a dataclass whose fields are named after the stages they come from; one
+with a default may be left out. A stage whose result also depends on something outside its config
+and its input artifacts (the bytes of a text file, the weights of a model) has
+`outside_digests(config) -> dict`, one that reads other files of the run `digests_beside(root,
+available) -> dict`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
-STAGES = ("collect", "train", "link", "lenses", "atlas", "steer")
+STAGES = ("collect", "train", "link", "describe", "lenses", "steer", "atlas")
 ALSO = ("evaluate",)
 """Names of parts of a stage: `evaluate` is `lenses` with the evaluation lenses only."""
 
@@ -22,10 +24,20 @@ TITLES = {
     "train": "train one dictionary (sparse autoencoder) per site",
     "evaluate": "measure the dictionaries on held-out documents (the evaluation lenses)",
     "link": "match features across layers into a flow graph",
+    "describe": "describe every feature: statistics, examples, labels",
     "lenses": "look at the run through the lenses of the recipe",
-    "atlas": "describe every feature and export the browsable atlas",
     "steer": "steer the model along features' flows and measure it",
+    "atlas": "render all that was found as pages to browse",
 }
+
+MOVED = {
+    f"atlas.{field}": f"describe.{field}"
+    for field in (
+        *("profile", "filters", "holdout", "choice", "min_f1", "min_firings", "cofiring_rows"),
+        *("precision", "seed"),
+    )
+}
+"""Settings of earlier recipes, and what they are called now."""
 
 
 @dataclass(frozen=True)

@@ -1,180 +1,94 @@
-"""Store, dictionaries and flow graph → the atlas: every feature described, labelled, and laid out
-to browse.
+"""All that a run found → the atlas: pages to browse, which open by double click.
 
-1. Read vocabulary and unembedding of the language model.
-2. Survey every dictionary over the store: statistics, examples, rules
-   pipeline/describe/survey.py
-3. Label features with held-out scores, inherit labels along the flow graph, write shards
-   pipeline/describe/labels.py
-4. Write what all sites share, and the tables
-   pipeline/site/build.py
+1. Features and labels come from the describe stage, flow from the link stage, metrics from the
+   evaluation lenses, samples from the steer stage, second opinions from `opinions.json` beside
+   them.
+2. Nothing is measured here; what is not there is not shown.
 
-Inputs: collect and train artifacts; link and findings of lenses when there are any. Output:
-`site/` (open `site/index.html`), `tables/`, `metrics.jsonl`. Cost: one encoding of all tokens at
-every site; sites run in parallel processes.
+Output: `site/` (open `site/index.html`). Cost: gzip; sites run in parallel processes.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any
 
 import pandas as pd
-from annotated_types import Ge, Gt, Le
-from pydantic import TypeAdapter, model_validator
 from typing_extensions import Doc
 
-from data.model.language_model import LanguageModel
-from data.model.spec import ModelSpec
-from data.store import ActivationStore, RowFilters
-from featureflow.errors import Command, UserError
 from featureflow.settings import Settings
-from featureflow.sites import Site, parse_site
-from pipeline.artifact import SCHEMAS, Artifact, Draft
+from featureflow.sites import parse_site
+from pipeline.artifact import SCHEMAS, Artifact, canonical_json
 from pipeline.context import RunContext
-from pipeline.describe.labels import Bar
-from pipeline.describe.vocabulary import Vocabulary
-from pipeline.describe.workshop import Workshop
+from pipeline.describe.explain import read_opinions
+from pipeline.describe.features import Features
 from pipeline.findings import read_finding
-from pipeline.run import STORE
-from pipeline.saes import FOLDER
-from pipeline.site.attach import carry_over
-from pipeline.site.build import AtlasFacts, ModelFacts, build_atlas
-from pipeline.site.figures import draw_atlas
+from pipeline.flow.graph import FlowGraph
+from pipeline.lenses.steering.tables import atlas_document
+from pipeline.site.build import Shown, build_site
+from pipeline.site.pages import Job
 
 KIND, SCHEMA = "atlas", SCHEMAS["atlas"]
 
 
 class Config(Settings):
-    """What the atlas shows and how labels are judged."""
+    """How the atlas presents itself."""
 
-    profile: Annotated[
-        Literal["mini", "standard", "full"], Doc("how many examples a feature card shows")
-    ] = "standard"
     title: Annotated[str, Doc("title of the atlas; empty for one made from the model's name")] = ""
-    filters: Annotated[RowFilters, Doc("tokens left out of all statistics")] = RowFilters()
-    holdout: Annotated[
-        float, Gt(0), Le(0.9), Doc("share of documents on which labels are scored, never proposed")
-    ] = 0.33
-    choice: Annotated[
-        float,
-        Ge(0),
-        Le(0.5),
-        Doc("share of documents that decide which label a feature gets; it is scored on others"),
-    ] = 0.17
-    min_f1: Annotated[
-        float, Ge(0), Le(1), Doc("F1 on those documents from which a rule is accepted as a label")
-    ] = 0.6
-    min_firings: Annotated[int, Ge(1), Doc("held-out firings that a score needs to count")] = 5
-    cofiring_rows: Annotated[
-        int, Ge(0), Doc("tokens on which co-firing inside a dictionary is counted")
-    ] = 32_768
-    precision: Annotated[
-        Literal["bfloat16", "float32"],
-        Doc("dtype of the encoder's and the projection's matrix product"),
-    ] = "bfloat16"
-    seed: Annotated[int, Ge(0), Doc("of the uniform samples and the held-out documents")] = 0
-
-    @model_validator(mode="after")
-    def _checked(self) -> Self:
-        if self.holdout + self.choice >= 1:
-            raise ValueError(
-                "holdout and choice must be below 1 together: labels are proposed on the rest"
-            )
-        return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What the atlas describes. Without `link` there is no flow in it, without the evaluation
-    lenses no reconstruction metrics."""
+    """What the atlas shows; findings by the name of their lens."""
 
-    collect: Artifact
     train: Artifact
-    link: Artifact | None = None
+    link: Artifact
+    describe: Artifact
     lenses: Mapping[str, Artifact] = field(default_factory=dict)
+    steer: Artifact | None = None
+
+
+def digests_beside(root: Path, available: Mapping[str, Artifact]) -> dict[str, str]:
+    """What lies beside the artifacts and is shown too: the second opinions."""
+    opinions = read_opinions(root, available["train"].digest)
+    return {"opinions": _sha256(opinions)} if opinions else {}
 
 
 def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artifact:
-    """Make the atlas. Raises UserError; a later run with the same config goes on with the sites
-    this one finished."""
-    with Artifact.create(
-        out, kind=KIND, schema=SCHEMA, config=config, inputs=_digests(inputs)
-    ) as draft:
-        shop = workshop_of(config, inputs, draft)
-        store = ActivationStore.open(shop.store)
-        model = model_facts(inputs.collect, store, context)
-        facts = AtlasFacts(
-            title=config.title or f"{model.card['name']} · {len(shop.sites)} dictionaries",
+    """Make the atlas. Raises UserError."""
+    digests = _digests(inputs) | digests_beside(out.parent, vars(inputs))
+    features, graph = Features(inputs.describe.path), FlowGraph.open(inputs.link.path)
+    model = features.about["model"]["name"]
+    with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=digests) as draft:
+        shown = Shown(
+            title=config.title or f"{model} · {len(features.sites)} dictionaries",
+            described=inputs.describe.config,
             metrics=read_metrics(inputs.lenses),
-            provenance=_digests(inputs),
+            steering=None if inputs.steer is None else steering_document(inputs.steer, features),
+            opinions=read_opinions(out.parent, inputs.train.digest),
+            provenance={**inputs.describe.inputs, **digests},
         )
-        headline = build_atlas(shop, model, facts, draft.path / "tables", context)
-        carry_over(out, draft.path / "site", train=inputs.train.digest)
-        (draft.path / "figures").mkdir(exist_ok=True)
-        features = pd.read_parquet(draft.path / "tables" / "features.parquet")
-        draw_atlas(features, draft.path / "figures" / "features_by_layer.png")
+        job = Job(
+            features=features.folder,
+            graph=inputs.link.path,
+            site_folder=draft.path / "site",
+            made_from=tuple(digests.values()),
+        )
+        headline = build_site(features, graph, shown, job, context)
         draft.summary.update(headline)
         draft.write_metrics(headline)
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
 
 
-def workshop_of(config: Config, inputs: Inputs, draft: Draft) -> Workshop:
-    """Where everything lies. Raises UserError when there are no dictionaries."""
-    folder = inputs.train.path / FOLDER
-    sites = sorted(parse_site(path.parent.name) for path in folder.glob("*/sae.json"))
-    if not sites:
-        raise UserError(
-            "there are no dictionaries to describe",
-            where=str(folder),
-            fix=Command("run", to="train"),
-        )
-    return Workshop(
-        store=inputs.collect.path / STORE,
-        dictionaries=folder,
-        graph=None if inputs.link is None else inputs.link.path,
-        work=draft.path / ".work",
-        site_folder=draft.path / "site",
-        sites=tuple(site.short for site in sites),
-        n_latents=tuple(_n_latents(folder, site) for site in sites),
-        filters=config.filters,
-        holdout=config.holdout,
-        choice=config.choice,
-        seed=config.seed,
-        precision=config.precision,
-        profile=config.profile,
-        bar=Bar(min_f1=config.min_f1, min_firings=config.min_firings),
-        cofiring_rows=config.cofiring_rows,
-        made_from=tuple(_digests(inputs).items()),
-    )
-
-
-def model_facts(collect: Artifact, store: ActivationStore, context: RunContext) -> ModelFacts:
-    """Vocabulary and unembedding of the model whose activations the store holds."""
-    spec = TypeAdapter(ModelSpec).validate_python(collect.config["model"])
-    model = LanguageModel.open(spec, device="cpu", progress=context.progress)
-    tokenizer = model.tokenizer
-    n_tokens = max(tokenizer.n_tokens, 1)
-    W_U, gain = model.unembedding()
-    return ModelFacts(
-        card={
-            "name": model.name,
-            "fingerprint": store.provenance.get("model_fingerprint", ""),
-            "n_layers": model.n_layers,
-            "d_model": model.d_model,
-            "d_vocab": model.d_vocab,
-            "n_context": store.n_context,
-        },
-        vocabulary=Vocabulary(
-            tokens=[tokenizer.token_bytes(i) for i in range(n_tokens)],
-            special=frozenset(tokenizer.special_ids),
-        ),
-        W_U=W_U,
-        gain=gain,
-    )
+def steering_document(steer: Artifact, features: Features) -> dict[str, Any]:
+    """`attached/steering` of docs/decisions/0003-atlas-shards.md."""
+    samples, effects = (pd.read_parquet(steer.file(f"{n}.parquet")) for n in ("samples", "effects"))
+    labels = {name: features.label_of(name) for name in samples["feature"].unique()}
+    schedule = steer.config["schedule"]["kind"]
+    return atlas_document(samples, effects, labels, schedule=schedule, seed=steer.config["seed"])
 
 
 def read_metrics(findings: Mapping[str, Artifact]) -> dict[str, dict[str, Any]]:
@@ -193,13 +107,11 @@ def read_metrics(findings: Mapping[str, Artifact]) -> dict[str, dict[str, Any]]:
     return out
 
 
-def _n_latents(folder: Path, site: Site) -> int:
-    return int(
-        json.loads((folder / site.short / "sae.json").read_text(encoding="utf-8"))["n_latents"]
-    )
-
-
 def _digests(inputs: Inputs) -> dict[str, str]:
-    named = {name: getattr(inputs, name) for name in ("collect", "train", "link")}
+    named = {name: getattr(inputs, name) for name in ("train", "link", "describe", "steer")}
     named |= {f"lenses/{name}": finding for name, finding in inputs.lenses.items()}
     return {name: artifact.digest for name, artifact in named.items() if artifact is not None}
+
+
+def _sha256(document: Any) -> str:
+    return hashlib.sha256(canonical_json(document).encode()).hexdigest()

@@ -67,6 +67,7 @@ class Inputs:
     collect: Artifact
     train: Artifact
     link: Artifact
+    describe: Artifact | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from featureflow.errors import Command, Problem, UserError
 from featureflow.settings import unknown_key
-from pipeline.stages import STAGES, StageName, section_of
+from pipeline.stages import MOVED, STAGES, StageName, section_of
 
 _TOP_LEVEL = ("description",)
 
@@ -70,6 +70,7 @@ def read_recipe(
         for key in document
         if key not in (*STAGES, *_TOP_LEVEL)
     ]
+    problems += _moved(document)
     configs: dict[str, Any] = {}
     for stage in stages:
         section, config_type = section_of(stage), StageName(stage).module.Config
@@ -121,6 +122,17 @@ def _apply_overrides(document: dict[str, Any], overrides: Mapping[str, str]) -> 
         else:
             place[leaf] = _read_value(text)
     return problems
+
+
+def _moved(document: dict[str, Any]) -> list[Problem]:
+    """Settings of earlier recipes, taken out of the document, each with its new place."""
+    found = []
+    for old, new in MOVED.items():
+        stage, field = old.split(".")
+        section = document.get(stage)
+        if isinstance(section, dict) and section.pop(field, None) is not None:
+            found.append(Problem(what="this setting moved", where=old, expected=new))
+    return found
 
 
 def _read_value(text: str) -> Any:

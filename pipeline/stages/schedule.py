@@ -1,9 +1,10 @@
 """The pipeline as a graph of artifacts: which stages are needed, which are current, and running the
 rest.
 
-1. a stage's inputs are the fields of its `Inputs`; following them gives the stages above it;
-2. its digest follows from its config, the digests of its inputs and what `outside_digests` says of
-   the world;
+1. a stage's inputs are the fields of its `Inputs`; following them gives the stages above it. One
+   with a default is made by a whole run, and left out by a stage run alone when it is not there;
+2. its digest follows from its config, the digests of its inputs, what `outside_digests` says of the
+   world and `digests_beside` of other files of the run;
 3. an artifact on disk with that digest is current and its stage returns at once; otherwise the
    stage runs, and goes on with what a killed run of the same digest left, unless it is forced: then
    it starts anew. First the checksums of its inputs are compared (a second a gigabyte or so; a
@@ -18,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from pipeline.stages.lenses import look_through
 from pipeline.stages.recipe import Recipe
 from sae.kernels.memory import kept_memory
 
-_SHARED = ("collect", "train", "link")
+_SHARED = ("collect", "train", "link", "describe", "steer")
 LENSES = "lenses"
 
 
@@ -77,8 +77,8 @@ def run_recipe(
     shared: Path | None = None,
 ) -> list[StageResult]:
     """Bring every stage up to and including `to` up to date. Artifacts lie in `root/<stage>`; one
-    that the run `shared` has already as it is wanted here is linked to instead of made (collect to
-    lenses: later ones are written into)."""
+    that the run `shared` has already as it is wanted here is linked to instead of made (all but the
+    atlas, which shows what lies beside it)."""
     results: list[StageResult] = []
     available: dict[str, Artifact] = {}
     for stage in stages_above(to):
@@ -111,24 +111,20 @@ def run_single(
     """Run one stage on the artifacts that are there; a missing or outdated input is an error that
     names its command."""
     available: dict[str, Artifact] = {}
+    needed: set[str] = set()
+    _collect_above(stage, needed, optional=False)
     for above in stages_above(stage)[:-1]:
         fix = Command("run", to=above)
         if above == LENSES:
-            _add_findings(available, Run.of(available), recipe.configs[above].lenses, fix)
+            wanted = recipe.configs[above].lenses if above in needed else ()
+            _add_findings(available, Run.of(available), wanted, fix)
             continue
-        module = StageName(above).module
         _share(above, recipe.configs[above], available, root, shared)
-        artifact = Artifact.open(root / above, kind=module.KIND, schema=module.SCHEMA, fix=fix)
-        expected = _digest(module, recipe.configs[above], available)
-        if artifact.digest != expected:
-            raise UserError(
-                f"the {above} artifact was made by another recipe, text or version",
-                where=str(artifact.path),
-                expected=f"digest {expected[:12]}",
-                found=f"digest {artifact.digest[:12]}",
-                fix=fix,
-            )
-        available[above] = artifact
+        try:
+            available[above] = _current(above, recipe.configs[above], available, root, fix)
+        except UserError:
+            if above in needed:
+                raise
     return _run_stage(
         stage,
         recipe.configs[stage],
@@ -139,6 +135,24 @@ def run_single(
         force=force,
         shared=shared,
     )
+
+
+def _current(
+    stage: str, config: Any, available: Mapping[str, Artifact], root: Path, fix: Command
+) -> Artifact:
+    """The artifact of a stage with this config. Raises UserError when it is not there."""
+    module = StageName(stage).module
+    artifact = Artifact.open(root / stage, kind=module.KIND, schema=module.SCHEMA, fix=fix)
+    expected = _digest(module, config, available, root)
+    if artifact.digest != expected:
+        raise UserError(
+            f"the {stage} artifact was made by another recipe, text or version",
+            where=str(artifact.path),
+            expected=f"digest {expected[:12]}",
+            found=f"digest {artifact.digest[:12]}",
+            fix=fix,
+        )
+    return artifact
 
 
 def _run_stage(
@@ -157,7 +171,7 @@ def _run_stage(
         return _run_lenses(config, available, context, events, force=force, shared=shared)
     module = StageName(stage).module
     out = root / stage
-    if not force and Artifact.is_current(out, _digest(module, config, available)):
+    if not force and Artifact.is_current(out, _digest(module, config, available, root)):
         artifact, seconds = Artifact.open(out, kind=module.KIND, schema=module.SCHEMA), None
     else:
         if force:
@@ -218,15 +232,17 @@ def _share(
     """Let `root/<stage>` point to the artifact of the run `shared`, if it is current there and not
     here."""
     if shared is not None and stage in _SHARED:
-        digest = _digest(StageName(stage).module, config, available)
+        digest = _digest(StageName(stage).module, config, available, root)
         if not Artifact.is_current(root / stage, digest):
             Artifact.borrow(root / stage, shared / stage, digest)
 
 
-def _digest(module: ModuleType, config: Any, available: Mapping[str, Artifact]) -> str:
-    inputs = {name: artifact.digest for name, artifact in _needed(module, available).items()}
+def _digest(module: ModuleType, config: Any, available: Mapping[str, Artifact], root: Path) -> str:
+    given = _needed(module, available)
+    inputs = {name: artifact.digest for name, artifact in given.items()}
     outside = module.outside_digests(config) if hasattr(module, "outside_digests") else {}
-    return digest_of(module.KIND, module.SCHEMA, config, {**inputs, **outside})
+    beside = module.digests_beside(root, given) if hasattr(module, "digests_beside") else {}
+    return digest_of(module.KIND, module.SCHEMA, config, {**inputs, **outside, **beside})
 
 
 def _needed(module: ModuleType, available: Mapping[str, Artifact]) -> dict[str, Artifact]:
@@ -251,12 +267,15 @@ def _input_names(module: ModuleType) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(module.Inputs))
 
 
-def _collect_above(stage: str, wanted: set[str]) -> None:
+def _collect_above(stage: str, wanted: set[str], *, optional: bool = True) -> None:
     wanted.add(stage)
     module = StageName(stage).module
-    hints = typing.get_type_hints(module.Inputs)
-    for name in _input_names(module):
-        if name not in STAGES:
-            raise TypeError(f"{module.__name__}.Inputs.{name}: {hints[name]} is no stage")
-        if name not in wanted:
-            _collect_above(name, wanted)
+    for field in dataclasses.fields(module.Inputs):
+        if field.name not in STAGES:
+            raise TypeError(f"{module.__name__}.Inputs.{field.name} is no stage")
+        may_be_missing = (
+            field.default is not dataclasses.MISSING
+            or field.default_factory is not dataclasses.MISSING
+        )
+        if field.name not in wanted and (optional or not may_be_missing):
+            _collect_above(field.name, wanted, optional=optional)

@@ -37,6 +37,7 @@ from featureflow.progress import Progress
 from featureflow.settings import Settings
 from pipeline.artifact import SCHEMAS, Artifact, Draft
 from pipeline.context import RunContext
+from pipeline.describe.features import Features
 from pipeline.lenses.steering.choice import (
     N_REPORTABLE,
     Candidate,
@@ -54,15 +55,13 @@ from pipeline.lenses.steering.selection import Chosen, SelectionOptions, Sources
 from pipeline.lenses.steering.session import SteerSession
 from pipeline.lenses.steering.tables import (
     HEADLINE_ARM,
-    atlas_document,
-    atlas_labels,
     dose_table,
     draw_figures,
     effect_table,
     feature_records,
-    hand_to_atlas,
+    has_label,
     headline,
-    labelled_by_atlas,
+    labels_of,
     sample_table,
     side_by_side,
 )
@@ -143,7 +142,7 @@ class Inputs:
     collect: Artifact
     train: Artifact
     link: Artifact
-    atlas: Artifact
+    describe: Artifact
 
 
 def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artifact:
@@ -196,7 +195,9 @@ class Found(Dosed):
 def _bench(config: Config, inputs: Inputs, context: RunContext) -> Bench:
     made_from = {"collect": inputs.collect, "train": inputs.train, "link": inputs.link}
     session = SteerSession.of(Run.of(made_from, context=context))
-    sources = dataclasses.replace(session.sources, has_label=labelled_by_atlas(inputs.atlas.path))
+    sources = dataclasses.replace(
+        session.sources, has_label=has_label(Features(inputs.describe.path))
+    )
     split = prompt_split(config.n_prompts, config.seed)
     limits = ordinary_limits(
         sources.model,
@@ -337,18 +338,10 @@ def _write(
         table.to_parquet(draft.path / f"{name}.parquet", index=False)
     _write_plans(draft.path / "plans", inputs, found, model.fingerprint)
     chosen = [each.chosen for each in found]
-    labels = atlas_labels(inputs.atlas.path, chosen)
+    labels = labels_of(Features(inputs.describe.path), chosen)
     records = feature_records(chosen, labels, model.tokenizer.decode)
     _write_json(draft.path / "features.json", {"features": records, "remarks": remarks})
     _write_json(draft.path / "samples.json", side_by_side(tables["samples"]))
-    shown = atlas_document(
-        tables["samples"],
-        tables["effects"],
-        labels,
-        schedule=config.schedule.kind,
-        seed=config.seed,
-    )
-    hand_to_atlas(inputs.atlas.path, shown)
     draw_figures(tables["effects"], draft.path / "figures", dose)
     for record in tables["effects"].to_dict(orient="records"):
         draft.write_metrics({str(name): value for name, value in record.items()})

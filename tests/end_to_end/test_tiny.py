@@ -57,7 +57,8 @@ def test_every_artifact_is_complete_and_undamaged(artifacts: Path, place: str) -
     artifact = open_finding(artifacts, lens) if lens else opened(artifacts, stage)
     artifact.verify()
     assert artifact.summary, "every stage has headline numbers"
-    assert any(name.endswith(".png") for name in artifact.files), "every stage draws its figures"
+    shown = (".png", "site/index.html")
+    assert any(name.endswith(shown) for name in artifact.files), "every stage has something to see"
 
 
 def test_stored_activations_are_those_of_the_model(artifacts: Path) -> None:
@@ -123,7 +124,7 @@ def test_the_graph_only_points_forward(artifacts: Path) -> None:
 
 
 def test_the_atlas_has_a_page_and_rows_for_every_feature(artifacts: Path) -> None:
-    features = pd.read_parquet(artifacts / "atlas" / "tables" / "features.parquet")
+    features = pd.read_parquet(artifacts / "describe" / "tables" / "features.parquet")
     n_expected = sum(
         sae.n_latents for sae in Saes(opened(artifacts, "train").path / FOLDER).values()
     )
@@ -158,8 +159,8 @@ def test_the_readme_s_table_is_made_of_the_artifacts(artifacts: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     metrics = measured(artifacts)
     assert f"**{np.median(metrics.fvu):.3f}**" in done.stdout
-    atlas = opened(artifacts, "atlas").summary
-    assert f"**{atlas['n_labelled'] / atlas['n_alive']:.0%}**" in done.stdout
+    described = opened(artifacts, "describe").summary
+    assert f"**{described['n_labelled'] / described['n_alive']:.0%}**" in done.stdout
     chosen = json.loads((artifacts / "steer" / "features.json").read_text())["features"]
     assert all(f"`{each['feature']}`" in done.stdout for each in chosen)
     page = tmp_path / "README.md"

@@ -11,6 +11,9 @@ from pipeline.artifact import Artifact
 from pipeline.context import RunContext
 from pipeline.stages import collect, link, steer, train
 from sae.architectures import TopK
+from tests.pipeline.small_run import small_run
+
+__all__ = ["inputs", "small_run"]
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +48,8 @@ def inputs(tmp_path_factory) -> steer.Inputs:
     )
     # it has no tables, so it names another graph: nothing takes labels from it
     with Artifact.create(
-        root / "atlas", kind="atlas", schema=1, config={}, inputs={"link": "0" * 64}
+        root / "describe", kind="describe", schema=1, config={}, inputs={"link": "0" * 64}
     ) as draft:
         (draft.path / "nothing.txt").write_text("stand-in")
-    atlas = Artifact.open(root / "atlas", kind="atlas", schema=1)
-    return steer.Inputs(collect=collected, train=trained, link=linked, atlas=atlas)
+    described = Artifact.open(root / "describe", kind="describe", schema=1)
+    return steer.Inputs(collect=collected, train=trained, link=linked, describe=described)

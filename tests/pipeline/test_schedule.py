@@ -41,11 +41,23 @@ class FromBoth:
     train: Artifact
 
 
+@dataclass(frozen=True, kw_only=True)
+class FromWhatIsThere:
+    train: Artifact
+    link: Artifact | None = None
+
+
+def beside(root: Path, available: dict[str, Artifact]) -> dict[str, str]:
+    notes = root / "notes.txt"
+    return {"notes": notes.read_text()} if notes.is_file() else {}
+
+
 def toy_stage(name: str, inputs_type: Any, log: list[str], outside: bool = False) -> Any:
     def run(config: Config, inputs: Any, out: Path, context: RunContext) -> Artifact:
         log.append(name)
-        digests = {key: artifact.digest for key, artifact in vars(inputs).items()}
+        digests = {key: made.digest for key, made in vars(inputs).items() if made is not None}
         digests |= dict(WORLD) if outside else {}
+        digests |= beside(out.parent, {}) if name == "atlas" else {}
         if config.value < 0:
             raise RuntimeError("fails")
         with Artifact.create(out, kind=name, schema=1, config=config, inputs=digests) as draft:
@@ -57,6 +69,8 @@ def toy_stage(name: str, inputs_type: Any, log: list[str], outside: bool = False
     )
     if outside:
         module.outside_digests = lambda config: dict(WORLD)
+    if name == "atlas":
+        module.digests_beside = beside
     return module
 
 
@@ -67,6 +81,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "collect": toy_stage("collect", NoInputs, calls, outside=True),
         "train": toy_stage("train", FromCollect, calls),
         "link": toy_stage("link", FromBoth, calls),
+        "atlas": toy_stage("atlas", FromWhatIsThere, calls),
     }
     monkeypatch.setattr(
         pipeline.stages.schedule, "StageName", lambda name: SimpleNamespace(module=modules[name])
@@ -76,7 +91,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def recipe(**values: int) -> Recipe:
-    names = ("collect", "train", "link")
+    names = ("collect", "train", "link", "atlas")
     return Recipe(
         name="toy",
         description="",
@@ -142,6 +157,40 @@ def test_one_stage_alone_refuses_missing_and_outdated_inputs(
         run_single(recipe(collect=2), "train", root=tmp_path, context_of=lambda stage: RunContext())
     [made] = run_single(recipe(), "train", root=tmp_path, context_of=lambda stage: RunContext())
     assert made.artifact.kind == "train"
+
+
+def alone(root: Path, stage: str, **values: int) -> Artifact:
+    [made] = run_single(recipe(**values), stage, root=root, context_of=lambda stage: RunContext())
+    return made.artifact
+
+
+def test_a_whole_run_makes_what_a_stage_can_do_without(tmp_path: Path, log: list[str]) -> None:
+    bring(tmp_path, "atlas")
+    assert log == ["collect", "train", "link", "atlas"]
+
+
+def test_one_stage_alone_goes_on_without_an_input_that_may_be_missing(
+    tmp_path: Path, log: list[str]
+) -> None:
+    with pytest.raises(UserError, match="there is no artifact here"):
+        alone(tmp_path, "atlas")
+    bring(tmp_path, "train")
+    assert set(alone(tmp_path, "atlas").inputs) == {"train"}
+    bring(tmp_path, "link")
+    assert set(alone(tmp_path, "atlas").inputs) == {"train", "link"}
+    outdated = alone(tmp_path, "atlas", link=2)
+    assert set(outdated.inputs) == {"train"}, "an outdated one is as good as missing"
+
+
+def test_a_file_beside_the_artifacts_reruns_the_stage_that_shows_it(
+    tmp_path: Path, log: list[str]
+) -> None:
+    bring(tmp_path, "atlas")
+    (tmp_path / "notes.txt").write_text("new")
+    log.clear()
+    bring(tmp_path, "atlas")
+    bring(tmp_path, "atlas")
+    assert log == ["atlas"]
 
 
 def test_force_runs_a_current_stage(tmp_path: Path, log: list[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -22,6 +23,7 @@ from pipeline.lenses.steering.judge import SAE_TS, Judge, Judged
 from pipeline.lenses.steering.session import SteerSession
 from pipeline.serve.endpoint import Endpoint, make_server
 from pipeline.stages import steer
+from pipeline.stages.atlas import steering_document
 from steering.plan_files import read_plan
 
 CONFIG = steer.Config(
@@ -37,23 +39,21 @@ CONFIG = steer.Config(
 )
 
 
+def without_labels(patch: pytest.MonkeyPatch) -> None:
+    """Features are described by a stand-in that has no tables."""
+    patch.setattr(steer, "labels_of", lambda features, chosen: {})
+    patch.setattr(steer, "has_label", lambda features: lambda feature: True)
+
+
 @pytest.fixture
-def handed(monkeypatch) -> list:
-    given: list = []
-    monkeypatch.setattr(
-        steer, "atlas_labels", lambda folder, chosen: {str(c.flow.seed): "a label" for c in chosen}
-    )
-    monkeypatch.setattr(steer, "hand_to_atlas", lambda folder, document: given.append(document))
-    monkeypatch.setattr(steer, "labelled_by_atlas", lambda folder: lambda feature: True)
-    return given
+def unlabelled(monkeypatch) -> None:
+    without_labels(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory) -> Artifact:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steer, "atlas_labels", lambda folder, chosen: {})
-        patch.setattr(steer, "hand_to_atlas", lambda folder, document: None)
-        patch.setattr(steer, "labelled_by_atlas", lambda folder: lambda feature: True)
+        without_labels(patch)
         return steer.run(
             CONFIG, inputs, tmp_path_factory.mktemp("steer") / "steer", RunContext(n_threads=1)
         )
@@ -196,11 +196,13 @@ def test_answers_that_were_read_give_a_paired_difference():
     )
 
 
-def test_a_named_feature_is_steered_and_handed_to_the_atlas(inputs, handed, tmp_path, finished):
+def test_a_named_feature_is_steered_and_the_atlas_has_its_samples(
+    inputs, unlabelled, tmp_path, finished
+):
     feature = json.loads(finished.file("features.json").read_text())["features"][0]["feature"]
     config = CONFIG.replace(features=(feature,), arms=("flow",), doses=(0.1,))
     artifact = steer.run(config, inputs, tmp_path / "steer", RunContext(n_threads=1))
-    (document,) = handed
+    document = steering_document(artifact, SimpleNamespace(label_of=lambda name: "a label"))
     assert {sample["feature"] for sample in document["samples"]} == {feature}
     assert document["version"] == 1
     assert set(document["commands"]) == {feature}
@@ -208,7 +210,7 @@ def test_a_named_feature_is_steered_and_handed_to_the_atlas(inputs, handed, tmp_
     assert artifact.summary["n_features"] == 1
 
 
-def test_wrong_features_and_arms_are_explained(inputs, handed, tmp_path):
+def test_wrong_features_and_arms_are_explained(inputs, unlabelled, tmp_path):
     for name, word in (
         ("L99/1", "no site"),
         ("L2/9999", "no latent"),

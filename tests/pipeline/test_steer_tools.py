@@ -74,7 +74,7 @@ def linked_through(inputs, tmp_path_factory) -> Path:
     """The same run with every link kept, so that features have flows; of a small random model
     hardly any is."""
     root = tmp_path_factory.mktemp("linked")
-    for stage in ("collect", "train", "atlas"):
+    for stage in ("collect", "train", "describe"):
         (root / stage).symlink_to(getattr(inputs, stage).path)
     config = link.Config(
         functional_tokens=1024, n_null=500, thresholds=Fixed(residual=0.0, modules=0.0)

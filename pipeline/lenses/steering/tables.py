@@ -12,6 +12,8 @@ from typing import Any
 import pandas as pd
 
 from featureflow.sites import FeatureId
+from pipeline.describe.features import Features
+from pipeline.describe.labels import NO_RULE, TOO_RARE
 from pipeline.lenses.steering.selection import Chosen
 from steering.figures import draw_dose_response, draw_forest, draw_tradeoff
 from steering.trial import ArmDose, Effect, Twin
@@ -214,27 +216,13 @@ def draw_figures(effects: pd.DataFrame, folder: Path, dose: float) -> None:
     draw_forest(effects, folder / "effects.png", measure="active", target=dose)
 
 
-def atlas_labels(folder: Path, chosen: Sequence[Chosen]) -> dict[str, str]:
-    """What the atlas calls the chosen features."""
-    from pipeline.describe.opened import Atlas
-
-    atlas = Atlas.open(folder)
-    return {str(each.flow.seed): atlas.label_of(str(each.flow.seed)) for each in chosen}
+def labels_of(features: Features, chosen: Sequence[Chosen]) -> dict[str, str]:
+    """The labels of the chosen features."""
+    return {str(each.flow.seed): features.label_of(str(each.flow.seed)) for each in chosen}
 
 
-def labelled_by_atlas(folder: Path) -> Callable[[FeatureId], bool]:
-    """Whether the atlas has a label for a feature that held on documents it was not made from."""
-    from pipeline.describe.labels import NO_RULE, TOO_RARE
-    from pipeline.describe.opened import Atlas
-
-    atlas = Atlas.open(folder)
+def has_label(features: Features) -> Callable[[FeatureId], bool]:
+    """Whether a feature has a label that held on documents it was not made from."""
     return lambda feature: (
-        bool(label := atlas.label_of(feature)) and not label.startswith((NO_RULE, TOO_RARE))
+        bool(label := features.label_of(feature)) and not label.startswith((NO_RULE, TOO_RARE))
     )
-
-
-def hand_to_atlas(folder: Path, document: Mapping[str, Any]) -> None:
-    """Let the atlas show the samples."""
-    from pipeline.site.attach import attach_steering
-
-    attach_steering(folder, document)

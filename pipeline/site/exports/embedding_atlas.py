@@ -18,30 +18,28 @@ import pyarrow.parquet as pq
 import torch
 
 from featureflow.sites import Site
-from pipeline.describe.opened import Atlas
-from pipeline.site.cards import Cards
+from pipeline.describe.columns import PAD
+from pipeline.describe.features import Features
 from sae import Sae
 
 
-def export_embedding_atlas(atlas: Atlas, saes: Mapping[Site, Sae], out: Path) -> Path:
+def export_embedding_atlas(features: Features, saes: Mapping[Site, Sae], out: Path) -> Path:
     """Write one row a feature of every site in `saes`."""
-    sites = [site for site in atlas.sites if site in saes]
+    sites = [site for site in features.sites if site in saes]
     directions = torch.cat(
         [torch.nn.functional.normalize(saes[site].W_dec.float(), dim=1) for site in sites]
     ).numpy()
-    features = atlas.features[atlas.features["site"].isin([s.short for s in sites])].reset_index(
-        drop=True
-    )
+    frame = features.table[features.table["site"].isin([s.short for s in sites])]
     xy = _principal_plane(directions)
     columns = ("feature", "site", "layer", "density", "max", "label_accepted", "class", "community")
     table = pa.table(
         {
-            "id": np.arange(len(features)),
+            "id": np.arange(len(frame)),
             "x": xy[:, 0],
             "y": xy[:, 1],
-            "text": features["label"],
-            "neighbors": pa.array(_neighbours(Cards.open(atlas.folder / "site"), sites)),
-            **{name: features[name] for name in columns},
+            "text": frame["label"],
+            "neighbors": pa.array(_neighbours(features, sites)),
+            **{name: frame[name] for name in columns},
         }
     )
     pq.write_table(table, out, compression="zstd")
@@ -55,12 +53,12 @@ def _principal_plane(directions: np.ndarray) -> np.ndarray:
     return (centred @ (plane * np.sign(plane.sum(axis=0) + 1e-12))).astype(np.float32)
 
 
-def _neighbours(cards: Cards, sites: list[Site]) -> list[dict[str, Any]]:
+def _neighbours(features: Features, sites: list[Site]) -> list[dict[str, Any]]:
     rows, start = [], 0
     for site in sites:
-        for card in cards.iter_site(site.short):
-            ids = card.ids("similar")
-            distances = [1 - float(c) for c in card.numbers["similar_cosine"][: len(ids)]]
-            rows.append({"ids": [start + i for i in ids], "distances": distances})
-        start += cards.sites[site.short]["n_latents"]
+        columns = features.columns(site.short)
+        for ids, cosine in zip(columns["similar"], columns["similar_cosine"], strict=True):
+            near = ids != PAD
+            rows.append({"ids": start + ids[near].astype(np.int64), "distances": 1 - cosine[near]})
+        start += len(columns["count"])
     return rows

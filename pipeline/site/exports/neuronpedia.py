@@ -18,38 +18,38 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.site.cards import Card, Cards, Example
+from pipeline.describe.cards import Card, Example
+from pipeline.describe.columns import PAGE_BINS
+from pipeline.describe.features import Features
+from pipeline.describe.survey import LOG2_LOW
 
 UPLOAD_FEATURES, BULK_FEATURES = 128, 1024
 _TEXT_LIMIT = 512
 
 
 def export_upload_batches(
-    cards: Cards, short: str, out: Path, *, model_id: str, source: str
+    features: Features, short: str, out: Path, *, model_id: str, source: str
 ) -> list[Path]:
     """Write one JSON file a batch of a site's living features; returns the paths."""
     out.mkdir(parents=True, exist_ok=True)
-    features = [
-        _upload_feature(cards, card) for card in cards.iter_site(short) if card.numbers["count"]
-    ]
+    living = (card for card in features.cards_at(short) if card.numbers["count"])
+    made = [_upload_feature(features, card) for card in living]
     paths = []
-    for i in range(0, len(features), UPLOAD_FEATURES):
-        body = {
-            "modelId": model_id,
-            "source": source,
-            "features": features[i : i + UPLOAD_FEATURES],
-        }
+    for i in range(0, len(made), UPLOAD_FEATURES):
+        body = {"modelId": model_id, "source": source, "features": made[i : i + UPLOAD_FEATURES]}
         path = out / f"{source}-{i // UPLOAD_FEATURES:04d}.json"
         path.write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8", errors="replace")
         paths.append(path)
     return paths
 
 
-def export_bulk(cards: Cards, short: str, out: Path, *, model_id: str, source: str) -> list[Path]:
+def export_bulk(
+    features: Features, short: str, out: Path, *, model_id: str, source: str
+) -> list[Path]:
     """Write `{model}/{source}/{features,activations,explanations}/batch-N.jsonl.gz`; returns the
     paths."""
     base = out / model_id / source
-    living = [card for card in cards.iter_site(short) if card.numbers["count"]]
+    living = [card for card in features.cards_at(short) if card.numbers["count"]]
     paths = []
     for i in range(0, len(living), BULK_FEATURES):
         part = living[i : i + BULK_FEATURES]
@@ -59,7 +59,7 @@ def export_bulk(cards: Cards, short: str, out: Path, *, model_id: str, source: s
             lines = (
                 json.dumps(row, ensure_ascii=False)
                 for card in part
-                for row in make(cards, card, model_id, source)
+                for row in make(features, card, model_id, source)
             )
             text = "".join(line + "\n" for line in lines).encode("utf-8", errors="replace")
             path.write_bytes(gzip.compress(text, compresslevel=5, mtime=0))
@@ -67,24 +67,26 @@ def export_bulk(cards: Cards, short: str, out: Path, *, model_id: str, source: s
     return paths
 
 
-def _upload_feature(cards: Cards, card: Card) -> dict[str, Any]:
+def _upload_feature(features: Features, card: Card) -> dict[str, Any]:
     return {
         "index": _index(card),
-        "density": _density(cards, card),
-        "topLogits": _logits(cards, card, "promotes"),
-        "bottomLogits": _logits(cards, card, "suppresses"),
+        "density": _density(features, card),
+        "topLogits": _logits(features, card, "promotes"),
+        "bottomLogits": _logits(features, card, "suppresses"),
         "explanations": [
-            {"text": str(label["text"])[:_TEXT_LIMIT], "methodName": _method(cards, label)}
+            {"text": label.text[:_TEXT_LIMIT], "methodName": f"featureflow_{label.method}"}
             for label in card.labels
         ],
         "activations": [
-            _upload_activation(cards, card, e) for e in card.examples if e.tab in ("top", "decile")
+            _upload_activation(features, card, e)
+            for e in card.examples
+            if e.tab in ("top", "decile")
         ],
     }
 
 
-def _upload_activation(cards: Cards, card: Card, example: Example) -> dict[str, Any]:
-    window = {"tokens": _texts(cards, example), "values": [round(v, 5) for v in example.values]}
+def _upload_activation(features: Features, card: Card, example: Example) -> dict[str, Any]:
+    window = {"tokens": _texts(features, example), "values": [round(v, 5) for v in example.values]}
     if example.tab == "top" or example.decile is None:
         return window
     low, high = (float(card.numbers["decile"][example.decile + i]) for i in (0, 1))
@@ -92,23 +94,22 @@ def _upload_activation(cards: Cards, card: Card, example: Example) -> dict[str, 
 
 
 def _bulk_features(
-    cards: Cards, card: Card, model_id: str, source: str
+    features: Features, card: Card, model_id: str, source: str
 ) -> Iterator[dict[str, Any]]:
     numbers = card.numbers
-    scale = cards.manifest["histogram"]
     filled = numbers["histogram"].nonzero()[0]
-    edges = [2.0 ** (scale["log2_low"] + int(b) / scale["bins_per_octave"]) for b in filled]
+    edges = [2.0 ** (LOG2_LOW + int(b) * 32 / PAGE_BINS) for b in filled]
     yield {
         "modelId": model_id,
         "layer": source,
         "index": str(_index(card)),
         "sourceSetName": source.split("-", 1)[-1],
         "maxActApprox": float(numbers["max"]),
-        "frac_nonzero": _density(cards, card),
-        "pos_str": [t["token"] for t in _logits(cards, card, "promotes")],
-        "pos_values": [t["value"] for t in _logits(cards, card, "promotes")],
-        "neg_str": [t["token"] for t in _logits(cards, card, "suppresses")],
-        "neg_values": [t["value"] for t in _logits(cards, card, "suppresses")],
+        "frac_nonzero": _density(features, card),
+        "pos_str": [t["token"] for t in _logits(features, card, "promotes")],
+        "pos_values": [t["value"] for t in _logits(features, card, "promotes")],
+        "neg_str": [t["token"] for t in _logits(features, card, "suppresses")],
+        "neg_values": [t["value"] for t in _logits(features, card, "suppresses")],
         "freq_hist_data_bar_values": edges,
         "freq_hist_data_bar_heights": [int(numbers["histogram"][b]) for b in filled],
         "topkCosSimIndices": card.ids("similar"),
@@ -116,14 +117,14 @@ def _bulk_features(
             round(float(v), 5) for v in numbers["similar_cosine"][: len(card.ids("similar"))]
         ],
         "correlated_features_indices": card.ids("cofiring"),
-        "hookName": cards.sites[card.feature.rpartition("/")[0]]["site"],
+        "hookName": card.feature.site.name,
         "hasVector": False,
         "vector": [],
     }
 
 
 def _bulk_activations(
-    cards: Cards, card: Card, model_id: str, source: str
+    features: Features, card: Card, model_id: str, source: str
 ) -> Iterator[dict[str, Any]]:
     for i, example in enumerate(card.examples):
         if example.tab not in ("top", "decile"):
@@ -139,7 +140,7 @@ def _bulk_activations(
             "modelId": model_id,
             "layer": source,
             "index": str(_index(card)),
-            "tokens": _texts(cards, example),
+            "tokens": _texts(features, example),
             "values": [round(v, 5) for v in example.values],
             "maxValue": max(example.values),
             "maxValueTokenIndex": max(range(len(example.values)), key=example.values.__getitem__),
@@ -152,7 +153,9 @@ def _bulk_activations(
         }
 
 
-def _bulk_labels(cards: Cards, card: Card, model_id: str, source: str) -> Iterator[dict[str, Any]]:
+def _bulk_labels(
+    features: Features, card: Card, model_id: str, source: str
+) -> Iterator[dict[str, Any]]:
     for i, label in enumerate(card.labels):
         yield {
             "id": hashlib.sha256(
@@ -161,8 +164,8 @@ def _bulk_labels(cards: Cards, card: Card, model_id: str, source: str) -> Iterat
             "modelId": model_id,
             "layer": source,
             "index": str(_index(card)),
-            "description": str(label["text"])[:_TEXT_LIMIT],
-            "typeName": _method(cards, label),
+            "description": label.text[:_TEXT_LIMIT],
+            "typeName": f"featureflow_{label.method}",
             "explanationModelName": "featureflow",
         }
 
@@ -171,24 +174,20 @@ _BULK = {"features": _bulk_features, "activations": _bulk_activations, "explanat
 
 
 def _index(card: Card) -> int:
-    return int(card.feature.rpartition("/")[2])
+    return card.feature.latent
 
 
-def _density(cards: Cards, card: Card) -> float:
-    return float(card.numbers["count"]) / max(1, int(cards.manifest["corpus"]["n_tokens_seen"]))
+def _density(features: Features, card: Card) -> float:
+    return float(card.numbers["count"]) / max(1, features.corpus.n_kept)
 
 
-def _logits(cards: Cards, card: Card, name: str) -> list[dict[str, Any]]:
+def _logits(features: Features, card: Card, name: str) -> list[dict[str, Any]]:
     scores = card.numbers[f"{name}_score"]
     return [
-        {"token": cards.vocabulary.text(token), "value": round(float(s), 5)}
+        {"token": features.vocabulary.text(token), "value": round(float(s), 5)}
         for token, s in zip(card.ids(name), scores, strict=False)
     ]
 
 
-def _texts(cards: Cards, example: Example) -> list[str]:
-    return [cards.vocabulary.text(token).replace("\0", " ") for token in example.tokens]
-
-
-def _method(cards: Cards, label: Any) -> str:
-    return "featureflow_" + str(cards.manifest["label_methods"][label["method"]]["name"])
+def _texts(features: Features, example: Example) -> list[str]:
+    return [features.vocabulary.text(token).replace("\0", " ") for token in example.tokens]

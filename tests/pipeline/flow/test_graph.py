@@ -7,8 +7,12 @@ L0/0 ──.9──▶ L1/0 ──.8──▶ L2/0        L0/1 ──.7──▶
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
+from importlib import resources
 
+import jsonschema
 import networkx as nx
 import numpy as np
 import pandas as pd
@@ -19,7 +23,7 @@ from featureflow.sites import Site
 from pipeline.artifact import Artifact
 from pipeline.flow.communities import communities_of
 from pipeline.flow.describe import describe_flow
-from pipeline.flow.exports import attribution_document, export_graph, to_networkx
+from pipeline.flow.exports import attribution_document, cantor, export_graph, to_networkx
 from pipeline.flow.figures import draw_flow
 from pipeline.flow.graph import FlowGraph
 from pipeline.flow.nodes import Side, node_table
@@ -275,45 +279,77 @@ def test_exports_are_read_back_by_other_programs(graph, tmp_path):
     assert around.nodes["L2/1"]["label"] == "a <label>"
 
 
-def test_the_attribution_graph_has_the_required_keys_and_unique_ids(graph):
-    document = attribution_document(to_networkx(graph))
-    assert {"slug", "scan", "prompt_tokens", "prompt"} <= set(document["metadata"])
-    assert {"pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos"} <= set(
-        document["qParams"]
-    )
+def shown_by_the_viewer(document: dict) -> list[dict]:
+    """The nodes that circuit-tracer's viewer keeps (`formatData` in its util-cg.js): not those of a
+    feature that is active on more than two thirds of the prompt's tokens."""
+    n_tokens = len(document["metadata"]["prompt_tokens"])
+    of = [(node["layer"], node["feature"], node["ctx_idx"]) for node in document["nodes"]]
+    often = {feature for feature, n in Counter(of).items() if n > n_tokens * 2 / 3}
+    return [
+        node for node, feature in zip(document["nodes"], of, strict=True) if feature not in often
+    ]
+
+
+def attribution_schema() -> dict:
+    path = resources.files("pipeline.site") / "schemas" / "attribution-graph.schema.json"
+    return json.loads(path.read_text())
+
+
+def test_the_attribution_graph_shows_all_its_nodes_in_the_viewer(graph, tmp_path):
+    path = export_graph(graph, tmp_path / "flow.json", around="L1/1", labels={"L1/1": "a label"})
+    document = json.loads(path.read_text())
+    jsonschema.validate(document, attribution_schema())
+    assert len(shown_by_the_viewer(document)) == len(document["nodes"]) == 4
     ids = [node["node_id"] for node in document["nodes"]]
-    assert len(set(ids)) == len(ids) == 7
+    assert len(set(ids)) == len(ids)
     assert all({link["source"], link["target"]} <= set(ids) for link in document["links"])
-    required = {"node_id", "feature", "layer", "ctx_idx", "feature_type", "jsNodeId", "clerp"}
-    assert all(required <= set(node) for node in document["nodes"])
-    assert (
-        next(n["feature"] for n in document["nodes"] if n["clerp"] == "L2/1") == 3 * 4 // 2 + 1
-    )  # Cantor pairing
+    here = next(node for node in document["nodes"] if node["clerp"] == "L1/1 a label")
+    assert here["feature"] == 2 * 3 // 2 + 1  # Cantor pairing of 1 and 1
+    assert document["qParams"]["clickedId"] == here["node_id"]
+    assert document["qParams"]["pinnedIds"] == [here["node_id"]]
 
 
-def test_sites_of_one_layer_do_not_share_nodes_of_the_attribution_graph(tables):
-    """L1.pre, L1.mid and L1 are all the stream; latent 0 of each is another feature."""
-    sites = [Site(1, "resid_pre"), Site(1, "resid_mid"), Site(1, "resid_post")]
-    rows = pd.DataFrame(
-        {
-            "source_site": ["L1.pre", "L1.mid"],
-            "source_latent": 0,
-            "target_site": ["L1.mid", "L1"],
-            "target_latent": 0,
-        }
-    )
-    edges = pd.concat(
-        [rows, tables.edges.drop(columns=list(rows)).iloc[[0, 1]].reset_index(drop=True)], axis=1
-    )
+def test_the_nearest_features_are_kept_when_there_are_too_many(graph):
+    assert set(to_networkx(graph, around="L2/1", max_nodes=3)) == {"L2/1", "L1/0", "L1/1"}
+
+
+def test_sites_of_one_layer_share_neither_nodes_nor_features_of_the_attribution_graph(tables):
+    """Latent 0 of each is another feature; people's labels in the viewer are kept by layer and
+    feature."""
+    kinds = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+    sites = [Site(1, kind) for kind in kinds]
+    pairs = list(itertools.pairwise(site.short for site in sites))
+    rows = pd.DataFrame(pairs, columns=["source_site", "target_site"])
+    rows = rows.assign(source_latent=0, target_latent=0)
+    like = tables.edges.drop(columns=list(rows)).iloc[[0] * len(rows)].reset_index(drop=True)
+    edges = pd.concat([rows, like], axis=1)
     nodes = node_table({site: whole_side(site, 1) for site in sites}, edges, seed=0)
     graph = FlowGraph(FlowTables(nodes=nodes, edges=edges, pairs=pd.DataFrame(), warnings=()))
     document = attribution_document(to_networkx(graph))
-    assert len({node["node_id"] for node in document["nodes"]}) == 3
+    assert len({node["node_id"] for node in document["nodes"]}) == len(sites)
+    assert len({(n["layer"], n["feature"]) for n in document["nodes"]}) == len(sites)
+    assert shown_by_the_viewer(document) == document["nodes"]
     assert all(link["source"] != link["target"] for link in document["links"])
     n_places = len(document["metadata"]["prompt_tokens"])
     assert all(
         node["ctx_idx"] + node["reverse_ctx_idx"] == n_places - 1 for node in document["nodes"]
     )
+
+
+def test_labels_with_control_characters_are_read_back_and_legal_characters_stay(graph, tmp_path):
+    label = "a\x00\x1b\ud800\uffff b\u00a0\u200d\u200f😀"
+    expected = "a" + 4 * "\ufffd" + " b\u00a0\u200d\u200f😀"
+    for ending, read in ((".graphml", nx.read_graphml), (".gexf", nx.read_gexf)):
+        path = export_graph(graph, tmp_path / f"flow{ending}", labels={"L1/1": label})
+        assert read(path).nodes["L1/1"]["label"] == expected
+    document = json.loads(
+        export_graph(graph, tmp_path / "f.json", labels={"L1/1": label}).read_text()
+    )
+    assert any(node["clerp"].startswith("L1/1 a") for node in document["nodes"])
+
+
+def test_cantor_pairing_by_hand():
+    assert [cantor(0, 0), cantor(1, 0), cantor(0, 1), cantor(2, 3)] == [0, 1, 2, 18]
 
 
 def test_bad_exports_are_refused(graph, tmp_path):

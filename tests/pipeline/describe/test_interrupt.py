@@ -1,24 +1,23 @@
-"""An interrupted atlas ends at once: its workers are ended, sites that wait are not begun."""
+"""An interrupted stage ends at once: its workers are ended, sites that wait are not begun."""
 
 from __future__ import annotations
 
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from pipeline.context import RunContext
-from pipeline.site.build import _runner
+from pipeline.describe.workers import site_workers
 
 N_SITES = 12
 
 
-def slow_job(shop: Any, short: str) -> str:
-    Path(shop.folder, short).write_text("begun")
+def slow_job(folder: str, short: str) -> str:
+    Path(folder, short).write_text("begun")
     time.sleep(3)
     return short
 
@@ -27,15 +26,17 @@ def test_an_interrupt_does_not_begin_the_sites_that_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[3])  # workers import this module by name
-    shop = SimpleNamespace(sites=tuple(f"L{i}" for i in range(N_SITES)), folder=str(tmp_path))
-    with pytest.raises(KeyboardInterrupt), _runner(RunContext(n_threads=2), N_SITES) as run:
-        results = iter(run(slow_job, shop))
+    sites = [f"L{i}" for i in range(N_SITES)]
+    with (
+        pytest.raises(KeyboardInterrupt),
+        site_workers(RunContext(n_threads=2), N_SITES) as each_site,
+    ):
 
-        def wait_for_the_first() -> None:
+        def run_all() -> None:
             with suppress(BaseException):
-                next(results)
+                each_site("slow", partial(slow_job, str(tmp_path)), sites)
 
-        threading.Thread(target=wait_for_the_first, daemon=True).start()
+        threading.Thread(target=run_all, daemon=True).start()
         deadline = time.monotonic() + 120
         while not any(tmp_path.iterdir()):
             assert time.monotonic() < deadline, "no site was begun"

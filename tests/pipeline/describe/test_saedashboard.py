@@ -19,7 +19,7 @@ import pytest
 from pipeline.describe.columns import Columns
 from pipeline.describe.corpus import Corpus
 from pipeline.describe.examples import TABS
-from tests.pipeline.atlas.dashboard_case import LENGTH, N_LATENTS, RECORDED, Case, ask
+from tests.pipeline.describe.dashboard_case import LENGTH, N_LATENTS, RECORDED, Case, ask
 
 
 @pytest.fixture(scope="module")

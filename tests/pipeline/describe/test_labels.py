@@ -15,7 +15,7 @@ from pipeline.describe.firings import Firings
 from pipeline.describe.labels import (
     NO_RULE,
     TOO_RARE,
-    Bar,
+    Acceptance,
     Label,
     labels_of,
     make_rules,
@@ -24,9 +24,9 @@ from pipeline.describe.labels import (
 from pipeline.describe.rules import RuleSets, attribute_tables, propose, score, wilson
 from pipeline.describe.survey import Survey, SurveyOptions
 from pipeline.describe.vocabulary import CLASSES, Vocabulary
-from tests.pipeline.atlas.oracle import small_corpus
+from tests.pipeline.describe.oracle import small_corpus
 
-BAR = Bar()
+NEED = Acceptance()
 
 
 def tables_of(
@@ -55,7 +55,7 @@ def tables_of(
 
 def label_of(corpus: Corpus, fires: np.ndarray):
     rules = make_rules(tables_of(corpus, [fires]), None)
-    return labels_of(0, int(fires[corpus.kept].sum()), rules, None, corpus, BAR)
+    return labels_of(0, int(fires[corpus.kept].sum()), rules, None, corpus, NEED)
 
 
 @pytest.fixture(scope="module")

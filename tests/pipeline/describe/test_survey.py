@@ -12,7 +12,7 @@ from pipeline.describe.corpus import Corpus
 from pipeline.describe.examples import PROFILES, choose_examples, deciles_of
 from pipeline.describe.firings import Encoder
 from pipeline.describe.survey import Survey, SurveyOptions, add_rows, survey_site
-from tests.pipeline.atlas.oracle import (
+from tests.pipeline.describe.oracle import (
     N_LATENTS,
     slow_survey,
     slow_top,

@@ -1,9 +1,7 @@
-"""Figures of the atlas for the run's front page: how often features fire, and how many have a label
-that held."""
+"""A figure for the run's front page: how often features are active, and how many have a label that
+held."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,10 +16,9 @@ _KINDS: dict[SiteKind, tuple[str, str]] = {
 }
 
 
-def draw_atlas(features: pd.DataFrame, path: Path) -> None:
+def draw_features(features: pd.DataFrame) -> Figure:
     """Two panels by layer: median firing density with its middle 90 %, and the share of living
-    features with a label that passed its held-out test. `features` is the atlas' table of that
-    name."""
+    features with a label that passed its held-out test. `features` is the table of that name."""
     sites = {short: parse_site(short) for short in features["site"].unique()}
     figure = Figure(figsize=(9.0, 5.2), layout="constrained")
     density, labelled = figure.subplots(2, 1, sharex=True)
@@ -38,7 +35,9 @@ def draw_atlas(features: pd.DataFrame, path: Path) -> None:
         labelled.plot(layers, share, "o-", color=colour, markersize=3)
     density.set_yscale("log")
     density.set_title(
-        "share of tokens a living feature fires on: median, middle 90 %", loc="left", fontsize=10
+        "share of tokens a living feature is active on: median, middle 90 %",
+        loc="left",
+        fontsize=10,
     )
     density.legend(fontsize=8)
     labelled.set_ylim(0, 1)
@@ -46,7 +45,7 @@ def draw_atlas(features: pd.DataFrame, path: Path) -> None:
     labelled.set_title(
         "living features with a label that held on other documents", loc="left", fontsize=10
     )
-    figure.savefig(path, dpi=130)
+    return figure
 
 
 def _quantiles(values: pd.Series) -> tuple[float, float, float]:

@@ -5,32 +5,29 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from importlib import resources
-from pathlib import Path
-from types import SimpleNamespace
 
 import jsonschema
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from data.store import ActivationStore
 from featureflow.errors import UserError
 from featureflow.sites import parse_site
-from pipeline.artifact import Artifact
+from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.context import RunContext
+from pipeline.describe.features import Features
 from pipeline.describe.labels import METHODS
-from pipeline.describe.opened import Atlas, diff_atlases
-from pipeline.describe.workshop import corpus_for
-from pipeline.site.attach import attach_scores, attach_steering, carry_over, read_scores
-from pipeline.site.build import prepare
-from pipeline.site.cards import Cards
+from pipeline.site.pages import label_json
 from pipeline.site.shards import Shard, read_shard, write_shard
 from pipeline.site.validate import validate_atlas
 from pipeline.stages import atlas as stage
-from sae import load_sae, save_sae
-from tests.pipeline.atlas.conftest import random_dictionary
+from pipeline.stages import describe
+from sae import load_sae
+from tests.pipeline.site.site_cards import Cards
+from tests.pipeline.small_run import DESCRIBE
 
 SITES = ("L0", "L1.mlp", "L1", "L2")
 
@@ -51,17 +48,26 @@ def site_copy(small_run, tmp_path):
     return shutil.copytree(small_run.atlas.path / "site", tmp_path / "site")
 
 
-def inputs_of(small_run) -> stage.Inputs:
-    return stage.Inputs(collect=small_run.collect, train=small_run.train, link=small_run.link)
+@pytest.fixture(scope="module")
+def features(small_run) -> Features:
+    return Features.open(small_run.describe.path)
+
+
+def edges_of(small_run) -> pd.DataFrame:
+    """Kept links with the ids of both ends."""
+    edges = pd.read_parquet(small_run.link.path / "edges.parquet").query("kept")
+    ends = {
+        end: edges[f"{end}_site"].astype(str) + "/" + edges[f"{end}_latent"].astype(str)
+        for end in ("source", "target")
+    }
+    return edges.assign(**ends)
 
 
 def test_the_stage_leaves_a_valid_site_and_tables(small_run):
     assert validate_atlas(small_run.atlas.path)["n_sites"] == len(SITES)
-    files = set(small_run.atlas.files)
-    assert {
-        f"tables/{n}.parquet" for n in ("features", "labels", "examples", "edges", "tokens")
-    } <= files
-    assert not any(".work" in name for name in files)
+    names = ("features", "labels", "examples", "tokens", "documents", "vocabulary")
+    assert {f"tables/{name}.parquet" for name in names} <= set(small_run.describe.files)
+    assert not any(".work" in name for name in small_run.describe.files)
     jsonschema.validate(
         json.loads((small_run.atlas.path / "site/manifest.json").read_text()), schema("manifest")
     )
@@ -97,15 +103,14 @@ def test_no_example_is_empty_and_intervals_hold_firings_only(cards):
                 assert card.numbers["decile"][example.decile] > 0
 
 
-def test_density_is_a_number_and_not_a_formatted_text(small_run, cards):
+def test_density_is_a_number_and_not_a_formatted_text(features, cards):
     """The trap of densities parsed from titles with three decimals: a single firing keeps its
     density."""
-    atlas = Atlas.open(small_run.atlas.path)
     n = cards.manifest["corpus"]["n_tokens_seen"]
     counts = np.concatenate(
         [[c.numbers["count"] for c in cards.iter_site(short)] for short in SITES]
     )
-    assert atlas.features["density"].to_numpy() == pytest.approx(counts / n, rel=1e-6)
+    assert features.table["density"].to_numpy() == pytest.approx(counts / n, rel=1e-6)
 
 
 def test_similar_and_co_firing_features_are_searched_in_the_whole_dictionary(small_run, cards):
@@ -156,7 +161,7 @@ def test_inherited_labels_name_their_origin_and_are_scored_on_the_feature_itself
         if label["method"] == inherited
     ]
     assert found
-    edges = Atlas.open(small_run.atlas.path).edges
+    edges = edges_of(small_run)
     for card, label in found:
         assert ((edges["source"] == label["from"]) & (edges["target"] == card.feature)).any()
         parent = cards.card(label["from"]).labels[0]
@@ -165,7 +170,7 @@ def test_inherited_labels_name_their_origin_and_are_scored_on_the_feature_itself
 
 
 def test_every_link_is_on_the_page_of_its_target_once(small_run):
-    edges = Atlas.open(small_run.atlas.path).edges
+    edges = edges_of(small_run)
     site = small_run.atlas.path / "site"
     shown = 0
     for i, short in enumerate(SITES):
@@ -198,58 +203,22 @@ def test_token_search_leads_to_features_that_fire_on_the_token(small_run, cards)
         assert shard * manifest["search"]["tokens_per_shard"] + token in listed
 
 
-def test_tables_open_in_one_line_and_agree_with_the_cards(small_run, cards):
-    atlas = Atlas.open(small_run.atlas.path)
-    assert list(atlas.features["feature"]) == [f"{short}/{f}" for short in SITES for f in range(48)]
+def test_tables_and_python_cards_agree_with_the_pages(features, cards):
+    assert list(features.table["feature"]) == [f"{short}/{f}" for short in SITES for f in range(48)]
     for feature in ("L0/0", "L1.mlp/7", "L2/46"):
         card = cards.card(feature)
-        assert list(atlas.labels_of(feature)["text"]) == [label["text"] for label in card.labels]
+        assert list(features.labels_of(feature)["text"]) == [label["text"] for label in card.labels]
+        mine = features.card(feature)
+        assert [label_json(label) for label in mine.labels] == list(card.labels)
+        for here, there in zip(mine.examples, card.examples, strict=True):
+            assert (here.tokens, here.values, here.tab) == (there.tokens, there.values, there.tab)
+            assert here.value == pytest.approx(there.value, rel=2e-4)
         shown = [e for e in card.examples if e.tab == "top"]
-        table = atlas.examples_of(feature, tab="top")
+        table = features.examples_of(feature, tab="top")
         assert [e.row for e in shown] == list(table["row"])
-        assert table["token_text"][0] == atlas.vocabulary.text(shown[0].tokens[shown[0].peak])
+        assert table["token_text"][0] == features.vocabulary.text(shown[0].tokens[shown[0].peak])
     with pytest.raises(UserError, match="no latent 48"):
-        atlas.label_of("L2/48")
-
-
-class _Killed(Exception):
-    pass
-
-
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(small_run, tmp_path):
-    def kill(label: str, done: int, total: int) -> None:
-        if (label, done) == ("survey", 2):
-            raise _Killed
-
-    config = stage.Config(precision="float32", min_f1=0.3)
-    with pytest.raises(_Killed):
-        stage.run(
-            config, inputs_of(small_run), tmp_path / "atlas", RunContext(n_threads=1, progress=kill)
-        )
-    assert not (tmp_path / "atlas").exists()
-    again = stage.run(config, inputs_of(small_run), tmp_path / "atlas", RunContext(n_threads=1))
-    pages = {
-        n: e["sha256"]
-        for n, e in again.files.items()
-        if n.startswith("site/") and n != "site/manifest.json"
-    }
-    assert pages == {n: small_run.atlas.files[n]["sha256"] for n in pages}
-
-
-def test_store_and_dictionaries_that_do_not_belong_together_are_refused(small_run, tmp_path):
-    train = shutil.copytree(small_run.train.path, tmp_path / "train")
-    wrong = random_dictionary(0)
-    narrow = wrong.replace(
-        W_enc=wrong.W_enc[:, :8],
-        W_dec=wrong.W_dec[:, :8],
-        b_dec=wrong.b_dec[:8],
-        b_in=wrong.b_in[:8],
-    )
-    save_sae(narrow, train / "dictionaries" / "L2")
-    fake = Artifact(**{**small_run.train.__dict__, "path": train})
-    inputs = stage.Inputs(collect=small_run.collect, train=fake)
-    with pytest.raises(UserError, match="do not belong together at L2"):
-        stage.run(stage.Config(), inputs, tmp_path / "atlas", RunContext(n_threads=1))
+        features.label_of("L2/48")
 
 
 @pytest.mark.parametrize("damage", ["flip", "missing", "extra", "column", "script"])
@@ -281,69 +250,9 @@ def test_validation_names_what_is_wrong(site_copy, damage):
     assert damage != "column" or "not below" in named
 
 
-def test_steering_samples_are_attached_as_data_and_the_atlas_still_opens(small_run, tmp_path):
-    folder = shutil.copytree(small_run.atlas.path, tmp_path / "atlas")
-    hostile = "</script><script>alert(1)</script>\u2028"
-    sample = {
-        "feature": "L2/3",
-        "arm": "flow",
-        "dose": 0.2,
-        "prompt": "A",
-        "unsteered": "B",
-        "steered": hostile,
-    }
-    document = {"version": 1, "samples": [sample], "effects": [], "commands": {}}
-    for _ in range(2):
-        attach_steering(folder, document)
-    Artifact.open(folder, kind="atlas", schema=1).verify()
-    assert read_shard(folder / "site", "attached/steering").json == document
-    assert "script" not in (folder / "site/attached/steering.js").read_text()
-    jsonschema.validate(document, schema("steering"))
-    validate_atlas(folder)
-    with pytest.raises(UserError, match=r"samples\[0\]\.steered"):
-        attach_steering(folder, {"samples": [{**sample, "steered": None}]})
-    with pytest.raises(UserError, match="no atlas here"):
-        attach_steering(tmp_path / "nowhere", document)
-
-
-def test_what_was_attached_stays_when_the_atlas_is_made_again_from_the_same_dictionaries(
-    small_run, tmp_path
-):
-    out = Path(shutil.copytree(small_run.atlas.path, tmp_path / "atlas"))
-    sample = {
-        "feature": "L2/3",
-        "arm": "flow",
-        "dose": 0.2,
-        "prompt": "A",
-        "unsteered": "B",
-        "steered": "C",
-    }
-    attach_steering(out, {"samples": [sample]})
-    attach_scores(out, {"L2/3": {"examples_score": 0.9}})
-    again = stage.run(
-        stage.Config(precision="float32", seed=1),
-        inputs_of(small_run),
-        out,
-        RunContext(n_threads=1),
-    )
-    again.verify()
-    assert read_shard(out / "site", "attached/steering").json["samples"] == [sample]
-    assert read_scores(out) == {"L2/3": {"examples_score": 0.9}}
-    assert not carry_over(out, tmp_path / "other" / "site", train="another digest")
-    assert not carry_over(
-        tmp_path / "nowhere", tmp_path / "other" / "site", train=small_run.train.digest
-    )
-    assert not (tmp_path / "other").exists()
-
-
-def test_a_process_forgets_a_corpus_when_the_store_was_made_anew_in_its_place(small_run, tmp_path):
-    """Paths alone would give a worker that outlives an atlas the old text."""
-    config = stage.Config()
-    shop = stage.workshop_of(config, inputs_of(small_run), SimpleNamespace(path=tmp_path))
-    store = ActivationStore.open(shop.store)
-    prepare(shop, stage.model_facts(small_run.collect, store, RunContext(n_threads=1)))
-    assert corpus_for(shop) is corpus_for(shop)
-    assert corpus_for(replace(shop, made_from=(("collect", "new"),))) is not corpus_for(shop)
+def inputs_of(small_run, **changed) -> stage.Inputs:
+    given = {name: getattr(small_run, name) for name in ("train", "link", "describe")}
+    return stage.Inputs(**given | changed)
 
 
 def test_workers_of_a_cluster_make_the_same_atlas_byte_for_byte(small_run, tmp_path):
@@ -352,11 +261,42 @@ def test_workers_of_a_cluster_make_the_same_atlas_byte_for_byte(small_run, tmp_p
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, protocol="tcp"
     ) as cluster:
         context = RunContext(n_threads=1, scheduler=cluster.scheduler_address)
-        config = stage.Config(precision="float32", min_f1=0.3)
-        made = stage.run(config, inputs_of(small_run), tmp_path / "atlas", context)
-    differ = [n for n, e in made.files.items() if e["sha256"] != small_run.atlas.files[n]["sha256"]]
-    assert differ == []
-    assert made.files.keys() == small_run.atlas.files.keys()
+        inputs = describe.Inputs(
+            collect=small_run.collect, train=small_run.train, link=small_run.link
+        )
+        described = describe.run(DESCRIBE, inputs, tmp_path / "describe", context)
+        given = inputs_of(small_run, describe=described)
+        made = stage.run(stage.Config(), given, tmp_path / "atlas", context)
+    for ours, theirs in ((made, small_run.atlas), (described, small_run.describe)):
+        assert ours.files.keys() == theirs.files.keys()
+        assert [n for n, e in ours.files.items() if e["sha256"] != theirs.files[n]["sha256"]] == []
+
+
+def test_steering_is_shown_as_data_and_makes_another_atlas(small_run, tmp_path):
+    """Hostile text in a sample stays text; the atlas is remade when steering changes."""
+    hostile = "</script><script>alert(1)</script>\u2028"
+    sample = dict.fromkeys(("arm", "nodes", "prompt", "unsteered"), "L2/3") | {"steered": hostile}
+    numbers = dict.fromkeys(("target", "dose", "own_tokens_unsteered", "own_tokens_steered"), 0.2)
+    effect = {"measure": "own_tokens", "difference": 1.0, "low": 0.5, "high": 1.5, "n": 8}
+    with Artifact.create(
+        tmp_path / "steer",
+        kind="steer",
+        schema=SCHEMAS["steer"],
+        config={"schedule": {"kind": "constant"}, "seed": 0},
+        inputs={"describe": small_run.describe.digest},
+    ) as draft:
+        rows = {"samples": {**sample, **numbers}, "effects": {**numbers, **effect, "arm": "flow"}}
+        for name, row in rows.items():
+            pd.DataFrame([{"feature": "L2/3", **row}]).to_parquet(draft.path / f"{name}.parquet")
+    steered = Artifact.open(tmp_path / "steer", kind="steer", schema=SCHEMAS["steer"])
+    inputs = inputs_of(small_run, steer=steered)
+    made = stage.run(stage.Config(), inputs, tmp_path / "atlas", RunContext(n_threads=1))
+    assert made.digest != small_run.atlas.digest
+    document = read_shard(made.path / "site", "attached/steering").json
+    assert document["samples"][0]["steered"] == hostile
+    assert "script" not in (made.path / "site/attached/steering.js").read_text()
+    jsonschema.validate(document, schema("steering"))
+    validate_atlas(made.path)
 
 
 def test_an_atlas_of_an_older_format_is_refused_with_what_to_do(site_copy):
@@ -366,13 +306,65 @@ def test_an_atlas_of_an_older_format_is_refused_with_what_to_do(site_copy):
             opened(site_copy)
 
 
-def test_two_atlases_of_the_same_dictionaries_match_feature_by_feature(small_run):
-    atlas = Atlas.open(small_run.atlas.path)
-    saes = {parse_site(s): load_sae(small_run.train.path / "dictionaries" / s) for s in SITES}
-    same = diff_atlases(atlas, atlas, saes, saes)
-    assert set(same["status"]) == {"match"}
-    assert (same["feature_before"] == same["feature_after"]).all()
-    shuffled = {s: sae.replace(W_dec=sae.W_dec.roll(1, dims=0)) for s, sae in saes.items()}
-    moved = diff_atlases(atlas, atlas, saes, shuffled)
-    pair = moved[moved["feature_before"] == "L2/5"].iloc[0]
-    assert (pair["status"], pair["feature_after"]) == ("match", "L2/6")
+def test_every_living_feature_of_the_stream_is_on_one_trunk_and_every_step_is_the_best_link(
+    small_run, features
+) -> None:
+    shard = read_shard(small_run.atlas.path / "site", "flow/trunks")
+    sites = [
+        s["short"] for s in read_shard(small_run.atlas.path / "site", "manifest").json["sites"]
+    ]
+    site, latent = shard.columns["site"], shard.columns["latent"]
+    members = [f"{sites[s]}/{f}" for s, f in zip(site, latent, strict=True)]
+    table = features.table.set_index("feature")
+    assert len(set(members)) == len(members)
+    assert set(members) == set(table.index[table["alive"] & table["site"].isin(["L0", "L1", "L2"])])
+    assert shard.columns["count"].tolist() == table.loc[members, "n_firings"].tolist()
+    edges = pd.read_parquet(small_run.link.path / "edges.parquet").query(
+        "kept and relation == 'residual' and rank == 0"
+    )
+    best: dict[
+        str, tuple[float, str]
+    ] = {}  # of the features that name one as best predecessor, the closest
+    for row in edges.itertuples():
+        source, target = (
+            f"{row.source_site}/{row.source_latent}",
+            f"{row.target_site}/{row.target_latent}",
+        )
+        best[source] = max(best.get(source, (-1.0, "")), (row.cosine, target))
+    start = np.concatenate([[0], np.cumsum(shard.columns["length"])])
+    goes_on = {
+        members[i]: members[i + 1]
+        for i in range(len(members) - 1)
+        if i + 1 not in set(start.tolist())
+    }
+    assert goes_on
+    assert goes_on == {source: target for source, (_, target) in best.items()}
+    n_long = int((shard.columns["length"] >= 3).sum())
+    assert small_run.atlas.summary["n_trunks"] == n_long
+
+
+def test_a_feature_on_two_trunks_is_not_a_whole_atlas(small_run, tmp_path) -> None:
+    site = shutil.copytree(small_run.atlas.path / "site", tmp_path / "site")
+    shard = read_shard(site, "flow/trunks")
+    columns = {name: column.copy() for name, column in shard.columns.items()}
+    for name in ("site", "latent"):
+        columns[name][-1] = columns[name][0]
+    write_shard(site, "flow/trunks", Shard(json=shard.json, columns=columns))
+    with pytest.raises(UserError, match="on two trunks"):
+        validate_atlas(tmp_path)
+
+
+def test_communities_hold_what_the_feature_table_says(small_run, features) -> None:
+    shard = read_shard(small_run.atlas.path / "site", "flow/communities")
+    table = features.table.query("community >= 0").groupby("community").size()
+    expected = table[table >= 2]
+    sizes = dict(
+        zip(
+            shard.columns["id"].tolist(),
+            shard.columns["n_by_site"].sum(axis=1).tolist(),
+            strict=True,
+        )
+    )
+    assert sizes == expected.to_dict()
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+    assert len(shard.json["labels"]) == len(sizes)

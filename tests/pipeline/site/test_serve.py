@@ -7,12 +7,11 @@ import http.client
 import json
 import threading
 
+import pandas as pd
 import pytest
 import torch
 
 from featureflow.errors import UserError
-from featureflow.sites import parse_site
-from pipeline.describe.opened import Atlas
 from pipeline.serve.atlas_server import make_server
 from pipeline.serve.live import MAX_TOKENS, LiveAtlas
 from sae import load_sae
@@ -22,7 +21,7 @@ TEXT = "The river runs to the sea."
 
 @pytest.fixture(scope="module")
 def live(small_run) -> LiveAtlas:
-    return LiveAtlas.open(small_run.atlas.path.parent)
+    return LiveAtlas.open(small_run.root)
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ def test_a_typed_text_is_answered_with_what_every_dictionary_does_on_it(small_ru
     assert ids == [live.model.tokenizer.bos_id, *live.model.tokenizer.encode(TEXT)]
     assert records[-1] == {"done": True}
     for record in (r for r in records if "site" in r):
-        site = parse_site(list(live.cards.sites)[record["site"]])
+        site = list(live.saes)[record["site"]]
         z = load_sae(small_run.train.path / "dictionaries" / site.short).encode(
             live.model.activations(torch.tensor([ids]), [site])[site][0].float()
         )
@@ -67,15 +66,18 @@ def test_a_typed_text_is_answered_with_what_every_dictionary_does_on_it(small_ru
 def test_a_link_is_live_where_both_its_ends_fire(small_run, live, server):
     _, text = ask(server, "POST", "/api/text", {"text": TEXT})
     records = [json.loads(line) for line in text.splitlines()]
-    shorts = list(live.cards.sites)
+    shorts = [site.short for site in live.saes]
     fires = {
         (r["site"], f, t)
         for r in records
         if "site" in r
         for f, t in zip(r["latent"], r["at"], strict=True)
     }
-    edges = Atlas.open(small_run.atlas.path).edges
-    known = set(zip(edges["source"], edges["target"], strict=True))
+    edges = pd.read_parquet(small_run.link.path / "edges.parquet").query("kept")
+    known = {
+        (f"{e.source_site}/{e.source_latent}", f"{e.target_site}/{e.target_latent}")
+        for e in edges.itertuples()
+    }
     expected = {
         (source, target, t)
         for (s, f, t) in fires

@@ -4,8 +4,8 @@
     card = cards.card("L12/402")
     card.examples[0].tokens, card.examples[0].values
 
-This is the second reader of the shard format (the app is the first); exports are made from it, and
-tests hold it against the tables.
+This is the second reader of the shard format (the app is the first); tests hold it against the
+tables.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import numpy as np
 
 from featureflow.errors import Command, UserError
 from featureflow.sites import parse_feature
+from pipeline.describe.columns import PAD
 from pipeline.describe.vocabulary import Vocabulary
-from pipeline.site.shards import PAD, Shard, read_shard
+from pipeline.site.shards import Shard, read_shard
 
 READABLE = (1, 2)  # format versions; cards are the same in both
 

@@ -20,18 +20,25 @@ from sklearn.metrics import roc_auc_score
 from data.store import ActivationStore
 from featureflow.errors import UserError
 from featureflow.sites import parse_site
-from pipeline.artifact import Artifact
 from pipeline.cli import run_command
+from pipeline.context import RunContext
 from pipeline.describe.chat import ChatModel
 from pipeline.describe.corpus import HELD_OUT, PARTS
-from pipeline.describe.explain import REACH, Evidence, Windows, sentence_scores
+from pipeline.describe.explain import (
+    REACH,
+    Evidence,
+    Windows,
+    read_opinions,
+    sentence_scores,
+    write_opinions,
+)
 from pipeline.describe.explainer import Detection, detect, explain, fuzz, marked
-from pipeline.describe.opened import Atlas
+from pipeline.describe.features import Features
 from pipeline.describe.sentences import SentenceModel, embedding_score, example_embedding_score
 from pipeline.describe.vocabulary import Vocabulary
 from pipeline.run import Run
-from pipeline.site.attach import attach_scores, read_scores
-from pipeline.site.validate import validate_atlas
+from pipeline.site.shards import read_shard
+from pipeline.stages import atlas as stage
 from sae import load_sae
 
 
@@ -214,20 +221,25 @@ def test_the_packaged_sentence_model_knows_kittens():
     assert cat @ kitten > cat @ stock + 0.3
 
 
-def busiest(atlas: Atlas) -> str:
-    features = atlas.features[atlas.features["site"] == "L2"]
+def evidence_of(root: Path) -> Evidence:
+    run = Run.open(root)
+    return Evidence(run.features, run.store, run.saes)
+
+
+def busiest(described: Features) -> str:
+    features = described.at("L2")
     return str(features.loc[features["n_documents"].idxmax(), "feature"])
 
 
 def test_windows_with_a_feature_fire_and_those_without_are_silent_and_both_are_held_out(small_run):
     """Against a dense pass over the whole store."""
-    root = small_run.atlas.path.parent
-    evidence = Evidence(Run.open(root))
-    feature = busiest(evidence.atlas)
+    root = small_run.root
+    evidence = evidence_of(root)
+    feature = busiest(evidence.features)
     latent = int(feature.split("/")[1])
     store = ActivationStore.open(root / "collect" / "store.zarr")
     x = torch.from_numpy(store.read(parse_site("L2"), 0, store.n_rows))
-    tokens = evidence.atlas.tokens
+    tokens = evidence.features.tokens
     fires = (
         load_sae(root / "train" / "dictionaries" / "L2").encode(x)[:, latent] > 0
     ).numpy() & tokens["kept"]
@@ -240,11 +252,11 @@ def test_windows_with_a_feature_fire_and_those_without_are_silent_and_both_are_h
             if tokens["document"][r] == tokens["document"][row]
             and tokens["position"][r] - tokens["position"][row] == r - row
         ]
-        text = evidence.atlas.vocabulary.join(
+        text = evidence.features.vocabulary.join(
             [
                 int(t)
                 for t in tokens["token"][near]
-                if int(t) not in evidence.atlas.vocabulary.special
+                if int(t) not in evidence.features.vocabulary.special
             ]
         ).strip()
         (with_it if fires[near].any() else without_it).add(text)
@@ -259,7 +271,7 @@ def test_windows_with_a_feature_fire_and_those_without_are_silent_and_both_are_h
 
 
 def test_wrong_marks_stand_on_as_many_tokens_of_the_same_text_none_of_them_firing(small_run):
-    evidence = Evidence(Run.open(small_run.atlas.path.parent))
+    evidence = evidence_of(small_run.root)
     windows = [evidence.windows(f"L2/{latent}") for latent in range(12)]
     pairs = [pair for window in windows for pair in zip(window.right, window.wrong, strict=True)]
     assert len(pairs) > 20
@@ -285,15 +297,15 @@ def marked_places(text: str) -> set[int]:
 
 def test_windows_show_characters_of_several_tokens_whole(small_run, monkeypatch):
     """The most frequent pair of tokens becomes the two halves of a character."""
-    evidence = Evidence(Run.open(small_run.atlas.path.parent))
-    atlas = evidence.atlas
-    ids = atlas.tokens["token"].tolist()
+    evidence = evidence_of(small_run.root)
+    features = evidence.features
+    ids = features.tokens["token"].tolist()
     pairs = Counter(pair for pair in itertools.pairwise(ids) if pair[0] != pair[1])
     (first, second), _ = pairs.most_common(1)[0]
-    tokens = list(atlas.vocabulary.tokens)
+    tokens = list(features.vocabulary.tokens)
     tokens[first], tokens[second] = b"x\xc3", b"\xa9y"
-    vocabulary = Vocabulary(tokens=tokens, special=atlas.vocabulary.special)
-    monkeypatch.setitem(vars(atlas), "vocabulary", vocabulary)
+    vocabulary = Vocabulary(tokens=tokens, special=features.vocabulary.special)
+    monkeypatch.setitem(vars(features), "vocabulary", vocabulary)
     found = [evidence.windows(f"L2/{latent}") for latent in range(24)]
     texts = [text for w in found for text in (*w.shown, *w.right, *w.wrong)]
     assert any("xéy" in text for text in texts)
@@ -301,7 +313,7 @@ def test_windows_show_characters_of_several_tokens_whole(small_run, monkeypatch)
 
 
 def test_near_misses_are_among_the_windows_without_the_feature(small_run):
-    evidence = Evidence(Run.open(small_run.atlas.path.parent))
+    evidence = evidence_of(small_run.root)
     assert any(evidence.windows(f"L2/{latent}").near for latent in range(24))
 
 
@@ -314,25 +326,37 @@ def says_yes_to_all(question: str) -> str:
 
 
 @pytest.mark.parametrize("chat", [says_yes_to_all], indirect=True)
-def test_the_command_asks_the_endpoint_and_the_answer_is_attached(small_run, chat, tmp_path):
-    root = shutil.copytree(small_run.atlas.path.parent, tmp_path / "run")
-    feature = busiest(Atlas.open(root / "atlas"))
+def test_the_command_asks_the_endpoint_and_the_atlas_shows_the_answer(small_run, chat, tmp_path):
+    root = shutil.copytree(small_run.root, tmp_path / "run")
+    digest, feature = small_run.train.digest, busiest(Features.open(root / "describe"))
     where = ["--artifacts", str(tmp_path), "--recipe", "run"]
-    assert (
-        run_command(
-            ["atlas", "explain", feature, "--endpoint", chat.url, "--model", "stub", *where]
-        )
-        == 0
-    )
-    label = read_scores(root / "atlas")[feature]["labels"][0]
+    words = ["atlas", "explain", feature, *where]
+    assert run_command([*words, "--endpoint", chat.url, "--model", "stub"]) == 0
+    label = read_opinions(root, digest)[feature]["labels"][0]
     assert (label["text"], label["model"], label["score"]) == ("rare words", "stub", 0.5)
     assert label["fuzz"]["score"] == 0.5  # it says yes to right and to wrong marks
     assert label["fuzz"]["n"] == label["fuzz"]["n_asked"] > 0
-    attach_scores(root / "atlas", {feature: {"examples_score": 0.9}})
-    assert read_scores(root / "atlas")[feature] == {"labels": [label], "examples_score": 0.9}
-    Artifact.open(root / "atlas", kind="atlas", schema=1).verify()
-    validate_atlas(root / "atlas")
-    assert run_command(["atlas", "explain", feature, *where]) == 2  # nobody to ask
+    write_opinions(root, digest, {feature: {"examples_score": 0.9}})
+    assert read_opinions(root, digest)[feature] == {"labels": [label], "examples_score": 0.9}
+    inputs = stage.Inputs(train=small_run.train, link=small_run.link, describe=small_run.describe)
+    assert stage.digests_beside(root, vars(inputs)) != stage.digests_beside(
+        small_run.root, vars(inputs)
+    )
+    made = stage.run(stage.Config(), inputs, root / "atlas", RunContext(n_threads=1))
+    shown = read_shard(root / "atlas" / "site", "attached/scores").json["features"]
+    assert shown == read_opinions(root, digest)
+    made.verify()
+    assert run_command(words) == 2  # nobody to ask
+
+
+def test_opinions_of_other_dictionaries_are_not_shown_and_damaged_ones_are_named(tmp_path):
+    write_opinions(tmp_path, "one", {"L2/3": {"examples_score": 0.9}})
+    assert read_opinions(tmp_path, "two") == read_opinions(tmp_path / "nowhere", "one") == {}
+    write_opinions(tmp_path, "two", {"L2/4": {"examples_score": 0.1}})
+    assert read_opinions(tmp_path, "two") == {"L2/4": {"examples_score": 0.1}}
+    (tmp_path / "opinions.json").write_text("{")
+    with pytest.raises(UserError, match=r"opinions\.json"):
+        read_opinions(tmp_path, "two")
 
 
 def test_a_sentence_model_tells_texts_that_belong_together():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -17,28 +18,27 @@ from featureflow.sites import parse_site
 from pipeline.cli import run_command
 from pipeline.cli.flow import labels_beside
 from pipeline.describe.asking import find_features, middle_site, read_text
-from pipeline.describe.opened import Atlas
+from pipeline.describe.features import Features
 from pipeline.run import Run
 from sae import load_sae
-
-from .conftest import D_MODEL
+from tests.pipeline.small_run import D_MODEL
 
 TEXT = "The river runs to the sea."
 
 
-def atlas_of(*rows: tuple) -> Atlas:
-    """An atlas of one site whose features have these labels, acceptance, scores, tokens and
+def features_of(*rows: tuple) -> Features:
+    """One site whose features have these labels, acceptance, scores, tokens and
     promoted tokens."""
     frame = pd.DataFrame(
         rows, columns=["label", "label_accepted", "label_score", "tokens", "promotes"]
     ).assign(feature=[f"L0/{i}" for i in range(len(rows))], site="L0", alive=True, density=0.01)
-    made = Atlas.__new__(Atlas)
-    made.__dict__["features"] = frame
+    made = Features(Path("nowhere"))
+    made.__dict__ |= {"table": frame, "_extent": {"L0": (0, len(rows))}}
     return made
 
 
 def test_a_word_is_found_where_words_begin_and_accepted_labels_come_first() -> None:
-    atlas = atlas_of(
+    features = features_of(
         ("fires on ‘ research’", True, 0.9, [" research"], []),
         ("no simple rule", False, float("nan"), [" Seal", " x"], []),
         ("no simple rule", False, 0.3, [], [" sea"]),
@@ -46,21 +46,23 @@ def test_a_word_is_found_where_words_begin_and_accepted_labels_come_first() -> N
         ("fires on ‘ sea’, ‘ bay’", True, 0.8, [" sea"], []),
         ("no simple rule · strongest on ‘ sea’", False, 0.5, [" sea"], []),
     )
-    found = find_features(atlas, "sea")
+    found = find_features(features, "sea")
     assert [f.feature for f in found] == ["L0/4", "L0/3", "L0/5", "L0/1", "L0/2"]
     assert found[1].where == ("label", "tokens", "promotes")
     assert found[3].where == ("tokens",)
-    assert [f.feature for f in find_features(atlas, " RESEARCH ")] == ["L0/0"]
-    assert find_features(atlas, "s.a") == []
+    assert [f.feature for f in find_features(features, " RESEARCH ")] == ["L0/0"]
+    assert find_features(features, "s.a") == []
     with pytest.raises(UserError, match="empty"):
-        find_features(atlas, "  ")
-    with pytest.raises(UserError, match="no site L7"):
-        find_features(atlas, "sea", site=parse_site("L7"))
+        find_features(features, "  ")
+    with pytest.raises(UserError, match="no features are described at L7"):
+        find_features(features, "sea", site=parse_site("L7"))
 
 
 def test_a_text_is_read_as_the_dictionary_reads_it(small_run) -> None:
-    root = small_run.atlas.path.parent
-    tokens = read_text(Run.open(root), TEXT, site=parse_site("L1"), n=2)
+    root = small_run.root
+    run = Run.open(root)
+    opened = (run.model, run.features, run.saes)
+    tokens = read_text(*opened, TEXT, site=parse_site("L1"), n=2)
     model = LanguageModel.open(Random(n_layers=3, d_model=D_MODEL, n_heads=2, d_mlp=32))
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(TEXT)]
     site = parse_site("L1")
@@ -68,7 +70,7 @@ def test_a_text_is_read_as_the_dictionary_reads_it(small_run) -> None:
         model.activations(torch.tensor([ids]), [site])[site][0].float()
     )[1:]
     assert "".join(token.text for token in tokens) == TEXT
-    features = Atlas.open(root / "atlas").features.set_index("feature")
+    features = run.features.table.set_index("feature")
     for token, row in zip(tokens, z, strict=True):
         value, latent = row.sort(descending=True)
         assert [f.feature.latent for f in token.firings] == latent[:2].tolist()
@@ -79,19 +81,19 @@ def test_a_text_is_read_as_the_dictionary_reads_it(small_run) -> None:
             )
     for text in ("", "word " * 3000):
         with pytest.raises(UserError, match="empty or too long"):
-            read_text(Run.open(root), text)
-    with pytest.raises(UserError, match=r"no site L2\.mlp"):
-        read_text(Run.open(root), TEXT, site=parse_site("L2.mlp"))
-    assert middle_site(Atlas.open(root / "atlas").sites) == parse_site("L1")
+            read_text(*opened, text)
+    with pytest.raises(UserError, match=r"described at L2\.mlp"):
+        read_text(*opened, TEXT, site=parse_site("L2.mlp"))
+    assert middle_site(run.features.sites) == parse_site("L1")
 
 
 def test_both_questions_are_commands(small_run, tmp_path, capsys) -> None:
-    (tmp_path / "small").symlink_to(small_run.atlas.path.parent)
+    (tmp_path / "small").symlink_to(small_run.root)
     here = ["-r", "small", "--artifacts", str(tmp_path)]
     assert run_command(["atlas", "read", TEXT, "-n", "1", *here]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(
-        read_text(Run.open(tmp_path / "small"), TEXT)
-    )
+    run = Run.open(small_run.root)
+    n_tokens = len(read_text(run.model, run.features, run.saes, TEXT))
+    assert len(capsys.readouterr().out.splitlines()) == n_tokens
     assert run_command(["atlas", "find", "zzzz", *here]) == 0
     assert "no feature is about 'zzzz'" in capsys.readouterr().out
     assert run_command(["atlas", "read", "", *here]) == 2
@@ -102,7 +104,7 @@ def test_a_graph_made_anew_gets_no_labels_of_the_earlier_atlas_and_is_said_to_be
 ) -> None:
     root = tmp_path / "small"
     root.mkdir()
-    for artifact in (small_run.collect, small_run.train, small_run.atlas):
+    for artifact in (small_run.collect, small_run.train, small_run.describe):
         (root / artifact.path.name).symlink_to(artifact.path)
     shutil.copytree(small_run.link.path, root / "link")
     trunks = ["flow", "trunks", "-r", "small", "--artifacts", str(tmp_path), "-n", "1"]

@@ -1,5 +1,5 @@
 """A small atlas made by the real stages: a random model over the bundled text, planted
-dictionaries, links, the atlas."""
+dictionaries, links, features, the atlas."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from data.text.corpus import BundledText
 from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
 from pipeline.context import RunContext
-from pipeline.stages import atlas, collect, link
+from pipeline.stages import atlas, collect, describe, link
 from sae import Sae, save_sae
 from sae.activations import TopKActivation
 
 N_LATENTS, D_MODEL, K = 48, 16, 4
+DESCRIBE = describe.Config(precision="float32", min_f1=0.3)
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,12 @@ class SmallRun:
     collect: Artifact
     train: Artifact
     link: Artifact
+    describe: Artifact
     atlas: Artifact
+
+    @property
+    def root(self) -> Path:
+        return self.atlas.path.parent
 
 
 def random_dictionary(seed: int, *, mean: torch.Tensor | None = None) -> Sae:
@@ -88,8 +94,12 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
         folder / "link",
         context,
     )
-    inputs = atlas.Inputs(collect=collected, train=trained, link=links)
-    made = atlas.run(
-        atlas.Config(precision="float32", min_f1=0.3), inputs, folder / "atlas", context
+    described = describe.run(
+        DESCRIBE,
+        describe.Inputs(collect=collected, train=trained, link=links),
+        folder / "describe",
+        context,
     )
-    return SmallRun(collect=collected, train=trained, link=links, atlas=made)
+    inputs = atlas.Inputs(train=trained, link=links, describe=described)
+    made = atlas.run(atlas.Config(), inputs, folder / "atlas", context)
+    return SmallRun(collect=collected, train=trained, link=links, describe=described, atlas=made)
