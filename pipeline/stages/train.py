@@ -2,7 +2,7 @@
 run.
 
 1. Plan the jobs: which site starts from which (pipeline/training/plan.py), which variants of a
-   sweep learn beside it and which transcoders are wanted (pipeline/training/lessons.py), and
+   sweep learn beside it and which transcoders are wanted (pipeline/training/batch_jobs.py), and
    whether memory suffices.
 2. Train the sites over the cores, or over a Dask cluster, each batch read once for all dictionaries
    of a site; every site resumes where it was killed (pipeline/training/site.py).
@@ -38,8 +38,18 @@ from featureflow.settings import Settings
 from featureflow.sites import Site
 from pipeline.artifact import SCHEMAS, Artifact, Draft
 from pipeline.context import RunContext
-from pipeline.run import STORE
-from pipeline.training.cluster import Described, run_lessons_on_cluster
+from pipeline.run import Run
+from pipeline.training.batch_jobs import (
+    BASE,
+    DICTIONARIES,
+    TRANSCODERS,
+    BatchJob,
+    Transcoders,
+    Variant,
+    batch_jobs_of,
+    transcoder_jobs,
+)
+from pipeline.training.cluster import Described, run_on_cluster
 from pipeline.training.figures import draw_curves, draw_layers
 from pipeline.training.imported import (
     Imported,
@@ -47,21 +57,11 @@ from pipeline.training.imported import (
     import_dictionaries,
     warnings_of,
 )
-from pipeline.training.lessons import (
-    BASE,
-    DICTIONARIES,
-    TRANSCODERS,
-    Lesson,
-    Transcoders,
-    Variant,
-    lessons_of,
-    transcoder_lessons,
-)
 from pipeline.training.memory import check_memory
 from pipeline.training.plan import Chain, Initialisation, Override, SiteJob, plan_jobs
 from pipeline.training.reading import TrainingOptions
 from pipeline.training.schedule import run_jobs, widest
-from pipeline.training.site import CURVE, train_lesson
+from pipeline.training.site import CURVE, train_batch_job
 from pipeline.training.trackers import Tracker, check_trackers, tracked
 from sae.architectures import AnyArchitecture, TopK
 from sae.kernels.memory import kept_memory
@@ -124,10 +124,7 @@ class Config(Settings):
     seed: Annotated[int, Ge(0), Lt(2**31), Doc("of random starts and of the order of rows")] = 0
     log_to: Annotated[
         tuple[Tracker, ...],
-        Doc(
-            "experiment trackers that are told the curves: tensorboard, wandb; no part of the "
-            "digest"
-        ),
+        Doc("experiment trackers that get the curves: tensorboard, wandb; no part of the digest"),
     ] = Field(default=(), exclude=True)
     imported: Annotated[
         Imported | None,
@@ -153,10 +150,10 @@ def outside_digests(config: Config) -> dict[str, str]:
 
 def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artifact:
     """Train every site. Raises UserError before anything is written if a choice is impossible."""
-    store = ActivationStore.open(inputs.collect.path / STORE)
+    store = Run.of({"collect": inputs.collect}, context=context).store
     if config.imported is not None:
         return _run_import(config, config.imported, inputs, store, out, context)
-    parts = lessons_by_part(config, store)
+    parts = batch_jobs_by_part(config, store)
     check_trackers(config.log_to)
     options = options_of(config, context.device)
     n_workers = (
@@ -164,14 +161,16 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
         if context.device != "cpu"
         else max(1, min(context.n_threads, max(map(widest, map(_jobs, parts)))))
     )
-    check_memory([lesson for part in parts for lesson in part.values()], store, options, n_workers)
+    check_memory(
+        [batch_job for part in parts for batch_job in part.values()], store, options, n_workers
+    )
     with Artifact.create(
         out, kind=KIND, schema=SCHEMA, config=config, inputs={"collect": inputs.collect.digest}
     ) as draft:
         started = time.monotonic()
         with kept_memory(), tracked(config.log_to, out.parent, draft.config) as trackers:
-            told = replace(context, metrics=_all([context.metrics, *trackers]))
-            described = _train_all(parts, store, options, draft, told, n_workers)
+            context = replace(context, metrics=_all([context.metrics, *trackers]))
+            described = _train_all(parts, store, options, draft, context, n_workers)
         _describe(draft, described)
         draft.summary["seconds"] = round(time.monotonic() - started, 1)
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
@@ -221,11 +220,11 @@ def jobs_of(config: Config, store: ActivationStore) -> tuple[SiteJob, ...]:
     )
 
 
-def lessons_by_part(config: Config, store: ActivationStore) -> list[dict[Site, Lesson]]:
-    """The lessons of a run, parents first: those of the plan with their variants, then those of
+def batch_jobs_by_part(config: Config, store: ActivationStore) -> list[dict[Site, BatchJob]]:
+    """The batch jobs of a run, parents first: those of the plan with their variants, then those of
     transcoders. Raises UserError."""
     parts = [
-        lessons_of(
+        batch_jobs_of(
             jobs_of(config, store),
             config.sweep,
             store,
@@ -237,15 +236,14 @@ def lessons_by_part(config: Config, store: ActivationStore) -> list[dict[Site, L
     if config.transcoders is not None:
         choice = config.transcoders
         parts.append(
-            transcoder_lessons(choice, store, seed=config.seed, learning_rate=config.learning_rate)
+            transcoder_jobs(choice, store, seed=config.seed, learning_rate=config.learning_rate)
         )
     return parts
 
 
-def _jobs(lessons: Mapping[Site, Lesson]) -> list[SiteJob]:
-    """One job a lesson, for the scheduler: that of the plan, whose parent all its learners wait
-    for."""
-    return [lesson[0].job for lesson in lessons.values()]
+def _jobs(batch_jobs: Mapping[Site, BatchJob]) -> list[SiteJob]:
+    """One job for each batch job: that of the plan, whose parent all its SAEs wait for."""
+    return [batch_job[0].job for batch_job in batch_jobs.values()]
 
 
 def options_of(config: Config, device: str) -> TrainingOptions:
@@ -267,7 +265,7 @@ def options_of(config: Config, device: str) -> TrainingOptions:
 
 
 def _train_all(
-    parts: Sequence[Mapping[Site, Lesson]],
+    parts: Sequence[Mapping[Site, BatchJob]],
     store: ActivationStore,
     options: TrainingOptions,
     draft: Draft,
@@ -277,14 +275,14 @@ def _train_all(
     """What is known about every dictionary, by folder and site in the order of the model."""
     found: dict[str, dict[Site, dict[str, Any]]] = {DICTIONARIES: {}}
     with connected(context) as client:
-        for lessons in parts:
+        for batch_jobs in parts:
             if client is None:
-                done = _train_here(lessons, store, options, draft, context, n_workers)
+                done = _train_here(batch_jobs, store, options, draft, context, n_workers)
             else:
                 threads = threads_of_worker(context)
-                done = run_lessons_on_cluster(
+                done = run_on_cluster(
                     client,
-                    lessons,
+                    batch_jobs,
                     store,
                     options,
                     draft.path,
@@ -299,7 +297,7 @@ def _train_all(
 
 
 def _train_here(
-    lessons: Mapping[Site, Lesson],
+    batch_jobs: Mapping[Site, BatchJob],
     store: ActivationStore,
     options: TrainingOptions,
     draft: Draft,
@@ -309,9 +307,9 @@ def _train_here(
     metrics = _all([draft.write_metrics, context.metrics])
 
     def work(job: SiteJob, stopping: Callable[[], bool]) -> Described:
-        lesson = lessons[job.site]
-        return train_lesson(
-            lesson,
+        batch_job = batch_jobs[job.site]
+        return train_batch_job(
+            batch_job,
             store,
             options,
             draft.path,
@@ -320,15 +318,15 @@ def _train_here(
             stopping=stopping,
         )
 
-    return run_jobs(_jobs(lessons), work, n_workers=n_workers, n_threads=context.n_threads)
+    return run_jobs(_jobs(batch_jobs), work, n_workers=n_workers, n_threads=context.n_threads)
 
 
 def _all(callbacks: Sequence[Metrics]) -> Metrics:
-    def tell(record: Mapping[str, float | int | str]) -> None:
+    def report(record: Mapping[str, float | int | str]) -> None:
         for callback in callbacks:
             callback(record)
 
-    return tell
+    return report
 
 
 def _tell_curves(done: Mapping[Site, Described], folder: Path, metrics: Metrics) -> None:

@@ -1,4 +1,4 @@
-"""The lessons of a plan on a Dask cluster: one task a site, each waiting for the site it starts
+"""The batch jobs of a plan on a Dask cluster: one task a site, each waiting for the site it starts
 from.
 
 Workers open the store by its URL and write into the artifact's folder, so both must be visible to
@@ -18,22 +18,22 @@ from data.store import ActivationStore
 from featureflow.errors import UserError
 from featureflow.progress import Progress
 from featureflow.sites import Site
-from pipeline.training.lessons import Lesson
+from pipeline.training.batch_jobs import BatchJob
 from pipeline.training.reading import TrainingOptions
-from pipeline.training.site import train_lesson
+from pipeline.training.site import train_batch_job
 
 if TYPE_CHECKING:
     from distributed import Client
 
 _RETRIES = 2
 Described = dict[str, dict[str, Any]]
-"""Metadata of a lesson's dictionaries, by folder."""
+"""Metadata of a batch job's dictionaries, by folder."""
 Outcome = Described | UserError
 
 
-def run_lessons_on_cluster(
+def run_on_cluster(
     client: Client,
-    lessons: Mapping[Site, Lesson],
+    batch_jobs: Mapping[Site, BatchJob],
     store: ActivationStore,
     options: TrainingOptions,
     folder: Path,
@@ -41,18 +41,18 @@ def run_lessons_on_cluster(
     n_threads: int | None,
     progress: Progress,
 ) -> dict[Site, Described]:
-    """Every lesson's result; `lessons` come parents first. `n_threads` of each worker; None leaves
-    it to the worker. Raises the first UserError."""
+    """Every batch job's result; `batch_jobs` come parents first. `n_threads` of each worker; None
+    leaves it to the worker. Raises the first UserError."""
     from distributed import as_completed
 
     futures: dict[Site, Any] = {}
-    for site, lesson in lessons.items():
+    for site, batch_job in batch_jobs.items():
         parents = [
-            futures[learner.job.parent] for learner in lesson if learner.job.parent is not None
+            futures[sae_job.job.parent] for sae_job in batch_job if sae_job.job.parent is not None
         ]
         futures[site] = client.submit(
             _train,
-            lesson,
+            batch_job,
             store.url,
             options,
             str(folder),
@@ -69,12 +69,12 @@ def run_lessons_on_cluster(
             raise outcome
         site = next(site for site, other in futures.items() if other.key == future.key)
         done[site] = outcome
-        progress("train", len(done), len(lessons))
+        progress("train", len(done), len(batch_jobs))
     return done
 
 
 def _train(
-    lesson: Lesson,
+    batch_job: BatchJob,
     url: str,
     options: TrainingOptions,
     folder: str,
@@ -95,6 +95,6 @@ def _train(
                 where=folder,
                 expected="a shared folder",
             )
-        return train_lesson(lesson, ActivationStore.open(url), options, place)
+        return train_batch_job(batch_job, ActivationStore.open(url), options, place)
     except UserError as error:
         return error

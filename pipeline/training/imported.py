@@ -33,7 +33,7 @@ from featureflow.errors import Problem, UserError
 from featureflow.progress import Progress, silent
 from featureflow.settings import Settings
 from featureflow.sites import Site, SiteKind, parse_site
-from pipeline.training.lessons import DICTIONARIES, TRANSCODERS
+from pipeline.training.batch_jobs import DICTIONARIES, TRANSCODERS
 from pipeline.training.releases import TRANSCODER, locate, patterns_of
 from sae import Sae, save_sae
 from sae.formats import Conventions, read

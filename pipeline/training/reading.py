@@ -1,4 +1,4 @@
-"""What a lesson reads: rows of one site, or of two for a transcoder, as batches in memory or in
+"""What a batch job reads: rows of one site, or of two for a transcoder, as batches in memory or in
 windows of the store.
 
 Up to `max_rows_in_memory` rows are held in memory as float32; more are read in shuffled windows.
@@ -20,7 +20,7 @@ from torch import Tensor
 from data.store import ActivationStore
 from data.store.tokens import RowFilters
 from featureflow.sites import Site
-from pipeline.training.lessons import Learner
+from pipeline.training.batch_jobs import SaeJob
 from sae.batches import Batch, Batches, InMemoryBatches
 from sae.kernels.select import Precision
 from sae.normalisation import Normalisation, normalisation_of
@@ -68,9 +68,9 @@ def read_rows(
     return out
 
 
-def read_batch(store: ActivationStore, learner: Learner, rows: Int64[np.ndarray, "row"]) -> Batch:
-    """The given rows of what a learner reads and, for a transcoder, of what it predicts."""
-    x, *y = (read_rows(store, site, rows) for site in learner.sites)
+def read_batch(store: ActivationStore, sae_job: SaeJob, rows: Int64[np.ndarray, "row"]) -> Batch:
+    """The given rows of what an SAE reads and, for a transcoder, of what it predicts."""
+    x, *y = (read_rows(store, site, rows) for site in sae_job.sites)
     return Batch(x=x, y=y[0] if y else None)
 
 
@@ -87,12 +87,12 @@ def held_out_rows(
 class _WindowBatches:
     """Batches read from the store in shuffled windows, for sites that do not fit in memory."""
 
-    def __init__(self, store: ActivationStore, learner: Learner, options: TrainingOptions) -> None:
-        self._sites = learner.sites
+    def __init__(self, store: ActivationStore, sae_job: SaeJob, options: TrainingOptions) -> None:
+        self._sites = sae_job.sites
         self._reader = store.batches(
             list(self._sites),
             batch_size=options.batch_size,
-            seed=learner.job.seed,
+            seed=sae_job.job.seed,
             filters=options.filters,
             device=options.device,
         )
@@ -122,24 +122,22 @@ class _WindowBatches:
 
 
 @contextmanager
-def reading(
-    learner: Learner, store: ActivationStore, options: TrainingOptions
-) -> Iterator[Batches]:
-    rows = store.kept_rows("train", options.filters, sites=list(learner.sites))
+def reading(sae_job: SaeJob, store: ActivationStore, options: TrainingOptions) -> Iterator[Batches]:
+    rows = store.kept_rows("train", options.filters, sites=list(sae_job.sites))
     if len(rows) > options.max_rows_in_memory:
-        windows = _WindowBatches(store, learner, options)
+        windows = _WindowBatches(store, sae_job, options)
         try:
             yield windows
         finally:
             windows.close()
         return
-    held = read_batch(store, learner, rows)
-    name, shard_rows = _names(learner.sites), store.shard_rows
+    held = read_batch(store, sae_job, rows)
+    name, shard_rows = _names(sae_job.sites), store.shard_rows
     yield InMemoryBatches(
         held.x.to(options.device),
         None if held.y is None else held.y.to(options.device),
         batch_size=options.batch_size,
-        seed=learner.job.seed,
+        seed=sae_job.job.seed,
         name_of_row=lambda row: f"{name} row {rows[row]} (shard {rows[row] // shard_rows})",
     )
 

@@ -1,14 +1,14 @@
-"""One lesson: learners with the same batches, the store and a folder in; their dictionaries and
+"""One batch job: SAEs with the same batches, the store and a folder in; their dictionaries and
 curves out.
 
 1. A finished dictionary is left as it is; a checkpoint is continued exactly where it was written.
-2. Read the lesson's training rows, into memory if there are at most `max_rows_in_memory`, else in
-   shuffled windows.
-3. Each learner starts from random directions or from its parent's dictionary, in the site's own
+2. Read its training rows, into memory if there are at most `max_rows_in_memory`, else in shuffled
+   windows.
+3. Each SAE starts from random directions or from its parent's dictionary, in the site's own
    normalisation.
-4. Every batch is read once and given to all learners that need it; one that is further on, because
+4. Every batch is read once and given to all SAEs that need it; one that is further on, because
    its checkpoint was, waits for the others. Checkpoint now and then.
-5. A learner that is through gets its thresholds, FVU and L0 from held-out rows. Write the curve,
+5. An SAE that is through gets its thresholds, FVU and L0 from held-out rows. Write the curve,
    then the dictionary (its description last, which is what "finished" means), and drop the
    checkpoint.
 """
@@ -26,7 +26,7 @@ from typing import Any
 from data.store import ActivationStore
 from featureflow.files import write_text_atomically
 from featureflow.progress import DETAIL, Metrics, Progress, discard, silent
-from pipeline.training.lessons import DICTIONARIES, VARIANTS, Learner, Lesson
+from pipeline.training.batch_jobs import DICTIONARIES, VARIANTS, BatchJob, SaeJob
 from pipeline.training.plan import SiteJob
 from pipeline.training.reading import (
     READ_ROWS,
@@ -50,8 +50,8 @@ class Stopped(Exception):
     """Training was asked to stop; the last checkpoint stays."""
 
 
-def train_lesson(
-    lesson: Lesson,
+def train_batch_job(
+    batch_job: BatchJob,
     store: ActivationStore,
     options: TrainingOptions,
     root: Path,
@@ -60,56 +60,58 @@ def train_lesson(
     metrics: Metrics = discard,
     stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, dict[str, Any]]:
-    """Train, or find trained, every dictionary of a lesson under `root`; returns their metadata by
-    folder."""
+    """Train, or find trained, every dictionary of a batch job under `root`; returns their metadata
+    by folder."""
     if stopping():
         raise Stopped
-    courses = [
-        _course(learner, store, options, root)
-        for learner in lesson
-        if not _is_finished(learner, root)
+    trainings = [
+        _training_of(sae_job, store, options, root)
+        for sae_job in batch_job
+        if not _is_finished(sae_job, root)
     ]
-    if courses:
-        held_out = read_batch(store, lesson[0], held_out_rows(lesson[0].sites, store, options))
-        with reading(lesson[0], store, options) as batches:
-            _resume(courses, batches)
-            for course in _taught(courses, batches, options, progress, metrics, stopping):
-                _finish(course, store, options, held_out, metrics)
-    return {learner.folder: load_sae(_place(learner, root)).metadata for learner in lesson}
+    if trainings:
+        held_out = read_batch(
+            store, batch_job[0], held_out_rows(batch_job[0].sites, store, options)
+        )
+        with reading(batch_job[0], store, options) as batches:
+            _resume(trainings, batches)
+            for training in _trained(trainings, batches, options, progress, metrics, stopping):
+                _finish(training, store, options, held_out, metrics)
+    return {sae_job.folder: load_sae(_place(sae_job, root)).metadata for sae_job in batch_job}
 
 
 @dataclass(kw_only=True, eq=False)
-class _Course:
-    """A learner with its trainer; `place` is where its dictionary, curve and checkpoint go."""
+class _Training:
+    """An SAE with its trainer; `place` is where its dictionary, curve and checkpoint go."""
 
-    learner: Learner
+    sae_job: SaeJob
     trainer: Trainer
     place: Path
     first_step: int = 0
     seconds: float = 0.0
 
 
-def _place(learner: Learner, root: Path) -> Path:
-    return root / learner.folder / learner.job.site.short
+def _place(sae_job: SaeJob, root: Path) -> Path:
+    return root / sae_job.folder / sae_job.job.site.short
 
 
-def _is_finished(learner: Learner, root: Path) -> bool:
-    return (_place(learner, root) / "sae.json").is_file()
+def _is_finished(sae_job: SaeJob, root: Path) -> bool:
+    return (_place(sae_job, root) / "sae.json").is_file()
 
 
-def _course(
-    learner: Learner, store: ActivationStore, options: TrainingOptions, root: Path
-) -> _Course:
-    job = learner.job
-    source, target = learner.sites[0], job.site if learner.reads else None
+def _training_of(
+    sae_job: SaeJob, store: ActivationStore, options: TrainingOptions, root: Path
+) -> _Training:
+    job = sae_job.job
+    source, target = sae_job.sites[0], job.site if sae_job.reads else None
     if job.parent is not None:
         weights = unfold(
-            load_sae(root / learner.folder / job.parent.short), normalisation_at(store, job.parent)
+            load_sae(root / sae_job.folder / job.parent.short), normalisation_at(store, job.parent)
         )
     elif target is not None:
         width = store.width(target)
         weights = random_start(
-            job.n_latents, store.width(source), seed=job.seed, d_out=width, skip=learner.skip
+            job.n_latents, store.width(source), seed=job.seed, d_out=width, skip=sae_job.skip
         )
     else:
         weights = job.architecture.prepared(
@@ -123,7 +125,7 @@ def _course(
         target=None if target is None else normalisation_at(store, target).to(options.device),
         precision=options.precision,
     )
-    return _Course(learner=learner, trainer=trainer, place=_place(learner, root))
+    return _Training(sae_job=sae_job, trainer=trainer, place=_place(sae_job, root))
 
 
 def _schedule(job: SiteJob, options: TrainingOptions) -> Schedule:
@@ -138,71 +140,71 @@ def _schedule(job: SiteJob, options: TrainingOptions) -> Schedule:
     )
 
 
-def _resume(courses: Sequence[_Course], batches: Batches) -> None:
+def _resume(trainings: Sequence[_Training], batches: Batches) -> None:
     """Every trainer at its own checkpoint, the reader at that of the one furthest behind."""
     positions: dict[int, Mapping[str, Any]] = {}
-    for course in courses:
-        if (course.place / CHECKPOINT).is_file():
-            tensors, state = read_checkpoint(course.place / CHECKPOINT)
-            course.trainer.restore(tensors, state["trainer"])
-            positions[course.trainer.step] = state["batches"]
-        course.first_step = course.trainer.step
-    behind = min(course.trainer.step for course in courses)
+    for training in trainings:
+        if (training.place / CHECKPOINT).is_file():
+            tensors, state = read_checkpoint(training.place / CHECKPOINT)
+            training.trainer.restore(tensors, state["trainer"])
+            positions[training.trainer.step] = state["batches"]
+        training.first_step = training.trainer.step
+    behind = min(training.trainer.step for training in trainings)
     if behind:
         batches.restore(positions[behind])
 
 
-def _taught(
-    courses: Sequence[_Course],
+def _trained(
+    trainings: Sequence[_Training],
     batches: Batches,
     options: TrainingOptions,
     progress: Progress,
     metrics: Metrics,
     stopping: Callable[[], bool],
-) -> Iterator[_Course]:
-    """Yield each course as it ends. Batch n is for the trainers that have seen n batches."""
-    left = list(courses)
+) -> Iterator[_Training]:
+    """Yield each training as it ends. Batch n is for the trainers that have seen n batches."""
+    left = list(trainings)
     while left:
-        n_seen = min(course.trainer.step for course in left)
+        n_seen = min(training.trainer.step for training in left)
         started = time.monotonic()
         batch = batches.next_batch()
         waited = time.monotonic() - started
-        for course in [course for course in left if course.trainer.step == n_seen]:
-            course.seconds += waited
-            _learn(course, batch, batches, options, progress, metrics)
-            if course.trainer.finished:
-                left.remove(course)
-                yield course
-            elif course.trainer.step % options.checkpoint_every == 0:
-                tensors, numbers = course.trainer.state()
+        for training in [training for training in left if training.trainer.step == n_seen]:
+            training.seconds += waited
+            _train_step(training, batch, batches, options, progress, metrics)
+            if training.trainer.finished:
+                left.remove(training)
+                yield training
+            elif training.trainer.step % options.checkpoint_every == 0:
+                tensors, numbers = training.trainer.state()
                 state = {"trainer": numbers, "batches": batches.state()}
-                write_checkpoint(course.place / CHECKPOINT, tensors, state)
+                write_checkpoint(training.place / CHECKPOINT, tensors, state)
             if stopping():
                 raise Stopped
 
 
-def _learn(
-    course: _Course,
+def _train_step(
+    training: _Training,
     batch: Batch,
     batches: Batches,
     options: TrainingOptions,
     progress: Progress,
     metrics: Metrics,
 ) -> None:
-    """One step of one learner, timed and told."""
+    """One step of one SAE, timed and reported."""
     started = time.monotonic()
-    record = course.trainer.train_on(batch, batches)
-    course.seconds += time.monotonic() - started
-    job, step = course.learner.job, course.trainer.step
-    speed = (step - course.first_step) * options.batch_size / max(course.seconds, 1e-9)
+    record = training.trainer.train_on(batch, batches)
+    training.seconds += time.monotonic() - started
+    job, step = training.sae_job.job, training.trainer.step
+    speed = (step - training.first_step) * options.batch_size / max(training.seconds, 1e-9)
     if record is not None:
-        metrics({**_who(course.learner), **record, "tokens_per_second": round(speed)})
-    progress(f"train {course.learner.label}{_numbers(course.trainer, speed)}", step, job.steps)
+        metrics({**_who(training.sae_job), **record, "tokens_per_second": round(speed)})
+    progress(f"train {training.sae_job.label}{_numbers(training.trainer, speed)}", step, job.steps)
 
 
-def _who(learner: Learner) -> dict[str, str]:
-    return {"site": learner.job.site.short} | (
-        {} if learner.folder == DICTIONARIES else {"of": learner.folder}
+def _who(sae_job: SaeJob) -> dict[str, str]:
+    return {"site": sae_job.job.site.short} | (
+        {} if sae_job.folder == DICTIONARIES else {"of": sae_job.folder}
     )
 
 
@@ -219,35 +221,39 @@ def _numbers(trainer: Trainer, speed: float) -> str:
 
 
 def _finish(
-    course: _Course,
+    training: _Training,
     store: ActivationStore,
     options: TrainingOptions,
     held_out: Batch,
     metrics: Metrics,
 ) -> None:
-    learner, trainer = course.learner, course.trainer
+    sae_job, trainer = training.sae_job, training.trainer
     n_rows = len(held_out.x)
     y = None if held_out.y is None else held_out.y.to(options.device)
     on_device = Batch(x=held_out.x.to(options.device), y=y) if n_rows else None
     schedule = dataclasses.asdict(trainer.schedule)
-    told = {**_description(learner, store, options), "schedule": schedule, "held_out_rows": n_rows}
-    sae = trainer.finish(on_device, told)
+    reported = {
+        **_description(sae_job, store, options),
+        "schedule": schedule,
+        "held_out_rows": n_rows,
+    }
+    sae = trainer.finish(on_device, reported)
     sae.metadata.update(
-        _measured(sae, held_out) | {"dead": trainer.records[-1]["dead"] / learner.job.n_latents}
+        _measured(sae, held_out) | {"dead": trainer.records[-1]["dead"] / sae_job.job.n_latents}
     )
-    _write(course.place, sae, trainer.records)
-    seconds = round(course.seconds, 3)
-    metrics({**_who(learner), "step": trainer.step, "seconds": seconds, **_headline(sae)})
+    _write(training.place, sae, trainer.records)
+    seconds = round(training.seconds, 3)
+    metrics({**_who(sae_job), "step": trainer.step, "seconds": seconds, **_headline(sae)})
 
 
 def _description(
-    learner: Learner, store: ActivationStore, options: TrainingOptions
+    sae_job: SaeJob, store: ActivationStore, options: TrainingOptions
 ) -> dict[str, Any]:
-    job = learner.job
-    reads = {} if learner.reads is None else {"reads": learner.reads.name, "skip": learner.skip}
+    job = sae_job.job
+    reads = {} if sae_job.reads is None else {"reads": sae_job.reads.name, "skip": sae_job.skip}
     variant = (
-        {"variant": learner.folder.removeprefix(f"{VARIANTS}/")}
-        if learner.folder.startswith(VARIANTS)
+        {"variant": sae_job.folder.removeprefix(f"{VARIANTS}/")}
+        if sae_job.folder.startswith(VARIANTS)
         else {}
     )
     return {

@@ -7,7 +7,7 @@ as it is written.
                   `<artifacts>/<recipe>/wandb`; WANDB_MODE, WANDB_PROJECT and the rest of its
                   environment hold
 
-A tracker's package is imported when it is asked for and by nothing else. What a tracker is told
+A tracker's package is imported when it is asked for and by nothing else. What a tracker is reported
 changes no result.
 """
 
@@ -57,13 +57,13 @@ def _tensorboard(folder: Path, config: Mapping[str, Any]) -> Iterator[Metrics]:
 
     writer = SummaryWriter(str(folder / "tensorboard"))
 
-    def tell(record: Record) -> None:
+    def report(record: Record) -> None:
         label, step, numbers = _parts(record)
         for name, value in numbers.items():
             writer.add_scalar(f"{label}/{name}", value, step)
 
     try:
-        yield _one_at_a_time(tell)
+        yield _one_at_a_time(report)
     finally:
         writer.close()
 
@@ -77,7 +77,7 @@ def _wandb(folder: Path, config: Mapping[str, Any]) -> Iterator[Metrics]:
     run = wandb.init(project=project, dir=str(folder), config=dict(config), reinit="create_new")
     known: set[str] = set()
 
-    def tell(record: Record) -> None:
+    def report(record: Record) -> None:
         label, step, numbers = _parts(record)
         if label not in known:
             known.add(label)
@@ -89,7 +89,7 @@ def _wandb(folder: Path, config: Mapping[str, Any]) -> Iterator[Metrics]:
 
     failed = 1
     try:
-        yield _one_at_a_time(tell)
+        yield _one_at_a_time(report)
         failed = 0
     finally:
         run.finish(exit_code=failed)
@@ -114,12 +114,12 @@ def _parts(record: Record) -> tuple[str, int, dict[str, float]]:
     )
 
 
-def _one_at_a_time(tell: Callable[[Record], None]) -> Metrics:
+def _one_at_a_time(report: Callable[[Record], None]) -> Metrics:
     """Sites train in several threads."""
     lock = threading.Lock()
 
     def locked(record: Record) -> None:
         with lock:
-            tell(record)
+            report(record)
 
     return locked

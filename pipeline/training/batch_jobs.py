@@ -1,13 +1,13 @@
-"""Jobs of a plan → lessons: all dictionaries that learn from the same batches, so that each batch
-is read once.
+"""Jobs of a plan → batch jobs: all dictionaries that are trained on the same batches, so that each
+batch is read once.
 
 1. The dictionary of the plan itself, and beside it one for every variant of a sweep (another k,
    width, architecture or rate at the same site). All of them see the same rows in the same order;
    each is what it would be if trained alone.
-2. Transcoders are lessons of their own: they read one site of a block and predict what its MLP adds
-   to the stream.
+2. Transcoders are batch jobs of their own: they read one site of a block and predict what its MLP
+   adds to the stream.
 
-A learner's `folder` says where its dictionary goes below the artifact: `dictionaries/` for those
+An SAE's `folder` says where its dictionary goes below the artifact: `dictionaries/` for those
 that the later stages use, `variants/<name>/` for the others of a sweep, `transcoders/`.
 """
 
@@ -78,9 +78,9 @@ class Transcoders(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Learner:
-    """One dictionary of a lesson. `reads` is the input site of a transcoder, `skip` whether it has
-    a linear part."""
+class SaeJob:
+    """One dictionary of a batch job. `reads` is the input site of a transcoder, `skip` whether it
+    has a linear part."""
 
     job: SiteJob
     folder: str = DICTIONARIES
@@ -100,11 +100,11 @@ class Learner:
         return (self.job.site,) if self.reads is None else (self.reads, self.job.site)
 
 
-Lesson = tuple[Learner, ...]
-"""Learners with the same batches: equal `sites`, and seeds of the jobs that are equal too."""
+BatchJob = tuple[SaeJob, ...]
+"""SAEs with the same batches: equal `sites`, and seeds of the jobs that are equal too."""
 
 
-def lessons_of(
+def batch_jobs_of(
     jobs: Sequence[SiteJob],
     sweep: Sequence[Variant],
     store: ActivationStore,
@@ -112,8 +112,8 @@ def lessons_of(
     used: str,
     steps: int,
     learning_rate: float | None,
-) -> dict[Site, Lesson]:
-    """Every site's learners, the plan's own first. `used` names the one that later stages see;
+) -> dict[Site, BatchJob]:
+    """Every site's SAEs, the plan's own first. `used` names the one that later stages see;
     `steps` are those of a random start, `learning_rate` the recipe's. Raises UserError with every
     impossible choice."""
     names = [BASE, *(variant.name for variant in sweep)]
@@ -129,7 +129,7 @@ def lessons_of(
             )
         )
     at = {v.name: parse_sites(v.sites, store.sites) if v.sites else None for v in sweep}
-    lessons: dict[Site, Lesson] = {}
+    batch_jobs: dict[Site, BatchJob] = {}
     for job in jobs:
         here = [(BASE, job)]
         for variant in sweep:
@@ -138,8 +138,8 @@ def lessons_of(
                 here.append((variant.name, _varied(job, variant, steps, learning_rate)))
         problems += [p for name, varied in here[1:] for p in _problems(name, varied)]
         chosen = used if used in dict(here) else BASE
-        lessons[job.site] = tuple(
-            Learner(job=other, folder=DICTIONARIES if name == chosen else f"{VARIANTS}/{name}")
+        batch_jobs[job.site] = tuple(
+            SaeJob(job=other, folder=DICTIONARIES if name == chosen else f"{VARIANTS}/{name}")
             for name, other in here
         )
     if used != BASE and at.get(used) is not None:
@@ -154,16 +154,16 @@ def lessons_of(
         raise UserError(
             "this sweep cannot be trained", problems=tuple(problems), fix="change train.sweep"
         )
-    return lessons
+    return batch_jobs
 
 
-def transcoder_lessons(
+def transcoder_jobs(
     choice: Transcoders, store: ActivationStore, *, seed: int, learning_rate: float | None
-) -> dict[Site, Lesson]:
-    """One learner a block, from random directions of its own. Raises UserError for sites that are
+) -> dict[Site, BatchJob]:
+    """One SAE a block, from random directions of its own. Raises UserError for sites that are
     not stored."""
     sites = parse_sites(choice.sites, store.sites)
-    lessons, problems = dict[Site, Lesson](), []
+    batch_jobs, problems = dict[Site, BatchJob](), []
     for site in sites:
         reads = Site(site.layer, choice.reads)
         if site.kind != "mlp_out":
@@ -197,11 +197,11 @@ def transcoder_lessons(
             kind="independent",
             group=f"transcoder-{own}-{choice.n_latents}",
         )
-        lessons[site] = (Learner(job=job, folder=TRANSCODERS, reads=reads, skip=choice.skip),)
+        batch_jobs[site] = (SaeJob(job=job, folder=TRANSCODERS, reads=reads, skip=choice.skip),)
     if problems:
         fix = f'add "{choice.reads}" for these layers to collect.sites, or change train.transcoders'
         raise UserError("these transcoders cannot be trained", problems=tuple(problems), fix=fix)
-    return lessons
+    return batch_jobs
 
 
 def _varied(job: SiteJob, variant: Variant, steps: int, learning_rate: float | None) -> SiteJob:

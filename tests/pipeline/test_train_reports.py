@@ -64,12 +64,12 @@ def _train(
 def test_the_progress_line_of_a_layer_has_its_numbers(
     collected: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told: list[tuple[str, int, int]] = []
-    _train(collected, tmp_path / "train", progress=lambda *call: told.append(call))
-    assert told[0] == ("train L0", 1, 20)
-    assert re.fullmatch(LINE, told[19][0])
-    assert told[19][1:] == (20, 20)
-    for call in told:
+    reported: list[tuple[str, int, int]] = []
+    _train(collected, tmp_path / "train", progress=lambda *call: reported.append(call))
+    assert reported[0] == ("train L0", 1, 20)
+    assert re.fullmatch(LINE, reported[19][0])
+    assert reported[19][1:] == (20, 20)
+    for call in reported:
         tell_finished(*call)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[:2] for line in lines] == [["train", "L0"], ["train", "L1"]]
@@ -97,10 +97,10 @@ def test_tensorboard_is_told_the_curves(collected: Artifact, tmp_path: Path) -> 
         collected, tmp_path / "train", config, metrics=lambda record: records.append(dict(record))
     )
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    told = [(event.step, event.value) for event in events.Scalars("L1/fvu")]
+    reported = [(event.step, event.value) for event in events.Scalars("L1/fvu")]
     wanted = [(r["step"], r["fvu"]) for r in records if r["site"] == "L1" and "fvu" in r]
-    assert told == [(step, pytest.approx(fvu)) for step, fvu in wanted]
-    assert len(told) == 2
+    assert reported == [(step, pytest.approx(fvu)) for step, fvu in wanted]
+    assert len(reported) == 2
     assert events.Scalars("L0/tokens_per_second")
     assert not any("tensorboard" in name for name in done.files)
 
