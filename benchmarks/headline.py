@@ -149,18 +149,22 @@ def _causal_rows(run: Path) -> Iterator[Row]:
         return f"{row[what]:.2f} [{row[what + '_low']:.2f}, {row[what + '_high']:.2f}]"
 
     others = {name: by.loc[name] for name in ("random active", "strongest active")}
+    top = by.loc["top-1"]
     yield (
         f"Removing the top-1 predecessor silences the target ({n_pairs} layer pairs over the "
-        "depth, "
-        f"{int(by.loc['top-1'].n)} tests, 95 % interval over documents)",
-        f"**{interval('top-1', 'success')}**; links kept: {interval('kept link', 'success')}",
-        f"another active latent: {others['random active'].success:.2f}; the strongest: "
-        f"{others['strongest active'].success:.2f}; the paper, Gemma-2-2B: {PAPER_SUCCESS}",
+        f"depth; {int(top.n)} tests of {int(top.n_targets)} targets; 95 % interval over documents)",
+        f"with the model {interval('top-1', 'success')}, without it "
+        f"{interval('top-1', 'success_no_model')}: what the model adds is "
+        f"**{interval('top-1', 'success_by_model')}**; of all targets {top.success_all:.2f}",
+        f"another active latent: {others['random active'].success:.2f}; the strongest other: "
+        f"{others['strongest active'].success:.2f}; the paper, Gemma-2-2B, without that arm: "
+        f"{PAPER_SUCCESS}",
         "make link",
     )
     yield (
         "… and lowers its activation by",
-        f"**{interval('top-1', 'change')}**; links kept: {interval('kept link', 'change')}",
+        f"{interval('top-1', 'change')} with, {interval('top-1', 'change_no_model')} without: "
+        f"**{interval('top-1', 'change_by_model')}**",
         f"{others['random active'].change:.2f}; {others['strongest active'].change:.2f}; the "
         f"paper: {PAPER_CHANGE}",
         "make link",

@@ -9,12 +9,14 @@ For a pair of sites, a predecessor site P and a residual site R at or after it:
    are removed there and only there: `h ← h + (r − 1) Σ a_i d_i`, r = 0 by default. It edits the
    stream; the dictionary's error stays;
 4. the model goes on from P, the target is read again: activation change = 1 − new / old, success =
-   target silent.
+   target silent;
+5. the arm without the model hands the edited vector straight to R's encoder, as if every block
+   between passed the edit on unchanged. What it gives is the overlap of a decoder row with an
+   encoder row; only the difference of the two arms is what the model does.
 
-Controls use the same targets: a latent that fires on the token, drawn at random or the strongest;
-now and then that is the predecessor itself, so the controls are, if anything, too strong.
-Exhaustive search tries every latent that fires and keeps the best, an upper bound for
-one-predecessor explanations.
+Controls use the same targets: a latent that is active on the token and no strategy names, drawn at
+random or the strongest. Exhaustive search tries every latent that fires and keeps the best, an
+upper bound for one-predecessor explanations.
 
 Cost: one row of the context per edit, through the blocks from P to R only
 (`data/model/partial_forward.py`).
@@ -90,7 +92,7 @@ def measure_deactivation(
 ) -> pd.DataFrame:
     """One row per target and strategy: `source, target, strategy, document, context, position,
     target_latent, predecessor` (the first removed, −1 if none fired), `n_removed, before, after,
-    change, success`.
+    change, success`, and `change_no_model, success_no_model` of the arm without the model.
 
     `predecessors[strategy][target_latent]` lists candidate latents of `source`, −1 for none. A row
     with `n_removed` 0 is a target whose candidates were silent; it was not run again. `recorded` is
@@ -106,12 +108,12 @@ def measure_deactivation(
     targets = _draw_targets(codes_target, contexts, options, generator)
     edits = [
         *_strategy_edits(targets, codes_source, predecessors),
-        *_control_edits(targets, codes_source, options, generator),
+        *_control_edits(targets, codes_source, predecessors, options, generator),
     ]
-    after = _read_after(
+    after, without = _read_after(
         model, dictionaries, clean, contexts, targets, edits, source, target, options, progress
     )
-    table = _as_table(targets, edits, after, contexts, source, target)
+    table = _as_table(targets, edits, after, without, contexts, source, target)
     return (
         pd.concat([table, _best_of_exhaustive(table)], ignore_index=True)
         if options.n_exhaustive
@@ -214,22 +216,23 @@ def _strategy_edits(
 def _control_edits(
     targets: _Targets,
     codes: SparseCodes,
+    predecessors: Mapping[str, Int64[np.ndarray, "latent candidate"]],
     options: DeactivationOptions,
     generator: np.random.Generator,
 ) -> Iterator[_Edit]:
     for target, (latents, values) in enumerate(_firing(targets, codes)):
-        if len(latents) == 0:
-            continue
-        if RANDOM_ACTIVE in options.controls:
-            one = generator.integers(len(latents), size=1)
-            yield _Edit(
-                strategy=RANDOM_ACTIVE, target=target, latents=latents[one], values=values[one]
-            )
-        if STRONGEST_ACTIVE in options.controls:
-            one = np.argmax(values, keepdims=True)
-            yield _Edit(
-                strategy=STRONGEST_ACTIVE, target=target, latents=latents[one], values=values[one]
-            )
+        named = [candidates[targets.latent[target]] for candidates in predecessors.values()]
+        others = np.flatnonzero(~np.isin(latents, np.concatenate([np.zeros(0, int), *named])))
+        if len(others):
+            drawn = {
+                RANDOM_ACTIVE: generator.choice(others, size=1),
+                STRONGEST_ACTIVE: others[[np.argmax(values[others])]],
+            }
+            for control in options.controls:
+                one = drawn[control]
+                yield _Edit(
+                    strategy=control, target=target, latents=latents[one], values=values[one]
+                )
         if target < options.n_exhaustive:
             for i in range(len(latents)):
                 yield _Edit(
@@ -256,9 +259,12 @@ def _read_after(
     target: Site,
     options: DeactivationOptions,
     progress: Progress,
-) -> Float[np.ndarray, "edit"]:
-    """The target's activation after each edit; unchanged where nothing was removed."""
+) -> tuple[Float[np.ndarray, "edit"], Float[np.ndarray, "edit"]]:
+    """The target's activation after each edit, with the model and without it; unchanged where
+    nothing was removed."""
     after = targets.before[[edit.target for edit in edits]].astype(np.float64)
+    without = after.copy()
+    reader = dictionaries[target]
     # rows of one batch end at about the same position, so little is computed beyond what is read
     order = sorted(
         (i for i, edit in enumerate(edits) if len(edit.latents)),
@@ -273,13 +279,20 @@ def _read_after(
         delta = torch.stack([_delta(dictionaries[source], edits[i], options.scale) for i in batch])
         ids = torch.from_numpy(contexts.ids[context, :length])
         value = _rerun(model, clean, ids, context, position, delta, source, target)
-        codes = dictionaries[target].encode_sparse(value)
-        matches = codes.index == torch.from_numpy(targets.latent[chosen])[:, None].to(
-            codes.index.device
-        )
-        after[batch] = (codes.value * matches).sum(-1).cpu().numpy()
+        after[batch] = _activation(reader, value, targets.latent[chosen])
+        unmoved = clean.target[torch.from_numpy(context), torch.from_numpy(position)]
+        without[batch] = _activation(reader, unmoved + delta.to(unmoved), targets.latent[chosen])
     progress(f"deactivate {source.short} → {target.short}", len(order), len(order))
-    return after
+    return after, without
+
+
+def _activation(
+    sae: Sae, x: Float[Tensor, "row d_model"], latent: Int64[np.ndarray, "row"]
+) -> Float[np.ndarray, "row"]:
+    """One latent of each row."""
+    codes = sae.encode_sparse(x)
+    wanted = codes.index == torch.from_numpy(latent)[:, None].to(codes.index.device)
+    return (codes.value * wanted).sum(-1).cpu().numpy()
 
 
 def _delta(dictionary: Sae, edit: _Edit, scale: float) -> Float[Tensor, "d_model"]:
@@ -323,6 +336,7 @@ def _as_table(
     targets: _Targets,
     edits: Sequence[_Edit],
     after: np.ndarray,
+    without: np.ndarray,
     contexts: Contexts,
     source: Site,
     target: Site,
@@ -345,6 +359,8 @@ def _as_table(
             "after": after,
             "change": 1.0 - after / before,
             "success": after <= 0.0,
+            "change_no_model": 1.0 - without / before,
+            "success_no_model": without <= 0.0,
         }
     )
 
@@ -367,15 +383,24 @@ def summarise_deactivation(
     resampling documents.
 
     `n_targets` counts all targets of the group, `n` those with an active predecessor,
-    `active_share` is their ratio.
+    `active_share` is their ratio. `success_all` takes a target without an active predecessor as
+    not silenced. `…_no_model` is the arm without the model, `…_by_model` the paired difference:
+    what the blocks between the two sites add to the overlap of a decoder with an encoder.
     """
     rows = []
+    table = table.assign(
+        success_by_model=table["success"].astype(float) - table["success_no_model"],
+        change_by_model=table["change"] - table["change_no_model"],
+    )
     for key, group in table[table["strategy"] != EXHAUSTIVE].groupby(list(by), sort=False):
         run = group[group["n_removed"] > 0]
+        everywhere = group.assign(success_all=group["success"] & (group["n_removed"] > 0))
         row = dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True))
         row |= {"n_targets": len(group), "n": len(run), "active_share": len(run) / len(group)}
-        row |= mean_with_interval(run, "success", n_bootstrap, seed)
-        row |= mean_with_interval(run, "change", n_bootstrap, seed)
+        row |= mean_with_interval(everywhere, "success_all", n_bootstrap, seed)
+        for arm in ("", "_no_model", "_by_model"):
+            row |= mean_with_interval(run, f"success{arm}", n_bootstrap, seed)
+            row |= mean_with_interval(run, f"change{arm}", n_bootstrap, seed)
         rows.append(row)
     return pd.DataFrame(rows)
 

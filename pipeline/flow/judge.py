@@ -1,20 +1,17 @@
-"""Cosines, nulls and firing of a pair of dictionaries → one p-value and one q-value for every edge.
+"""Cosines, nulls and activity of a pair of dictionaries → one p-value and one q-value per edge.
 
-For dictionaries of different starts the decoder is the evidence: p is that of the cosine, the
-largest over the nulls. Firing stands beside it and decides nothing.
+A link must hold by every kind of evidence that there is; its p-value is the largest of
 
-Dictionaries of one start may be alike because neither moved, so a cosine above chance is not
-enough. There a link must fulfil all of
+    p_cosine      the cosine beats the null of decoder rows (siblings.py: what the target would
+                  reach without its partner)
+    p_firing      the two are active together more than a source of the same density would be
+    p_beyond      only for dictionaries of one start, which may be alike because neither moved:
+                  the cosine beats what inertia leaves, or the link correlates more than any rival
+                  source does: 2 · min(p_inertia, p_rival), at most 1 (Bonferroni)
 
-    p_chance      the cosine beats the null that knows nothing of starts (rotation)
-    p_firing      the two fire together more than a source of the same density would
-    p_beyond      the cosine beats what inertia leaves, or the link fires together more than any
-    rival source does:
-                  2 · min(p_inertia, p_rival), at most 1 (Bonferroni)
-
-and p is the largest of the three. The second half of p_beyond is what remains when training was so
-short that inertia explains every cosine; without held-out activations only p_chance and p_inertia
-are left. q is Benjamini and Hochberg's over the best link of each target.
+The second half of p_beyond is what remains when training was so short that inertia explains every
+cosine. Without held-out activations p_cosine and p_inertia are left; `link` then says so. q is
+Benjamini and Hochberg's over the best link of each target.
 """
 
 from __future__ import annotations
@@ -64,10 +61,11 @@ def judge(
     if cofiring is not None and few is not None:
         firing = p_values(cofiring.links.pearson, cofiring.chance.pearson)
         rival = _beyond_rivals(columns, cofiring, few)
-    joint = cosine
-    if same_start and firing is not None and rival is not None:
+    evidence = [cosine, firing]
+    if same_start and rival is not None:
         beyond = rival if inertia is None else np.minimum(1.0, 2 * np.minimum(inertia, rival))
-        joint = np.max([p for p in (chance, firing, beyond) if p is not None], axis=0)
+        evidence = [chance, firing, beyond]
+    joint = np.max([p for p in evidence if p is not None], axis=0)
     return Evidence(
         cosine=cosine,
         firing=firing,

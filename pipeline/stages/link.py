@@ -190,7 +190,7 @@ def _write_validation(found: ValidatedLinks, folder: Path) -> dict[str, Any]:
         return {}
     return {
         f"causal_{name}": round(float(rows[name].iloc[0]), 4)
-        for name in ("success", "change")
+        for name in ("success", "success_no_model", "success_by_model", "success_all", "change")
         if name in rows
     }
 
@@ -202,7 +202,7 @@ def summary_of(links: Links) -> dict[str, Any]:
     classes = links.nodes["class"].value_counts(normalize=True)
     numbers: dict[str, Any] = {
         "n_features_alive": int(links.nodes["alive"].sum()),
-        "n_links": int(links.edges["kept"].sum()),
+        "n_links": int(links.pairs["n_links"].sum()),  # best links: the rate is controlled for them
         "n_warnings": len(links.warnings),
     }
     if len(residual):

@@ -172,6 +172,48 @@ def test_the_planted_predecessor_is_the_one_that_matters(
     assert summary.loc["other", "change"] == pytest.approx(0.0, abs=1e-3)
 
 
+def test_without_the_model_the_edited_vector_goes_straight_to_the_reader(
+    model: LanguageModel, contexts: Contexts
+) -> None:
+    at, target = Site(0, "resid_post"), Site(2, "resid_post")
+    saes = {at: random_sae(3), target: random_sae(4)}
+    first = np.random.default_rng(5).integers(0, 64, size=(64, 8))
+    table = measure_deactivation(
+        model,
+        saes,
+        source=at,
+        target=target,
+        predecessors={"top": first},
+        contexts=contexts,
+        options=DeactivationOptions(n_targets=12, n_targets_per_context=4),
+    )
+    run = table[(table["n_removed"] == 1) & (table["strategy"] != "top")]
+    assert (run["change"] - run["change_no_model"]).abs().max() > 1e-3, "the blocks do something"
+    for row in run.itertuples():
+        seen = model.activations(torch.from_numpy(contexts.ids[[row.context]]), (at, target))
+        x, y = (seen[site][0, row.position] for site in (at, target))
+        removed = saes[at].encode(x)[row.predecessor] * saes[at].W_dec[row.predecessor]
+        after = float(saes[target].encode(y - removed)[row.target_latent])
+        assert row.change_no_model == pytest.approx(1 - after / row.before, abs=1e-3)
+
+
+def test_controls_never_draw_a_predecessor(model: LanguageModel, contexts: Contexts) -> None:
+    at, target = Site(0, "resid_post"), Site(1, "resid_post")
+    candidates = np.tile(np.arange(32), (64, 1))
+    table = measure_deactivation(
+        model,
+        {at: random_sae(3), target: random_sae(4)},
+        source=at,
+        target=target,
+        predecessors={"half": candidates},
+        contexts=contexts,
+        options=DeactivationOptions(n_targets=40),
+    )
+    controls = table[table["strategy"] != "half"]
+    assert len(controls) > 20
+    assert (controls["predecessor"] >= 32).all()
+
+
 def test_summary_by_hand_with_documents_as_the_unit() -> None:
     table = pd.DataFrame(
         {
@@ -180,9 +222,14 @@ def test_summary_by_hand_with_documents_as_the_unit() -> None:
             "n_removed": [1, 1, 1, 1, 0, 1],
             "success": [True, True, True, False, False, False],
             "change": [1.0, 1.0, 1.0, 0.0, 0.0, 0.0],
+            "success_no_model": [True, True, False, False, False, False],
+            "change_no_model": [1.0, 1.0, 0.5, 0.0, 0.0, 0.0],
         }
     )
     row = summarise_deactivation(table, n_bootstrap=4000).iloc[0]
+    assert row["success_all"] == pytest.approx(0.5)
+    assert row["success_by_model"] == pytest.approx(0.2)
+    assert row["change_by_model"] == pytest.approx(0.1)
     assert (row["n_targets"], row["n"]) == (6, 5)
     assert row["success"] == pytest.approx(0.6)
     assert (row["success_low"], row["success_high"]) == (0.0, 1.0), (
