@@ -40,8 +40,8 @@ STARTS: dict[str, type[Initialisation]] = {
     "chain": Chain,
 }
 QUALITY = ("fvu", "l0", "dead_fraction", "ce_recovered_zero", "ce_recovered_mean", "pca_fvu")
-LINKS = ("carried_share", "residual_cosine_median", "residual_null_p99", "residual_pearson_median")
-LINKS += ("residual_pearson_best_median", "residual_agreement")
+LINKS = ("residual_linked_share", "residual_cosine_median", "residual_null_p99")
+LINKS += ("residual_pearson_median", "residual_pearson_best_median", "residual_agreement")
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -153,7 +153,7 @@ def means(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     lines = []
     for start, part in pd.DataFrame(records).groupby("start", sort=False):
         numbers = part.drop(columns=["start", "seed", "layers"]).astype(float)
-        compared = ("fvu", "ce_recovered_zero", "carried_share", "pearson_median")
+        compared = ("fvu", "ce_recovered_zero", "linked_share", "pearson_median")
         spread = {
             f"{name}_seeds": [float(numbers[name].min()), float(numbers[name].max())]
             for name in compared

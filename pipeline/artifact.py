@@ -48,7 +48,7 @@ MANIFEST = "manifest.json"
 SCHEMAS: Mapping[str, int] = {
     "collect": 2,
     "train": 1,
-    "link": 2,
+    "link": 3,
     "describe": 1,
     "steer": 3,
     "atlas": 2,

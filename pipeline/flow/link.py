@@ -306,7 +306,9 @@ def _assembled(
             alone.at(site)
     edges = pd.concat([pair.edges for pair in linked], ignore_index=True)
     return Links(
-        nodes=node_table(sides | alone.sides, edges, seed=options.seed),
+        nodes=node_table(
+            sides | alone.sides, edges, seed=options.seed, least_agreement=options.least_agreement
+        ),
         edges=edges,
         pairs=pd.DataFrame([pair.report for pair in linked]),
         warnings=tuple(warnings),

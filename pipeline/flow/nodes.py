@@ -5,9 +5,7 @@
 2. Class (Feature Flow §3.3): high s(R) alone `translated`; with a module `processed`; a module
    alone `newborn`; nothing `unexplained`. Null where it cannot be said: dead latents, modules, and
    the first residual site. `class_fixed` is the same by the paper's fixed cosines.
-3. Birth: the earliest layer reached by going back along kept best predecessors in the residual
-   chain; death: the latest layer reached by going forward along kept best successors; persistence
-   counts the layers from birth to death.
+3. Birth, death and persistence: how far the feature agrees directly with its path (lives.py).
 4. Communities over all kept links.
 """
 
@@ -22,9 +20,21 @@ from jaxtyping import Bool, Int64
 
 from featureflow.sites import Site
 from pipeline.flow.communities import communities_of
+from pipeline.flow.functional import Codes
+from pipeline.flow.lives import lives_of
 from pipeline.flow.options import Fixed
+from pipeline.flow.pairing import MODULES
 
 CLASSES = ("translated", "processed", "newborn", "unexplained")
+LIFE = (
+    "birth_layer",
+    "death_layer",
+    "birth_stepwise",
+    "death_stepwise",
+    "birth_agreement",
+    "death_agreement",
+    "ends_agreement",
+)
 _SCORES = {"residual": "s_residual", "mlp": "s_mlp", "attention": "s_attention"}
 
 
@@ -39,9 +49,12 @@ class Side:
     n_tokens: int
     mean_share: float
     n_duplicates: int
+    codes: Codes | None = None
 
 
-def node_table(sides: Mapping[Site, Side], edges: pd.DataFrame, *, seed: int) -> pd.DataFrame:
+def node_table(
+    sides: Mapping[Site, Side], edges: pd.DataFrame, *, seed: int, least_agreement: float
+) -> pd.DataFrame:
     """One row a latent, sites in order of depth, latents in order."""
     ordered = [sides[site] for site in sorted(sides)]
     nodes = pd.concat([_bare(side) for side in ordered], ignore_index=True)
@@ -60,7 +73,7 @@ def node_table(sides: Mapping[Site, Side], edges: pd.DataFrame, *, seed: int) ->
     nodes["class_fixed"] = _classes(nodes, edges, _above_fixed(nodes))
     nodes["n_predecessors"] = np.bincount(target[kept], minlength=len(nodes))
     nodes["n_successors"] = np.bincount(source[kept], minlength=len(nodes))
-    nodes["birth_layer"], nodes["death_layer"] = _life(nodes, edges, source, target)
+    _add_lives(nodes, ordered, edges, least_agreement)
     nodes["persistence"] = nodes["death_layer"] - nodes["birth_layer"] + 1
     weight = edges["cosine"].to_numpy()[kept]
     nodes["community"] = communities_of(
@@ -148,19 +161,23 @@ def _classes(
     return names
 
 
-def _life(
-    nodes: pd.DataFrame, edges: pd.DataFrame, source: np.ndarray, target: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    layer = nodes["layer"].to_numpy(np.int64)
-    birth, death = layer.copy(), layer.copy()
-    usable = ((edges["relation"] == "residual") & edges["kept"]).to_numpy(bool)
-    back = usable & (edges["rank"] == 0).to_numpy()
-    ahead = usable & (edges["forward_rank"] == 0).to_numpy()
-    for rows in _groups_by_target(edges, back):
-        birth[target[rows]] = birth[source[rows]]
-    for rows in reversed(_groups_by_target(edges, ahead)):
-        death[source[rows]] = death[target[rows]]
-    return birth, death
+def _add_lives(nodes: pd.DataFrame, ordered: list[Side], edges: pd.DataFrame, least: float) -> None:
+    """Adds the columns of `lives_of`; a module's latents live in their own layer."""
+    chain = [side.site for side in ordered if side.site.kind not in MODULES]
+    widths = {side.site: len(side.alive) for side in ordered}
+    codes = {side.site: side.codes for side in ordered if side.codes is not None}
+    known = codes if set(chain) <= set(codes) else {}
+    lives = lives_of(chain, widths, edges, known, least=least)
+    bare = {name: np.nan for name in LIFE if name.endswith("agreement")}
+    parts = [
+        lives[side.site]
+        if side.site in lives
+        else pd.DataFrame(
+            {name: np.full(len(side.alive), bare.get(name, side.site.layer)) for name in LIFE}
+        )
+        for side in ordered
+    ]
+    nodes[list(LIFE)] = pd.concat(parts, ignore_index=True)[list(LIFE)]
 
 
 def _chains(

@@ -54,6 +54,11 @@ class Fixed(Settings):
 Thresholds = Annotated[Calibrated | Fixed, ByKind()]
 
 
+LEAST_AGREEMENT = 0.3
+"""About half of what two dictionaries of one layer reach (0.63 at SmolLM2's L22), far above the
+chance of two latents (99th percentile 0.13)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinkOptions:
     """Everything that changes the links between given dictionaries."""
@@ -62,5 +67,6 @@ class LinkOptions:
     null: NullChoice = field(default_factory=Automatic)
     n_null: int = 8192
     thresholds: Thresholds = field(default_factory=Calibrated)
+    least_agreement: float = LEAST_AGREEMENT
     seed: int = 0
     tile: int = 2048

@@ -97,6 +97,7 @@ def pair_row(
         "n_links": int((kept & top).sum()),
         "n_links_kept_all_ranks": int(kept.sum()),
         "n_mutual": int((kept & columns.mutual).sum()),
+        "n_same_number": int((columns.source == columns.target)[top].sum()),
         "cosine_median": _median(cosine),
         "margin_median": _median(columns.margin[top]),
         "null_median": None if strictest is None else strictest.quantile(0.5),

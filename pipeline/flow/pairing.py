@@ -23,7 +23,7 @@ from featureflow.sites import Site
 Relation = Literal["residual", "mlp", "attention"]
 RELATIONS: tuple[Relation, ...] = ("residual", "mlp", "attention")
 StartRelation = Literal["independent", "same_start", "unknown"]
-_MODULES: dict[str, Relation] = {"mlp_out": "mlp", "attn_out": "attention"}
+MODULES: dict[str, Relation] = {"mlp_out": "mlp", "attn_out": "attention"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Pairing:
 def pair_sites(sites: Iterable[Site]) -> Pairing:
     """The pairs to link. Raises UserError when nothing can be linked."""
     ordered = sorted(set(sites))
-    chain = [site for site in ordered if site.kind not in _MODULES]
+    chain = [site for site in ordered if site.kind not in MODULES]
     pairs = [Pair(source=a, target=b, relation="residual") for a, b in pairwise(chain)]
     warnings = [
         f"{pair}: {pair.gap} layer(s) have no dictionary; linked across them"
@@ -62,7 +62,7 @@ def pair_sites(sites: Iterable[Site]) -> Pairing:
         if pair.gap
     ]
     for site in ordered:
-        if site.kind not in _MODULES:
+        if site.kind not in MODULES:
             continue
         target = next((r for r in chain if r.layer == site.layer and r > site), None)
         if target is None:
@@ -70,7 +70,7 @@ def pair_sites(sites: Iterable[Site]) -> Pairing:
                 f"{site.short}: no residual dictionary of its layer; its features are not linked"
             )
         else:
-            pairs.append(Pair(source=site, target=target, relation=_MODULES[site.kind]))
+            pairs.append(Pair(source=site, target=target, relation=MODULES[site.kind]))
     if not pairs:
         raise UserError(
             "nothing to link",

@@ -18,6 +18,7 @@ from featureflow.sites import Site
 from pipeline.flow.directions import Directions, directions_of
 from pipeline.flow.functional import Codes, encode_tokens
 from pipeline.flow.nodes import Side
+from pipeline.flow.pairing import MODULES
 from sae import Sae
 
 HeldOut = Callable[[Site], Iterable[Float[Tensor, "token d_in"]]]
@@ -79,6 +80,7 @@ class Shelf:
             n_tokens=0 if codes is None else codes.n_tokens,
             mean_share=whole.mean_share,
             n_duplicates=whole.n_duplicates,
+            codes=None if site.kind in MODULES else codes,
         )
         self.warnings.extend(whole.warnings)
         if n_silent := int((whole.usable & ~living.usable).sum()):

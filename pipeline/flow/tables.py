@@ -40,6 +40,11 @@ NODES = pa.schema(
         "birth_layer": pa.int16(),
         "death_layer": pa.int16(),
         "persistence": pa.int16(),
+        "birth_stepwise": pa.int16(),
+        "death_stepwise": pa.int16(),
+        "birth_agreement": pa.float32(),
+        "death_agreement": pa.float32(),
+        "ends_agreement": pa.float32(),
         "community": pa.int32(),
     }
 )
@@ -81,6 +86,7 @@ PAIRS = pa.schema(
         "n_links": pa.int32(),
         "n_links_kept_all_ranks": pa.int32(),
         "n_mutual": pa.int32(),
+        "n_same_number": pa.int32(),
         "cosine_median": pa.float64(),
         "margin_median": pa.float64(),
         "null_median": pa.float64(),

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from typing_extensions import Doc
 
 from data.store import ActivationStore
@@ -34,7 +34,14 @@ from pipeline.context import RunContext
 from pipeline.flow.figures import draw_class_shares, draw_link_strengths
 from pipeline.flow.link import Links, link_dictionaries
 from pipeline.flow.null import NullSample
-from pipeline.flow.options import Automatic, Calibrated, LinkOptions, NullChoice, Thresholds
+from pipeline.flow.options import (
+    LEAST_AGREEMENT,
+    Automatic,
+    Calibrated,
+    LinkOptions,
+    NullChoice,
+    Thresholds,
+)
 from pipeline.flow.pairing import Relation
 from pipeline.flow.start_null import plan_nulls, pooled, start_sample
 from pipeline.flow.tables import KIND, SCHEMA, write_tables
@@ -69,6 +76,12 @@ class Config(Settings):
     functional_tokens: Annotated[
         int, Ge(0), Doc("held-out tokens on which firing is compared; 0 leaves the check out")
     ] = 8192
+    least_agreement: Annotated[
+        float,
+        Ge(0),
+        Le(1),
+        Doc("smallest correlation of activations for which a feature lives on in a layer"),
+    ] = LEAST_AGREEMENT
     validation: Annotated[
         Validation | None,
         Doc("test links by removing predecessors in the model; none leaves the test out"),
@@ -116,7 +129,7 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
 
 
 def _linked(config: Config, opened: Run, saes: Saes) -> Links:
-    names = ("top_k", "null", "n_null", "thresholds", "seed")
+    names = ("top_k", "null", "n_null", "thresholds", "least_agreement", "seed")
     options = LinkOptions(**{name: getattr(config, name) for name in names})
     n_tokens, context = config.functional_tokens, opened.context
     return link_dictionaries(
@@ -196,8 +209,9 @@ def _write_validation(found: ValidatedLinks, folder: Path) -> dict[str, Any]:
 
 
 def summary_of(links: Links) -> dict[str, Any]:
-    """The headline numbers: how much is carried, by what evidence, and how the fixed threshold
-    would have done."""
+    """The headline numbers: how much is linked, by what evidence, and how the fixed threshold would
+    have done. Only links between dictionaries of different starts count as carried: those of one
+    start mostly join latents of the same number, as the start did."""
     residual = links.pairs[links.pairs["relation"] == "residual"]
     classes = links.nodes["class"].value_counts(normalize=True)
     numbers: dict[str, Any] = {
@@ -205,12 +219,15 @@ def summary_of(links: Links) -> dict[str, Any]:
         "n_links": int(links.pairs["n_links"].sum()),  # best links: the rate is controlled for them
         "n_warnings": len(links.warnings),
     }
+    discovered = residual[residual["start"] != "same_start"]
+    inherited = residual[residual["start"] == "same_start"]
+    if len(discovered):
+        numbers["carried_share"] = _share(discovered, "n_links")
+    if len(inherited):  # their links were there before training: no discovery
+        numbers["same_start_same_number_share"] = _share(inherited, "n_same_number")
     if len(residual):
-        total = int(residual["n_targets"].sum())
-        numbers["carried_share"] = round(float(residual["n_links"].sum() / max(total, 1)), 4)
-        numbers["carried_share_fixed_threshold"] = round(
-            float(residual["n_above_fixed"].sum() / max(total, 1)), 4
-        )
+        numbers["residual_linked_share"] = _share(residual, "n_links")
+        numbers["fixed_threshold_share"] = _share(residual, "n_above_fixed")
         for column in (
             "cosine_median",
             "null_p99",
@@ -223,6 +240,10 @@ def summary_of(links: Links) -> dict[str, Any]:
     numbers |= {f"share_{name}": round(float(share), 4) for name, share in classes.items()}
     numbers["persistence_median"] = _median_persistence(links.nodes)
     return numbers
+
+
+def _share(pairs: pd.DataFrame, count: str) -> float:
+    return round(float(pairs[count].sum() / max(int(pairs["n_targets"].sum()), 1)), 4)
 
 
 def _median_persistence(nodes: pd.DataFrame) -> float | None:

@@ -58,7 +58,7 @@ from pipeline.training.imported import (
     warnings_of,
 )
 from pipeline.training.memory import check_memory
-from pipeline.training.plan import Chain, Initialisation, Override, SiteJob, plan_jobs
+from pipeline.training.plan import Independent, Initialisation, Override, SiteJob, plan_jobs
 from pipeline.training.reading import TrainingOptions
 from pipeline.training.schedule import run_jobs, widest
 from pipeline.training.site import CURVE, train_batch_job
@@ -78,10 +78,12 @@ class Config(Settings):
     sites: Annotated[
         tuple[str, ...], Doc("sites or patterns to train at; empty for all in the store")
     ] = ()
-    initialisation: Annotated[Initialisation, Doc("what each dictionary starts from")] = Chain()
+    initialisation: Annotated[Initialisation, Doc("what each dictionary starts from")] = (
+        Independent()
+    )
     steps: Annotated[
         int, Gt(0), Doc("optimizer steps of a dictionary that starts from random directions")
-    ] = 1600
+    ] = 1000
     batch_size: Annotated[int, Gt(0), Doc("tokens of a step")] = 1024
     learning_rate: Annotated[
         float | None,

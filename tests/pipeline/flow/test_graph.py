@@ -79,7 +79,10 @@ def tables() -> FlowTables:
     }
     sides = {site: whole_side(site, n) for site, n in widths.items()}
     return FlowTables(
-        nodes=node_table(sides, edges, seed=0), edges=edges, pairs=pd.DataFrame(), warnings=("a",)
+        nodes=node_table(sides, edges, seed=0, least_agreement=0.3),
+        edges=edges,
+        pairs=pd.DataFrame(),
+        warnings=("a",),
     )
 
 

@@ -57,6 +57,23 @@ def test_pairs_follow_the_computation_and_gaps_are_reported():
         pair_sites([RESIDUAL[2]])
 
 
+@pytest.mark.parametrize("common", [True, False])
+def test_links_of_a_common_start_are_never_reported_as_carried(dictionary, common):
+    """Both sides hold the same rows in the same order, as after a start that training hardly
+    moved."""
+    both = rows(64, d=48)
+    saes = {
+        site: dictionary(both, metadata=start("one" if common else site.short))
+        for site in RESIDUAL[:3]
+    }
+    numbers = link.summary_of(link_dictionaries(saes, options=QUICK))
+    assert numbers["residual_linked_share"] > 0.9
+    assert ("carried_share" in numbers) != common
+    assert ("same_start_same_number_share" in numbers) == common
+    if common:
+        assert numbers["same_start_same_number_share"] == 1.0
+
+
 def test_a_common_start_is_seen_in_the_metadata():
     assert start_relation(start("a"), start("a")) == "same_start"
     assert start_relation(start("a"), start("b")) == "independent"
