@@ -326,7 +326,9 @@ def test_sites_of_one_layer_share_neither_nodes_nor_features_of_the_attribution_
     rows = rows.assign(source_latent=0, target_latent=0)
     like = tables.edges.drop(columns=list(rows)).iloc[[0] * len(rows)].reset_index(drop=True)
     edges = pd.concat([rows, like], axis=1)
-    nodes = node_table({site: whole_side(site, 1) for site in sites}, edges, seed=0)
+    nodes = node_table(
+        {site: whole_side(site, 1) for site in sites}, edges, seed=0, least_agreement=0.3
+    )
     graph = FlowGraph(FlowTables(nodes=nodes, edges=edges, pairs=pd.DataFrame(), warnings=()))
     document = attribution_document(to_networkx(graph))
     assert len({node["node_id"] for node in document["nodes"]}) == len(sites)
