@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from pydantic import TypeAdapter
 
 from data.model.language_model import LanguageModel
@@ -136,9 +137,8 @@ class Run:
                 fix="collect them with a model named in the recipe; to evaluate without a model, "
                 "set evaluate.ce_tokens to 0",
             )
-        spec: ModelSpec = TypeAdapter(ModelSpec).validate_python(collect.config["model"])
         model = LanguageModel.open(
-            spec,
+            self._spec,
             dtype=collect.config.get("model_dtype", "bfloat16"),
             device=self.context.device,
             progress=self.context.progress,
@@ -163,6 +163,17 @@ class Run:
                 fix="name the model of the imported store: collect.model",
             )
         return model
+
+    @cached_property
+    def exact_model(self) -> LanguageModel:
+        """The same model in float32, for small differences of logits."""
+        if self.model.dtype == torch.float32:
+            return self.model
+        return LanguageModel.open(self._spec, dtype="float32", device=self.context.device)
+
+    @property
+    def _spec(self) -> ModelSpec:
+        return TypeAdapter(ModelSpec).validate_python(self.artifact("collect").config["model"])
 
     @cached_property
     def graph(self) -> FlowGraph:

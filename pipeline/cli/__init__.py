@@ -30,6 +30,7 @@ from pipeline.cli.options import Given, as_typed
 from pipeline.cli.stage_commands import recipes, run, stage_command
 from pipeline.cli.steer import STEER_TOOLS, serve
 from pipeline.cli.store import store_commands
+from pipeline.cli.trace import trace
 from pipeline.cli.verify import verify
 from pipeline.console import complain, use_any_console
 from pipeline.stages import ALSO, STAGES
@@ -48,6 +49,7 @@ _OTHERS = (
     verify,
     recipes,
     serve,
+    trace,
     store_commands,
     flow_commands,
     lens_commands,

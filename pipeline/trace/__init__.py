@@ -1,0 +1,1 @@
+"""The causal flow of one prompt: found by one gradient, decided by real removals."""
