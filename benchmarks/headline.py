@@ -172,9 +172,9 @@ def _causal_rows(run: Path) -> Iterator[Row]:
 
 
 def _steer_rows(run: Path) -> Iterator[Row]:
-    """One row a feature at the dose that was chosen on other openers, every feature: none is left
+    """One row a feature at the dose that was chosen on other prompts, every feature: none is left
     out."""
-    effects = pd.read_parquet(run / "steer" / "effects.parquet")
+    effects = pd.read_parquet(run / "steer" / "tables" / "effects.parquet")
     dose = float(_open(run, "steer").summary["dose"])
     at_dose = effects[effects.target == dose].set_index(["feature", "arm", "measure"]).sort_index()
     for feature in effects.feature.unique():
@@ -185,12 +185,12 @@ def _steer_rows(run: Path) -> Iterator[Row]:
 
         coherent = at_dose.loc[(feature, "flow", "coherent")]
         yield (
-            f"Steering `{feature}` along its flow at {dose:g} nats: its own words in 100 tokens of "
-            "continuations of neutral prompts, against the unsteered twins",
-            f"**{shown('flow', 'own_tokens')}**; coherent {coherent.steered:.0%} (unsteered "
+            f"Steering `{feature}` along its flow at {dose:g} nats: its top tokens in 100 tokens "
+            "of continuations of neutral prompts, against the paired unsteered samples",
+            f"**{shown('flow', 'top_tokens')}**; coherent {coherent.steered:.0%} (unsteered "
             f"{coherent.unsteered:.0%})",
-            f"one layer, same dose: {shown('single', 'own_tokens')}; a random feature's flow: "
-            f"{shown('random_flow', 'own_tokens')}",
+            f"one layer, same dose: {shown('single', 'top_tokens')}; a random feature's flow: "
+            f"{shown('random_flow', 'top_tokens')}",
             "make steer",
         )
 

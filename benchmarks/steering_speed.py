@@ -28,8 +28,8 @@ from data.concepts.prompts import read_prompts
 from data.model.language_model import LanguageModel, Packaged, Random
 from featureflow.sites import Site
 from sae import Sae, Threshold, TopKActivation, load_sae
-from steering.applied import applied
 from steering.edits import Add, Edit, Floor
+from steering.hooks import applied
 from steering.plan import Node, Plan
 
 

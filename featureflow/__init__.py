@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from pipeline.stages.schedule import run_recipe
     from sae.dictionary import Sae
     from sae.formats.native import load_sae, save_sae
-    from steering.applied import applied
     from steering.dose import NeutralText, calibrate
     from steering.generation import Sampling, generate
+    from steering.hooks import applied
     from steering.plan import Plan
     from steering.plan_files import read_plan, write_plan
 

@@ -50,7 +50,7 @@ SCHEMAS: Mapping[str, int] = {
     "train": 1,
     "link": 3,
     "describe": 1,
-    "steer": 3,
+    "steer": 4,
     "atlas": 2,
 }
 """The schema of each stage's artifact: raised when what it means changes, so that older ones are

@@ -2,6 +2,7 @@
 
     run = Run.open("artifacts/laptop")
     run.saes[parse_site("L12")]     run.graph.chain("L12/402")     run.labels["L12/402"]
+    run.sample("I think", [None, run.plan("L12/402", dose=0.3)])
 
 1. An artifact records the digests of what it was made from. `featureflow train --train.n_latents
    4096` replaces the SAEs and leaves the flow graph of the earlier ones beside them: latent 402 is
@@ -14,9 +15,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter
@@ -26,6 +28,7 @@ from data.model.spec import ModelSpec
 from data.store import ActivationStore
 from data.store.tokens import TokenTable
 from featureflow.errors import Command, Fix, Problem, UserError
+from featureflow.sites import FeatureId
 from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.context import RunContext
 from pipeline.describe.features import Features
@@ -33,6 +36,9 @@ from pipeline.findings import Finding, open_finding, read_finding
 from pipeline.flow.graph import FlowGraph
 from pipeline.flow.sources import HeldOutRows
 from pipeline.saes import FOLDER, Saes
+from pipeline.steering_run import Steering
+from steering.generation import Sample
+from steering.plan import Plan
 
 STORE = "store.zarr"
 """The store in a collect artifact: a folder, or a small file that points to one elsewhere."""
@@ -190,6 +196,22 @@ class Run:
         """Feature id → label; the empty text for a feature that is never active."""
         features = self.features.table
         return dict(zip(features["feature"], features["label"], strict=True))
+
+    @cached_property
+    def steering(self) -> Steering:
+        """What steers this run: units, flows, doses, plan files (pipeline/steering_run.py)."""
+        return Steering(self)
+
+    def plan(self, feature: str | FeatureId, **options: Any) -> Plan:
+        """A plan for a feature along its flow, calibrated to a dose; see `Steering.plan`."""
+        return self.steering.plan(feature, **options)
+
+    def sample(
+        self, prompt: str, plans: Sequence[Plan | None], **options: Any
+    ) -> tuple[Sample, ...]:
+        """Continuations of a prompt under every plan (None: unsteered), from the same random
+        numbers; see `Steering.sample`."""
+        return self.steering.sample(prompt, plans, **options)
 
     def held_out(self, n_tokens: int) -> HeldOutRows:
         """The first `n_tokens` held-out rows, the same at every site. Raises UserError if there are

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from featureflow.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from steering.applied import RowPlan, applied
     from steering.dose import Calibrated, Dose, NeutralText, calibrate, measure
     from steering.generation import Generation, Sample, Sampling, generate, stream
+    from steering.hooks import RowPlan, applied
     from steering.plan import Node, Plan
     from steering.plan_files import read_plan, write_plan
 

@@ -1,26 +1,16 @@
-"""Arms: the ways of steering that are compared, each a plan for one feature and its flow.
+"""Arms: ways of steering with one feature and its flow, each a plan.
 
-| arm                | what it isolates
-|
-|--------------------|--------------------------------------------------------------------------------------|
-| `unsteered`        | nothing; the twin that every other arm is paired with
-|
-| `single`           | the seed feature's direction at its own layer
-|
-| `single_budget`    | the same with the flow's whole coefficient: is it only the size of the push?
-|
-| `copied`           | the seed's direction at every layer of the flow: is it only the number of
-layers?    |
-| `flow`             | each layer's own matched feature, shares by the schedule
-|
-| `flow_closed_loop` | each layer brought up to a floor: adds only what upstream did not supply
-|
-| `random_flow`      | another feature's flow over the same layers: the placebo
-|
-| `random_direction` | a random vector at the seed's layer
-|
-| `difference`       | difference of means of texts with and without the concept, at one layer or
-several   |
+| arm                | what it isolates |
+|--------------------|------------------|
+| `unsteered`        | nothing; every sample of another arm is paired with one of these |
+| `single`           | the seed feature's direction at its own layer |
+| `single_budget`    | the same with the flow's whole coefficient: is it only the size? |
+| `copied`           | the seed's direction at every layer of the flow: is it their number? |
+| `flow`             | each layer's own matched feature, shares by the schedule |
+| `flow_closed_loop` | each layer brought up to a floor: adds only what upstream did not supply |
+| `random_flow`      | another feature's flow over the same layers: the random control |
+| `random_direction` | a random vector at the seed's layer |
+| `difference`       | difference of means of texts with and without a concept, at some layers |
 
 `flow` helps only if it beats the best of `single`, `single_budget` and `copied` at equal dose.
 Doses are calibrated outside; `single_budget` takes the flow's coefficient instead of a dose, so its
@@ -38,7 +28,7 @@ from torch import Tensor
 
 from featureflow.errors import UserError
 from featureflow.sites import FeatureId, Site
-from steering.edits import Add, Cap, Edit, Floor
+from steering.edits import Add, Edit, Floor
 from steering.plan import Node, Plan
 from steering.schedules import Constant, Schedule
 
@@ -61,6 +51,11 @@ class Flow:
     seed: FeatureId
     steps: tuple[tuple[FeatureId, float], ...]
 
+    @classmethod
+    def of_one(cls, seed: FeatureId) -> Flow:
+        """The feature alone, at its own layer."""
+        return cls(seed=seed, steps=((seed, 1.0),))
+
     @property
     def sites(self) -> tuple[Site, ...]:
         return tuple(feature.site for feature, _ in self.steps)
@@ -75,100 +70,82 @@ class Scales:
     activations: Mapping[FeatureId, float]
 
 
-def single(flow: Flow, scales: Scales, *, strength: float = 0.5) -> Plan:
-    """Add at the seed's layer; strength 1 is the median norm there."""
-    node = Node(at=str(flow.seed), scale=scales.norms[flow.seed.site])
-    return Plan(nodes=(node,), edit=Add(), strength=strength, name="single")
-
-
-def copied(flow: Flow, scales: Scales, *, strength: float = 0.5) -> Plan:
-    """Add the seed's direction at every site of the flow, equal shares."""
-    share = 1 / len(flow.steps)
-    nodes = tuple(
-        Node(at=str(flow.seed), weight=share, scale=scales.norms[site])
-        if site == flow.seed.site
-        else Node(
-            at=site.short, direction_of=str(flow.seed), weight=share, scale=scales.norms[site]
-        )
-        for site in flow.sites
-    )
-    return Plan(nodes=nodes, edit=Add(), strength=strength, name="copied")
-
-
-def flow_additive(
-    flow: Flow, scales: Scales, *, schedule: Schedule = Constant(), strength: float = 0.5
-) -> Plan:
-    """Add every step's own direction, the strength shared by the schedule."""
-    norms = {feature: scales.norms[feature.site] for feature, _ in flow.steps}
-    return Plan.from_chain(
-        flow.steps,
-        edit=Add(),
-        scales=norms,
-        schedule=schedule,
-        seed=flow.seed,
-        strength=strength,
-        name="flow",
-    )
-
-
-def flow_levels(
+def along_flow(
     flow: Flow,
     scales: Scales,
     *,
-    edit: Edit | None = None,
+    edit: Edit = Add(),
     schedule: Schedule = Constant(),
-    strength: float = 1.0,
+    strength: float | None = None,
+    name: str = "flow",
 ) -> Plan:
-    """Closed loop: bring every step's feature to a floor (or a cap), in units of its typical strong
-    activation."""
+    """Edit every step's own feature, the strength shared by the schedule. An edit that adds is in
+    median norms of the site, another one in typical strong activations of the feature. Without
+    `strength`: one near those that small doses take, so that calibration needs few evaluations."""
+    units = {
+        feature: scales.norms[feature.site] if edit.adds_up else scales.activations[feature]
+        for feature, _ in flow.steps
+    }
     return Plan.from_chain(
         flow.steps,
-        edit=edit or Floor(),
-        scales=scales.activations,
+        edit=edit,
+        scales=units,
         schedule=schedule,
         seed=flow.seed,
-        strength=strength,
-        name="flow_suppression" if isinstance(edit, Cap) else "flow_closed_loop",
+        strength=_first_guess(edit) if strength is None else strength,
+        name=name,
     )
 
 
-def random_direction(
-    flow: Flow, scales: Scales, *, d_model: int, seed: int, strength: float = 0.5
-) -> Plan:
-    """Add one random unit vector at the seed's layer."""
-    vector = torch.randn(d_model, generator=torch.Generator().manual_seed(seed))
-    site = flow.seed.site
-    node = Node(at=site.short, vector="random", scale=scales.norms[site])
-    return Plan(
-        nodes=(node,),
-        vectors={"random": vector / vector.norm()},
-        strength=strength,
-        name="random_direction",
+def single(flow: Flow, scales: Scales, *, strength: float | None = None) -> Plan:
+    """Add at the seed's layer; strength 1 is the median norm there."""
+    return along_flow(Flow.of_one(flow.seed), scales, strength=strength, name="single")
+
+
+def copied(flow: Flow, scales: Scales, *, strength: float | None = None) -> Plan:
+    """Add the seed's direction at every site of the flow, equal shares."""
+    nodes = tuple(
+        Node(
+            at=str(flow.seed) if site == flow.seed.site else site.short,
+            direction_of=None if site == flow.seed.site else str(flow.seed),
+            weight=1 / len(flow.steps),
+            scale=scales.norms[site],
+        )
+        for site in flow.sites
     )
+    return Plan(nodes=nodes, strength=_guessed(strength), name="copied")
 
 
-def difference(
+def along_vectors(
     vectors: Mapping[Site, Float[Tensor, "d_model"]],
     scales: Scales,
     *,
-    strength: float = 0.5,
+    strength: float | None = None,
     name: str = "difference",
 ) -> Plan:
-    """Add difference-of-means vectors (scaled to unit length), equal shares of the strength."""
+    """Add one vector a site (scaled to unit length), equal shares of the strength."""
     if not vectors:
         raise UserError("no vectors to steer with", expected="one vector a site")
-    share = 1 / len(vectors)
     nodes = tuple(
         Node(
-            at=site.short, vector=f"difference_{site.short}", weight=share, scale=scales.norms[site]
+            at=site.short,
+            vector=f"{name}_{site.short}",
+            weight=1 / len(vectors),
+            scale=scales.norms[site],
         )
         for site in vectors
     )
     unit = {
-        f"difference_{site.short}": vector / vector.norm().clamp(min=1e-12)
+        f"{name}_{site.short}": vector / vector.norm().clamp(min=1e-12)
         for site, vector in vectors.items()
     }
-    return Plan(nodes=nodes, vectors=unit, strength=strength, name=name)
+    return Plan(nodes=nodes, vectors=unit, strength=_guessed(strength), name=name)
+
+
+def random_direction(flow: Flow, scales: Scales, *, d_model: int, seed: int) -> Plan:
+    """Add one random unit vector at the seed's layer."""
+    vector = torch.randn(d_model, generator=torch.Generator().manual_seed(seed))
+    return along_vectors({flow.seed.site: vector}, scales, name="random_direction")
 
 
 def with_whole_budget(flow: Flow, scales: Scales, flow_plan: Plan) -> Plan:
@@ -177,21 +154,10 @@ def with_whole_budget(flow: Flow, scales: Scales, flow_plan: Plan) -> Plan:
     return single(flow, scales, strength=total)
 
 
-def first_guess(plan: Plan) -> float:
-    """A strength near those that small doses take, so that calibration needs few evaluations."""
-    return (
-        0.15
-        if isinstance(plan.edit, Add)
-        else 0.4
-        if isinstance(plan.edit, Floor)
-        else plan.strength
-    )
-
-
 def plans_of(
     arms: Sequence[str],
     flow: Flow,
-    placebo: Flow,
+    control: Flow,
     scales: Scales,
     *,
     d_model: int,
@@ -199,23 +165,24 @@ def plans_of(
     schedule: Schedule,
 ) -> dict[str, Plan]:
     """The plan of each arm whose dose is calibrated (`single_budget` follows from the calibrated
-    flow)."""
+    flow). `control` is the flow of the arm `random_flow`."""
     makers = {
         "single": lambda: single(flow, scales),
         "copied": lambda: copied(flow, scales),
-        "flow": lambda: flow_additive(flow, scales, schedule=schedule),
-        "flow_closed_loop": lambda: flow_levels(flow, scales),
-        "random_flow": lambda: _renamed(
-            flow_additive(placebo, scales, schedule=schedule), "random_flow"
-        ),
+        "flow": lambda: along_flow(flow, scales, schedule=schedule),
+        "flow_closed_loop": lambda: along_flow(flow, scales, edit=Floor()),
+        "random_flow": lambda: along_flow(control, scales, schedule=schedule),
         "random_direction": lambda: random_direction(flow, scales, d_model=d_model, seed=seed),
     }
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
         raise UserError("no such arm", expected=", ".join(ARMS), found=", ".join(unknown))
-    made = {arm: makers[arm]() for arm in arms if arm in makers}
-    return {arm: plan.with_strength(first_guess(plan)) for arm, plan in made.items()}
+    return {arm: replace(makers[arm](), name=arm) for arm in arms if arm in makers}
 
 
-def _renamed(plan: Plan, name: str) -> Plan:
-    return replace(plan, name=name)
+def _first_guess(edit: Edit) -> float:
+    return 0.15 if edit.adds_up else 0.4 if isinstance(edit, Floor) else 1.0
+
+
+def _guessed(strength: float | None) -> float:
+    return _first_guess(Add()) if strength is None else strength

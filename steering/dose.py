@@ -29,11 +29,20 @@ from torch import Tensor
 
 from featureflow.errors import UserError
 from featureflow.sites import Site, parse_feature
-from steering.applied import SteeringReport, applied
+from steering.hooks import SteeringReport, applied
 from steering.plan import Plan
-from steering.protocols import Dictionary, SteerableModel
 from steering.scopes import WhereActive
-from steering.sequences import Batch, block_outputs, device_of, encoded, forward, padded, resumed
+from steering.sequences import (
+    Batch,
+    Dictionary,
+    SteerableModel,
+    block_outputs,
+    device_of,
+    encoded,
+    forward,
+    padded,
+    resumed,
+)
 
 _LEAST_KL = 1e-7
 

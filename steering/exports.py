@@ -27,12 +27,12 @@ from torch import Tensor
 
 from featureflow.errors import Problem, UserError
 from featureflow.sites import Site
-from steering.applied import direction_of_node
 from steering.edits import Add
+from steering.hooks import direction_of_node
 from steering.plan import Plan, is_linear
 from steering.plan_files import plan_document
-from steering.protocols import Dictionary
 from steering.scopes import Everywhere
+from steering.sequences import Dictionary
 
 _ARCHITECTURE = "controlvector"
 

@@ -4,7 +4,7 @@
    nothing else: the same in every batch, for every plan. At each step it draws one Gumbel number a
    token of the vocabulary.
 2. Rows = plans × prompts × samples, left-padded, with a key-value cache; plans are applied to their
-   own rows, so a steered row and its unsteered twin run in one batch.
+   own rows, so a steered row and its paired unsteered samples run in one batch.
 3. Next token = argmax(log p / temperature + Gumbel) over the `top_k` likeliest tokens, cut to
    `top_p`. Twins pick the same token until their distributions differ enough to matter.
 4. Kept per token: its log-probability at temperature 1 under the model that wrote it.
@@ -29,12 +29,13 @@ from torch import Tensor
 from featureflow.errors import Problem, UserError
 from featureflow.progress import Progress, silent
 from featureflow.sites import Site
-from steering.applied import RowPlan, SteeringReport, applied
+from steering.hooks import RowPlan, SteeringReport, applied
 from steering.plan import Plan
-from steering.protocols import Dictionary, SteerableModel
 from steering.sequences import (
     Batch,
+    Dictionary,
     Prompt,
+    SteerableModel,
     device_of,
     encoded,
     forward_arguments,

@@ -23,14 +23,14 @@ from typing import Any
 from torch import Tensor
 
 from featureflow.errors import Problem, UserError
+from featureflow.settings import Settings
 from featureflow.sites import FeatureId, Site, parse_feature, parse_site
-from steering.choice import FromFile
-from steering.edits import Add, Edit, Rotate, reads_activation
+from steering.edits import Add, Edit
 from steering.schedules import Budget, Constant, Schedule, weights
 from steering.scopes import Everywhere, Scope
 
 
-class Node(FromFile):
+class Node(Settings):
     """One place that a plan edits. `scale` is in units of activation; mean ablation and projection
     read `mean`."""
 
@@ -117,7 +117,7 @@ class Plan:
             layers=[features[k].site.layer for k in kept],
             cosines=[steps[k][1] for k in kept],
             seed=middle - kept.start,
-            budget=budget or ("peak" if reads_activation(edit) else "sum"),
+            budget=budget or ("sum" if edit.adds_up else "peak"),
         )
         nodes = tuple(
             Node(
@@ -206,11 +206,11 @@ def _problems_of_node(where: str, node: Node, plan: Plan) -> Iterator[Problem]:
             where=where,
             expected=f"{site.short}/<latent>, direction_of or vector",
         )
-    elif reads_activation(plan.edit) and not node.is_feature:
+    elif plan.edit.reads_activation and not node.is_feature:
         yield Problem(
             what=f"{plan.edit.kind} changes a feature, this node is a bare direction",
             where=where,
-            expected="add, project_out or rotate",
+            expected="an edit of directions, such as add",
         )
     if node.vector is not None and node.vector not in plan.vectors:
         yield Problem(
@@ -222,8 +222,8 @@ def _problems_of_node(where: str, node: Node, plan: Plan) -> Iterator[Problem]:
 
 
 def _conflicts(plan: Plan) -> Iterator[Problem]:
-    """Two nodes with the same direction at one site, and rotations that share one, have no single
-    meaning."""
+    """Two nodes with the same direction at one site have no single meaning, nor have two rotations
+    there."""
     seen: set[tuple[str, ...]] = set()
     sites: set[str] = set()
     for node in plan.nodes:
@@ -231,9 +231,9 @@ def _conflicts(plan: Plan) -> Iterator[Problem]:
         key = (node.at, node.direction_of or "", node.vector or "")
         if key in seen:
             yield Problem(what="two nodes edit the same direction at one site", where=node.at)
-        if isinstance(plan.edit, Rotate) and site in sites:
+        if not plan.edit.is_sum and site in sites:
             yield Problem(
-                what="two rotations at one site depend on their order",
+                what=f"two edits {plan.edit.kind} at one site depend on their order",
                 where=site,
                 expected="one node a site",
             )

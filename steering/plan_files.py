@@ -16,16 +16,16 @@ import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
-from pydantic import Discriminator, TypeAdapter, ValidationError
+from pydantic import Field, create_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from featureflow.errors import Command, Problem, UserError
-from steering.choice import FromFile
-from steering.edits import Edit
+from featureflow.settings import ByKind, Settings
+from steering.edits import Edit, edits
 from steering.plan import Node, Plan
 from steering.scopes import Scope
 
@@ -33,20 +33,18 @@ SCHEMA = 1
 _SUFFIXES = (".toml", ".json", ".safetensors")
 
 
-class _Document(FromFile):
-    """What a plan file holds: a Plan without its vectors, and the version of the format."""
+class _Document(Settings):
+    """What a plan file holds: a Plan without its vectors."""
 
-    schema: int
     nodes: tuple[Node, ...]
-    edit: Annotated[Edit, Discriminator("kind")]
-    scope: Annotated[Scope, Discriminator("kind")]
+    scope: Scope
     strength: float
     skip_first: int = 1
     dose: float | None = None
     name: str = ""
     note: str = ""
     model: str = ""
-    digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    digests: dict[str, str] = Field(default_factory=dict)
 
 
 def write_plan(plan: Plan, path: str | Path) -> Path:
@@ -99,50 +97,42 @@ def read_plan(path: str | Path) -> Plan:
 
 def plan_document(plan: Plan) -> dict[str, Any]:
     """The plan as JSON values, without its vectors."""
-    document = {
-        "schema": SCHEMA,
-        **{f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "vectors"},
-    }
-    document["edit"], document["scope"] = (
-        dataclasses.asdict(plan.edit),
-        dataclasses.asdict(plan.scope),
-    )
+    names = [f.name for f in dataclasses.fields(plan) if f.name != "vectors"]
+    document = {"schema": SCHEMA, **{name: getattr(plan, name) for name in names}}
+    document |= {"edit": plan.edit.model_dump(), "scope": plan.scope.model_dump(mode="json")}
     document["digests"] = dict(plan.digests)
-    document["nodes"] = [_without_none(dataclasses.asdict(node)) for node in plan.nodes]
-    return _without_none(document)
+    document["nodes"] = [node.model_dump(exclude_none=True) for node in plan.nodes]
+    return {key: value for key, value in document.items() if value is not None}
 
 
 def plan_of_document(
     document: Any, *, where: str = "plan", vectors: Mapping[str, Tensor] | None = None
 ) -> Plan:
-    """Parse JSON values into a Plan."""
-    try:
-        parsed = _adapter().validate_python(document)
-    except ValidationError as error:
-        raise UserError(
-            f"{where} is not a steering plan", problems=tuple(map(_problem, error.errors()))
-        ) from error
-    if parsed.schema != SCHEMA:
+    """Parse JSON values into a Plan. Raises UserError with every problem."""
+    schema = document.get("schema") if isinstance(document, Mapping) else SCHEMA
+    if schema not in (None, SCHEMA):
         raise UserError(
             "written by another version",
             where=where,
             expected=f"schema {SCHEMA}",
-            found=str(parsed.schema),
+            found=str(schema),
         )
-    fields = {
-        f.name: getattr(parsed, f.name) for f in dataclasses.fields(parsed) if f.name != "schema"
-    }
-    return Plan(**fields, vectors=dict(vectors or {}))
+    problems: list[Problem] = []
+    if schema is None:
+        problems.append(Problem(what="missing", where="plan.schema", expected=str(SCHEMA)))
+    elif isinstance(document, Mapping):
+        document = {key: value for key, value in document.items() if key != "schema"}
+    parsed = _document_type(tuple(edits().values())).read(document, "plan", problems)
+    if parsed is None or problems:
+        raise UserError(f"{where} is not a steering plan", problems=tuple(problems))
+    return Plan(**dict(parsed), vectors=dict(vectors or {}))
 
 
 @cache
-def _adapter() -> TypeAdapter[_Document]:
-    return TypeAdapter(_Document)
-
-
-def _problem(error: Any) -> Problem:
-    where = ".".join(str(part) for part in error["loc"])
-    return Problem(what=str(error["msg"]).lower(), where=where, found=repr(error["input"])[:80])
+def _document_type(edit_types: tuple[type[Edit], ...]) -> type[_Document]:
+    """With the edits that are registered now."""
+    union: Any = Union[edit_types]  # noqa: UP007
+    return create_model("_PlanFile", __base__=_Document, edit=(Annotated[union, ByKind()], ...))
 
 
 def _read_safetensors(path: Path) -> Plan:
@@ -177,10 +167,6 @@ def _suffix(path: Path) -> str:
     if path.suffix not in _SUFFIXES:
         raise UserError("a plan file ends in .toml, .json or .safetensors", where=str(path))
     return path.suffix
-
-
-def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def _toml(document: Mapping[str, Any]) -> str:

@@ -6,9 +6,9 @@ For every sample, over its continuation only:
 1. `nll`: mean −log p of its tokens under the unsteered model. Too high is gibberish, too low is a
    loop.
 2. `activation`, `active`: the feature's mean activation (in units of its scale) and the share of
-   tokens where it fires, read at the feature's site by the unsteered model: the text itself must
-   carry the concept, no hook is left.
-3. `own_tokens`: how many of 100 tokens are the feature's own (those it fires on in the corpus).
+   tokens where it is active, read at the feature's site by the unsteered model: the text itself
+   must carry the concept, no hook is left.
+3. `top_tokens`: how many of 100 tokens are the feature's own (those it is active on in the corpus).
 4. `repetition`: the share of 3-grams that are repeats; `squeeze`: zlib-compressed length / length.
 
 `coherence_limits` takes them from unsteered samples, `limits_passing` so that a wanted share of
@@ -28,29 +28,37 @@ from torch import Tensor
 from featureflow.progress import Progress, silent
 from featureflow.sites import FeatureId, Site
 from steering.generation import Sample
-from steering.protocols import Dictionary, SteerableModel
-from steering.sequences import Batch, device_of, encoded, forward, in_batches, padded
+from steering.sequences import (
+    Batch,
+    Dictionary,
+    SteerableModel,
+    device_of,
+    encoded,
+    forward,
+    in_batches,
+    padded,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """What a text should become more of: a feature, its scale (a typical strong activation) and its
-    own tokens."""
+    top tokens."""
 
     feature: FeatureId
     scale: float
-    own_tokens: frozenset[int]
+    top_tokens: frozenset[int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """Measurements of one sample. `activation`, `active` and `own_tokens` have one entry a
+    """Measurements of one sample. `activation`, `active` and `top_tokens` have one entry a
     target."""
 
     nll: float
     activation: tuple[float, ...]
     active: tuple[float, ...]
-    own_tokens: tuple[float, ...]
+    top_tokens: tuple[float, ...]
     repetition: float
     squeeze: float
     n_tokens: int
@@ -61,7 +69,7 @@ class Reading:
             self,
             activation=(self.activation[place],),
             active=(self.active[place],),
-            own_tokens=(self.own_tokens[place],),
+            top_tokens=(self.top_tokens[place],),
         )
 
 
@@ -185,8 +193,8 @@ def _reading(
             for a, t in zip(activations, targets, strict=True)
         ),
         active=tuple(float((a > 0).float().mean()) if n else 0.0 for a in activations),
-        own_tokens=tuple(
-            100 * sum(token in t.own_tokens for token in sample.ids) / max(n, 1) for t in targets
+        top_tokens=tuple(
+            100 * sum(token in t.top_tokens for token in sample.ids) / max(n, 1) for t in targets
         ),
         repetition=repetition(sample.ids),
         squeeze=squeeze(sample.text),

@@ -25,7 +25,7 @@ from typing import Annotated, Literal, assert_never
 from typing_extensions import Doc
 
 from featureflow.errors import UserError
-from featureflow.settings import ByKind, Settings
+from featureflow.settings import ByKind, Settings, kinds_of
 
 Budget = Literal["sum", "peak", "none"]
 
@@ -61,6 +61,14 @@ class Gaussian(Settings):
 
 
 Schedule = Annotated[Constant | Linear | Exponential | CosineProduct | Gaussian, ByKind()]
+
+
+def schedule_named(kind: str) -> Schedule:
+    """The schedule of that kind, with its defaults. Raises UserError for an unknown one."""
+    known = kinds_of(Schedule)
+    if kind not in known:
+        raise UserError(f"there is no schedule {kind!r}", expected=", ".join(known))
+    return known[kind]()  # type: ignore[return-value]  # a member of the union
 
 
 def weights(

@@ -1,4 +1,8 @@
-"""Prompts and texts as padded batches of token ids, and one forward pass over them.
+"""What steering needs from a model and from a dictionary, and one forward pass over texts as padded
+batches of token ids.
+
+`data.model.language_model.LanguageModel` and `sae.Sae` satisfy `SteerableModel` and `Dictionary`;
+so does any object of your own with the same methods.
 
 Every sequence starts with the tokenizer's start token when it has one. Prompts are padded on the
 left, so that generation appends at the right edge of every row; positions are counted over real
@@ -8,17 +12,48 @@ tokens and handed to the model, so padding changes nothing but float noise.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from featureflow.errors import UserError
-from steering.protocols import SteerableModel
+from featureflow.sites import Site
+
+
+class SteerableModel(Protocol):
+    """A language model whose sites can be edited. `hf` is the Hugging Face module that is really
+    run."""
+
+    name: str
+    n_layers: int
+    d_model: int
+    d_vocab: int
+    n_context: int
+    tokenizer: Any
+    hf: Any
+
+    @property
+    def fingerprint(self) -> str: ...
+    def sites(self) -> tuple[Site, ...]: ...
+    def edited(
+        self, edits: Mapping[Site, Callable[[Tensor], Tensor]]
+    ) -> AbstractContextManager[Any]: ...
+
+
+class Dictionary(Protocol):
+    """The decoder rows of one SAE and the encoder columns that an edit reads."""
+
+    @property
+    def W_dec(self) -> Float[Tensor, "latent d_out"]: ...
+    def encode_selected(
+        self, x: Float[Tensor, "token d_in"], latents: Any
+    ) -> Float[Tensor, "token selected"]: ...
+
 
 Prompt = str | tuple[int, ...]
 

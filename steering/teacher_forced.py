@@ -5,30 +5,38 @@ Nothing is sampled.
 2. `selectivity`: S = ΔLL(topic) − ΔLL(contrast), where Δ is steered minus unsteered and the
    contrast is text of the same register about other things. General damage cancels; what is left is
    the topic.
-3. `token_mass`: on neutral prompts, log-probability mass of a set of topic tokens at the next
-   token, and how much of the KL goes into moving mass between the set and the rest: KL = KL_between
-   + disruption, share = KL_between / KL.
+3. `output_score`: on neutral text, the probability of a set of tokens, and how much of the KL goes
+   into moving probability between the set and the rest: KL = KL_between + disruption,
+   on-target share = KL_between / KL.
 
-Texts of topics have their feature active already; `lift` scores the first tokens of topical texts
-behind a neutral prefix. Cost: one forward pass over the texts per steering. Sources: ActAdd
+Cost: one forward pass over the texts per steering. Sources: Arad et al. (output scores); ActAdd
 (effectiveness, disruption); the chain rule of KL.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from featureflow.errors import UserError
 from featureflow.sites import Site
-from steering.applied import applied
+from steering.dose import NeutralText, steered_log_probs
+from steering.hooks import applied
 from steering.plan import Plan
-from steering.protocols import Dictionary, SteerableModel
-from steering.sequences import device_of, encoded, forward, in_batches, padded
+from steering.sequences import (
+    Dictionary,
+    SteerableModel,
+    device_of,
+    encoded,
+    forward,
+    in_batches,
+    padded,
+)
+
+_RARE = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +53,24 @@ class Selectivity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenMass:
-    """Steering and the mass of a set of tokens at the next token, mean over prompts. KL in nats."""
+class OutputScore:
+    """Probability of a set of tokens unsteered and steered, mean over positions; the KL of the
+    steered from the unsteered output, and the part of it between these and other tokens, nats a
+    token."""
 
     before: float
     after: float
-    effectiveness: float
     kl: float
     kl_between: float
 
     @property
+    def gain(self) -> float:
+        return self.after - self.before
+
+    @property
     def on_target_share(self) -> float:
-        return self.kl_between / self.kl if self.kl > 0 else float("nan")
+        """Of the KL; negative when the tokens become less likely."""
+        return math.copysign(self.kl_between, self.gain) / self.kl if self.kl > 0 else 0.0
 
 
 def log_likelihoods(
@@ -109,30 +123,25 @@ def selectivity(
     )
 
 
-def token_mass(
+def output_score(
     model: SteerableModel,
     saes: Mapping[Site, Dictionary],
     plan: Plan,
-    prompts: Sequence[str],
     tokens: Sequence[int],
-) -> TokenMass:
-    """What a plan does to the mass of `tokens` after each prompt."""
-    before = _next_log_probs(model, prompts)
-    with applied(model, saes, plan):
-        after = _next_log_probs(model, prompts)
-    inside = torch.zeros(before.shape[-1], dtype=torch.bool, device=before.device)
-    inside[list(tokens)] = True
-    log_in = [each[:, inside].logsumexp(-1).double() for each in (before, after)]
-    log_out = [each[:, ~inside].logsumexp(-1).double() for each in (before, after)]
-    between = log_in[1].exp() * (log_in[1] - log_in[0]) + log_out[1].exp() * (
-        log_out[1] - log_out[0]
+    neutral: NeutralText,
+) -> OutputScore:
+    """What a plan does to the probability of `tokens`, over all positions of neutral text: after a
+    prompt alone, few nouns could come next whatever is pushed."""
+    base, steered = neutral.log_probs, steered_log_probs(model, saes, plan, neutral)
+    before, after = (
+        each[:, list(tokens)].exp().sum(-1).double().clamp(_RARE, 1 - _RARE)
+        for each in (base, steered)
     )
-    kl = (after.exp() * (after - before)).sum(-1).double()
-    return TokenMass(
-        before=float(log_in[0].exp().mean()),
-        after=float(log_in[1].exp().mean()),
-        effectiveness=float((log_in[1] - log_in[0]).mean()),
-        kl=float(kl.mean()),
+    between = after * (after / before).log() + (1 - after) * ((1 - after) / (1 - before)).log()
+    return OutputScore(
+        before=float(before.mean()),
+        after=float(after.mean()),
+        kl=float(torch.linalg.vecdot(steered.exp(), steered - base).double().clamp(min=0).mean()),
         kl_between=float(between.mean()),
     )
 
@@ -152,11 +161,6 @@ def _scores(model: SteerableModel, rows: Sequence[Sequence[int]], skipped: int) 
     scored = (batch.real & (batch.positions() >= skipped))[:, 1:]
     total = torch.where(scored, log_probs, 0.0).sum(-1)
     return (total / scored.sum(-1).clamp(min=1)).tolist()
-
-
-def _next_log_probs(model: SteerableModel, prompts: Sequence[str]) -> Float[Tensor, "prompt vocab"]:
-    batch = padded([encoded(model, prompt) for prompt in prompts], device=device_of(model))
-    return forward(model, batch, n_last=1)[:, -1].float().log_softmax(-1)
 
 
 def _mean(values: Sequence[float]) -> float:

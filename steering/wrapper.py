@@ -19,9 +19,9 @@ import torch
 
 from featureflow.errors import UserError
 from featureflow.sites import Site
-from steering.applied import RowPlan, SteeringReport, applied
+from steering.hooks import RowPlan, SteeringReport, applied
 from steering.plan import Plan
-from steering.protocols import Dictionary, SteerableModel
+from steering.sequences import Dictionary, SteerableModel
 
 
 class SteeredModel(torch.nn.Module):

@@ -11,7 +11,7 @@ import click
 
 from pipeline.cli.options import artifacts_option, recipe_option, run_folder
 from pipeline.cli.serving import serve_until_interrupted
-from pipeline.cli.steer_plans import calibrate, contrast, device_option, plan
+from pipeline.cli.steer_plans import calibrate, contrast, device_option, opened, plan
 from pipeline.cli.steer_texts import generate, judge
 from pipeline.console import say
 
@@ -43,19 +43,18 @@ def export(
     """Write a plan for other programs to OUT: .gguf (a control vector), .safetensors (vectors) or
     .json (the body of a Neuronpedia steering request). Refused, with the reason, where the plan
     cannot be expressed there."""
-    from pipeline.lenses.steering.session import SteerSession
     from steering.exports import neuronpedia_request, write_gguf, write_vectors
 
     if out.suffix not in (".gguf", ".safetensors", ".json"):
         raise click.UsageError(f"{out}: write .gguf, .safetensors or .json")
     if out.suffix == ".json" and model_id is None:
         raise click.UsageError("--model-id is needed to write a Neuronpedia request")
-    session = SteerSession.open(run_folder(artifacts, recipe), device=device)
-    made = session.read_plan(plan_path)
+    steering = opened(artifacts, recipe, device).steering
+    made = steering.read_plan(plan_path)
     if out.suffix == ".gguf":
-        write_gguf(made, session.saes, out, model_type=session.model.hf.config.model_type)
+        write_gguf(made, steering.saes, out, model_type=steering.model.hf.config.model_type)
     elif out.suffix == ".safetensors":
-        write_vectors(made, session.saes, out)
+        write_vectors(made, steering.saes, out)
     else:
         body = neuronpedia_request(
             made, model_id=str(model_id), sources=_sources(sources), prompt=prompt
@@ -106,7 +105,6 @@ def serve(
 ) -> None:
     """Answer OpenAI-style completion requests with the recipe's model; a request names a plan to be
     steered by it."""
-    from pipeline.lenses.steering.session import SteerSession
     from pipeline.serve.endpoint import Endpoint, make_server
 
     if host not in ("127.0.0.1", "localhost", "::1") and not token:
@@ -115,10 +113,10 @@ def serve(
         {path.stem for path in plan_paths if sum(p.stem == path.stem for p in plan_paths) > 1}
     ):
         raise click.UsageError(f"two plans of one name: {', '.join(twice)}; rename a file")
-    session = SteerSession.open(run_folder(artifacts, recipe), device=device)
-    plans = {path.stem: session.read_plan(path) for path in plan_paths}
+    steering = opened(artifacts, recipe, device).steering
+    plans = {path.stem: steering.read_plan(path) for path in plan_paths}
     server = make_server(
-        Endpoint(model=session.model, saes=session.saes, plans=plans, token=token),
+        Endpoint(model=steering.model, saes=steering.saes, plans=plans, token=token),
         host=host,
         port=port,
     )
@@ -165,18 +163,18 @@ def paper(
     from pipeline.console import progress_bars
     from pipeline.lenses.steering.paper_report import write_paper_report
     from pipeline.lenses.steering.paper_runs import Paper, PaperOptions, neutral_text, run_paper
-    from pipeline.lenses.steering.session import SteerSession
-    from pipeline.lenses.steering.study_bench import Bench
-    from pipeline.lenses.steering.study_options import StudyOptions
+    from pipeline.lenses.steering.topic_samples import SampleSizes, TopicSampler
 
     folder = run_folder(artifacts, recipe)
-    session = SteerSession.open(folder, device=device)
+    steering = opened(artifacts, recipe, device).steering
     chosen = tuple(read_topics())[:topics]
-    bench = Bench(world=session.world(), options=StudyOptions(topics=chosen, n_texts=texts))
     with progress_bars(quiet=False) as progress:
         subject = Paper(
-            bench=bench,
-            neutral=neutral_text(session.model),
+            steering=steering,
+            sampler=TopicSampler(
+                model=steering.model, saes=steering.saes, sizes=SampleSizes(n_texts=texts)
+            ),
+            neutral=neutral_text(steering.model),
             options=PaperOptions(n_seeds=seeds, n_layers=layers),
             progress=progress,
         )

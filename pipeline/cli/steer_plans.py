@@ -13,21 +13,20 @@ from pipeline.cli.flow import labels_beside
 from pipeline.cli.options import artifacts_option, recipe_option, run_folder
 from pipeline.console import say, show_number
 
-_EDITS = (
-    "add",
-    "clamp",
-    "floor",
-    "cap",
-    "rescale",
-    "ablate",
-    "mean_ablate",
-    "project_out",
-    "rotate",
-)
 _SCHEDULES = ("constant", "linear", "exponential", "cosine_product", "gaussian")
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="torch device of the model"
 )
+
+
+def opened(artifacts: Path, recipe: str, device: str) -> Any:
+    """The recipe's run, on a device."""
+    from pipeline.context import RunContext
+    from pipeline.run import Run
+
+    return Run.open(run_folder(artifacts, recipe), context=RunContext(device=device))
+
+
 _dose = click.option(
     "--dose",
     default=0.3,
@@ -67,7 +66,11 @@ _out = click.option(
     help="where to push",
 )
 @click.option(
-    "--edit", type=click.Choice(_EDITS), default="add", show_default=True, help="what is done to it"
+    "--edit",
+    default="add",
+    show_default=True,
+    help="what is done to it: add, clamp, floor, cap, rescale, ablate, mean_ablate, project_out, "
+    "rotate, or an edit of an installed package",
 )
 @click.option(
     "--schedule",
@@ -107,20 +110,15 @@ def plan(
     artifacts: Path,
 ) -> None:
     """Make a plan for FEATURE along its flow, at the strength that gives the dose."""
-    from pydantic import TypeAdapter
+    from steering.edits import edit_named
+    from steering.schedules import schedule_named
 
-    from pipeline.lenses.steering.session import SteerSession
-    from steering.edits import Edit
-    from steering.schedules import Schedule
-
-    session = SteerSession.open(run_folder(artifacts, recipe), device=device)
-    edits: Any = TypeAdapter(Edit)
-    schedules: Any = TypeAdapter(Schedule)
-    made = session.plan_along_flow(
+    steering = opened(artifacts, recipe, device).steering
+    made = steering.plan(
         feature,
         along=along,
-        edit=edits.validate_python({"kind": edit}),
-        schedule=schedules.validate_python({"kind": schedule}),
+        edit=edit_named(edit),
+        schedule=schedule_named(schedule),
         dose=dose if strength is None else None,
         n_before=before,
         n_after=after,
@@ -173,26 +171,25 @@ def contrast(
         plan_by_difference,
         read_lines,
     )
-    from pipeline.lenses.steering.session import SteerSession
-    from pipeline.run import Run
 
     texts = read_lines(topical), read_lines(other)
-    session = SteerSession.open(run_folder(artifacts, recipe), device=device)
+    run = opened(artifacts, recipe, device)
+    steering = run.steering
     if by == "difference":
         made = plan_by_difference(
-            session, *texts, _layers(layers, sorted(s.layer for s in session.saes)), dose=dose
+            steering, *texts, _layers(layers, sorted(s.layer for s in steering.saes)), dose=dose
         )
         _write(replace(made, name=f"{topical.stem} against {other.stem}, difference of means"), out)
         return
     found = features_of_contrast(
-        session, *texts, by="auroc" if by == "auroc" else "d_prime", n_best=candidates
+        steering, *texts, by="auroc" if by == "auroc" else "d_prime", n_best=candidates
     )
-    label_of = labels_beside(Run.open(run_folder(artifacts, recipe))) or (lambda name: "")
+    label_of = labels_beside(run) or (lambda name: "")
     for each in found[:5]:
         c = each.contrast
         say(
-            f"{c.feature!s:>10}  AUROC {c.auroc:.2f}  d′ {c.d_prime:.2f}  fires on "
-            f"{c.fire_rate:.0%} of the texts"
+            f"{c.feature!s:>10}  AUROC {c.auroc:.2f}  d′ {c.d_prime:.2f}  is active on "
+            f"{c.active_rate:.0%} of the texts"
             f"  {each.output.on_target_share:.1%} of a push goes to their words  "
             f"{label_of(str(c.feature))}".rstrip()
         )
@@ -206,7 +203,7 @@ def contrast(
             "try --by difference"
         )
     best = found[0].contrast.feature
-    made = session.plan_along_flow(best, dose=dose)
+    made = steering.plan(best, dose=dose)
     _write(replace(made, name=f"{topical.stem} against {other.stem}, {made.name}"), out)
 
 
@@ -222,10 +219,8 @@ def calibrate(
 ) -> None:
     """Find the strength at which a plan (written by hand, say) gives the dose, and write it with
     that strength."""
-    from pipeline.lenses.steering.session import SteerSession
-
-    session = SteerSession.open(run_folder(artifacts, recipe), device=device)
-    _write(session.calibrated(session.signed(session.read_plan(plan_path)), dose), out)
+    steering = opened(artifacts, recipe, device).steering
+    _write(steering.calibrated(steering.signed(steering.read_plan(plan_path)), dose), out)
 
 
 def _layers(text: str | None, known: list[int]) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pipeline.cli.options import artifacts_option, recipe_option, run_folder
-from pipeline.cli.steer_plans import device_option
+from pipeline.cli.steer_plans import device_option, opened
 from pipeline.console import say
 
 
@@ -47,18 +47,17 @@ def generate(
     artifacts: Path,
 ) -> None:
     """Continue a prompt with and without the plan, from the same random numbers."""
-    from pipeline.lenses.steering.session import SteerSession
     from steering.generation import Sampling, generate
 
-    session = SteerSession.open(run_folder(artifacts, recipe), device=device)
-    plan = session.read_plan(plan_path)
+    steering = opened(artifacts, recipe, device).steering
+    plan = steering.read_plan(plan_path)
     sampling = Sampling(n_tokens=tokens, temperature=temperature)
     if streams:
-        _stream(session, plan, prompt, sampling, seed)
+        _stream(steering, plan, prompt, sampling, seed)
         return
     made = generate(
-        session.model,
-        session.saes,
+        steering.model,
+        steering.saes,
         [prompt],
         [None, plan],
         n_samples=n_samples,
@@ -72,17 +71,13 @@ def generate(
                 f"{prompt}{sample.text}"
             )
             if log_probs:
+                decode = steering.model.tokenizer.decode
                 pairs = zip(sample.ids, sample.log_probs, strict=True)
-                say(
-                    "  "
-                    + " ".join(
-                        f"{session.model.tokenizer.decode([i])!r}:{value:.2f}" for i, value in pairs
-                    )
-                )
+                say("  " + " ".join(f"{decode([i])!r}:{value:.2f}" for i, value in pairs))
     _tell_touched(made.reports)
 
 
-def _stream(session: Any, plan: Any, prompt: str, sampling: Any, seed: int) -> None:
+def _stream(steering: Any, plan: Any, prompt: str, sampling: Any, seed: int) -> None:
     from steering.generation import stream
 
     reports: list[Any] = []
@@ -90,10 +85,10 @@ def _stream(session: Any, plan: Any, prompt: str, sampling: Any, seed: int) -> N
     sent = 0
     click.echo(prompt, nl=False)
     for step in stream(
-        session.model, session.saes, prompt, [plan], seed=seed, sampling=sampling, reports=reports
+        steering.model, steering.saes, prompt, [plan], seed=seed, sampling=sampling, reports=reports
     ):
         ids += step.ids
-        text = session.model.tokenizer.decode(ids)
+        text = steering.model.tokenizer.decode(ids)
         if not text.endswith("\ufffd"):
             click.echo(text[sent:], nl=False)
             sent = len(text)

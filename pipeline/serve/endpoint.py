@@ -52,11 +52,10 @@ from pipeline.serve.guard import (
 )
 from pipeline.serve.streamed_text import SettledText
 from steering.generation import Sampling, stop_tokens, stream
+from steering.hooks import SteeringReport
 from steering.plan import Plan
 from steering.plan_files import plan_of_document
-from steering.protocols import Dictionary, SteerableModel
-from steering.sequences import Prompt, encoded
-from steering.tally import SteeringReport
+from steering.sequences import Dictionary, Prompt, SteerableModel, encoded
 
 HARMLESS = (
     *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"),

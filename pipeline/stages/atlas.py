@@ -85,7 +85,8 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
 
 def steering_document(steer: Artifact, features: Features) -> dict[str, Any]:
     """`attached/steering` of docs/decisions/0003-atlas-shards.md."""
-    samples, effects = (pd.read_parquet(steer.file(f"{n}.parquet")) for n in ("samples", "effects"))
+    samples = pd.read_parquet(steer.file("samples.parquet"))
+    effects = read_finding(steer).tables["effects"]
     labels = {name: features.label_of(name) for name in samples["feature"].unique()}
     schedule = steer.config["schedule"]["kind"]
     return atlas_document(samples, effects, labels, schedule=schedule, seed=steer.config["seed"])

@@ -20,7 +20,7 @@ from pipeline.describe.chat import ChatModel
 from pipeline.lenses.steering import tables as steer_tables
 from pipeline.lenses.steering.blind_pairs import judge_artifact, verdict_lines
 from pipeline.lenses.steering.judge import SAE_TS, Judge, Judged
-from pipeline.lenses.steering.session import SteerSession
+from pipeline.run import Run
 from pipeline.serve.endpoint import Endpoint, make_server
 from pipeline.stages import steer
 from pipeline.stages.atlas import steering_document
@@ -41,8 +41,8 @@ CONFIG = steer.Config(
 
 def without_labels(patch: pytest.MonkeyPatch) -> None:
     """Features are described by a stand-in that has no tables."""
-    patch.setattr(steer, "labels_of", lambda features, chosen: {})
-    patch.setattr(steer, "has_label", lambda features: lambda feature: True)
+    patch.setattr(steer, "labels_of", lambda run, chosen: {})
+    patch.setattr(steer, "has_label", lambda run: lambda feature: True)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def finished(inputs, tmp_path_factory) -> Artifact:
         )
 
 
-def test_every_steered_text_stands_beside_its_unsteered_twin(finished):
+def test_every_steered_text_stands_beside_its_unsteered_pair(finished):
     samples = pd.read_parquet(finished.file("samples.parquet"))
     n_arm_doses = len(CONFIG.arms) * len(CONFIG.doses)
     assert (
@@ -72,7 +72,7 @@ def test_every_steered_text_stands_beside_its_unsteered_twin(finished):
 
 
 def test_calibrated_doses_are_what_was_asked_or_said_not_to_be(finished):
-    doses = pd.read_parquet(finished.file("doses.parquet"))
+    doses = pd.read_parquet(finished.file("tables/doses.parquet"))
     asked = doses[(doses["arm"] != "single_budget") & doses["reached"]]
     assert ((asked["kl"] / asked["target"] - 1).abs() <= 0.06).all()
     assert finished.summary["n_doses_not_reached"] == int((~doses["reached"]).sum())
@@ -80,9 +80,9 @@ def test_calibrated_doses_are_what_was_asked_or_said_not_to_be(finished):
 
 
 def test_the_single_layer_with_the_whole_budget_has_the_flows_coefficient(finished):
-    doses = pd.read_parquet(finished.file("doses.parquet")).set_index(["feature", "target", "arm"])[
-        "strength"
-    ]
+    doses = pd.read_parquet(finished.file("tables/doses.parquet")).set_index(
+        ["feature", "target", "arm"]
+    )["strength"]
     for feature, target in {key[:2] for key in doses.index}:
         assert doses[feature, target, "single_budget"] == pytest.approx(
             doses[feature, target, "flow"]
@@ -90,7 +90,7 @@ def test_the_single_layer_with_the_whole_budget_has_the_flows_coefficient(finish
 
 
 def test_plans_read_back_and_name_what_they_were_made_from(finished, inputs):
-    model_fingerprint = SteerSession.open(inputs.collect.path.parent).model.fingerprint
+    model_fingerprint = Run.open(inputs.collect.path.parent).model.fingerprint
     names = [
         name for name in finished.files if name.startswith("plans/") and name.endswith(".toml")
     ]
@@ -103,15 +103,15 @@ def test_plans_read_back_and_name_what_they_were_made_from(finished, inputs):
 
 
 def test_effects_are_the_means_of_the_samples(finished):
-    effects = pd.read_parquet(finished.file("effects.parquet"))
+    effects = pd.read_parquet(finished.file("tables/effects.parquet"))
     samples = pd.read_parquet(finished.file("samples.parquet"))
     keys = ["feature", "arm", "target"]
     expected = (
-        (samples["own_tokens_steered"] - samples["own_tokens_unsteered"])
+        (samples["top_tokens_steered"] - samples["top_tokens_unsteered"])
         .groupby([samples[k] for k in keys])
         .mean()
     )
-    own = effects[effects["measure"] == "own_tokens"].set_index(keys)
+    own = effects[effects["measure"] == "top_tokens"].set_index(keys)
     pd.testing.assert_series_equal(
         own["difference"].sort_index(), expected.sort_index(), check_names=False
     )
@@ -120,12 +120,14 @@ def test_effects_are_the_means_of_the_samples(finished):
     ).all()
 
 
-def test_what_is_reported_comes_from_openers_that_nothing_was_chosen_on(finished):
+def test_what_is_reported_comes_from_prompts_that_nothing_was_chosen_on(finished):
     choice = json.loads(finished.file("choice.json").read_text())
     samples = pd.read_parquet(finished.file("samples.parquet"))
-    used = {opener for use in ("audition", "dose", "ordinary") for opener in choice["openers"][use]}
+    used = {
+        prompt for use in ("screening", "dose", "ordinary") for prompt in choice["prompts"][use]
+    }
     assert used == set(read_prompts().dev)
-    assert set(samples["prompt"]) == set(choice["openers"]["report"])
+    assert set(samples["prompt"]) == set(choice["prompts"]["report"])
     assert not set(samples["prompt"]) & (used | set(read_prompts().test[:6]))
     assert [trial["dose"] for trial in choice["doses"]] == sorted(CONFIG.doses)
     assert finished.summary["dose"] == choice["dose"]
@@ -146,7 +148,7 @@ class _Noting(Judge):
 def test_a_judge_sees_both_texts_of_a_pair_blind_and_what_it_says_is_counted(finished, inputs):
     """The judge is the small random model behind the real endpoint: its answers are noise, and
     hardly any is read."""
-    model = SteerSession.open(inputs.collect.path.parent).model
+    model = Run.open(inputs.collect.path.parent).model
     model.tokenizer.hf.chat_template = "{{ messages[0].content }}"
     with make_server(Endpoint(model=model, saes={}), port=0).running() as address:
         judge = _Noting(chat=ChatModel(url=f"{address}/v1", model=model.name), max_tokens=2)

@@ -42,13 +42,13 @@ def page(tmp_path) -> str:
         }
         for arm in ARMS
         for dose in DOSES
-        for measure in ("own_tokens", "active", "coherent", "nll")
+        for measure in ("top_tokens", "active", "coherent", "nll")
     )
     features = [
         {
             "feature": "L1/2",
-            "label": "fires on ‘<eggs>’",
-            "own_tokens": [" eggs", " egg"],
+            "label": "is active on ‘<eggs>’",
+            "top_tokens": [" eggs", " egg"],
             "flow": [{"feature": "L1/2", "cosine": 1.0}],
         }
     ]

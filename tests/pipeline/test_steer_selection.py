@@ -1,9 +1,7 @@
-"""Choosing features and a dose to steer with: where a direction points, what an audition hears, on
-which openers."""
+"""Choosing features and a dose to steer with: where a direction points, what a screening finds, on
+which prompts."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 import torch
@@ -11,26 +9,29 @@ import torch
 from data.concepts.prompts import read_prompts
 from data.model.language_model import LanguageModel, Random
 from featureflow.sites import FeatureId, Site
-from pipeline.lenses.steering.choice import (
+from pipeline.lenses.steering.screening import (
     N_REPORTABLE,
     Candidate,
     DoseTrial,
+    Screening,
+    ScreeningOptions,
     chosen_dose,
     prompt_split,
+    screened,
     tried_doses,
 )
-from pipeline.lenses.steering.screening import Audition, AuditionOptions, auditioned
-from pipeline.lenses.steering.selection import SelectionOptions, Sources, reach
+from pipeline.lenses.steering.selection import SelectionOptions, reach
 from sae import Relu, Sae
-from steering.arms import Flow, Scales, flow_additive
+from steering.arms import Flow, Scales, along_flow
+from steering.features import Profile
 from steering.generation import Sampling
-from steering.profile import Profile
 from steering.reading import CoherenceLimits, Reading, is_coherent, limits_passing
 from steering.schedules import Constant
+from tests.steering.conftest import steering_of
 
 SITES = [Site(layer, "resid_post") for layer in range(3)]
 ANY_TEXT = CoherenceLimits(nll_low=0.0, nll_high=100.0, repetition_high=1.0, squeeze_low=0.0)
-OPTIONS = AuditionOptions(
+OPTIONS = ScreeningOptions(
     prompts=read_prompts().dev[:8],
     limits=ANY_TEXT,
     dose=0.5,
@@ -67,30 +68,17 @@ def saes(model) -> dict[Site, Sae]:
     return dict.fromkeys(SITES, sae)
 
 
-class Chains:
-    """A graph in which every feature goes on as the latent of its number."""
-
-    def chain(self, feature):
-        return [
-            dataclasses.make_dataclass("Step", ["feature", "cosine"])(
-                FeatureId(s, feature.latent), 1.0
-            )
-            for s in SITES
-        ]
-
-
 def profile(latent: int, token: int) -> Profile:
     return Profile(
         feature=FeatureId(SITES[1], latent),
         density=0.01,
         strong=1.0,
-        own_tokens=(token,),
+        top_tokens=(token,),
         purity=1.0,
     )
 
 
 def test_reach_is_far_for_the_token_that_the_direction_writes_and_negative_against_it(model, saes):
-    sources = Sources(graph=Chains(), store=None, saes=saes, model=model)  # type: ignore[arg-type]
     options = SelectionOptions(
         n_features=1,
         features=(),
@@ -102,38 +90,38 @@ def test_reach_is_far_for_the_token_that_the_direction_writes_and_negative_again
         seed=0,
     )
     profiles = [profile(0, 40), profile(1, 400), profile(6, 40)]
-    found = reach(sources, profiles, options)
+    found = reach(steering_of(model, saes, [1.0] * 3), profiles, options)
     own, other, against = (found[p.feature] for p in profiles)
     assert own > 2 > abs(other)
     assert against < 0
 
 
-def test_the_audition_hears_who_writes_its_own_words(model, saes):
+def test_the_screening_finds_who_writes_its_top_tokens(model, saes):
     flows = [
         Flow(seed=FeatureId(SITES[1], k), steps=tuple((FeatureId(s, k), 1.0) for s in SITES))
         for k in (0, 6)
     ]
-    heard = auditioned(
-        model, saes, dict.fromkeys(SITES, 6.0), [(flow, frozenset({40})) for flow in flows], OPTIONS
+    found = screened(
+        steering_of(model, saes, [1.0] * 3), [(flow, frozenset({40})) for flow in flows], OPTIONS
     )
-    assert heard[0].steered > heard[0].unsteered + 3
-    assert heard[1].steered <= heard[1].unsteered + 1
-    assert heard[0].unsteered == heard[1].unsteered
-    assert heard[0].merit > heard[1].merit
+    assert found[0].steered > found[0].unsteered + 3
+    assert found[1].steered <= found[1].unsteered + 1
+    assert found[0].unsteered == found[1].unsteered
+    assert found[0].merit > found[1].merit
 
 
 def test_incoherent_text_loses_whatever_it_writes():
     loud, quiet = (
-        Audition(unsteered=0.0, steered=s, coherent=c) for s, c in ((50.0, 0.25), (1.0, 0.75))
+        Screening(unsteered=0.0, steered=s, coherent=c) for s, c in ((50.0, 0.25), (1.0, 0.75))
     )
     assert quiet.merit > loud.merit
 
 
-def test_no_opener_is_used_for_two_things_and_none_that_was_read_before_is_reported_on():
+def test_no_prompt_is_used_for_two_things_and_none_that_was_read_before_is_reported_on():
     split = prompt_split(20, seed=5)
-    parts = [split.audition, split.dose, split.ordinary, split.report]
-    assert len({opener for part in parts for opener in part}) == sum(map(len, parts))
-    chosen_on = {*split.audition, *split.dose, *split.ordinary}
+    parts = [split.screening, split.dose, split.ordinary, split.report]
+    assert len({prompt for part in parts for prompt in part}) == sum(map(len, parts))
+    chosen_on = {*split.screening, *split.dose, *split.ordinary}
     assert chosen_on == set(read_prompts().dev)
     assert set(split.report) <= set(read_prompts().test[6:])
     assert len(split.report) == 20
@@ -155,18 +143,17 @@ def test_a_dose_that_breaks_text_is_not_chosen_and_the_smallest_is_where_all_do(
     assert chosen_dose(same) == 0.1
 
 
-def test_a_larger_dose_makes_the_feature_write_more_of_its_own_words(model, saes):
+def test_a_larger_dose_makes_the_feature_write_more_of_its_top_tokens(model, saes):
     flow = Flow(seed=FeatureId(SITES[1], 0), steps=tuple((FeatureId(s, 0), 1.0) for s in SITES))
     scales = Scales(
         norms=dict.fromkeys(SITES, 6.0), activations={feature: 1.0 for feature, _ in flow.steps}
     )
     candidates = [
-        Candidate(dose=d, plan=flow_additive(flow, scales, strength=d), own_tokens=frozenset({40}))
+        Candidate(dose=d, plan=along_flow(flow, scales, strength=d), top_tokens=frozenset({40}))
         for d in (3.0, 0.05)
     ]
     trials = tried_doses(
-        model,
-        saes,
+        steering_of(model, saes, [1.0] * 3),
         candidates,
         prompt_split(1, 0),
         ANY_TEXT,
@@ -186,7 +173,7 @@ def test_nine_of_ten_ordinary_texts_keep_the_limits_made_from_them():
     nll, repetition, squeeze = torch.rand(3, n, generator=generator).tolist()
     readings = [
         Reading(
-            nll=a, activation=(), active=(), own_tokens=(), repetition=b, squeeze=c, n_tokens=20
+            nll=a, activation=(), active=(), top_tokens=(), repetition=b, squeeze=c, n_tokens=20
         )
         for a, b, c in zip(nll, repetition, squeeze, strict=True)
     ]

@@ -4,7 +4,10 @@ by hand; exports."""
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +19,11 @@ from pipeline.cli import run_command
 from pipeline.context import RunContext
 from pipeline.flow.options import Fixed
 from pipeline.lenses.steering.contrast import telling_tokens
-from pipeline.lenses.steering.session import SteerSession
+from pipeline.run import Run
 from pipeline.stages import link
-from steering.applied import applied
-from steering.discovery import rank_features, read_texts
+from pipeline.steering_run import Steering
+from steering.features import rank_features, read_texts
+from steering.hooks import applied
 from steering.plan_files import read_plan, write_plan
 
 TOPICAL = [
@@ -35,8 +39,8 @@ OTHER = [
 
 
 @pytest.fixture(scope="module")
-def session(inputs) -> SteerSession:
-    return SteerSession.open(inputs.collect.path.parent)
+def steering(inputs) -> Steering:
+    return Run.open(inputs.collect.path.parent).steering
 
 
 @pytest.fixture
@@ -63,8 +67,8 @@ def steer(inputs, tmp_path, capsys):
     return run
 
 
-def lasting_feature(session) -> str:
-    nodes = session.sources.graph.nodes
+def lasting_feature(steering) -> str:
+    nodes = steering.graph.nodes
     here = nodes[(nodes["kind"] == "resid_post") & nodes["alive"] & (nodes["layer"] == 2)]
     return f"L2/{int(here.sort_values('density')['latent'].iloc[-1])}"
 
@@ -88,12 +92,14 @@ def linked_through(inputs, tmp_path_factory) -> Path:
     return root
 
 
-def test_a_plan_along_a_flow_shares_its_strength_by_the_schedule(linked_through, session, tmp_path):
+def test_a_plan_along_a_flow_shares_its_strength_by_the_schedule(
+    linked_through, steering, tmp_path
+):
     words = ["--before", "1", "--after", "1", "--dose", "0.05", "--out", str(tmp_path / "a.toml")]
     where = ["--artifacts", str(linked_through.parent), "--recipe", linked_through.name]
     assert (
         run_command(
-            ["steer", "plan", lasting_feature(session), "--schedule", "linear", *words, *where]
+            ["steer", "plan", lasting_feature(steering), "--schedule", "linear", *words, *where]
         )
         == 0
     )
@@ -102,8 +108,8 @@ def test_a_plan_along_a_flow_shares_its_strength_by_the_schedule(linked_through,
     assert [node.weight for node in made.nodes] == pytest.approx([2 / 3, 1 / 3, 0])
 
 
-def test_a_plan_of_a_feature_has_the_edit_and_dose_asked_for(steer, session, tmp_path):
-    feature = lasting_feature(session)
+def test_a_plan_of_a_feature_has_the_edit_and_dose_asked_for(steer, steering, tmp_path):
+    feature = lasting_feature(steering)
     steer("plan", feature, "--before", "1", "--after", "1", "--dose", "0.05", "--out", "a.toml")
     made = read_plan(tmp_path / "a.toml")
     assert made.edit.kind == "add"
@@ -123,7 +129,7 @@ def test_a_plan_of_a_feature_has_the_edit_and_dose_asked_for(steer, session, tmp
     )
 
 
-def test_a_plan_from_texts_follows_a_feature_that_tells_them_apart(steer, session, tmp_path):
+def test_a_plan_from_texts_follows_a_feature_that_tells_them_apart(steer, steering, tmp_path):
     for by in ("auroc", "d-prime"):
         said = steer(
             "contrast", "topical.txt", "other.txt", "--by", by, "--dose", "0.05", "--out", "p.toml"
@@ -137,12 +143,12 @@ def test_a_plan_from_texts_follows_a_feature_that_tells_them_apart(steer, sessio
         assert made.dose == pytest.approx(0.05, rel=0.06)
 
 
-def test_features_are_ranked_as_asked(steer, session, tmp_path):
+def test_features_are_ranked_as_asked(steer, steering, tmp_path):
     """On texts that no feature tells apart, so that AUROC and d′ have different favourites."""
     one, other = [*TOPICAL[:3], *OTHER[3:]], [*TOPICAL[3:], *OTHER[:3]]
     (tmp_path / "one.txt").write_text("\n".join(one), encoding="utf-8")
     (tmp_path / "rest.txt").write_text("\n".join(other), encoding="utf-8")
-    states = read_texts(session.model, session.saes, [*one, *other])
+    states = read_texts(steering.model, steering.saes, [*one, *other])
     is_topic = [True] * len(one) + [False] * len(other)
 
     def favourites(n: int) -> dict[str, set[str]]:
@@ -158,7 +164,7 @@ def test_features_are_ranked_as_asked(steer, session, tmp_path):
         assert set(re.findall(r"(L\d+/\d+)  AUROC", said)) == expected
 
 
-def test_a_difference_of_means_is_the_difference_of_the_mean_vectors(steer, session, tmp_path):
+def test_a_difference_of_means_is_the_difference_of_the_mean_vectors(steer, steering, tmp_path):
     steer(
         "contrast",
         "topical.txt",
@@ -174,7 +180,7 @@ def test_a_difference_of_means_is_the_difference_of_the_mean_vectors(steer, sess
     )
     made = read_plan(tmp_path / "d.safetensors")
     states = read_texts(
-        session.model, dict.fromkeys([Site(3, "resid_post")], None), [*TOPICAL, *OTHER]
+        steering.model, dict.fromkeys([Site(3, "resid_post")], None), [*TOPICAL, *OTHER]
     )
     vectors = states.vectors[Site(3, "resid_post")]
     expected = vectors[: len(TOPICAL)].mean(0) - vectors[len(TOPICAL) :].mean(0)
@@ -195,7 +201,7 @@ def test_a_difference_of_means_is_the_difference_of_the_mean_vectors(steer, sess
     )
 
 
-def test_words_of_the_topic_tell_and_shared_words_do_not(session):
+def test_words_of_the_topic_tell_and_shared_words_do_not(steering):
     class Words:
         """Whole words as tokens."""
 
@@ -212,8 +218,10 @@ def test_words_of_the_topic_tell_and_shared_words_do_not(session):
     assert not {"the", "was", "with", "train", "storm"} & set(words)
 
 
-def test_a_plan_written_by_hand_is_calibrated_and_changes_what_is_written(steer, session, tmp_path):
-    feature = lasting_feature(session)
+def test_a_plan_written_by_hand_is_calibrated_and_changes_what_is_written(
+    steer, steering, tmp_path
+):
+    feature = lasting_feature(steering)
     by_hand = f'''
 schema = 1
 strength = 1.0
@@ -235,10 +243,10 @@ at = "{feature}"
     steer("calibrate", "hand.toml", "--dose", "0.1", "--out", "full.toml")
     made = read_plan(tmp_path / "full.toml")
     assert made.dose == pytest.approx(0.1, rel=0.06)
-    assert made.model == session.model.fingerprint
+    assert made.model == steering.model.fingerprint
     said = steer("generate", "full.toml", "-n", "2", "--tokens", "6", "--log-probs")
     assert said.count("unsteered") == said.count("steered  ") == 2
-    samples = session.sample("I think", [None, made], n_samples=2, n_new_tokens=6)
+    samples = steering.sample("I think", [None, made], n_samples=2, n_new_tokens=6)
     told = [
         f"{value:.2f}" for sample in (*samples[0::2], *samples[1::2]) for value in sample.log_probs
     ]
@@ -246,12 +254,12 @@ at = "{feature}"
     touched, seen = map(int, re.search(r"changed (\d+) of (\d+)", said).groups())
     assert touched == seen > 0
     streamed = steer("generate", "full.toml", "--stream", "--tokens", "6", "--temperature", "0")
-    greedy = session.sample("I think", [made], n_new_tokens=6, temperature=0)[0]
+    greedy = steering.sample("I think", [made], n_new_tokens=6, temperature=0)[0]
     assert streamed.splitlines()[0] == ("I think" + greedy.text).splitlines()[0]
 
 
-def test_plans_of_other_dictionaries_or_models_are_refused(steer, session, tmp_path):
-    plan = session.plan_along_flow(lasting_feature(session), dose=None)
+def test_plans_of_other_dictionaries_or_models_are_refused(steer, steering, tmp_path):
+    plan = steering.plan(lasting_feature(steering), dose=None)
     for changed, word in (
         (replace(plan, digests={"dictionaries": "0" * 64}), "other dictionaries"),
         (replace(plan, model="0" * 64), "another model"),
@@ -265,13 +273,13 @@ def test_plans_of_other_dictionaries_or_models_are_refused(steer, session, tmp_p
             assert word in steer(*words, fails=True)
     with (
         pytest.raises(UserError, match="does not fit"),
-        applied(session.model, session.saes, replace(plan, model="0" * 64)),
+        applied(steering.model, steering.saes, replace(plan, model="0" * 64)),
     ):
         pass
 
 
-def test_exports_by_suffix(steer, session, tmp_path):
-    feature = lasting_feature(session)
+def test_exports_by_suffix(steer, steering, tmp_path):
+    feature = lasting_feature(steering)
     steer("plan", feature, "--along", "layer", "--dose", "0.05", "--out", "p.toml")
     steer("export", "p.toml", "v.gguf")
     steer("export", "p.toml", "v.safetensors")
@@ -282,3 +290,52 @@ def test_exports_by_suffix(steer, session, tmp_path):
     assert "--model-id" in steer("export", "p.toml", "v.json", fails=True)
     steer("plan", feature, "--edit", "floor", "--dose", "0.02", "--out", "f.toml")
     assert "no fixed vectors" in steer("export", "f.toml", "v.gguf", fails=True)
+
+
+HALVE = '''
+"""Part of a feature is taken away: a' = a (1 - s/2)."""
+from typing import Literal
+
+from steering.edits import FeatureEdit
+
+
+class Halve(FeatureEdit):
+    kind: Literal["halve"] = "halve"
+
+    def new_activation(self, a, values):
+        return a * (1 - values.strength / 2)
+'''
+
+
+def test_an_edit_of_another_package_is_used_in_a_plan(steer, steering, inputs, tmp_path):
+    """Halved twice over, a feature is gone: what is written is that of the edit ablate."""
+    package = tmp_path / "site-packages"
+    (package / "mine-1.0.dist-info").mkdir(parents=True)
+    (package / "mine-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n"
+    )
+    (package / "mine-1.0.dist-info" / "entry_points.txt").write_text(
+        "[featureflow.edits]\nhalve = mine_halve:Halve\n"
+    )
+    (package / "mine_halve.py").write_text(HALVE)
+    root, feature = inputs.collect.path.parent, lasting_feature(steering)
+    paths = os.pathsep.join([str(package), str(Path(__file__).parents[2])])
+
+    def with_package(*words: str) -> str:
+        run = ["--artifacts", str(root.parent), "--recipe", root.name]
+        command = [sys.executable, "-m", "pipeline", "steer", *words, *run]
+        environment = {**os.environ, "PYTHONPATH": paths}
+        found = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert found.returncode == 0, found.stderr
+        return found.stdout
+
+    alone, asked = ("--along", "layer"), ("-n", "1", "--tokens", "12", "--log-probs")
+    with_package("plan", feature, *alone, "--edit", "halve", "--strength", "2", "--out", "a.toml")
+    steer("plan", feature, *alone, "--edit", "ablate", "--strength", "1", "--out", "b.toml")
+    assert with_package("generate", "a.toml", *asked) == steer("generate", "b.toml", *asked)
+    assert "no such kind" in steer("generate", "a.toml", fails=True)
+    refused = steer("plan", feature, "--edit", "halve", "--out", "c.toml", fails=True)
+    assert "there is no edit 'halve'" in refused
+    assert "mean_ablate" in refused

@@ -10,8 +10,8 @@ import torch
 
 from featureflow.errors import UserError
 from featureflow.sites import FeatureId, Site
-from steering.applied import NothingTouched, RowPlan, applied
 from steering.edits import Ablate, Add, Cap, Clamp, Floor, MeanAblate, ProjectOut, Rescale, Rotate
+from steering.hooks import NothingTouched, RowPlan, applied
 from steering.plan import Node, Plan
 from steering.scopes import (
     AfterToken,

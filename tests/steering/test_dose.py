@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from featureflow.errors import UserError
-from steering.applied import applied
 from steering.dose import NeutralText, calibrate, measure, solve_for_dose
 from steering.edits import Add, Cap
+from steering.hooks import applied
 from steering.plan import Node, Plan
 from steering.sequences import encoded
 

@@ -1,4 +1,4 @@
-"""Generation: twins share their luck, batches and padding change nothing, steering reaches every
+"""Generation: pairs share their luck, batches and padding change nothing, steering reaches every
 written token."""
 
 from __future__ import annotations
@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from featureflow.errors import UserError
-from steering.applied import applied
 from steering.edits import Add
 from steering.generation import Sampling, generate, stream
+from steering.hooks import applied
 from steering.plan import Node, Plan
 from steering.scopes import Generated
 from steering.sequences import encoded

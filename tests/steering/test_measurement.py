@@ -11,18 +11,24 @@ import torch
 
 from featureflow.errors import UserError
 from featureflow.sites import FeatureId, Site
-from pipeline.lenses.steering.concept import ConceptClassifier, lexicon_hits
+from pipeline.lenses.steering.topic_samples import ConceptClassifier, lexicon_hits
 from sae import Sae, TopKActivation
-from steering.applied import applied
-from steering.discovery import TextStates, auroc, difference_of_means, rank_features, read_texts
 from steering.dose import NeutralText
+from steering.features import (
+    TextStates,
+    auroc,
+    difference_of_means,
+    profile_features,
+    rank_features,
+    read_texts,
+)
 from steering.gates import agreement, with_threshold_gate
 from steering.generation import Sampling, generate
+from steering.hooks import applied
 from steering.plan import Node, Plan
-from steering.profile import output_scores, profile_features
 from steering.reading import CoherenceLimits, Reading, Target, is_coherent, read_back, repetition
 from steering.sequences import encoded
-from steering.teacher_forced import log_likelihoods, selectivity, token_mass
+from steering.teacher_forced import log_likelihoods, output_score, selectivity
 
 L1 = Site(1, "resid_post")
 PLAN = Plan(nodes=(Node(at="L1/3", scale=4.0),))
@@ -33,7 +39,7 @@ def test_readings_are_what_the_unsteered_model_says(model, saes):
     made = generate(
         model, saes, ["I think", "The old house"], [PLAN], sampling=Sampling(n_tokens=5)
     ).samples
-    target = Target(feature=FeatureId(L1, 3), scale=2.0, own_tokens=frozenset(made[0].ids[:2]))
+    target = Target(feature=FeatureId(L1, 3), scale=2.0, top_tokens=frozenset(made[0].ids[:2]))
     for sample, reading in zip(made, read_back(model, saes, made, [target]), strict=True):
         prompt = encoded(model, sample.prompt)
         ids = torch.tensor([[*prompt, *sample.ids]])
@@ -45,7 +51,7 @@ def test_readings_are_what_the_unsteered_model_says(model, saes):
         assert reading.nll == pytest.approx(nll, rel=1e-4)
         assert reading.activation[0] == pytest.approx(float(a.mean()) / 2.0, rel=1e-3, abs=1e-6)
         assert reading.active[0] == pytest.approx(float((a > 0).float().mean()))
-    assert read_back(model, saes, made, [target])[0].own_tokens[0] >= 40
+    assert read_back(model, saes, made, [target])[0].top_tokens[0] >= 40
 
 
 def test_loops_and_gibberish_are_not_coherent():
@@ -55,7 +61,7 @@ def test_loops_and_gibberish_are_not_coherent():
         "nll": 3.0,
         "activation": (),
         "active": (),
-        "own_tokens": (),
+        "top_tokens": (),
         "repetition": 0.1,
         "squeeze": 0.6,
         "n_tokens": 20,
@@ -92,27 +98,8 @@ def test_selectivity_is_a_difference_of_differences(model, saes):
     assert selectivity(model, saes, PLAN.with_strength(0.0), TEXTS[:2], TEXTS[2:]).score == 0
 
 
-def test_kl_splits_into_between_and_within(model, saes):
-    """The chain rule: KL = KL between the set and the rest + expected KL inside each."""
-    tokens = [40, 41, 300]
-    found = token_mass(model, saes, PLAN, ["I think"], tokens)
-    ids = torch.tensor([encoded(model, "I think")])
-    with torch.no_grad():
-        p0 = model.hf(input_ids=ids).logits[0, -1].double().softmax(-1)
-        with applied(model, saes, PLAN):
-            p1 = model.hf(input_ids=ids).logits[0, -1].double().softmax(-1)
-    inside = torch.zeros(len(p0), dtype=torch.bool)
-    inside[tokens] = True
-    within = 0.0
-    for part in (inside, ~inside):
-        a, b = p1[part] / p1[part].sum(), p0[part] / p0[part].sum()
-        within += float(p1[part].sum() * (a * (a / b).log()).sum())
-    assert found.kl - found.kl_between == pytest.approx(within, rel=1e-3, abs=1e-7)
-    assert found.after == pytest.approx(float(p1[inside].sum()), rel=1e-3)
-
-
 def test_profiles_by_hand():
-    """Six tokens, one latent: fires on token 7 both times and once on token 9 of three."""
+    """Six tokens, one latent: is active on token 7 both times and once on token 9 of three."""
     row = torch.tensor([[1.0, 0.0]])
     sae = Sae(
         W_enc=row,
@@ -127,37 +114,37 @@ def test_profiles_by_hand():
         sae, L1, [x[:3], x[3:]], np.array([7, 7, 9, 9, 9, 5]), [0], max_frequency=1.0
     )
     assert found.density == pytest.approx(0.5)
-    assert found.own_tokens == (7,)
+    assert found.top_tokens == (7,)
     assert found.purity == pytest.approx(6 / 7)
     assert found.strong == pytest.approx(np.quantile([4, 2, 1], 0.95))
 
 
 def test_output_scores_are_probabilities_after_steering(model, saes):
-    (profile,) = profile_features(
-        saes[L1],
-        L1,
-        [torch.randn(50, 32, generator=torch.Generator().manual_seed(0))],
-        np.arange(50) % 5,
-        [3],
-        max_frequency=1,
-    )
-    texts = ["I think it rains", "The house"]
-    neutral = NeutralText.prepare(model, texts)
+    """And the chain rule: KL = KL between the set and the rest + expected KL inside each."""
+    tokens, texts = [40, 41, 300], ["I think it rains", "The house"]
     plan = Plan(nodes=(Node(at="L1/3", scale=8.0),), strength=0.5)
-    (found,) = output_scores(model, saes, [profile], [plan], neutral)
-    before, after, kl, between = [], [], [], []
+    found = output_score(model, saes, plan, tokens, NeutralText.prepare(model, texts))
+    before, after, kl, within = [], [], [], []
     for text in texts:
         ids = torch.tensor([encoded(model, text)])
         with torch.no_grad():
             p = model.hf(input_ids=ids).logits[0, 1:].double().softmax(-1)
             with applied(model, saes, plan):
                 q = model.hf(input_ids=ids).logits[0, 1:].double().softmax(-1)
-        own = [each[:, list(profile.own_tokens)].sum(-1) for each in (p, q)]
-        before.append(own[0]), after.append(own[1]), kl.append((q * (q / p).log()).sum(-1))
-        parts = [torch.stack([mass, 1 - mass]) for mass in own]
-        between.append((parts[1] * (parts[1] / parts[0]).log()).sum(0))
-    for name, values in (("before", before), ("after", after), ("kl", kl), ("kl_between", between)):
+        inside = torch.zeros(p.shape[-1], dtype=torch.bool)
+        inside[tokens] = True
+        before.append(p[:, inside].sum(-1)), after.append(q[:, inside].sum(-1))
+        kl.append((q * (q / p).log()).sum(-1))
+        parts = [(q[:, part], p[:, part]) for part in (inside, ~inside)]
+        within.append(
+            sum(
+                (b * ((b / b.sum(-1, True)) / (a / a.sum(-1, True))).log()).sum(-1)
+                for b, a in parts
+            )
+        )
+    for name, values in (("before", before), ("after", after), ("kl", kl)):
         assert getattr(found, name) == pytest.approx(float(torch.cat(values).mean()), rel=2e-3)
+    assert found.kl - found.kl_between == pytest.approx(float(torch.cat(within).mean()), rel=2e-3)
     assert abs(found.on_target_share) == pytest.approx(found.kl_between / found.kl)
 
 

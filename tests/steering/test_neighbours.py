@@ -27,10 +27,10 @@ from pipeline.lenses.steering.judge import (
     verdict_of,
 )
 from pipeline.serve.endpoint import Endpoint, make_server
-from steering.applied import applied
 from steering.edits import Add, Floor
 from steering.exports import neuronpedia_request, read_gguf, read_vectors, write_gguf, write_vectors
 from steering.generation import Sampling, generate, stream
+from steering.hooks import applied
 from steering.plan import Node, Plan
 from steering.plan_files import plan_document
 from steering.scopes import AfterToken

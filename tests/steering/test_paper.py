@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from featureflow.sites import FeatureId, Site
-from pipeline.lenses.steering.concept import ConceptClassifier
 from pipeline.lenses.steering.paper_report import write_paper_report
 from pipeline.lenses.steering.paper_runs import (
     Paper,
@@ -18,64 +17,56 @@ from pipeline.lenses.steering.paper_runs import (
     neutral_text,
     seeds_of,
 )
-from pipeline.lenses.steering.study_bench import Bench
-from pipeline.lenses.steering.study_options import StudyOptions
-from pipeline.lenses.steering.study_topic import TopicSetup, World
-from steering.arms import Flow, Scales
-from steering.discovery import Contrast
-from steering.profile import OutputScore
-from steering.teacher_forced import log_likelihoods
+from pipeline.lenses.steering.topic_samples import ConceptClassifier, SampleSizes, TopicSampler
+from pipeline.lenses.steering.topics import TopicSetup
+from pipeline.steering_run import Steering
+from steering.arms import Scales
+from steering.features import Contrast
+from steering.teacher_forced import OutputScore, log_likelihoods
+from tests.steering.conftest import steering_of
 
 TOPICS = ("food", "law")
 OPTIONS = PaperOptions(remaining=(0.5, 0.0, -4.0), strengths=(0.05, 0.2), n_layers=4, n_prompts=2)
 
 
-def world_of(model, saes, cosines=(0.9, 0.9, 0.9, 0.9)) -> World:
-    return World(
-        model=model,
-        saes=saes,
-        norms=dict.fromkeys(saes, 6.0),
-        chain=lambda feature: [
-            (FeatureId(s, feature.latent), c) for s, c in zip(saes, cosines, strict=True)
-        ],
-        random_like=lambda feature, seed: FeatureId(feature.site, (feature.latent + 1 + seed) % 24),
-    )
-
-
-def setup_of(world: World, topic: str) -> TopicSetup:
+def setup_of(steering: Steering, topic: str) -> TopicSetup:
     seed = FeatureId(Site(1, "resid_post"), 3)
-    contrast = Contrast(feature=seed, auroc=0.9, d_prime=1.0, fire_rate=0.5)
+    contrast = Contrast(feature=seed, auroc=0.9, d_prime=1.0, active_rate=0.5)
     classifier = ConceptClassifier.train(
         ["bread and butter", "bread again"] * 2, ["a court case", "a court rule"] * 2
     )
-    flow = Flow(seed=seed, steps=tuple(world.chain(seed)))
+    flow = steering.flow(seed)
     return TopicSetup(
         topic=topic,
         seed=contrast,
         contrasts=(contrast,),
-        output=OutputScore(feature=seed, before=0.1, after=0.2, kl=0.1, kl_between=0.05),
+        output=OutputScore(before=0.1, after=0.2, kl=0.1, kl_between=0.05),
         flow=flow,
-        placebo=Flow(
-            seed=FeatureId(seed.site, 9), steps=tuple(world.chain(FeatureId(seed.site, 9)))
+        control=steering.flow(FeatureId(seed.site, 9)),
+        scales=Scales(
+            norms=steering.norms, activations={feature: 1.0 for feature, _ in flow.steps}
         ),
-        scales=Scales(norms=world.norms, activations={feature: 1.0 for feature, _ in flow.steps}),
         classifier=classifier,
         classifier_auroc=1.0,
         lexicon=frozenset({"bread"}),
-        plans={},
+        differences={},
     )
 
 
 @pytest.fixture(scope="module")
 def paper(model, saes) -> Paper:
-    options = StudyOptions(topics=TOPICS, n_texts=3, n_tokens=8, n_dev_prompts=2, n_test_prompts=2)
-    bench = Bench(world=world_of(model, saes), options=options)
-    return Paper(bench=bench, neutral=neutral_text(model), options=OPTIONS)
+    sizes = SampleSizes(n_texts=3, n_tokens=8, n_dev_prompts=2, n_test_prompts=2)
+    return Paper(
+        steering=steering_of(model, saes),
+        sampler=TopicSampler(model=model, saes=saes, sizes=sizes),
+        neutral=neutral_text(model),
+        options=OPTIONS,
+    )
 
 
 @pytest.fixture(scope="module")
 def tables(paper):
-    setups = [setup_of(paper.world, topic) for topic in TOPICS]
+    setups = [setup_of(paper.steering, topic) for topic in TOPICS]
     off = [deactivation(paper, setup, [setup.seed.feature]) for setup in setups]
     on = [activation(paper, setup) for setup in setups]
     return off, on
@@ -92,7 +83,7 @@ def test_removing_a_feature_is_the_hook_written_by_hand(paper, tables, model, sa
         changed[:, 0] = h[:, 0]
         return changed
 
-    texts = paper.bench.texts("food", "test")[0]
+    texts = paper.sampler.texts("food", "test")[0]
     before = log_likelihoods(model, texts)
     with model.edited({site: hook}):
         after = [log_likelihoods(model, [text])[0] for text in texts]
@@ -122,10 +113,10 @@ def test_only_whole_flows_are_sampled_and_pushes_grow_with_s(tables):
 
 
 def test_a_flow_is_cut_at_a_weak_link_and_seeds_share_no_flow(model, saes):
-    world = world_of(model, saes, cosines=(1.0, 0.9, 0.3, 0.9))
-    setup = setup_of(world, "food")
+    steering = steering_of(model, saes, cosines=(1.0, 0.9, 0.3, 0.9))
+    setup = setup_of(steering, "food")
     same_flow, other = FeatureId(Site(0, "resid_post"), 3), FeatureId(Site(2, "resid_post"), 3)
-    assert seeds_of(world, setup, [same_flow, other], 5) == [setup.seed.feature, other]
+    assert seeds_of(steering, setup, [same_flow, other], 5) == [setup.seed.feature, other]
 
 
 def test_the_text_sets_what_the_paper_saw_beside_what_was_found(tables, tmp_path):

@@ -187,7 +187,7 @@ def test_an_unknown_key_of_an_edit_is_one_problem_of_that_edit_alone(tmp_path):
     with pytest.raises(UserError) as refused:
         read_plan(path)
     (problem,) = refused.value.problems
-    assert problem.where == "edit.add.keep_nrom"
+    assert problem.where == "plan.edit.keep_nrom"
 
 
 def test_a_file_that_is_no_plan_is_refused(tmp_path):

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import typing
 from pathlib import Path
 
-import steering.edits
-import steering.scopes
+from featureflow.settings import kinds_of
+from steering.edits import edits
 from steering.plan import Node, Plan
 from steering.plan_files import read_plan
+from steering.scopes import Scope
 
 PAGE = (
     (Path(__file__).parents[2] / "docs" / "formats.md")
@@ -28,10 +28,6 @@ def test_the_example_is_read(tmp_path):
 
 
 def test_every_key_edit_and_scope_is_on_the_page():
-    keys = {f.name for cls in (Plan, Node) for f in dataclasses.fields(cls)} - {"vectors"}
-    unions = (
-        *typing.get_args(steering.edits.FeatureEdit),
-        *typing.get_args(steering.edits.DirectionEdit),
-    )
-    kinds = {cls.kind for cls in (*unions, *typing.get_args(steering.scopes.Scope))}
+    keys = {f.name for f in dataclasses.fields(Plan)} - {"vectors"} | set(Node.model_fields)
+    kinds = {*edits(), *kinds_of(Scope)}
     assert not {word for word in keys | kinds if f"`{word}`" not in PAGE}

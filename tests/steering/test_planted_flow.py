@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from featureflow.sites import FeatureId, Site
 from sae import Relu, Sae
-from steering.applied import applied
-from steering.arms import Flow, Scales, copied, flow_additive, flow_levels, single
+from steering.arms import Flow, Scales, along_flow, copied, single
 from steering.dose import persistence
-from steering.edits import Cap
+from steering.edits import Cap, Floor
+from steering.hooks import applied
 from steering.plan import Plan
 
 N_LAYERS, WIDTH, GAIN = 5, 64, 0.5
@@ -131,13 +131,13 @@ def everywhere(plan: Plan) -> Plan:
 
 
 def test_the_closed_loop_reaches_its_level_at_every_token_and_overshoots_at_none(toy, saes):
-    plan = everywhere(flow_levels(FLOW, SCALES, strength=LEVEL))
+    plan = everywhere(along_flow(FLOW, SCALES, edit=Floor(), strength=LEVEL))
     torch.testing.assert_close(toy.final(plan, saes), torch.full((5,), LEVEL))
 
 
 def test_a_single_layer_with_the_same_level_falls_short(toy, saes):
     one = Flow(seed=FLOW.seed, steps=FLOW.steps[:1])
-    plan = everywhere(flow_levels(one, SCALES, strength=LEVEL))
+    plan = everywhere(along_flow(one, SCALES, edit=Floor(), strength=LEVEL))
     torch.testing.assert_close(
         toy.final(plan, saes), torch.full((5,), LEVEL * GAIN ** (N_LAYERS - 2))
     )
@@ -146,7 +146,7 @@ def test_a_single_layer_with_the_same_level_falls_short(toy, saes):
 def test_pushes_along_the_flow_arrive_as_the_geometric_sum(toy, saes):
     """Open loop: every layer adds its share on top of what arrives; the sum is known."""
     budget = 4.0
-    plan = everywhere(flow_additive(FLOW, SCALES, strength=budget))
+    plan = everywhere(along_flow(FLOW, SCALES, strength=budget))
     arrived = sum(budget / 4 * GAIN**k for k in range(4))
     torch.testing.assert_close(
         toy.final(plan, saes) - toy.final(None, saes), torch.full((5,), arrived)
@@ -166,13 +166,13 @@ def test_the_seeds_vector_copied_to_all_layers_misses_the_later_ones(toy, saes):
 
 def test_the_cap_along_the_flow_leaves_nothing(toy, saes):
     assert toy.final(None, saes).max() > 0.05
-    plan = everywhere(flow_levels(FLOW, SCALES, edit=Cap(), strength=1.0))
+    plan = everywhere(along_flow(FLOW, SCALES, edit=Cap(), strength=1.0))
     assert toy.final(plan, saes).abs().max() < 1e-6
 
 
 def test_persistence_is_how_much_more_arrives(toy, saes):
     one = Flow(seed=FLOW.seed, steps=FLOW.steps[:2])
-    plan = everywhere(flow_additive(one, SCALES, strength=2.0))
+    plan = everywhere(along_flow(one, SCALES, strength=2.0))
     reports = []
     for strength in (0.0, 2.0):
         with applied(toy, saes, plan.with_strength(strength), monitor=True) as run:

@@ -10,26 +10,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from featureflow.errors import UserError
-from featureflow.sites import FeatureId
-from pipeline.lenses.steering.study import (
+from benchmarks.steering_study.figures import selectivity_at_equal_dose
+from benchmarks.steering_study.options import ACTIVATION_ARMS, SUPPRESSION_ARMS
+from benchmarks.steering_study.report import CONTROLS, FLOWS, verdict, write_report
+from benchmarks.steering_study.results import compare, read_records
+from benchmarks.steering_study.study import (
     Study,
     StudyOptions,
     choose_dose,
     cost_of,
     with_whole_budget,
 )
-from pipeline.lenses.steering.study_figures import selectivity_at_equal_dose
-from pipeline.lenses.steering.study_options import ACTIVATION_ARMS, SUPPRESSION_ARMS
-from pipeline.lenses.steering.study_report import (
-    CONTROLS,
-    FLOWS,
-    compare,
-    read_records,
-    verdict,
-    write_report,
-)
-from pipeline.lenses.steering.study_topic import World
+from featureflow.errors import UserError
+from tests.steering.conftest import steering_of
 
 
 def records(n_success, n_coherent, n=10):
@@ -75,7 +68,7 @@ def put(folder, part, topic, arm, document):
 
 
 def test_without_an_intact_lock_nothing_is_tested(tmp_path):
-    study = Study(world=None, options=StudyOptions(topics=("food",)), folder=tmp_path)
+    study = Study(steering=None, options=StudyOptions(topics=("food",)), folder=tmp_path)
     with pytest.raises(UserError, match="nothing is locked"):
         study.test()
     base = {"limits": {}, "threshold": 0.5}
@@ -101,7 +94,7 @@ def test_a_folder_belongs_to_one_choice_of_sizes_and_dictionaries(tmp_path):
             put(tmp_path, "dev", topic, arm, {})
         options = StudyOptions(topics=topics, **sizes)
         return Study(
-            world=None,
+            steering=None,
             options=options,
             folder=tmp_path,
             made_from=made_from or {"dictionaries": "a"},
@@ -116,7 +109,7 @@ def test_a_folder_belongs_to_one_choice_of_sizes_and_dictionaries(tmp_path):
 
 
 def test_results_of_an_earlier_lock_are_not_kept(tmp_path):
-    study = Study(world=None, options=StudyOptions(topics=("food",)), folder=tmp_path)
+    study = Study(steering=None, options=StudyOptions(topics=("food",)), folder=tmp_path)
     put(tmp_path, "dev", "food", "unsteered", {"limits": {}, "threshold": 0.5})
 
     def locked(dose):
@@ -226,14 +219,6 @@ def test_the_cost_grows_with_the_study():
 
 @pytest.mark.slow
 def test_a_small_study_runs_through_and_goes_on_where_it_stopped(model, saes, tmp_path):
-    steps = [(FeatureId(site, 3), 0.9) for site in saes]
-    world = World(
-        model=model,
-        saes=saes,
-        norms=dict.fromkeys(saes, 6.0),
-        chain=lambda feature: [(FeatureId(f.site, feature.latent), c) for f, c in steps],
-        random_like=lambda feature, seed: FeatureId(feature.site, (feature.latent + 1) % 24),
-    )
     options = StudyOptions(
         topics=("food",),
         doses=(0.05, 0.2),
@@ -243,7 +228,7 @@ def test_a_small_study_runs_through_and_goes_on_where_it_stopped(model, saes, tm
         n_tokens=12,
         min_coherent=0.1,
     )
-    study = Study(world=world, options=options, folder=tmp_path)
+    study = Study(steering=steering_of(model, saes), options=options, folder=tmp_path)
     study.develop()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     study.develop()

@@ -1,7 +1,7 @@
 """The steer artifact's texts before a language model: pairs drawn by the seed, rated blind, one
 table of verdicts.
 
-The judge sees the concept (the feature's own words), the opening and the text; not whether it was
+The judge sees the concept (the feature's top tokens), the opening and the text; not whether it was
 steered. Both texts of a pair are asked about, in an order drawn by the seed. Paired differences use
 the pairs whose answers all were read.
 """
@@ -76,7 +76,7 @@ def _texts(folder: Path, arm: str) -> tuple[pd.DataFrame, dict[str, str]]:
     if arm not in arms:
         raise UserError(f"no texts of the arm {arm!r}", where=str(folder), expected=", ".join(arms))
     concepts = {
-        r["feature"]: ", ".join(dict.fromkeys(t.strip() for t in r["own_tokens"]))[:200]
+        r["feature"]: ", ".join(dict.fromkeys(t.strip() for t in r["top_tokens"]))[:200]
         for r in records
     }
     return samples[(samples["arm"] == arm) & (samples["target"] == dose)], concepts

@@ -1,7 +1,7 @@
 """Two sets of texts → a plan that pushes towards the first: by a feature and its flow, or by a
 difference of means.
 
-1. Read both sets with the unsteered model, mean over the tokens of a text (steering/discovery.py).
+1. Read both sets with the unsteered model, mean over the tokens of a text (steering/features.py).
 2. Difference of means: topical mean minus contrast mean at the layers asked for; that is the plan's
    vector.
 3. Otherwise rank features by AUROC or d′; ask the best for their output side: of the KL that a push
@@ -17,25 +17,23 @@ pass a candidate.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from data.concepts.prompts import read_prompts
 from data.text.tokenizer import Tokenizer
 from featureflow.errors import UserError
-from featureflow.sites import FeatureId, Site
-from pipeline.lenses.steering.session import SteerSession
-from sae import Sae
-from steering.arms import Flow, Scales, difference, single
-from steering.discovery import Contrast, TextStates, difference_of_means, rank_features, read_texts
+from featureflow.sites import FeatureId
+from pipeline.steering_run import Steering, is_content_word
+from steering.arms import Flow, Scales, along_vectors, single
 from steering.dose import NeutralText
+from steering.features import Contrast, difference_of_means, rank_features, read_texts
 from steering.plan import Plan
-from steering.profile import OutputScore, Profile, output_scores
+from steering.teacher_forced import OutputScore, output_score
 
 _LEAST_TEXTS = 4
 _N_WORDS, _LEAST_RATIO = 40, 3.0
@@ -69,7 +67,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def plan_by_difference(
-    session: SteerSession,
+    steering: Steering,
     topical: Sequence[str],
     other: Sequence[str],
     layers: Sequence[int],
@@ -78,7 +76,7 @@ def plan_by_difference(
 ) -> Plan:
     """Add the difference of means at residual layers, at the strength that gives the dose. Raises
     UserError."""
-    known = {site.layer: site for site in session.saes}
+    known = {site.layer: site for site in steering.saes}
     if missing := [layer for layer in layers if layer not in known]:
         raise UserError(
             "no dictionary at a layer",
@@ -86,16 +84,14 @@ def plan_by_difference(
             found=", ".join(map(str, missing)),
         )
     sites = [known[layer] for layer in layers]
-    states = read_texts(session.model, dict.fromkeys(sites, None), [*topical, *other])
+    states = read_texts(steering.model, dict.fromkeys(sites, None), [*topical, *other])
     vectors = difference_of_means(states, _labels(topical, other))
-    plan = difference(
-        vectors, Scales(norms=session.norms, activations={}), strength=_SCORING_STRENGTH
-    )
-    return session.calibrated(session.signed(plan), dose)
+    plan = along_vectors(vectors, Scales(norms=steering.norms, activations={}))
+    return steering.calibrated(steering.signed(plan), dose)
 
 
 def features_of_contrast(
-    session: SteerSession,
+    steering: Steering,
     topical: Sequence[str],
     other: Sequence[str],
     *,
@@ -104,20 +100,19 @@ def features_of_contrast(
 ) -> list[Found]:
     """The best readers of the contrast, by their output side, best first. Raises UserError where
     none is active."""
-    saes: Mapping[Site, Sae] = session.saes
-    states: TextStates = read_texts(session.model, saes, [*topical, *other])
+    states = read_texts(steering.model, steering.saes, [*topical, *other])
     contrasts = rank_features(states, _labels(topical, other), n_best=n_best, by=by)
     if not contrasts:
         raise UserError(
             "no feature is active on a tenth of the topical texts", fix="give longer texts, or more"
         )
-    tokens = telling_tokens(session.model.tokenizer, topical, other)
+    tokens = telling_tokens(steering.model.tokenizer, topical, other)
     if not tokens:
         raise UserError(
             "no word tells the topical texts from the others",
             fix="give more texts, or use --by difference",
         )
-    scores = _output_side(session, [contrast.feature for contrast in contrasts], tokens)
+    scores = _output_side(steering, [contrast.feature for contrast in contrasts], tokens)
     found = [Found(contrast=c, output=s) for c, s in zip(contrasts, scores, strict=True)]
     return sorted(found, key=lambda each: each.output.on_target_share, reverse=True)
 
@@ -140,30 +135,27 @@ def telling_tokens(
         if n_texts >= 2 and ratio >= _LEAST_RATIO:
             weights[token] = counts[0][token] * float(np.log(ratio))
     telling = sorted(weights, key=lambda token: (-weights[token], token))
-    words = [token for token in telling if _is_content(tokenizer.decode([token]))]
+    words = [token for token in telling if is_content_word(tokenizer.decode([token]))]
     return tuple((words or telling)[:_N_WORDS])
 
 
-def _is_content(text: str) -> bool:
-    word = text.strip().lower()
-    return len(word) >= 3 and word.isalpha() and word not in ENGLISH_STOP_WORDS
-
-
 def _output_side(
-    session: SteerSession, features: Sequence[FeatureId], tokens: tuple[int, ...]
+    steering: Steering, features: Sequence[FeatureId], tokens: tuple[int, ...]
 ) -> list[OutputScore]:
-    profiles = [
-        Profile(feature=f, density=0.0, strong=1.0, own_tokens=tokens, purity=1.0) for f in features
-    ]
     neutral = NeutralText.prepare(
-        session.model, read_prompts().neutral_texts[-_N_NEUTRAL:], n_tokens=32
+        steering.model, read_prompts().neutral_texts[-_N_NEUTRAL:], n_tokens=32
     )
-    scales = Scales(norms=session.norms, activations={})
-    plans = [
-        single(Flow(seed=f, steps=((f, 1.0),)), scales, strength=_SCORING_STRENGTH)
-        for f in features
+    scales = Scales(norms=steering.norms, activations={})
+    return [
+        output_score(
+            steering.model,
+            steering.saes,
+            single(Flow.of_one(feature), scales, strength=_SCORING_STRENGTH),
+            tokens,
+            neutral,
+        )
+        for feature in features
     ]
-    return output_scores(session.model, session.saes, profiles, plans, neutral)
 
 
 def _labels(topical: Sequence[str], other: Sequence[str]) -> list[bool]:

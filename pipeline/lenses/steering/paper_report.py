@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
+from featureflow.figures import panels, save
 from featureflow.statistics import Interval, bootstrap_mean
-from steering.figures import draw_curves, draw_heat
+from pipeline.lenses.steering.figures import curves
 
 REPORT = "report.md"
 
@@ -168,18 +170,18 @@ def _draw(deactivation: pd.DataFrame, activation: pd.DataFrame, folder: Path) ->
         .groupby(["mode", "r"], sort=False)[["removed", "guard"]]
         .mean()
     )
-    curves = best.reset_index().rename(columns={"mode": "arm"})
-    draw_curves(
+    removed = best.reset_index().rename(columns={"mode": "arm"})
+    drawn = curves(
         [
-            (curves.assign(value=curves["removed"]), "removed, nats a token on the topic's texts"),
-            (curves.assign(value=curves["guard"]), "relative rise of the loss on other texts"),
+            (removed.assign(value=removed["removed"]), "removed, nats a token"),
+            (removed.assign(value=removed["guard"]), "relative rise of the loss on other texts"),
         ],
-        folder / "deactivation.png",
         x="r",
         xlabel="r (what is left of the features)",
         title="Deactivation",
         log=False,
     )
+    save(drawn, folder / "deactivation.png")
     whole = activation[activation["layer"].isna()].assign(
         arm=lambda t: t["mode"] + ", " + t["schedule"]
     )
@@ -188,24 +190,29 @@ def _draw(deactivation: pd.DataFrame, activation: pd.DataFrame, folder: Path) ->
         .mean()
         .reset_index()
     )
-    draw_curves(
+    drawn = curves(
         [
             (mean.assign(value=mean["selectivity"]), "selectivity, nats a token"),
             (mean.assign(value=mean["succ_coh"]), "samples on topic and coherent"),
         ],
-        folder / "activation.png",
         x="kl",
         xlabel="dose (nats on neutral text)",
         title="Activation",
     )
-    layered = activation[activation["mode"] == "up to"].rename(columns={"s": "target"})
-    draw_heat(
-        layered,
-        folder / "layers.png",
-        value="selectivity",
-        title="Selectivity, layers up to",
-        xlabel="s",
-    )
+    save(drawn, folder / "activation.png")
+    save(_layers(activation[activation["mode"] == "up to"]), folder / "layers.png")
+
+
+def _layers(table: pd.DataFrame) -> Figure:
+    """Layer × s: the mean selectivity of layers up to."""
+    grid = table.pivot_table(index="layer", columns="s", values="selectivity")
+    figure, (axis,) = panels(width=1.6 + 0.7 * grid.shape[1], height=1.6 + 0.25 * grid.shape[0])
+    image = axis.imshow(grid.to_numpy(), aspect="auto", cmap="cividis", origin="lower")
+    axis.set_xticks(range(grid.shape[1]), [f"{s:g}" for s in grid.columns])
+    axis.set_yticks(range(grid.shape[0]), [f"L{layer:g}" for layer in grid.index])
+    axis.set(xlabel="s", title="Selectivity, layers up to")
+    figure.colorbar(image)
+    return figure
 
 
 def _grid(table: pd.DataFrame, reduced: pd.DataFrame, columns: str, value: str) -> list[str]:

@@ -9,7 +9,7 @@ Deactivation, h ← h + (r − 1)·Σ a·d over r, on texts of the topic and of 
 
 - `seeds`: the seed features only (the paper's baseline); `layer l`: the flow's nodes of one layer;
   `up to l`: of all layers to l (the paper's cumulative mode); `random`: for every node another
-  feature of its site that fires as often (the control that the paper has not).
+  feature of its site that is active as often (the control that the paper has not).
 - `removed`: fall of the topic texts' log-likelihood, nats a token; `guard`: relative rise of the
   loss on other texts.
 
@@ -38,16 +38,16 @@ import pandas as pd
 from data.concepts.prompts import read_prompts
 from featureflow.progress import Progress, silent
 from featureflow.sites import FeatureId
-from pipeline.lenses.steering.study_bench import Bench
-from pipeline.lenses.steering.study_options import N_NEUTRAL_TEXTS, N_NEUTRAL_TOKENS
-from pipeline.lenses.steering.study_topic import TopicSetup, World, set_up_topic
+from pipeline.lenses.steering.topic_samples import TopicSampler
+from pipeline.lenses.steering.topics import TopicSetup, set_up_topic
+from pipeline.steering_run import Steering
 from steering.arms import Flow, copied
 from steering.dose import NeutralText, measure
 from steering.edits import Add, Rescale
 from steering.plan import Node, Plan
-from steering.protocols import SteerableModel
 from steering.reading import CoherenceLimits, coherence_limits
 from steering.schedules import Constant, Exponential, Linear, Schedule
+from steering.sequences import SteerableModel
 from steering.teacher_forced import log_likelihoods, selectivity
 
 _LEAST_COSINE = 0.5
@@ -70,30 +70,25 @@ class PaperOptions:
 class Paper:
     """What the experiments run on."""
 
-    bench: Bench
+    steering: Steering
+    sampler: TopicSampler
     neutral: NeutralText
     options: PaperOptions
     progress: Progress = silent
 
-    @property
-    def world(self) -> World:
-        return self.bench.world
-
 
 def neutral_text(model: SteerableModel) -> NeutralText:
     """What doses of activation are measured on."""
-    return NeutralText.prepare(
-        model, read_prompts().neutral_texts[:N_NEUTRAL_TEXTS], n_tokens=N_NEUTRAL_TOKENS
-    )
+    return NeutralText.prepare(model, read_prompts().neutral_texts[:12], n_tokens=32)
 
 
 def deactivation(paper: Paper, setup: TopicSetup, seeds: Sequence[FeatureId]) -> pd.DataFrame:
     """One row a mode, layer and r."""
     nodes = sorted(
-        {feature for seed in seeds for feature in _kept_flow(paper.world, seed)}, key=_order
+        {feature for seed in seeds for feature in _kept_flow(paper.steering, seed)}, key=_order
     )
-    texts = paper.bench.texts(setup.topic, "test")
-    before = log_likelihoods(paper.world.model, [*texts[0], *texts[1]])
+    texts = paper.sampler.texts(setup.topic, "test")
+    before = log_likelihoods(paper.steering.model, [*texts[0], *texts[1]])
     usual = float(np.mean(before[len(texts[0]) :]))
     modes = [*_modes(nodes, paper.options.n_layers), ("seeds", None, list(seeds))]
     modes.append(("random", None, sorted(_random_like(paper, nodes), key=_order)))
@@ -104,7 +99,7 @@ def deactivation(paper: Paper, setup: TopicSetup, seeds: Sequence[FeatureId]) ->
                 nodes=tuple(Node(at=str(f)) for f in features), edit=Rescale(), strength=1 - r
             )
             changed = selectivity(
-                paper.world.model, paper.world.saes, plan, *texts, unsteered=before
+                paper.steering.model, paper.steering.saes, plan, *texts, unsteered=before
             )
             removed, spared = -float(np.mean(changed.topic)), -float(np.mean(changed.contrast))
             rows.append(
@@ -126,13 +121,17 @@ def deactivation(paper: Paper, setup: TopicSetup, seeds: Sequence[FeatureId]) ->
 def activation(paper: Paper, setup: TopicSetup) -> pd.DataFrame:
     """One row a mode, layer, schedule and s; whole flows also carry samples' measures."""
     flow = _cut(setup.flow)
-    texts = paper.bench.texts(setup.topic, "test")
-    before = log_likelihoods(paper.world.model, [*texts[0], *texts[1]])
+    texts = paper.sampler.texts(setup.topic, "test")
+    before = log_likelihoods(paper.steering.model, [*texts[0], *texts[1]])
     plans = list(_activation_plans(paper, setup, flow))
     rows = []
     for done, (keys, plan) in enumerate(plans):
-        changed = selectivity(paper.world.model, paper.world.saes, plan, *texts, unsteered=before)
-        kl = measure(paper.world.model, paper.world.saes, plan, paper.neutral, monitor=False).kl
+        changed = selectivity(
+            paper.steering.model, paper.steering.saes, plan, *texts, unsteered=before
+        )
+        kl = measure(
+            paper.steering.model, paper.steering.saes, plan, paper.neutral, monitor=False
+        ).kl
         rows.append({"topic": setup.topic, **keys, "kl": kl, "selectivity": changed.score})
         paper.progress(f"activate {setup.topic}", done + 1, len(plans))
     whole = [place for place, (keys, _) in enumerate(plans) if keys["layer"] is None]
@@ -147,11 +146,11 @@ def run_paper(paper: Paper, topics: Sequence[str]) -> Iterator[tuple[pd.DataFram
     """(deactivation, activation) over the topics so far, after each of them."""
     off, on = [], []
     for topic in topics:
-        setup = set_up_topic(paper.world, topic, seed=paper.options.seed)
+        setup = set_up_topic(paper.steering, topic, seed=paper.options.seed)
         contrasts = [contrast.feature for contrast in setup.contrasts]
         off.append(
             deactivation(
-                paper, setup, seeds_of(paper.world, setup, contrasts, paper.options.n_seeds)
+                paper, setup, seeds_of(paper.steering, setup, contrasts, paper.options.n_seeds)
             )
         )
         on.append(activation(paper, setup))
@@ -159,22 +158,22 @@ def run_paper(paper: Paper, topics: Sequence[str]) -> Iterator[tuple[pd.DataFram
 
 
 def seeds_of(
-    world: World, setup: TopicSetup, contrasts: Sequence[FeatureId], n: int
+    steering: Steering, setup: TopicSetup, contrasts: Sequence[FeatureId], n: int
 ) -> list[FeatureId]:
     """The first `n` features that tell the topic, no two on one flow; the study's seed first."""
     taken: list[FeatureId] = []
     used: set[FeatureId] = set()
     for feature in [setup.seed.feature, *contrasts]:
-        flow = _kept_flow(world, feature)
+        flow = _kept_flow(steering, feature)
         if len(taken) < n and not used & set(flow):
             taken.append(feature)
             used |= set(flow)
     return taken
 
 
-def _kept_flow(world: World, seed: FeatureId) -> list[FeatureId]:
+def _kept_flow(steering: Steering, seed: FeatureId) -> list[FeatureId]:
     """The features around the seed, cut at the first weak link on either side."""
-    return [feature for feature, _ in _cut(Flow(seed=seed, steps=tuple(world.chain(seed)))).steps]
+    return [feature for feature, _ in _cut(steering.flow(seed)).steps]
 
 
 def _cut(flow: Flow) -> Flow:
@@ -208,7 +207,7 @@ def _activation_plans(
     paper: Paper, setup: TopicSetup, flow: Flow
 ) -> Iterator[tuple[dict[str, Any], Plan]]:
     smallest = min(paper.options.strengths)
-    placebo = tuple(step for step in setup.placebo.steps if step[0].site in set(flow.sites))
+    control = tuple(step for step in setup.control.steps if step[0].site in set(flow.sites))
     for s in paper.options.strengths:
         schedules: list[Schedule] = [Constant(), Exponential(), Linear(end=smallest / s)]
         for schedule in schedules:
@@ -222,9 +221,9 @@ def _activation_plans(
         )
         yield _keys("seeds", None, "constant", s), seed_only
         same = copied(flow, setup.scales, strength=s)
-        weighted = tuple(replace(node, weight=1.0, scale=_unit(paper, flow)) for node in same.nodes)
+        weighted = tuple(node.replace(weight=1.0, scale=_unit(paper, flow)) for node in same.nodes)
         yield _keys("copied", None, "constant", s), replace(same, nodes=weighted)
-        yield _keys("random", None, "constant", s), _pushed(paper, flow, placebo, Constant(), s)
+        yield _keys("random", None, "constant", s), _pushed(paper, flow, control, Constant(), s)
         for mode, layer, features in _modes(
             [feature for feature, _ in flow.steps], paper.options.n_layers
         ):
@@ -245,7 +244,7 @@ def _pushed(
 
 
 def _unit(paper: Paper, flow: Flow) -> float:
-    return paper.world.norms[flow.seed.site]
+    return paper.steering.norms[flow.seed.site]
 
 
 def _keys(mode: str, layer: int | None, schedule: str, s: float) -> dict[str, Any]:
@@ -254,13 +253,15 @@ def _keys(mode: str, layer: int | None, schedule: str, s: float) -> dict[str, An
 
 def _sampled(paper: Paper, setup: TopicSetup, plans: Sequence[Plan]) -> list[dict[str, float]]:
     """Success, coherence and both, of samples from test prompts, for every plan."""
-    unsteered = paper.bench.unsteered("dev")
-    limits: CoherenceLimits = coherence_limits(paper.bench.read(unsteered))
+    unsteered = paper.sampler.unsteered("dev")
+    limits: CoherenceLimits = coherence_limits(paper.sampler.read(unsteered))
     threshold = setup.classifier.threshold_on([sample.text for sample in unsteered])
-    prompts = paper.bench.prompts("flow", setup.topic, "test")[: paper.options.n_prompts]
+    prompts = paper.sampler.prompts(setup.topic, "test")[: paper.options.n_prompts]
     found = []
-    for samples in paper.bench.generated(prompts, plans, n_samples=1):
-        table = pd.DataFrame(paper.bench.records(setup, samples, limits, threshold))
+    for samples in paper.sampler.generated(prompts, plans, n_samples=1):
+        table = pd.DataFrame(
+            paper.sampler.records(setup.classifier, setup.lexicon, samples, limits, threshold)
+        )
         found.append(
             {
                 "success": float(table["success"].mean()),
@@ -272,13 +273,15 @@ def _sampled(paper: Paper, setup: TopicSetup, plans: Sequence[Plan]) -> list[dic
 
 
 def _random_like(paper: Paper, nodes: Sequence[FeatureId]) -> set[FeatureId]:
-    """For every node another feature of its site that fires about as often, and is none of the
+    """For every node another feature of its site that is active about as often, and is none of the
     nodes."""
     taken = set(nodes)
     found: set[FeatureId] = set()
     for node in nodes:
-        draws = (paper.world.random_like(node, paper.options.seed + k) for k in range(8))
-        found |= {next((draw for draw in draws if draw not in taken | found), node)}
+        others = paper.steering.random_features(
+            node, seed=paper.options.seed, excluded=taken | found
+        )
+        found.add(others[0])
     return found - taken
 
 

@@ -2,8 +2,8 @@
 samples to judge by.
 
 Samples are drawn with the stage's seed, the same (prompt, sample) pairs for every arm of a feature
-and dose, the unsteered twin beside each; the feature's own words are marked. Nothing is picked by
-hand, and all text is escaped.
+and dose, the paired unsteered sample beside each; the feature's top tokens are marked. Nothing is
+picked by hand, and all text is escaped.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from markupsafe import Markup, escape
 PAGE = "report.html"
 _SHOWN = 3
 _COLUMNS = {
-    "own_tokens": "own words in 100",
-    "active": "share of tokens firing",
+    "top_tokens": "top tokens in 100",
+    "active": "share of tokens active",
     "coherent": "share coherent",
     "nll": "nats a token",
 }
@@ -42,15 +42,16 @@ def write_steer_report(
 ) -> Path:
     """Write the page into the artifact's folder and return its path."""
     environment = Environment(loader=PackageLoader("pipeline.stages", "templates"), autoescape=True)
-    figures = sorted(path.name for path in (folder / "figures").glob("*.png"))
+    figures = [folder / "figure.png", *sorted(folder.glob("figures/*.png"))]
     page = environment.get_template("steer_report.html").render(
         headline=[(name.replace("_", " "), value) for name, value in headline.items()],
         remarks=remarks,
         dose=dose,
         columns=list(_COLUMNS.values()),
         figures=[
-            {"href": quote(f"figures/{name}"), "title": Path(name).stem.replace("_", " ")}
-            for name in figures
+            {"href": quote(str(path.relative_to(folder))), "title": path.stem.replace("_", " ")}
+            for path in figures
+            if path.is_file()
         ],
         features=[
             _feature(record, samples[samples["feature"] == record["feature"]], effects, seed)
@@ -67,7 +68,7 @@ def _feature(
 ) -> dict[str, Any]:
     own = effects[effects["feature"] == record["feature"]]
     drawn = _drawn(samples, seed)
-    mark = _marker(record["own_tokens"])
+    mark = _marker(record["top_tokens"])
     doses = [
         {
             "target": target,
@@ -118,7 +119,7 @@ def _sample(row: Any, mark: re.Pattern[str] | None) -> dict[str, Any]:
 
 
 def _marker(tokens: Sequence[str]) -> re.Pattern[str] | None:
-    """Matches the feature's own tokens where they stand as words."""
+    """Matches the feature's top tokens where they stand as words."""
     words = sorted({token.strip() for token in tokens if token.strip()}, key=len, reverse=True)
     return (
         re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, words)) + r")(?!\w)") if words else None

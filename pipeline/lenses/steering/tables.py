@@ -6,59 +6,59 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from featureflow.sites import FeatureId
-from pipeline.describe.features import Features
 from pipeline.describe.labels import NO_RULE, TOO_RARE
+from pipeline.findings import Finding
+from pipeline.lenses.steering.figures import dose_response
 from pipeline.lenses.steering.selection import Chosen
-from steering.figures import draw_dose_response, draw_forest, draw_tradeoff
-from steering.trial import ArmDose, Effect, Twin
+from pipeline.lenses.steering.trial import ArmDose, Trial
+from pipeline.run import Run
 
 HEADLINE_ARM = "flow"
 _SHOWN_PER_ARM = 3
 
 
-def sample_table(chosen: Chosen, twins: Sequence[Twin]) -> pd.DataFrame:
-    """One row a steered sample, its unsteered twin beside it."""
+def sample_table(trial: Trial) -> pd.DataFrame:
+    """One row a steered sample, its paired unsteered samples beside it."""
     return pd.DataFrame(
         {
-            "feature": str(chosen.flow.seed),
-            "arm": twin.arm_dose.arm,
-            "target": twin.arm_dose.target,
-            "dose": twin.arm_dose.outcome.measured.kl,
-            "strength": twin.arm_dose.plan.strength,
-            "nodes": ", ".join(node.at for node in twin.arm_dose.plan.nodes),
-            "prompt": twin.steered.prompt,
-            "sample": twin.steered.sample,
-            "unsteered": twin.unsteered.text,
-            "steered": twin.steered.text,
-            "own_tokens_unsteered": twin.before.own_tokens[0],
-            "own_tokens_steered": twin.after.own_tokens[0],
-            "active_unsteered": twin.before.active[0],
-            "active_steered": twin.after.active[0],
-            "nll_unsteered": twin.before.nll,
-            "nll_steered": twin.after.nll,
-            "log_prob_steered": sum(twin.steered.log_probs),
+            "feature": str(trial.target.feature),
+            "arm": pair.arm_dose.arm,
+            "target": pair.arm_dose.target,
+            "dose": pair.arm_dose.outcome.measured.kl,
+            "strength": pair.arm_dose.plan.strength,
+            "nodes": ", ".join(node.at for node in pair.arm_dose.plan.nodes),
+            "prompt": pair.steered.prompt,
+            "sample": pair.steered.sample,
+            "unsteered": pair.unsteered.text,
+            "steered": pair.steered.text,
+            "top_tokens_unsteered": pair.before.top_tokens[0],
+            "top_tokens_steered": pair.after.top_tokens[0],
+            "active_unsteered": pair.before.active[0],
+            "active_steered": pair.after.active[0],
+            "nll_unsteered": pair.before.nll,
+            "nll_steered": pair.after.nll,
+            "log_prob_steered": sum(pair.steered.log_probs),
         }
-        for twin in twins
+        for pair in trial.pairs
     )
 
 
-def dose_table(chosen: Chosen, arm_doses: Sequence[ArmDose]) -> pd.DataFrame:
+def dose_table(trial: Trial) -> pd.DataFrame:
     """One row an arm and dose: what was asked, what was reached, and what it did to neutral
     text."""
-    return pd.DataFrame(_dose_row(chosen, each) for each in arm_doses)
+    return pd.DataFrame(_dose_row(trial, each) for each in trial.arm_doses)
 
 
-def _dose_row(chosen: Chosen, each: ArmDose) -> dict[str, Any]:
+def _dose_row(trial: Trial, each: ArmDose) -> dict[str, Any]:
     measured = each.outcome.measured
     nodes = measured.report.nodes
     return {
-        "feature": str(chosen.flow.seed),
+        "feature": str(trial.target.feature),
         "arm": each.arm,
         "target": each.target,
         "kl": measured.kl,
@@ -75,14 +75,12 @@ def _dose_row(chosen: Chosen, each: ArmDose) -> dict[str, Any]:
     }
 
 
-def effect_table(
-    chosen: Chosen, arm_doses: Sequence[ArmDose], effects: Sequence[Effect]
-) -> pd.DataFrame:
+def effect_table(trial: Trial) -> pd.DataFrame:
     """One row an arm, dose and measure: means, and the paired difference with its interval."""
-    measured = {(each.arm, each.target): each.outcome.measured.kl for each in arm_doses}
+    measured = {(each.arm, each.target): each.outcome.measured.kl for each in trial.arm_doses}
     return pd.DataFrame(
         {
-            "feature": str(chosen.flow.seed),
+            "feature": str(trial.target.feature),
             "arm": effect.arm,
             "target": effect.dose,
             "dose": measured[effect.arm, effect.dose],
@@ -94,7 +92,7 @@ def effect_table(
             "high": effect.difference.high,
             "n": effect.difference.n,
         }
-        for effect in effects
+        for effect in trial.effects
     )
 
 
@@ -107,14 +105,14 @@ def feature_records(
             "feature": str(each.flow.seed),
             "label": labels.get(str(each.flow.seed), ""),
             "density": each.profile.density,
-            "own_tokens": [decode([token]) for token in each.profile.own_tokens],
+            "top_tokens": [decode([token]) for token in each.profile.top_tokens],
             "purity": each.profile.purity,
-            "own_token_probability": {"unsteered": each.score.before, "steered": each.score.after},
-            "audition": None if each.audition is None else dataclasses.asdict(each.audition),
+            "top_token_probability": {"unsteered": each.score.before, "steered": each.score.after},
+            "screening": None if each.screening is None else dataclasses.asdict(each.screening),
             "flow": [
                 {"feature": str(feature), "cosine": cosine} for feature, cosine in each.flow.steps
             ],
-            "placebo": [str(feature) for feature, _ in each.placebo.steps],
+            "control": [str(feature) for feature, _ in each.control.steps],
             "n_silent_steps": each.n_silent_steps,
         }
         for each in chosen
@@ -166,17 +164,17 @@ def _atlas_sample(
         "unsteered": row["unsteered"],
         "steered": row["steered"],
         "measure": {
-            "name": "own tokens per 100",
-            "unsteered": round(row["own_tokens_unsteered"], 2),
-            "steered": round(row["own_tokens_steered"], 2),
+            "name": "top tokens per 100",
+            "unsteered": round(row["top_tokens_unsteered"], 2),
+            "steered": round(row["top_tokens_steered"], 2),
         },
     }
 
 
 def _atlas_effect(row: Mapping[Any, Any]) -> dict[str, Any]:
     names = {
-        "own_tokens": "own tokens per 100",
-        "active": "share of tokens where the feature fires",
+        "top_tokens": "top tokens per 100",
+        "active": "share of tokens where the feature is active",
     }
     return {
         "feature": row["feature"],
@@ -197,7 +195,7 @@ def headline(effects: pd.DataFrame, doses: pd.DataFrame, dose: float) -> dict[st
     own = effects[(effects["arm"] == arm) & (effects["target"] == dose)].set_index("measure")
     n_features = effects["feature"].nunique()
     numbers: dict[str, Any] = {"n_features": n_features, "arm": arm, "dose": dose}
-    for measure in ("own_tokens", "active"):
+    for measure in ("top_tokens", "active"):
         part = own.loc[[measure]]
         numbers[f"{measure}_unsteered"] = round(float(part["unsteered"].mean()), 4)
         numbers[f"{measure}_steered"] = round(float(part["steered"].mean()), 4)
@@ -205,24 +203,58 @@ def headline(effects: pd.DataFrame, doses: pd.DataFrame, dose: float) -> dict[st
     numbers["coherent_unsteered"] = round(float(own.loc[["coherent"]]["unsteered"].mean()), 4)
     numbers["coherent_steered"] = round(float(own.loc[["coherent"]]["steered"].mean()), 4)
     numbers["n_doses_not_reached"] = int((~doses["reached"]).sum())
-    numbers["chosen_on"] = "development openers, choice.json"
+    numbers["chosen_on"] = "development prompts, choice.json"
     return numbers
 
 
-def draw_figures(effects: pd.DataFrame, folder: Path, dose: float) -> None:
-    folder.mkdir(exist_ok=True)
-    draw_dose_response(effects, folder / "dose_response.png")
-    draw_tradeoff(effects, folder / "concept_and_fluency.png")
-    draw_forest(effects, folder / "effects.png", measure="active", target=dose)
+def finding_of(
+    effects: pd.DataFrame, doses: pd.DataFrame, dose: float, remarks: Sequence[str]
+) -> Finding:
+    """The measured part of the stage. `columns`: what steering a feature along its flow did."""
+    numbers = headline(effects, doses, dose)
+    at = effects[(effects["arm"] == numbers["arm"]) & (effects["target"] == dose)]
+    by_feature = {measure: part.set_index("feature") for measure, part in at.groupby("measure")}
+    columns = pd.DataFrame(
+        {
+            "top tokens in 100, steered": by_feature["top_tokens"]["steered"],
+            "top tokens in 100, unsteered": by_feature["top_tokens"]["unsteered"],
+            "share coherent, steered": by_feature["coherent"]["steered"],
+        }
+    )
+    return Finding(
+        tables={"effects": effects, "doses": doses},
+        text=_text(numbers, remarks),
+        headline=numbers,
+        figure=lambda: dose_response(effects),
+        columns=columns.rename_axis("feature").reset_index(),
+    )
 
 
-def labels_of(features: Features, chosen: Sequence[Chosen]) -> dict[str, str]:
+def _text(numbers: Mapping[str, Any], remarks: Sequence[str]) -> str:
+    n = numbers["n_features"]
+    return "\n\n".join(
+        [
+            f"At {numbers['dose']:g} nats, the arm {numbers['arm']} raises the top tokens of "
+            f"{numbers['n_features_raised_top_tokens']} of {n} features (interval above 0): "
+            f"{numbers['top_tokens_unsteered']:.2f} in 100 tokens unsteered, "
+            f"{numbers['top_tokens_steered']:.2f} steered. Coherent are "
+            f"{numbers['coherent_steered']:.0%} of the steered and "
+            f"{numbers['coherent_unsteered']:.0%} of the unsteered texts.",
+            "The dose was chosen on other prompts than these (choice.json). Features that were "
+            "not named were chosen because they can be steered: this says nothing about all "
+            "features.",
+            *remarks,
+        ]
+    )
+
+
+def labels_of(run: Run, chosen: Sequence[Chosen]) -> dict[str, str]:
     """The labels of the chosen features."""
-    return {str(each.flow.seed): features.label_of(str(each.flow.seed)) for each in chosen}
+    return {str(each.flow.seed): run.features.label_of(str(each.flow.seed)) for each in chosen}
 
 
-def has_label(features: Features) -> Callable[[FeatureId], bool]:
+def has_label(run: Run) -> Callable[[FeatureId], bool]:
     """Whether a feature has a label that held on documents it was not made from."""
     return lambda feature: (
-        bool(label := features.label_of(feature)) and not label.startswith((NO_RULE, TOO_RARE))
+        bool(label := run.features.label_of(feature)) and not label.startswith((NO_RULE, TOO_RARE))
     )

@@ -6,7 +6,7 @@ text.
 2. Generate from every prompt with the unsteered model and with every plan, from the same random
    numbers.
 3. Read everything back with the unsteered model.
-4. Pair each steered sample with its unsteered twin; report mean differences with a bootstrap over
+4. Pair each steered sample with its unsteered one; report mean differences with a bootstrap over
    prompts.
 
 A dose that no strength reaches is kept as an outcome (`reached` False), generated at the closest
@@ -15,21 +15,20 @@ strength, and said.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from featureflow.progress import Progress, silent
-from featureflow.sites import Site
 from featureflow.statistics import Interval, bootstrap_mean
+from pipeline.steering_run import Steering
 from steering.arms import Flow, Scales, plans_of, with_whole_budget
 from steering.dose import Calibrated, Dose, NeutralText, calibrate, measure, persistence
-from steering.generation import Generation, Sample, Sampling, generate
+from steering.generation import Sample, Sampling, generate
 from steering.plan import Plan
-from steering.protocols import Dictionary, SteerableModel
 from steering.reading import CoherenceLimits, Reading, Target, is_coherent, read_back
 from steering.schedules import Schedule
 
-MEASURES = ("own_tokens", "active", "activation", "nll", "coherent")
+MEASURES = ("top_tokens", "active", "activation", "nll", "coherent")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ class ArmDose:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Twin:
+class PairedSample:
     """A steered sample beside the unsteered one with the same prompt and random numbers, and both
     readings."""
 
@@ -68,23 +67,33 @@ class Effect:
     difference: Interval
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One feature: every arm at every dose, its samples, and their effects."""
+
+    target: Target
+    arm_doses: Sequence[ArmDose]
+    pairs: Sequence[PairedSample]
+    effects: Sequence[Effect]
+
+
 def calibrated_arms(
-    model: SteerableModel,
-    saes: Mapping[Site, Dictionary],
+    steering: Steering,
     neutral: NeutralText,
     *,
     arms: Sequence[str],
     doses: Sequence[float],
     flow: Flow,
-    placebo: Flow,
+    control: Flow,
     scales: Scales,
     schedule: Schedule,
     seed: int,
     progress: Progress = silent,
 ) -> list[ArmDose]:
     """Every arm at every dose."""
+    model, saes = steering.model, steering.saes
     plans = plans_of(
-        arms, flow, placebo, scales, d_model=model.d_model, seed=seed, schedule=schedule
+        arms, flow, control, scales, d_model=model.d_model, seed=seed, schedule=schedule
     )
     found: list[ArmDose] = []
     for done, (arm, plan) in enumerate(plans.items()):
@@ -104,56 +113,66 @@ def calibrated_arms(
     return found
 
 
-def run_trial(
-    model: SteerableModel,
-    saes: Mapping[Site, Dictionary],
-    arm_doses: Sequence[ArmDose],
-    target: Target,
+def run_trials(
+    steering: Steering,
+    dosed: Sequence[tuple[Target, Sequence[ArmDose]]],
     prompts: Sequence[str],
+    limits: CoherenceLimits,
     *,
-    unsteered: Generation,
-    before: Sequence[Reading],
     n_samples: int,
     seed: int,
     sampling: Sampling,
     batch_size: int = 48,
     progress: Progress = silent,
-) -> list[Twin]:
-    """Generate and read back every arm and dose; `unsteered` (plan 0) and its readings of this
-    target are given, since all features of a run share them."""
-    made = generate(
-        model,
-        saes,
-        prompts,
-        [each.plan for each in arm_doses],
-        n_samples=n_samples,
-        seed=seed,
-        sampling=sampling,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    after = read_back(model, saes, made.samples, [target], progress=progress)
-    twins = {
-        (s.prompt_index, s.sample): (s, r)
-        for s, r in zip(unsteered.of_plan(0), before, strict=True)
-    }
-    return [
-        Twin(
-            arm_dose=arm_doses[sample.plan],
-            unsteered=twins[sample.prompt_index, sample.sample][0],
-            steered=sample,
-            before=twins[sample.prompt_index, sample.sample][1],
-            after=reading,
-        )
-        for sample, reading in zip(made.samples, after, strict=True)
-    ]
+) -> list[Trial]:
+    """Generate and read back every arm and dose of every feature; all share the unsteered
+    samples."""
+
+    def written(plans: Sequence[Plan | None]) -> tuple[Sample, ...]:
+        return generate(
+            steering.model,
+            steering.saes,
+            prompts,
+            plans,
+            n_samples=n_samples,
+            seed=seed,
+            sampling=sampling,
+            batch_size=batch_size,
+            progress=progress,
+        ).samples
+
+    unsteered, targets = written([None]), [target for target, _ in dosed]
+    readings = read_back(steering.model, steering.saes, unsteered, targets)
+    trials = []
+    for place, (target, arm_doses) in enumerate(dosed):
+        steered = written([each.plan for each in arm_doses])
+        after = read_back(steering.model, steering.saes, steered, [target], progress=progress)
+        before = {
+            (sample.prompt_index, sample.sample): (sample, reading.of_target(place))
+            for sample, reading in zip(unsteered, readings, strict=True)
+        }
+        pairs = [
+            PairedSample(
+                arm_dose=arm_doses[sample.plan],
+                unsteered=before[sample.prompt_index, sample.sample][0],
+                steered=sample,
+                before=before[sample.prompt_index, sample.sample][1],
+                after=reading,
+            )
+            for sample, reading in zip(steered, after, strict=True)
+        ]
+        effects = effects_of(pairs, limits, seed=seed)
+        trials.append(Trial(target=target, arm_doses=arm_doses, pairs=pairs, effects=effects))
+    return trials
 
 
-def effects_of(twins: Sequence[Twin], limits: CoherenceLimits, *, seed: int) -> list[Effect]:
+def effects_of(
+    pairs: Sequence[PairedSample], limits: CoherenceLimits, *, seed: int
+) -> list[Effect]:
     """One effect an arm, dose and measure, in the order in which they come."""
-    groups: dict[tuple[str, float], list[Twin]] = {}
-    for twin in twins:
-        groups.setdefault((twin.arm_dose.arm, twin.arm_dose.target), []).append(twin)
+    groups: dict[tuple[str, float], list[PairedSample]] = {}
+    for pair in pairs:
+        groups.setdefault((pair.arm_dose.arm, pair.arm_dose.target), []).append(pair)
     return [
         _effect(arm, dose, name, members, limits, seed)
         for (arm, dose), members in groups.items()
@@ -173,12 +192,17 @@ def value_of(measure_name: str, reading: Reading, limits: CoherenceLimits) -> fl
 
 
 def _effect(
-    arm: str, dose: float, name: str, members: Sequence[Twin], limits: CoherenceLimits, seed: int
+    arm: str,
+    dose: float,
+    name: str,
+    members: Sequence[PairedSample],
+    limits: CoherenceLimits,
+    seed: int,
 ) -> Effect:
-    before = [value_of(name, twin.before, limits) for twin in members]
-    after = [value_of(name, twin.after, limits) for twin in members]
+    before = [value_of(name, pair.before, limits) for pair in members]
+    after = [value_of(name, pair.after, limits) for pair in members]
     differences = [a - b for a, b in zip(after, before, strict=True)]
-    prompts = [twin.steered.prompt_index for twin in members]
+    prompts = [pair.steered.prompt_index for pair in members]
     return Effect(
         arm=arm,
         dose=dose,

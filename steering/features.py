@@ -1,32 +1,50 @@
-"""Features and directions for a concept, from texts with it and texts of the same kind without it.
+"""Features to steer with: which of them read a concept, and what one of them reads.
 
-1. `activations_on`: per text, the mean activation of every latent at a site over the text's tokens
-   (first token left out).
+From texts with a concept and texts of the same kind without it:
+
+1. `read_texts`: per text, the mean vector at a site and the mean activation of every latent, over
+   the text's tokens (first token left out).
 2. `rank_features`: by AUROC (does the activation tell topical from contrast texts?) and by d′;
-   features that fire on fewer than `min_fire_rate` of the topical texts are left out.
-3. The best fifty by AUROC are then asked for their output side (steering/profile.py or token mass):
-   a feature that reads a topic need not make the model write it.
-4. `difference_of_means`: the mean vector of topical texts minus that of contrast texts, per site.
+   features that are active on fewer than `min_active_rate` of the topical texts are left out.
+3. `difference_of_means`: the mean vector of topical texts minus that of contrast texts, per site.
 
-Cost: one forward pass over the texts, one encoding a site.
+From activations at a site and the tokens there (`profile_features`):
+
+1. `density`: share of tokens where the feature is active; `strong`: the 95th percentile of its
+   activation where it is.
+2. `top_tokens`: token ids on which it is active at least `min_rate` of the time, common tokens left
+   out, by activation mass.
+3. `purity`: the share of its activation mass that falls on them. 1 is a feature of a few words.
+
+A feature that reads a topic need not make the model write it: `output_score` in
+steering/teacher_forced.py asks that. Cost: one forward pass over the texts, one encoding a site.
+Source: Arad et al., input scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from scipy.stats import rankdata
 from torch import Tensor
 
 from featureflow.errors import UserError
 from featureflow.sites import FeatureId, Site
-from steering.protocols import SteerableModel
-from steering.sequences import Batch, device_of, encoded, forward, in_batches, padded
+from steering.sequences import (
+    Batch,
+    Dictionary,
+    SteerableModel,
+    device_of,
+    encoded,
+    forward,
+    in_batches,
+    padded,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +54,18 @@ class Contrast:
     feature: FeatureId
     auroc: float
     d_prime: float
-    fire_rate: float
+    active_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """The input side of one feature."""
+
+    feature: FeatureId
+    density: float
+    strong: float
+    top_tokens: tuple[int, ...]
+    purity: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,7 +115,7 @@ def rank_features(
     states: TextStates,
     is_topic: Sequence[bool],
     *,
-    min_fire_rate: float = 0.1,
+    min_active_rate: float = 0.1,
     n_best: int = 50,
     by: Literal["auroc", "d_prime"] = "auroc",
 ) -> list[Contrast]:
@@ -101,7 +130,7 @@ def rank_features(
     found = [
         contrast
         for site, latents in states.latents.items()
-        for contrast in _contrasts(site, latents.numpy(), topic, min_fire_rate)
+        for contrast in _contrasts(site, latents.numpy(), topic, min_active_rate)
     ]
     second: Literal["auroc", "d_prime"] = "d_prime" if by == "auroc" else "auroc"
     return sorted(found, key=lambda c: (-getattr(c, by), -getattr(c, second), str(c.feature)))[
@@ -129,11 +158,48 @@ def auroc(
     return (ranks[is_topic].sum(0) - n_topic * (n_topic + 1) / 2) / (n_topic * n_other)
 
 
+def profile_features(
+    sae: Dictionary,
+    site: Site,
+    blocks: Iterable[Float[Tensor, "token d_model"]],
+    ids: Int64[np.ndarray, "token"],
+    latents: Sequence[int],
+    *,
+    min_rate: float = 0.3,
+    max_frequency: float = 0.002,
+    n_top: int = 30,
+) -> list[Profile]:
+    """Profiles of `latents`; `ids` are the tokens of all blocks, in order."""
+    parts = [sae.encode_selected(block.float(), list(latents)).cpu().numpy() for block in blocks]
+    activations = np.concatenate(parts) if parts else np.zeros((0, len(latents)), dtype=np.float32)
+    if len(activations) != len(ids) or not len(ids):
+        raise UserError(
+            "tokens and activations differ in number",
+            expected=str(len(ids)),
+            found=str(len(activations)),
+        )
+    tokens, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    usable = counts <= max(max_frequency * len(ids), 8)
+    return [
+        _profile(
+            FeatureId(site, latent),
+            activations[:, column],
+            tokens,
+            inverse,
+            counts,
+            usable,
+            min_rate,
+            n_top,
+        )
+        for column, latent in enumerate(latents)
+    ]
+
+
 def _contrasts(
-    site: Site, latents: np.ndarray, topic: np.ndarray, min_fire_rate: float
+    site: Site, latents: np.ndarray, topic: np.ndarray, min_active_rate: float
 ) -> list[Contrast]:
-    fire_rate = (latents[topic] > 0).mean(0)
-    kept = np.flatnonzero(fire_rate >= min_fire_rate)
+    active_rate = (latents[topic] > 0).mean(0)
+    kept = np.flatnonzero(active_rate >= min_active_rate)
     if not len(kept):
         return []
     values = latents[:, kept]
@@ -145,7 +211,7 @@ def _contrasts(
             feature=FeatureId(site, int(latent)),
             auroc=float(score[place]),
             d_prime=float(d_prime[place]),
-            fire_rate=float(fire_rate[latent]),
+            active_rate=float(active_rate[latent]),
         )
         for place, latent in enumerate(kept)
     ]
@@ -170,3 +236,27 @@ def _masked_mean(
     values: Float[Tensor, "batch position n"], mask: Float[Tensor, "batch position"]
 ) -> Tensor:
     return torch.einsum("bpn,bp->bn", values, mask) / mask.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _profile(
+    feature: FeatureId,
+    a: Float[np.ndarray, "token"],
+    tokens: Int64[np.ndarray, "kind"],
+    inverse: Int64[np.ndarray, "token"],
+    counts: Int64[np.ndarray, "kind"],
+    usable: np.ndarray,
+    min_rate: float,
+    n_top: int,
+) -> Profile:
+    active = a > 0
+    mass = np.bincount(inverse, weights=a, minlength=len(tokens))
+    n_active = np.bincount(inverse[active], minlength=len(tokens))
+    own = usable & (n_active >= 2) & (n_active >= min_rate * counts)
+    ranked = np.flatnonzero(own)[np.argsort(-mass[own], kind="stable")][:n_top]
+    return Profile(
+        feature=feature,
+        density=float(active.mean()),
+        strong=float(np.quantile(a[active], 0.95)) if active.any() else 0.0,
+        top_tokens=tuple(int(token) for token in tokens[ranked]),
+        purity=float(mass[ranked].sum() / mass.sum()) if mass.sum() > 0 else 0.0,
+    )

@@ -11,17 +11,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
+from benchmarks.steering_study.options import ACTIVATION_ARMS, SUPPRESSION_ARMS, UNSTEERED
+from benchmarks.steering_study.results import Comparison, paired
+from featureflow.figures import COLOURS, panels, save
 from featureflow.statistics import bootstrap_mean
-from pipeline.lenses.steering.study_options import ACTIVATION_ARMS, SUPPRESSION_ARMS, UNSTEERED
-from steering.figures import draw_asymmetry, draw_curves, draw_front, draw_intervals
-
-if TYPE_CHECKING:
-    from pipeline.lenses.steering.study_report import Comparison
+from pipeline.lenses.steering.figures import curves, front, intervals
 
 _PANELS = {
     "selectivity": "selectivity, nats a token",
@@ -95,43 +95,41 @@ def draw_study(
 ) -> list[str]:
     """Draw what there is data for; the names of the pictures."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = ["arms"]
-    title = "Samples about the topic and coherent, test prompts; bars: 95 % over topics"
-    draw_intervals(
-        _arm_intervals(records, seed), folder / "arms.png", xlabel="SuccCoh", title=title, zero=None
-    )
+    drawn = {
+        "arms": intervals(
+            _arm_intervals(records, seed),
+            xlabel="SuccCoh",
+            title="Samples about the topic and coherent, test prompts; bars: 95 % over topics",
+            zero=None,
+        )
+    }
     if comparisons:
-        draw_intervals(
+        drawn["topics"] = intervals(
             _by_topic(records, comparisons, seed),
-            folder / "topics.png",
             xlabel="difference of SuccCoh",
             title=_versus(comparisons),
         )
-        names.append("topics")
     active = doses[doses["arm"].isin(_SHOWN)]
     if len(active):
-        panels = [(active.assign(value=active[column]), name) for column, name in _PANELS.items()]
-        draw_curves(
-            panels,
-            folder / "doses.png",
+        drawn["doses"] = curves(
+            [(active.assign(value=active[column]), name) for column, name in _PANELS.items()],
             x="kl",
             xlabel="dose (nats on neutral text)",
             title="Development prompts, mean over topics",
         )
-        draw_front(
+        drawn["fluency"] = front(
             active,
-            folder / "fluency.png",
             x="coherent",
             y="success",
             xlabel="share of samples coherent",
             ylabel="share of samples about the topic",
         )
-        names += ["doses", "fluency"]
     asymmetry = _asymmetry(records)
     if len(asymmetry):
-        draw_asymmetry(asymmetry, folder / "asymmetry.png", title="Along the flow, a point a topic")
-        names.append("asymmetry")
-    return names
+        drawn["asymmetry"] = _draw_asymmetry(asymmetry)
+    for name, figure in drawn.items():
+        save(figure, folder / f"{name}.png")
+    return list(drawn)
 
 
 def _dose_row(topic: str, arm: str, entry: dict[str, Any]) -> dict[str, Any]:
@@ -162,8 +160,6 @@ def _arm_intervals(records: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 
 def _by_topic(records: pd.DataFrame, comparisons: Sequence[Comparison], seed: int) -> pd.DataFrame:
-    from pipeline.lenses.steering.study_report import paired
-
     best = max(comparisons, key=lambda c: c.difference.mean)
     table = paired(records, best.arm, best.control)
     rows = []
@@ -194,3 +190,20 @@ def _asymmetry(records: pd.DataFrame) -> pd.DataFrame:
     suppression = (topical - shares["suppress_flow"]) / topical
     table = pd.DataFrame({"activation": activation, "suppression": suppression}).dropna()
     return table.reset_index(names="name")
+
+
+def _draw_asymmetry(table: pd.DataFrame) -> Figure:
+    """Activation against suppression, a point a topic: on the diagonal both are as easy."""
+    figure, (axis,) = panels()
+    axis.scatter(table["activation"], table["suppression"], s=16)
+    for entry in table.itertuples():
+        place = (entry.activation, entry.suppression)
+        axis.annotate(entry.name, place, fontsize=6, xytext=(3, 3), textcoords="offset points")
+    low, high = min(0.0, float(table[["activation", "suppression"]].min().min())), 1.0
+    axis.plot([low, high], [low, high], color=COLOURS[-1], linestyle=":", linewidth=0.8)
+    axis.set(
+        xlabel="activation: share of the possible rise reached",
+        ylabel="suppression: share of the successes removed",
+        title="Along the flow, a point a topic",
+    )
+    return figure

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.lenses.steering.study_options import SUPPRESSION_ARMS
+from benchmarks.steering_study.options import SUPPRESSION_ARMS
 
 
 def choose_dose(

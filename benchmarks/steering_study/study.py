@@ -16,28 +16,24 @@ lock, test, resumable.
 A folder belongs to one choice of sizes, model and dictionaries (`choices.json`); only topics may be
 added.
 
-Sizes: pipeline/lenses/steering/study_options.py; arms and texts: study_topic.py; samples and
-records: study_bench.py; the choice: study_choice.py; statistics and report: study_report.py. Cost:
-`cost_of` says before.
+Sizes and arms: options.py; topics and samples: pipeline/lenses/steering/topics.py and
+topic_samples.py; the choice: choice.py; statistics and report: report.py. Cost: `cost_of` says
+before.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.concepts.prompts import read_prompts
-from featureflow.errors import Problem, UserError
-from featureflow.progress import Progress, silent
-from pipeline.lenses.steering.study_bench import Bench
-from pipeline.lenses.steering.study_choice import checksum, choose_dose, with_whole_budget
-from pipeline.lenses.steering.study_options import (
+from benchmarks.steering_study.choice import checksum, choose_dose, with_whole_budget
+from benchmarks.steering_study.options import (
     ACTIVATION_ARMS,
     ARMS,
     N_NEUTRAL_TEXTS,
@@ -49,11 +45,20 @@ from pipeline.lenses.steering.study_options import (
     StudyOptions,
     cost_of,
 )
-from pipeline.lenses.steering.study_topic import TopicSetup, World, set_up_topic
+from data.concepts.prompts import read_prompts
+from featureflow.errors import Problem, UserError
+from featureflow.progress import Progress, silent
+from pipeline.lenses.steering.topic_samples import TopicSampler
+from pipeline.lenses.steering.topics import TopicSetup, set_up_topic
+from pipeline.steering_run import Steering
+from steering.arms import Flow, along_flow, along_vectors, copied, random_direction, single
 from steering.dose import Calibrated, NeutralText, calibrate, measure
+from steering.edits import Cap, Floor
+from steering.generation import Sample
 from steering.plan import Plan
 from steering.plan_files import plan_document, plan_of_document
 from steering.reading import CoherenceLimits, coherence_limits
+from steering.schedules import CosineProduct, Exponential
 from steering.teacher_forced import log_likelihoods, selectivity
 
 __all__ = ["Study", "StudyOptions", "choose_dose", "cost_of", "with_whole_budget"]
@@ -65,7 +70,7 @@ _MAY_CHANGE = ("topics", "batch_size")
 class Study:
     """A study in a folder."""
 
-    world: World
+    steering: Steering
     options: StudyOptions
     folder: Path
     made_from: Mapping[str, str] = field(default_factory=dict)
@@ -76,8 +81,8 @@ class Study:
         return self.folder / "lock.json"
 
     @cached_property
-    def bench(self) -> Bench:
-        return Bench(world=self.world, options=self.options)
+    def sampler(self) -> TopicSampler:
+        return TopicSampler(model=self.steering.model, saes=self.steering.saes, sizes=self.options)
 
     @cached_property
     def _setups(self) -> dict[str, TopicSetup]:
@@ -85,13 +90,13 @@ class Study:
 
     def _setup(self, topic: str) -> TopicSetup:
         if topic not in self._setups:
-            self._setups[topic] = set_up_topic(self.world, topic, seed=self.options.seed)
+            self._setups[topic] = set_up_topic(self.steering, topic, seed=self.options.seed)
         return self._setups[topic]
 
     @cached_property
     def neutral(self) -> NeutralText:
         texts = read_prompts().neutral_texts[:N_NEUTRAL_TEXTS]
-        return NeutralText.prepare(self.world.model, texts, n_tokens=N_NEUTRAL_TOKENS)
+        return NeutralText.prepare(self.steering.model, texts, n_tokens=N_NEUTRAL_TOKENS)
 
     def develop(self) -> None:
         """Stage 1. Results go to `dev/<topic>/<arm>.json`. Raises UserError in a folder of other
@@ -105,8 +110,8 @@ class Study:
             self._write("dev", topic, "setup", describe_setup(setup))
             base = self._once("dev", topic, UNSTEERED, lambda s=setup: self._unsteered(s))
             self._develop_arms(setup, ACTIVATION_ARMS, base, self.neutral)
-            on_topic = self.bench.texts(topic, "dev")[0]
-            topical = NeutralText.prepare(self.world.model, on_topic, n_tokens=N_NEUTRAL_TOKENS)
+            on_topic = self.sampler.texts(topic, "dev")[0]
+            topical = NeutralText.prepare(self.steering.model, on_topic, n_tokens=N_NEUTRAL_TOKENS)
             self._develop_arms(setup, SUPPRESSION_ARMS, base, topical)
 
     def lock(self) -> dict[str, Any]:
@@ -159,29 +164,51 @@ class Study:
         missing = self._missing("dev", setup.topic, arms)
         if not missing:
             return
-        topical, contrast = self.bench.texts(setup.topic, "dev")
-        before = log_likelihoods(self.world.model, [*topical, *contrast])
+        topical, contrast = self.sampler.texts(setup.topic, "dev")
+        before = log_likelihoods(self.steering.model, [*topical, *contrast])
         screened = {arm: self._screened(setup, arm, scale, before) for arm in missing}
         plans = [
-            setup.plans[arm].with_strength(entry["strength"])
+            self._plans(setup)[arm].with_strength(entry["strength"])
             for arm, entries in screened.items()
             for entry in entries
         ]
-        made = iter(self.bench.samples(arms[0], setup.topic, "dev", plans))
+        made = iter(self._samples(arms[0], setup.topic, "dev", plans))
         limits = CoherenceLimits(**base["limits"])
         for arm, entries in screened.items():
             for entry in entries:
-                entry["records"] = self.bench.records(setup, next(made), limits, base["threshold"])
-            document = {"arm": arm, "plan": plan_document(setup.plans[arm]), "doses": entries}
+                entry["records"] = self._records(setup, next(made), limits, base["threshold"])
+            document = {
+                "arm": arm,
+                "plan": plan_document(self._plans(setup)[arm]),
+                "doses": entries,
+            }
             self._write("dev", setup.topic, arm, document)
+
+    def _plans(self, setup: TopicSetup) -> dict[str, Plan]:
+        return study_plans(setup, self.steering.model.d_model, self.options.seed)
+
+    def _samples(
+        self, arm: str, topic: str, split: str, plans: Sequence[Plan | None]
+    ) -> list[tuple[Sample, ...]]:
+        """The samples of each plan, from the prompts of such an arm."""
+        return self.sampler.samples(topic, split, plans, topical=arm in SUPPRESSION_ARMS)
+
+    def _records(
+        self,
+        setup: TopicSetup,
+        samples: Sequence[Sample],
+        limits: CoherenceLimits,
+        threshold: float,
+    ) -> list[dict[str, Any]]:
+        return self.sampler.records(setup.classifier, setup.lexicon, samples, limits, threshold)
 
     def _screened(
         self, setup: TopicSetup, arm: str, scale: NeutralText, before: Sequence[float]
     ) -> list[dict[str, Any]]:
-        world, plan = self.world, setup.plans[arm]
+        steering, plan = self.steering, self._plans(setup)[arm]
         outcomes = calibrate(
-            world.model,
-            world.saes,
+            steering.model,
+            steering.saes,
             plan,
             scale,
             self.options.doses,
@@ -189,12 +216,12 @@ class Study:
             max_evaluations=5,
             monitor=False,
         )
-        texts = self.bench.texts(setup.topic, "dev")
+        texts = self.sampler.texts(setup.topic, "dev")
         return [
             _entry(
                 outcome,
                 selectivity(
-                    world.model, world.saes, _at(plan, outcome), *texts, unsteered=before
+                    steering.model, steering.saes, _at(plan, outcome), *texts, unsteered=before
                 ).score,
             )
             for outcome in outcomes
@@ -203,14 +230,14 @@ class Study:
     def _unsteered(self, setup: TopicSetup) -> dict[str, Any]:
         """Unsteered samples: success threshold and coherence limits, and the noise floor from a
         second seed."""
-        made, again = self.bench.unsteered("dev"), self.bench.unsteered("dev", seed_shift=1)
-        limits = coherence_limits(self.bench.read(made))
+        made, again = self.sampler.unsteered("dev"), self.sampler.unsteered("dev", seed_shift=1)
+        limits = coherence_limits(self.sampler.read(made))
         threshold = setup.classifier.threshold_on([sample.text for sample in (*made, *again)])
         return {
             "limits": asdict(limits),
             "threshold": threshold,
-            "records": self.bench.records(setup, made, limits, threshold),
-            "noise_floor": self.bench.records(setup, again, limits, threshold),
+            "records": self._records(setup, made, limits, threshold),
+            "noise_floor": self._records(setup, again, limits, threshold),
         }
 
     def _locked_topic(self, topic: str) -> dict[str, Any]:
@@ -229,34 +256,34 @@ class Study:
 
     def _test_unsteered(self, setup: TopicSetup, locked: Mapping[str, Any]) -> dict[str, Any]:
         limits, threshold = CoherenceLimits(**locked["limits"]), locked["threshold"]
-        (topical,) = self.bench.samples(SUPPRESSION_ARMS[0], setup.topic, "test", [None])
+        (topical,) = self._samples(SUPPRESSION_ARMS[0], setup.topic, "test", [None])
         return {
-            "records": self.bench.records(setup, self.bench.unsteered("test"), limits, threshold),
-            "topical_records": self.bench.records(setup, topical, limits, threshold),
+            "records": self._records(setup, self.sampler.unsteered("test"), limits, threshold),
+            "topical_records": self._records(setup, topical, limits, threshold),
         }
 
     def _test_prompt(self, setup: TopicSetup, locked: Mapping[str, Any]) -> dict[str, Any]:
         """The arm that only asks: a sentence about the topic before every prompt."""
         prefix = f"This text is about {setup.topic}. "
-        prompts = [prefix + prompt for prompt in self.bench.prompts("flow", setup.topic, "test")]
-        (made,) = self.bench.generated(prompts, [None], n_samples=self.options.n_samples)
+        prompts = [prefix + prompt for prompt in self.sampler.prompts(setup.topic, "test")]
+        (made,) = self.sampler.generated(prompts, [None], n_samples=self.options.n_samples)
         limits = CoherenceLimits(**locked["limits"])
-        return {"records": self.bench.records(setup, made, limits, locked["threshold"])}
+        return {"records": self._records(setup, made, limits, locked["threshold"])}
 
     def _test_arms(self, setup: TopicSetup, locked: Mapping[str, Any], arms: Sequence[str]) -> None:
         """All arms that have no result yet, generated at once."""
         whole = with_whole_budget(locked)
         chosen: dict[str, Plan] = {}
         for arm in self._missing("test", setup.topic, arms):
-            plan = _locked_plan(setup, whole if arm == WHOLE_BUDGET else locked, arm)
+            plan = _locked_plan(self._plans(setup), whole if arm == WHOLE_BUDGET else locked, arm)
             if plan is None:
                 self._write("test", setup.topic, arm, {"vacuous": True})
             else:
                 chosen[arm] = plan
-        made = self.bench.samples(arms[0], setup.topic, "test", list(chosen.values()))
+        made = self._samples(arms[0], setup.topic, "test", list(chosen.values()))
         limits = CoherenceLimits(**locked["limits"])
         for (arm, plan), samples in zip(chosen.items(), made, strict=True):
-            records = self.bench.records(setup, samples, limits, locked["threshold"])
+            records = self._records(setup, samples, limits, locked["threshold"])
             self._write(
                 "test",
                 setup.topic,
@@ -267,10 +294,12 @@ class Study:
     def _tested(
         self, setup: TopicSetup, locked: Mapping[str, Any], arm: str, plan: Plan
     ) -> dict[str, Any]:
-        world = self.world
-        changed = selectivity(world.model, world.saes, plan, *self.bench.texts(setup.topic, "test"))
+        steering = self.steering
+        changed = selectivity(
+            steering.model, steering.saes, plan, *self.sampler.texts(setup.topic, "test")
+        )
         named = locked["arms"]["flow" if arm == WHOLE_BUDGET else arm]["choice"]
-        kl = measure(world.model, world.saes, plan, self.neutral, monitor=False).kl
+        kl = measure(steering.model, steering.saes, plan, self.neutral, monitor=False).kl
         return {"vacuous": False, "dose": named["dose"], "kl": kl, "selectivity": changed.score}
 
     def _claim_folder(self) -> None:
@@ -361,14 +390,36 @@ def _entry(outcome: Calibrated, score: float) -> dict[str, Any]:
     }
 
 
-def _locked_plan(setup: TopicSetup, locked: Mapping[str, Any], arm: str) -> Plan | None:
+def _locked_plan(plans: Mapping[str, Plan], locked: Mapping[str, Any], arm: str) -> Plan | None:
     """The arm's plan at the strength that was locked; None where the arm is vacuous."""
     name = "single" if arm == WHOLE_BUDGET else arm
     choice = locked["arms"][name]["choice"]
     if choice is None:
         return None
-    plan = plan_of_document(locked["arms"][name]["plan"], vectors=setup.plans[name].vectors)
+    plan = plan_of_document(locked["arms"][name]["plan"], vectors=plans[name].vectors)
     return plan.with_strength(choice["strength"], dose=choice["kl"])
+
+
+def study_plans(setup: TopicSetup, d_model: int, seed: int) -> dict[str, Plan]:
+    """The plan of every arm, by name."""
+    flow, control, scales, vectors = setup.flow, setup.control, setup.scales, setup.differences
+    site, alone = flow.seed.site, Flow.of_one(flow.seed)
+    plans = {
+        "difference_single": along_vectors({site: vectors[site]}, scales),
+        "difference_flow": along_vectors({s: vectors[s] for s in flow.sites}, scales),
+        "random_direction": random_direction(flow, scales, d_model=d_model, seed=seed),
+        "random_flow": along_flow(control, scales),
+        "single": single(flow, scales),
+        "copied": copied(flow, scales),
+        "flow": along_flow(flow, scales),
+        "flow_exponential": along_flow(flow, scales, schedule=Exponential(rate=-0.05)),
+        "flow_cosines": along_flow(flow, scales, schedule=CosineProduct()),
+        "flow_closed_loop": along_flow(flow, scales, edit=Floor()),
+        "suppress_single": along_flow(alone, scales, edit=Cap()),
+        "suppress_flow": along_flow(flow, scales, edit=Cap()),
+        "suppress_random_flow": along_flow(control, scales, edit=Cap()),
+    }
+    return {name: replace(plan, name=f"{setup.topic} {name}") for name, plan in plans.items()}
 
 
 def describe_setup(setup: TopicSetup) -> dict[str, Any]:
@@ -378,6 +429,6 @@ def describe_setup(setup: TopicSetup) -> dict[str, Any]:
         "auroc": setup.seed.auroc,
         "on_target_share": setup.output.on_target_share,
         "flow": [[str(feature), cosine] for feature, cosine in setup.flow.steps],
-        "placebo": [str(feature) for feature, _ in setup.placebo.steps],
+        "control": [str(feature) for feature, _ in setup.control.steps],
         "classifier_auroc": setup.classifier_auroc,
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.lenses.steering.topic_samples import SampleSizes
+
 UNSTEERED, PROMPTED, WHOLE_BUDGET = "unsteered", "prompt", "single_budget"
 ACTIVATION_ARMS = (
     "difference_single",
@@ -23,20 +25,13 @@ N_NEUTRAL_TEXTS, N_NEUTRAL_TOKENS = 12, 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyOptions:
+class StudyOptions(SampleSizes):
     """Sizes of a study. A claim needs twelve topics; four show that it runs."""
 
     topics: tuple[str, ...]
     doses: tuple[float, ...] = (0.03, 0.08, 0.2, 0.5)
-    n_dev_prompts: int = 12
-    n_test_prompts: int = 40
-    n_samples: int = 1
-    n_texts: int = 12
-    n_tokens: int = 24
     min_coherent: float = 0.8
     dose_tolerance: float = 0.1
-    batch_size: int = 112
-    seed: int = 0
 
 
 def cost_of(options: StudyOptions) -> dict[str, int]:

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.steering_study.report import write_report
+from benchmarks.steering_study.study import Study, StudyOptions, cost_of
 from data.concepts.topics import read_topics
-from pipeline.lenses.steering.session import SteerSession
-from pipeline.lenses.steering.study import Study, StudyOptions, cost_of
-from pipeline.lenses.steering.study_report import write_report
-from steering.applied import NothingTouched
+from pipeline.context import RunContext
+from pipeline.run import Run
+from steering.hooks import NothingTouched
 
 
 def main() -> None:
@@ -44,12 +45,13 @@ def main() -> None:
     warnings.simplefilter(
         "ignore", NothingTouched
     )  # suppression that finds nothing to suppress is an outcome here
-    session = SteerSession.open(arguments.artifacts, device=arguments.device)
+    context = RunContext(device=arguments.device)
+    steering = Run.open(arguments.artifacts, context=context).steering
     study = Study(
-        world=session.world(),
+        steering=steering,
         options=options,
         folder=arguments.folder or arguments.artifacts / "steering-study",
-        made_from={"model": session.model.fingerprint, **session.digests},
+        made_from={"model": steering.model.fingerprint, **steering.digests},
         progress=lambda label, done, total: print(
             f"{time.strftime('%H:%M:%S')} {label} {done}/{total}", flush=True
         ),
@@ -63,7 +65,7 @@ def main() -> None:
     run = arguments.artifacts.name
     about = (
         f"Written by `python -m benchmarks.steering_study artifacts/{run}`. Model "
-        f"{session.model.name}, dictionaries "
+        f"{steering.model.name}, dictionaries "
         f"of the recipe `{run}`. Topics: {', '.join(topics)}. Options: {chosen}."
     )
     print(write_report(study.folder, arguments.report, seed=arguments.seed, about=about))

@@ -5,14 +5,16 @@ they did.
         model.hf(input_ids=ids)
     run.report()
 
-1. Each plan's nodes are gathered by site: decoder rows, strengths, encoder columns to read.
-2. At a site the hook reads the incoming vector, asks every plan for its change (all from the same
+1. Whether the plans fit the model and the dictionaries is checked first; every misfit is reported.
+2. Each plan's nodes are gathered by site: decoder rows, strengths, encoder columns to read.
+3. At a site the hook reads the incoming vector, asks every plan for its change (all from the same
    vector, so plans at one site commute), adds the changes and leaves every untouched token as it
    was, to the bit.
-3. `rows` gives a plan only some rows of the batch, so that one batch can hold many plans, strengths
-   and an unsteered twin.
-4. The report counts tokens seen and touched and the realised size of the change. Nothing touched is
-   a warning; hooks that never fired are an error.
+4. `rows` gives a plan only some rows of the batch, so that one batch can hold many plans, strengths
+   and an unsteered sample.
+5. The report counts tokens seen and touched and the realised size of the change. Sums stay on the
+   model's device and are read once, at the end. Nothing touched is a warning; hooks that never ran
+   are an error.
 
 Cost: per site one product with the plan's decoder rows and, for edits of features, the selected
 encoder columns (TopK: as many others as decide, sae/selected.py) where a token is in scope.
@@ -30,27 +32,49 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from featureflow.errors import UserError
+from featureflow.errors import Problem, UserError
 from featureflow.sites import FeatureId, Site, parse_feature
-from steering.edits import (
-    Add,
-    NodeValues,
-    Rotate,
-    coefficients,
-    reads_activation,
-    rotated,
-    with_norm_of,
-)
-from steering.fit import RowPlan, misfits
+from steering.edits import NodeValues
 from steering.plan import Node, Plan
-from steering.protocols import Dictionary, SteerableModel
-from steering.scopes import WhereActive, scope_mask
-from steering.tally import SteeringReport, Tally
-from steering.window import WindowTracker
+from steering.scopes import WhereActive, WindowTracker, scope_mask
+from steering.sequences import Dictionary, SteerableModel
 
 
 class NothingTouched(UserWarning):
     """A plan with a strength other than 0 ran and changed no token."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowPlan:
+    """A plan for some rows of the batch; `rows` None means all."""
+
+    plan: Plan
+    rows: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeReport:
+    """What happened at one node of one plan. `mean_before` is the feature's mean activation as it
+    arrived, over the tokens in scope; `relative_size` is mean ‖change‖/‖h‖ at the node's site over
+    the tokens touched."""
+
+    plan: int
+    at: str
+    n_seen: int
+    n_touched: int
+    mean_before: float | None
+    mean_after: float | None
+    relative_size: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringReport:
+    nodes: tuple[NodeReport, ...]
+    n_passes: int
+
+    def n_touched(self, plan: int = 0) -> int:
+        """How many (token, node) pairs of a plan were changed."""
+        return sum(node.n_touched for node in self.nodes if node.plan == plan)
 
 
 class SteeringRun:
@@ -151,14 +175,14 @@ class _Part:
         )
         own_condition = isinstance(plan.scope, WhereActive) and plan.scope.feature is None
         self.reads = (
-            reads_activation(plan.edit)
+            plan.edit.reads_activation
             or own_condition
             or (monitor and all(node.is_feature for node in nodes))
         )
         self.sae = saes.get(site)
         self.latents = [parse_feature(node.at).latent for node in nodes] if self.reads else []
         self.condition: _Condition | None = None
-        self.tally = Tally.zeros(len(nodes), device)
+        self.tally = _Tally.zeros(len(nodes), device)
 
     def change(self, h: Float[Tensor, "batch position d_model"]) -> tuple[Tensor, Tensor]:
         """(change, which tokens it touches) of the plan's rows."""
@@ -169,20 +193,9 @@ class _Part:
         in_scope = self._in_scope(h)
         a = self._activations(flat, in_scope)
         mask = self._mask(in_scope, a)
-        if isinstance(self.plan.edit, Rotate):
-            c = (mask & (self.values.strength != 0)).float()
-            delta = (rotated(flat, self.directions[0], self.values.strength[0]) - flat) * c
-        else:
-            c = torch.where(
-                mask, coefficients(self.plan.edit, flat, a, self.directions, self.values), 0.0
-            )
-            delta = c @ self.directions
-        if isinstance(self.plan.edit, Add) and self.plan.edit.keep_norm:
-            delta = with_norm_of(flat + delta, flat) - flat
+        c, delta = self.plan.edit.change(flat, a, self.directions, self.values, mask)
         touched = (c != 0).any(dim=-1)
-        self.tally.add(
-            flat, delta, touched, mask, c, a, adds=not isinstance(self.plan.edit, Rotate)
-        )
+        self.tally.add(flat, delta, touched, mask, c, a, adds=self.plan.edit.is_sum)
         return delta.view(h.shape), touched.view(h.shape[:-1])
 
     def _activations(self, flat: Float[Tensor, "token d_model"], in_scope: Tensor) -> Tensor | None:
@@ -256,6 +269,162 @@ def _site_edit(
     return edit
 
 
+def misfits(
+    model: SteerableModel, saes: Mapping[Site, Dictionary], row_plans: Sequence[RowPlan]
+) -> Iterator[Problem]:
+    sites = set(model.sites())
+    for row_plan in row_plans:
+        plan = row_plan.plan
+        if plan.model and plan.model != model.fingerprint:
+            yield Problem(
+                what="the plan was made for another model",
+                expected=plan.model,
+                found=model.fingerprint,
+            )
+        for node in plan.nodes:
+            yield from _misfits_of_node(node, plan, sites, saes, model.d_model)
+        if isinstance(plan.scope, WhereActive) and plan.scope.feature is not None:
+            yield from _misfits_of_condition(parse_feature(plan.scope.feature), plan, saes)
+    yield from _overlaps(row_plans)
+
+
+def _misfits_of_node(
+    node: Node, plan: Plan, sites: set[Site], saes: Mapping[Site, Dictionary], d_model: int
+) -> Iterator[Problem]:
+    if node.site not in sites:
+        yield Problem(what="the model has no such site", where=node.at)
+    if node.vector is not None:
+        if plan.vectors[node.vector].shape != (d_model,):
+            found = str(list(plan.vectors[node.vector].shape))
+            yield Problem(
+                what="the vector has another width",
+                where=f"{node.at} {node.vector}",
+                expected=f"[{d_model}]",
+                found=found,
+            )
+        return
+    feature = node.feature
+    sae = saes.get(feature.site) if feature is not None else None
+    if feature is None or sae is None:
+        yield Problem(
+            what="there is no dictionary for it",
+            where=node.at,
+            found=", ".join(s.short for s in sorted(saes)),
+        )
+    elif not feature.latent < sae.W_dec.shape[0]:
+        yield Problem(
+            what="the dictionary has no such latent",
+            where=str(feature),
+            expected=f"below {sae.W_dec.shape[0]}",
+        )
+    elif sae.W_dec.shape[1] != d_model:
+        yield Problem(
+            what="the dictionary has another width",
+            where=str(feature),
+            expected=str(d_model),
+            found=str(sae.W_dec.shape[1]),
+        )
+
+
+def _misfits_of_condition(
+    feature: FeatureId, plan: Plan, saes: Mapping[Site, Dictionary]
+) -> Iterator[Problem]:
+    if feature.site not in saes:
+        yield Problem(what="there is no dictionary for the scope's feature", where=str(feature))
+    if any(node.site < feature.site for node in plan.nodes):
+        yield Problem(
+            what="the scope's feature lies after an edited site",
+            where=str(feature),
+            expected="a feature at the first edited site or before",
+        )
+
+
+def _overlaps(row_plans: Sequence[RowPlan]) -> Iterator[Problem]:
+    """Two plans that set the same feature for the same row contradict each other."""
+    seen: dict[str, list[RowPlan]] = {}
+    for row_plan in row_plans:
+        for node in row_plan.plan.nodes:
+            for other in seen.get(node.at, []):
+                if (
+                    row_plan.plan.edit.reads_activation
+                    and other.plan.edit.reads_activation
+                    and _share_rows(row_plan, other)
+                ):
+                    yield Problem(
+                        what="two plans set the same feature for the same rows", where=node.at
+                    )
+            seen.setdefault(node.at, []).append(row_plan)
+
+
+def _share_rows(one: RowPlan, other: RowPlan) -> bool:
+    return one.rows is None or other.rows is None or bool(set(one.rows) & set(other.rows))
+
+
+@dataclass(eq=False)
+class _Tally:
+    """Sums over the tokens of a site's part; read once, at the end."""
+
+    seen: Tensor
+    touched: Tensor
+    before: Tensor
+    after: Tensor
+    size: Tensor
+    n_sized: Tensor
+    knows_activation: bool = False
+    n_calls: int = 0
+
+    @classmethod
+    def zeros(cls, n_nodes: int, device: torch.device) -> _Tally:
+        def zero(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(
+            seen=zero(n_nodes),
+            touched=zero(n_nodes),
+            before=zero(n_nodes),
+            after=zero(n_nodes),
+            size=zero(),
+            n_sized=zero(),
+        )
+
+    def add(
+        self,
+        h: Tensor,
+        delta: Tensor,
+        touched: Tensor,
+        mask: Tensor,
+        c: Tensor,
+        a: Tensor | None,
+        *,
+        adds: bool,
+    ) -> None:
+        self.n_calls += 1
+        self.seen += mask.sum(0)
+        self.touched += (c != 0).sum(0)
+        if a is not None:
+            self.knows_activation = True
+            self.before += torch.where(mask, a, 0).sum(0)
+            self.after += torch.where(mask, a + c if adds else a, 0).sum(0)
+        ratio = delta.norm(dim=-1) / h.norm(dim=-1).clamp(min=1e-12)
+        self.size += torch.where(touched, ratio, 0).sum()
+        self.n_sized += touched.sum()
+
+    def reports(self, plan: int, names: Sequence[str]) -> Iterator[NodeReport]:
+        size = float(self.size / self.n_sized.clamp(min=1))
+        for k, name in enumerate(names):
+            n_seen = int(self.seen[k])
+            known = self.knows_activation and n_seen > 0
+            yield NodeReport(
+                plan=plan,
+                at=name,
+                n_seen=n_seen,
+                n_touched=int(self.touched[k]),
+                mean_before=float(self.before[k]) / n_seen if known else None,
+                mean_after=float(self.after[k]) / n_seen if known else None,
+                relative_size=size,
+            )
+
+
 def direction_of_node(node: Node, plan: Plan, saes: Mapping[Site, Dictionary]) -> Tensor:
     if node.vector is not None:
         return plan.vectors[node.vector]
@@ -299,7 +468,7 @@ def _warn_if_nothing_happened(run: SteeringRun, row_plans: Sequence[RowPlan]) ->
         if row_plan.plan.strength != 0 and report.n_touched(number) == 0:
             name = row_plan.plan.name or f"plan {number}"
             warnings.warn(
-                f"{name} touched no token: its scope matched none, or its feature never fired",
+                f"{name} touched no token: its scope matched none, or its feature was never active",
                 NothingTouched,
                 stacklevel=4,
             )
