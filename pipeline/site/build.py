@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from pipeline.artifact import Artifact
 from pipeline.context import RunContext
 from pipeline.describe.features import Features
 from pipeline.describe.workers import site_workers
 from pipeline.flow.graph import FlowGraph
 from pipeline.site import site_folder
+from pipeline.site.lens_pages import write_lenses
 from pipeline.site.pages import Job, write_site
 
 _SHARED = ("count", "token", "token_share", "promotes")
@@ -27,13 +29,14 @@ _SHARED = ("count", "token", "token_share", "promotes")
 @dataclass(frozen=True, kw_only=True)
 class Shown:
     """What is shown beside the features. `described` is the config of the describe stage; `metrics`
-    are by site, `opinions` by feature id."""
+    are by site, `opinions` by feature id, `lenses` the artifacts of findings by name."""
 
     title: str
     described: Mapping[str, Any]
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     steering: Mapping[str, Any] | None = None
     opinions: Mapping[str, Any] = field(default_factory=dict)
+    lenses: Mapping[str, Artifact] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -54,6 +57,8 @@ def build_site(
         n_trunks = site_folder.write_flow(site, graph, features.table, columns, corpus)
         headline |= {"n_links": len(graph.links), "n_trunks": n_trunks}
     site_folder.write_attached(site, shown.steering, shown.opinions)
+    n_latents = {s: int(summaries[s.short]["n_latents"]) for s in features.sites}
+    lenses, with_columns = write_lenses(site, shown.lenses, n_latents)
     site_folder.copy_app(site)
     chosen = shown.described
     corpus_part = site_folder.manifest_of_corpus(
@@ -70,12 +75,14 @@ def build_site(
             {
                 **{"site": s.name, "short": s.short, "layer": s.layer, "kind": s.kind},
                 **summaries[s.short],
+                "lenses": s.short in with_columns,
                 "metrics": dict(shown.metrics.get(s.short, {})),
             }
             for s in features.sites
         ],
         "search": {"tokens_per_shard": site_folder.TOKENS_PER_SHARD, "shards": search},
         "has": dict.fromkeys(("flow", "communities", "trunks"), graph is not None),
+        "lenses": lenses,
         "headline": headline,
         "provenance": dict(shown.provenance),
         "licences": [],

@@ -188,6 +188,15 @@ def _checks(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             f"search/tokens/{i:03d}",
             lambda shard, _v, _r: _csr(shard, "offset", size, ("site", "latent", "kind", "weight")),
         )
+    for lens in manifest.get("lenses", []):
+        yield f"lenses/{lens['name']}", lambda shard, _v, _r: _lens_problems(shard)
+    for entry in manifest["sites"]:
+        if entry.get("lenses"):
+            n = int(entry["n_latents"])
+            yield (
+                f"sites/{entry['short']}/lenses",
+                lambda shard, _v, _r, n=n: _lens_column_problems(shard, n),
+            )
     yield (
         "attached/steering",
         lambda shard, _v, _r: [] if "samples" in shard.json else ["samples missing"],
@@ -232,6 +241,35 @@ def _trunk_problems(shard: Shard, n_latents: list[int]) -> list[str]:
     return (
         [] if len(np.unique(site << 32 | latent)) == len(site) else ["a feature is on two trunks"]
     )
+
+
+def _lens_problems(shard: Shard) -> list[str]:
+    """A page has texts, and tables whose rows are as wide as their head."""
+    texts = [
+        f"{name}: not a text"
+        for name in ("title", "text", "figure")
+        if not isinstance(shard.json[name], str)
+    ]
+    return texts + [
+        f"table {table['name']}: a row of {len(row)} cells, not {len(table['columns'])}"
+        for table in shard.json["tables"]
+        for row in table["rows"]
+        if len(row) != len(table["columns"])
+    ]
+
+
+def _lens_column_problems(shard: Shard, n: int) -> list[str]:
+    """One entry a latent."""
+    columns = shard.json["columns"]
+    lengths = [
+        len(column["texts"] if "texts" in column else shard.columns[str(i)])
+        for i, column in enumerate(columns)
+    ]
+    return [
+        f"{column['lens']} {column['name']}: {length} entries instead of {n}"
+        for column, length in zip(columns, lengths, strict=True)
+        if length != n
+    ]
 
 
 def _lengths(shard: Shard, names: tuple[str, ...], n: int) -> list[str]:

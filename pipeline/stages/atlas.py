@@ -3,7 +3,8 @@
 1. Features and labels come from the describe stage, flow from the link stage, metrics from the
    evaluation lenses, samples from the steer stage, second opinions from `opinions.json` beside
    them.
-2. Nothing is measured here; what is not there is not shown.
+2. Every finding of a lens gets a page, and what it says of a feature stands on the feature's card.
+3. Nothing is measured here; what is not there is not shown.
 
 Output: `site/` (open `site/index.html`). Cost: gzip; sites run in parallel processes.
 """
@@ -69,6 +70,7 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
             metrics=read_metrics(inputs.lenses),
             steering=None if inputs.steer is None else steering_document(inputs.steer, features),
             opinions=read_opinions(out.parent, inputs.train.digest),
+            lenses=inputs.lenses,
             provenance={**inputs.describe.inputs, **digests},
         )
         job = Job(

@@ -21,8 +21,8 @@ from tests.browser import synthetic
 AXE = (
     Path(__file__).parents[2]
     / "pipeline"
-    / "atlas"
     / "site"
+    / "app"
     / "node_modules"
     / "axe-core"
     / "axe.min.js"

@@ -47,6 +47,23 @@ def test_hostile_labels_tokens_and_titles_are_shown_as_text(page: Any, world: An
         assert_unharmed(page, route)
 
 
+def test_hostile_findings_are_shown_as_text(page: Any, world: Any) -> None:
+    """The figure is an image, in which no script runs; all else is text."""
+    page.load()
+    page.go("lens/planted")
+    assert world.HOSTILE_TEXTS[0] in page.text("main")
+    assert page.js("return window.hacked") is None
+    harm = "main script, main [onerror], main [onmouseover], main [onload], main svg script"
+    assert page.js(f"return document.querySelectorAll('{harm}').length") == 0
+    assert page.js(
+        "return [...document.querySelectorAll('main img')].map(i => i.src.slice(0, 18))"
+    ) == ["data:image/svg+xml"]
+    assert page.complaints() == []
+    page.go("lens")
+    assert world.HOSTILE_TEXTS[1] in page.text("main")
+    assert_unharmed(page, "lens")
+
+
 def test_hostile_addresses_are_shown_as_text(page: Any) -> None:
     page.load()
     for route in (

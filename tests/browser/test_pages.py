@@ -33,6 +33,8 @@ ROUTES = (
     "search?q=script",
     "compare",
     "compare?f=L3/3,L4/6,L5/9",
+    "lens",
+    "lens/planted",
     "notes",
     "about",
     "try",
@@ -188,6 +190,37 @@ def test_second_opinions_stand_on_the_card_as_text(page: Any, world: Any) -> Non
     page.go("L2/33")
     assert "sentence model" not in page.text("main")
     assert page.complaints() == []
+
+
+def test_a_lens_has_a_page_a_sortable_table_and_columns_on_cards(page: Any, world: Any) -> None:
+    page.load()
+    page.js("[...document.querySelectorAll('nav a')].find(a => a.text === 'Lenses').click()")
+    page.wait("return document.querySelector('main a[href=\"#/lens/planted\"]')")
+    page.go("lens/planted")
+    assert page.text("h1") == f"Depth {world.HOSTILE_TEXTS[1]}"
+    assert page.js("return document.querySelector('.lens-figure img').naturalWidth") == 60
+    assert "5 of 9 000" in page.text("main") or "of 9 000 rows" in page.text("main")
+    column = "return [...document.querySelectorAll('.v-body .v-cell.number')].map(c => c.innerText)"
+    sort = (
+        "[...document.querySelectorAll('.v-sort')].find(b => b.innerText.includes('depth')).click()"
+    )
+    page.js(sort)
+    shown = [float(text) for text in page.js(column) if text != "–"]
+    assert shown == sorted(shown, reverse=True)
+    page.js(sort)
+    assert [float(text) for text in page.js(column) if text != "–"] == sorted(shown)
+    links = page.js("return [...document.querySelectorAll('.v-body a')].map(a => a.hash)")
+    assert "#/L2/3" in links
+    assert "#/site/L2" in links
+    assert not [link for link in links if "L99" in link], "what is not there is no link"
+    page.go("L2/30")
+    page.wait("return document.querySelector('.lens-columns')")
+    said = page.text(".lens-columns")
+    assert "0.25" in said
+    assert world.HOSTILE_TEXTS[2] in said
+    page.go("L2/31")
+    page.wait("return !document.querySelector('[data-waiting]')")
+    assert page.js("return document.querySelector('.lens-columns')") is None
 
 
 def test_on_a_phone_labels_show_all_their_numbers_without_scrolling_and_lists_what_tells_them_apart(

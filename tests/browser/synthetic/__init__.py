@@ -20,7 +20,13 @@ import shutil
 from pathlib import Path
 
 from tests.browser.synthetic.flow import write_flow
-from tests.browser.synthetic.model_wide import manifest, write_scores, write_search, write_steering
+from tests.browser.synthetic.model_wide import (
+    manifest,
+    write_lenses,
+    write_scores,
+    write_search,
+    write_steering,
+)
 from tests.browser.synthetic.shards import container, write_shard
 from tests.browser.synthetic.sites import write_site
 from tests.browser.synthetic.texts import write_texts
@@ -53,5 +59,6 @@ def write_atlas(folder: Path, sizes: Sizes, *, app: Path = DIST) -> Path:
     write_search(folder, world)
     write_steering(folder, world)
     write_scores(folder, world)
+    write_lenses(folder, world)
     write_shard(folder, "manifest", manifest(world))
     return folder / "index.html"

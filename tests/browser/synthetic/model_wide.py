@@ -94,6 +94,41 @@ def write_steering(folder: Path, world: World) -> None:
     )
 
 
+def write_lenses(folder: Path, world: World) -> None:
+    """What a planted lens found: hostile texts everywhere, and a column for features of L2."""
+    texts = HOSTILE_TEXTS if world.sizes.hostile else ("calm",) * len(HOSTILE_TEXTS)
+    rows = [[f"L2/{i}", "L2", (i * 7) % 5 + 0.5, text] for i, text in enumerate(texts)]
+    kinds = {"feature": "feature", "site": "site", "depth": "number", texts[0]: "text"}
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" width="60" height="40">'
+        "<script>top.hacked = 6</script><rect width='60' height='40' onload='top.hacked=7'/></svg>"
+    )
+    found = {
+        "title": f"Depth {texts[1]}",
+        "text": f"# {texts[2]}\n\nOne sentence {texts[0]}.\n\n- {texts[3]}\n- second\n",
+        "headline": {"median_depth": 0.62, texts[4]: texts[5]},
+        "figure": svg,
+        "tables": [
+            {
+                "name": "depth",
+                "n_rows": 9000,
+                "columns": [{"name": name, "kind": kind} for name, kind in kinds.items()],
+                "rows": [*rows, ["L99/1", "L99", None, None]],
+            }
+        ],
+    }
+    write_shard(folder, "lenses/planted", found)
+    n = world.sizes.n_latents
+    shared = {"lens": "planted", "title": found["title"]}
+    columns = [
+        {**shared, "name": "depth"},
+        {**shared, "name": texts[0], "texts": [None] * 30 + [texts[2]] + [None] * (n - 31)},
+    ]
+    depth = np.full(n, np.nan, dtype=np.float32)
+    depth[30] = 0.25
+    write_shard(folder, "sites/L2/lenses", {"columns": columns}, **{"0": depth})
+
+
 def manifest(world: World) -> dict[str, Any]:
     sizes = world.sizes
     n = sizes.n_latents
@@ -115,6 +150,7 @@ def manifest(world: World) -> dict[str, Any]:
                 "unexplained": n // 20,
             },
             "metrics": {"fvu": 0.21, "l0": 32.0, "dead": 1},
+            "lenses": world.short(i) == "L2",
         }
         for i, (layer, kind) in enumerate(world.sites)
     ]
@@ -164,6 +200,7 @@ def manifest(world: World) -> dict[str, Any]:
         "relations": ["residual", "mlp", "attention"],
         "search": {"tokens_per_shard": 1024, "shards": [0]},
         "has": {"flow": True, "communities": True, "trunks": True},
+        "lenses": [{"name": "planted", "title": f"Depth {HOSTILE_TEXTS[1]}"}],
         "headline": {
             "n_features": n * len(sites),
             "n_alive": (n - 1) * len(sites),

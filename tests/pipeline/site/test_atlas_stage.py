@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from data.store import ActivationStore
 from featureflow.errors import UserError
@@ -20,6 +21,7 @@ from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.context import RunContext
 from pipeline.describe.features import Features
 from pipeline.describe.labels import METHODS
+from pipeline.findings import Finding, write_finding
 from pipeline.site.pages import label_json
 from pipeline.site.shards import Shard, read_shard, write_shard
 from pipeline.site.validate import validate_atlas
@@ -297,6 +299,87 @@ def test_steering_is_shown_as_data_and_makes_another_atlas(small_run, tmp_path):
     assert "script" not in (made.path / "site/attached/steering.js").read_text()
     jsonschema.validate(document, schema("steering"))
     validate_atlas(made.path)
+
+
+@pytest.fixture
+def finding(small_run, tmp_path) -> Artifact:
+    """What a lens found: a table, a figure, and a column for two features of L2 and an unknown."""
+    table = pd.DataFrame(
+        {
+            "feature": ["L2/3", "L2/4"],
+            "target_site": ["L2", "L1.mlp"],
+            "depth": [0.25, np.nan],
+            "said": ["</script>", None],
+            "tokens": [["a", "b"], []],
+        }
+    )
+    columns = pd.DataFrame(
+        {"feature": ["L2/3", "L1/40", "L9/1"], "depth": [0.25, 0.5, 1.0], "kind": ["x", None, "z"]}
+    )
+    made = Finding(
+        tables={"by_feature": table},
+        text="One sentence.",
+        headline={"median_depth": np.float32(0.5), "of": None},
+        figure=lambda: Figure(figsize=(1, 1)),
+        columns=columns,
+    )
+    inputs = {"link": small_run.link.digest}
+    path = tmp_path / "lenses" / "planted"
+    with Artifact.create(path, kind="lens", schema=1, config={}, inputs=inputs) as draft:
+        write_finding(made, draft.path, name="planted", title="A planted lens")
+    return Artifact.open(path, kind="lens", schema=1)
+
+
+def test_a_finding_gets_a_page_and_its_columns_reach_the_cards(small_run, finding, tmp_path):
+    inputs = inputs_of(small_run, lenses={"planted": finding})
+    made = stage.run(stage.Config(), inputs, tmp_path / "atlas", RunContext(n_threads=1))
+    assert made.inputs["lenses/planted"] == finding.digest
+    assert validate_atlas(made.path)["n_sites"] == len(SITES)
+    site = made.path / "site"
+    manifest = read_shard(site, "manifest").json
+    assert manifest["lenses"] == [{"name": "planted", "title": "A planted lens"}]
+    assert {s["short"] for s in manifest["sites"] if s["lenses"]} == {"L2", "L1"}
+    page = read_shard(site, "lenses/planted").json
+    assert (page["title"], page["text"].strip()) == ("A planted lens", "One sentence.")
+    assert page["headline"] == {"median_depth": 0.5, "of": None}
+    assert page["figure"].lstrip().startswith("<?xml")
+    [table] = page["tables"]
+    kinds = {column["name"]: column["kind"] for column in table["columns"]}
+    assert [kinds[n] for n in ("feature", "target_site", "depth")] == ["feature", "site", "number"]
+    assert table["rows"] == [
+        ["L2/3", "L2", 0.25, "</script>", "a, b"],
+        ["L2/4", "L1.mlp", None, None, ""],
+    ]
+    assert "script" not in (site / "lenses/planted.js").read_text()
+    columns = read_shard(site, "sites/L2/lenses")
+    assert [column["name"] for column in columns.json["columns"]] == ["depth", "kind"]
+    depth = columns.columns["0"]
+    assert (len(depth), depth[3], int(np.isfinite(depth).sum())) == (48, 0.25, 1)
+    assert columns.json["columns"][1]["texts"][3] == "x"
+
+
+@pytest.mark.parametrize("damage", ["row", "column", "missing"])
+def test_a_damaged_lens_page_is_named(small_run, finding, tmp_path, damage):
+    inputs = inputs_of(small_run, lenses={"planted": finding})
+    made = stage.run(stage.Config(), inputs, tmp_path / "atlas", RunContext(n_threads=1))
+    site, key = made.path / "site", "sites/L2/lenses" if damage == "column" else "lenses/planted"
+    shard = read_shard(site, key)
+    if damage == "missing":
+        (site / f"{key}.js").unlink()
+    elif damage == "row":
+        shard.json["tables"][0]["rows"][1].pop()
+        write_shard(site, key, shard)
+    else:
+        write_shard(site, key, Shard(json=shard.json, columns={"0": shard.columns["0"][:-1]}))
+    with pytest.raises(UserError) as raised:
+        validate_atlas(site)
+    problems = {f"{p.where}: {p.what}" for p in raised.value.problems}
+    expected = {
+        "row": "lenses/planted: table by_feature: a row of 4 cells, not 5",
+        "column": "sites/L2/lenses: planted depth: 47 entries instead of 48",
+        "missing": "lenses/planted.js: shard missing",
+    }
+    assert expected[damage] in problems
 
 
 def test_an_atlas_of_an_older_format_is_refused_with_what_to_do(site_copy):

@@ -16,6 +16,7 @@ import { compare } from "./views/compare.js";
 import { feature } from "./views/feature.js";
 import { flow } from "./views/flow.js";
 import { graph } from "./views/graph.js";
+import { lens } from "./views/lens.js";
 import { notes } from "./views/notes.js";
 import { overview } from "./views/overview.js";
 import { search } from "./views/search.js";
@@ -23,7 +24,7 @@ import { site } from "./views/site.js";
 import { trunks } from "./views/trunks.js";
 import { tryText } from "./views/try.js";
 
-const VIEWS = { overview, flow, community, trunks, site, feature, graph, search, compare, notes, about, try: tryText };
+const VIEWS = { overview, flow, community, trunks, site, feature, graph, search, compare, lens, notes, about, try: tryText };
 
 boot();
 

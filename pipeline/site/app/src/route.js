@@ -2,7 +2,7 @@
 //
 // parse(hash) -> { view, feature?, argument?, options: Map-like URLSearchParams }; link(...) -> "#/…"
 
-const VIEWS = new Set(["overview", "flow", "community", "trunks", "site", "graph", "search", "compare", "notes", "about", "try"]);
+const VIEWS = new Set(["overview", "flow", "community", "trunks", "site", "graph", "search", "compare", "lens", "notes", "about", "try"]);
 const FEATURE = /^(L\d+(?:\.(?:mlp|attn|pre|mid))?)\/(\d+)$/;
 
 export function parse(hash) {

@@ -28,6 +28,7 @@ export class Atlas {
     this.sites = manifest.sites;
     this.siteIndex = new Map(manifest.sites.map((site, i) => [site.short, i]));
     this.has = manifest.has ?? {};
+    this.lenses = manifest.lenses ?? [];
     this.model = manifest.model?.name ?? "";
     this.digest = fingerprint(JSON.stringify([manifest.model?.fingerprint, manifest.provenance?.collect, manifest.provenance?.train]));
     this.layers = [...new Set(manifest.sites.map((site) => site.layer))].sort((a, b) => a - b);
@@ -82,6 +83,21 @@ export class Atlas {
   /** What a sentence model or a chat model said of some features afterwards: { "L12/402": {...} }. */
   scores() {
     return shard("attached/scores").then(({ json }) => json.features ?? {}, () => ({}));
+  }
+
+  /** What a lens found: { title, text, headline, figure, tables }. */
+  lens(name) {
+    return shard(`lenses/${name}`).then(({ json }) => json);
+  }
+
+  /** What lenses say of one feature: [{ lens, title, name, value }]. */
+  async lensColumns(key) {
+    const site = this.sites[siteOf(key)];
+    if (!site.lenses) return [];
+    const { json, columns } = await shard(`sites/${site.short}/lenses`);
+    const value = ({ texts }, i) => (texts ?? columns[i])[latentOf(key)];
+    const all = json.columns.map((column, i) => ({ ...column, value: value(column, i) }));
+    return all.filter(({ value: own }) => own !== null && !Number.isNaN(own));
   }
 
   /** Everything stored about one feature, columns cut to its row; `labels` best first. */

@@ -18,7 +18,7 @@ const THEMES = ["auto", "light", "dark"];
 export function openFrame(root, atlas, live) {
   const main = h("main", { class: "page", id: "main", tabindex: -1 });
   const progress = h("div", { class: "progress", role: "status", "aria-live": "polite" });
-  const links = new Map(pages(live).map(([view, name]) => [view, h("a", { href: link(view === "overview" ? "" : view) }, name)]));
+  const links = new Map(pages(atlas, live).map(([view, name]) => [view, h("a", { href: link(view === "overview" ? "" : view) }, name)]));
   const counter = h("span", { class: "counter" });
   links.get("compare").append(counter);
   const countCompared = () => show(counter, compared().length ? ` ${compared().length}` : null);
@@ -55,8 +55,9 @@ export function openFrame(root, atlas, live) {
   };
 }
 
-function pages(live) {
-  return live ? [...PAGES.slice(0, 4), ["try", "Try a text"], ...PAGES.slice(4)] : PAGES;
+function pages(atlas, live) {
+  const more = [live && ["try", "Try a text"], atlas.lenses.length > 0 && ["lens", "Lenses"]];
+  return [...PAGES.slice(0, 4), ...more.filter(Boolean), ...PAGES.slice(4)];
 }
 
 // A new page starts at its top, and a screen reader reads its heading; a page that focuses something itself is left alone.

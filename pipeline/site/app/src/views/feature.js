@@ -9,6 +9,7 @@ import { figure, saveButtons } from "../figures/export.js";
 import { link } from "../route.js";
 import { chainSection, neighbourSection } from "./connections.js";
 import { examplesSection } from "./evidence.js";
+import { shown } from "./lens.js";
 import { noteBox } from "./notebox.js";
 import { steeringSection } from "./steering.js";
 import { classBadge, compareButton, copyButton, empty, FLAG, labelText, ownLabel, scoreBar, shareBar } from "../ui/parts.js";
@@ -22,7 +23,7 @@ export async function feature({ atlas, key, options, live, alive }) {
   const [overview, names, vocabulary, card, flow, steering, scores] = await Promise.all([atlas.overview(site), atlas.labels(site), atlas.vocabulary(), atlas.card(key), Flow.open(atlas), atlas.steering(), atlas.scores()]);
   const view = { atlas, key, id: atlas.id(key), latent: latentOf(key), site: atlas.sites[site], overview, names, vocabulary, card, flow, steering, opinion: scores[atlas.id(key)], options, live, alive };
   const body = card.count === 0 ? neverFired(view) : [evidence(view)];
-  const node = h("article", { class: "card" }, head(view), body, later(() => chainSection(view)), later(() => neighbourSection(view)), card.count > 0 && places(view), steeringSection(view));
+  const node = h("article", { class: "card" }, head(view), body, later(() => chainSection(view)), later(() => neighbourSection(view)), card.count > 0 && places(view), later(() => lensSection(view)), steeringSection(view));
   return { title: view.id, node };
 }
 
@@ -33,6 +34,12 @@ function later(make) {
     .catch((error) => h("p", { class: "warning", role: "alert" }, error.message))
     .then((node) => (show(place, node), place.removeAttribute("data-waiting")));
   return place;
+}
+
+async function lensSection({ atlas, key }) {
+  const found = await atlas.lensColumns(key);
+  const item = ({ lens, title, name, value }) => h("div", {}, h("dt", {}, h("a", { href: link(`lens/${lens}`), title: visible(title) }, visible(name.replaceAll("_", " ")))), h("dd", {}, shown(value)));
+  return found.length > 0 && h("section", { class: "lens-columns" }, h("h2", {}, "What lenses say"), h("dl", { class: "facts" }, found.map(item)));
 }
 
 function head(view) {
