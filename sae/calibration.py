@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.architectures.base import Architecture, Weights
+from sae.architectures.base import Architecture
 from sae.kernels.select import WholeBatch, encode
+from sae.step import Weights
 
 _MOST_ENTRIES = 2**25
 

@@ -9,20 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from featureflow.errors import UserError
-from featureflow.files import written_atomically
+from sae.formats.tensors import write_tensors
 
 _STATE = "state"
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with written_atomically(path) as beside:
-        save_file(plain, beside, metadata={_STATE: json.dumps(state, allow_nan=False)})
+    write_tensors(tensors, path, metadata={_STATE: json.dumps(state, allow_nan=False)})
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

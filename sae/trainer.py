@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from featureflow.errors import UserError
-from sae.architectures.base import Architecture, Pass, Situation, Weights
+from sae.architectures.base import Architecture
 from sae.batches import Batch, Batches
 from sae.calibration import calibrated_threshold
 from sae.dictionary import Sae
@@ -34,6 +34,7 @@ from sae.kernels.select import Precision
 from sae.normalisation import Normalisation, fold
 from sae.optimizer import Adam
 from sae.schedule import Schedule
+from sae.step import Pass, Situation, Weights
 
 _LOOP_SPEED = 0.01
 _LOOP_START = 0.05

@@ -4,6 +4,7 @@ wrong."""
 from data.store.layout import SiteLayout, StoreLayout
 from data.store.statistics import SiteStatistics
 from data.store.store import ActivationStore
+from data.store.streams import write_activations
 from data.store.tokens import (
     FLAG_BOS,
     FLAG_NON_FINITE,
@@ -14,7 +15,7 @@ from data.store.tokens import (
     RowFilters,
     TokenTable,
 )
-from data.store.writer import StoreWriter, write_activations
+from data.store.writer import StoreWriter
 
 __all__ = [
     "FLAG_BOS",

@@ -14,17 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import numpy as np
-
 from featureflow.errors import UserError
 from featureflow.progress import Progress
 
 if TYPE_CHECKING:
-    import dask.array
     from distributed import Client
 
-    from data.store.store import ActivationStore
-    from featureflow.sites import Site
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -105,20 +100,6 @@ def threads_of_worker(machines: Machines) -> int | None:
     )
 
 
-def dask_array_of(store: ActivationStore, site: Site | str) -> dask.array.Array:
-    """Float32 rows, one chunk a shard. Workers open the store by its URL and compare checksums."""
-    import dask.array as da
-    from dask import delayed
-
-    width = store.width(site)
-    parts = []
-    for shard in range(store.layout.n_shards):
-        start, stop = store.layout.rows_of_shard(shard)
-        part = delayed(_read_part, pure=True)(store.url, str(site), start, stop)
-        parts.append(da.from_delayed(part, shape=(stop - start, width), dtype=np.float32))
-    return da.concatenate(parts)
-
-
 def _map_on(
     client: Client, function: Callable[[Task], Result], tasks: Sequence[Task]
 ) -> Iterator[Result]:
@@ -172,9 +153,3 @@ def _explained() -> Iterator[None]:
         raise UserError(
             "the Dask scheduler is gone", found=type(error).__name__, fix=fix
         ) from error
-
-
-def _read_part(url: str, site: str, start: int, stop: int) -> np.ndarray:
-    from data.store.store import ActivationStore
-
-    return ActivationStore.open(url).read(site, start, stop)

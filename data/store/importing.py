@@ -31,8 +31,8 @@ from data.store.foreign import find_foreign
 from data.store.foreign_rows import ForeignRows
 from data.store.layout import SiteLayout, StoredDtype, StoreLayout
 from data.store.provenance import digest_of_file
+from data.store.streams import write_activations
 from data.store.tokens import FLAG_BOS, DocumentRow, TokenTable
-from data.store.writer import write_activations
 from featureflow.errors import Problem, UserError
 
 _PART_ROWS = 8192

@@ -7,21 +7,30 @@ with them, so memory is one shard of every site.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from data.store.layout import StoreLayout
 from data.store.tokens import DocumentRow, TokenTable
 from data.store.writer import Rows, StoreWriter
 from featureflow.errors import UserError
 
 
-def write_stream(
-    writer: StoreWriter,
+def write_activations(
+    url: str | Path,
     batches: Iterable[tuple[Rows, TokenTable | None]],
-    documents: Sequence[DocumentRow],
+    *,
+    layout: StoreLayout,
+    documents: Sequence[DocumentRow] = (),
+    allow_non_finite: bool = False,
 ) -> None:
-    """Fill the store from its first row on; finishes it. Rows of the last, shorter shard are kept
-    too."""
+    """Store activations of any model: batches of rows at named sites, each with a token table or
+    None.
+
+    Without a table a row is its own document-less token: id 0, document 0, position 0, no flags.
+    `layout.n_rows` may be None. Memory: one shard of every site."""
+    writer = StoreWriter.create(url, layout, allow_non_finite=allow_non_finite)
     shard_rows = writer.layout.shard_rows
     n_rows = 0
     for shard, (tokens, parts) in enumerate(_iter_shards(batches, shard_rows)):

@@ -14,7 +14,7 @@ the same activations give the same bytes, whatever was interrupted in between.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -301,23 +301,3 @@ def _documents_parquet(documents: Sequence[DocumentRow]) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue().to_pybytes()
-
-
-def write_activations(
-    url: str | Path,
-    batches: Iterable[tuple[Rows, TokenTable | None]],
-    *,
-    layout: StoreLayout,
-    documents: Sequence[DocumentRow] = (),
-    allow_non_finite: bool = False,
-) -> None:
-    """Store activations of any model: batches of rows at named sites, each with a token table or
-    None.
-
-    Without a table a row is its own document-less token: id 0, document 0, position 0, no flags.
-    `layout.n_rows` may be None. Memory: one shard of every site."""
-    from data.store.streams import write_stream
-
-    write_stream(
-        StoreWriter.create(url, layout, allow_non_finite=allow_non_finite), batches, documents
-    )

@@ -7,22 +7,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from featureflow.sites import SiteKind, parse_site
-
-_KINDS: dict[SiteKind, tuple[str, str]] = {
-    "resid_post": ("residual stream", "#3b6fb6"),
-    "mlp_out": ("MLP output", "#e07b39"),
-    "attn_out": ("attention output", "#3a8f6b"),
-}
+from featureflow.figures import KINDS, legend, panels
+from featureflow.sites import parse_site
 
 
 def draw_features(features: pd.DataFrame) -> Figure:
     """Two panels by layer: median firing density with its middle 90 %, and the share of living
     features with a label that passed its held-out test. `features` is the table of that name."""
     sites = {short: parse_site(short) for short in features["site"].unique()}
-    figure = Figure(figsize=(9.0, 5.2), layout="constrained")
-    density, labelled = figure.subplots(2, 1, sharex=True)
-    for kind, (title, colour) in _KINDS.items():
+    figure, (density, labelled) = panels(2, 1, width=9.0, height=2.6, share_x=True)
+    for kind, (title, colour) in KINDS.items():
         chosen = sorted((site.layer, short) for short, site in sites.items() if site.kind == kind)
         if not chosen:
             continue
@@ -33,18 +27,11 @@ def draw_features(features: pd.DataFrame) -> Figure:
         density.fill_between(layers, low, high, color=colour, alpha=0.12, linewidth=0)
         share = [part["label_accepted"].mean() if len(part) else np.nan for part in alive]
         labelled.plot(layers, share, "o-", color=colour, markersize=3)
-    density.set_yscale("log")
-    density.set_title(
-        "share of tokens a living feature is active on: median, middle 90 %",
-        loc="left",
-        fontsize=10,
-    )
-    density.legend(fontsize=8)
-    labelled.set_ylim(0, 1)
-    labelled.set_xlabel("layer")
-    labelled.set_title(
-        "living features with a label that held on other documents", loc="left", fontsize=10
-    )
+    density.set(yscale="log")
+    density.set_title("share of tokens a living feature is active on: median, middle 90 %")
+    legend(density)
+    labelled.set(xlabel="layer", ylim=(0, 1))
+    labelled.set_title("living features with a label that held on other documents")
     return figure
 
 

@@ -16,7 +16,6 @@ for the residual stream, for other sites the latent beyond those of the sites be
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 import pandas as pd
 
 from featureflow.errors import UserError
+from featureflow.files import written_atomically
 from featureflow.sites import FeatureId
 from pipeline.flow.graph import FlowGraph
 
@@ -94,9 +94,8 @@ def export_graph(
     if not len(made):
         raise UserError("nothing to export: no kept links here", where=str(around or target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    write(made, beside)
-    beside.replace(target)
+    with written_atomically(target) as beside:
+        write(made, beside)
     return target
 
 

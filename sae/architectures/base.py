@@ -1,5 +1,4 @@
-"""What every architecture is to the trainer: the one protocol, and what one pass over a batch
-reports.
+"""What every architecture is to the trainer: one protocol.
 
 An architecture is a frozen dataclass with the few choices it owns. It sees activations that are
 centred and scaled to unit mean square, and turns the weights and a batch into gradients:
@@ -11,48 +10,13 @@ centred and scaled to unit mean square, and turns the weights and a batch into g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from sae.activations import Activation
-from sae.kernels.select import Precision
-
-Weights = dict[str, Tensor]
-"""W_enc [latent d_in], b_enc [latent], W_dec [latent d_out], b_dec [d_out], and what the
-architecture adds."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Situation:
-    """Where in the run a step happens. `progress` runs from 0 to 1; `pressure` is the closed loop's
-    coefficient."""
-
-    progress: float
-    dead: Bool[Tensor, "latent"]
-    pressure: float = 1.0
-    precision: Precision = "float32"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Pass:
-    """One batch seen. The loss is the sum of its parts; `squared_…` are sums over the batch."""
-
-    losses: Mapping[str, Tensor]
-    gradients: Weights
-    fired: Bool[Tensor, "latent"]
-    n_active: Tensor
-    squared_error: Tensor
-    squared_target: Tensor
-    threshold: Tensor | None = None
-
-    @property
-    def loss(self) -> Tensor:
-        return torch.stack(list(self.losses.values())).sum()
+from sae.step import Pass, Situation, Weights
 
 
 class Architecture(Protocol):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.architectures.base import Pass, Weights
+from sae.step import Pass, Weights
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -26,8 +26,8 @@ from typing_extensions import Doc
 
 from featureflow.settings import Settings
 from sae.activations import Activation, Threshold
-from sae.architectures.base import Pass, Situation, Weights
 from sae.architectures.dense import Forward, differentiated
+from sae.step import Pass, Situation, Weights
 
 _TANH_SLOPE = 4.0
 

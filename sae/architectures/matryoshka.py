@@ -19,10 +19,10 @@ from typing_extensions import Doc
 
 from featureflow.settings import Settings
 from sae.activations import Activation, Threshold
-from sae.architectures.base import Pass, Situation, Weights
 from sae.kernels.select import WholeBatch
 from sae.kernels.sparse_step import AuxK, sparse_step
 from sae.kernels.start import length_matched
+from sae.step import Pass, Situation, Weights
 
 
 class MatryoshkaBatchTopK(Settings):

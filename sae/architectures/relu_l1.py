@@ -19,8 +19,8 @@ from typing_extensions import Doc
 
 from featureflow.settings import Settings
 from sae.activations import Activation, Relu
-from sae.architectures.base import Pass, Situation, Weights
 from sae.architectures.dense import Forward, differentiated, gently_started
+from sae.step import Pass, Situation, Weights
 
 
 class ReluL1(Settings):

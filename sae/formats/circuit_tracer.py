@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors.torch import save_file
 from torch import Tensor
 
 from featureflow.errors import Problem, UserError
+from featureflow.files import write_text_atomically
 from featureflow.sites import Site, parse_site
 from sae.activations import Activation, Relu, Threshold, TopKActivation
 from sae.dictionary import Sae
 from sae.formats.base import Format, Shapes, config_beside, described
 from sae.formats.folding import Foreign
-from sae.formats.tensors import Shape, checked, read_safetensors, read_yaml
+from sae.formats.tensors import Shape, checked, read_safetensors, read_yaml, write_tensors
 
 CONFIG, KIND = "config.yaml", "transcoder_set"
 THRESHOLD = "activation_function.threshold"
@@ -106,12 +106,8 @@ def write_circuit_tracer(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for site in sites:
-        beside = folder / f"layer_{site.layer}.safetensors.tmp"
-        save_file(_tensors_of(saes[site]), beside)
-        beside.replace(beside.with_suffix(""))
-    beside = folder / f"{CONFIG}.tmp"
-    beside.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    beside.replace(folder / CONFIG)
+        write_tensors(_tensors_of(saes[site]), folder / f"layer_{site.layer}.safetensors")
+    write_text_atomically(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
 
 
 def _tensors_of(sae: Sae) -> dict[str, Tensor]:
@@ -125,7 +121,7 @@ def _tensors_of(sae: Sae) -> dict[str, Tensor]:
         tensors[THRESHOLD] = sae.activation.theta
     if sae.W_skip is not None:
         tensors["W_skip"] = sae.W_skip
-    return {name: t.detach().float().cpu().clone().contiguous() for name, t in tensors.items()}
+    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def _problems_of_set(saes: Mapping[Site, Sae]) -> list[Problem]:

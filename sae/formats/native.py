@@ -16,14 +16,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from featureflow.errors import Problem, UserError
+from featureflow.files import write_text_atomically
 from sae.activations import Activation, activations, describe, tensors_of
 from sae.dictionary import Sae
 from sae.formats.base import Format
 from sae.formats.normalised import NormalisedSae, normalisation_of
+from sae.formats.tensors import write_tensors
 
 FORMAT, VERSION, VERSION_NORMALISED = "featureflow-sae", 1, 2
 WEIGHTS, DESCRIPTION = "sae.safetensors", "sae.json"
@@ -57,15 +59,8 @@ def save_sae(sae: Sae, folder: str | Path) -> None:
     if isinstance(sae, NormalisedSae):
         description["normalisation"] = asdict(sae.normalisation)
     text = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    beside = folder / (WEIGHTS + ".tmp")
-    save_file(
-        {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
-        beside,
-    )
-    beside.replace(folder / WEIGHTS)
-    beside = folder / (DESCRIPTION + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(folder / DESCRIPTION)
+    write_tensors(tensors, folder / WEIGHTS)
+    write_text_atomically(folder / DESCRIPTION, text)
 
 
 def load_sae(folder: str | Path, *, device: str | torch.device = "cpu") -> Sae:

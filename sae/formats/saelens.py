@@ -32,16 +32,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 
 from featureflow.errors import Problem, UserError
+from featureflow.files import write_text_atomically
 from sae.activations import Activation, Gated, Relu, Threshold, TopKActivation
 from sae.dictionary import Sae
 from sae.formats.base import Format, described
 from sae.formats.folding import Foreign, full_like_latents, row_lengths
 from sae.formats.normalised import ConstantNorm, LayerNorm, Normalisation, NormalisedSae
-from sae.formats.tensors import Shape, checked, read_json, read_safetensors
+from sae.formats.tensors import Shape, checked, read_json, read_safetensors, write_tensors
 
 CONFIG, WEIGHTS, SPARSITY, SCALER = (
     "cfg.json",
@@ -152,18 +152,11 @@ def write_saelens(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if firing_rates is not None:
-        save_file(
-            {"sparsity": torch.log10(firing_rates.float().clamp_min(1e-10))}, folder / SPARSITY
-        )
-    beside = folder / (WEIGHTS + ".tmp")
-    save_file(
-        {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
-        beside,
-    )
-    beside.replace(folder / WEIGHTS)
-    beside = folder / (CONFIG + ".tmp")
-    beside.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(folder / CONFIG)
+        sparsity = torch.log10(firing_rates.float().clamp_min(1e-10))
+        write_tensors({"sparsity": sparsity}, folder / SPARSITY)
+    write_tensors(tensors, folder / WEIGHTS)
+    text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
+    write_text_atomically(folder / CONFIG, text)
 
 
 def _trained_as(sae: Sae) -> str | None:

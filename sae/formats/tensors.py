@@ -6,7 +6,8 @@ and shapes.
    `weights_only=True`.
 2. `checked` names every missing, misshaped, non-floating or non-finite tensor at once; sizes such
    as `d_in` are written as words and must agree between tensors.
-3. `read_json` and `read_yaml` read the description beside the weights.
+3. `read_json` and `read_yaml` read the description beside the weights; `write_tensors` writes
+   weights.
 
 Cost: one pass over the tensors.
 """
@@ -23,10 +24,11 @@ import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from featureflow.errors import Problem, UserError
+from featureflow.files import written_atomically
 
 Shape = tuple[str | int, ...]
 _LONGEST_HEADER = 100 << 20
@@ -41,6 +43,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError, ValueError, struct.error, RecursionError) as error:
         raise _unreadable(path, "safetensors", error) from error
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None
+) -> None:
+    """A safetensors file, written in one piece."""
+    plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    with written_atomically(path) as beside:
+        save_file(plain, beside, metadata=metadata)
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:

@@ -36,7 +36,6 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.architectures.base import Pass, Situation, Weights
 from sae.kernels.codes import (
     Codes,
     decode,
@@ -46,6 +45,7 @@ from sae.kernels.codes import (
     totals_by_latent,
 )
 from sae.kernels.select import Selection, WholeBatch, encode
+from sae.step import Pass, Situation, Weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sae.architectures import BatchTopK, MatryoshkaBatchTopK, TopK
-from sae.architectures.base import Situation
 from sae.kernels import gpu
+from sae.step import Situation
 from sae.trainer import random_start
 
 pytestmark = [

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae.architectures.base import Situation
 from sae.kernels.reference import reference_losses
 from sae.kernels.select import (
     PerRow,
@@ -18,6 +17,7 @@ from sae.kernels.select import (
     largest_of_rows,
 )
 from sae.kernels.sparse_step import AuxK, sparse_step
+from sae.step import Situation
 
 N, D, T = 96, 12, 40
 

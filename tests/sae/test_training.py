@@ -19,13 +19,13 @@ from sae.architectures import (
     ReluL1,
     TopK,
 )
-from sae.architectures.base import Situation
 from sae.batches import Batch, InMemoryBatches
 from sae.checkpoint import read_checkpoint, write_checkpoint
 from sae.dictionary import Sae
 from sae.normalisation import Normalisation, fold, normalisation_of_rows, unfold
 from sae.optimizer import Adam
 from sae.schedule import Schedule, schedule_of
+from sae.step import Situation
 from sae.trainer import Trainer, random_start, train
 from tests.sae.planted import planted, share_recovered
 
