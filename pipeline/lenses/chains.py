@@ -19,14 +19,10 @@ from featureflow.sites import Site
 from pipeline.findings import Finding
 from pipeline.flow.causal import record_clean
 from pipeline.flow.mediation import Chains, measure_mediation, summarise_mediation
-from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.layers import (
     Layer,
-    NContexts,
-    NPairs,
-    NTargets,
-    Seed,
+    Trials,
     contexts_of,
     layers_of,
     per_context,
@@ -43,13 +39,8 @@ STEPS = (2, 3, 4, 6)
 ALL, KEPT = "all", "kept links only"
 
 
-class Config(LensConfig):
+class Config(Trials):
     """How much is tested."""
-
-    n_pairs: NPairs = 6
-    n_targets: NTargets = 150
-    n_contexts: NContexts = 32
-    seed: Seed = 0
 
 
 def look(run: Run, config: Config) -> Finding:

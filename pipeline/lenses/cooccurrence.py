@@ -12,11 +12,9 @@ import pandas as pd
 
 from pipeline.findings import Finding
 from pipeline.flow.activity import GROUPS, cooccurrence, counts
-from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.charts import heat_maps
 from pipeline.lenses.parts.layers import (
-    NContexts,
-    NTokens,
+    Text,
     fullest,
     iter_activities,
     layers_of,
@@ -42,11 +40,8 @@ PAPER = pd.DataFrame(_FIG_13, index=list(GROUPS), columns=list(GROUPS))
 """Fig. 13, Gemma 2 2B: P(a feature of the row's group also appears in the column's group)."""
 
 
-class Config(LensConfig):
+class Config(Text):
     """On how much text."""
-
-    n_tokens: NTokens = 8192
-    n_contexts: NContexts = 32
 
 
 def look(run: Run, config: Config) -> Finding:

@@ -26,17 +26,13 @@ from pipeline.flow.causal import Contexts, summarise_deactivation
 from pipeline.flow.matchers import Matcher, pearson, permutation
 from pipeline.flow.sources import HeldOutRows
 from pipeline.flow.validation import strategies_of
-from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.joint_edits import SHORT, Stage, prepare, tested_layers
 from pipeline.lenses.parts.layers import (
     Layer,
-    NContexts,
     NExhaustive,
-    NPairs,
-    NTargets,
     NTokens,
-    Seed,
+    Trials,
     contexts_of,
     pair_data,
     remove_predecessors,
@@ -53,15 +49,11 @@ TABLE_1 = {"top-1": (0.65, 0.75), "pearson": (0.65, 0.74), "best single active":
 _MATCHERS: Mapping[str, Matcher] = {"permutation": permutation, "pearson": pearson}
 
 
-class Config(LensConfig):
+class Config(Trials):
     """How much is tested."""
 
     n_tokens: NTokens = 8192
-    n_pairs: NPairs = 6
-    n_targets: NTargets = 150
-    n_contexts: NContexts = 32
     n_exhaustive: NExhaustive = 20
-    seed: Seed = 0
 
 
 def look(run: Run, config: Config) -> Finding:

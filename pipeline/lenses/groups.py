@@ -14,9 +14,8 @@ import pandas as pd
 
 from pipeline.findings import Finding
 from pipeline.flow.activity import GROUPS, counts, shares, stability
-from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.charts import lines
-from pipeline.lenses.parts.layers import NContexts, NTokens, iter_activities, rows_after_contexts
+from pipeline.lenses.parts.layers import Text, iter_activities, rows_after_contexts
 from pipeline.run import Run
 
 TITLE = "shares of the eight activity groups by layer (Feature Flow, Fig. 5 and 12)"
@@ -25,11 +24,8 @@ NEEDS = ("collect", "train", "link")
 ENOUGH_ACTIVATIONS = 10
 
 
-class Config(LensConfig):
+class Config(Text):
     """On how much text."""
-
-    n_tokens: NTokens = 8192
-    n_contexts: NContexts = 32
 
 
 def look(run: Run, config: Config) -> Finding:

@@ -14,10 +14,9 @@ import pandas as pd
 from pipeline.findings import Finding
 from pipeline.flow.activity import GROUPS, MEMBERS
 from pipeline.flow.causal import summarise_deactivation
-from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.joint_edits import Cases, Change, changed_trials
-from pipeline.lenses.parts.layers import NContexts, NPairs, NTargets, Seed, with_features
+from pipeline.lenses.parts.layers import Trials, with_features
 from pipeline.run import Run
 
 TITLE = "remove every subset of predecessors (Feature Flow, Fig. 8 and 15)"
@@ -25,13 +24,8 @@ GROUP = "paper"
 NEEDS = ("collect", "train", "link")
 
 
-class Config(LensConfig):
+class Config(Trials):
     """How much is tested."""
-
-    n_pairs: NPairs = 6
-    n_targets: NTargets = 150
-    n_contexts: NContexts = 32
-    seed: Seed = 0
 
 
 def look(run: Run, config: Config) -> Finding:

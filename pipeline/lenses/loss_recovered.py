@@ -17,9 +17,9 @@ after it. Memory: batches are cut so that logits take no more than `_LOGIT_BYTES
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
@@ -183,24 +183,50 @@ def measure_recovery(
 ) -> dict[str, dict[str, float]]:
     """By name: `ce_…` and `kl_…` in nats per token over the counted positions, and the shares
     recovered with intervals. A share is NaN where the ablation does no damage."""
-    sums = _Sums(contexts)
+    documents, n = torch.unique(contexts.documents[contexts.counted], return_counts=True)
+    sums: dict[tuple[Site | None, str], Float[np.ndarray, "document 2"]] = {}
     sites = tuple(dict.fromkeys(each.site for each in spliced))
-    batches = list(_batches(contexts, model))
-    for done, batch in enumerate(batches):
-        progress("splice reconstructions", done, len(batches))
-        run = _Original(model, sites, spliced, batch)
-        sums.add(batch, ORIGINAL, run.losses(run.logits))
+    before = {site: Site(site.layer, "resid_pre") for site in sites}
+    reads = [each.reads for each in spliced if each.reads is not None]
+    recorded = tuple(dict.fromkeys([*sites, *before.values(), *reads]))
+    size = max(1, _LOGIT_BYTES // (4 * contexts.ids.shape[1] * model.d_vocab))
+    for start in range(0, len(contexts.ids), size):
+        progress("splice reconstructions", start, len(contexts.ids))
+        rows = slice(start, start + size)
+        ids, counted = contexts.ids[rows], contexts.counted[rows]
+        where = rearrange(contexts.spliced[rows], "batch position -> batch position 1")
+        place = torch.searchsorted(documents, contexts.documents[rows][counted]).numpy()
+        with model.recorded(recorded) as activations:
+            logits = model.logits(ids)
+        seen = dict(activations)
+        losses = _Losses(logits, ids, counted)
+
+        def add(
+            run: tuple[Site | None, str],
+            logits: Tensor,
+            losses: _Losses = losses,
+            place: np.ndarray = place,
+        ) -> None:
+            total = sums.setdefault(run, np.zeros((len(documents), 2)))
+            np.add.at(total, place, losses.of(logits))
+
+        add((None, ORIGINAL), logits)
         for site in sites:
             here = [each for each in spliced if each.site == site]
-            replacements = {
-                "zero": torch.zeros_like(here[0].mean),
-                "mean": here[0].mean,
-                **{each.name: each.sae(run.seen[each.reads or site]) for each in here},
+            mean, original = here[0].mean, seen[site]
+            replacements = {"zero": torch.zeros_like(mean), "mean": mean} | {
+                each.name: each.sae(seen[each.reads or site]) for each in here
             }
             for name, value in replacements.items():
-                sums.add(batch, f"{site}:{name}", run.replaced(site, value))
-    progress("splice reconstructions", len(batches), len(batches))
-    return {each.name: sums.recovery(each, n_resamples=n_resamples, seed=seed) for each in spliced}
+                put = torch.where(where.to(original.device), value.to(original), original)
+                add((site, name), logits_with(model, ids, site, put, seen[before[site]]))
+    progress("splice reconstructions", len(contexts.ids), len(contexts.ids))
+    found = {}
+    for each in spliced:
+        runs = {name: sums[each.site, name] for name in ABLATIONS}
+        runs |= {ORIGINAL: sums[None, ORIGINAL], "spliced": sums[each.site, each.name]}
+        found[each.name] = _recovery(runs, int(n.sum()), n_resamples=n_resamples, seed=seed)
+    return found
 
 
 def logits_with(
@@ -224,116 +250,41 @@ def logits_with(
         return model.logits(ids)
 
 
-@dataclass(kw_only=True)
-class _Batch:
-    """Some of the contexts."""
+class _Losses:
+    """Losses at the counted positions of a batch, beside those of the untouched run."""
 
-    ids: Int[Tensor, "batch position"]
-    spliced: Bool[Tensor, "batch position"]
-    counted: Bool[Tensor, "batch position"]
-    documents: Int[Tensor, "counted"]
-    targets: Int[Tensor, "counted"]
+    def __init__(self, logits: Tensor, ids: Tensor, counted: Bool[Tensor, "batch position"]):
+        self.counted = counted.to(logits.device)
+        self.targets = ids.roll(-1, dims=1)[counted].to(logits.device)
+        self.original = logits[self.counted].float()
+        self.log_sum = self.original.logsumexp(-1)
+        self.p = (self.original - self.log_sum[:, None]).exp_()
 
-
-Losses = tuple[Float[np.ndarray, "counted"], Float[np.ndarray, "counted"]]
-"""CE and KL per counted position, in nats."""
-
-
-class _Original:
-    """The untouched run of one batch, and what replacing an activation does to it."""
-
-    def __init__(
-        self, model: LanguageModel, sites: Sequence[Site], spliced: Sequence[Spliced], batch: _Batch
-    ) -> None:
-        self.model, self.batch = model, batch
-        before = [Site(site.layer, "resid_pre") for site in sites]
-        reads = [each.reads for each in spliced if each.reads is not None]
-        with model.recorded(tuple(dict.fromkeys([*sites, *before, *reads]))) as seen:
-            self.logits = model.logits(batch.ids)
-        self.seen = dict(seen)
-        self.original_logits = self._counted(self.logits)
-        self.log_sum = self.original_logits.logsumexp(-1)
-        self.p = (self.original_logits - self.log_sum[:, None]).exp_()
-
-    def replaced(self, site: Site, value: Tensor) -> Losses:
-        """Losses when `value` stands at the spliced positions of `site`."""
-        original = self.seen[site]
-        where = rearrange(self.batch.spliced, "batch position -> batch position 1").to(
-            original.device
-        )
-        spliced = torch.where(where, value.to(original.device, original.dtype), original)
-        before = self.seen[Site(site.layer, "resid_pre")]
-        return self.losses(logits_with(self.model, self.batch.ids, site, spliced, before))
-
-    def losses(self, logits: Float[Tensor, "batch position vocab"]) -> Losses:
-        """CE and KL without the log-probabilities of all tokens: both follow from the logits and
-        their log-sum."""
-        q = self._counted(logits)
+    def of(self, logits: Float[Tensor, "batch position vocab"]) -> Float[np.ndarray, "counted 2"]:
+        """CE and KL, in nats, without the log-probabilities of all tokens: both follow from the
+        logits and their log-sum."""
+        q = logits[self.counted].float()
         log_sum = q.logsumexp(-1)
-        ce = log_sum - q.gather(1, self.batch.targets[:, None].to(q.device))[:, 0]
-        kl = torch.linalg.vecdot(self.p, self.original_logits - q) + log_sum - self.log_sum
-        return ce.double().cpu().numpy(), kl.clamp_min(0).double().cpu().numpy()
-
-    def _counted(
-        self, logits: Float[Tensor, "batch position vocab"]
-    ) -> Float[Tensor, "counted vocab"]:
-        return logits[self.batch.counted.to(logits.device)].float()
+        ce = log_sum - q.gather(1, self.targets[:, None])[:, 0]
+        kl = torch.linalg.vecdot(self.p, self.original - q) + log_sum - self.log_sum
+        return torch.stack([ce, kl.clamp_min(0)], dim=1).double().cpu().numpy()
 
 
-@dataclass
-class _Sums:
-    """Losses summed by document, in float64."""
-
-    contexts: Contexts
-    names: Int[Tensor, "document"] = field(init=False)
-    ce: dict[str, Float[np.ndarray, "document"]] = field(init=False, default_factory=dict)
-    kl: dict[str, Float[np.ndarray, "document"]] = field(init=False, default_factory=dict)
-    n: Float[np.ndarray, "document"] = field(init=False)
-
-    def __post_init__(self) -> None:
-        counted = self.contexts.documents[self.contexts.counted]
-        self.names, counts = torch.unique(counted, return_counts=True)
-        self.n = counts.double().numpy()
-
-    def add(self, batch: _Batch, run: str, losses: Losses) -> None:
-        where = torch.searchsorted(self.names, batch.documents).numpy()
-        for sums, values in zip((self.ce, self.kl), losses, strict=True):
-            np.add.at(sums.setdefault(run, np.zeros(len(self.names))), where, values)
-
-    def recovery(self, spliced: Spliced, *, n_resamples: int, seed: int) -> dict[str, Any]:
-        runs = {"spliced": spliced.name} | {name: name for name in ABLATIONS}
-        ce = {name: self.ce[f"{spliced.site}:{run}"] for name, run in runs.items()}
-        kl = {name: self.kl[f"{spliced.site}:{run}"] for name, run in runs.items()}
-        ce[ORIGINAL], n = self.ce[ORIGINAL], self.n.sum()
-        row: dict[str, Any] = {"ce_n_tokens": int(n), "ce_n_documents": len(self.names)}
-        row |= {f"ce_{name}": float(ce[name].sum() / n) for name in (ORIGINAL, *runs)}
-        row |= {f"kl_{name}": float(kl[name].sum() / n) for name in runs}
-        for against in ABLATIONS:
-            share, low, high = float("nan"), float("nan"), float("nan")
-            kept, damage = ce[against] - ce["spliced"], ce[against] - ce[ORIGINAL]
-            if damage.sum() > 0:
-                found = bootstrap_ratio(kept, damage, seed=seed, n=n_resamples)
-                share, low, high = found.mean, found.low, found.high
-            name = f"ce_recovered_{against}"
-            row |= {name: share, f"{name}_low": low, f"{name}_high": high}
-            total = kl[against].sum()
-            row[f"kl_recovered_{against}"] = (
-                float(1 - kl["spliced"].sum() / total) if total > 0 else float("nan")
-            )
-        return row
-
-
-def _batches(contexts: Contexts, model: LanguageModel) -> Iterator[_Batch]:
-    n_contexts, width = contexts.ids.shape
-    size = max(1, _LOGIT_BYTES // (4 * width * model.d_vocab))
-    for start in range(0, n_contexts, size):
-        rows = slice(start, start + size)
-        counted = contexts.counted[rows]
-        following = contexts.ids[rows].roll(-1, dims=1)
-        yield _Batch(
-            ids=contexts.ids[rows],
-            spliced=contexts.spliced[rows],
-            counted=counted,
-            documents=contexts.documents[rows][counted],
-            targets=following[counted],
-        )
+def _recovery(
+    runs: dict[str, Float[np.ndarray, "document 2"]], n: int, *, n_resamples: int, seed: int
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"ce_n_tokens": n, "ce_n_documents": len(runs[ORIGINAL])}
+    means = {name: run.sum(0) / n for name, run in runs.items()}
+    row |= {f"ce_{name}": float(means[name][0]) for name in runs}
+    row |= {f"kl_{name}": float(means[name][1]) for name in runs if name != ORIGINAL}
+    for against in ABLATIONS:
+        share, low, high = float("nan"), float("nan"), float("nan")
+        ablated = runs[against][:, 0]
+        kept, damage = ablated - runs["spliced"][:, 0], ablated - runs[ORIGINAL][:, 0]
+        if damage.sum() > 0:
+            found = bootstrap_ratio(kept, damage, seed=seed, n=n_resamples)
+            share, low, high = found.mean, found.low, found.high
+        name, kl = f"ce_recovered_{against}", means[against][1]
+        row |= {name: share, f"{name}_low": low, f"{name}_high": high}
+        row[f"kl_recovered_{against}"] = float(1 - means["spliced"][1] / kl) if kl > 0 else np.nan
+    return row

@@ -12,14 +12,10 @@ import pandas as pd
 from pipeline.findings import Finding
 from pipeline.flow.causal import summarise_deactivation
 from pipeline.flow.matchers import compare_matchers
-from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.layers import (
-    NContexts,
-    NPairs,
-    NTargets,
     NTokens,
-    Seed,
+    Trials,
     contexts_of,
     pair_data,
     remove_predecessors,
@@ -35,14 +31,10 @@ GROUP = "paper"
 NEEDS = ("collect", "train", "link")
 
 
-class Config(LensConfig):
+class Config(Trials):
     """How much is compared."""
 
     n_tokens: NTokens = 8192
-    n_pairs: NPairs = 6
-    n_targets: NTargets = 150
-    n_contexts: NContexts = 32
-    seed: Seed = 0
 
 
 def look(run: Run, config: Config) -> Finding:

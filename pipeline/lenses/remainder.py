@@ -26,15 +26,11 @@ from featureflow.errors import UserError
 from pipeline.findings import Finding
 from pipeline.flow.causal import Contexts, record_clean
 from pipeline.flow.validation import TOP_1
-from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.layers import (
     Layer,
-    NContexts,
     NExhaustive,
-    NPairs,
-    NTargets,
-    Seed,
+    Trials,
     contexts_of,
     layers_of,
     remove_predecessors,
@@ -52,14 +48,10 @@ PARTS = ("predecessor", "other_latents", "error", "constant", "layer", "layer_af
 _TARGET = ["target", "context", "position", "target_latent"]
 
 
-class Config(LensConfig):
+class Config(Trials):
     """How much is tested."""
 
-    n_pairs: NPairs = 6
-    n_targets: NTargets = 150
-    n_contexts: NContexts = 32
     n_exhaustive: NExhaustive = 20
-    seed: Seed = 0
 
 
 def look(run: Run, config: Config) -> Finding:

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from pipeline.findings import Finding
 from pipeline.flow.activity import GROUPS, MEMBERS
-from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.joint_edits import Cases, Change, changed_trials, means_by
-from pipeline.lenses.parts.layers import NContexts, NPairs, NTargets, Seed, with_features
+from pipeline.lenses.parts.layers import Trials, with_features
 from pipeline.run import Run
 
 TITLE = "rescale predecessors, read the loss (Feature Flow, Fig. 7)"
@@ -23,13 +22,8 @@ NEEDS = ("collect", "train", "link")
 SCALES = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.5, 2.0, 3.0)
 
 
-class Config(LensConfig):
+class Config(Trials):
     """How much is tested."""
-
-    n_pairs: NPairs = 6
-    n_targets: NTargets = 150
-    n_contexts: NContexts = 32
-    seed: Seed = 0
 
 
 def look(run: Run, config: Config) -> Finding:

@@ -34,13 +34,11 @@ from pipeline.flow.transitions import (
     scale_of,
     skipping,
 )
-from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.layers import (
-    NContexts,
     NPairs,
-    NTokens,
     Seed,
+    Text,
     contexts_of,
     pair_data,
     residual_pairs,
@@ -58,12 +56,10 @@ MOST_STEPS = 6
 """Distance, in sites, up to which compositions are followed."""
 
 
-class Config(LensConfig):
+class Config(Text):
     """How much is compared."""
 
-    n_tokens: NTokens = 8192
     n_pairs: NPairs = 6
-    n_contexts: NContexts = 32
     seed: Seed = 0
 
 

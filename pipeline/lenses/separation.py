@@ -12,15 +12,8 @@ import pandas as pd
 
 from pipeline.findings import Finding
 from pipeline.flow.activity import GROUPS, separation, separation_shares
-from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.charts import heat_maps
-from pipeline.lenses.parts.layers import (
-    NContexts,
-    NTokens,
-    Seed,
-    iter_activities,
-    rows_after_contexts,
-)
+from pipeline.lenses.parts.layers import Seed, Text, iter_activities, rows_after_contexts
 from pipeline.run import Run
 
 TITLE = "which link scores tell groups apart (Feature Flow, Fig. 4 and 14)"
@@ -41,11 +34,9 @@ PAPER = {
 0.80 or more."""
 
 
-class Config(LensConfig):
+class Config(Text):
     """On how much text."""
 
-    n_tokens: NTokens = 8192
-    n_contexts: NContexts = 32
     seed: Seed = 0
 
 

@@ -30,12 +30,10 @@ from pipeline.flow.transitions import (
     scale_of,
     skipping,
 )
-from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.layers import (
-    NContexts,
     NPairs,
-    NTokens,
+    Text,
     pair_data,
     residual_pairs,
     rows_after_contexts,
@@ -53,12 +51,10 @@ EV_TOP_1, EV_PERMUTATION_FOLDED, EV_PERMUTATION = 0.791, (0.783, 0.786), (0.747,
 inference."""
 
 
-class Config(LensConfig):
+class Config(Text):
     """How much is compared."""
 
-    n_tokens: NTokens = 8192
     n_pairs: NPairs = 6
-    n_contexts: NContexts = 32
 
 
 def look(run: Run, config: Config) -> Finding:

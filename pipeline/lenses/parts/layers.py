@@ -31,6 +31,7 @@ from pipeline.flow.matchers import PairData
 from pipeline.flow.pairing import RELATIONS, Relation
 from pipeline.flow.sources import HeldOutRows
 from pipeline.flow.validation import held_out_contexts
+from pipeline.lenses.base import LensConfig
 from pipeline.run import Run
 from sae import Sae
 
@@ -43,6 +44,22 @@ NExhaustive = Annotated[
 ]
 Seed = Annotated[int, Ge(0), Doc("of every choice")]
 Item = TypeVar("Item")
+
+
+class Text(LensConfig):
+    """On how much text activity is looked at."""
+
+    n_tokens: NTokens = 8192
+    n_contexts: NContexts = 32
+
+
+class Trials(LensConfig):
+    """How much is tested in the model."""
+
+    n_pairs: NPairs = 6
+    n_targets: NTargets = 150
+    n_contexts: NContexts = 32
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
