@@ -36,6 +36,15 @@ MOVED = {
         *("profile", "filters", "holdout", "choice", "min_f1", "min_firings", "cofiring_rows"),
         *("precision", "seed"),
     )
+} | {
+    f"evaluate.{old}": f"lenses.{new}"
+    for old, new in {
+        **{name: f"reconstruction.{name}" for name in ("n_tokens", "n_pca_tokens", "n_resamples")},
+        **{name: f"<lens>.{name}" for name in ("filters", "others", "seed")},
+        "ce_tokens": "loss-recovered.n_tokens",
+        "ce_sites": "loss-recovered.sites",
+        "n_ce_sites": "loss-recovered.n_sites",
+    }.items()
 }
 """Settings of earlier recipes, and what they are called now."""
 

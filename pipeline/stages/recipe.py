@@ -65,12 +65,12 @@ def read_recipe(
     path = recipe_path(name_or_path)
     document = _read_toml(path)
     problems = _apply_overrides(document, overrides or {})
+    problems += _moved(document)
     problems += [
         unknown_key(key, (*STAGES, *_TOP_LEVEL), str(path))
         for key in document
         if key not in (*STAGES, *_TOP_LEVEL)
     ]
-    problems += _moved(document)
     configs: dict[str, Any] = {}
     for stage in stages:
         section, config_type = section_of(stage), StageName(stage).module.Config
@@ -132,6 +132,8 @@ def _moved(document: dict[str, Any]) -> list[Problem]:
         section = document.get(stage)
         if isinstance(section, dict) and section.pop(field, None) is not None:
             found.append(Problem(what="this setting moved", where=old, expected=new))
+            if not section and stage not in STAGES:
+                del document[stage]
     return found
 
 

@@ -16,6 +16,7 @@ from pipeline.findings import read_finding
 from pipeline.lenses import base
 from pipeline.lenses.base import add_folder, find_lens, fitting, kept, lens_names, run_lens
 from pipeline.run import Run
+from pipeline.stages.recipe import read_recipe
 
 WIDTHS = '''"""How many latents has each SAE? Read off the descriptions; costs nothing."""
 
@@ -137,6 +138,18 @@ def test_a_recipe_names_lenses_and_their_options(
     assert "lenses.sae-widths.n_mots" in told
     assert "lenses.sae-widths.sites" in told
     assert "did you mean 'sae-widths'" in told
+
+
+def test_a_recipe_with_the_section_of_before_learns_its_new_names(tmp_path: Path) -> None:
+    recipe = tmp_path / "old.toml"
+    recipe.write_text("[evaluate]\nn_tokens = 512\nn_ce_sites = 2\n")
+    with pytest.raises(UserError) as caught:
+        read_recipe(str(recipe), stages=("collect",))
+    found = {problem.where: problem.expected for problem in caught.value.problems}
+    assert found == {
+        "evaluate.n_tokens": "lenses.reconstruction.n_tokens",
+        "evaluate.n_ce_sites": "lenses.loss-recovered.n_sites",
+    }
 
 
 def test_a_lens_in_a_file_is_looked_through_by_its_path(folder: Path, artifacts: Path) -> None:
