@@ -6,14 +6,16 @@
    reconstruct. L0 is the mean number of active latents, FVU the squared error over the variance
    about the mean; the first position of every context (BOS) is left out. An L0 far from the
    published one, or an FVU near 1, means another site, scale or convention.
-3. Where it is open whether the stream was centred, both are measured.
+3. A folder of a cross-layer transcoder or crosscoder is read whole (sae/cross_layer.py) and
+   measured at every site that it writes, with all layers that write there.
+4. Where it is open whether the stream was centred, both are measured.
 
 Cost: reading the file, and one forward pass of `n_tokens` up to the site.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,9 @@ from featureflow.errors import UserError
 from featureflow.sites import Site, parse_site
 from pipeline.training.imported import same_model
 from sae import Sae
-from sae.formats import Conventions, read
+from sae.formats import Conventions, read, read_cross_layer
 from sae.formats.conventions import OPEN
+from sae.formats.cross_layer import is_cross_layer
 from sae.formats.normalised import NormalisedSae
 
 _BATCH = 8
@@ -59,6 +62,8 @@ def check_dictionary(
 ) -> Check:
     """`site` and `reads` are needed where the files do not say them. Raises UserError for files
     that cannot be read, and for a site or a model that contradicts them."""
+    if path.is_dir() and is_cross_layer(path):
+        return _check_cross_layer(path, model, text or BundledText(), n_tokens, n_context)
     conventions = conventions or Conventions()
     sae = read(path, format=format, conventions=conventions)
     described = describe_dictionary(sae)
@@ -69,7 +74,8 @@ def check_dictionary(
     said = sae.metadata.get("model")
     if said and not same_model(said, model.name):
         notes = (*notes, f"made for {said}, measured on {model.name}")
-    x, y = _activations(model, reads, site, text or BundledText(), n_tokens, n_context)
+    seen = _activations(model, (reads, site), text or BundledText(), n_tokens, n_context)
+    x, y = seen[reads], seen[site]
     if (sae.d_in, sae.d_out) != (x.shape[1], y.shape[1]):
         raise UserError(
             "the dictionary does not fit the model",
@@ -137,20 +143,51 @@ def _places(sae: Sae, site: Site | None, reads: Site | None) -> tuple[Site, Site
     return site, source
 
 
+def _check_cross_layer(
+    path: Path, model: LanguageModel | None, text: CorpusSpec, n_tokens: int, n_context: int
+) -> Check:
+    """One row of measurements for every site that is written; its L0 is that of its own layer."""
+    whole = read_cross_layer(path)
+    described = {
+        "format": "cross_layer",
+        "kind": "crosscoder" if whole.reads == whole.writes else "cross-layer transcoder",
+        "reads": ", ".join(site.short for site in whole.reads),
+        "sites": ", ".join(site.short for site in whole.writes),
+        "model": whole.metadata["model"] or "not said",
+        "latents": whole.n_latents,
+        "published L0": whole.metadata["published"]["l0"] or "not said",
+    }
+    if model is None:
+        return Check(described=described, notes=())
+    sites = tuple(dict.fromkeys((*whole.reads, *whole.writes)))
+    seen = _activations(model, sites, text, n_tokens, n_context)
+    z, out = whole.encode(seen), whole(seen)
+    measured = [
+        {
+            "reading": site.short,
+            "n_tokens": len(latents),
+            "L0": float((latents > 0).sum() / len(latents)),
+            "FVU": _fvu(float((out[site].double() - seen[site]).square().sum()), seen[site]),
+        }
+        for site, latents in zip(whole.writes, z, strict=True)
+    ]
+    return Check(described=described, notes=(), measured=tuple(measured))
+
+
 def _activations(
-    model: LanguageModel, reads: Site, site: Site, text: CorpusSpec, n_tokens: int, n_context: int
-) -> tuple[Float[Tensor, "token d_in"], Float[Tensor, "token d_out"]]:
-    """Input and output of the dictionary on text, without the first position of each context."""
+    model: LanguageModel, sites: Sequence[Site], text: CorpusSpec, n_tokens: int, n_context: int
+) -> dict[Site, Float[Tensor, "token width"]]:
+    """Activations on text, without the first position of each context."""
     packed = pack_corpus(
         text, model.tokenizer, n_context=min(n_context, model.n_context), n_tokens=n_tokens, seed=0
     )
-    inputs, outputs = [], []
+    sites = tuple(dict.fromkeys(sites))
+    parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
     for first in range(0, packed.n_contexts, _BATCH):
         ids = torch.from_numpy(packed.contexts(first, first + _BATCH))
-        seen = model.activations(ids, tuple(dict.fromkeys((reads, site))))
-        inputs.append(seen[reads][:, 1:].flatten(0, 1).float().cpu())
-        outputs.append(seen[site][:, 1:].flatten(0, 1).float().cpu())
-    return torch.cat(inputs), torch.cat(outputs)
+        for site, values in model.activations(ids, sites).items():
+            parts[site].append(values[:, 1:].flatten(0, 1).float().cpu())
+    return {site: torch.cat(values) for site, values in parts.items()}
 
 
 def _measured(sae: Sae, x: Tensor, y: Tensor) -> dict[str, float]:
@@ -158,9 +195,9 @@ def _measured(sae: Sae, x: Tensor, y: Tensor) -> dict[str, float]:
     for rows, wanted in zip(x.split(1024), y.split(1024), strict=True):
         error += float((sae(rows).double() - wanted.double()).square().sum())
         active += float((sae.encode_sparse(rows).value > 0).sum())
+    return {"n_tokens": len(x), "L0": active / len(x), "FVU": _fvu(error, y)}
+
+
+def _fvu(error: float, y: Tensor) -> float:
     centred = y.double() - y.double().mean(0)
-    return {
-        "n_tokens": len(x),
-        "L0": active / len(x),
-        "FVU": error / max(float(centred.square().sum()), 1e-300),
-    }
+    return error / max(float(centred.square().sum()), 1e-300)

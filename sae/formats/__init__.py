@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sae.formats.circuit_tracer import write_circuit_tracer
     from sae.formats.conventions import Conventions
+    from sae.formats.cross_layer import read_cross_layer
     from sae.formats.native import load_sae, save_sae
     from sae.formats.reading import FORMATS, find, read, recognise
     from sae.formats.saelens import write_saelens
@@ -23,6 +24,7 @@ __all__ = [
     "find",
     "load_sae",
     "read",
+    "read_cross_layer",
     "recognise",
     "save_sae",
     "write_circuit_tracer",
@@ -33,6 +35,7 @@ _HOMES = {
     **dict.fromkeys(("load_sae", "save_sae"), "sae.formats.native"),
     **dict.fromkeys(("FORMATS", "find", "read", "recognise"), "sae.formats.reading"),
     "Conventions": "sae.formats.conventions",
+    "read_cross_layer": "sae.formats.cross_layer",
     "write_circuit_tracer": "sae.formats.circuit_tracer",
     "write_saelens": "sae.formats.saelens",
 }

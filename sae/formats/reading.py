@@ -77,7 +77,7 @@ def recognise(path: str | Path) -> tuple[str, ...]:
     path = Path(path)
     if path.is_dir():
         return tuple(name for name, form in FORMATS.items() if form.files and _fits(path, form))
-    names = tuple(n for n, form in FORMATS.items() if any(map(path.match, form.lone)))
+    names = _matching(path, own=True) or _matching(path, own=False)
     if len(names) < 2 or not path.is_file():
         return names
     shapes = shapes_in(path)
@@ -94,6 +94,15 @@ def find(root: str | Path) -> Iterator[tuple[Path, str]]:
             yield folder, names[0]
         elif not names:
             yield from ((file, name) for file in _many(folder) for name in recognise(file)[:1])
+
+
+def _matching(path: Path, *, own: bool) -> tuple[str, ...]:
+    """The formats with a pattern for this file: one of their own, or just a suffix."""
+    return tuple(
+        name
+        for name, form in FORMATS.items()
+        if any(path.match(pattern) for pattern in form.lone if pattern.startswith("*") != own)
+    )
 
 
 def _fits(folder: Path, form: Format) -> bool:
@@ -128,7 +137,8 @@ def _only(path: Path) -> str:
             found=", ".join(names),
             fix=f'name one: format="{names[0]}"',
         )
-    if path.is_dir() and (files := _many(path)):
+    files = _many(path) or [f for f in sorted(path.glob("*")) if _matching(f, own=True)]
+    if path.is_dir() and files:
         raise UserError(
             f"{len(files)} dictionaries lie here, one a file",
             where=str(path),

@@ -91,6 +91,30 @@ def test_both_readings_of_an_open_convention_are_measured(tmp_path: Path, model)
     )
 
 
+def test_a_cross_layer_transcoder_is_measured_with_all_that_writes_into_a_site(
+    tmp_path: Path, model
+) -> None:
+    g = torch.Generator().manual_seed(2)
+    W_enc, W_dec = torch.randn(2, 4, D, generator=g), torch.randn(2, 4, 2, D, generator=g)
+    b_enc, b_dec = torch.randn(2, 4, generator=g), torch.randn(2, D, generator=g)
+    for i in (0, 1):
+        tensors = {f"W_enc_{i}": W_enc[i], f"b_enc_{i}": b_enc[i], f"b_dec_{i}": b_dec[i]}
+        save_file(tensors, tmp_path / f"W_enc_{i}.safetensors")
+        written = {f"W_dec_{i}": W_dec[i, :, i:].contiguous()}
+        save_file(written, tmp_path / f"W_dec_{i}.safetensors")
+    x0, x1, y0, y1 = activations(
+        model, *(Site(i, kind) for kind in ("resid_mid", "mlp_out") for i in (0, 1))
+    )
+    z0, z1 = ((x @ W_enc[i].T.double() + b_enc[i]).relu() for i, x in enumerate((x0, x1)))
+    first = z0 @ W_dec[0, :, 0].double() + b_dec[0]
+    second = z0 @ W_dec[0, :, 1].double() + z1 @ W_dec[1, :, 1].double() + b_dec[1]
+    rows = check_dictionary(tmp_path, model=model, n_tokens=1024).measured
+    assert [row["reading"] for row in rows] == ["L0.mlp", "L1.mlp"]
+    expected = [fvu(first, y0), fvu(second, y1)]
+    assert [row["FVU"] for row in rows] == pytest.approx(expected, rel=1e-4)
+    assert rows[1]["L0"] == pytest.approx(float((z1 > 0).sum(1).double().mean()), abs=1e-3)
+
+
 def test_what_contradicts_or_is_missing_is_said(tmp_path: Path, model) -> None:
     write(tmp_path / "a", metadata={"hook_name": "blocks.1.hook_resid_post"})
     with pytest.raises(UserError, match="says another site"):
