@@ -61,7 +61,7 @@ def measure(model: LanguageModel, options: argparse.Namespace, folder: Path) -> 
     sites = parse_sites(options.sites, model.sites())
     tokens = planted_tokens(n_rows, options.length, model.d_vocab)
     layout = StoreLayout(
-        sites=tuple(SiteLayout(name=site.name, width=model.d_model) for site in sites),
+        sites=tuple(SiteLayout(name=site.name, width=model.width(site)) for site in sites),
         dtype="bfloat16",
         n_rows=n_rows,
         n_context=options.length,

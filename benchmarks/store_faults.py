@@ -80,7 +80,7 @@ def make_collection(*, n_tokens: int) -> Collection:
         validation_fraction=0.2,
     )
     layout = StoreLayout(
-        sites=tuple(SiteLayout(name=site.name, width=model.d_model) for site in model.sites()),
+        sites=tuple(SiteLayout(name=site.name, width=model.width(site)) for site in model.sites()),
         dtype="bfloat16",
         n_rows=packed.n_rows,
         n_context=32,

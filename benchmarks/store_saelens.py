@@ -33,7 +33,7 @@ from data.model.sources import folder_of
 from data.model.spec import Packaged
 from data.store import ActivationStore, SiteLayout, StoreLayout, StoreWriter, TokenTable
 from data.store.collection import collect_shards
-from data.store.foreign_arrow import read_arrow
+from data.store.foreign import find_foreign
 from featureflow.progress import silent
 from featureflow.sites import Site, parse_site
 
@@ -113,7 +113,7 @@ def compare_values(
         with peer(options, folder, dtype) as saelens:
             for site in sites:
                 saelens.cache(site, fresh(folder / "theirs"))
-                cached = read_arrow(folder / "theirs", {name_there(site): site.name})[0]
+                cached = find_foreign(folder / "theirs", {name_there(site): site.name})[0]
                 stored["theirs", dtype, site] = np.asarray(cached.read(0, cached.n_rows))
                 stored["ours", dtype, site] = store.read(site, 0, store.n_rows)
     for site in sites:
@@ -200,7 +200,7 @@ def collect(
 ) -> None:
     """A whole store in the model's dtype, from its metadata to its completion record."""
     layout = StoreLayout(
-        sites=tuple(SiteLayout(name=site.name, width=model.d_model) for site in sites),
+        sites=tuple(SiteLayout(name=site.name, width=model.width(site)) for site in sites),
         dtype="float32" if model.dtype == torch.float32 else "bfloat16",
         n_rows=len(tokens),
         n_context=options.length,

@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from featureflow.errors import Problem
+
+_LFS = b"version https://git-lfs.github.com/spec/"
+
 
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
@@ -41,6 +45,21 @@ def digest_of_file(path: Path) -> str:
     """The sha256 of a file's bytes, hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is the few lines that git leaves where git-lfs was not installed."""
+    with path.open("rb") as stream:
+        return stream.read(len(_LFS)) == _LFS
+
+
+def lfs_problem(path: Path) -> Problem:
+    """What to say about such a file."""
+    return Problem(
+        what="a git-lfs pointer, not the file itself",
+        where=str(path),
+        expected="the file, as `git lfs pull` in its repository brings it",
+    )
 
 
 def replace_folder(new: Path, place: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
+from data.model.fingerprint import VERSION
 from data.model.language_model import LanguageModel
 from data.model.spec import ModelSpec
 from data.store import ActivationStore
@@ -145,14 +146,20 @@ class Run:
             )
         model = LanguageModel.open(
             self._spec,
-            dtype=collect.config.get("model_dtype", "bfloat16"),
+            dtype=self.store.provenance.get(
+                "model_dtype", collect.config.get("model_dtype", "auto")
+            ),
             device=self.context.device,
             progress=self.context.progress,
         )
         expected = self.store.provenance.get("model_fingerprint")
         if expected is not None and expected != model.fingerprint:
+            is_old = not expected.startswith(f"{VERSION}:")
             raise UserError(
-                f"{model.name} is not the model that the activations were collected from",
+                "the activations name their model in the way of an earlier version, which left out "
+                "buffers and digits of float32"
+                if is_old
+                else f"{model.name} is not the model that the activations were collected from",
                 where=self.store.url,
                 expected=f"fingerprint {expected[:12]}",
                 found=f"fingerprint {model.fingerprint[:12]}",

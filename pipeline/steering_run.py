@@ -30,6 +30,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from torch import Tensor
 
 from data.concepts.prompts import read_prompts
+from data.model.fingerprint import same_weights
 from data.model.language_model import LanguageModel
 from data.store import ActivationStore
 from featureflow.errors import Problem, UserError
@@ -181,7 +182,7 @@ class Steering:
                     found=theirs,
                 )
             )
-        if plan.model and plan.model != self.model.fingerprint:
+        if plan.model and not same_weights(plan.model, self.model.fingerprint):
             problems.append(
                 Problem(
                     what="made for another model",

@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from data.model.fingerprint import same_weights
 from featureflow.errors import Problem, UserError
 from featureflow.sites import FeatureId, Site, parse_feature
 from steering.edits import NodeValues
@@ -275,7 +276,7 @@ def misfits(
     sites = set(model.sites())
     for row_plan in row_plans:
         plan = row_plan.plan
-        if plan.model and plan.model != model.fingerprint:
+        if plan.model and not same_weights(plan.model, model.fingerprint):
             yield Problem(
                 what="the plan was made for another model",
                 expected=plan.model,

@@ -16,19 +16,18 @@ Cost for SmolLM2-135M: about 25 s of one core, 2 GB of memory, 270 MB of disk.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.model.cache import cache_folder, make_once
+from data.cache import cache_folder, make_once, sha256_of
 from data.model.gguf_keys import is_rope_factor, stated_config
 from data.model.loading import check_complete, quiet_transformers
 from featureflow.errors import UserError
+from featureflow.files import is_lfs_pointer, lfs_problem
 from featureflow.progress import Progress
 
 _OTHER_SOURCE = 'use the model\'s own folder or Hub id: kind = "folder" or "huggingface"'
@@ -39,7 +38,7 @@ def converted_gguf(path: Path, *, sha256: str | None, progress: Progress) -> Pat
     """The folder for this file. Raises UserError if the file is missing, is not GGUF or has another
     checksum."""
     _check_is_gguf(path)
-    found = _sha256(path)
+    found = sha256_of(path)
     if sha256 is not None and found != sha256:
         raise UserError(
             "the model file is not the one expected", where=str(path), expected=sha256, found=found
@@ -53,6 +52,8 @@ def _check_is_gguf(path: Path) -> None:
         raise UserError("there is no such model file", where=str(path), expected="a .gguf file")
     with path.open("rb") as stream:
         magic = stream.read(4)
+    if is_lfs_pointer(path):
+        raise UserError("this is no model yet", problems=(lfs_problem(path),), fix="git lfs pull")
     if magic != b"GGUF":
         raise UserError(
             "not a GGUF file",
@@ -162,19 +163,29 @@ def _config_of(path: Path, reader: Any, config: Any) -> Any:
 def _refuse_unused_tensors(path: Path, reader: Any, model: Any) -> None:
     """Tensors of the file that became no weight: biases, norms or experts that the architecture in
     transformers does not have."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
     from transformers.integrations.gguf import is_gguf_arch_supported
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-    )
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
     architecture = str(_field(reader, "general.architecture"))
-    if is_gguf_arch_supported(architecture):
+    known = {name: each for each, name in MODEL_ARCH_NAMES.items()}
+    if is_gguf_arch_supported(architecture) or architecture not in known:
         return  # its loader reports unexpected tensors itself
+    names = get_tensor_name_map(known[architecture], model.config.num_hidden_layers)
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
-    used = get_gguf_hf_weights_map(model, processor)
-    is_used = {"output.weight"} | set(used) | {f"{name}.weight" for name in used}
+    used: dict[str, str] = {"output.weight": "lm_head.weight"}
+    for full_name in model.state_dict():
+        for name in (full_name, full_name.removeprefix(f"{model.base_model_prefix}.")):
+            name = processor.preprocess_name(name)
+            stem, dot, suffix = name.rpartition(".")
+            if suffix not in ("weight", "bias"):
+                stem, dot, suffix = name, "", ""
+            found = names.get_name(stem)
+            if found is None:
+                processor.perform_fallback_tensor_mapping(used, dot + suffix, "", name)
+            else:
+                used[found + dot + suffix] = name
+    is_used = set(used) | {f"{name}.weight" for name in used}
     unused = [
         each.name
         for each in reader.tensors
@@ -250,29 +261,3 @@ def _add_no_space(backend: Any) -> None:
 def _field(reader: Any, key: str) -> Any:
     field = reader.get_field(key)
     return None if field is None else field.contents()
-
-
-def _sha256(path: Path) -> str:
-    """Checksums of large files are remembered by size and time of change."""
-    stat = path.stat()
-    key = hashlib.sha256(
-        f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()
-    ).hexdigest()[:32]
-    memo = cache_folder() / "checksums" / f"{key}.json"
-    try:
-        return str(json.loads(memo.read_text())["sha256"])
-    except (OSError, ValueError, KeyError):
-        pass
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    _remember(memo, found)
-    return found
-
-
-def _remember(memo: Path, found: str) -> None:
-    """A cache that cannot be written costs time, not the run."""
-    try:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        memo.write_text(json.dumps({"sha256": found}))
-    except OSError:
-        return

@@ -13,9 +13,7 @@ sites read and stored: 1,285 tokens a second, `make collect`).
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,8 +25,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from data.model.fingerprint import fingerprint_of
 from data.model.loading import quiet_transformers
-from data.model.module_sites import BlockSites, Edit, Taps, find_blocks, find_sites
+from data.model.module_sites import BlockSites, Edit, Taps, find_blocks, find_sites, norm_gain
 from data.model.sources import LoadedModel, load_model
 from data.model.spec import (
     Folder,
@@ -103,12 +102,12 @@ class LanguageModel:
         cls,
         spec: ModelSpec,
         *,
-        dtype: str = "bfloat16",
+        dtype: str = "auto",
         device: str = "cpu",
         progress: Progress = silent,
     ) -> LanguageModel:
-        """Load the model `spec` names. Raises UserError when it is unknown, missing, damaged or
-        without support."""
+        """Load the model `spec` names; `auto` is bfloat16 where that is fast, else float32. Raises
+        UserError when it is unknown, missing, damaged or without support."""
         return cls(
             name=name_of(spec),
             loaded=load_model(spec, dtype=dtype, device=device, progress=progress),
@@ -128,6 +127,11 @@ class LanguageModel:
                 found=", ".join(site.name for site in missing),
                 expected=f"blocks.<0 to {self.n_layers - 1}>.hook_<one of {kinds}>",
             )
+
+    def width(self, site: Site) -> int:
+        """Numbers of one activation at `site`: `d_model`, but for `z` those of all heads."""
+        z = self.blocks[site.layer].z
+        return z.width if site.kind == "z" and z is not None else self.d_model
 
     def activations(
         self, ids: Int[Tensor, "batch position"], sites: Sequence[Site]
@@ -158,8 +162,51 @@ class LanguageModel:
         `attention_mask` (1 = read) may be padded on the left; positions count from each row's first
         1. With a `cache` (`new_cache()`), `ids` holds only the new tokens and the mask covers the
            old ones too. `n_last` > 0 computes the
-        logits of only that many last positions."""
+        logits of only that many last positions. A model that reads padding in spite of the mask
+        (recurrent ones) is run row by row; with a cache it is refused."""
         self._check_ids(ids, n_before=0 if cache is None else cache.get_seq_length())
+        if attention_mask is not None and not bool(attention_mask.all()) and self.reads_padding:
+            return self._logits_row_by_row(ids, attention_mask, cache, n_last)
+        return self._logits(ids, attention_mask, cache, n_last)
+
+    @cached_property
+    def reads_padding(self) -> bool:
+        """Whether padding on the left changes what follows it in spite of the mask, as in models
+        whose state runs over every position. Seen in three short passes."""
+        ids = (torch.arange(6, device=self.device)[None] * 7 + 1) % self.d_vocab
+        padded = torch.cat([ids[:, :3], ids], dim=1)
+        mask = (torch.arange(9, device=self.device) >= 3).long()[None]
+        with self._taps.suspended():
+            alone = self._logits(ids, torch.ones_like(ids), None, 0).float()
+            masked = self._logits(padded, mask, None, 0)[:, 3:].float()
+            read = self._logits(padded, torch.ones_like(padded), None, 0)[:, 3:].float()
+        off = (masked - alone).norm()
+        return bool(off > 0.5 * (read - alone).norm() and off > 1e-3 * alone.norm())
+
+    def _logits_row_by_row(
+        self, ids: Tensor, attention_mask: Tensor, cache: Cache | None, n_last: int
+    ) -> Tensor:
+        n_padding = (attention_mask == 0).sum(-1).tolist()
+        is_left = bool((attention_mask.long().diff(dim=-1) >= 0).all())
+        if cache is not None or not is_left or self._taps.n_hooks:
+            raise UserError(
+                f"{self.name} reads padding in spite of the attention mask",
+                found=f"rows with {', '.join(map(str, n_padding[:8]))} tokens of padding",
+                expected="rows of one length, since its state runs over every position",
+                fix="give prompts of equal length, or one prompt at a time",
+            )
+        rows = [
+            self._logits(row[None, n:], None, None, 0)[0]
+            for row, n in zip(ids, n_padding, strict=True)
+        ]
+        logits = rows[0].new_zeros(len(rows), ids.shape[1], rows[0].shape[-1])
+        for i, row in enumerate(rows):
+            logits[i, ids.shape[1] - len(row) :] = row
+        return logits[:, -n_last:] if n_last else logits
+
+    def _logits(
+        self, ids: Tensor, attention_mask: Tensor | None, cache: Cache | None, n_last: int
+    ) -> Tensor:
         options: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
             options["past_key_values"] = cache
@@ -202,39 +249,26 @@ class LanguageModel:
         logits is `W_U @ (gain * direction)` up to the norm's scale and, for LayerNorm, its
         centring."""
         weight = self.hf.get_output_embeddings().weight.detach().float()
-        return weight, _norm_gain(self._final_norm(), self.d_model).to(weight.device)
+        return weight, norm_gain(self._final_norm(), self.d_model).to(weight.device)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of config, weights (as bfloat16, so that the dtype it runs in does not matter) and
-        tokenizer."""
-        hasher = hashlib.sha256(_config_text(self.hf.config).encode())
-        for name, weight in sorted(self.hf.named_parameters()):
-            hasher.update(f"{name}:{tuple(weight.shape)}".encode())
-            hasher.update(
-                weight.detach()
-                .to("cpu", torch.bfloat16)
-                .contiguous()
-                .view(torch.uint8)
-                .numpy()
-                .data
-            )
-        hasher.update(self.tokenizer.fingerprint.encode())
-        return hasher.hexdigest()
+        """The name of what the forward pass reads (`data.model.fingerprint`). Edits in place are
+        seen until it is asked for the first time."""
+        return fingerprint_of(self.hf, self.tokenizer)
 
     @cached_property
     def _keeps_last(self) -> bool:
         return "logits_to_keep" in inspect.signature(self.hf.forward).parameters
 
     def _find_sites(self) -> tuple[BlockSites, ...]:
-        blocks = find_blocks(self.base, self.n_layers)
         probe = torch.arange(4, device=self.device)[None] % self.d_vocab
 
         def run() -> None:
             with torch.no_grad():
                 self.base(probe, use_cache=False)
 
-        return find_sites(blocks, run)
+        return find_sites(find_blocks(self.base, self.n_layers, run), run)
 
     def _check_ids(self, ids: Tensor, *, n_before: int = 0) -> None:
         length = n_before + ids.shape[1]
@@ -290,33 +324,6 @@ def _in_one_piece(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Last columns cut out of a batch are strided; torch multiplies those with the unembedding one
     row at a time (in bf16, 24 rows took longer than all 768 tokens of the batch)."""
     return tuple(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)
-
-
-def _norm_gain(norm: nn.Module, d_model: int) -> Float[Tensor, "d_model"]:
-    """The gain by probing: a vector of +1 and -1 with mean 0 has norm statistics 0 and 1, so the
-    odd part of the output is gain * sign, whatever the norm calls its weight (Gemma adds one to it)
-    and for LayerNorm's bias too."""
-    signs = torch.ones(d_model)
-    signs[1::2] = -1.0
-    scale = 100.0  # drowns epsilon
-    probe = copy.deepcopy(norm).float().cpu()
-    with torch.no_grad():
-        odd = (probe(scale * signs) - probe(-scale * signs)) / 2
-    return odd * signs
-
-
-def _config_text(config: Any) -> str:
-    """The config without what changes from load to load."""
-    volatile = {
-        "_name_or_path",
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "_attn_implementation",
-        "architectures",
-    }
-    plain = {key: value for key, value in config.to_dict().items() if key not in volatile}
-    return json.dumps(plain, sort_keys=True, default=str)
 
 
 def boot_bridge(model: LanguageModel) -> Any:

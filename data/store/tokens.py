@@ -28,11 +28,17 @@ FLAG_NON_FINITE = 16
 @dataclass(frozen=True, kw_only=True)
 class DocumentRow:
     """One document of the corpus: where it comes from, what it is called, its label (empty when it
-    has none)."""
+    has none). What UTF-8 cannot hold (halves of surrogate pairs, bytes of odd file names) becomes a
+    question mark."""
 
     source: str = ""
     title: str = ""
     label: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("source", "title", "label"):
+            text = getattr(self, name).encode("utf-8", "replace").decode()
+            object.__setattr__(self, name, text)
 
 
 @dataclass(frozen=True, kw_only=True)

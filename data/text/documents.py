@@ -1,12 +1,14 @@
-"""Documents: what every corpus yields, the seeded shuffle they go through, and cutting long texts
-at paragraphs."""
+"""Documents: what every corpus yields, how a record becomes one, the seeded shuffle they go
+through, and cutting long texts at paragraphs."""
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 SHUFFLE_CHARACTERS = 64_000_000
 _PARAGRAPH_END = re.compile(r"\n\s*\n")
@@ -15,12 +17,82 @@ _LINE_END = re.compile(r"\n|(?<=[.!?])\s")
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One text, where it comes from, what it is called, and its label (empty when it has none)."""
+    """One text, where it comes from, what it is called, and its label (empty when it has none). A
+    conversation has `messages` (role and content each) for the model's chat template; its text is
+    their contents."""
 
     text: str
     source: str
     title: str = ""
     label: str = ""
+    messages: tuple[Mapping[str, str], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields:
+    """Which field of a JSON line or row is what; empty for none."""
+
+    text: str
+    title: str
+    label: str
+
+
+def document_of(
+    record: Mapping[str, Any], fields: Fields, *, source: str, number: int
+) -> Document | None:
+    """The document of a record; None where its text is null. Raises ValueError that says what is
+    there instead of text or a conversation."""
+    value = record.get(fields.text)
+    if value is None:
+        return None
+    messages = () if isinstance(value, str) else _messages_of(value)
+    text = value if isinstance(value, str) else "\n\n".join(each["content"] for each in messages)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(f"half of a surrogate pair, {code} at character {error.start}") from error
+    title = _name_of(record.get(fields.title), fields.title)
+    return Document(
+        text=text,
+        source=source,
+        title=title or f"{source}, {number}",
+        label=_name_of(record.get(fields.label), fields.label),
+        messages=messages,
+    )
+
+
+def _messages_of(value: Any) -> tuple[Mapping[str, str], ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{type(value).__name__}, not a string")
+    messages = []
+    for each in value:
+        role = each.get("role") if isinstance(each, Mapping) else None
+        if not isinstance(role, str) or not isinstance(each.get("content"), str):
+            raise ValueError("a list that is no conversation (messages of role and content)")
+        messages.append({"role": role, "content": each["content"]})
+    if not messages:
+        raise ValueError("an empty list")
+    return tuple(messages)
+
+
+def _name_of(value: Any, field: str) -> str:
+    """A title or label; half of a surrogate pair becomes a visible question mark."""
+    if value is None or value != value:  # NaN is how some tables write nothing
+        return ""
+    if isinstance(value, (list, tuple, Mapping)):
+        raise ValueError(f"a {type(value).__name__} in the field {field!r}")
+    return str(value).encode("utf-8", "replace").decode()
+
+
+class PassedOver(Counter[str]):
+    """How many records of each source had no text."""
+
+    def notes(self) -> list[str]:
+        return [
+            f"{n:,} records of {source} without text (null) were passed over"
+            for source, n in self.items()
+        ]
 
 
 def iter_shuffled(
@@ -55,10 +127,10 @@ def iter_passages(
     documents: Iterable[Document], n_characters: int, seed: int
 ) -> Iterator[Document]:
     """Of every document longer than `n_characters` one part of at most that length, drawn from
-    `seed`."""
+    `seed`; conversations stay whole."""
     generator = random.Random(seed)
     for document in documents:
-        if len(document.text) > n_characters:
+        if len(document.text) > n_characters and not document.messages:
             document = replace(
                 document, text=generator.choice(list(iter_parts(document.text, n_characters)))
             )

@@ -24,7 +24,7 @@ from jaxtyping import Int64, UInt8, UInt32
 
 from data.store.tokens import FLAG_BOS, FLAG_SPECIAL, DocumentRow, TokenTable
 from data.text.corpus import CorpusSpec, describe_corpus, iter_documents
-from data.text.documents import Document
+from data.text.documents import Document, PassedOver
 from data.text.tokenizer import Tokenizer
 from featureflow.errors import UserError
 from featureflow.progress import Progress, silent
@@ -94,17 +94,21 @@ def pack_corpus(
     seed: int,
     validation_fraction: float = 0.0,
     max_document_tokens: int | None = None,
+    keep_special: bool = False,
+    passed_over: PassedOver | None = None,
     progress: Progress = silent,
 ) -> PackedTokens:
-    """`pack_documents` of a corpus in the order of `seed`."""
+    """`pack_documents` of a corpus in the order of `seed`; records without text are counted in
+    `passed_over`."""
     return pack_documents(
-        iter_documents(spec, seed),
+        iter_documents(spec, seed, passed_over),
         tokenizer,
         n_context=n_context,
         n_tokens=n_tokens,
         seed=None,
         validation_fraction=validation_fraction,
         max_document_tokens=max_document_tokens,
+        keep_special=keep_special,
         where=describe_corpus(spec),
         progress=progress,
     )
@@ -119,12 +123,15 @@ def pack_documents(
     seed: int | None,
     validation_fraction: float = 0.0,
     max_document_tokens: int | None = None,
+    keep_special: bool = False,
     where: str = "corpus",
     progress: Progress = silent,
 ) -> PackedTokens:
     """At most `n_tokens` rows, rounded down to whole contexts; fewer when the text runs out.
 
     `seed` shuffles the documents first, all of them held in memory; None takes them as they come.
+    A conversation goes through the tokenizer's chat template. Special tokens written out in other
+    texts are plain text unless `keep_special`.
     Raises UserError when there is less than one context of text, or too few documents to set some
     apart."""
     if n_context < 2:
@@ -134,7 +141,9 @@ def pack_documents(
         random.Random(seed).shuffle(documents)
     wanted = n_tokens // n_context
     encoded = _take_enough(
-        _iter_encoded(documents, tokenizer, max_document_tokens), wanted * (n_context - 1), progress
+        _iter_encoded(documents, tokenizer, max_document_tokens, keep_special),
+        wanted * (n_context - 1),
+        progress,
     )
     n_contexts = min(wanted, sum(map(len, encoded)) // (n_context - 1))
     n_validation = round(validation_fraction * n_contexts)
@@ -166,12 +175,13 @@ class _Encoded:
 
 
 def _iter_encoded(
-    documents: Iterable[Document], tokenizer: Tokenizer, max_tokens: int | None
+    documents: Iterable[Document], tokenizer: Tokenizer, max_tokens: int | None, keep_special: bool
 ) -> Iterator[_Encoded]:
     for batch in _iter_batches(_iter_unique(documents)):
-        for (document, sha256), ids in zip(
-            batch, tokenizer.encode_many([d.text for d, _ in batch]), strict=True
-        ):
+        texts = [document.text for document, _ in batch if not document.messages]
+        plain = iter(tokenizer.encode_many(texts, keep_special=keep_special))
+        for document, sha256 in batch:
+            ids = _chat_ids(document, tokenizer) if document.messages else next(plain)
             if ids:
                 yield _Encoded(
                     document=document,
@@ -180,10 +190,25 @@ def _iter_encoded(
                 )
 
 
+def _chat_ids(document: Document, tokenizer: Tokenizer) -> list[int]:
+    """Through the template, without the BOS that it may write: packing starts documents itself."""
+    ids = tokenizer.chat(document.messages, name="the model of this collection", reply=False)
+    return ids[1:] if ids[:1] == [tokenizer.bos_id] else ids
+
+
 def _iter_unique(documents: Iterable[Document]) -> Iterator[tuple[Document, str]]:
     seen: set[bytes] = set()
     for document in documents:
-        digest = hashlib.sha256(document.text.encode("utf-8", errors="surrogatepass"))
+        roles = "".join(f"\n{each['role']}" for each in document.messages)
+        try:
+            digest = hashlib.sha256((document.text + roles).encode())
+        except UnicodeEncodeError as error:
+            raise UserError(
+                "the text holds half of a surrogate pair",
+                where=f"{document.source}: {document.title}",
+                found=f"\\u{ord(document.text[error.start]):04x} at character {error.start}",
+                fix="correct the text, or replace such characters before it is given",
+            ) from error
         if digest.digest() not in seen:
             seen.add(digest.digest())
             yield document, digest.hexdigest()

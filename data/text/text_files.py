@@ -10,26 +10,18 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from data.text.documents import Document, iter_parts
+from data.text.documents import Document, Fields, PassedOver, document_of, iter_parts
 from featureflow.errors import Problem, UserError
+from featureflow.files import is_lfs_pointer, lfs_problem
 
 _TEXT, _LINES, _TABLE = (".txt", ".md"), (".jsonl", ".ndjson"), (".parquet",)
 SUFFIXES = (*_TEXT, *_LINES, *_TABLE)
 _MOST_PROBLEMS = 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fields:
-    """Which field of a JSON line or Parquet row is what; empty for none."""
-
-    text: str
-    title: str
-    label: str
+_TEXT_COLUMN = r"(large_)?string|string_view|dictionary<values=string|(large_)?list|null"
 
 
 def find_text_files(paths: Sequence[str]) -> list[Path]:
@@ -54,6 +46,7 @@ def find_text_files(paths: Sequence[str]) -> list[Path]:
         for path in found
         if path.stat().st_size == 0
     ]
+    problems += [lfs_problem(path) for path in found if is_lfs_pointer(path)]
     if not paths:
         problems.append(Problem(what="no text files are named", expected='paths = ["my-texts/"]'))
     if problems:
@@ -62,16 +55,15 @@ def find_text_files(paths: Sequence[str]) -> list[Path]:
 
 
 def iter_file_documents(
-    file: Path, fields: Fields, *, n_characters: int | None
+    file: Path, fields: Fields, *, n_characters: int | None, passed_over: PassedOver
 ) -> Iterator[Document]:
-    """The documents of one file. Raises UserError naming the file and the byte or line that is
-    wrong."""
+    """The documents of one file. Raises UserError naming the file and the byte, lines or rows that
+    are wrong; rows whose text is null are counted."""
     suffix = file.suffix.lower()
     if suffix in _TEXT:
         return _iter_text(file, n_characters)
-    if suffix in _LINES:
-        return _iter_lines(file, fields)
-    return _iter_table(file, fields)
+    parsed = _iter_lines(file, fields) if suffix in _LINES else _iter_table(file, fields)
+    return _iter_good(file, parsed, passed_over)
 
 
 def _files_of(path: str) -> list[Path]:
@@ -115,41 +107,38 @@ def _decoded(raw: bytes, file: Path, offset: int) -> str:
         raise UserError("the text is not UTF-8", where=where, found=found, fix=fix) from error
 
 
-def _iter_lines(file: Path, fields: Fields) -> Iterator[Document]:
-    """Good lines are given out as they come; a bad one ends the stream, naming every bad line that
+def _iter_good(
+    file: Path, parsed: Iterator[Document | Problem | None], passed_over: PassedOver
+) -> Iterator[Document]:
+    """Good records are given out as they come; a bad one ends the stream, naming every bad one that
     follows too."""
-    with file.open("rb") as stream:
-        offset, n_documents = 0, 0
-        for number, raw in enumerate(stream, start=1):
-            if raw.strip():
-                parsed = _parse_line(raw, file, number, offset, fields)
-                if isinstance(parsed, Problem):
-                    offset += len(raw)
-                    raise _bad_lines(
-                        file, [parsed, *_iter_problems(stream, file, number + 1, offset, fields)]
-                    )
-                n_documents += 1
-                yield parsed
-            offset += len(raw)
+    n_documents = 0
+    for each in parsed:
+        if isinstance(each, Problem):
+            raise _bad_records(file, [each, *(p for p in parsed if isinstance(p, Problem))])
+        if each is None:
+            passed_over[file.name] += 1
+        else:
+            n_documents += 1
+            yield each
     if n_documents == 0:
         raise UserError("the file has no documents", where=str(file))
 
 
-def _iter_problems(
-    stream: Any, file: Path, number: int, offset: int, fields: Fields
-) -> Iterator[Problem]:
-    for raw in stream:
-        parsed = _parse_line(raw, file, number, offset, fields) if raw.strip() else None
-        if isinstance(parsed, Problem):
-            yield parsed
-        number, offset = number + 1, offset + len(raw)
+def _iter_lines(file: Path, fields: Fields) -> Iterator[Document | Problem]:
+    with file.open("rb") as stream:
+        offset = 0
+        for number, raw in enumerate(stream, start=1):
+            if raw.strip():
+                yield _parse_line(raw, file, number, offset, fields)
+            offset += len(raw)
 
 
-def _bad_lines(file: Path, problems: list[Problem]) -> UserError:
+def _bad_records(file: Path, problems: list[Problem]) -> UserError:
     shown = problems[:_MOST_PROBLEMS]
     if len(problems) > len(shown):
         shown.append(Problem(what=f"and {len(problems) - len(shown)} more lines", where=str(file)))
-    return UserError(f"{file.name} has bad lines", problems=tuple(shown))
+    return UserError(f"{file.name} has bad lines or rows", problems=tuple(shown))
 
 
 def _parse_line(
@@ -167,28 +156,20 @@ def _parse_line(
         return Problem(what="the line is not JSON", where=where, found=str(error))
     if not isinstance(record, dict):
         return Problem(what="the line is not an object", where=where, found=type(record).__name__)
-    if not isinstance(record.get(fields.text), str):
-        found = ", ".join(record) or "an empty object"
-        return Problem(
-            what=f"no text in the field {fields.text!r}",
-            where=where,
-            expected="a string",
-            found=found,
-        )
-    return _document(record, file, fields, number)
-
-
-def _document(record: dict[str, Any], file: Path, fields: Fields, number: int) -> Document:
-    title, label = record.get(fields.title), record.get(fields.label)
-    return Document(
-        text=record[fields.text],
-        source=file.name,
-        title=f"{file.name}, {number}" if title is None else str(title),
-        label="" if label is None else str(label),
+    found = f"the fields {', '.join(record)}" if record else "an empty object"
+    try:
+        document = document_of(record, fields, source=file.name, number=number)
+    except ValueError as error:
+        document, found = None, str(error)
+    return document or Problem(
+        what=f"no text in the field {fields.text!r}",
+        where=where,
+        expected="a string, or a list of messages with role and content",
+        found=found,
     )
 
 
-def _iter_table(file: Path, fields: Fields) -> Iterator[Document]:
+def _iter_table(file: Path, fields: Fields) -> Iterator[Document | Problem | None]:
     import pyarrow
     from pyarrow import parquet
 
@@ -200,26 +181,25 @@ def _iter_table(file: Path, fields: Fields) -> Iterator[Document]:
         ) from error
     with table:
         columns = table.schema_arrow.names
-        kind = str(table.schema_arrow.field(fields.text).type) if fields.text in columns else None
-        if kind not in (
-            "string",
-            "large_string",
-            "string_view",
-            "dictionary<values=string, indices=int32, ordered=0>",
-        ):
-            found = f"columns {', '.join(columns)}" if kind is None else f"a column of {kind}"
+        kind = table.schema_arrow.field(fields.text).type if fields.text in columns else None
+        if kind is None or not re.match(_TEXT_COLUMN, str(kind)):
             raise UserError(
                 f"no text in the column {fields.text!r}",
                 where=str(file),
-                expected="strings",
-                found=found,
+                expected="strings, or lists of messages with role and content",
+                found=f"columns {', '.join(columns)}" if kind is None else f"a column of {kind}",
             )
-        if table.metadata.num_rows == 0:
-            raise UserError("the file has no documents", where=str(file))
         wanted = [name for name in (fields.text, fields.title, fields.label) if name in columns]
         number = 0
         for batch in table.iter_batches(batch_size=256, columns=wanted):
             for record in batch.to_pylist():
                 number += 1
-                if record[fields.text] is not None:
-                    yield _document(record, file, fields, number)
+                try:
+                    yield document_of(record, fields, source=file.name, number=number)
+                except ValueError as error:
+                    yield Problem(
+                        what=f"no text in the column {fields.text!r}",
+                        where=f"{file}, row {number}",
+                        expected="a string, or a list of messages with role and content",
+                        found=str(error),
+                    )

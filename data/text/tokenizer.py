@@ -49,22 +49,25 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added. Special tokens written out in the text are read as plain
         text."""
-        if self._backend is None:
-            return list(self.hf.encode(text, add_special_tokens=False, split_special_tokens=True))
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self.encode_many([text])[0]
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of several texts at once; faster than one by one."""
+    def encode_many(self, texts: Sequence[str], *, keep_special: bool = False) -> list[list[int]]:
+        """Ids of several texts, nothing added; faster than one by one. Special tokens written out
+        in a text are plain text, or, with `keep_special`, those tokens."""
         if self._backend is None:
-            return [self.encode(text) for text in texts]
-        return [
-            encoding.ids
-            for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)
-        ]
+            split = {"add_special_tokens": False, "split_special_tokens": not keep_special}
+            return [list(self.hf.encode(text, **split)) for text in texts]
+        self._backend.encode_special_tokens = not keep_special
+        encoded = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        self._backend.encode_special_tokens = True
+        return [encoding.ids for encoding in encoded]
 
-    def chat(self, messages: Sequence[Mapping[str, str]], *, name: str = "this model") -> list[int]:
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], *, name: str = "this model", reply: bool = True
+    ) -> list[int]:
         """Ids of a conversation (role and content each) as the model's own template writes it, up
-        to where the reply begins. Raises UserError without a template, and for what it refuses."""
+        to where the reply begins; without `reply`, to the end of the last message. Raises UserError
+        without a template, and for what it refuses."""
         if not getattr(self.hf, "chat_template", None):
             raise UserError(
                 f"{name} has no chat template",
@@ -73,7 +76,7 @@ class Tokenizer:
             )
         try:
             text = self.hf.apply_chat_template(
-                [dict(each) for each in messages], add_generation_prompt=True, tokenize=False
+                [dict(each) for each in messages], add_generation_prompt=reply, tokenize=False
             )
         except Exception as error:  # templates are programs of their own
             raise UserError(

@@ -129,6 +129,9 @@ def statistics(ctx: click.Context, url: str, as_json: bool, quiet: bool, **machi
     help="name found in SOURCE and the site it is, e.g. acts=L12",
 )
 @click.option(
+    "--ignore", multiple=True, metavar="NAME", help="array in SOURCE that is left out; repeatable"
+)
+@click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32", "int8"]),
     default="bfloat16",
@@ -150,6 +153,7 @@ def import_(
     source: Path,
     url: str,
     rename: tuple[str, ...],
+    ignore: tuple[str, ...],
     dtype: Any,
     n_context: int | None,
     validation: float,
@@ -169,6 +173,7 @@ def import_(
             run_context(progress=progress, **machine),
             dtype=dtype,
             rename=dict(pair.split("=", 1) for pair in rename),
+            ignore=ignore,
             n_context=n_context,
             validation_fraction=validation,
         )

@@ -71,8 +71,8 @@ def _draw(rows: pd.DataFrame, pca: pd.DataFrame) -> Figure:
         curve = pca[(pca["site"] == site) & pca["n_components"].between(1, 2 * part["l0"].max())]
         axis.plot(curve["n_components"], curve["fvu"], ":", color=COLOURS[7], label="PCA")
         whiskers = [
-            (part["fvu"] - part["fvu_low"]).clip(0),
-            (part["fvu_high"] - part["fvu"]).clip(0),
+            (part["fvu"] - part["fvu_low"].astype(float)).clip(0),
+            (part["fvu_high"].astype(float) - part["fvu"]).clip(0),
         ]
         axis.errorbar(
             part["l0"], part["fvu"], yerr=whiskers, fmt="o-", color=COLOURS[0], markersize=4

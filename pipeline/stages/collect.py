@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -27,16 +28,20 @@ from pydantic import model_validator
 from typing_extensions import Doc
 
 from data.model.language_model import LanguageModel
-from data.model.spec import ModelSpec, Packaged, name_of
+from data.model.sources import dtype_for, folder_of
+from data.model.spec import HuggingFace, ModelSpec, Packaged, TransformerLens, name_of
 from data.store import ActivationStore, SiteLayout, StoreLayout, StoreWriter
 from data.store.adoption import adopt_shards
 from data.store.cluster_collection import ModelChoice, collect_on_cluster
 from data.store.collection import CollectedShard, collect_shards
+from data.store.layout import parse_layout
 from data.store.patterns import parse_sites
-from data.store.places import write_pointer
+from data.store.places import open_place, write_pointer
 from data.store.provenance import corpus_digest, model_digest, store_digest, tokens_digest
 from data.text.corpus import CorpusSpec, PackagedText, describe_corpus
+from data.text.documents import PassedOver
 from data.text.packing import PackedTokens, pack_corpus
+from featureflow.errors import UserError
 from featureflow.figures import save
 from featureflow.settings import Settings
 from featureflow.sites import Site
@@ -65,12 +70,22 @@ class Config(Settings):
     max_document_tokens: Annotated[
         int | None, Ge(1), Doc("documents are cut to this many tokens; none for whole")
     ] = None
+    special_tokens: Annotated[
+        Literal["split", "kept"],
+        Doc(
+            "special tokens written out in the text: split into letters as any text, or kept as "
+            "those tokens (flagged, and so left out of training)"
+        ),
+    ] = "split"
     validation_fraction: Annotated[
         float, Ge(0), Lt(1), Doc("share of the contexts set apart, by document")
     ] = 0.05
     model_dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"], Doc("dtype the model runs in")
-    ] = "bfloat16"
+        Literal["auto", "bfloat16", "float16", "float32"],
+        Doc(
+            "dtype the model runs in; auto: bfloat16 where this machine is fast at it, else float32"
+        ),
+    ] = "auto"
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32", "int8"],
         Doc("dtype that activations are stored in"),
@@ -130,6 +145,8 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
     one stopped."""
     if config.imported is not None:
         return _use_imported(config, config.imported, out)
+    if isinstance(config.model, HuggingFace | TransformerLens):
+        folder_of(config.model, context.progress)  # the commit that is there is part of the digest
     with Artifact.create(
         out, kind=KIND, schema=SCHEMA, config=config, inputs=outside_digests(config)
     ) as draft:
@@ -137,10 +154,12 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
         here = (
             context.device if context.scheduler is None else "cpu"
         )  # with a scheduler only its workers run the model
+        dtype = _model_dtype(config, context.device, draft)
         model = LanguageModel.open(
-            config.model, dtype=config.model_dtype, device=here, progress=context.progress
+            config.model, dtype=dtype, device=here, progress=context.progress
         )
         sites = parse_sites(config.sites, model.sites())
+        passed_over = PassedOver()
         packed = pack_corpus(
             config.corpus,
             model.tokenizer,
@@ -149,6 +168,8 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
             seed=config.seed,
             validation_fraction=config.validation_fraction,
             max_document_tokens=config.max_document_tokens,
+            keep_special=config.special_tokens == "kept",
+            passed_over=passed_over,
             progress=context.progress,
         )
         layout = layout_of(config, model, sites, packed)
@@ -161,12 +182,19 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
         seconds = time.monotonic() - started
         writer.finish(packed.table().documents)
         _describe(draft, ActivationStore.open(draft.path / STORE), n_collected, seconds)
+        warnings = passed_over.notes()
+        if config.model_dtype == "auto" and dtype == "float32" and here == "cpu":
+            warnings.append(
+                "the model ran in float32: this CPU has no fast bfloat16 (model_dtype = "
+                '"bfloat16" asks for it anyway)'
+            )
         if packed.n_contexts < config.n_tokens // config.n_context:
-            short = (
+            warnings.append(
                 f"the text gave {packed.n_rows:,} of the {config.n_tokens:,} tokens asked for "
                 "(n_tokens)"
             )
-            (draft.path / "warnings.json").write_text(json.dumps([short]), encoding="utf-8")
+        if warnings:
+            (draft.path / "warnings.json").write_text(json.dumps(warnings), encoding="utf-8")
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
 
 
@@ -184,6 +212,17 @@ def _use_imported(config: Config, url: str, out: Path) -> Artifact:
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
 
 
+def _model_dtype(config: Config, device: str, draft: Draft) -> str:
+    """What `auto` means here; a collection that was begun goes on in the dtype it was begun in."""
+    if config.model_dtype != "auto":
+        return config.model_dtype
+    with suppress(OSError, UserError):
+        begun = open_place(config.store_url or (draft.path / STORE).resolve())
+        layout = parse_layout(begun.read("zarr.json"), where=begun.url)
+        return str(layout.provenance["model_dtype"])
+    return dtype_for(device)
+
+
 def _place_of(config: Config, draft: Draft) -> str | Path:
     """The store's own place: in the artifact, or at `store_url`, and then a small file in the
     artifact points there."""
@@ -198,7 +237,7 @@ def layout_of(
 ) -> StoreLayout:
     """The layout of the store that this collection fills."""
     return StoreLayout(
-        sites=tuple(SiteLayout(name=site.name, width=model.d_model) for site in sites),
+        sites=tuple(SiteLayout(name=site.name, width=model.width(site)) for site in sites),
         dtype=config.dtype,
         n_rows=packed.n_rows,
         n_context=config.n_context,
@@ -209,7 +248,7 @@ def layout_of(
         provenance={
             "model": model.name,
             "model_fingerprint": model.fingerprint,
-            "model_dtype": config.model_dtype,
+            "model_dtype": str(model.dtype).removeprefix("torch."),
             "tokenizer_fingerprint": model.tokenizer.fingerprint,
             "corpus": describe_corpus(config.corpus),
             "tokens": tokens_digest(packed),
@@ -266,7 +305,7 @@ def _collect(
         return n_missing
     choice = ModelChoice(
         spec=config.model,
-        dtype=config.model_dtype,
+        dtype=str(model.dtype).removeprefix("torch."),
         device=context.device,
         fingerprint=model.fingerprint,
     )
@@ -289,6 +328,7 @@ def _describe(draft: Draft, store: ActivationStore, n_collected: int, seconds: f
     draft.summary.update(
         {
             "n_tokens": store.n_rows,
+            "model_dtype": store.provenance.get("model_dtype", "unknown"),
             "n_documents": len(store.tokens().documents),
             "n_sites": len(store.sites),
             "n_train_rows": n_train,

@@ -24,7 +24,7 @@ from data.text.corpus import (
     describe_corpus,
     iter_documents,
 )
-from data.text.documents import Document, iter_parts, iter_passages, iter_shuffled
+from data.text.documents import Document, PassedOver, iter_parts, iter_passages, iter_shuffled
 from data.text.packaged_texts import packaged_texts
 from featureflow.errors import UserError
 
@@ -205,6 +205,85 @@ def test_a_local_data_set_is_streamed_by_the_hub_reader(tmp_path: Path) -> None:
         iter_documents(HubText(dataset=str(tmp_path), text_field="body"), 0)
     with pytest.raises(UserError, match="cannot be opened"):
         iter_documents(HubText(dataset=str(tmp_path / "nothing")), 0)
+
+
+CHAT = [{"role": "user", "content": "Is it far?"}, {"role": "assistant", "content": "A mile."}]
+
+
+def write_rows(folder: Path, kind: str, values: list[object], field: str = "messages") -> HubText:
+    folder.mkdir(exist_ok=True)
+    if kind == "jsonl":
+        lines = [json.dumps({field: value, "id": i}) for i, value in enumerate(values)]
+        (folder / "train.jsonl").write_text("\n".join(lines))
+    else:
+        table = pa.table({field: pa.array(values), "id": list(range(len(values)))})
+        parquet.write_table(table, folder / "train.parquet")
+    return HubText(dataset=str(folder), text_field=field)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("reader", ["hub", "files"])
+def test_conversations_are_messages_and_no_python(tmp_path: Path, kind: str, reader: str) -> None:
+    spec: HubText | TextFiles = write_rows(tmp_path / "set", kind, [CHAT, CHAT[:1]])
+    if reader == "files":
+        spec = TextFiles(paths=(str(tmp_path / "set"),), text_field="messages")
+    documents = sorted(iter_documents(spec, 0), key=lambda each: len(each.messages))
+    assert [list(map(dict, each.messages)) for each in documents] == [CHAT[:1], CHAT]
+    assert documents[1].text == "Is it far?\n\nA mile."
+
+
+@pytest.mark.parametrize("reader", ["hub", "parquet"])
+def test_rows_without_text_are_counted(tmp_path: Path, reader: str) -> None:
+    values = ["one", None, "two", None, None]
+    spec: HubText | TextFiles = write_rows(tmp_path / "set", "parquet", values, "text")
+    if reader == "parquet":
+        spec = TextFiles(paths=(str(tmp_path / "set"),))
+    passed_over = PassedOver()
+    documents = list(iter_documents(spec, 0, passed_over))
+    assert sorted(document.text for document in documents) == ["one", "two"]
+    assert "3 records of" in passed_over.notes()[0]
+
+
+@pytest.mark.parametrize(
+    "value", [7, 2.5, True, {"a": "b"}, ["a", "b"], [{"from": "x", "value": "y"}]]
+)
+def test_anything_else_is_refused_with_its_row(tmp_path: Path, value: object) -> None:
+    spec = write_rows(tmp_path / "set", "parquet", [value, value], "text")
+    with pytest.raises(UserError, match="row 0"):
+        list(iter_documents(spec, 0))
+    with pytest.raises(UserError, match="no text in the column") as error:
+        list(iter_documents(TextFiles(paths=(str(tmp_path / "set"),)), 0))
+    assert len(error.value.problems) == (2 if isinstance(value, list) else 1)
+
+
+def test_half_a_surrogate_pair_is_named_by_its_line_and_shown_in_titles(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "good", "title": "odd \\ud83d title"}\n{"text": "bad \\udc00"}\n')
+    with pytest.raises(UserError, match="line 2") as error:
+        list(iter_documents(TextFiles(paths=(str(file),)), 0))
+    assert "\\udc00 at character 4" in str(error.value)
+    file.write_text(file.read_text().splitlines()[0])
+    (document,) = iter_documents(TextFiles(paths=(str(file),)), 0)
+    assert document.title == "odd ? title"
+    spec = write_rows(tmp_path / "set", "jsonl", ["fine"], "text")
+    (tmp_path / "set" / "train.jsonl").write_text('{"text": "bad \\udc00 here"}')
+    with pytest.raises(UserError, match="row 0"):
+        list(iter_documents(spec, 0))
+
+
+def test_titles_that_are_lists_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "good", "title": ["a", "b"]}')
+    with pytest.raises(UserError, match="title"):
+        list(iter_documents(TextFiles(paths=(str(tmp_path),)), 0))
+
+
+def test_a_pointer_of_git_lfs_is_no_text(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "a.txt").write_text(pointer)
+    (tmp_path / "b.jsonl").write_text(pointer)
+    with pytest.raises(UserError, match="git-lfs pointer") as error:
+        iter_documents(TextFiles(paths=(str(tmp_path),)), 0)
+    assert len(error.value.problems) == 2
 
 
 def test_unknown_packaged_texts_list_those_there_are() -> None:

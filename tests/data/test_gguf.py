@@ -24,6 +24,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from data.model.gguf_keys import stated_config
 from data.model.language_model import Gguf, LanguageModel
 from data.text.bundled import bundled_records
 from data.text.tokenizer import byte_level_tokenizer
@@ -374,19 +375,15 @@ def test_every_architecture_is_the_model_it_was_written_from(
     assert worst_error(model, path) < 1e-4
 
 
-def test_gemma_of_27b_has_the_scale_that_no_key_states(tmp_path: Path) -> None:
-    """llama.cpp: 46 layers of Gemma 2 scale by the width over the heads, 32 / 4."""
-    model = made(
-        "gemma2", num_hidden_layers=46, head_dim=16, query_pre_attn_scalar=8, sliding_window=64
-    )
-    keys = {
-        "attention.head_count_kv": 2,
-        "attention.key_length": 16,
-        "attention.layer_norm_rms_epsilon": 1e-6,
-        "attention.sliding_window": 64,
-    }
-    path = written(model, tmp_path / "g.gguf", "gemma2", keys)
-    assert worst_error(model, path) < 1e-4
+@pytest.mark.parametrize(("n_layers", "expected"), [(46, 8), (26, 16)])
+def test_gemma_of_27b_has_the_scale_that_no_key_states(n_layers: int, expected: int) -> None:
+    """llama.cpp: 46 layers of Gemma 2 scale by the width over the heads (32 / 4), others by the
+    head's width."""
+    config = CONFIG_MAPPING["gemma2"](**{**SHAPE, "num_hidden_layers": n_layers})
+    stated = {"block_count": n_layers, "attention.key_length": 16}
+    found, problems = stated_config(config, "gemma2", stated, {})
+    assert not problems
+    assert found.query_pre_attn_scalar == expected
 
 
 @pytest.mark.parametrize(

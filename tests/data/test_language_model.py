@@ -22,7 +22,9 @@ from transformers import (
     PhiForCausalLM,
 )
 
+from data.model.fingerprint import same_weights
 from data.model.language_model import LanguageModel, Packaged, Random, boot_bridge
+from data.model.module_sites import find_blocks, norm_gain
 from data.model.sources import LoadedModel, attention_for, build_random
 from featureflow.errors import UserError
 from featureflow.sites import Site
@@ -135,10 +137,112 @@ def test_every_site_equals_what_transformer_bridge_reads_there(model: LanguageMo
     _, cache = bridge.run_with_cache(IDS)
     read = model.activations(IDS, model.sites())
     assert {site.kind for site in read} >= {"resid_pre", "attn_out", "mlp_out", "resid_post"}
+    assert {site.kind for site in read} >= {"z", "mlp_in"}
     for site, value in read.items():
+        assert value.shape[-1] == model.width(site)
+        expected = cache[site.name].flatten(2)  # z is [batch, position, head, d_head] there
         torch.testing.assert_close(
-            value, cache[site.name], atol=2e-5, rtol=1e-5, msg=lambda m, s=site: f"{s}: {m}"
+            value, expected, atol=2e-5, rtol=1e-5, msg=lambda m, s=site: f"{s}: {m}"
         )
+
+
+def test_edits_inside_the_sublayers_equal_the_edit_by_hand(model: LanguageModel) -> None:
+    """z through the output projection, mlp_in through the MLP, mlp_normalized through the gain."""
+    plain, block = model.activations(IDS, model.sites()), model.blocks[1]
+    z, mlp_in, normalized = (Site(1, kind) for kind in ("z", "mlp_in", "mlp_normalized"))
+    after = after_edit(model, {z: lambda x: 2 * x}, Site(1, "attn_out"))
+    by_hand = block.z.module(2 * plain[z])
+    if block.attention is not None and "norm" in type(block.attention).__name__.lower():
+        by_hand = block.attention(by_hand)
+    torch.testing.assert_close(after, by_hand, atol=1e-5, rtol=1e-5)
+    after = after_edit(model, {mlp_in: lambda x: 2 * x}, Site(1, "mlp_out"))
+    by_hand = block.mlp_reader(2 * plain[mlp_in])
+    if block.mlp is not block.mlp_reader:
+        by_hand = block.mlp(by_hand)
+    torch.testing.assert_close(after, by_hand, atol=1e-5, rtol=1e-5)
+    if normalized in model.sites():
+        after = after_edit(model, {normalized: lambda x: x + 1}, mlp_in)
+        gain = norm_gain(block.mlp_norm, model.d_model)
+        torch.testing.assert_close(after, plain[mlp_in] + gain, atol=1e-4, rtol=1e-4)
+
+
+def after_edit(model: LanguageModel, edits: Any, site: Site) -> torch.Tensor:
+    with model.edited(edits):
+        return model.activations(IDS, [site])[site]
+
+
+class Blocks(torch.nn.Module):
+    """Two lists of the right length before the blocks: one never runs, one runs beside them."""
+
+    def __init__(self, hf: Any) -> None:
+        super().__init__()
+        n, width = hf.config.num_hidden_layers, hf.config.hidden_size
+        self.unused = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(n))
+        self.beside = torch.nn.ModuleList(torch.nn.Linear(width, 4) for _ in range(n))
+        self.inner = hf.base_model
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        embedded = self.inner.get_input_embeddings()(ids)
+        for each in self.beside:
+            each(embedded)
+        return self.inner(ids, use_cache=False)
+
+
+def test_the_blocks_are_those_that_ran_one_after_the_other(llama: LanguageModel) -> None:
+    base = Blocks(llama.hf)
+    found = find_blocks(base, llama.n_layers, lambda: base(IDS))
+    assert all(a is b.block for a, b in zip(found, llama.blocks, strict=True))
+    with pytest.raises(UserError, match="no list of blocks"):
+        find_blocks(base.beside, llama.n_layers, lambda: base(IDS))
+
+
+def test_a_stream_of_several_copies_is_named() -> None:
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    config = Gemma3nTextConfig(
+        vocab_size=512,
+        vocab_size_per_layer_input=512,
+        hidden_size=32,
+        hidden_size_per_layer_input=8,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_kv_shared_layers=0,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.0, 0.0],
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    with pytest.raises(UserError, match="no single residual stream") as error:
+        _from_config(Gemma3nForCausalLM, config)
+    assert "4 streams" in str(error.value)
+
+
+def random_rwkv() -> LanguageModel:
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    config = RwkvConfig(vocab_size=512, hidden_size=32, num_hidden_layers=2, context_length=64)
+    return _from_config(RwkvForCausalLM, config)
+
+
+def test_left_padding_changes_nothing_in_a_recurrent_model() -> None:
+    """Its state runs over the padding whatever the mask says."""
+    model = random_rwkv()
+    assert model.reads_padding
+    padded, mask = torch.cat([IDS, IDS], dim=1), torch.ones(2, 14, dtype=torch.long)
+    mask[0, :7] = 0
+    found = model.logits(padded, mask)
+    torch.testing.assert_close(found[0, 7:], model.logits(IDS[:1])[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[1], model.logits(padded[1:])[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.logits(padded, mask, n_last=2), found[:, -2:])
+    with pytest.raises(UserError, match="reads padding") as error:
+        model.logits(padded, mask, cache=model.new_cache())
+    assert "equal length" in str(error.value.fix)
+
+
+def test_attention_heeds_its_mask(model: LanguageModel) -> None:
+    assert not model.reads_padding
 
 
 def test_sites_are_found_in_bfloat16_beside_a_massive_position(model: LanguageModel) -> None:
@@ -161,7 +265,10 @@ def test_sites_are_found_in_bfloat16_beside_a_massive_position(model: LanguageMo
 
 def test_parallel_blocks_have_no_middle() -> None:
     kinds = {site.kind for site in random_pythia().sites()}
-    assert kinds == {"resid_pre", "attn_out", "mlp_out", "resid_post"}
+    inside = {"z", "mlp_normalized", "mlp_in"}
+    assert kinds == {"resid_pre", "attn_out", "mlp_out", "resid_post"} | inside
+    shared = {site.kind for site in random_falcon().sites()}
+    assert shared == kinds - {"mlp_normalized"}  # one norm for attention and MLP
 
 
 def test_the_stream_is_the_sum_of_what_is_written_to_it(model: LanguageModel) -> None:
@@ -297,13 +404,37 @@ def test_the_seed_decides_the_weights_and_the_fingerprint_follows_them(
 ) -> None:
     again, other = random_llama(), LanguageModel.open(Random(n_layers=3, seed=2), dtype="float32")
     assert again.fingerprint == llama.fingerprint != other.fingerprint
-    assert LanguageModel.open(Random(n_layers=3, seed=1)).fingerprint == llama.fingerprint, (
-        "bfloat16 is the same model"
-    )
+    rounded = LanguageModel.open(Random(n_layers=3, seed=1)).fingerprint
+    assert rounded != llama.fingerprint
+    assert same_weights(rounded, llama.fingerprint), "bfloat16 is the same model"
+    assert not same_weights(other.fingerprint, llama.fingerprint)
+
+
+def edit_digit(hf: Any) -> None:
+    hf.model.layers[2].mlp.up_proj.weight[0, 0] *= 1 + 1e-5  # lost in bfloat16
+
+
+def edit_weight(hf: Any) -> None:
+    hf.model.layers[2].mlp.up_proj.weight[0, 0] += 1
+
+
+def edit_buffer(hf: Any) -> None:
+    hf.model.rotary_emb.inv_freq[1] *= 1.01
+
+
+def edit_config(hf: Any) -> None:
+    hf.config.rms_norm_eps = 1e-3
+
+
+@pytest.mark.parametrize("edit", [edit_digit, edit_weight, edit_buffer, edit_config])
+def test_the_fingerprint_follows_all_that_the_model_reads(
+    llama: LanguageModel, edit: Callable[[Any], None]
+) -> None:
     changed = copy.deepcopy(llama.loaded.hf)
-    changed.model.layers[2].mlp.up_proj.weight[0, 0] += 1.0
+    edit(changed)
     loaded = LoadedModel(hf=changed, tokenizer=llama.tokenizer, folder=None)
-    assert LanguageModel(name=llama.name, loaded=loaded).fingerprint != llama.fingerprint
+    found = LanguageModel(name=llama.name, loaded=loaded).fingerprint
+    assert not same_weights(found, llama.fingerprint)
 
 
 def test_errors_say_what_is_possible(llama: LanguageModel) -> None:

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from data.model.cache import make_once
+from data.cache import make_once
+from data.model import sources
 from data.model.language_model import (
     Folder,
     Gguf,
@@ -27,7 +28,7 @@ from data.model.language_model import (
     TransformerLens,
     boot_bridge,
 )
-from data.model.sources import LoadedModel, build_random
+from data.model.sources import LoadedModel, build_random, dtype_for
 from data.packaged import packaged_model_file
 from data.text.bundled import bundled_records
 from data.text.tokenizer import byte_level_tokenizer
@@ -236,6 +237,23 @@ def test_missing_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     assert "model.layers.1.mlp.up_proj.weight" in str(error.value)
 
 
+def test_pointers_of_git_lfs_are_named(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "cloned"
+    place.mkdir()
+    for file in folder.iterdir():
+        (place / file.name).write_bytes(file.read_bytes())
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for name in ("model.safetensors", "tokenizer.json"):
+        (place / name).write_text(pointer)
+    with pytest.raises(UserError, match="git-lfs pointer") as error:
+        LanguageModel.open(Folder(path=place))
+    assert len(error.value.problems) == 2
+    assert "git lfs pull" in str(error.value.fix)
+    (tmp_path / "m.gguf").write_text(pointer)
+    with pytest.raises(UserError, match="git-lfs pointer"):
+        LanguageModel.open(Gguf(path=tmp_path / "m.gguf"))
+
+
 def hub_cache(folder: Path, home: Path, name: str) -> None:
     """The Hub client's cache as a download would leave it."""
     commit = "0" * 40
@@ -416,3 +434,30 @@ def test_a_loaded_model_can_be_given_directly(folder: Path) -> None:
     assert torch.equal(
         model.logits(IDS), LanguageModel.open(Folder(path=folder), dtype="float32").logits(IDS)
     )
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_auto_is_bfloat16_only_where_that_is_fast(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, has_it: bool
+) -> None:
+    """A CPU that says so may still be told to leave it alone: then the time decides."""
+    seconds = {torch.bfloat16: 1.0, torch.float32: 2.0}
+    monkeypatch.setattr(sources, "has_fast_bfloat16", lambda device: has_it)
+    monkeypatch.setattr(sources, "_seconds", lambda dtype: seconds[dtype])
+    dtype_for.cache_clear()
+    expected = torch.bfloat16 if has_it else torch.float32
+    assert LanguageModel.open(Folder(path=folder), dtype="auto").dtype == expected
+    seconds[torch.bfloat16] = 5.0
+    dtype_for.cache_clear()
+    assert LanguageModel.open(Folder(path=folder), dtype="auto").dtype == torch.float32
+    dtype_for.cache_clear()
+
+
+def test_auto_measures_what_one_dnn_may_use() -> None:
+    """The limit that emulates an older CPU; the flags of this one stay as they are."""
+    program = "from data.model.sources import dtype_for; print(dtype_for('cpu'))"
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.strip() == "float32"

@@ -3,6 +3,8 @@ slow reference."""
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -13,7 +15,7 @@ from data.text.bundled import bundled_records
 from data.text.corpus import BundledText
 from data.text.documents import Document
 from data.text.packing import PackedTokens, pack_corpus, pack_documents
-from data.text.tokenizer import Tokenizer, byte_level_tokenizer
+from data.text.tokenizer import SEPARATOR, Tokenizer, byte_level_tokenizer
 from featureflow.errors import UserError
 
 TOKENIZER = byte_level_tokenizer(300, [record["text"] for record in bundled_records()])
@@ -147,6 +149,38 @@ def test_a_special_token_written_in_the_text_is_plain_text() -> None:
         documents_of(["a<|endoftext|>b" * 9]), TOKENIZER, n_context=4, n_tokens=40, seed=None
     )
     assert (packed.flags[packed.position > 0] == 0).all()
+
+
+def test_special_tokens_in_the_text_are_kept_when_asked() -> None:
+    documents = [Document(text="x" * 40 + SEPARATOR + "y" * 40, source="s")]
+    options = {"n_context": 12, "n_tokens": 60, "seed": None}
+    split = pack_documents(documents, TOKENIZER, **options)
+    kept = pack_documents(documents, TOKENIZER, keep_special=True, **options)
+    inside = kept.position > 0
+    assert (kept.id[inside] == TOKENIZER.bos_id).sum() == 1
+    assert not (split.id[split.position > 0] == TOKENIZER.bos_id).any()
+    assert (kept.flags[inside & (kept.id == TOKENIZER.bos_id)] & FLAG_SPECIAL).all()
+
+
+def test_conversations_go_through_the_chat_template() -> None:
+    tokenizer = copy.deepcopy(TOKENIZER)
+    messages = ({"role": "user", "content": "hi there"}, {"role": "assistant", "content": "yes"})
+    document = Document(text="hi there yes", source="s", messages=messages)
+    with pytest.raises(UserError, match="no chat template"):
+        pack_documents([document], tokenizer, n_context=4, n_tokens=8, seed=None)
+    tokenizer.hf.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    packed = pack_documents([document], tokenizer, n_context=8, n_tokens=8, seed=None)
+    expected = tokenizer.encode("[user]hi there\n[assistant]yes\n")
+    assert packed.id.tolist() == [tokenizer.bos_id, *expected[:7]]
+
+
+def test_half_a_surrogate_pair_in_a_text_names_its_document() -> None:
+    documents = [Document(text="bad \ud800", source="mine", title="the third")]
+    with pytest.raises(UserError, match="the third"):
+        pack_documents(documents, TOKENIZER, n_context=4, n_tokens=8, seed=None)
 
 
 def test_too_little_text_says_how_much_is_missing() -> None:

@@ -56,7 +56,9 @@ def lines(
             colour, style = COLOURS[place % len(COLOURS)], ":" if name in dotted else ".-"
             axis.plot(ordered[x], ordered[column], style, color=colour, label=str(name))
             if f"{column}_low" in ordered and name not in dotted:
-                low, high = ordered[f"{column}_low"], ordered[f"{column}_high"]
+                low, high = (  # None where one document gives no interval
+                    ordered[f"{column}_{end}"].astype(float) for end in ("low", "high")
+                )
                 axis.fill_between(ordered[x], low, high, color=colour, alpha=0.2, linewidth=0)
         axis.set_xlabel(x_label or x)
         axis.set_ylabel(title)

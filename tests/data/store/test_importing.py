@@ -67,7 +67,11 @@ def test_safetensors_of_one_site_follow_each_other_in_the_order_of_numbers(tmp_p
     for k in range(12):
         part = torch.from_numpy(rows[50 * k : 50 * (k + 1)]).to(torch.bfloat16)
         save_file({"L3": part, "meta": torch.zeros(3)}, tmp_path / "in" / f"part-{k}.safetensors")
-    store = imported(tmp_path / "in", tmp_path / "store.zarr", dtype="bfloat16", n_context=50)
+    with pytest.raises(UserError, match="meta") as error:
+        imported(tmp_path / "in", tmp_path / "store.zarr")
+    assert len(error.value.problems) == 12
+    choices = {"dtype": "bfloat16", "n_context": 50, "ignore": ("meta",)}
+    store = imported(tmp_path / "in", tmp_path / "store.zarr", **choices)
     assert store.names == (SITE,)
     expected = torch.from_numpy(rows).to(torch.bfloat16).float().numpy()
     assert np.array_equal(store.read(SITE, 0, store.n_rows), expected)
@@ -112,6 +116,138 @@ def test_what_cannot_be_imported_is_explained(tmp_path):
     )
     with pytest.raises(UserError, match="not an array"):
         import_activations(tmp_path / "empty", tmp_path / "store.zarr", HERE)
+
+
+def refused(source, *, of=1, **choices):
+    """The problems of a source, all in one error; nothing is left where the store would be."""
+    url = source.parent / "refused.zarr"
+    with pytest.raises(UserError) as error:
+        import_activations(source, url, HERE, **choices)
+    assert not url.exists()
+    assert len(error.value.problems) == of
+    return str(error.value)
+
+
+@pytest.mark.parametrize("shards", [None, (200, 12)])
+def test_chunks_that_were_never_written_are_no_zeros(tmp_path, shards):
+    group = zarr.create_group(tmp_path / "in.zarr")
+    for name in ("L3", "L4"):
+        array = group.create_array(
+            name, shape=(600, 12), chunks=(100, 12), shards=shards, dtype="float32"
+        )
+        array[: 500 if name == "L4" else 600] = 1 + planted()[: 500 if name == "L4" else 600]
+    assert "1 of 6" in refused(tmp_path / "in.zarr")
+    files = sorted(
+        each for each in (tmp_path / "in.zarr" / "L3" / "c").rglob("*") if each.is_file()
+    )
+    files[1].unlink()
+    found = refused(tmp_path / "in.zarr", of=2)
+    assert "L3" in found
+    assert "L4" in found
+
+
+def test_arrays_of_another_rank_or_kind_are_not_dropped(tmp_path):
+    group = zarr.create_group(tmp_path / "in.zarr")
+    arrays = {
+        "L3": planted(),
+        "ids": np.ones((600, 12), np.int32),
+        "norms": planted()[:, 0],
+        "deep/L4": planted(),
+    }
+    for name, values in arrays.items():
+        group.create_array(name, data=values)
+    found = refused(tmp_path / "in.zarr", of=2)
+    assert "ids" in found
+    assert "norms" in found
+    with pytest.raises(UserError, match="not usable as a site"):
+        import_activations(tmp_path / "in.zarr", tmp_path / "x", HERE, ignore=("ids", "norms"))
+    left_out = ("ids", "norms", "deep/L4")
+    assert imported(tmp_path / "in.zarr", tmp_path / "s.zarr", ignore=left_out).names == (SITE,)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"L3-0": 5, "L3-2": 5}, "also 1"),
+        ({"L3-2": 5, "L3-3": 5}, "also 1"),
+        ({"L3-00001-of-00003": 5, "L3-00002-of-00003": 5}, "also 3"),
+        ({"L3": 5, "L3-0": 5}, "no series"),
+        ({"L3-1": 5, "L3-01": 5}, "no series"),
+        ({"a/L3": 5, "b/L3": 5}, "no series"),
+        ({"L3-0": 5, "L3-1": 6, "L4-0": 6, "L4-1": 5}, "other rows at each site"),
+        ({"L3": 5, "blocks.3.hook_resid_post": 5}, "two arrays of one site"),
+        ({"L3": 5, "L4": 6}, "differ in length"),
+        ({"resid_post_11": 5, "resid_post_12": 5}, "missing"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(tmp_path, files, expected):
+    for name, n in files.items():
+        place = tmp_path / "in" / f"{name}.npy"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        np.save(place, planted(n))
+    with pytest.raises(UserError, match="does not fit together") as error:
+        import_activations(tmp_path / "in", tmp_path / "store.zarr", HERE)
+    assert expected in str(error.value)
+
+
+def test_every_part_holds_every_site(tmp_path):
+    (tmp_path / "in").mkdir()
+    rows = torch.from_numpy(planted(20))
+    save_file({"L3": rows, "L4": rows + 1}, tmp_path / "in" / "part-0.safetensors")
+    save_file({"L3": rows}, tmp_path / "in" / "part-1.safetensors")
+    assert "part 1 has no rows of this site" in refused(tmp_path / "in", of=3)
+    save_file({"L4": rows}, tmp_path / "in" / "part-1.safetensors")
+    save_file({"L3": rows}, tmp_path / "in" / "part-0.safetensors")
+    assert "part 0 has no rows of this site" in refused(tmp_path / "in", of=2)
+
+
+def test_files_named_by_layer_are_no_parts(tmp_path):
+    (tmp_path / "in").mkdir()
+    for layer in (3, 5):
+        rows = torch.from_numpy(planted(20)) + layer
+        save_file({f"L{layer}": rows}, tmp_path / "in" / f"layer_{layer}.safetensors")
+    store = imported(tmp_path / "in", tmp_path / "store.zarr")
+    assert np.array_equal(store.read("blocks.5.hook_resid_post", 0, 20), planted(20) + 5)
+
+
+def test_contexts_and_dtypes_must_agree(tmp_path):
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in" / "L3.npy", planted(60).reshape(3, 20, 12))
+    np.save(tmp_path / "in" / "L4.npy", planted(60).reshape(6, 10, 12))
+    assert "10, 20 positions" in refused(tmp_path / "in")
+    (tmp_path / "in" / "L4.npy").unlink()
+    with pytest.raises(UserError, match="another length"):
+        import_activations(tmp_path / "in", tmp_path / "store.zarr", HERE, n_context=30)
+    np.save(tmp_path / "in" / "L4.npy", np.zeros((60, 12), bool))
+    np.save(tmp_path / "in" / "L5.npy", np.zeros((0, 12), np.float32))
+    found = refused(tmp_path / "in", of=2)
+    assert "bool" in found
+    assert "empty" in found
+
+
+def test_other_formats_beside_and_names_that_are_not_there(tmp_path):
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in" / "L3.npy", planted(60))
+    save_file({"L4": torch.zeros(60, 12)}, tmp_path / "in" / "L4.safetensors")
+    torch.save({}, tmp_path / "in" / "L5.pt")
+    found = refused(tmp_path / "in", of=3, rename={"acts": "L6"})
+    assert all(each in found for each in ("L3.npy", "L5.pt", "acts"))
+
+
+def test_a_saelens_cache_with_a_hole_is_refused(tmp_path):
+    write_saelens_cache(tmp_path / "cache", planted(), n_context=20)
+    columns = pa.table({SITE: pa.array([[[1.0] * 12] * 20, [[1.0] * 12] * 19])})
+    with (
+        pa.OSFile(str(tmp_path / "cache" / "data-c.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, columns.schema) as writer,
+    ):
+        writer.write_table(columns)
+    assert "does not name" in refused(tmp_path / "cache")
+    state = {"_data_files": [{"filename": f"data-{each}.arrow"} for each in "bacd"]}
+    (tmp_path / "cache" / "state.json").write_text(json.dumps(state))
+    found = refused(tmp_path / "cache", of=2)
+    assert "data-d.arrow" in found
+    assert "lists of" in found
 
 
 def test_a_stream_of_unknown_length_is_stored_whole(tmp_path):

@@ -8,10 +8,13 @@ work is thrown away.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from featureflow.errors import UserError
@@ -49,6 +52,24 @@ def make_once(place: Path, build: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return place
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a whole file. It is remembered by place, size and times of change, so asking
+    again costs nothing; a cache that cannot be written costs time, not the run."""
+    stat = path.stat()
+    seen = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+    memo = cache_folder() / "checksums" / f"{hashlib.sha256(seen.encode()).hexdigest()[:32]}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(memo.read_text())["sha256"])
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    with suppress(OSError):
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        beside = memo.with_name(f"{memo.name}.{uuid.uuid4().hex}.partial")
+        beside.write_text(json.dumps({"sha256": found}))
+        beside.replace(memo)
+    return found
 
 
 def _rename_unless_there(beside: Path, place: Path) -> None:
