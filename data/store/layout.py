@@ -299,7 +299,7 @@ def parse_layout(text: bytes, *, where: str) -> StoreLayout:
             "their variance",
             where=where,
             expected="mean and spread of every chunk",
-            fix=_MEND,
+            fix=COLLECT_AGAIN,
         )
     return _layout_of_attributes(attributes, where)
 
