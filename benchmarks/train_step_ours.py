@@ -25,9 +25,9 @@ from sae import Sae, save_sae
 from sae.architectures import BatchTopK, TopK
 from sae.batches import Batch
 from sae.kernels.memory import kept_memory
-from sae.kernels.select import Precision
 from sae.normalisation import Normalisation
 from sae.schedule import schedule_of
+from sae.step import Precision
 from sae.trainer import Trainer, random_start
 
 

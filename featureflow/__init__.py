@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from featureflow.sites import FeatureId, Site, parse_feature, parse_site
     from pipeline.artifact import Artifact
     from pipeline.context import RunContext
+    from pipeline.describe.features import Features
     from pipeline.findings import Finding
     from pipeline.flow.describe import describe_flow
     from pipeline.flow.exports import export_graph
     from pipeline.flow.graph import FlowGraph
     from pipeline.flow.link import link_dictionaries
+    from pipeline.lenses.base import LensConfig
     from pipeline.run import Run
     from pipeline.stages.recipe import read_recipe
     from pipeline.stages.schedule import run_recipe

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from sae.kernels.select import Precision
-
+Precision = Literal["float32", "bfloat16"]
 Weights = dict[str, Tensor]
 """W_enc [latent d_in], b_enc [latent], W_dec [latent d_out], b_dec [d_out], and what the
 architecture adds."""

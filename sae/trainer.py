@@ -30,11 +30,10 @@ from sae.architectures.base import Architecture
 from sae.batches import Batch, Batches
 from sae.calibration import calibrated_threshold
 from sae.dictionary import Sae
-from sae.kernels.select import Precision
 from sae.normalisation import Normalisation, fold
 from sae.optimizer import Adam
 from sae.schedule import Schedule
-from sae.step import Pass, Situation, Weights
+from sae.step import Pass, Precision, Situation, Weights
 
 _LOOP_SPEED = 0.01
 _LOOP_START = 0.05

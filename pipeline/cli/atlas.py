@@ -33,10 +33,13 @@ _HOPS, _MOST_NODES = 4, 300  # of an attribution graph around one feature
 def serve(host: str, port: int, device: str, recipe: str, artifacts: Path) -> None:
     """Serve the atlas on this machine with a live model: try a text, steer, side by side. Ctrl-C
     ends it."""
+    from pipeline.context import RunContext
+    from pipeline.run import Run
     from pipeline.serve.atlas_server import make_server
     from pipeline.serve.live import LiveAtlas
 
-    live = LiveAtlas.open(run_folder(artifacts, recipe), device=device)
+    context = RunContext(device=device)
+    live = LiveAtlas(Run.open(run_folder(artifacts, recipe), context=context))
     server, address = make_server(live, host=host, port=port)
     say(f"open {address}")
     serve_until_interrupted(server)

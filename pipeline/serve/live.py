@@ -1,7 +1,7 @@
 """A language model beside the atlas: which features fire on a typed text, which links were live,
 and steering.
 
-    live = LiveAtlas.open(Path("artifacts/laptop"))          all of a run up to the atlas
+    live = LiveAtlas(Run.open("artifacts/laptop"))           all of a run up to the atlas
     for record in live.read_text("The capital of France"): …
     for record in live.steer(["L12/402"], "I think", dose=0.3): …
 
@@ -20,23 +20,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from data.concepts.prompts import read_prompts
-from data.model.language_model import LanguageModel
 from featureflow.errors import UserError
 from featureflow.sites import parse_feature
-from pipeline.context import RunContext
-from pipeline.describe.features import Features
-from pipeline.flow.graph import FlowGraph
 from pipeline.run import Run
-from pipeline.saes import Saes
 from sae import Sae
 from steering.dose import NeutralText, measure, solve_for_dose
 from steering.edits import Add
@@ -53,30 +46,17 @@ class _Stopped(Exception):
     """Somebody asked to stop while the strength was being found."""
 
 
-@dataclass(kw_only=True, eq=False)
 class LiveAtlas:
-    """Model, dictionaries and links, opened. One generator may run at a time; `stop` is safe from
-    another thread."""
+    """A run's model, SAEs and links beside its atlas. One generator may run at a time; `stop` is
+    safe from another thread."""
 
-    model: LanguageModel
-    features: Features
-    saes: Saes
-    graph: FlowGraph
-    site_folder: Path
-    stopped: threading.Event = field(default_factory=threading.Event)
-
-    @classmethod
-    def open(cls, root: Path, *, device: str = "cpu") -> LiveAtlas:
-        """Open the run in `root`. Raises UserError when one of its artifacts is missing."""
-        run = Run.open(root, context=RunContext(device=device))
+    def __init__(self, run: Run) -> None:
+        """Raises UserError when one of the run's artifacts is missing, or the model another."""
         made = run.need("collect", "train", "link", "describe", "atlas")
-        return cls(
-            model=run.model,
-            features=run.features,
-            saes=run.saes,
-            graph=run.graph,
-            site_folder=made["atlas"].path / "site",
-        )
+        self.site_folder = made["atlas"].path / "site"
+        self.model, self.features = run.model, run.features
+        self.saes, self.graph = run.saes, run.graph
+        self.stopped = threading.Event()
 
     def stop(self) -> None:
         self.stopped.set()

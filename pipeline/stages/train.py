@@ -65,7 +65,8 @@ from pipeline.training.site import CURVE, train_batch_job
 from pipeline.training.trackers import Tracker, check_trackers, tracked
 from sae.architectures import AnyArchitecture, TopK
 from sae.kernels.memory import kept_memory
-from sae.kernels.select import Precision, has_fast_bfloat16
+from sae.kernels.select import has_fast_bfloat16
+from sae.step import Precision
 
 KIND, SCHEMA = "train", SCHEMAS["train"]
 

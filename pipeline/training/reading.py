@@ -22,8 +22,8 @@ from data.store.tokens import RowFilters
 from featureflow.sites import Site
 from pipeline.training.batch_jobs import SaeJob
 from sae.batches import Batch, Batches, InMemoryBatches
-from sae.kernels.select import Precision
 from sae.normalisation import Normalisation, normalisation_of
+from sae.step import Precision
 
 READ_ROWS = 8192
 

@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import numpy as np
 import torch
@@ -32,8 +31,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.kernels.codes import Codes, products_at
+from sae.step import Precision
 
-Precision = Literal["float32", "bfloat16"]
 _GROUP = 16
 BLOCK_BYTES = 128 << 20
 _CUT_ROWS = 256

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,10 +22,14 @@ from featureflow.errors import UserError
 from featureflow.sites import parse_site
 from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.context import RunContext
+from pipeline.describe.asking import read_text
 from pipeline.findings import Finding, write_finding
+from pipeline.lenses import loss_recovered
 from pipeline.run import Run
-from pipeline.stages import collect, steer
+from pipeline.serve.live import LiveAtlas
+from pipeline.stages import collect, describe, steer
 from sae import load_sae
+from tests.pipeline.small_run import DESCRIBE, SmallRun
 
 
 def made(root: Path, stage: str, value: int, inputs: Mapping[str, Artifact]) -> Artifact:
@@ -167,6 +173,60 @@ def test_a_changed_model_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not the model that the activations were") as caught:
         _ = Run.open(tmp_path / "run").model
     assert "featureflow collect --force" in str(caught.value)
+
+
+CONSUMERS = {
+    "live page": lambda run, out: LiveAtlas(run),
+    "atlas read": lambda run, out: read_text(run.model, run.features, run.saes, "The river"),
+    "plan": lambda run, out: run.plan("L1/3"),
+    "lens": lambda run, out: loss_recovered.look(run, loss_recovered.Config(n_tokens=64)),
+    "describe": lambda run, out: describe.run(
+        DESCRIBE,
+        describe.Inputs(**run.need("collect", "train", "link")),
+        out / "describe",
+        run.context,
+    ),
+}
+
+
+@pytest.mark.parametrize("consumer", CONSUMERS)
+def test_every_consumer_refuses_another_model(
+    small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, consumer: str
+) -> None:
+    """The model's fingerprint is that of other weights."""
+    monkeypatch.setattr(LanguageModel, "fingerprint", "0" * 64)
+    run = Run.open(small_run.root, context=RunContext(n_threads=1))
+    with pytest.raises(UserError, match="not the model that the activations were"):
+        CONSUMERS[consumer](run, tmp_path)
+
+
+def test_the_front_door_opens_a_run_from_any_folder(inputs: steer.Inputs, tmp_path: Path) -> None:
+    """In a folder with a `data/` of its own, as a script would: chain, plan and samples."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "script.py").write_text(
+        f"""
+import featureflow as ff
+run = ff.Run.open({str(inputs.collect.path.parent)!r})
+alive = run.graph.nodes.query("alive and kind == 'resid_post' and layer == 2")["latent"]
+feature = f"L2/{{alive.iloc[0]}}"
+print([str(step.feature) for step in run.graph.chain(feature)].index(feature))
+plan = run.plan(feature, dose=0.02)
+samples = run.sample("I think", [None, plan], n_new_tokens=3)
+print(len(samples), round(plan.dose, 2), samples[0].text != "")
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    place, made = done.stdout.splitlines()
+    assert int(place) >= 0
+    assert made == "2 0.02 True"
 
 
 def test_a_finding_is_read_back_and_refused_once_its_inputs_changed(tmp_path: Path) -> None:

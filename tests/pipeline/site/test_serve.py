@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from featureflow.errors import UserError
+from pipeline.run import Run
 from pipeline.serve.atlas_server import make_server
 from pipeline.serve.live import MAX_TOKENS, LiveAtlas
 from sae import load_sae
@@ -21,7 +22,7 @@ TEXT = "The river runs to the sea."
 
 @pytest.fixture(scope="module")
 def live(small_run) -> LiveAtlas:
-    return LiveAtlas.open(small_run.root)
+    return LiveAtlas(Run.open(small_run.root))
 
 
 @pytest.fixture
