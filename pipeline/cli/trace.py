@@ -24,6 +24,7 @@ from pipeline.console import say
 @click.option(
     "--shown", default=12, show_default=True, type=click.IntRange(1), help="supernodes shown"
 )
+@click.option("--keep/--no-keep", default=True, help="write it into the run's folder lenses/")
 @click.option("--device", default="cpu", show_default=True, help="torch device of the model")
 @recipe_option
 @artifacts_option
@@ -37,6 +38,7 @@ def trace(
     share: float,
     removed: int,
     shown: int,
+    keep: bool,
     device: str,
     recipe: str,
     artifacts: Path,
@@ -46,6 +48,7 @@ def trace(
     One gradient finds candidates; each is then really removed. Every trace prints its checks."""
     from pipeline.context import RunContext
     from pipeline.run import Run
+    from pipeline.trace.finding import write_trace
     from pipeline.trace.prompt import lines_of, trace_prompt
     from pipeline.trace.trace import TraceOptions
 
@@ -62,3 +65,5 @@ def trace(
     )
     for line in lines_of(found, run):
         say(line)
+    if keep:
+        say(str(write_trace(found, run, prompt).path))

@@ -136,7 +136,7 @@ def lines_of(found: Trace, run: Run) -> Iterator[str]:
     tokenizer, target = run.exact_model.tokenizer, found.traced.target
     pieces = [tokenizer.token_text(i) for i in found.traced.ids]
     yield " | ".join(f"{number} {piece!r}" for number, piece in enumerate(pieces))
-    yield _headline(found, tokenizer)
+    yield headline_of(found, tokenizer)
     n, shown = found.n_groups, min(found.options.n_shown, len(found.supernodes))
     yield (
         f"{shown} of {n} supernodes shown; the {len(found.supernodes)} removed hold "
@@ -172,7 +172,8 @@ def lines_of(found: Trace, run: Run) -> Iterator[str]:
     )
 
 
-def _headline(found: Trace, tokenizer: Any) -> str:
+def headline_of(found: Trace, tokenizer: Any) -> str:
+    """What is explained, in one line."""
     target, y = found.traced.target, found.traced.y
     if target.feature is not None:
         return f"{target.feature} on token {target.token}: pre-activation {y:.2f}"

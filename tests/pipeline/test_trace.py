@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +15,7 @@ from torch import nn
 from featureflow.errors import UserError
 from featureflow.sites import Site, parse_site
 from pipeline.cli import run_command
+from pipeline.lenses.base import fitting
 from pipeline.run import Run
 from pipeline.trace.prompt import trace_prompt
 from pipeline.trace.stream import Target
@@ -270,10 +274,23 @@ def test_what_cannot_be_traced_is_one_clear_error(run, prompt, options, word):
         trace_prompt(run, prompt, **options)
 
 
-def test_the_command_prints_supernodes_edges_and_checks(small_run, capsys):
-    folder = small_run.root
-    where = ["--artifacts", str(folder.parent), "--recipe", folder.name]
-    assert run_command(["trace", TEXT, *where, "--removed", "4", "--shown", "3"]) == 0
+def test_the_command_prints_a_trace_and_keeps_it_with_the_run(small_run, tmp_path, capsys):
+    shutil.copytree(small_run.root, tmp_path / "run")
+    words = ["trace", TEXT, "--artifacts", str(tmp_path), "--recipe", "run"]
+    assert run_command([*words, "--removed", "4", "--shown", "3"]) == 0
     text = capsys.readouterr().out
     for word in ("against", "y = ", "identity", "completeness", "largest activations", "control"):
         assert word in text
+    folder = Path(text.splitlines()[-1])
+    assert folder.name.startswith("trace-the-river-runs-to-the-sea-")
+    kept = Run.open(tmp_path / "run").lens(folder.name)
+    assert set(kept.tables) == {"supernodes", "edges", "checks", "nodes"}
+    assert len(kept.tables["supernodes"]) == 4
+    assert (folder / "figure.png").is_file()
+    assert fitting(Run.open(tmp_path / "run")).keys() == {folder.name}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["inputs"]["train"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError):
+        Run.open(tmp_path / "run").lens(folder.name)
+    assert fitting(Run.open(tmp_path / "run")) == {}
