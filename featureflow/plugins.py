@@ -18,30 +18,42 @@ group is asked for.
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from featureflow.errors import Problem, UserError
+from featureflow.errors import UserError
+
+
+def loaders(group: str) -> dict[str, Callable[[], Any]]:
+    """How to load what packages add to `group`, by name. Raises UserError for a name that two of
+    them use; a loader for a package that cannot be imported."""
+    found: dict[str, Callable[[], Any]] = {}
+    for entry in entry_points(group=f"featureflow.{group}"):
+        if entry.name in found:
+            raise _unusable(entry, f"another package adds {entry.name!r}")
+        found[entry.name] = partial(_loaded, entry)
+    return found
 
 
 def plugins(group: str) -> dict[str, Any]:
-    """What packages add to `group`, loaded, by name. Raises UserError with every one that cannot be
-    imported and every name that two packages use."""
-    found: dict[str, Any] = {}
-    problems = []
-    for entry in entry_points(group=f"featureflow.{group}"):
-        where = f"{entry.dist.name if entry.dist else '?'}: {entry.name} = {entry.value}"
-        if entry.name in found:
-            problems.append(Problem(what="the name is taken", where=where))
-        try:
-            found[entry.name] = entry.load()
-        except Exception as error:  # a package of others may fail in any way
-            text = f"{type(error).__name__}: {error}"
-            problems.append(Problem(what="it cannot be imported", where=where, found=text))
-    if problems:
-        raise UserError(
-            f"a package that adds to featureflow.{group} cannot be used",
-            problems=tuple(problems),
-            fix="correct the package, or uninstall it",
-        )
-    return found
+    """What packages add to `group`, loaded, by name. Raises UserError."""
+    return {name: load() for name, load in loaders(group).items()}
+
+
+def _loaded(entry: EntryPoint) -> Any:
+    try:
+        return entry.load()
+    except Exception as error:  # a package of others may fail in any way
+        raise _unusable(entry, f"{type(error).__name__}: {error}") from error
+
+
+def _unusable(entry: EntryPoint, found: str) -> UserError:
+    package = entry.dist.name if entry.dist else "?"
+    return UserError(
+        f"a package that adds to {entry.group} cannot be used",
+        where=f"{package}: {entry.name} = {entry.value}",
+        found=found,
+        fix="correct the package, or uninstall it",
+    )

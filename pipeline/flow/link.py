@@ -28,16 +28,18 @@ from typing import Any, assert_never
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from data.store.cluster import Machines, map_shards
+from featureflow.errors import UserError
 from featureflow.progress import Progress, silent
 from featureflow.sites import Site
 from pipeline.flow.edges import EdgeColumns, edges_of
 from pipeline.flow.functional import FEW_FIRINGS, compare_firing
 from pipeline.flow.judge import Evidence, judge
-from pipeline.flow.match import match
+from pipeline.flow.match import led_by, match
+from pipeline.flow.matchers import COSINE, PairData, matcher_named
 from pipeline.flow.nodes import Side, node_table
 from pipeline.flow.null import (
     DirectionNull,
@@ -126,6 +128,7 @@ def link_dictionaries(
     mapping that loads on access keeps memory at a few dictionaries. `machines` with a Dask
     scheduler spreads the pairs over its workers. Raises UserError."""
     settings = options or LinkOptions()
+    matcher_named(settings.matcher)
     facts = facts_of(dictionaries)
     pairing = pair_sites(dictionaries)
     whole = Stretch(
@@ -174,6 +177,9 @@ def _link_pair(pair: Pair, shelf: Shelf, stretch: Stretch) -> PairLinks:
     source, target = shelf.at(pair.source), shelf.at(pair.target)
     start = start_relation(stretch.facts[pair.source], stretch.facts[pair.target])
     found = match(source.directions, target.directions, k=max(options.top_k, 2), tile=options.tile)
+    if options.matcher != COSINE:
+        chosen = _chosen(pair, stretch)
+        found = led_by(found, chosen, source.directions, target.directions)
     columns = edges_of(found, top_k=options.top_k)
     nulls = _null_samples(pair, shelf, stretch, start)
     cofiring = None
@@ -204,6 +210,34 @@ def _link_pair(pair: Pair, shelf: Shelf, stretch: Stretch) -> PairLinks:
             fdr=fdr,
         ),
     )
+
+
+def _chosen(pair: Pair, stretch: Stretch) -> Int64[Tensor, "target"]:
+    """The first predecessor of each target, by the matcher that the recipe names."""
+    held_out = stretch.held_out
+    if held_out is None:
+        raise UserError(
+            f"the matcher {stretch.options.matcher!r} may read activations",
+            where="link.functional_tokens",
+            expected="above 0",
+        )
+    data = PairData(
+        source=stretch.dictionaries[pair.source],
+        target=stretch.dictionaries[pair.target],
+        rows=lambda: zip(held_out(pair.source), held_out(pair.target), strict=True),
+    )
+    chosen = matcher_named(stretch.options.matcher)(data)
+    n_sources = data.source.n_latents
+    if (
+        chosen.shape != (data.target.n_latents,)
+        or not ((chosen >= -1) & (chosen < n_sources)).all()
+    ):
+        raise UserError(
+            f"the matcher {stretch.options.matcher!r} gave no match",
+            expected=f"one source latent (0 to {n_sources - 1}, -1 for none) for each target",
+            found=f"shape {chosen.shape}, values {chosen.min()} to {chosen.max()}",
+        )
+    return torch.from_numpy(chosen.astype(np.int64))
 
 
 def _null_samples(

@@ -72,6 +72,24 @@ def match(source: Directions, target: Directions, *, k: int = 5, tile: int = 204
     return Match(predecessors=_finished(backward), successors=_finished(forward))
 
 
+def led_by(
+    found: Match, chosen: Int64[Tensor, "target"], source: Directions, target: Directions
+) -> Match:
+    """The match with `chosen` as the first predecessor of each target, its cosine measured, the
+    others behind it in their order. A target without one (-1), or a dead latent, is as it was."""
+    first = chosen.to(target.unit.device)
+    known = (first >= 0) & target.usable & source.usable[first.clamp_min(0)]
+    cosine = (target.unit * source.unit[first.clamp_min(0)]).sum(1)
+    before = found.predecessors
+    index = torch.cat([first[:, None], before.index], 1)
+    place = torch.where(before.index == first[:, None], 2, 1)
+    place = torch.cat([torch.where(known, 0, 3)[:, None], place], 1)
+    order = place.argsort(dim=1, stable=True)[:, : before.index.shape[1]]
+    strength = torch.cat([cosine[:, None], before.cosine], 1).gather(1, order)
+    led = Nearest(cosine=strength, index=index.gather(1, order))
+    return Match(predecessors=led, successors=found.successors)
+
+
 def best_cosines(
     rows: Float[Tensor, "row d_model"], source: Directions, *, tile: int = 2048
 ) -> Float[Tensor, "row"]:

@@ -40,6 +40,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from featureflow.errors import UserError
+from featureflow.plugins import plugins
 from pipeline.flow.assignment import assign
 from pipeline.flow.directions import Directions, directions_of
 from pipeline.flow.functional import FEW_FIRINGS, Codes, Cofiring, compare_firing, encode_tokens
@@ -158,14 +159,26 @@ def distribution(pair: PairData) -> Best:
     return found.predecessors.index[:, 0].cpu().numpy()
 
 
+COSINE = "cosine"
 MATCHERS: dict[str, Matcher] = {
-    "cosine": cosine,
+    COSINE: cosine,
     "permutation": permutation,
     "pearson": pearson,
     "jaccard": jaccard,
     "transport": transport,
     "distribution": distribution,
 }
+
+
+def matcher_named(name: str) -> Matcher:
+    """One of MATCHERS, or of another package (entry point group `featureflow.matchers`). Raises
+    UserError."""
+    known = {**plugins("matchers"), **MATCHERS}
+    if name not in known:
+        raise UserError(
+            f"there is no matcher {name!r}", where="link.matcher", expected=", ".join(known)
+        )
+    return known[name]
 
 
 def ridge_map(

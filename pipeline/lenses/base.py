@@ -24,7 +24,6 @@ from contextvars import ContextVar
 from functools import partial
 from importlib import import_module
 from importlib.machinery import SourceFileLoader
-from importlib.metadata import entry_points
 from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
@@ -32,12 +31,12 @@ from typing import Any
 
 from featureflow.errors import Command, UserError
 from featureflow.files import write_text_atomically
+from featureflow.plugins import loaders
 from featureflow.settings import Settings
 from pipeline.artifact import SCHEMAS, Artifact, digest_of
 from pipeline.findings import FOLDER, KIND, SCHEMA, open_finding, write_finding
 from pipeline.run import Run
 
-ENTRY_POINTS = "featureflow.lenses"
 EVALUATION = ("reconstruction", "loss-recovered", "frontier")
 """What `featureflow evaluate` runs, and a recipe that names no lenses."""
 _PARTS: Mapping[str, Any] = {
@@ -205,8 +204,8 @@ def _found() -> Iterator[tuple[str, Callable[[], ModuleType]]]:
     for place in dict.fromkeys(_added):
         for path in sorted(place.glob("[!_]*.py")) if place.is_dir() else [place]:
             yield _name_of(path.stem), partial(_import_file, path)
-    for entry in entry_points(group=ENTRY_POINTS):
-        yield _name_of(entry.name), entry.load
+    for name, load in loaders("lenses").items():
+        yield _name_of(name), load
 
 
 def _name_of(module: str) -> str:

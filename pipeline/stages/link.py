@@ -24,6 +24,7 @@ from typing import Annotated, Any
 
 import pandas as pd
 from annotated_types import Ge, Le
+from pydantic import field_validator
 from typing_extensions import Doc
 
 from data.store import ActivationStore
@@ -33,6 +34,7 @@ from pipeline.artifact import Artifact
 from pipeline.context import RunContext
 from pipeline.flow.figures import draw_class_shares, draw_link_strengths
 from pipeline.flow.link import Links, link_dictionaries
+from pipeline.flow.matchers import COSINE, MATCHERS, matcher_named
 from pipeline.flow.null import NullSample
 from pipeline.flow.options import (
     LEAST_AGREEMENT,
@@ -65,6 +67,14 @@ NULL_SEED = 7_919
 class Config(Settings):
     """How links are found, judged and checked."""
 
+    matcher: Annotated[
+        str,
+        Doc(
+            "what proposes the first predecessor of a feature, which is then judged like any link: "
+            + ", ".join(MATCHERS)
+            + ", or one that a package adds"
+        ),
+    ] = COSINE
     top_k: Annotated[
         int, Ge(1), Doc("predecessors kept for each feature and relation, best first")
     ] = 5
@@ -87,6 +97,12 @@ class Config(Settings):
         Doc("test links by removing predecessors in the model; none leaves the test out"),
     ] = None
     seed: Annotated[int, Ge(0), Doc("of nulls, chance pairs and communities")] = 0
+
+    @field_validator("matcher")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        matcher_named(name)
+        return name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +145,7 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
 
 
 def _linked(config: Config, opened: Run, saes: Saes) -> Links:
-    names = ("top_k", "null", "n_null", "thresholds", "least_agreement", "seed")
+    names = ("matcher", "top_k", "null", "n_null", "thresholds", "least_agreement", "seed")
     options = LinkOptions(**{name: getattr(config, name) for name in names})
     n_tokens, context = config.functional_tokens, opened.context
     return link_dictionaries(

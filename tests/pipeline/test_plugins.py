@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -57,6 +58,17 @@ class SoftThreshold(ReluL1):
         return torch.full_like(weights["b_enc"], self.theta)
 '''
 
+MATCHER = '''
+"""Latent 0 comes from the last one, latent 1 from the one before, latent 2 from nobody."""
+import numpy as np
+
+
+def mirror(pair):
+    chosen = pair.source.n_latents - 1 - np.arange(pair.target.n_latents)
+    chosen[2] = -1
+    return chosen
+'''
+
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
@@ -67,8 +79,10 @@ def package(tmp_path: Path) -> Path:
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(
         "[featureflow.architectures]\nsoft = mine_soft:SoftThreshold\n"
+        "[featureflow.matchers]\nmirror = mine_mirror:mirror\n"
     )
     (folder / "mine_soft.py").write_text(ARCHITECTURE)
+    (folder / "mine_mirror.py").write_text(MATCHER)
     return folder
 
 
@@ -82,11 +96,12 @@ def featureflow(package: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_an_architecture_with_an_activation_of_its_own_is_trained_and_read(
+def test_an_architecture_with_an_activation_and_a_matcher_are_used_by_a_run(
     package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("run", "--recipe", "tiny", "--to", "link", "-q", "--train.architecture")
-    found = featureflow(package, *words, '{kind = "soft_threshold", theta = 0.5, target_l0 = 6}')
+    architecture = '{kind = "soft_threshold", theta = 0.5, target_l0 = 6}'
+    words = ("--to", "link", "-q", "--train.architecture", architecture, "--link.matcher", "mirror")
+    found = featureflow(package, "run", "--recipe", "tiny", *words)
     assert found.returncode == 0, found.stderr
     monkeypatch.syspath_prepend(str(package))
     sae = load_sae(package.parent / "artifacts" / "tiny" / "train" / "dictionaries" / "L1")
@@ -97,6 +112,21 @@ def test_an_architecture_with_an_activation_of_its_own_is_trained_and_read(
     assert (theta > 0).all()
     torch.testing.assert_close(sae.encode(x), (pre - theta).clamp_min(0))
     torch.testing.assert_close(sae.encode_sparse(x).dense(), sae.encode(x))
+    _check_mirrored(package.parent / "artifacts" / "tiny")
+
+
+def _check_mirrored(run: Path) -> None:
+    """Living latents have their mirror image as first predecessor, with the cosine of the two."""
+    edges = pd.read_parquet(run / "link" / "edges.parquet")
+    between = edges[(edges["source_site"] == "L1") & (edges["target_site"] == "L2")]
+    first = between[between["rank"] == 0].set_index("target_latent")
+    source, target = (load_sae(run / "train" / "dictionaries" / f"L{i}").W_dec for i in (1, 2))
+    mirrored = first[first["source_latent"] == 63 - first.index]
+    assert len(mirrored) > 0.5 * len(first) > 0
+    assert 2 not in mirrored.index
+    for latent, row in mirrored.iterrows():
+        cosine = float(source[row["source_latent"]] @ target[int(str(latent))])
+        assert row["cosine"] == pytest.approx(cosine, abs=1e-5)
 
 
 def test_its_fields_are_explained_and_checked(package: Path) -> None:
@@ -115,3 +145,12 @@ def test_a_package_that_cannot_be_used_is_named(package: Path) -> None:
     assert found.returncode == 2
     for expected in ("mine: soft = mine_soft:SoftThreshold", "a_module_that_is_not_there"):
         assert expected in found.stderr
+
+
+def test_an_unknown_matcher_is_refused_with_those_there_are(package: Path) -> None:
+    found = featureflow(package, "run", "-r", "tiny", "-q", "--to", "link", "--link.matcher", "x")
+    assert found.returncode == 2
+    assert "link.matcher: there is no matcher 'x'" in found.stderr
+    assert not (package.parent / "artifacts").exists(), "seen before anything runs"
+    assert "permutation" in found.stderr
+    assert "mirror" in found.stderr
