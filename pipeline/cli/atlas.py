@@ -14,8 +14,6 @@ from pipeline.cli.options import artifacts_option, recipe_option, run_folder
 from pipeline.cli.serving import serve_until_interrupted
 from pipeline.console import say, show_number, table
 
-_HOPS, _MOST_NODES = 4, 300  # of an attribution graph around one feature
-
 
 @click.command()
 @click.option(
@@ -66,62 +64,23 @@ def validate(folder: Path | None, recipe: str, artifacts: Path) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--to",
-    type=click.Choice(
-        [
-            "neuronpedia",
-            "neuronpedia-upload",
-            "attribution-graph",
-            "gexf",
-            "graphml",
-            "embedding-atlas",
-        ]
-    ),
     required=True,
-    help="whose format to write",
+    help="whose format: neuronpedia, neuronpedia-upload, attribution-graph, gexf, graphml, "
+    "embedding-atlas, or one that a package adds",
 )
-@click.option(
-    "--feature", default=None, help="feature in the middle of an attribution graph, such as L12/402"
-)
-@click.option("--site", "short", default=None, help="site to export for Neuronpedia, such as L12")
+@click.option("--feature", default=None, help="feature in the middle of a graph, such as L12/402")
+@click.option("--site", default=None, help="site to export for Neuronpedia, such as L12")
 @recipe_option
 @artifacts_option
 def export(
-    out: Path, to: str, feature: str | None, short: str | None, recipe: str, artifacts: Path
+    out: Path, to: str, feature: str | None, site: str | None, recipe: str, artifacts: Path
 ) -> None:
     """Write the atlas to OUT in the format of another viewer."""
-    from pipeline.flow.exports import export_graph
     from pipeline.run import Run
-    from pipeline.site.exports.embedding_atlas import export_embedding_atlas
-    from pipeline.site.exports.neuronpedia import export_bulk, export_upload_batches
+    from pipeline.site.exports import export_named
 
-    run = Run.open(run_folder(artifacts, recipe))
-    match to:
-        case "attribution-graph":
-            if feature is None:
-                raise click.UsageError("--to attribution-graph needs --feature")
-            written = [
-                export_graph(
-                    run.graph,
-                    out,
-                    around=feature,
-                    max_hops=_HOPS,
-                    max_nodes=_MOST_NODES,
-                    labels=run.labels,
-                    form=".json",
-                )
-            ]
-        case "gexf" | "graphml":
-            written = [export_graph(run.graph, out, labels=run.labels, form=f".{to}")]
-        case "embedding-atlas":
-            written = [export_embedding_atlas(run.features, run.saes, out)]
-        case _:
-            if short is None:
-                raise click.UsageError(f"--to {to} needs --site")
-            name = str(run.features.about["model"]["name"])
-            write = export_bulk if to == "neuronpedia" else export_upload_batches
-            source = f"{short}-featureflow"
-            written = write(run.features, short, out, model_id=name, source=source)
-    for path in written:
+    write = export_named(to)
+    for path in write(Run.open(run_folder(artifacts, recipe)), out, feature=feature, site=site):
         say(str(path))
 
 

@@ -69,6 +69,15 @@ def mirror(pair):
     return chosen
 '''
 
+EXPORT = '''
+"""How many links are kept, as a text file."""
+
+
+def lengths(run, out, *, feature, site):
+    out.write_text(f"{len(run.graph.links)} links, {len(run.saes)} sites, {site}")
+    return [out]
+'''
+
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
@@ -80,9 +89,11 @@ def package(tmp_path: Path) -> Path:
     (about / "entry_points.txt").write_text(
         "[featureflow.architectures]\nsoft = mine_soft:SoftThreshold\n"
         "[featureflow.matchers]\nmirror = mine_mirror:mirror\n"
+        "[featureflow.exports]\nlengths = mine_lengths:lengths\n"
     )
     (folder / "mine_soft.py").write_text(ARCHITECTURE)
     (folder / "mine_mirror.py").write_text(MATCHER)
+    (folder / "mine_lengths.py").write_text(EXPORT)
     return folder
 
 
@@ -96,7 +107,7 @@ def featureflow(package: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_an_architecture_with_an_activation_and_a_matcher_are_used_by_a_run(
+def test_an_architecture_with_an_activation_a_matcher_and_an_export_are_used(
     package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     architecture = '{kind = "soft_threshold", theta = 0.5, target_l0 = 6}'
@@ -113,6 +124,15 @@ def test_an_architecture_with_an_activation_and_a_matcher_are_used_by_a_run(
     torch.testing.assert_close(sae.encode(x), (pre - theta).clamp_min(0))
     torch.testing.assert_close(sae.encode_sparse(x).dense(), sae.encode(x))
     _check_mirrored(package.parent / "artifacts" / "tiny")
+    words = ("atlas", "export", "links.txt", "-r", "tiny", "--site", "L1", "--to")
+    found = featureflow(package, *words, "lengths")
+    assert found.returncode == 0, found.stderr
+    edges = pd.read_parquet(package.parent / "artifacts" / "tiny" / "link" / "edges.parquet")
+    written = (package.parent / "links.txt").read_text()
+    assert written == f"{edges['kept'].sum()} links, 8 sites, L1"
+    found = featureflow(package, *words, "length")
+    assert found.returncode == 2
+    assert "graphml, embedding-atlas, lengths" in found.stderr
 
 
 def _check_mirrored(run: Path) -> None:
