@@ -1,4 +1,4 @@
-"""`featureflow atlas find | read`: features about a word, and features that fire on a text, in the
+"""`featureflow atlas find | read`: features about a word, and those active on a text, in the
 terminal."""
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pipeline.console import say, show_number, table
 @recipe_option
 @artifacts_option
 def find(word: str, n: int, short: str | None, recipe: str, artifacts: Path) -> None:
-    """List features about WORD: in their label, the tokens they fire on most, or the tokens they
-    promote.
+    """List features about WORD: in their label, the tokens they are most active on, or the tokens
+    they promote.
 
     WORD may be the beginning of a word. Accepted labels come first, by held-out score (F1)."""
     from featureflow.sites import parse_site
@@ -33,7 +33,7 @@ def find(word: str, n: int, short: str | None, recipe: str, artifacts: Path) -> 
             f.feature,
             f"F1 {f.score:.2f}",
             f"on {show_number(100 * f.density)} % of tokens",
-            ", ".join("fires on it" if w == "tokens" else w for w in f.where),
+            ", ".join("active on it" if w == "tokens" else w for w in f.where),
             f.label,
         )
         for f in found[:n]
@@ -60,7 +60,7 @@ def find(word: str, n: int, short: str | None, recipe: str, artifacts: Path) -> 
 @recipe_option
 @artifacts_option
 def read(text: str, n: int, short: str | None, device: str, recipe: str, artifacts: Path) -> None:
-    """Show which features fire on TEXT, token by token, at one site.
+    """Show which features are active on TEXT, token by token, at one site.
 
     The percentage is the activation as a share of the feature's largest on the corpus."""
     from featureflow.sites import parse_site

@@ -1,7 +1,7 @@
-"""Questions to described features: which are about a word, and which fire on a text of one's
+"""Questions to described features: which are about a word, and which are active on a text of one's
 own.
 
-`find_features` looks for a word in labels, in the tokens a feature fires on most, and in the tokens
+`find_features` looks for a word in labels, in the tokens a feature is active on most, and in those
 it promotes; matches begin at the start of a word, letter case is ignored. Accepted labels come
 first, by held-out score. `read_text` runs the run's model over a text and gives, for every token,
 the strongest latents of one dictionary, with their activation as a share of the feature's largest
@@ -28,7 +28,7 @@ _PLACES = ("label", "tokens", "promotes")
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A feature that a word was found at; `where` says in what: its label, tokens it fires on,
+    """A feature that a word was found at; `where` says in what: its label, tokens it is active on,
     tokens it promotes."""
 
     feature: str

@@ -174,7 +174,7 @@ def _projection_columns(projection: Projection | None, n_latents: int) -> Column
 
 
 def _cofiring_columns(cofiring: sp.csr_matrix, count: Int64[np.ndarray, "latent"]) -> Columns:
-    """The latents that fire with each one, by Jaccard, among all latents of the dictionary."""
+    """The latents active together with each one, by Jaccard, in the whole dictionary."""
     blocks = []
     for start in range(0, len(count), _BLOCK):
         both = cofiring[start : start + _BLOCK].toarray()

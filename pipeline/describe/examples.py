@@ -5,7 +5,7 @@
    are real firings: the intervals are between quantiles of the firings, never between 0 and the
    maximum;
 3. *uniform*: firings drawn uniformly;
-4. *near_miss*: tokens where the latent almost fired.
+4. *near_miss*: tokens where the latent was almost active.
 
 Quantiles are exact while the uniform sample holds every firing; otherwise they come from the
 histogram, whose bins are a
@@ -62,7 +62,7 @@ class Examples:
 
 
 def deciles_of(survey: Survey) -> Float32[np.ndarray, "latent eleven"]:
-    """Quantiles 0, .1 … 1 of each latent's firings; NaN for one that never fired."""
+    """Quantiles 0, .1 … 1 of each latent's firings; NaN for one that was never active."""
     shares = np.linspace(0, 1, 11)
     out = _quantiles_of_histogram(survey.histogram, shares)
     out[:, 10] = survey.largest

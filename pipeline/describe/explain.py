@@ -49,8 +49,8 @@ _ROUNDED = 4
 @dataclass(frozen=True, kw_only=True)
 class Windows:
     """Texts about one feature: `shown` marked, on documents for proposing; the rest on held-out
-    ones. In `near` it nearly fired, in `right` and `wrong` windows of `firing` are marked where it
-    fires, and on as many other tokens."""
+    ones. In `near` it was nearly active; `right` and `wrong` are windows of `firing`, marked where
+    it is active, and on as many other tokens."""
 
     shown: tuple[str, ...]
     firing: tuple[str, ...]
@@ -107,13 +107,13 @@ class Evidence:
         )
 
     def chosen(self, n: int, *, short: str | None = None) -> list[str]:
-        """`n` features that fire, drawn from the seed, over all dictionaries or one."""
+        """`n` features that are active, drawn from the seed, over all dictionaries or one."""
         features = self.features.table
         alive = features[features["alive"] & ((features["site"] == short) if short else True)][
             "feature"
         ].to_numpy(str)
         if not len(alive):
-            raise UserError("no feature fires there", where=short or str(self.features.folder))
+            raise UserError("no feature is active there", where=short or str(self.features.folder))
         drawn = np.random.default_rng(self._seed).choice(
             len(alive), size=min(n, len(alive)), replace=False
         )
@@ -128,7 +128,7 @@ class Evidence:
 
     @torch.no_grad()
     def _fires_in(self, site: Site) -> Bool[np.ndarray, "window latent"]:
-        """Which latents fire anywhere in each candidate window."""
+        """Which latents are active anywhere in each candidate window."""
         sae = self._saes[site]
         kept = self._corpus.kept
         fires = []
@@ -140,7 +140,7 @@ class Evidence:
 
     @torch.no_grad()
     def _fires_near(self, feature: FeatureId, row: int) -> bool:
-        """Whether a feature fires anywhere in the window around a row."""
+        """Whether a feature is active anywhere in the window around a row."""
         rows = self._corpus.window(row, REACH)
         kept = self._corpus.kept[rows]
         x = self._store.read(feature.site, int(rows[0]), int(rows[-1]) + 1)[kept]

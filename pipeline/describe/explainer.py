@@ -6,7 +6,7 @@ given.
 2. *detect*: held-out windows, those with the feature mixed with silent ones and near-misses, five
    at a time; the model says 1 or 0 for each, and the balanced accuracy is the label's score, with
    Wilson's interval over windows;
-3. *fuzz*: windows with the feature, marked where it fires or on other tokens instead; the model
+3. *fuzz*: windows with the feature, marked where it is active or on other tokens instead; the model
    says whether the marks fit the label, scored alike.
 
 An answer is read after the model's reasoning. One that is no list of as many numbers, or that
@@ -101,7 +101,7 @@ def fuzz(
     seed: int = 0,
     max_tokens: int = ANSWER_TOKENS,
 ) -> Detection:
-    """How well the label tells windows marked where the feature fires from windows marked
+    """How well the label tells windows marked where the feature is active from windows marked
     elsewhere."""
     return _judged(chat, _FUZZ, label, right, wrong, seed, max_tokens)
 

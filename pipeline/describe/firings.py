@@ -1,13 +1,13 @@
 """Firings of a dictionary on some rows: which latent, at which row, how strongly; and those that
-nearly fired.
+was nearly active.
 
 1. pre-activations of a block of rows: `(x − b_in) W_encᵀ + b_enc`; the product may run in bfloat16
    (four times faster on
    CPUs that have it; activations are then exact to about 0.4 %), the rest in float32;
 2. TopK: a bound from the maxima of groups of latents leaves few candidates, and one sort of these
    gives the k largest and the few below them, which are the near-misses.
-   Thresholds: everything above `theta` fires, what lies within `_NEAR` of it nearly fired. ReLU and
-   gated dictionaries have no near-misses, since they fire at the smallest excess;
+   Thresholds: everything above `theta` is active, what lies within `_NEAR` of it nearly. ReLU and
+   gated dictionaries have no near-misses, since they are active at the smallest excess;
 3. the entries are sorted by latent, then row.
 
 Cost: one product of `row × d_in × latent` and two passes over `row × latent`.
@@ -91,7 +91,7 @@ class Encoder:
     def firings(
         self, x: Float32[np.ndarray, "row d_in"], rows: Int64[np.ndarray, "row"]
     ) -> tuple[Firings, Firings]:
-        """What fires and what nearly fires; `rows` are the corpus rows of `x`, ascending."""
+        """What fires and what is nearly active; `rows` are the corpus rows of `x`, ascending."""
         parts = [self._block(torch.from_numpy(x[a:b]), rows[a:b]) for a, b in _blocks(len(x))]
         return _sorted([fired for fired, _ in parts], self.sae.n_latents), _sorted(
             [near for _, near in parts], self.sae.n_latents
@@ -132,7 +132,7 @@ def _top_k(
     pre: Float[Tensor, "row latent"], rows: Int64[np.ndarray, "row"], k: int, n_near: int
 ) -> tuple[_Entries, _Entries]:
     """The k largest fire where positive; of the next `n_near`, the positive ones nearly did. The
-    last one that fires says what firing took. Of equal ones the first latent comes first."""
+    last one that is active says what firing took. Of equal ones the first latent comes first."""
     n = pre.shape[1]
     wide = min(n, k + n_near)
     values = pre.numpy()

@@ -6,7 +6,7 @@ from.
    and about strong ones;
 2. tokens that are typical of the latent by log-odds (Monroe et al. 2008, Dirichlet prior) and by
    class-TF-IDF, and tokens
-   that its decoder promotes, are descriptions; they are scored as rules too ("fires on", "fires
+   that its decoder promotes, are descriptions; they are scored as rules too ("active on", "active
    before"), and seldom pass;
 3. the rule of the best predecessor in the flow graph is scored on the latent itself: an inherited
    label with provenance;
@@ -64,7 +64,7 @@ METHODS: tuple[Method, ...] = (
         Method(
             name=name,
             kind="rule",
-            about=r.about.replace("fires", "fires strongly") if name != r.name else r.about,
+            about=r.about.replace("active", "strongly active") if name != r.name else r.about,
         )
         for name, r in METHOD_RULES.items()
     ),
@@ -79,7 +79,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         name="promotes",
         kind="output",
-        about="tokens its decoder direction promotes; scored as: fires before them",
+        about="tokens its decoder direction promotes; scored as: active before them",
     ),
     Method(
         name="inherited",
@@ -226,7 +226,7 @@ def labels_of(
     corpus: Corpus,
     need: Acceptance,
 ) -> list[Label]:
-    """The labels of one latent, best first; empty for one that never fired."""
+    """The labels of one latent, best first; empty for one that was never active."""
     if not count:
         return []
     made = [

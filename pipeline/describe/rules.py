@@ -1,12 +1,12 @@
-"""Rule labels: "fires where the attribute of the token is one of these values", proposed, chosen
+"""Rule labels: "active where the attribute of the token is one of these values", proposed, chosen
 and scored on different documents.
 
 Rules are about all firings of a latent, or about its strong ones (the strongest tenth), which say
-more of a feature that fires weakly on many things.
+more of a feature that is active weakly on many things.
 
 Proposal, for every latent at once, from the counts of the documents for proposing:
 
-1. sort an attribute's values by how often the latent fires given the value;
+1. sort an attribute's values by how often the latent is active given the value;
 2. the set with the best F1 is a beginning of that list (a value helps while its precision exceeds
    half the best F1), so one cumulative sum finds it; sets are cut at `ATTRIBUTE_RULES[…].most`
    values, since a long list is no rule.
@@ -50,17 +50,19 @@ class AttributeRule:
 
 
 ATTRIBUTE_RULES: tuple[AttributeRule, ...] = (
-    AttributeRule(name="token", table="token", most=12, about="fires on these tokens"),
-    AttributeRule(name="family", table="token", most=8, about="fires on forms of these words"),
-    AttributeRule(name="class", table="token", most=2, about="fires on tokens of these characters"),
-    AttributeRule(name="previous", table="previous", most=12, about="fires after these tokens"),
-    AttributeRule(name="next", table="next", most=12, about="fires before these tokens"),
+    AttributeRule(name="token", table="token", most=12, about="active on these tokens"),
+    AttributeRule(name="family", table="token", most=8, about="active on forms of these words"),
     AttributeRule(
-        name="position", table="position", most=3, about="fires at these positions of the context"
+        name="class", table="token", most=2, about="active on tokens of these characters"
     ),
-    AttributeRule(name="source", table="source", most=2, about="fires in text from these sources"),
+    AttributeRule(name="previous", table="previous", most=12, about="active after these tokens"),
+    AttributeRule(name="next", table="next", most=12, about="active before these tokens"),
     AttributeRule(
-        name="topic", table="topic", most=2, about="fires in documents about these topics"
+        name="position", table="position", most=3, about="active at these positions of the context"
+    ),
+    AttributeRule(name="source", table="source", most=2, about="active in text from these sources"),
+    AttributeRule(
+        name="topic", table="topic", most=2, about="active in documents about these topics"
     ),
 )
 TARGETS: tuple[Target, ...] = ("all", "strong")
@@ -111,7 +113,7 @@ class RuleSets:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RuleScores:
     """Held-out scores per latent, and `choice`, the F1 on the documents that decide which rule is
-    taken. NaN where nothing could be measured (the latent never fired there)."""
+    taken. NaN where nothing could be measured (the latent was never active there)."""
 
     f1: Float64[np.ndarray, "latent"]
     low: Float64[np.ndarray, "latent"]
@@ -248,18 +250,18 @@ def wilson(
 
 def describe_rule(attribute: str, target: Target, values: Sequence[int], corpus: Corpus) -> str:
     """The rule in words, at most six of its values."""
-    fires = "fires" if target == "all" else "fires strongly"
+    active = "active" if target == "all" else "strongly active"
     names = [_value_name(attribute, int(v), corpus) for v in values[:6]]
     listed = ", ".join(names) + (f" and {len(values) - 6} more" if len(values) > 6 else "")
     return {
-        "token": f"{fires} on {listed}",
-        "family": f"{fires} on forms of {listed}",
-        "class": f"{fires} on {listed}",
-        "previous": f"{fires} after {listed}",
-        "next": f"{fires} before {listed}",
-        "position": f"{fires} at position {listed}",
-        "source": f"{fires} in {listed}",
-        "topic": f"{fires} in documents about {listed}",
+        "token": f"{active} on {listed}",
+        "family": f"{active} on forms of {listed}",
+        "class": f"{active} on {listed}",
+        "previous": f"{active} after {listed}",
+        "next": f"{active} before {listed}",
+        "position": f"{active} at position {listed}",
+        "source": f"{active} in {listed}",
+        "topic": f"{active} in documents about {listed}",
     }[attribute]
 
 

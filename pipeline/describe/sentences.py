@@ -1,4 +1,4 @@
-"""Scores from a sentence model, on a CPU and offline: does text on which a feature fires belong
+"""Scores from a sentence model, on a CPU and offline: does text on which a feature is active belong
 together?
 
 *Example-embedding score* (Paulo & Belrose 2025, no label needed): for held-out windows, Δ⁺ = mean

@@ -136,7 +136,7 @@ def test_a_saved_table_keeps_its_shape_whatever_the_cells_hold(page: Any) -> Non
     assert lines[-1] == ""
     width = len(lines[0].split("\t"))
     assert {len(line.split("\t")) for line in lines[:-1]} == {width}
-    assert lines[11].startswith("L2/10\tfires on a\\tb\\nc\\r\\n")
+    assert lines[11].startswith("L2/10\tactive on a\\tb\\nc\\r\\n")
 
 
 def test_notes_go_out_to_a_file_and_come_back(page: Any) -> None:

@@ -109,7 +109,7 @@ def test_a_person_clicks_through_every_view(page: Any) -> None:
     page.click(".v-body a")
     assert page.js("return /^#\\/L0\\/\\d+$/.test(location.hash)")
     page.click("[role=tab][id$=decile]")
-    assert "of firings" in page.text(".examples-section")
+    assert "of activations" in page.text(".examples-section")
     page.click(".action.primary")
     page.wait("return document.querySelector('svg.graph .node')")
     page.settle()
@@ -147,7 +147,7 @@ def test_the_card_shows_the_stored_numbers(page: Any, world: Any) -> None:
     _, vocabulary = read_shard(world, page.folder, "vocab")
     _, corpus = read_shard(world, page.folder, "corpus/000")
     page.load(f"L3/{latent}")
-    assert f"{card['count'][latent]} firings" in page.text(".facts-line")
+    assert f"{card['count'][latent]} activations" in page.text(".facts-line")
     label = document["labels"][latent][0]
     assert label["text"] in page.text("table.labels")
     shares = page.texts(".token-table:first-of-type .share-number")
@@ -362,7 +362,7 @@ def test_only_features_that_the_steer_stage_takes_have_its_command(page: Any, si
 
 def test_a_dead_latent_is_an_honest_empty_state(page: Any, sizes: Any) -> None:
     page.load(f"L2/{sizes.n_latents - 1}")
-    assert "never fired" in page.text("main")
+    assert "never active" in page.text("main")
     assert page.complaints() == []
 
 

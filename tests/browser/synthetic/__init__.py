@@ -6,7 +6,7 @@ model:
 
 1. residual latents are carried along permutations with cosine about 0.9, a share of them is newborn
    at every layer;
-2. modules feed some of them, one feature per dictionary is dead, one fires once;
+2. modules feed some of them, one feature per dictionary is dead, one is active once;
 3. tokens and labels include hostile text: script tags, line separators, broken UTF-8,
    right-to-left, a megabyte.
 

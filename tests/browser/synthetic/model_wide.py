@@ -57,7 +57,7 @@ def write_steering(folder: Path, world: World) -> None:
     samples = [
         {
             "feature": feature,
-            "label": "fires on harbour",
+            "label": "active on harbour",
             "arm": arm,
             "dose": dose,
             "schedule": "constant",
@@ -192,8 +192,8 @@ def manifest(world: World) -> dict[str, Any]:
         "source_totals": [1000] * 3,
         "label_totals": [1000] * 2,
         "label_methods": [
-            {"name": "token", "kind": "rule", "about": "fires on these tokens"},
-            {"name": "previous token", "kind": "rule", "about": "fires after these tokens"},
+            {"name": "token", "kind": "rule", "about": "active on these tokens"},
+            {"name": "previous token", "kind": "rule", "about": "active after these tokens"},
             {"name": "inherited", "kind": "flow", "about": "label of the linked feature"},
         ],
         "classes": ["unknown", "translated", "processed", "newborn", "unexplained"],

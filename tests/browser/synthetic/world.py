@@ -177,7 +177,7 @@ def label_of(world: World, site: int, latent: int) -> str:
     if not world.alive[site][latent]:
         return ""
     if world.sizes.hostile and latent < len(HOSTILE_TEXTS):
-        return f"fires on {HOSTILE_TEXTS[latent]}"
+        return f"active on {HOSTILE_TEXTS[latent]}"
     if latent % 3:
         return "no simple rule"
-    return f"fires on ‘{WORDS[latent % len(WORDS)]}’, ‘{WORDS[(latent // 7) % len(WORDS)]}’"
+    return f"active on ‘{WORDS[latent % len(WORDS)]}’, ‘{WORDS[(latent // 7) % len(WORDS)]}’"

@@ -129,9 +129,9 @@ test("shades, signs and numbers", () => {
 
 test("a brief label keeps what tells it from others", () => {
   for (const [label, brief] of [
-    ["fires strongly on ‘ between’, ‘ both’", "‘between’, ‘both’"],
-    ["fires on forms of ‘clas’", "‘clas’"],
-    ["fires after ‘ the’", "after ‘the’"],
+    ["strongly active on ‘ between’, ‘ both’", "‘between’, ‘both’"],
+    ["active on forms of ‘clas’", "‘clas’"],
+    ["active after ‘ the’", "after ‘the’"],
     ["no simple rule · strongest on ‘ x’", "‘x’"],
     ["no simple rule · as in “the «cat» sat”", "“the «cat» sat”"],
     ["no simple rule", "no simple rule"],

@@ -39,11 +39,11 @@ def features_of(*rows: tuple) -> Features:
 
 def test_a_word_is_found_where_words_begin_and_accepted_labels_come_first() -> None:
     features = features_of(
-        ("fires on ‘ research’", True, 0.9, [" research"], []),
+        ("active on ‘ research’", True, 0.9, [" research"], []),
         ("no simple rule", False, float("nan"), [" Seal", " x"], []),
         ("no simple rule", False, 0.3, [], [" sea"]),
-        ("fires on ‘ sea’", True, 0.7, [" sea"], [" seas"]),
-        ("fires on ‘ sea’, ‘ bay’", True, 0.8, [" sea"], []),
+        ("active on ‘ sea’", True, 0.7, [" sea"], [" seas"]),
+        ("active on ‘ sea’, ‘ bay’", True, 0.8, [" sea"], []),
         ("no simple rule · strongest on ‘ sea’", False, 0.5, [" sea"], []),
     )
     found = find_features(features, "sea")

@@ -66,26 +66,26 @@ def corpus():
 def test_a_latent_of_two_tokens_is_labelled_with_them(corpus):
     label = label_of(corpus, np.isin(corpus.token, [3, 7]))[0]
     assert (label.method, label.accepted, label.score) == ("token", True, 1.0)
-    assert label.text in ("fires on ‘ word3’, ‘ word7’", "fires on ‘ word7’, ‘ word3’")
+    assert label.text in ("active on ‘ word3’, ‘ word7’", "active on ‘ word7’, ‘ word3’")
     assert label.low > 0.9
     assert label.high == 1.0
 
 
 def test_a_latent_that_follows_a_token_is_labelled_so(corpus):
     label = label_of(corpus, corpus.neighbour(-1) == 5)[0]
-    assert (label.method, label.text, label.accepted) == ("previous", "fires after ‘ word5’", True)
+    assert (label.method, label.text, label.accepted) == ("previous", "active after ‘ word5’", True)
 
 
 def test_a_latent_that_precedes_a_token_is_labelled_so(corpus):
     label = label_of(corpus, corpus.neighbour(1) == 9)[0]
-    assert (label.method, label.text) == ("next", "fires before ‘ word9’")
+    assert (label.method, label.text) == ("next", "active before ‘ word9’")
 
 
 def test_position_source_and_topic_are_found(corpus):
-    assert label_of(corpus, corpus.position == 2)[0].text == "fires at position 2"
-    assert label_of(corpus, corpus.document % 2 == 0)[0].text == "fires in a"
+    assert label_of(corpus, corpus.position == 2)[0].text == "active at position 2"
+    assert label_of(corpus, corpus.document % 2 == 0)[0].text == "active in a"
     north = corpus.document_label[corpus.document] == corpus.labels.index("north")
-    assert label_of(corpus, north)[0].text == "fires in documents about north"
+    assert label_of(corpus, north)[0].text == "active in documents about north"
 
 
 def test_a_latent_that_fires_at_random_has_no_simple_rule(corpus):

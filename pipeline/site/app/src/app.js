@@ -1,7 +1,10 @@
-// Boots the page: opens the manifest, draws the frame, and on every change of the address draws one view.
+// Boots the page: opens the manifest, draws the frame, and on every change of the address draws one
+// view.
 //
-// A view is `async (context) => ({ title, node })`, context = { atlas, options, feature, argument, key, alive }.
-// A view that fails shows what failed and what fixes it; a newer address always wins over an older, slower one.
+// A view is `async (context) => ({ title, node })`, context = { atlas, options, feature, argument,
+// key, alive }.
+// A view that fails shows what failed and what fixes it; a newer address always wins over an older,
+// slower one.
 
 import { openAtlas } from "./data/atlas.js";
 import { h, show } from "./dom.js";
@@ -24,7 +27,8 @@ import { site } from "./views/site.js";
 import { trunks } from "./views/trunks.js";
 import { tryText } from "./views/try.js";
 
-const VIEWS = { overview, flow, community, trunks, site, feature, graph, search, compare, lens, notes, about, try: tryText };
+const VIEWS = { overview, flow, community, trunks, site, feature, graph, search, compare, lens,
+  notes, about, try: tryText };
 
 boot();
 
@@ -69,7 +73,9 @@ function view(context) {
   if (context.feature && context.key === null) {
     const { site, latent } = context.feature;
     const where = context.atlas.siteIndex.get(site);
-    const found = where === undefined ? `it has ${context.atlas.sites.map((item) => item.short).join(", ")}` : `${site} has latents 0 to ${context.atlas.sites[where].n_latents - 1}`;
+    const found = where === undefined
+      ? `it has ${context.atlas.sites.map((item) => item.short).join(", ")}`
+      : `${site} has latents 0 to ${context.atlas.sites[where].n_latents - 1}`;
     throw new Error(`There is no feature ${site}/${latent} in this atlas: ${found}.`);
   }
   const draw = VIEWS[context.view];

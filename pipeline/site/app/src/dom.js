@@ -1,6 +1,8 @@
-// Makes DOM nodes from data. Every string becomes a text node or an attribute value; nothing is ever parsed as HTML.
+// Makes DOM nodes from data. Every string becomes a text node or an attribute value; nothing is
+// ever parsed as HTML.
 //
-// h("button", { class: "quiet", onclick: open, "aria-label": "open" }, "text", node, [more]) -> HTMLElement
+// h("button", { class: "quiet", onclick: open, "aria-label": "open" }, "text", node, [more]) ->
+// HTMLElement
 // svg("path", { d: "…" }) -> SVGElement
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -28,14 +30,17 @@ function fill(node, attributes, children) {
 function setAttribute(node, name, value) {
   if (value === undefined || value === null || value === false) return;
   if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-  else if (name === "style") for (const [key, item] of Object.entries(value)) node.style.setProperty(key, item);
+  else if (name === "style") for (const [key, item] of Object.entries(
+    value)) node.style.setProperty(key, item);
   else if (name === "value" || name === "checked" || name === "selected") node[name] = value;
   else node.setAttribute(name, value === true ? "" : wellFormed(String(value)));
 }
 
 function flat(children) {
-  const kept = children.flat(Infinity).filter((child) => child !== undefined && child !== null && child !== false);
-  return kept.map((child) => (child instanceof Node ? child : document.createTextNode(wellFormed(String(child)))));
+  const kept = children.flat(Infinity).filter((child) => child !== undefined && child !== null
+    && child !== false);
+  return kept.map((child) => (child instanceof Node ? child : document.createTextNode(
+    wellFormed(String(child)))));
 }
 
 /** Lone surrogates become U+FFFD, so that serialising, copying and encoding never fail. */

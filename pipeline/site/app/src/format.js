@@ -42,11 +42,19 @@ export function clip(text, limit) {
 export const plural = (n, one, many = `${one}s`) => `${count(n)} ${n === 1 ? one : many}`;
 
 /** `residual` and friends in words for titles. */
-export const siteKinds = { resid_post: "residual stream", mlp_out: "MLP output", attn_out: "attention output", resid_pre: "residual stream before the block", resid_mid: "residual stream between attention and MLP" };
+export const siteKinds = { resid_post: "residual stream", mlp_out: "MLP output",
+  attn_out: "attention output", resid_pre: "residual stream before the block",
+  resid_mid: "residual stream between attention and MLP" };
+
+const LEAD = new RegExp(
+  "^(?:(?:no simple rule|too rare to label) · )?" +
+    "(?:(?:(?:strongly )?active on|strongest on|as in|promotes) (?:forms of )?" +
+    "|(?:strongly )?active (?=\\S))?",
+);
 
 /** The words that most labels begin with, and what tells a label from others. */
 export function splitLabel(label) {
-  const [lead] = /^(?:(?:no simple rule|too rare to label) · )?(?:(?:fires (?:strongly )?on|strongest on|as in|promotes) (?:forms of )?|fires (?:strongly )?(?=\S))?/.exec(label);
+  const [lead] = LEAD.exec(label);
   return [lead, label.slice(lead.length)];
 }
 

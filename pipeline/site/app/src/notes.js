@@ -1,4 +1,5 @@
-// What a person leaves in their own browser: notes (their labels) and the compare tray. localStorage, this atlas only.
+// What a person leaves in their own browser: notes (their labels) and the compare tray.
+// localStorage, this atlas only.
 // Exported as JSON that the program imports as labels, and read back from such JSON.
 
 const listeners = new Set();
@@ -30,7 +31,8 @@ export const compared = () => read("compared", []);
 
 export function toggleCompared(id) {
   const list = compared();
-  const next = list.includes(id) ? list.filter((item) => item !== id) : [...list, id].slice(-MAX_COMPARED);
+  const next = list.includes(id) ? list.filter((item) => item !== id) : [...list, id]
+    .slice(-MAX_COMPARED);
   write("compared", next);
   return next;
 }
@@ -43,16 +45,21 @@ export function exportNotes(atlas) {
 
 /** Merge a parsed document into the notes; returns how many came in and every problem found. */
 export function importNotes(document, isFeature) {
-  if (document?.kind !== "featureflow-notes" || document.schema !== 1 || !Array.isArray(document.notes)) {
-    return { added: 0, problems: ["This is not a notes file: expected kind featureflow-notes, schema 1, and a list of notes."] };
+  if (document?.kind !== "featureflow-notes" || document.schema !== 1
+    || !Array.isArray(document.notes)) {
+    return { added: 0,
+      problems: ["This is not a notes file: expected kind featureflow-notes, schema 1, and a " +
+        "list of notes."] };
   }
   const notes = allNotes();
   const problems = [];
   let added = 0;
   document.notes.forEach((item, i) => {
-    if (typeof item?.feature !== "string" || !isFeature(item.feature)) problems.push(`Note ${i + 1}: no such feature here (${String(item?.feature).slice(0, 40)}).`);
+    if (typeof item?.feature !== "string" || !isFeature(item.feature)) problems.push(
+      `Note ${i + 1}: no such feature here (${String(item?.feature).slice(0, 40)}).`);
     else {
-      notes[item.feature] = { label: text(item.label), comment: text(item.comment), changed: text(item.changed) };
+      notes[item.feature] = { label: text(item.label), comment: text(item.comment),
+        changed: text(item.changed) };
       added += 1;
     }
   });
@@ -65,7 +72,8 @@ const text = (value) => (typeof value === "string" ? value.slice(0, 4000) : "");
 function read(name, otherwise) {
   try {
     const value = JSON.parse(localStorage.getItem(`${prefix}:${name}`));
-    return value && typeof value === "object" && Array.isArray(value) === Array.isArray(otherwise) ? value : otherwise;
+    return value && typeof value === "object" && Array.isArray(value) === Array.isArray(otherwise)
+      ? value : otherwise;
   } catch {
     return otherwise;
   }

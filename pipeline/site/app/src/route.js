@@ -1,8 +1,11 @@
-// The state of the page lives in the address: `#/<view>/<argument>?name=value`. A feature is `#/L12/402`.
+// The state of the page lives in the address: `#/<view>/<argument>?name=value`. A feature is
+// `#/L12/402`.
 //
-// parse(hash) -> { view, feature?, argument?, options: Map-like URLSearchParams }; link(...) -> "#/…"
+// parse(hash) -> { view, feature?, argument?, options: Map-like URLSearchParams }; link(...) ->
+// "#/…"
 
-const VIEWS = new Set(["overview", "flow", "community", "trunks", "site", "graph", "search", "compare", "lens", "notes", "about", "try"]);
+const VIEWS = new Set(["overview", "flow", "community", "trunks", "site", "graph", "search",
+  "compare", "lens", "notes", "about", "try"]);
 const FEATURE = /^(L\d+(?:\.(?:mlp|attn|pre|mid))?)\/(\d+)$/;
 
 export function parse(hash) {
@@ -28,12 +31,14 @@ export function featureLink(id, options) {
 }
 
 export function link(path, options = {}) {
-  const query = new URLSearchParams(Object.entries(options).filter(([, value]) => value !== undefined && value !== null && value !== ""));
+  const query = new URLSearchParams(Object.entries(options)
+    .filter(([, value]) => value !== undefined && value !== null && value !== ""));
   const text = query.toString().replaceAll("%2C", ",").replaceAll("%2F", "/");
   return `#/${path}${text ? `?${text}` : ""}`;
 }
 
-/** Change options of the present address without a new history entry and without drawing the page again. */
+/** Change options of the present address without a new history entry and without drawing the page
+ *  again. */
 export function remember(changes) {
   const [path, query = ""] = splitOnce(location.hash.replace(/^#\/?/, ""), "?");
   const options = new URLSearchParams(query);

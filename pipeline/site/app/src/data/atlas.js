@@ -1,8 +1,10 @@
-// The atlas as the views see it: sites, features, cards, texts. The only module that knows the names of shards and
+// The atlas as the views see it: sites, features, cards, texts. The only module that knows the
+// names of shards and
 // columns (their meaning is docs/decisions/0003-atlas-shards.md).
 //
 // A feature is a number, its *key*: site index * 2^20 + latent. `atlas.id(key)` is "L12/402".
 
+import { bisectRight } from "d3-array";
 import { cached, shard } from "./shards.js";
 import { Vocabulary } from "./text.js";
 
@@ -17,8 +19,11 @@ export class WrongAtlas extends Error {}
 
 export async function openAtlas() {
   const { json } = await shard("manifest");
-  if (json.format !== "featureflow-atlas") throw new WrongAtlas(`manifest.js does not describe an atlas (format: ${String(json.format).slice(0, 60)}).`);
-  if (json.version !== VERSION) throw new WrongAtlas(`This atlas has format version ${Number(json.version)}, the page reads version ${VERSION}. Make it again with: featureflow atlas`);
+  if (json.format !== "featureflow-atlas") throw new WrongAtlas(
+    `manifest.js does not describe an atlas (format: ${String(json.format).slice(0, 60)}).`);
+  if (json.version !== VERSION) throw new WrongAtlas(
+    `This atlas has format version ${Number(json.version)}, the page reads version ${VERSION}. ` +
+      `Make it again with: featureflow atlas`);
   return new Atlas(json);
 }
 
@@ -30,7 +35,8 @@ export class Atlas {
     this.has = manifest.has ?? {};
     this.lenses = manifest.lenses ?? [];
     this.model = manifest.model?.name ?? "";
-    this.digest = fingerprint(JSON.stringify([manifest.model?.fingerprint, manifest.provenance?.collect, manifest.provenance?.train]));
+    this.digest = fingerprint(JSON.stringify([manifest.model?.fingerprint,
+      manifest.provenance?.collect, manifest.provenance?.train]));
     this.layers = [...new Set(manifest.sites.map((site) => site.layer))].sort((a, b) => a - b);
   }
 
@@ -41,7 +47,8 @@ export class Atlas {
   /** { site: "L12", latent: 402 } -> key, or null where this atlas has no such feature. */
   key(feature) {
     const site = feature ? this.siteIndex.get(feature.site) : undefined;
-    return site === undefined || feature.latent >= this.sites[site].n_latents ? null : keyOf(site, feature.latent);
+    return site === undefined || feature.latent >= this.sites[site].n_latents ? null
+      : keyOf(site, feature.latent);
   }
 
   overview(site) {
@@ -50,7 +57,8 @@ export class Atlas {
 
   /** { labels: [string], method: u8, score: u8 }. */
   labels(site) {
-    return shard(`sites/${this.sites[site].short}/labels`).then(({ json, columns }) => ({ labels: json.labels, ...columns }));
+    return shard(`sites/${this.sites[site].short}/labels`).then(({ json, columns }) =>
+      ({ labels: json.labels, ...columns }));
   }
 
   vocabulary() {
@@ -58,29 +66,35 @@ export class Atlas {
   }
 
   flowModel() {
-    return this.has.flow ? shard("flow/model").then(({ json }) => json) : Promise.resolve({ pairs: [] });
+    return this.has.flow ? shard("flow/model").then(({ json }) => json)
+      : Promise.resolve({ pairs: [] });
   }
 
   /** [{ id, label, size, nModules, n_by_site, tokens }], largest first. */
   communities() {
-    return this.has.communities ? cached("communities", async () => this.communitiesOf(await shard("flow/communities"))) : Promise.resolve(null);
+    return this.has.communities ? cached("communities", async () =>
+      this.communitiesOf(await shard("flow/communities"))) : Promise.resolve(null);
   }
 
   communitiesOf({ json, columns }) {
     const [perSite, perToken] = [this.sites.length, columns.token.shape[1]];
     return Array.from(columns.id, (id, i) => {
       const n_by_site = columns.n_by_site.subarray(i * perSite, (i + 1) * perSite);
-      const inStream = this.sites.reduce((sum, site, s) => sum + (site.kind === "resid_post" ? n_by_site[s] : 0), 0);
+      const inStream = this.sites.reduce((sum, site, s) => sum + (site.kind === "resid_post"
+        ? n_by_site[s] : 0), 0);
       const size = n_by_site.reduce((sum, n) => sum + n, 0);
-      return { id, label: json.labels[i], size, nModules: size - inStream, n_by_site, tokens: listOf(columns.token.subarray(i * perToken, (i + 1) * perToken)) };
+      return { id, label: json.labels[i], size, nModules: size - inStream, n_by_site,
+        tokens: listOf(columns.token.subarray(i * perToken, (i + 1) * perToken)) };
     });
   }
 
   steering() {
-    return shard("attached/steering").then(({ json }) => json, () => ({ samples: [], effects: [], commands: {} }));
+    return shard("attached/steering").then(({ json }) => json,
+      () => ({ samples: [], effects: [], commands: {} }));
   }
 
-  /** What a sentence model or a chat model said of some features afterwards: { "L12/402": {...} }. */
+  /** What a sentence model or a chat model said of some features afterwards: { "L12/402": {...} }.
+   *  */
   scores() {
     return shard("attached/scores").then(({ json }) => json.features ?? {}, () => ({}));
   }
@@ -104,11 +118,14 @@ export class Atlas {
   async card(key) {
     const perShard = this.manifest.cards_per_shard;
     const number = Math.floor(latentOf(key) / perShard);
-    const { json, columns } = await shard(`sites/${this.sites[siteOf(key)].short}/cards/${pad3(number)}`);
+    const { json, columns } =
+      await shard(`sites/${this.sites[siteOf(key)].short}/cards/${pad3(number)}`);
     const row = latentOf(key) - json.first;
-    const card = { key, labels: json.labels[row] ?? [], examples: examplesOf(columns, row, this.manifest) };
+    const card = { key, labels: json.labels[row] ?? [], examples: examplesOf(columns, row,
+      this.manifest) };
     for (const [name, column] of Object.entries(columns)) {
-      if (name.startsWith("example_") || name.startsWith("act_") || column.shape[0] !== json.n) continue;
+      if (name.startsWith("example_") || name.startsWith("act_")
+        || column.shape[0] !== json.n) continue;
       card[name] = cutRow(column, row, json.n);
     }
     return card;
@@ -131,7 +148,7 @@ export class Atlas {
   /** Where a row lies: its run's first and last row, its position in the context, its document. */
   async place(row) {
     const { json, columns } = await shard("corpus/documents");
-    const run = lastAtMost(columns.run_row, row);
+    const run = bisectRight(columns.run_row, row) - 1;
     const document = columns.run_document[run];
     const [source, label] = [columns.source[document], columns.label[document]];
     return {
@@ -154,7 +171,8 @@ export class Atlas {
     const at = token - number * per;
     const found = [];
     for (let i = columns.offset[at]; i < columns.offset[at + 1]; i++) {
-      found.push({ key: keyOf(columns.site[i], columns.latent[i]), kind: columns.kind[i], weight: columns.weight[i] });
+      found.push({ key: keyOf(columns.site[i], columns.latent[i]), kind: columns.kind[i],
+        weight: columns.weight[i] });
     }
     return found;
   }
@@ -192,17 +210,6 @@ function examplesOf(columns, row, manifest) {
     });
   }
   return examples;
-}
-
-/** The last index whose value is at most x, in a sorted column. */
-function lastAtMost(column, x) {
-  let [low, high] = [0, column.length - 1];
-  while (low < high) {
-    const middle = (low + high + 1) >> 1;
-    if (column[middle] <= x) low = middle;
-    else high = middle - 1;
-  }
-  return Math.min(low, column.length - 2);
 }
 
 function fingerprint(text) {

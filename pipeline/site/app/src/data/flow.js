@@ -1,9 +1,13 @@
-// The flow graph, read site by site as it is walked: links into a feature stand in its own site's shard, links out of it
+// The flow graph, read site by site as it is walked: links into a feature stand in its own site's
+// shard, links out of it
 // in the shards of the sites it has pairs with; each shard is indexed by source once.
 //
-// A link: { source, target, relation, rank, cosine, strength, q, pearson, jaccard, margin, mutual, success, change, trials }
-// with feature keys, NaN where nothing was measured; strength = (cosine - null median) / (1 - null median) of its pair.
+// A link: { source, target, relation, rank, cosine, strength, q, pearson, jaccard, margin, mutual,
+// success, change, trials }
+// with feature keys, NaN where nothing was measured; strength = (cosine - null median) / (1 - null
+// median) of its pair.
 
+import { bisectRight } from "d3-array";
 import { cached, shard } from "./shards.js";
 import { keyOf, latentOf, siteOf } from "./atlas.js";
 
@@ -29,7 +33,8 @@ export class Flow {
     const columns = await this.columns(siteOf(key));
     const latent = latentOf(key);
     const links = [];
-    for (let i = columns.target_offset[latent]; i < columns.target_offset[latent + 1]; i++) links.push(this.link(columns, i, key));
+    for (let i = columns.target_offset[latent]; i < columns.target_offset[latent + 1];
+      i++) links.push(this.link(columns, i, key));
     return links;
   }
 
@@ -48,11 +53,15 @@ export class Flow {
     return links.sort((a, b) => b.strength - a.strength);
   }
 
-  /** The chain through a feature (as far as the page is not left): best predecessor repeatedly, best successor repeatedly, along the residual stream. */
+  /** The chain through a feature (as far as the page is not left): best predecessor repeatedly,
+   *  best successor repeatedly, along the residual stream. */
   async chain(key, { floor = -1, alive = () => true } = {}) {
-    const back = await this.walk(key, floor, alive, async (at) => (await this.incoming(at)).find((link) => link.rank === 0 && link.relation === 0), "source");
-    const onward = await this.walk(key, floor, alive, async (at) => (await this.outgoing(at)).find((link) => link.rank === 0 && link.relation === 0 && this.isNext(link)), "target");
-    return { features: [...back.map((link) => link.source).reverse(), key, ...onward.map((link) => link.target)], links: [...back.reverse(), ...onward] };
+    const back = await this.walk(key, floor, alive, async (at) => (await this.incoming(at))
+      .find((link) => link.rank === 0 && link.relation === 0), "source");
+    const onward = await this.walk(key, floor, alive, async (at) => (await this.outgoing(at))
+      .find((link) => link.rank === 0 && link.relation === 0 && this.isNext(link)), "target");
+    return { features: [...back.map((link) => link.source).reverse(), key,
+      ...onward.map((link) => link.target)], links: [...back.reverse(), ...onward] };
   }
 
   async walk(key, floor, alive, step, end) {
@@ -98,7 +107,8 @@ export class Flow {
   }
 }
 
-/** For one flow shard: the entries that start at `site`, grouped by source latent (counting sort, once per pair). */
+/** For one flow shard: the entries that start at `site`, grouped by source latent (counting sort,
+ *  once per pair). */
 function sourceIndex(columns, site, nLatents) {
   columns.index ??= new Map();
   if (!columns.index.has(site)) columns.index.set(site, buildIndex(columns, site, nLatents));
@@ -116,12 +126,4 @@ function buildIndex({ source_site, source }, site, nLatents) {
 }
 
 /** The target latent of entry i: the last latent whose entries start at or before i. */
-function targetOf({ target_offset }, i) {
-  let [low, high] = [0, target_offset.length - 2];
-  while (low < high) {
-    const middle = (low + high + 1) >> 1;
-    if (target_offset[middle] <= i) low = middle;
-    else high = middle - 1;
-  }
-  return low;
-}
+const targetOf = ({ target_offset }, i) => bisectRight(target_offset, i) - 1;

@@ -1,9 +1,11 @@
-// Reads data shards: classic scripts of the form FF("<key>","<base64 of gzip>"), loaded by adding a script tag,
+// Reads data shards: classic scripts of the form FF("<key>","<base64 of gzip>"), loaded by adding a
+// script tag,
 // because a page opened from disk may neither fetch nor import.
 //
 // 1. `shard(key)` adds <script src="<key>.js"> once and waits for its FF call;
 // 2. the payload is base64-decoded and gunzipped with the browser's own DecompressionStream;
-// 3. the parsed container is kept: the latest 24 cards and corpus shards, all overviews, labels and links.
+// 3. the parsed container is kept: the latest 24 cards and corpus shards, all overviews, labels and
+//    links.
 
 import { DamagedShard, parseContainer } from "./container.js";
 
@@ -22,12 +24,15 @@ export class MissingShard extends Error {
 
 window.FF = (key, payload) => waiting.get(key)?.resolve(payload);
 
-/** The parsed container of one shard: { json, columns }. Rejects with MissingShard or DamagedShard. */
+/** The parsed container of one shard: { json, columns }. Rejects with MissingShard or DamagedShard.
+ *  */
 export function shard(key) {
-  return cached(key, async () => parseContainer(await gunzip(decodeBase64(await request(key)), key), key));
+  return cached(key, async () => parseContainer(await gunzip(decodeBase64(await request(key)), key),
+    key));
 }
 
-/** `make()` once per key; the promise is shared, failures are forgotten so that a retry is possible. */
+/** `make()` once per key; the promise is shared, failures are forgotten so that a retry is
+ *  possible. */
 export function cached(key, make) {
   let value = kept.get(key);
   if (value === undefined) {
@@ -41,7 +46,8 @@ export function cached(key, make) {
   return value;
 }
 
-// Overviews, labels and links stay (a few megabytes each at most); cards and corpus shards are kept while recent.
+// Overviews, labels and links stay (a few megabytes each at most); cards and corpus shards are kept
+// while recent.
 function dropOldest() {
   const large = [...kept.keys()].filter((key) => LARGE.test(key));
   for (const key of large.slice(0, -KEEP_LAST)) kept.delete(key);
@@ -57,7 +63,8 @@ function request(key) {
   script.src = `${key}.js`;
   const fail = () => entry.reject(new MissingShard(key));
   script.onerror = fail;
-  script.onload = fail; // a script that ran without calling FF with this key; harmless after resolve
+  script.onload = fail;
+    // a script that ran without calling FF with this key; harmless after resolve
   document.head.append(script);
   const done = () => {
     script.remove();

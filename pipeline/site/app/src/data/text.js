@@ -1,4 +1,5 @@
-// Tokens as people read them: the vocabulary's bytes, joined until they end on a character boundary.
+// Tokens as people read them: the vocabulary's bytes, joined until they end on a character
+// boundary.
 
 /** From the `vocab` container. */
 export class Vocabulary {
@@ -31,7 +32,8 @@ export class Vocabulary {
     return this.bytes.subarray(this.offset[id], this.offset[id + 1]);
   }
 
-  /** A run of token ids as [{ text, from, to, special }]: consecutive tokens of one character are one piece. */
+  /** A run of token ids as [{ text, from, to, special }]: consecutive tokens of one character are
+   *  one piece. */
   pieces(ids) {
     const pieces = [];
     for (let from = 0; from < ids.length; ) {
@@ -54,7 +56,8 @@ export class Vocabulary {
   }
 
   joined(ids, from, to) {
-    return Uint8Array.from(Array.from({ length: to - from }, (_, i) => [...this.slice(ids[from + i])]).flat());
+    return Uint8Array.from(Array.from({ length: to - from }, (_, i) =>
+      [...this.slice(ids[from + i])]).flat());
   }
 }
 
@@ -68,7 +71,8 @@ export function isOpen(bytes) {
   return false;
 }
 
-const lengthOf = (lead) => (lead >= 0xc2 && lead < 0xe0 ? 2 : lead >= 0xe0 && lead < 0xf0 ? 3 : lead >= 0xf0 && lead < 0xf5 ? 4 : 0);
+const lengthOf = (lead) => (lead >= 0xc2 && lead < 0xe0 ? 2 : lead >= 0xe0 && lead < 0xf0 ? 3
+  : lead >= 0xf0 && lead < 0xf5 ? 4 : 0);
 
 const strict = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
@@ -85,7 +89,8 @@ function decodeBroken(bytes) {
   let text = "";
   for (let i = 0; i < bytes.length; ) {
     const length = bytes[i] < 0x80 ? 1 : lengthOf(bytes[i]);
-    const character = length && i + length <= bytes.length ? tryDecode(bytes.subarray(i, i + length)) : null;
+    const character = length && i + length <= bytes.length
+      ? tryDecode(bytes.subarray(i, i + length)) : null;
     text += character ?? `\\x${bytes[i].toString(16).toUpperCase().padStart(2, "0")}`;
     i += character === null ? 1 : length;
   }

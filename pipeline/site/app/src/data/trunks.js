@@ -1,20 +1,24 @@
 // All trunks of the atlas: every living feature of the residual stream is on exactly one of them.
 //
-// Trunks.open(atlas) -> { all: [Trunk], begins, ends, written, modules }; what a trunk's row shows is made when it is asked for.
+// Trunks.open(atlas) -> { all: [Trunk], begins, ends, written, modules }; what a trunk's row shows
+// is made when it is asked for.
 
 import { keyOf } from "./atlas.js";
 import { cached, shard } from "./shards.js";
 
 export class Trunks {
   static open(atlas) {
-    return atlas.has.trunks ? cached("trunks opened", async () => new Trunks(atlas, await shard("flow/trunks"))) : Promise.resolve(null);
+    return atlas.has.trunks ? cached("trunks opened", async () => new Trunks(atlas,
+      await shard("flow/trunks"))) : Promise.resolve(null);
   }
 
   constructor(atlas, { json, columns }) {
-    Object.assign(this, { atlas, columns, begins: json.begins, ends: json.ends, labels: json.labels, written: json.written, modules: json.modules });
+    Object.assign(this, { atlas, columns, begins: json.begins, ends: json.ends, labels: json.labels,
+      written: json.written, modules: json.modules });
     this.nTokens = atlas.manifest.corpus.n_tokens_seen;
     this.all = [];
-    for (let i = 0, at = 0; i < columns.length.length; at += columns.length[i++]) this.all.push(new Trunk(this, i, at));
+    for (let i = 0, at = 0; i < columns.length.length; at += columns.length[i++]) this.all.push(
+      new Trunk(this, i, at));
     this.nFeatures = columns.site.length;
   }
 }
@@ -46,7 +50,8 @@ class Trunk {
     return this.home.columns.site[n < 0 ? this.at + this.length + n : this.at + n];
   }
   id(n = 0) {
-    return this.home.atlas.id(keyOf(this.site(n), this.home.columns.latent[n < 0 ? this.at + this.length + n : this.at + n]));
+    return this.home.atlas.id(keyOf(this.site(n), this.home.columns.latent[n < 0 ? this.at
+      + this.length + n : this.at + n]));
   }
   get middle() {
     return this.id(Math.floor(this.length / 2));
@@ -56,10 +61,12 @@ class Trunk {
   }
   /** One number a step, so one fewer than features. */
   get cosine() {
-    return Array.from(this.home.columns.cosine.subarray(this.at + 1, this.at + this.length), (x) => x / 10000);
+    return Array.from(this.home.columns.cosine.subarray(this.at + 1, this.at + this.length), (x) =>
+      x / 10000);
   }
   get density() {
-    return Array.from(this.home.columns.count.subarray(this.at, this.at + this.length), (n) => n / this.home.nTokens);
+    return Array.from(this.home.columns.count.subarray(this.at, this.at + this.length), (n) =>
+      n / this.home.nTokens);
   }
   get least() {
     return this.length > 1 ? Math.min(...this.cosine) : NaN;

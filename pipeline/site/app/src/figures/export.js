@@ -1,20 +1,27 @@
-// Takes a figure or a table out of the page: SVG with its styles written into it, PNG at twice the size, TSV, JSON.
+// Takes a figure or a table out of the page: SVG with its styles written into it, PNG at twice the
+// size, TSV, JSON.
 
 import { h, svg, wellFormed } from "../dom.js";
 
-const STYLES = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-opacity", "stroke-dasharray", "stroke-linecap", "font-size", "font-family", "font-weight", "opacity", "text-anchor", "dominant-baseline"];
+const STYLES = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-opacity",
+  "stroke-dasharray", "stroke-linecap", "font-size", "font-family", "font-weight", "opacity",
+  "text-anchor", "dominant-baseline"];
 
 /** A figure element: the drawing, its caption, the buttons that save it and its table twin.
- *  `rows` is () => { head: [...], rows: [[...]] }; `name` starts the names of saved files. A `list` is a table already. */
+ *  `rows` is () => { head: [...], rows: [[...]] }; `name` starts the names of saved files. A `list`
+ * is a table already. */
 export function figure({ name, title, drawing, list, caption, rows }) {
   const twin = h("div", { class: "twin" });
   const details = h("details", { class: "twin-details" }, h("summary", {}, "Table"), twin);
-  details.addEventListener("toggle", () => details.open && !twin.firstChild && twin.append(plainTable(rows(), title)));
+  details.addEventListener("toggle", () => details.open && !twin.firstChild
+    && twin.append(plainTable(rows(), title)));
   const picture = () => (drawing instanceof SVGElement ? drawing : drawing.querySelector("svg"));
   return h(
     "figure",
     { class: "figure" },
-    h("div", { class: "figure-head" }, title && h("h2", { class: "figure-title" }, title), saveButtons({ name, picture: drawing && picture, legend: () => drawing.querySelector(".legend"), rows })),
+    h("div", { class: "figure-head" }, title && h("h2", { class: "figure-title" }, title),
+      saveButtons({ name, picture: drawing && picture, legend: () => drawing.querySelector(
+      ".legend"), rows })),
     drawing ? h("div", { class: "drawing" }, drawing) : list,
     caption && h("figcaption", {}, caption),
     rows && drawing && details,
@@ -22,11 +29,13 @@ export function figure({ name, title, drawing, list, caption, rows }) {
 }
 
 export function saveButtons({ name, picture, legend = () => null, rows }) {
-  const make = (label, save) => h("button", { type: "button", class: "save", onclick: save, "aria-label": `Save ${name} as ${label}` }, label);
+  const make = (label, save) => h("button", { type: "button", class: "save", onclick: save,
+    "aria-label": `Save ${name} as ${label}` }, label);
   return h(
     "span",
     { class: "saves" },
-    picture && make("SVG", () => saveText(`${name}.svg`, svgText(picture(), legend()), "image/svg+xml")),
+    picture && make("SVG", () => saveText(`${name}.svg`, svgText(picture(), legend()),
+      "image/svg+xml")),
     picture && make("PNG", () => savePng(`${name}.png`, picture(), legend())),
     rows && make("TSV", () => saveText(`${name}.tsv`, tsv(rows()), "text/tab-separated-values")),
   );
@@ -42,9 +51,13 @@ export function plainTable({ head, rows }, caption) {
       { class: "plain" },
       caption && h("caption", { class: "unseen" }, caption),
       h("thead", {}, h("tr", {}, head.map((name) => h("th", { scope: "col" }, name)))),
-      h("tbody", {}, rows.slice(0, 2000).map((row) => h("tr", {}, row.map((value) => h("td", { class: typeof value === "number" ? "number" : null }, cell(value)))))),
+      h("tbody", {}, rows.slice(0, 2000)
+        .map((row) => h("tr", {},
+        row.map((value) => h("td", { class: typeof value === "number" ? "number" : null },
+        cell(value)))))),
     ),
-    rows.length > 2000 && h("p", { class: "quiet" }, `The first 2000 of ${rows.length} rows; the TSV has all.`),
+    rows.length > 2000 && h("p", { class: "quiet" },
+      `The first 2000 of ${rows.length} rows; the TSV has all.`),
   );
 }
 
@@ -64,23 +77,27 @@ export function saveText(name, text, type) {
 }
 
 function saveBlob(name, blob) {
-  const link = h("a", { href: URL.createObjectURL(blob), download: name.replace(/[^\w.-]+/g, "-") });
+  const link = h("a", { href: URL.createObjectURL(blob), download: name.replace(/[^\w.-]+/g,
+    "-") });
   document.body.append(link);
   link.click();
   link.remove();
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
-/** The drawing as a standalone document: computed styles are written as attributes, a background and the legend are added. */
+/** The drawing as a standalone document: computed styles are written as attributes, a background
+ *  and the legend are added. */
 export function svgText(drawing, legend) {
   const copy = drawing.cloneNode(true);
   inlineStyles(drawing, copy);
   const box = drawing.viewBox.baseVal;
-  const [x, y, width, bare] = box && box.width ? [box.x, box.y, box.width, box.height] : [0, 0, drawing.clientWidth, drawing.clientHeight];
+  const [x, y, width, bare] = box && box.width ? [box.x, box.y, box.width, box.height]
+    : [0, 0, drawing.clientWidth, drawing.clientHeight];
   const height = bare + addLegend(copy, legend, { x, y: y + bare, width });
   const ground = document.createElementNS("http://www.w3.org/2000/svg", "rect");
   const paper = getComputedStyle(document.body).backgroundColor;
-  for (const [key, value] of Object.entries({ x, y, width, height, fill: paper })) ground.setAttribute(key, value);
+  for (const [key, value] of Object.entries({ x, y, width, height,
+    fill: paper })) ground.setAttribute(key, value);
   copy.prepend(ground);
   copy.setAttribute("viewBox", [x, y, width, height].join(" "));
   copy.setAttribute("xmlns", "http://www.w3.org/2000/svg");
@@ -89,7 +106,8 @@ export function svgText(drawing, legend) {
   return withoutControls(wellFormed(new XMLSerializer().serializeToString(copy)));
 }
 
-// The legend stands beside the drawing on the page; under it in a file. Returns the height it takes.
+// The legend stands beside the drawing on the page; under it in a file. Returns the height it
+// takes.
 function addLegend(copy, legend, { x, y, width }) {
   if (!legend) return 0;
   const { color, fontFamily } = getComputedStyle(legend);
@@ -99,8 +117,10 @@ function addLegend(copy, legend, { x, y, width }) {
     const wide = (mark ? 30 : 14) + 6.5 * item.textContent.length;
     if (left + wide > x + width && left > x + 8) [left, base] = [x + 8, base + 18];
     const style = mark && getComputedStyle(mark);
-    if (mark) copy.append(svg("rect", { x: left, y: base - 9, width: 11, height: 11, fill: mark.classList.contains("stroke") ? style.borderTopColor : style.backgroundColor }));
-    copy.append(svg("text", { x: left + (mark ? 16 : 0), y: base, fill: color, "font-family": fontFamily, "font-size": 12 }, item.textContent));
+    if (mark) copy.append(svg("rect", { x: left, y: base - 9, width: 11, height: 11,
+      fill: mark.classList.contains("stroke") ? style.borderTopColor : style.backgroundColor }));
+    copy.append(svg("text", { x: left + (mark ? 16 : 0), y: base, fill: color,
+      "font-family": fontFamily, "font-size": 12 }, item.textContent));
     left += wide;
   }
   return base - y + 10;

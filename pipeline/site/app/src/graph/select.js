@@ -1,13 +1,18 @@
-// Chooses what a focus graph shows: the features best connected to the focus, within hops, strength and a budget.
+// Chooses what a focus graph shows: the features best connected to the focus, within hops, strength
+// and a budget.
 //
-// Best-first from the focus, backward and forward: a feature's worth is the largest product of link strengths on a path
-// from the focus; the `budget` worthiest are shown. Each node takes its `topK` strongest links per direction. Features
-// listed in `opened` show their neighbours whatever the limits. What is left out is counted per node ("+n").
+// Best-first from the focus, backward and forward: a feature's worth is the largest product of link
+// strengths on a path
+// from the focus; the `budget` worthiest are shown. Each node takes its `topK` strongest links per
+// direction. Features
+// listed in `opened` show their neighbours whatever the limits. What is left out is counted per
+// node ("+n").
 // Cost: O(budget * links per feature) after the shards of the layers concerned are read.
 
 const MOST_EDGES = 900;
 
-/** limits: { back, onward, topK, strength, budget, mutual, opened: Set } -> { nodes: Map(key -> node), edges } */
+/** limits: { back, onward, topK, strength, budget, mutual, opened: Set } -> { nodes: Map(key ->
+ *  node), edges } */
 export async function select(flow, focus, limits) {
   const links = linkReader(flow, limits);
   const nodes = new Map([[focus, { key: focus, worth: 1, back: 0, onward: 0 }]]);
@@ -32,16 +37,19 @@ export async function select(flow, focus, limits) {
     const found = await (backward ? links.incoming(node.key) : links.outgoing(node.key));
     for (const link of found.slice(0, limits.topK)) {
       const key = backward ? link.source : link.target;
-      frontier.push({ key, worth: node.worth * (0.05 + 0.95 * link.strength), back: backward ? hops + 1 : 0, onward: backward ? 0 : hops + 1 });
+      frontier.push({ key, worth: node.worth * (0.05 + 0.95 * link.strength), back: backward ? hops
+        + 1 : 0, onward: backward ? 0 : hops + 1 });
     }
   }
 }
 
 async function open(nodes, links, key, limits) {
-  const found = [...(await links.incoming(key)).slice(0, 12), ...(await links.outgoing(key)).slice(0, 12)];
+  const found = [...(await links.incoming(key)).slice(0, 12), ...(await links.outgoing(key))
+    .slice(0, 12)];
   for (const link of found) {
     const other = link.source === key ? link.target : link.source;
-    if (!nodes.has(other) && nodes.size < limits.budget + 60) nodes.set(other, { key: other, worth: nodes.get(key).worth * link.strength, back: 0, onward: 0 });
+    if (!nodes.has(other) && nodes.size < limits.budget + 60) nodes.set(other,
+      { key: other, worth: nodes.get(key).worth * link.strength, back: 0, onward: 0 });
   }
 }
 
@@ -50,7 +58,8 @@ function linkReader(flow, { strength, mutual }) {
   const fits = (link) => link.strength >= strength && (!mutual || link.mutual);
   const memory = { incoming: new Map(), outgoing: new Map() };
   const reader = (side) => async (key) => {
-    if (!memory[side].has(key)) memory[side].set(key, (await flow[side](key)).filter(fits).sort((a, b) => b.strength - a.strength));
+    if (!memory[side].has(key)) memory[side].set(key, (await flow[side](key)).filter(fits)
+      .sort((a, b) => b.strength - a.strength));
     return memory[side].get(key);
   };
   return { incoming: reader("incoming"), outgoing: reader("outgoing") };

@@ -4,7 +4,8 @@ import { h } from "../dom.js";
 import { short } from "../format.js";
 import { exampleText, visible } from "./tokens.js";
 
-/** The example's text, ready to draw at any width: { tokens, values, peak, place }. Reads as far as its run allows. */
+/** The example's text, ready to draw at any width: { tokens, values, peak, place }. Reads as far as
+ *  its run allows. */
 export async function readExample(atlas, vocabulary, card, example, reach = 64) {
   const place = await atlas.place(example.row);
   const from = Math.max(place.from, example.row - reach);
@@ -17,15 +18,21 @@ export async function readExample(atlas, vocabulary, card, example, reach = 64) 
   });
   const pieces = vocabulary.pieces(ids);
   const peak = pieces.findIndex((piece) => piece.to > example.row - from);
-  const values = pieces.map((piece) => (Math.max(...shares.subarray(piece.from, piece.to)) / 255) * card.max);
-  return { tokens: pieces.map((piece) => piece.text), special: pieces.map((piece) => piece.special), values, peak, place };
+  const values = pieces.map((piece) =>
+    (Math.max(...shares.subarray(piece.from, piece.to)) / 255) * card.max);
+  return { tokens: pieces.map((piece) => piece.text), special: pieces.map((piece) => piece.special),
+    values, peak, place };
 }
 
 /** One list item: value, text, where it stands. */
 export function exampleItem(example, read, { card, width, newlines, compact = false }) {
   const percent = card.max > 0 ? `${Math.round((100 * example.value) / card.max)} %` : "";
   const near = example.tab === "near_miss";
-  const title = near ? `pre-activation ${short(example.value)}${Number.isFinite(example.gap) ? `, ${Math.round(100 * example.gap)} % below its threshold` : ""}` : `activation ${short(example.value)}, ${percent} of the largest`;
+  const below = Math.round(100 * example.gap);
+  const gap = Number.isFinite(example.gap) ? `, ${below} % below its threshold` : "";
+  const title = near
+    ? `pre-activation ${short(example.value)}${gap}`
+    : `activation ${short(example.value)}, ${percent} of the largest`;
   return h(
     "li",
     { class: "example" },
@@ -41,6 +48,8 @@ function placeText({ title, source, label, document, position }) {
 }
 
 export async function exampleList(atlas, vocabulary, card, examples, options) {
-  const texts = await Promise.all(examples.map((example) => readExample(atlas, vocabulary, card, example)));
-  return h("ul", { class: "examples" }, examples.map((example, i) => exampleItem(example, texts[i], { card, ...options })));
+  const texts = await Promise.all(examples.map((example) => readExample(atlas, vocabulary, card,
+    example)));
+  return h("ul", { class: "examples" }, examples.map((example, i) => exampleItem(example, texts[i],
+    { card, ...options })));
 }

@@ -18,7 +18,8 @@ const THEMES = ["auto", "light", "dark"];
 export function openFrame(root, atlas, live) {
   const main = h("main", { class: "page", id: "main", tabindex: -1 });
   const progress = h("div", { class: "progress", role: "status", "aria-live": "polite" });
-  const links = new Map(pages(atlas, live).map(([view, name]) => [view, h("a", { href: link(view === "overview" ? "" : view) }, name)]));
+  const links = new Map(pages(atlas, live)
+    .map(([view, name]) => [view, h("a", { href: link(view === "overview" ? "" : view) }, name)]));
   const counter = h("span", { class: "counter" });
   links.get("compare").append(counter);
   const countCompared = () => show(counter, compared().length ? ` ${compared().length}` : null);
@@ -27,11 +28,13 @@ export function openFrame(root, atlas, live) {
   const box = searchBox(atlas);
   show(
     root,
-    h("a", { class: "skip", href: "#main", onclick: (event) => (event.preventDefault(), main.focus()) }, "Skip to content"),
+    h("a", { class: "skip", href: "#main", onclick: (event) => (event.preventDefault(),
+      main.focus()) }, "Skip to content"),
     h(
       "header",
       { class: "top" },
-      h("a", { class: "name", href: "#/" }, h("strong", {}, "Feature atlas"), h("span", { class: "quiet" }, atlas.model)),
+      h("a", { class: "name", href: "#/" }, h("strong", {}, "Feature atlas"),
+        h("span", { class: "quiet" }, atlas.model)),
       h("nav", { "aria-label": "Pages" }, [...links.values()]),
       box,
       themeButton(),
@@ -60,7 +63,8 @@ function pages(atlas, live) {
   return [...PAGES.slice(0, 4), ...more.filter(Boolean), ...PAGES.slice(4)];
 }
 
-// A new page starts at its top, and a screen reader reads its heading; a page that focuses something itself is left alone.
+// A new page starts at its top, and a screen reader reads its heading; a page that focuses
+// something itself is left alone.
 function focusHeading(main) {
   scrollTo(0, 0);
   if (main.contains(document.activeElement)) return;
@@ -71,13 +75,16 @@ function focusHeading(main) {
 }
 
 function searchBox(atlas) {
-  const input = h("input", { type: "search", name: "q", placeholder: "Label, token or L12/402", "aria-label": "Search labels and tokens, or go to a feature", autocomplete: "off", spellcheck: "false" });
+  const input = h("input", { type: "search", name: "q", placeholder: "Label, token or L12/402",
+    "aria-label": "Search labels and tokens, or go to a feature", autocomplete: "off",
+    spellcheck: "false" });
   const go = (event) => {
     event.preventDefault();
     const text = input.value.trim();
     if (!text) return;
     const feature = parseFeature(text);
-    location.hash = feature && atlas.key(feature) !== null ? link(text) : link("search", { q: text });
+    location.hash = feature && atlas.key(feature) !== null ? link(text)
+      : link("search", { q: text });
     input.blur();
   };
   return h("form", { class: "search-box", role: "search", onsubmit: go }, input);
@@ -101,15 +108,18 @@ function themeButton() {
   const root = document.documentElement;
   const stored = () => {
     try {
-      return THEMES.includes(localStorage.getItem("featureflow:theme")) ? localStorage.getItem("featureflow:theme") : "auto";
+      return THEMES.includes(localStorage.getItem("featureflow:theme")) ? localStorage.getItem(
+        "featureflow:theme") : "auto";
     } catch {
       return "auto";
     }
   };
-  const button = h("button", { type: "button", class: "theme", onclick: () => set(THEMES[(THEMES.indexOf(root.dataset.theme) + 1) % 3]) });
+  const button = h("button", { type: "button", class: "theme", onclick: () =>
+    set(THEMES[(THEMES.indexOf(root.dataset.theme) + 1) % 3]) });
   function set(theme) {
     root.dataset.theme = theme;
-    const dark = theme === "dark" || (theme === "auto" && matchMedia("(prefers-color-scheme: dark)").matches);
+    const dark = theme === "dark"
+      || (theme === "auto" && matchMedia("(prefers-color-scheme: dark)").matches);
     root.classList.toggle("dark", dark);
     show(button, h("span", { "aria-hidden": "true" }, { auto: "◐", light: "○", dark: "●" }[theme]));
     button.setAttribute("aria-label", `Colours: ${theme}`);
@@ -120,7 +130,8 @@ function themeButton() {
       // a browser that keeps nothing still changes colours for this visit
     }
   }
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => set(root.dataset.theme));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change",
+    () => set(root.dataset.theme));
   set(stored());
   return button;
 }

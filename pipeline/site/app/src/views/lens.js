@@ -30,7 +30,8 @@ export async function lens({ atlas, argument }) {
 
 function contents(atlas) {
   const about = "Each lens looked at this run: tables, a figure and what they say.";
-  const item = ({ name, title }) => h("li", {}, h("a", { href: link(`lens/${name}`) }, visible(title)));
+  const item = ({ name, title }) => h("li", {}, h("a", { href: link(`lens/${name}`) },
+    visible(title)));
   const list = atlas.lenses.length
     ? h("ul", { class: "links" }, atlas.lenses.map(item))
     : empty("No lens has looked at this run.", "featureflow lens list names them.");
