@@ -4,7 +4,7 @@
 set -euo pipefail
 folder=${1:?which folder should hold the environments?}
 here=$(cd "$(dirname "$0")" && pwd)
-for peer in saelens sparsify dictionary_learning saedashboard; do
+for peer in saelens sparsify dictionary_learning circuit_tracer saedashboard; do
     [ -x "$folder/$peer/bin/python" ] || "${PYTHON:-python3}" -m venv "$folder/$peer"
     "$folder/$peer/bin/python" -m pip install --quiet --requirement "$here/requirements-$peer.txt"
 done

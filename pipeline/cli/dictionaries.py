@@ -115,7 +115,7 @@ def _model(name: str | None, run: Path | None) -> Any:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--to",
-    type=click.Choice(["native", "saelens", "circuit_tracer"]),
+    type=click.Choice(["native", "saelens", "sparsify", "circuit_tracer"]),
     required=True,
     help="format to write; a set for circuit_tracer takes one SOURCE for every layer",
 )
@@ -131,7 +131,7 @@ def convert(
     """Read the dictionary at each of SOURCES and write it to the folder OUT."""
     from featureflow.sites import parse_site
     from sae import save_sae
-    from sae.formats import Conventions, read, write_circuit_tracer, write_saelens
+    from sae.formats import Conventions, read, write_circuit_tracer, write_saelens, write_sparsify
 
     if len(sources) > 1 and to != "circuit_tracer":
         raise click.UsageError(f"one SOURCE for --to {to}")
@@ -145,8 +145,12 @@ def convert(
                 found=", ".join(f"{s}: {at}" for s, at in zip(sources, sites, strict=True)),
             )
         write_circuit_tracer(dict(zip(map(parse_site, map(str, sites)), saes, strict=True)), out)
+        if saes[0].activation.kind == "topk":
+            say("note: circuit-tracer 0.5.0 opens TopK sets as ReLU; sparsify's form keeps the k")
     elif to == "native":
         save_sae(saes[0], out)
+    elif to == "sparsify":
+        write_sparsify(saes[0], out)
     else:
         write_saelens(saes[0], out)
     say(str(out))

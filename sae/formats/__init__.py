@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sae.formats.native import load_sae, save_sae
     from sae.formats.reading import FORMATS, find, read, recognise
     from sae.formats.saelens import write_saelens
+    from sae.formats.sparsify import write_sparsify
 
 __all__ = [
     "FORMATS",
@@ -29,6 +30,7 @@ __all__ = [
     "save_sae",
     "write_circuit_tracer",
     "write_saelens",
+    "write_sparsify",
 ]
 
 _HOMES = {
@@ -38,6 +40,7 @@ _HOMES = {
     "read_cross_layer": "sae.formats.cross_layer",
     "write_circuit_tracer": "sae.formats.circuit_tracer",
     "write_saelens": "sae.formats.saelens",
+    "write_sparsify": "sae.formats.sparsify",
 }
 
 

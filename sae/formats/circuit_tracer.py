@@ -8,7 +8,9 @@ configuration the k largest pre-activations, else ReLU; with `W_skip [d, d]` x·
 `feature_input_hook` and `feature_output_hook` within a block, `scan`, and `transcoders`: the files
 in the order of layers, where they are called otherwise.
 
-`write_circuit_tracer` writes a whole set; layers 0, 1, … must all be there. TopK keeps negative
+`write_circuit_tracer` writes a whole set; layers 0, 1, … must all be there. circuit-tracer 0.5.0
+reads no `activation` from the configuration and opens a TopK set as ReLU: sparsify's form
+(sae/formats/sparsify.py) keeps it. TopK keeps negative
 values among its k in circuit-tracer; latents here are never negative, see `read_circuit_tracer`.
 Layout of circuit-tracer 0.5.
 """
@@ -99,7 +101,6 @@ def write_circuit_tracer(
         "feature_input_hook": reads.name.split(".", 2)[2],
         "feature_output_hook": sites[0].name.split(".", 2)[2],
         "scan": scan,
-        "transcoders": [f"layer_{site.layer}.safetensors" for site in sites],
     }
     if isinstance(first.activation, TopKActivation):
         config |= {"activation": "topk", "k": first.activation.k}

@@ -3,7 +3,7 @@ of them.
 
 | family | files | tensors of layer i |
 |---|---|---|
-| circuit-tracer, `model_kind: cross_layer_transcoder` | `config.yaml`, `W_enc_{i}.safetensors`, `W_dec_{i}.safetensors` | `W_enc_{i} [n, d]`, `b_enc_{i}`, `b_dec_{i}`, optional `threshold_{i} [n]` and `W_skip_{i}`; `W_dec_{i} [n, L − i, d]`, slice j into layer i + j |
+| circuit-tracer, `model_kind: cross_layer_transcoder` | `config.yaml`, `W_enc_{i}.safetensors`, `W_dec_{i}.safetensors` | `W_enc_{i} [n, d]`, `b_enc_{i}`, `b_dec_{i}`, optional `threshold_{i} [n]` and `W_skip_{i} [d, d]` (x @ W_skip); `W_dec_{i} [n, L − i, d]`, slice j into layer i + j |
 | Gemma Scope 2, `type: clt` or `crosscoder` | `config.json`, `params_layer_{i}.safetensors` | `w_enc [d, n]`, `b_enc`, `threshold`, `w_dec [n, L, d]` into all layers, `b_dec`, optional `affine_skip_connection [d, d]` (x @ A, same layer) |
 
 `z = relu(pre) · (pre > θ)`, ReLU without thresholds; b_dec is not subtracted. Each layer encodes
@@ -181,7 +181,7 @@ def _read_circuit_tracer(file: Path) -> _Layer:
         f"b_enc_{i}": ("latent",),
         f"b_dec_{i}": ("d_out",),
         f"threshold_{i}": ("latent",),
-        f"W_skip_{i}": ("d_out", "d_in"),
+        f"W_skip_{i}": ("d_in", "d_out"),
     }
     optional = frozenset({f"threshold_{i}", f"W_skip_{i}"})
     found = checked(read_safetensors(file), names, where=file, optional=optional)
@@ -198,7 +198,8 @@ def _read_circuit_tracer(file: Path) -> _Layer:
         activation=activation,
         first=i,
     )
-    return part, found[f"b_dec_{i}"], found.get(f"W_skip_{i}")
+    skip = found.get(f"W_skip_{i}")
+    return part, found[f"b_dec_{i}"], None if skip is None else skip.T.contiguous()
 
 
 def _hooks_of(config: Mapping[str, Any], *, is_gemma: bool) -> tuple[str | None, str | None]:

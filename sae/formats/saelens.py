@@ -20,7 +20,7 @@ refused.
 
 Writing chooses topk, jumprelu, standard or gated (or their transcoders) by the activation; latents
 and reconstructions are the same there. SAELens 6 has no TopK transcoder: those are written for
-circuit-tracer (sae/formats/circuit_tracer.py). Layouts of SAELens 6.54.
+sparsify (sae/formats/sparsify.py). Layouts of SAELens 6.54.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def _exported(sae: Sae) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
             "SAELens has no such transcoder",
             expected="ReLU or thresholds",
             found=kind.kind,
-            fix="write it for circuit-tracer: featureflow sae convert … --to circuit_tracer",
+            fix="write it for sparsify: featureflow sae convert … --to sparsify",
         )
     if isinstance(kind, TopKActivation):
         return (

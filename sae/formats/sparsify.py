@@ -4,16 +4,21 @@ form.
 Tensors: `encoder.weight [latent, d_in]`, `encoder.bias`, `W_dec [latent, d_out]`, `b_dec`, `W_skip
 [d_out, d_in]` with `skip_connection`. `z = topk(relu(encoder(x − b_dec)))`, without the subtraction
 for transcoders; `x̂ = Σ z_i W_dec[i] + b_dec + W_skip x`. Layout of sparsify 1.3.3. Cost: one pass
-over the tensors.
+over the tensors. `write_sparsify` writes the same two files for TopK dictionaries, transcoders with
+and without a skip connection among them.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+
 from featureflow.errors import Problem, UserError
 from sae.activations import TopKActivation
+from sae.dictionary import Sae
 from sae.formats.base import Format, config_beside, described
 from sae.formats.folding import Foreign
 from sae.formats.tensors import Shape, checked, read_json, read_safetensors
@@ -52,6 +57,48 @@ def read_sparsify(folder: Path, variant: str | None = None) -> Foreign:
         W_skip=found.get("W_skip"),
         metadata=_described(folder, config),
     )
+
+
+def write_sparsify(sae: Sae, folder: str | Path) -> None:
+    """Write a folder that `SparseCoder.load_from_disk` of sparsify opens. Its transcoders are as
+    wide at the output as at the input, and only SAEs subtract b_dec. Raises UserError for what it
+    cannot hold."""
+    transcodes = "reads" in sae.metadata or sae.W_skip is not None
+    problems = []
+    if type(sae) is not Sae or not isinstance(sae.activation, TopKActivation):
+        found = f"{type(sae).__name__} with {sae.activation.kind}"
+        problems.append(Problem(what="not a TopK dictionary", expected="topk", found=found))
+    if sae.d_in != sae.d_out:
+        found = f"{sae.d_in} in, {sae.d_out} out"
+        problems.append(Problem(what="input and output are not equally wide", found=found))
+    if problems:
+        raise UserError("sparsify has no such dictionary", problems=tuple(problems))
+    b_enc = sae.b_enc + sae.W_enc @ ((0 if transcodes else sae.b_dec) - sae.b_in)
+    tensors = {"encoder.weight": sae.W_enc, "encoder.bias": b_enc}
+    tensors |= {"W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    if sae.W_skip is not None:
+        tensors["W_skip"] = sae.W_skip
+    config = {
+        "activation": "topk",
+        "d_in": sae.d_in,
+        "num_latents": sae.n_latents,
+        "k": sae.activation.k,  # type: ignore[attr-defined]  # seen to be TopK above
+        "expansion_factor": max(1, sae.n_latents // sae.d_in),
+        "normalize_decoder": bool(sae.metadata.get("unit_decoder", True)),
+        "multi_topk": False,
+        "skip_connection": sae.W_skip is not None,
+        "transcode": transcodes,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / "sae.safetensors.tmp"
+    save_file(
+        {n: t.detach().float().cpu().clone().contiguous() for n, t in tensors.items()}, beside
+    )
+    beside.replace(folder / "sae.safetensors")
+    beside = folder / "cfg.json.tmp"
+    beside.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    beside.replace(folder / "cfg.json")
 
 
 def _problems_of(config: dict[str, Any]) -> list[Problem]:

@@ -51,7 +51,7 @@ def circuit_tracer(folder, numbers, *, thresholds=True, skip=False):
         if thresholds:
             tensors[f"threshold_{i}"] = theta[i]
         if A is not None:
-            tensors[f"W_skip_{i}"] = A[i].T
+            tensors[f"W_skip_{i}"] = A[i]
         save_file(
             {n: t.contiguous() for n, t in tensors.items()}, folder / f"W_enc_{i}.safetensors"
         )

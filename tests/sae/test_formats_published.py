@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from featureflow.errors import UserError
 from featureflow.sites import Site
 from sae import Relu, Sae, Threshold, TopKActivation, load_sae, save_sae
-from sae.formats import Conventions, find, read, recognise, write_circuit_tracer
+from sae.formats import Conventions, find, read, recognise, write_circuit_tracer, write_sparsify
 from sae.formats.normalised import ConstantNorm, LayerNorm, NormalisedSae
 from tests.sae.foreign_files import D, K, N, agrees, numbers, topk, write_folder
 
@@ -513,3 +513,17 @@ def test_formats_that_share_a_file_name_are_told_apart(tmp_path, parts):
     assert recognise(folder) == ("llamascopium",)
     save_file({"something": parts["W_enc"]}, folder / "sae_weights.safetensors")
     assert recognise(folder) == ()
+
+
+@pytest.mark.parametrize("kind", ["sae", "transcoder", "skip"])
+def test_topk_dictionaries_written_for_sparsify_are_read_back_the_same(tmp_path, parts, kind):
+    sae = transcoder(TopKActivation(k=K), 1, skip=kind == "skip")
+    if kind == "sae":
+        sae = sae.replace(metadata={})
+    folder = tmp_path / "layers.1.mlp"
+    write_sparsify(sae, folder)
+    back = read(folder)
+    torch.testing.assert_close(back(parts["x"]), sae(parts["x"]), rtol=1e-4, atol=1e-4)
+    assert json.loads((folder / "cfg.json").read_text())["transcode"] is (kind != "sae")
+    with pytest.raises(UserError, match="sparsify has no such dictionary"):
+        write_sparsify(transcoder(Relu(), 1), tmp_path / "relu")
