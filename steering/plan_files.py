@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Union
 
+import tomli_w
 from pydantic import Field, create_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -64,7 +65,7 @@ def write_plan(plan: Plan, path: str | Path) -> Path:
                 json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
             )
         case _:
-            path.write_text(_toml(document), encoding="utf-8")
+            path.write_text(tomli_w.dumps(document), encoding="utf-8")
     if tensors:
         save_file(tensors, path.with_suffix(".safetensors"))
     return path
@@ -99,7 +100,8 @@ def plan_document(plan: Plan) -> dict[str, Any]:
     """The plan as JSON values, without its vectors."""
     names = [f.name for f in dataclasses.fields(plan) if f.name != "vectors"]
     document = {"schema": SCHEMA, **{name: getattr(plan, name) for name in names}}
-    document |= {"edit": plan.edit.model_dump(), "scope": plan.scope.model_dump(mode="json")}
+    for name, choice in (("edit", plan.edit), ("scope", plan.scope)):
+        document[name] = choice.model_dump(mode="json", exclude_none=True)
     document["digests"] = dict(plan.digests)
     document["nodes"] = [node.model_dump(exclude_none=True) for node in plan.nodes]
     return {key: value for key, value in document.items() if value is not None}
@@ -167,44 +169,3 @@ def _suffix(path: Path) -> str:
     if path.suffix not in _SUFFIXES:
         raise UserError("a plan file ends in .toml, .json or .safetensors", where=str(path))
     return path.suffix
-
-
-def _toml(document: Mapping[str, Any]) -> str:
-    """TOML for the flat shape of a plan: plain keys first, then tables, then the list of nodes."""
-    plain = {key: value for key, value in document.items() if not isinstance(value, (dict, list))}
-    tables = {key: value for key, value in document.items() if isinstance(value, dict)}
-    parts = ["\n".join(f"{key} = {_toml_value(value)}" for key, value in plain.items())]
-    parts += [_toml_table(f"[{key}]", value) for key, value in tables.items() if value]
-    parts += [_toml_table("[[nodes]]", node) for node in document["nodes"]]
-    return "\n\n".join(parts) + "\n"
-
-
-def _toml_table(head: str, table: Mapping[str, Any]) -> str:
-    return "\n".join(
-        [
-            head,
-            *(
-                f"{_toml_key(key)} = {_toml_value(value)}"
-                for key, value in table.items()
-                if value is not None
-            ),
-        ]
-    )
-
-
-def _toml_key(key: str) -> str:
-    return (
-        key
-        if key.replace("_", "").replace("-", "").isalnum() and key.isascii()
-        else _toml_value(key)
-    )
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    return repr(value)
