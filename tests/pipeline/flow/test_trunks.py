@@ -63,7 +63,7 @@ def graph() -> FlowGraph:
         )
         for short in SITES
     }
-    nodes = node_table(sides, edges, seed=0)
+    nodes = node_table(sides, edges, seed=0, least_agreement=0.3)
     return FlowGraph(FlowTables(nodes=nodes, edges=edges, pairs=pd.DataFrame(), warnings=()))
 
 
