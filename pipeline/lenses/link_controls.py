@@ -87,7 +87,7 @@ def look(run: Run, config: Config) -> Finding:
     }
     return Finding(
         tables={"summary": summary, "pairs": table},
-        text=_text(headline),
+        text=_text(headline) + _of_one_start(run),
         headline=headline,
         figure=lambda: _draw(summary),
     )
@@ -208,6 +208,17 @@ def _text(headline: dict[str, Any]) -> str:
         "its controls speaks for a flow. `reversed` says how little a link knows of direction: "
         "that depth runs forward is assumed, not measured. `later` modules cannot have written "
         "what they match, so an own module is evidence only as far as it exceeds them."
+    )
+
+
+def _of_one_start(run: Run) -> str:
+    pairs = run.graph.pairs
+    n = int((pairs["start"] == "same_start").sum())
+    if not n:
+        return ""
+    return (
+        f" {n} of {len(pairs)} pairs are of one start, which these numbers ignore: there "
+        "`forward` holds what the start left, not what training found."
     )
 
 
