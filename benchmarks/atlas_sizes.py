@@ -102,7 +102,7 @@ def make(options: argparse.Namespace, folder: Path) -> None:
     collect = Artifact.open(
         options.artifacts / "collect", kind="collect", schema=SCHEMAS["collect"]
     )
-    store = ActivationStore.open(collect.path / "store.zarr")
+    store = Run.of({"collect": collect}).store
     sites = spread_sites(store, options.layers)
     made, graph = folder / f"dictionaries-{options.layers}", folder / f"graph-{options.layers}"
     timed("dictionaries", lambda: write_dictionaries(store, sites, options.latents, made))

@@ -23,9 +23,9 @@ import pandas as pd
 from benchmarks import quality_peers
 from benchmarks.__main__ import head
 from benchmarks.measured import measured
-from data.store import ActivationStore
 from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
+from pipeline.run import Run
 from pipeline.stages import collect, train
 
 RATES = (3.4e-3, 4.8e-3, 6.8e-3)  # below, every trainer did worse (docs/log.md)
@@ -36,7 +36,7 @@ def main(arguments: argparse.Namespace, rates: list[float], save_best: Path | No
     collected = Artifact.open(arguments.collect, kind=collect.KIND, schema=collect.SCHEMA)
     rows = arguments.out / "rows.npy"
     n_train, n_held_out = quality_peers.export_rows(
-        ActivationStore.open(collected.path / collect.STORE), parse_site(arguments.site), rows
+        Run.of({"collect": collected}).store, parse_site(arguments.site), rows
     )
     arguments.steps = arguments.steps or n_train // arguments.batch_size
     arguments.out = arguments.out / "rates"

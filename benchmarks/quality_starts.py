@@ -26,10 +26,10 @@ import pandas as pd
 
 from benchmarks.__main__ import head
 from benchmarks.measured import measured
-from data.store import ActivationStore
 from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
 from pipeline.context import RunContext
+from pipeline.run import Run
 from pipeline.stages import collect, link, train
 from pipeline.training.plan import Chain, Independent, Initialisation, Shared
 from sae.architectures import TopK
@@ -46,7 +46,7 @@ LINKS += ("residual_pearson_median", "residual_pearson_best_median", "residual_a
 
 def main(arguments: argparse.Namespace) -> None:
     collected = Artifact.open(arguments.collect, kind=collect.KIND, schema=collect.SCHEMA)
-    store = ActivationStore.open(collected.path / collect.STORE)
+    store = Run.of({"collect": collected}).store
     n_rows = len(
         store.kept_rows("train", sites=[parse_site(f"L{layer}") for layer in arguments.layers])
     )

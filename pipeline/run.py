@@ -27,7 +27,7 @@ from data.model.fingerprint import VERSION
 from data.model.language_model import LanguageModel
 from data.model.spec import ModelSpec
 from data.store import ActivationStore
-from data.store.tokens import TokenTable
+from data.tokens import TokenTable
 from featureflow.errors import Command, Fix, Problem, UserError
 from featureflow.sites import FeatureId
 from pipeline.artifact import SCHEMAS, Artifact

@@ -5,7 +5,8 @@ from data.store.layout import SiteLayout, StoreLayout
 from data.store.statistics import SiteStatistics
 from data.store.store import ActivationStore
 from data.store.streams import write_activations
-from data.store.tokens import (
+from data.store.writer import StoreWriter
+from data.tokens import (
     FLAG_BOS,
     FLAG_NON_FINITE,
     FLAG_PADDING,
@@ -15,7 +16,6 @@ from data.store.tokens import (
     RowFilters,
     TokenTable,
 )
-from data.store.writer import StoreWriter
 
 __all__ = [
     "FLAG_BOS",

@@ -25,8 +25,8 @@ from torch import Tensor
 from data.store.layout import SiteLayout, canonical_json
 from data.store.plans import EpochPlan, ShuffleChoices
 from data.store.staging import StagingBuffers, keep_to_one_thread
-from data.store.tokens import RowFilters
 from data.store.windows import READERS, Windows
+from data.tokens import RowFilters
 from featureflow.errors import Problem, UserError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from data.store.layout import STORED_AS, SiteLayout, StoreLayout
 from data.store.places import Place
 from data.store.shards import FileSum, ShardFile, write_chunk_file
 from data.store.statistics import N_BINS, Moments, empty_moments, histogram_of, moments_of, norms_of
-from data.store.tokens import FLAG_NON_FINITE, FLAG_SINK, TokenTable
+from data.tokens import FLAG_NON_FINITE, FLAG_SINK, TokenTable
 from featureflow.errors import Problem, UserError
 
 # at a time: one after the other, three files a site wait for the disk longer than they take to

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from data.model.spec import ModelSpec
 from data.store.cluster import Machines, connected, map_shards, threads_of_worker
 from data.store.collection import CollectedShard, collect_shards
-from data.store.tokens import TokenTable
 from data.store.writer import StoreWriter
+from data.tokens import TokenTable
 from featureflow.errors import UserError
 from featureflow.sites import Site
 

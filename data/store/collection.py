@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from data.store.tokens import TokenTable
 from data.store.writer import Rows, StoreWriter
+from data.tokens import TokenTable
 from featureflow.sites import Site
 
 _AHEAD = 2

@@ -33,7 +33,7 @@ from data.store.foreign import ForeignRows, find_foreign
 from data.store.layout import SiteLayout, StoredDtype, StoreLayout
 from data.store.provenance import digest_of_file
 from data.store.streams import write_activations
-from data.store.tokens import FLAG_BOS, DocumentRow, TokenTable
+from data.tokens import FLAG_BOS, DocumentRow, TokenTable
 from featureflow.errors import UserError
 
 _PART_ROWS = 8192

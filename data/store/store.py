@@ -42,7 +42,7 @@ from data.store.records import (
 )
 from data.store.shards import read_chunk_file, read_chunks
 from data.store.statistics import N_BINS, Moments, SiteStatistics
-from data.store.tokens import DocumentRow, RowFilters, TokenTable
+from data.tokens import DocumentRow, RowFilters, TokenTable
 from featureflow.errors import Command, Problem, UserError
 from featureflow.sites import Site, parse_site
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from data.store.layout import StoreLayout
-from data.store.tokens import DocumentRow, TokenTable
 from data.store.writer import Rows, StoreWriter
+from data.tokens import DocumentRow, TokenTable
 from featureflow.errors import UserError
 
 

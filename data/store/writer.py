@@ -45,7 +45,7 @@ from data.store.records import (
     sum_of,
 )
 from data.store.shards import FileSum, write_chunk_file
-from data.store.tokens import DocumentRow, TokenTable
+from data.tokens import DocumentRow, TokenTable
 from featureflow.errors import UserError
 
 Rows = Mapping[str, Tensor | np.ndarray]

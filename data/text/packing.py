@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64, UInt8, UInt32
 
-from data.store.tokens import FLAG_BOS, FLAG_SPECIAL, DocumentRow, TokenTable
 from data.text.corpus import CorpusSpec, describe_corpus, iter_documents
 from data.text.documents import Document, PassedOver
 from data.text.tokenizer import Tokenizer
+from data.tokens import FLAG_BOS, FLAG_SPECIAL, DocumentRow, TokenTable
 from featureflow.errors import UserError
 from featureflow.progress import Progress, silent
 

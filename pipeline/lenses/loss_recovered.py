@@ -33,7 +33,7 @@ from typing_extensions import Doc
 
 from data.model.language_model import LanguageModel
 from data.model.partial_forward import continued_from
-from data.store.tokens import RowFilters
+from data.tokens import RowFilters
 from featureflow.errors import UserError
 from featureflow.progress import Progress, silent
 from featureflow.sites import Site, parse_site

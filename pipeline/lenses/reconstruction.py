@@ -27,7 +27,7 @@ from typing_extensions import Doc
 
 from data.store import ActivationStore
 from data.store.store import Split
-from data.store.tokens import RowFilters
+from data.tokens import RowFilters
 from featureflow.errors import Problem, UserError
 from featureflow.figures import KINDS
 from featureflow.sites import Site

@@ -30,7 +30,7 @@ from typing_extensions import Doc
 from data.store import ActivationStore
 from data.store.cluster import connected, threads_of_worker
 from data.store.patterns import parse_sites
-from data.store.tokens import RowFilters
+from data.tokens import RowFilters
 from featureflow.figures import save
 from featureflow.files import write_text_atomically
 from featureflow.progress import Metrics

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from data.store import ActivationStore
-from data.store.tokens import RowFilters
+from data.tokens import RowFilters
 from featureflow.sites import Site
 from pipeline.training.batch_jobs import SaeJob
 from sae.batches import Batch, Batches, InMemoryBatches

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.store.tokens import FLAG_BOS, FLAG_SPECIAL
 from data.text.bundled import bundled_records
 from data.text.corpus import BundledText
 from data.text.documents import Document
 from data.text.packing import PackedTokens, pack_corpus, pack_documents
 from data.text.tokenizer import SEPARATOR, Tokenizer, byte_level_tokenizer
+from data.tokens import FLAG_BOS, FLAG_SPECIAL
 from featureflow.errors import UserError
 
 TOKENIZER = byte_level_tokenizer(300, [record["text"] for record in bundled_records()])

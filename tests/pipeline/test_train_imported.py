@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from data.model.spec import Random
 from data.store import ActivationStore
-from data.store.tokens import RowFilters
 from data.text.corpus import BundledText
+from data.tokens import RowFilters
 from featureflow.errors import UserError
 from featureflow.sites import Site
 from pipeline.artifact import Artifact

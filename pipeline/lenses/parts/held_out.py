@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data.store import ActivationStore
 from data.store.store import Split
-from data.store.tokens import FLAG_BOS, FLAG_PADDING, FLAG_SPECIAL, RowFilters
+from data.tokens import FLAG_BOS, FLAG_PADDING, FLAG_SPECIAL, RowFilters
 from featureflow.errors import UserError
 from featureflow.sites import Site
 

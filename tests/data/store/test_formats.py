@@ -11,7 +11,7 @@ import torch
 from data.store.layout import TOKEN_COLUMNS
 from data.store.shards import shard_index
 from data.store.statistics import N_BINS
-from data.store.tokens import FLAG_BOS, FLAG_NON_FINITE, FLAG_PADDING, FLAG_SINK, FLAG_SPECIAL
+from data.tokens import FLAG_BOS, FLAG_NON_FINITE, FLAG_PADDING, FLAG_SINK, FLAG_SPECIAL
 from tests.data.store.made import RESIDUAL, make_store, planted_layout, planted_rows
 
 TEXT = (
