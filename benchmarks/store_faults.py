@@ -37,7 +37,7 @@ from data.store import ActivationStore, SiteLayout, StoreLayout, StoreWriter
 from data.store.checks import problems_of_shard, verify_store
 from data.store.collection import collect_shards
 from data.store.places import LocalPlace
-from data.store.records import read_record
+from data.store.shards import read_record
 from data.text.corpus import BundledText
 from data.text.packing import pack_corpus
 from featureflow.errors import UserError

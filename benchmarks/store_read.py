@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.store_measure import compare
 from data.store import ActivationStore, RowFilters, SiteLayout, StoreLayout, write_activations
-from data.store.plans import EpochPlan
+from data.store.windows import EpochPlan
 
 SITE = "blocks.0.hook_resid_post"
 EVERYTHING = RowFilters(drop_bos=False, drop_sinks=False, drop_special=False)

@@ -4,8 +4,7 @@ wrong."""
 from data.store.layout import SiteLayout, StoreLayout
 from data.store.statistics import SiteStatistics
 from data.store.store import ActivationStore
-from data.store.streams import write_activations
-from data.store.writer import StoreWriter
+from data.store.writer import StoreWriter, write_activations
 from data.tokens import (
     FLAG_BOS,
     FLAG_NON_FINITE,

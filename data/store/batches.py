@@ -1,7 +1,7 @@
 """Shuffled batches for training: a store and a seed in, batches of the same rows at several sites
 out.
 
-Two threads read the next window of random blocks (`data.store.plans`, `data.store.windows`) while
+Two threads read the next window of random blocks (`data.store.windows`) while
 two others gather batches from the present one: rows are gathered as stored, 16 bits each, then
 widened to float32, or sent to a GPU as they are and widened there. Memory: two windows of every
 site. `state()` and `restore()` continue at exactly the next batch.
@@ -23,14 +23,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from data.store.layout import SiteLayout, canonical_json
-from data.store.plans import EpochPlan, ShuffleChoices
 from data.store.staging import StagingBuffers, keep_to_one_thread
-from data.store.windows import READERS, Windows
+from data.store.windows import READERS, EpochPlan, ShuffleChoices, StoredRows, Windows
 from data.tokens import RowFilters
 from featureflow.errors import Problem, UserError
 
 if TYPE_CHECKING:
-    from data.store.store import ActivationStore
     from featureflow.sites import Site
 
 Batch = dict[Any, Float[Tensor, "batch d_model"]]
@@ -45,7 +43,7 @@ class BatchReader:
 
     def __init__(
         self,
-        store: ActivationStore,
+        store: StoredRows,
         sites: Sequence[Site | str],
         *,
         batch_size: int,
@@ -290,7 +288,7 @@ class _Pipeline:
         return False
 
 
-def _default_window(store: ActivationStore, sites: Sequence[SiteLayout]) -> int:
+def _default_window(store: StoredRows, sites: Sequence[SiteLayout]) -> int:
     """65,536 rows, or what two windows of all sites may take of the memory allowed."""
     item = {"bfloat16": 2, "float16": 2}.get(store.layout.dtype, 4)
     fits = _MEMORY_BYTES // (2 * item * sum(site.width for site in sites))

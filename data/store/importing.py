@@ -32,7 +32,7 @@ from data.store.cluster import Machines
 from data.store.foreign import ForeignRows, find_foreign
 from data.store.layout import SiteLayout, StoredDtype, StoreLayout
 from data.store.provenance import digest_of_file
-from data.store.streams import write_activations
+from data.store.writer import write_activations
 from data.tokens import FLAG_BOS, DocumentRow, TokenTable
 from featureflow.errors import UserError
 

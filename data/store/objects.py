@@ -5,11 +5,14 @@ parts. Records are put with "only if it is not there yet". A writer claims a sha
 it renews every minute; one not renewed for five minutes belongs to a dead writer and is taken over,
 by a PUT that demands the version that was seen. Credentials and endpoints come from the environment
 (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_…`, `AZURE_…`).
+
+Local files that are built before they are uploaded.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -18,7 +21,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from data.store.staging_files import staging_file
 from featureflow.errors import UserError
 
 _RENEW_SECONDS = 60.0
@@ -181,3 +183,10 @@ def _version_of(answer: Mapping[str, Any]) -> dict[str, str]:
     """What a conditional PUT has to name, out of the answer to a PUT or HEAD: S3 and Azure compare
     the entity tag, GCS the generation, without which obstore refuses the PUT."""
     return {key: answer[key] for key in ("e_tag", "version") if answer.get(key) is not None}
+
+
+def staging_file(name: str) -> Path:
+    """A new temporary file for a place that is not a folder."""
+    descriptor, path = tempfile.mkstemp(prefix="featureflow-", suffix="-" + name.rpartition("/")[2])
+    os.close(descriptor)
+    return Path(path)

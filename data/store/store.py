@@ -32,15 +32,16 @@ from data.store.layout import (
     record_name,
 )
 from data.store.places import Place, open_place
-from data.store.records import (
+from data.store.shards import (
     Completion,
     ShardRecord,
     iter_problems_of_record,
     parse_record,
+    read_chunk_file,
+    read_chunks,
     read_completion,
     sum_of,
 )
-from data.store.shards import read_chunk_file, read_chunks
 from data.store.statistics import N_BINS, Moments, SiteStatistics
 from data.tokens import DocumentRow, RowFilters, TokenTable
 from featureflow.errors import Command, Problem, UserError

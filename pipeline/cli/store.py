@@ -88,7 +88,7 @@ def verify(ctx: click.Context, url: str, full: bool, quiet: bool, **machine: Any
 def statistics(ctx: click.Context, url: str, as_json: bool, quiet: bool, **machine: Any) -> None:
     """Measure every site of the store at URL again from its rows, and compare with what was
     gathered while writing."""
-    from data.store.recount import recount_store
+    from data.store.checks import recount_store
 
     with progress_bars(quiet=quiet) as progress:
         found = recount_store(url, run_context(progress=progress, **machine))

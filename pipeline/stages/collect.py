@@ -31,9 +31,13 @@ from data.model.language_model import LanguageModel
 from data.model.sources import dtype_for, folder_of
 from data.model.spec import HuggingFace, ModelSpec, Packaged, TransformerLens, name_of
 from data.store import ActivationStore, SiteLayout, StoreLayout, StoreWriter
-from data.store.adoption import adopt_shards
-from data.store.cluster_collection import ModelChoice, collect_on_cluster
-from data.store.collection import CollectedShard, collect_shards
+from data.store.collection import (
+    CollectedShard,
+    ModelChoice,
+    adopt_shards,
+    collect_on_cluster,
+    collect_shards,
+)
 from data.store.layout import parse_layout
 from data.store.patterns import parse_sites
 from data.store.places import open_place, write_pointer

@@ -13,7 +13,7 @@ import torch
 from data.model.language_model import LanguageModel
 from data.model.spec import Random
 from data.store import FLAG_BOS, ActivationStore
-from data.store.cluster_collection import collect_on_cluster
+from data.store.collection import collect_on_cluster
 from data.store.patterns import parse_sites
 from data.text.corpus import BundledText
 from featureflow.errors import UserError

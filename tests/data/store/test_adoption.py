@@ -8,8 +8,8 @@ import pytest
 
 from data.model.spec import Random
 from data.store import ActivationStore, StoreWriter
-from data.store.adoption import adopt_shards
 from data.store.checks import verify_store
+from data.store.collection import adopt_shards
 from data.text.corpus import BundledText
 from featureflow.errors import UserError
 from pipeline.context import RunContext

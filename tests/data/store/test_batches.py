@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.store import FLAG_BOS, FLAG_SINK, ActivationStore, RowFilters
-from data.store.plans import EpochPlan, ShuffleChoices
+from data.store.windows import EpochPlan, ShuffleChoices
 from featureflow.errors import UserError
 from tests.data.store.made import MLP, N_CONTEXT, RESIDUAL, make_store, planted_rows
 

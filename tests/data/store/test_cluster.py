@@ -21,8 +21,13 @@ from data.model.spec import Random
 from data.store import ActivationStore, SiteLayout, StoreLayout, StoreWriter
 from data.store.checks import verify_store
 from data.store.cluster import map_shards
-from data.store.cluster_collection import ModelChoice, ShardTask, collect_on_cluster, collect_task
-from data.store.collection import collect_shards
+from data.store.collection import (
+    ModelChoice,
+    ShardTask,
+    collect_on_cluster,
+    collect_shards,
+    collect_task,
+)
 from data.text.corpus import BundledText
 from data.text.packing import pack_corpus
 from featureflow.errors import UserError

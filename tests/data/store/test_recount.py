@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from distributed import LocalCluster
 
 from data.store import ActivationStore, StoreWriter
-from data.store.recount import recount_store
+from data.store.checks import recount_store
 from data.store.shards import write_chunk_file
 from pipeline.cli.store import store_commands
 from pipeline.context import RunContext
