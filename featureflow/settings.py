@@ -17,7 +17,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import or_
 from typing import Annotated, Any, Literal, NamedTuple, Self, Union, get_args, get_origin
@@ -50,7 +50,8 @@ class Settings(BaseModel):
             text = json.dumps(_with_kinds(cls, raw), default=str)
             return cls.model_validate_json(text, strict=True)
         except ValidationError as error:
-            found = [_problem(cls, where, detail) for detail in error.errors(include_url=False)]
+            details = error.errors(include_url=False)
+            found = [_problem(cls, where, each) for each in details if not _follows(each, details)]
             problems += {problem.where: problem for problem in found}.values()
         except UserError as error:
             problems += error.problems
@@ -130,6 +131,8 @@ def _with_kinds(hint: Any, raw: Any) -> Any:
 def _problem(cls: type[Settings], where: str, detail: Any) -> Problem:
     """pydantic's error in words. Its place is walked beside the types, so that the names which
     pydantic gives to the members of a union are left out."""
+    if detail["type"] == "json_invalid":
+        return Problem(what="a text holds half a character (a lone surrogate)", where=where)
     hint: Any = cls
     *parents, last = detail["loc"] or (None,)
     for part in parents:
@@ -149,6 +152,13 @@ def _problem(cls: type[Settings], where: str, detail: Any) -> Problem:
         return Problem(what="missing", where=where, expected=_show_hint(hint))
     found = _show(detail["input"])
     return Problem(what=detail["msg"], where=where, expected=_show_hint(hint), found=found)
+
+
+def _follows(detail: Any, details: Sequence[Any]) -> bool:
+    """Whether a list is called too short only because its entries are wrong."""
+    n = len(detail["loc"])
+    below = (other["loc"] for other in details if len(other["loc"]) > n)
+    return detail["type"] == "too_short" and any(loc[:n] == detail["loc"] for loc in below)
 
 
 def _step(hint: Any, part: str | int, where: str) -> tuple[Any, str]:

@@ -49,7 +49,11 @@ def tokens_digest(packed: PackedTokens) -> str:
 
 def store_digest(url: str) -> str:
     """Of a finished store: its layout and the checksums of its shards. Raises UserError."""
-    store = ActivationStore.open(url)
+    try:
+        store = ActivationStore.open(url)
+    except UserError as error:
+        error.fix = "give collect.imported the folder or URL of a finished store"
+        raise
     return _hash([store.layout.identity, open_place(url).read(COMPLETE).decode()])
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Annotated, Literal, Self
 
 import pytest
-from annotated_types import Gt
+from annotated_types import Gt, MinLen
 from pydantic import model_validator
 from typing_extensions import Doc
 
@@ -32,7 +32,7 @@ class Config(Settings):
     architecture: Annotated[TopK | Relu, ByKind(), Doc("which latents are kept")] = Relu()
     steps: Annotated[int, Gt(0), Doc("optimizer steps")] = 4
     sites: tuple[str, ...] = ()
-    others: Annotated[tuple[TopK, ...], Doc("more")] = ()
+    others: Annotated[tuple[TopK, ...], MinLen(1), Doc("more")] = (TopK(k=1),)
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
@@ -145,7 +145,7 @@ def test_an_unknown_recipe_lists_the_known_ones() -> None:
 @pytest.mark.usefixtures("toy_stages")
 def test_the_fields_of_tables_in_a_list_are_explained() -> None:
     rows = {place: (kind, meaning) for place, kind, _, meaning in describe(Config, "train")}
-    assert rows["train.others"] == ("list of {k, kind}", "more")
+    assert rows["train.others"] == ("list of {k, kind} length ≥ 1", "more")
     assert rows["train.others[].k"] == ("int > 0", "active latents a token")
 
 
@@ -177,3 +177,14 @@ def test_settings_that_moved_are_named_with_their_new_place(tmp_path: Path) -> N
         "atlas.min_f1": (moved, "describe.min_f1"),
         "atlas.seed": (moved, "describe.seed"),
     }
+
+
+@pytest.mark.usefixtures("toy_stages")
+def test_half_a_character_and_a_list_of_wrong_entries_are_one_problem_each(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        read_recipe(write(tmp_path, ""), {"train.sites": "\udcff"}, ("train",))
+    assert "half a character" in str(caught.value)
+    text = "[train]\nothers = [{kind = 'topk', k = 0}, {k = 1, x = 2}]\n"
+    with pytest.raises(UserError) as caught:
+        read_recipe(write(tmp_path, text), {}, ("train",))
+    assert [p.where for p in caught.value.problems] == ["train.others[0].k", "train.others[1].x"]
