@@ -1,7 +1,8 @@
 """What a lens found, and its form on disk.
 
 `tables/<name>.parquet` and `.csv`, `columns.parquet` and `.csv` (one row a feature, shown on its
-card), `figure.png` and `.svg`, `text.md`, and `finding.json`:
+card), `figure.png` and `.svg`, `text.md`,
+`arrays.safetensors` (numbers for other lenses), and `finding.json`:
 
     {"name", "title", "headline": {…}, "figure": true, "columns": [{"name", "kind"}, …] or null,
      "tables": {"summary": {"rows": 12, "columns": [{"name", "kind"}, …]}, …}}
@@ -18,27 +19,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from safetensors.numpy import load_file, save_file
 
 from featureflow.errors import Command, UserError
 from featureflow.figures import save
-from featureflow.files import write_text_atomically
+from featureflow.files import write_text_atomically, written_atomically
 from pipeline.artifact import Artifact, canonical_json
 
-KIND, SCHEMA, FOLDER = "lens", 1, "lenses"
+KIND, SCHEMA, FOLDER, ARRAYS = "lens", 1, "lenses", "arrays.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """Tables, sentences, headline numbers and perhaps a figure. `columns` has one row a feature:
-    its id in `feature`, then values."""
+    its id in `feature`, then values. `arrays` are for other lenses."""
 
     tables: Mapping[str, pd.DataFrame]
     text: str
     headline: Mapping[str, Any] = field(default_factory=dict)
     figure: Callable[[], Figure] | None = None
     columns: pd.DataFrame | None = None
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def write_finding(finding: Finding, folder: Path, *, name: str, title: str) -> None:
@@ -51,6 +55,9 @@ def write_finding(finding: Finding, folder: Path, *, name: str, title: str) -> N
         _write_table(table, folder / "tables" / stem)
     if finding.columns is not None:
         _write_table(finding.columns, folder / "columns")
+    if finding.arrays:
+        with written_atomically(folder / ARRAYS) as beside:
+            save_file({name: np.ascontiguousarray(a) for name, a in finding.arrays.items()}, beside)
     if finding.figure is not None:
         save(finding.figure(), folder / "figure")
     write_text_atomically(folder / "text.md", finding.text.rstrip() + "\n")
@@ -89,6 +96,7 @@ def read_finding(artifact: Artifact) -> Finding:
         columns=pd.read_parquet(artifact.file("columns.parquet"))
         if "columns.parquet" in artifact.files
         else None,
+        arrays=load_file(artifact.file(ARRAYS)) if ARRAYS in artifact.files else {},
     )
 
 
