@@ -33,7 +33,7 @@ from torch import Tensor
 from typing_extensions import Doc
 
 from data.model.partial_forward import continued_from
-from data.store.tokens import FLAG_BOS, FLAG_PADDING, FLAG_SPECIAL, RowFilters
+from data.tokens import FLAG_BOS, FLAG_PADDING, FLAG_SPECIAL, RowFilters
 from featureflow.errors import UserError
 from featureflow.sites import Site, parse_site
 from featureflow.statistics import bootstrap_ratio, q_values

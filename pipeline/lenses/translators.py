@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Doc
 
-from data.store.tokens import RowFilters
+from data.tokens import RowFilters
 from featureflow.errors import UserError
 from featureflow.sites import Site
 from featureflow.statistics import bootstrap_ratio
