@@ -53,7 +53,7 @@ def read_circuit_tracer(file: Path, variant: str | None = None) -> Foreign:
     if problems := _problems_of(config):
         raise UserError(f"{file.parent / CONFIG} cannot be used", problems=tuple(problems))
     optional = frozenset({THRESHOLD, "W_skip"})
-    found = checked(read_safetensors(file), _SHAPES, where=file, optional=optional)
+    found = checked(read_safetensors(file), _SHAPES, where=file, optional=optional, only=True)
     layer = _layer_of(file, config)
     hooks = [config.get(f"feature_{end}_hook") for end in ("input", "output")]
     reads, writes = (

@@ -163,7 +163,7 @@ def _read_gemma(file: Path) -> _Layer:
         _SKIP: ("d_in", "d_out"),
     }
     tensors = lowered(read_safetensors(file), file)
-    found = checked(tensors, shapes, where=file, optional=frozenset({_SKIP}))
+    found = checked(tensors, shapes, where=file, optional=frozenset({_SKIP}), only=True)
     part = CrossLayerPart(
         W_enc=found["w_enc"].T.contiguous(),
         b_enc=found["b_enc"],
@@ -184,7 +184,7 @@ def _read_circuit_tracer(file: Path) -> _Layer:
         f"W_skip_{i}": ("d_in", "d_out"),
     }
     optional = frozenset({f"threshold_{i}", f"W_skip_{i}"})
-    found = checked(read_safetensors(file), names, where=file, optional=optional)
+    found = checked(read_safetensors(file), names, where=file, optional=optional, only=True)
     decoder = file.with_name(f"W_dec_{i}.safetensors")
     shape: Shape = (len(found[f"b_enc_{i}"]), "output", len(found[f"b_dec_{i}"]))
     W_dec = checked(read_safetensors(decoder), {f"W_dec_{i}": shape}, where=decoder)[f"W_dec_{i}"]

@@ -44,7 +44,7 @@ def read_gemma_scope(path: Path, variant: str | None = None) -> Foreign:
     tensors = lowered(read_npz(file), file)
     optional = frozenset({"scaling_factor"})
     shapes = {**_SHAPES, "scaling_factor": ("latent",)}
-    found = checked(tensors, shapes, where=file, optional=optional)
+    found = checked(tensors, shapes, where=file, optional=optional, only=True)
     if "scaling_factor" in found:
         found["w_dec"] = found["w_dec"] * found["scaling_factor"][:, None]
     return _foreign(found, _described_1(file))
@@ -62,7 +62,7 @@ def read_gemma_scope_2(path: Path, variant: str | None = None) -> Foreign:
             fix="read the folder with all its layers by sae.formats.read_cross_layer",
         )
     shapes = {**_SHAPES, _SKIP: ("d_in", "d_out")}
-    found = checked(tensors, shapes, where=file, optional=frozenset({_SKIP}))
+    found = checked(tensors, shapes, where=file, optional=frozenset({_SKIP}), only=True)
     config = config_beside(file, "config.json", read_json)
     if problems := tuple(_problems_of(config)):
         raise UserError(f"{file.parent / 'config.json'} cannot be used", problems=problems)

@@ -34,6 +34,7 @@ def read_goodfire(file: Path, variant: str | None = None) -> Foreign:
             "decoder_linear.bias": ("d_in",),
         },
         where=file,
+        only=True,
     )
     name = re.fullmatch(r"(.+)-SAE-l(\d+)", file.stem)
     return Foreign(
@@ -66,7 +67,7 @@ def read_qwen_scope(file: Path, variant: str | None = None) -> Foreign:
     names = (("latent", "d_in"), ("d_in", "latent"), ("latent",), ("d_in",))
     shapes = dict(zip(("W_enc", "W_dec", "b_enc", "b_dec"), names, strict=True))
     sizes = {name: config[key] for name, key in _SIZES if isinstance(config.get(key), int)}
-    found = checked(read_pt(file), shapes, where=file, sizes=sizes)
+    found = checked(read_pt(file), shapes, where=file, sizes=sizes, only=True)
     layer = re.search(r"layer(\d+)", file.name)
     hook = str(config.get("hook_point", "resid_post"))
     return Foreign(
@@ -95,7 +96,7 @@ def read_hook_z(file: Path, variant: str | None = None) -> Foreign:
         for name, key in (("d_in", "act_size"), ("latent", "dict_size"))
         if isinstance(config.get(key), int)
     }
-    found = checked(read_pt(file), shapes, where=file, sizes=sizes)
+    found = checked(read_pt(file), shapes, where=file, sizes=sizes, only=True)
     hook = config.get("act_name")
     return Foreign(
         W_enc=found["W_enc"].T.contiguous(),
@@ -110,10 +111,15 @@ def read_hook_z(file: Path, variant: str | None = None) -> Foreign:
             {key: value for key, value in config.items() if isinstance(value, (str, int, float))},
             writes=hook if isinstance(hook, str) else None,
             model=config.get("model_name"),
+            notes=(_VALUE_BIAS,),
         ),
     )
 
 
+_VALUE_BIAS = (
+    "made with TransformerLens, which may have moved the value biases out of z; "
+    "sae check with the model tells by the published L0"
+)
 _SIZES = (("d_in", "d_model"), ("latent", "d_sae"))
 _FOUR = ("W_enc", "W_dec", "b_enc", "b_dec")
 

@@ -54,7 +54,9 @@ def read_llamascopium(folder: Path, variant: str | None = None) -> Foreign:
         shapes[_THRESHOLD] = ("latent",)
     sizes = {"d_in": int(config["d_model"]), "d_out": int(config["d_model"])}
     optional = frozenset() if config.get("use_decoder_bias", True) else frozenset({"b_D"})
-    found = checked(tensors, shapes, where=file, sizes=sizes, optional=optional)
+    found = checked(
+        tensors, shapes, where=file, sizes=sizes, optional=optional, only=frozenset({_THRESHOLD})
+    )
     by_norm = bool(config.get("sparsity_include_decoder_norm", True))
     length = row_lengths(found["W_D"]) if by_norm else found["b_E"].new_ones(len(found["b_E"]))
     s_in, s_out = (_scale_of(config, tensors, str(hook)) for hook in hooks)

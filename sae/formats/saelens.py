@@ -68,6 +68,8 @@ _RENAMED = {
     "activation_fn_str": "activation_fn",
 }
 _FUNCTIONS = ("relu", "topk")
+_COMPUTING = frozenset({"W_skip", "threshold", "b_gate", "b_mag", "r_mag"})
+"""Tensors that only some architectures have and that change what is computed."""
 _ARCHITECTURES = (*_RELU, "topk", *_JUMP, *_BATCH, "gated")
 _NORMALISATIONS: dict[str, Normalisation] = {
     "layer_norm": LayerNorm(),
@@ -88,7 +90,8 @@ def read_saelens(folder: Path, variant: str | None = None) -> Foreign:
     file = folder / WEIGHTS
     tensors = read_safetensors(file)
     _check_scaling_factor(tensors, file)
-    found = checked(tensors, _shapes(architecture, config), where=file, sizes=sizes)
+    shapes = _shapes(architecture, config)
+    found = checked(tensors, shapes, where=file, sizes=sizes, only=_COMPUTING)
     is_scaled = config["normalize_activations"] == "expected_average_only_in"
     scale = _input_scale(folder) if is_scaled else 1.0
     subtracts = config["apply_b_dec_to_input"] and "transcoder" not in architecture

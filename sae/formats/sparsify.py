@@ -46,7 +46,7 @@ def read_sparsify(folder: Path, variant: str | None = None) -> Foreign:
         shapes["W_skip"] = ("d_out", "d_in")
     sizes = {"d_in": int(config["d_in"])} if "d_in" in config else {}
     file = folder / "sae.safetensors"
-    found = checked(read_safetensors(file), shapes, where=file, sizes=sizes)
+    found = checked(read_safetensors(file), shapes, where=file, sizes=sizes, only=True)
     return Foreign(
         W_enc=found["encoder.weight"],
         b_enc=found["encoder.bias"],

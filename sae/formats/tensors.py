@@ -132,11 +132,14 @@ def checked(
     where: Path,
     sizes: Mapping[str, int] | None = None,
     optional: frozenset[str] = frozenset(),
+    only: bool | frozenset[str] = False,
 ) -> dict[str, Tensor]:
     """The named tensors as float32, when every one has its shape; else one UserError with all
     problems.
 
     A size written as a word takes its value from `sizes`, or from the first tensor that has it.
+    With `only`, other tensors (or those named) are problems too: what would be dropped might change
+    what the file computes.
     """
     known = dict(sizes or {})
     problems: list[Problem] = []
@@ -148,6 +151,12 @@ def checked(
                 )
             continue
         problems += _problems_of(name, tensors[name], shape, known)
+    if only:
+        others = set(tensors) - set(shapes)
+        unknown = sorted(others if only is True else others & only)
+        problems += [
+            Problem(what="a tensor that this kind does not have", where=n) for n in unknown
+        ]
     if problems:
         raise UserError(
             f"{where} does not hold the tensors of its format", problems=tuple(problems)

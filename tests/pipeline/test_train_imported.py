@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from data.model.spec import Random
 from data.store import ActivationStore
@@ -34,6 +34,7 @@ from pipeline.training.imported import (
 from sae import load_sae
 
 SITES = (Site(0, "resid_post"), Site(1, "resid_mid"), Site(1, "mlp_out"), Site(1, "resid_post"))
+WEIGHTS = "sae_weights.safetensors"
 EVERY = RowFilters(drop_bos=False, drop_special=False, drop_sinks=False)
 RESIDUAL = (SITES[0], SITES[3])
 
@@ -257,6 +258,20 @@ def test_a_scale_that_is_in_no_file_comes_from_the_recipe(tmp_path: Path) -> Non
         load_sae(root / "dictionaries" / "L1") for root in (tmp_path / "out", plain)
     )
     torch.testing.assert_close(scaled(x), unscaled(0.25 * x) / 0.25)
+
+
+def test_a_dictionary_of_normalised_tokens_keeps_its_normalisation_in_a_run(tmp_path: Path) -> None:
+    folder = saelens(tmp_path / "L1", hook_name="blocks.1.hook_resid_post")
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(config | {"normalize_activations": "layer_norm"}))
+    import_dictionaries(one(tmp_path), store(), tmp_path / "out", sites=SITES[3:])
+    t = {name: value.double() for name, value in load_file(folder / WEIGHTS).items()}
+    x = torch.randn(5, 6).double()
+    mean, deviation = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+    z = (((x - mean) / (deviation + 1e-5) - t["b_dec"]) @ t["W_enc"] + t["b_enc"]).relu()
+    expected = (z @ t["W_dec"] + t["b_dec"]) * deviation + mean
+    found = Saes(tmp_path / "out" / "dictionaries")[SITES[3]]
+    torch.testing.assert_close(found(x.float()).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def write_transcoders(folder: Path, tensors: dict[str, torch.Tensor], **config: object) -> None:

@@ -171,3 +171,100 @@ def test_truncated_files_give_the_one_error(tmp_path, name, keep):
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
     with pytest.raises(UserError):
         read(tmp_path)
+
+
+def four(**changes):
+    tensors = {"W_enc": torch.ones(6, 4), "W_dec": torch.ones(6, 4)}
+    return {**tensors, "b_enc": torch.ones(6), "b_dec": torch.ones(4)} | changes
+
+
+LAYOUTS = {
+    "circuit_tracer": ("layer_0.safetensors", four()),
+    "qwen_scope": ("SAE-Res-Q-W0K-L0_2/layer0.sae.pt", four(W_dec=torch.ones(4, 6))),
+    "hook_z": ("z.pt", four(W_enc=torch.ones(4, 6))),
+    "goodfire": (
+        "Model-SAE-l3.pt",
+        {
+            "encoder_linear.weight": torch.ones(6, 4),
+            "encoder_linear.bias": torch.ones(6),
+            "decoder_linear.weight": torch.ones(4, 6),
+            "decoder_linear.bias": torch.ones(4),
+        },
+    ),
+    "gemma_scope_2": (
+        "params.safetensors",
+        {
+            "w_enc": torch.ones(4, 6),
+            "w_dec": torch.ones(6, 4),
+            "b_enc": torch.ones(6),
+            "b_dec": torch.ones(4),
+            "threshold": torch.ones(6),
+        },
+    ),
+    "cross_layer": (
+        "params_layer_0.safetensors",
+        {
+            "w_enc": torch.ones(4, 6),
+            "w_dec": torch.ones(6, 1, 4),
+            "b_enc": torch.ones(6),
+            "b_dec": torch.ones(4),
+            "threshold": torch.ones(6),
+        },
+    ),
+}
+
+
+def write_layout(path, tensors):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".pt":
+        torch.save(tensors, path)
+    else:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_wrong_tensor_of_a_layout_is_named_in_one_error(tmp_path, name):
+    file, tensors = LAYOUTS[name]
+    path = write_layout(tmp_path / file, tensors)
+    assert read(path).metadata["source"]["format"] == name
+    first, second, third, *_ = tensors
+    damaged = dict(tensors)
+    damaged[first] = damaged[first].clone()
+    damaged[first].view(-1)[1] = float("nan")
+    damaged[second] = torch.ones(tensors[second].shape[0] + 1, *tensors[second].shape[1:])
+    damaged[third] = tensors[third].int()
+    damaged["one_more"] = torch.ones(2)
+    write_layout(path, damaged)
+    with pytest.raises(UserError) as caught:
+        read(path, format=name)
+    where = {problem.where for problem in caught.value.problems}
+    assert where >= {first, second, third, "one_more"}
+    write_layout(path, {**tensors, first: torch.full_like(tensors[first], float("inf"))})
+    with pytest.raises(UserError, match="NaN or infinity"):
+        read(path, format=name)
+
+
+def test_a_tensor_that_comes_twice_is_refused(tmp_path):
+    save_file({"w_enc": torch.ones(2, 2), "w_dex": torch.zeros(2, 2)}, tmp_path / "p.safetensors")
+    raw = (tmp_path / "p.safetensors").read_bytes()
+    (tmp_path / "params.safetensors").write_bytes(raw.replace(b"w_dex", b"w_enc"))
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        read(tmp_path / "params.safetensors", format="gemma_scope_2")
+    assert "w_enc" in str(caught.value)
+    arrays = {name: np.ones((2, 2), np.float32) for name in ("W_enc", "w_enc")}
+    np.savez(tmp_path / "params.npz", **arrays)
+    with pytest.raises(UserError, match="two tensors of one name"):
+        read(tmp_path / "params.npz")
+    folder = saelens(tmp_path, {"W_enc": torch.zeros(4, 6)})
+    (folder / "cfg.json").write_text('{"d_in": 4, "d_in": 5}')
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        read(folder, format="saelens")
+    assert "twice in the file: d_in" in str(caught.value)
+
+
+def test_a_skip_connection_that_the_architecture_does_not_have_is_not_dropped(tmp_path):
+    tensors = {"W_enc": torch.ones(4, 6), "W_dec": torch.ones(6, 4), "b_enc": torch.ones(6)}
+    tensors |= {"b_dec": torch.ones(4), "W_skip": torch.ones(4, 4)}
+    with pytest.raises(UserError, match="W_skip"):
+        read(saelens(tmp_path, tensors, architecture="transcoder"))
