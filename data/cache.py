@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from featureflow.errors import UserError
+from featureflow.files import digest_of_file, write_text_atomically
 
 
 def cache_folder() -> Path:
@@ -62,13 +63,10 @@ def sha256_of(path: Path) -> str:
     memo = cache_folder() / "checksums" / f"{hashlib.sha256(seen.encode()).hexdigest()[:32]}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads(memo.read_text())["sha256"])
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = digest_of_file(path)
     with suppress(OSError):
         memo.parent.mkdir(parents=True, exist_ok=True)
-        beside = memo.with_name(f"{memo.name}.{uuid.uuid4().hex}.partial")
-        beside.write_text(json.dumps({"sha256": found}))
-        beside.replace(memo)
+        write_text_atomically(memo, json.dumps({"sha256": found}))
     return found
 
 

@@ -14,14 +14,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from featureflow.errors import Problem, UserError
+from featureflow.files import write_text_atomically
 from sae.activations import TopKActivation
 from sae.dictionary import Sae
 from sae.formats.base import Format, config_beside, described
 from sae.formats.folding import Foreign
-from sae.formats.tensors import Shape, checked, read_json, read_safetensors
+from sae.formats.tensors import Shape, checked, read_json, read_safetensors, write_tensors
 
 
 def read_sparsify(folder: Path, variant: str | None = None) -> Foreign:
@@ -91,14 +90,9 @@ def write_sparsify(sae: Sae, folder: str | Path) -> None:
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / "sae.safetensors.tmp"
-    save_file(
-        {n: t.detach().float().cpu().clone().contiguous() for n, t in tensors.items()}, beside
-    )
-    beside.replace(folder / "sae.safetensors")
-    beside = folder / "cfg.json.tmp"
-    beside.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    beside.replace(folder / "cfg.json")
+    weights = {name: tensor.float() for name, tensor in tensors.items()}
+    write_tensors(weights, folder / "sae.safetensors")
+    write_text_atomically(folder / "cfg.json", json.dumps(config, indent=1) + "\n")
 
 
 def _problems_of(config: dict[str, Any]) -> list[Problem]:
