@@ -1,9 +1,9 @@
-"""A run's artifacts in, the README's table of measured results out: nothing in that table is typed
-by hand.
+"""A run's artifacts in, the tables of measured results out: nothing in them is typed by hand.
 
-    python -m benchmarks.headline artifacts/laptop            print the table
-    python -m benchmarks.headline artifacts/laptop --write    put it into README.md between its two
-    marks
+    python -m benchmarks.headline artifacts/laptop            print the whole table
+    python -m benchmarks.headline artifacts/laptop --write    put it into docs/results.md, and its
+                                                              first lines into README.md, between
+                                                              the two marks of each page
 
 Every number is read from a manifest or a table of the run. Figures of the papers that stand beside
 them are constants with their source.
@@ -22,32 +22,31 @@ from pipeline.lenses.base import fitting
 from pipeline.run import Run
 from pipeline.stages import STAGES, StageName
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- measured: begin (python -m benchmarks.headline) -->", "<!-- measured: end -->"
 PAPER_SUCCESS, PAPER_CHANGE = 0.65, 0.75  # arXiv 2502.03032, Table 1, Gemma-2-2B
 Row = tuple[str, str, str, str]
 
 
 def main() -> None:
-    """Print the table, or write it into the README."""
+    """Print the table, or write it into the two pages."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="the folder of a finished run")
-    parser.add_argument("--write", action="store_true", help="replace the table in the README")
-    parser.add_argument(
-        "--readme", type=Path, default=README, help="the page that holds the two marks"
-    )
+    parser.add_argument("--write", action="store_true", help="replace the tables in the pages")
+    parser.add_argument("--readme", type=Path, default=README, help="the page with few rows")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the page with all rows")
     options = parser.parse_args()
-    text = report(options.run)
     if not options.write:
-        print(text)
+        print(report(options.run))
         return
-    page = options.readme.read_text(encoding="utf-8")
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        parser.error(f"{options.readme} must hold {BEGIN} and {END} once each")
-    before, rest = page.split(BEGIN)
-    options.readme.write_text(
-        f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8"
-    )
+    pages = {options.readme: short_report(options.run), options.results: report(options.run)}
+    for page, text in pages.items():
+        old = page.read_text(encoding="utf-8")
+        if old.count(BEGIN) != 1 or old.count(END) != 1:
+            parser.error(f"{page} must hold {BEGIN} and {END} once each")
+        before, rest = old.split(BEGIN)
+        page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def report(run: Path) -> str:
@@ -67,11 +66,28 @@ def report(run: Path) -> str:
     return "\n".join(lines)
 
 
+def short_report(run: Path) -> str:
+    """The first row of every kind of result."""
+    kinds = (_evaluate_rows, _link_rows, _ceiling_rows, _causal_rows, _label_rows, _steer_rows)
+    first = [row for kind in kinds for row in [next(kind(run), None)] if row]
+    lines = ["| what | here | baseline |", "|---|---|---|"]
+    return "\n".join(
+        lines + [f"| {what} | {here} | {baseline} |" for what, here, baseline, _ in first]
+    )
+
+
 def rows(run: Path) -> Iterator[Row]:
     """The rows of the table, stage by stage."""
     yield from _evaluate_rows(run)
     yield from _link_rows(run)
+    yield from _ceiling_rows(run)
+    yield from _control_rows(run)
     yield from _causal_rows(run)
+    yield from _label_rows(run)
+    yield from _steer_rows(run)
+
+
+def _label_rows(run: Path) -> Iterator[Row]:
     described = _open(run, "describe").summary
     yield (
         "Living features with a label that held on other documents (F1 ≥ 0.6)",
@@ -79,7 +95,36 @@ def rows(run: Path) -> Iterator[Row]:
         "the others are called “no simple rule”",
         "make describe",
     )
-    yield from _steer_rows(run)
+
+
+def _ceiling_rows(run: Path) -> Iterator[Row]:
+    """What two seeds of one layer agree by, where the lens looked."""
+    if not (run / "lenses" / "seed-ceiling").is_dir():
+        return
+    sites = Run.open(run).lens("seed-ceiling").tables["sites"]
+    yield (
+        f"Two seeds of one layer, correlation of linked features (median of {len(sites)} sites): "
+        "the ceiling of links",
+        f"**{sites.correlation.median():.2f}**; found twice: "
+        f"{sites.replicating_share.median():.0%} of living features",
+        f"links from the layer before, at these sites: {sites.link_correlation.median():.2f}; "
+        f"chance, 99th percentile: {sites.chance_p99.median():.2f}",
+        "featureflow lens seed-ceiling",
+    )
+
+
+def _control_rows(run: Path) -> Iterator[Row]:
+    """What the judge keeps where there is nothing to find, where the lens looked."""
+    if not (run / "lenses" / "link-controls").is_dir():
+        return
+    shares = Run.open(run).lens("link-controls").tables["summary"].set_index("control").kept_share
+    told = "; ".join(f"{name} {share:.1%}" for name, share in shares.items() if name != "forward")
+    yield (
+        "Targets with a kept link where there is nothing to find (5 % false-discovery rate)",
+        told,
+        f"the pairs as they are: {shares['forward']:.1%}",
+        "featureflow lens link-controls",
+    )
 
 
 def _evaluate_rows(run: Path) -> Iterator[Row]:
@@ -110,7 +155,7 @@ def _link_rows(run: Path) -> Iterator[Row]:
     pairs = pd.read_parquet(run / "link" / "pairs.parquet")
     residual = pairs[pairs.relation == "residual"]
     yield (
-        "Firing of linked neighbours, correlation on held-out tokens, median",
+        "Activations of linked neighbours, correlation on held-out tokens, median",
         f"**{residual.pearson_median.median():.2f}**",
         f"best partner by correlation: {residual.pearson_best_median.median():.2f}; "
         f"chance, 99th percentile: {residual.pearson_chance_p99.median():.2f}",
@@ -118,11 +163,15 @@ def _link_rows(run: Path) -> Iterator[Row]:
     )
     kept = pairs.groupby("relation")[["n_targets", "n_links", "n_above_fixed"]].sum()
     share, fixed = kept.n_links / kept.n_targets, kept.n_above_fixed / kept.n_targets
+    same = (residual.start == "same_start").any()
     yield (
-        "Residual features carried from the layer before, 5 % false-discovery rate",
+        "Residual features linked to the layer before"
+        + (" (of one start: not discovered)" if same else "")
+        + ", 5 % false-discovery rate",
         f"**{share['residual']:.0%}**",
-        f"the paper's cosine ≥ 0.5 would pass {fixed['residual']:.2%}, inertia of the common start "
-        "included",
+        f"the paper's cosine ≥ 0.5 would pass {fixed['residual']:.1%}; of the links, "
+        f"{residual.n_same_number.sum() / residual.n_targets.sum():.1%} join latents of the same "
+        "number",
         "make link",
     )
     if {"mlp", "attention"} <= set(share.index):

@@ -165,12 +165,14 @@ def test_the_readme_s_table_is_made_of_the_artifacts(artifacts: Path, tmp_path: 
     assert f"**{described['n_labelled'] / described['n_alive']:.0%}**" in done.stdout
     chosen = json.loads((artifacts / "steer" / "features.json").read_text())["features"]
     assert all(f"`{each['feature']}`" in done.stdout for each in chosen)
-    page = tmp_path / "README.md"
+    page = tmp_path / "results.md"
     begin, end = (
         "<!-- measured: begin (python -m benchmarks.headline) -->",
         "<!-- measured: end -->",
     )
-    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    short = tmp_path / "short.md"
+    for each in (page, short):
+        each.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     write = [
         sys.executable,
         "-m",
@@ -178,10 +180,15 @@ def test_the_readme_s_table_is_made_of_the_artifacts(artifacts: Path, tmp_path: 
         str(artifacts),
         "--write",
         "--readme",
+        str(short),
+        "--results",
         str(page),
     ]
     subprocess.run(write, cwd=ROOT, check=True)
     assert page.read_text() == f"before\n{begin}\n{done.stdout.rstrip()}\n{end}\nafter\n"
+    cells = [line.split(" | ")[:3] for line in done.stdout.splitlines() if line.startswith("| ")]
+    for line in short.read_text().splitlines()[4:-2]:
+        assert line.rstrip(" |").split(" | ") in cells
 
 
 def test_a_second_run_does_nothing_and_prints_the_same_numbers(
