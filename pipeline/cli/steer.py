@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import artifacts_option, recipe_option, run_folder
+from pipeline.cli.lens import lens_commands
+from pipeline.cli.options import artifacts_option, recipe_option
 from pipeline.cli.serving import serve_until_interrupted
 from pipeline.cli.steer_plans import calibrate, contrast, device_option, opened, plan
 from pipeline.cli.steer_texts import generate, judge
@@ -124,64 +125,16 @@ def serve(
     serve_until_interrupted(server)
 
 
-@click.command()
-@click.option(
-    "--topics",
-    type=click.IntRange(1),
-    default=4,
-    show_default=True,
-    help="how many of the bundled topics",
+@click.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    add_help_option=False,
 )
-@click.option(
-    "--seeds", default=10, show_default=True, help="features a topic whose flows are deactivated"
-)
-@click.option(
-    "--texts", default=24, show_default=True, help="topical and as many other texts a topic"
-)
-@click.option(
-    "--layers", default=6, show_default=True, help="layers that single and cumulative modes stop at"
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="folder; default: <recipe>/steer-paper"
-)
-@device_option
-@recipe_option
-@artifacts_option
-def paper(
-    topics: int,
-    seeds: int,
-    texts: int,
-    layers: int,
-    out: Path | None,
-    device: str,
-    recipe: str,
-    artifacts: Path,
-) -> None:
-    """Rerun Feature Flow's steering experiments, with controls: tables, figures and a text in
-    <recipe>/steer-paper."""
-    from data.concepts.topics import read_topics
-    from pipeline.console import progress_bars
-    from pipeline.lenses.steering.paper_report import write_paper_report
-    from pipeline.lenses.steering.paper_runs import Paper, PaperOptions, neutral_text, run_paper
-    from pipeline.lenses.steering.topic_samples import SampleSizes, TopicSampler
-
-    folder = run_folder(artifacts, recipe)
-    steering = opened(artifacts, recipe, device).steering
-    chosen = tuple(read_topics())[:topics]
-    with progress_bars(quiet=False) as progress:
-        subject = Paper(
-            steering=steering,
-            sampler=TopicSampler(
-                model=steering.model, saes=steering.saes, sizes=SampleSizes(n_texts=texts)
-            ),
-            neutral=neutral_text(steering.model),
-            options=PaperOptions(n_seeds=seeds, n_layers=layers),
-            progress=progress,
-        )
-        for found in run_paper(subject, chosen):
-            path = write_paper_report(*found, out or folder / "steer-paper")
-    say(path.read_text(encoding="utf-8"))
-    say(str(path.parent))
+@click.pass_context
+def paper(ctx: click.Context) -> None:
+    """Rerun Feature Flow's steering experiments, with controls: the lens steering-paper."""
+    lens = lens_commands.get_command(ctx, "steering-paper")
+    if lens is not None:
+        lens.main(ctx.args, prog_name="featureflow steer paper", standalone_mode=False)
 
 
 STEER_TOOLS = (plan, contrast, calibrate, generate, judge, export, paper)

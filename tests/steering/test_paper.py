@@ -3,22 +3,25 @@ by hand."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from featureflow.sites import FeatureId, Site
-from pipeline.lenses.steering.paper_report import write_paper_report
-from pipeline.lenses.steering.paper_runs import (
+from pipeline.lenses.steering.topic_samples import ConceptClassifier
+from pipeline.lenses.steering.topics import TopicSetup
+from pipeline.lenses.steering_paper import (
+    Config,
     Paper,
-    PaperOptions,
     activation,
     deactivation,
-    neutral_text,
+    finding_of,
+    paper_of,
     seeds_of,
 )
-from pipeline.lenses.steering.topic_samples import ConceptClassifier, SampleSizes, TopicSampler
-from pipeline.lenses.steering.topics import TopicSetup
 from pipeline.steering_run import Steering
 from steering.arms import Scales
 from steering.features import Contrast
@@ -26,7 +29,14 @@ from steering.teacher_forced import OutputScore, log_likelihoods
 from tests.steering.conftest import steering_of
 
 TOPICS = ("food", "law")
-OPTIONS = PaperOptions(remaining=(0.5, 0.0, -4.0), strengths=(0.05, 0.2), n_layers=4, n_prompts=2)
+CONFIG = Config(
+    remaining=(0.5, 0.0, -4.0),
+    strengths=(0.05, 0.2),
+    n_layers=4,
+    n_prompts=2,
+    n_texts=3,
+    n_tokens=8,
+)
 
 
 def setup_of(steering: Steering, topic: str) -> TopicSetup:
@@ -55,13 +65,7 @@ def setup_of(steering: Steering, topic: str) -> TopicSetup:
 
 @pytest.fixture(scope="module")
 def paper(model, saes) -> Paper:
-    sizes = SampleSizes(n_texts=3, n_tokens=8, n_dev_prompts=2, n_test_prompts=2)
-    return Paper(
-        steering=steering_of(model, saes),
-        sampler=TopicSampler(model=model, saes=saes, sizes=sizes),
-        neutral=neutral_text(model),
-        options=OPTIONS,
-    )
+    return paper_of(steering_of(model, saes), CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -114,23 +118,28 @@ def test_only_whole_flows_are_sampled_and_pushes_grow_with_s(tables):
 
 def test_a_flow_is_cut_at_a_weak_link_and_seeds_share_no_flow(model, saes):
     steering = steering_of(model, saes, cosines=(1.0, 0.9, 0.3, 0.9))
-    setup = setup_of(steering, "food")
     same_flow, other = FeatureId(Site(0, "resid_post"), 3), FeatureId(Site(2, "resid_post"), 3)
-    assert seeds_of(steering, setup, [same_flow, other], 5) == [setup.seed.feature, other]
+    found = setup_of(steering, "food")
+    setup = replace(
+        found,
+        contrasts=tuple(replace(found.seed, feature=feature) for feature in (same_flow, other)),
+    )
+    assert seeds_of(steering, setup, 5) == [setup.seed.feature, other]
 
 
-def test_the_text_sets_what_the_paper_saw_beside_what_was_found(tables, tmp_path):
-    import pandas as pd
-
+def test_the_text_sets_what_the_paper_saw_beside_what_was_found(tables):
     off, on = (pd.concat(parts, ignore_index=True) for parts in tables)
-    text = write_paper_report(off, on, tmp_path / "paper").read_text()
-    assert "| the paper saw | this model shows |" in text
-    removed = off[(off["r"] == 0.0) & (off["mode"] == "whole flow")]["removed"].mean()
-    assert f"| {removed:.3f} |" in text
-    for name in ("deactivation", "activation", "layers"):
-        assert (tmp_path / "paper" / f"{name}.png").stat().st_size > 2000
-    again = pd.read_parquet(tmp_path / "paper" / "activation.parquet")
-    pd.testing.assert_frame_equal(again, on)
+    finding = finding_of(off, on, seed=0)
+    assert "| the paper saw | this model shows |" in finding.text
+    found = finding.tables["findings"]
+    assert set(found["experiment"]) == {"deactivation", "activation"}
+    whole = off[(off["r"] == 0.0) & (off["mode"] == "whole flow")].set_index("topic")["removed"]
+    random = off[(off["r"] == 0.0) & (off["mode"] == "random")].set_index("topic")["removed"]
+    assert f"{(whole - random).mean():+.3f} [" in found["this model shows"].str.cat()
+    grid = finding.tables["removed"].set_index(["mode", "r"])["removed"]
+    assert grid["whole flow", 0.0] == pytest.approx(whole.mean())
+    labels = [axis.get_ylabel() for axis in finding.figure().axes]
+    assert {"removed, nats a token", "selectivity, nats a token"} <= set(labels)
 
 
 def test_random_controls_are_none_of_the_flow(tables, paper):

@@ -39,7 +39,7 @@ def dose_response(
         lines = mean.assign(
             value=base + mean["difference"], low=base + mean["low"], high=base + mean["high"]
         )
-        _lines(axis, lines.reset_index(), x="dose", colours=colours_of(effects))
+        draw_lines(axis, lines.reset_index(), x="dose", colours=colours_of(effects))
         axis.axhline(part["unsteered"].mean(), color=_SOFT, linestyle="--", linewidth=1)
         axis.set(xscale="log", xlabel="dose (nats of KL on neutral text)", ylabel=TITLES[measure])
     legend(axes[0])
@@ -65,7 +65,9 @@ def front(table: pd.DataFrame, *, x: str, y: str, xlabel: str, ylabel: str) -> F
     """Two goods, a point a row (arm, target) and a line an arm; dotted: what no other point
     beats."""
     figure, (axis,) = panels()
-    _lines(axis, table.sort_values("target").assign(value=table[y]), x=x, colours=colours_of(table))
+    draw_lines(
+        axis, table.sort_values("target").assign(value=table[y]), x=x, colours=colours_of(table)
+    )
     best = table.iloc[pareto_front(table[x].to_numpy(), table[y].to_numpy())]
     axis.plot(best[x], best[y], color=_SOFT, linestyle=":", zorder=0)
     axis.set(xlabel=xlabel, ylabel=ylabel)
@@ -82,7 +84,7 @@ def curves(
     figure, axes = panels(1, len(parts))
     colours = colours_of(pd.concat([table[["arm"]] for table, _ in parts]))
     for axis, (table, name) in zip(axes, parts, strict=True):
-        _lines(axis, table.sort_values(x), x=x, colours=colours)
+        draw_lines(axis, table.sort_values(x), x=x, colours=colours)
         axis.set(xscale="log" if log else "linear", xlabel=xlabel, ylabel=name)
         legend(axis)
     figure.suptitle(title)
@@ -133,7 +135,11 @@ def colours_of(table: pd.DataFrame) -> dict[str, str]:
     return {arm: COLOURS[place % len(COLOURS)] for place, arm in enumerate(arms)}
 
 
-def _lines(axis: Axes, table: pd.DataFrame, *, x: str, colours: dict[str, str]) -> None:
+def draw_lines(
+    axis: Axes, table: pd.DataFrame, *, x: str, colours: dict[str, str] | None = None
+) -> None:
+    """A line an `arm` through its `value`s, and a band where the table has low and high."""
+    colours = colours or colours_of(table)
     for arm, part in table.groupby("arm", sort=False):
         colour = colours[str(arm)]
         axis.plot(part[x], part["value"], marker="o", markersize=3, color=colour, label=arm)

@@ -24,6 +24,12 @@ SMALL = {
     "n_layers": 2,
     "steps": 20,
     "n_resamples": 20,
+    "n_topics": 1,
+    "n_texts": 2,
+    "n_prompts": 2,
+    "n_seeds": 1,
+    "remaining": (0.5, 0.0),
+    "strengths": (0.05,),
 }
 
 
