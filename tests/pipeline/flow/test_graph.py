@@ -306,6 +306,8 @@ def test_the_attribution_graph_shows_all_its_nodes_in_the_viewer(graph, tmp_path
     ids = [node["node_id"] for node in document["nodes"]]
     assert len(set(ids)) == len(ids)
     assert all({link["source"], link["target"]} <= set(ids) for link in document["links"])
+    alone = attribution_document(to_networkx(graph, around="L0/0"))
+    assert len(shown_by_the_viewer(alone)) == len(alone["nodes"]) == 4, "the stream alone"
     here = next(node for node in document["nodes"] if node["clerp"] == "L1/1 a label")
     assert here["feature"] == 2 * 3 // 2 + 1  # Cantor pairing of 1 and 1
     assert document["qParams"]["clickedId"] == here["node_id"]
