@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import data.store.provenance as provenance
-from data.model.spec import Folder, Gguf, Packaged
+from data.model.spec import Folder, Gguf, HuggingFace, Packaged
 from data.store.provenance import corpus_digest, model_digest
 from data.text import corpus
 from data.text.corpus import BundledText, HubText, Mixture, PackagedText, Part, TextFiles
@@ -111,3 +111,16 @@ def test_a_data_set_of_the_hub_changes_with_its_commit(
     assert seen[0] != seen[1] == seen[2]
     pinned = HubText(dataset="someone/text", revision="a" * 40)
     assert corpus_digest(pinned) == seen[0]
+
+
+def test_a_model_of_the_hub_changes_with_the_commit_that_lies_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`main` moves on; what was fetched anew is another model."""
+    commit = "a" * 40
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: f"/cache/{commit}")
+    spec = HuggingFace(name="someone/tiny")
+    before = model_digest(spec)
+    assert model_digest(spec) == before
+    commit = "b" * 40
+    assert model_digest(spec) != before
