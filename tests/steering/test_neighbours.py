@@ -330,6 +330,8 @@ def test_a_streamed_request_fails_as_loudly_as_a_whole_one(address):
         ("-1", None),
         ("Rating: 1 (0 would be broken)", None),
         ("2, since 2 fits", 2),
+        ("1. The text is coherent and sensible.", None),
+        ("1) It reads well", None),
         ("1.5", None),
         ("from 0 to 2", None),
         ("I would say 2", None),

@@ -7,8 +7,9 @@ unless asked for.
    is ours, the scales and totals are theirs.
 2. An answer is read strictly, after the model's reasoning: one `Rating: [[n]]`, or a number with
    nothing but punctuation before it and no other number after it (`8/10` is 8). Two different
-   numbers are no answer. A number with a colon or an equals sign after it is none either: a small
-   model recites the scale ("0: not at all. 1: …"). What is unread is never guessed; it is counted
+   numbers are no answer. A number with a colon or an equals sign after it is none either, nor one
+   that begins a list: a small model recites the scale ("0: not at all. 1: …") or writes points ("1.
+   The text is …"). What is unread is never guessed; it is counted
    and shown with the result.
 3. A verdict has a total only if all its answers were read.
 
@@ -28,7 +29,7 @@ from featureflow.progress import Progress, silent
 from pipeline.describe.chat import ChatModel, after_reasoning
 
 _FORM = re.compile(r"\[\[([^\]]*)\]\]")
-_BARE = re.compile(r"\W*?(?:rating\W*?)?(-?\d+)(?!\s*[:=])", re.IGNORECASE)
+_BARE = re.compile(r"\W*?(?:rating\W*?)?(-?\d+)(?!\s*[:=]|[.)]\s+\S)", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
 
 ANSWER_TOKENS = 16
