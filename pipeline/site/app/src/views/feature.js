@@ -86,7 +86,7 @@ function facts({ overview, latent, card, atlas, site }) {
   if (Number.isFinite(card.threshold)) out.push(`threshold ${short(card.threshold)}`);
   // a module's output is not followed through the layers: it flows on in the residual stream
   if (atlas.has.flow && birth >= 0 && site.kind === "resid_post") out.push(birth === death
-    ? `only in L${birth}` : `carried from L${birth} to L${death}`);
+    ? `lives in L${birth} only` : `lives L${birth} … L${death}`);
   if (overview.flags[latent] & FLAG.dense) out.push("active on more than a tenth of all tokens");
   if (overview.flags[latent] & FLAG.oneToken) out.push("one token carries at least 90 %");
   return card.count ? out : ["never active"];
