@@ -385,20 +385,24 @@ def summarise_deactivation(
     `n_targets` counts all targets of the group, `n` those with an active predecessor,
     `active_share` is their ratio. `success_all` takes a target without an active predecessor as
     not silenced. `…_no_model` is the arm without the model, `…_by_model` the paired difference:
-    what the blocks between the two sites add to the overlap of a decoder with an encoder.
+    what the blocks between the two sites add to the overlap of a decoder with an encoder. Both are
+    left out where that arm was not run.
     """
     rows = []
-    table = table.assign(
-        success_by_model=table["success"].astype(float) - table["success_no_model"],
-        change_by_model=table["change"] - table["change_no_model"],
-    )
+    arms = ("",)
+    if "success_no_model" in table:
+        arms = ("", "_no_model", "_by_model")
+        table = table.assign(
+            success_by_model=table["success"].astype(float) - table["success_no_model"],
+            change_by_model=table["change"] - table["change_no_model"],
+        )
     for key, group in table[table["strategy"] != EXHAUSTIVE].groupby(list(by), sort=False):
         run = group[group["n_removed"] > 0]
         everywhere = group.assign(success_all=group["success"] & (group["n_removed"] > 0))
         row = dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True))
         row |= {"n_targets": len(group), "n": len(run), "active_share": len(run) / len(group)}
         row |= mean_with_interval(everywhere, "success_all", n_bootstrap, seed)
-        for arm in ("", "_no_model", "_by_model"):
+        for arm in arms:
             row |= mean_with_interval(run, f"success{arm}", n_bootstrap, seed)
             row |= mean_with_interval(run, f"change{arm}", n_bootstrap, seed)
         rows.append(row)

@@ -141,8 +141,7 @@ def _plans(run: Run, config: Config) -> dict[str, train.Config]:
     return {
         "independent": base.replace(initialisation=Independent()),
         "shared": base.replace(initialisation=Shared()),
-        "chain": replace(
-            base,
+        "chain": base.replace(
             initialisation=Chain(next_steps=next_steps),
             steps=steps * len(sites) - next_steps * (len(sites) - 1),
         ),

@@ -278,8 +278,8 @@ def test_steering_is_shown_as_data_and_makes_another_atlas(small_run, tmp_path):
     """Hostile text in a sample stays text; the atlas is remade when steering changes."""
     hostile = "</script><script>alert(1)</script>\u2028"
     sample = dict.fromkeys(("arm", "nodes", "prompt", "unsteered"), "L2/3") | {"steered": hostile}
-    numbers = dict.fromkeys(("target", "dose", "own_tokens_unsteered", "own_tokens_steered"), 0.2)
-    effect = {"measure": "own_tokens", "difference": 1.0, "low": 0.5, "high": 1.5, "n": 8}
+    numbers = dict.fromkeys(("target", "dose", "top_tokens_unsteered", "top_tokens_steered"), 0.2)
+    effect = {"measure": "top_tokens", "difference": 1.0, "low": 0.5, "high": 1.5, "n": 8}
     with Artifact.create(
         tmp_path / "steer",
         kind="steer",
@@ -287,9 +287,11 @@ def test_steering_is_shown_as_data_and_makes_another_atlas(small_run, tmp_path):
         config={"schedule": {"kind": "constant"}, "seed": 0},
         inputs={"describe": small_run.describe.digest},
     ) as draft:
-        rows = {"samples": {**sample, **numbers}, "effects": {**numbers, **effect, "arm": "flow"}}
-        for name, row in rows.items():
-            pd.DataFrame([{"feature": "L2/3", **row}]).to_parquet(draft.path / f"{name}.parquet")
+        samples = pd.DataFrame([{"feature": "L2/3", **sample, **numbers}])
+        samples.to_parquet(draft.path / "samples.parquet")
+        effects = pd.DataFrame([{"feature": "L2/3", "arm": "flow", **numbers, **effect}])
+        found = Finding(tables={"effects": effects}, text="")
+        write_finding(found, draft.path, name="steer", title="steering")
     steered = Artifact.open(tmp_path / "steer", kind="steer", schema=SCHEMAS["steer"])
     inputs = inputs_of(small_run, steer=steered)
     made = stage.run(stage.Config(), inputs, tmp_path / "atlas", RunContext(n_threads=1))
