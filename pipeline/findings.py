@@ -35,7 +35,8 @@ KIND, SCHEMA, FOLDER, ARRAYS = "lens", 1, "lenses", "arrays.safetensors"
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """Tables, sentences, headline numbers and perhaps a figure. `columns` has one row a feature:
-    its id in `feature`, then values. `arrays` are for other lenses."""
+    its id in `feature`, then values. `arrays` are for other lenses. A headline number that could
+    not be measured (NaN) is None."""
 
     tables: Mapping[str, pd.DataFrame]
     text: str
@@ -43,6 +44,13 @@ class Finding:
     figure: Callable[[], Figure] | None = None
     columns: pd.DataFrame | None = None
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = {
+            name: None if isinstance(value, float | np.floating) and np.isnan(value) else value
+            for name, value in self.headline.items()
+        }
+        object.__setattr__(self, "headline", known)
 
 
 def write_finding(finding: Finding, folder: Path, *, name: str, title: str) -> None:

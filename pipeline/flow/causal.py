@@ -389,7 +389,7 @@ def summarise_deactivation(
     left out where that arm was not run.
     """
     rows = []
-    arms = ("",)
+    arms: tuple[str, ...] = ("",)
     if "success_no_model" in table:
         arms = ("", "_no_model", "_by_model")
         table = table.assign(

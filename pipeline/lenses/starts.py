@@ -7,9 +7,9 @@
 2. For every pair of neighbouring sites and every start, each matcher is fitted on one half of the
    held-out tokens (compare_matchers, pipeline/flow/matchers.py).
 3. Its links are judged as the graph judges links (pipeline/flow/judge.py): their cosine against
-   rotation, for SAEs of one start also against what inertia leaves and by activity; for `transport`
-   the cosine is that of the moved rows, and so is the rotation null. `above_null` is the share of
-   targets whose link is accepted at 5 %.
+   the siblings null, for SAEs of one start also against what inertia leaves and by activity; for
+   `transport` the cosine is that of the moved rows, and so is that null. `above_null` is the share
+   of targets whose link is accepted at 5 %.
 4. On the other half: correlation of activity, beside the best partner there and chance pairs of
    like density. In the model: the matched predecessor is removed (pipeline/flow/causal.py).
 
@@ -31,6 +31,7 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from featureflow.errors import UserError
+from featureflow.statistics import p_values, q_values
 from pipeline.artifact import Artifact, digest_of
 from pipeline.findings import Finding
 from pipeline.flow.causal import Contexts, summarise_deactivation
@@ -50,7 +51,7 @@ from pipeline.flow.matchers import (
     ridge_map,
     transport,
 )
-from pipeline.flow.null import NullSample, NullSampler, Rotation
+from pipeline.flow.null import NullSample, NullSampler, Siblings
 from pipeline.flow.pairing import Pair, pair_sites, start_relation
 from pipeline.flow.sources import HeldOutRows
 from pipeline.lenses.base import LensConfig
@@ -222,7 +223,7 @@ def _judged(
     metadata = (fitted.source.metadata, fitted.target.metadata)
     same = start_relation(*metadata) == "same_start"
     generator = torch.Generator().manual_seed(config.seed + pair.target.layer)
-    sampler = NullSampler(choice=Rotation(), n=N_NULL)
+    sampler = NullSampler(choice=Siblings(), n=N_NULL)
     nulls = [sampler.sample(directions, fitted.target_directions, generator)]
     if same and start.inertia is not None:
         nulls.append(start.inertia)

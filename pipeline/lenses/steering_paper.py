@@ -66,7 +66,7 @@ class Config(LensConfig):
     n_texts: Annotated[int, Ge(1), Doc("topical and as many other texts a topic")] = 12
     n_layers: Annotated[int, Ge(1), Doc("layers that single and cumulative modes stop at")] = 6
     n_prompts: Annotated[int, Ge(1), Doc("test prompts that whole flows are sampled from")] = 10
-    n_tokens: Annotated[int, Ge(1), Doc("tokens a sample")] = 24
+    n_new_tokens: Annotated[int, Ge(1), Doc("tokens a sample")] = 24
     remaining: Annotated[tuple[float, ...], MinLen(1), Doc("the paper's r: what is left")] = (
         *(0.5, 0.0, -1.0, -2.0, -4.0, -8.0),
     )
@@ -101,7 +101,7 @@ def look(run: Run, config: Config) -> Finding:
 
 
 def paper_of(steering: Steering, config: Config) -> Paper:
-    sizes = SampleSizes(n_texts=config.n_texts, n_tokens=config.n_tokens, seed=config.seed)
+    sizes = SampleSizes(n_texts=config.n_texts, n_tokens=config.n_new_tokens, seed=config.seed)
     return Paper(
         steering=steering,
         sampler=TopicSampler(model=steering.model, saes=steering.saes, sizes=sizes),

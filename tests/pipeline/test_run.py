@@ -234,7 +234,7 @@ def test_a_finding_is_read_back_and_refused_once_its_inputs_changed(tmp_path: Pa
     finding = Finding(
         tables={"depth": pd.DataFrame({"site": ["L0", "L1"], "score": [0.25, 0.5]})},
         text="A concept is read at half the depth.",
-        headline={"median_depth": 0.5},
+        headline={"median_depth": 0.5, "unknown": float("nan")},
         figure=lambda: Figure(),
         columns=pd.DataFrame({"feature": ["L0/1"], "score": [0.5]}),
     )

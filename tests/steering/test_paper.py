@@ -35,7 +35,7 @@ CONFIG = Config(
     n_layers=4,
     n_prompts=2,
     n_texts=3,
-    n_tokens=8,
+    n_new_tokens=8,
 )
 
 

@@ -17,6 +17,7 @@ from pipeline.run import Run
 
 SMALL = {
     "n_tokens": 400,
+    "n_new_tokens": 8,
     "n_pairs": 2,
     "n_targets": 14,
     "n_contexts": 4,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from featureflow.sites import parse_site
+from featureflow.sites import Site, parse_site
 from pipeline.artifact import Artifact
 from pipeline.cli import app, run_command
 from pipeline.context import RunContext
