@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from featureflow.errors import UserError
-from featureflow.sites import Site
+from featureflow.sites import Site, parse_feature
 from pipeline.cli import run_command
 from pipeline.context import RunContext
 from pipeline.flow.options import Fixed
@@ -71,6 +72,17 @@ def lasting_feature(steering) -> str:
     nodes = steering.graph.nodes
     here = nodes[(nodes["kind"] == "resid_post") & nodes["alive"] & (nodes["layer"] == 2)]
     return f"L2/{int(here.sort_values('density')['latent'].iloc[-1])}"
+
+
+def prompt_for(steering, store, feature: str) -> str:
+    """Held-out text up to the token on which the feature is most active."""
+    at, first = parse_feature(feature), store.validation_start
+    x = torch.from_numpy(store.read(at.site, first, store.n_rows))
+    codes = steering.saes[at.site].encode(x)
+    row = first + int(codes[:, at.latent].argmax())
+    begin = row - row % store.n_context
+    ids = [int(i) for i in store.tokens().id[begin : row + 1]]
+    return steering.model.tokenizer.decode(ids[max(1, len(ids) - 24) :])
 
 
 @pytest.fixture(scope="module")
@@ -331,10 +343,15 @@ def test_an_edit_of_another_package_is_used_in_a_plan(steer, steering, inputs, t
         assert found.returncode == 0, found.stderr
         return found.stdout
 
-    alone, asked = ("--along", "layer"), ("-n", "1", "--tokens", "12", "--log-probs")
+    alone = ("--along", "layer")
+    prompt = prompt_for(steering, Run.open(root).store, feature)
+    asked = ("-n", "1", "--tokens", "12", "--log-probs", "--prompt", prompt)
     with_package("plan", feature, *alone, "--edit", "halve", "--strength", "2", "--out", "a.toml")
     steer("plan", feature, *alone, "--edit", "ablate", "--strength", "1", "--out", "b.toml")
-    assert with_package("generate", "a.toml", *asked) == steer("generate", "b.toml", *asked)
+    written = with_package("generate", "a.toml", *asked)
+    assert written == steer("generate", "b.toml", *asked)
+    unsteered, steered = (line for line in written.splitlines() if line.startswith("  '"))
+    assert unsteered != steered, "the feature was active, so the edit did something"
     assert "no such kind" in steer("generate", "a.toml", fails=True)
     refused = steer("plan", feature, "--edit", "halve", "--out", "c.toml", fails=True)
     assert "there is no edit 'halve'" in refused
