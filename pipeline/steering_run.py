@@ -171,6 +171,11 @@ class Steering:
         """A plan file that may be used here. Raises UserError for one made for another model or
         from other SAEs: its latents would be other features."""
         plan = read_plan(path)
+        self.check_plan(plan, where=str(path))
+        return plan
+
+    def check_plan(self, plan: Plan, *, where: str) -> None:
+        """Raises UserError for a plan that was made for another model or from other SAEs."""
         own, theirs = self.digests["dictionaries"], plan.digests.get("dictionaries", "")
         problems = []
         if theirs and theirs != own:
@@ -193,12 +198,11 @@ class Steering:
             )
         if problems:
             raise UserError(
-                f"{path} does not belong to these artifacts",
+                f"{where} does not belong to these artifacts",
                 problems=tuple(problems),
                 fix="make it again (featureflow steer plan), or name its own run with --artifacts "
                 "and --recipe",
             )
-        return plan
 
     def calibrated(self, plan: Plan, dose: float) -> Plan:
         """The plan at the strength that gives `dose` nats. Raises UserError when none does."""

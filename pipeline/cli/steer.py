@@ -117,7 +117,13 @@ def serve(
     steering = opened(artifacts, recipe, device).steering
     plans = {path.stem: steering.read_plan(path) for path in plan_paths}
     server = make_server(
-        Endpoint(model=steering.model, saes=steering.saes, plans=plans, token=token),
+        Endpoint(
+            model=steering.model,
+            saes=steering.saes,
+            plans=plans,
+            token=token,
+            check=steering.check_plan,
+        ),
         host=host,
         port=port,
     )

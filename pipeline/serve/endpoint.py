@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
@@ -78,7 +78,8 @@ _MAX_BODY, _N_TOKENS = 1 << 20, 64
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
     """What is served. `plans` by name; `token` empty: no token is asked for. A request waits at
-    most `wait_s` for its turn."""
+    most `wait_s` for its turn. `check(plan, where=…)` raises UserError for the plan of a request
+    that belongs to other SAEs."""
 
     model: SteerableModel
     saes: Mapping[Site, Dictionary]
@@ -86,6 +87,7 @@ class Endpoint:
     token: str = ""
     max_new_tokens: int = 512
     wait_s: float = 30.0
+    check: Callable[..., None] = lambda plan, where: None
 
     def names(self) -> dict[str, Plan | None]:
         """Every model that a request may name, with its plan."""
@@ -381,6 +383,7 @@ def _plan_of(endpoint: Endpoint, asked: _Asked) -> Plan | None:
     plan = named
     if wanted.document is not None:
         plan = plan_of_document(wanted.document, where="steering.document")
+        endpoint.check(plan, where="steering.document")
     elif wanted.plan is not None:
         plan = endpoint.plan(f"{base}:{wanted.plan}")
     return plan if plan is None or wanted.strength is None else plan.with_strength(wanted.strength)

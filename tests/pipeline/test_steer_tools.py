@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -25,7 +26,7 @@ from pipeline.stages import link
 from pipeline.steering_run import Steering
 from steering.features import rank_features, read_texts
 from steering.hooks import applied
-from steering.plan_files import read_plan, write_plan
+from steering.plan_files import plan_document, read_plan, write_plan
 
 TOPICAL = [
     f"the {food} was cooked with {spice} in the kitchen"
@@ -288,6 +289,27 @@ def test_plans_of_other_dictionaries_or_models_are_refused(steer, steering, tmp_
         applied(steering.model, steering.saes, replace(plan, model="0" * 64)),
     ):
         pass
+
+
+def test_a_plan_sent_to_the_endpoint_is_held_against_the_runs_saes(inputs, steering, monkeypatch):
+    """As a document, a plan's own digest of its SAEs is all that tells them apart."""
+    plan = steering.plan(lasting_feature(steering), along="layer", dose=None)
+    others = (plan, replace(plan, digests={"dictionaries": "0" * 64}))
+    answers = []
+
+    def asked(server) -> None:
+        with server.running() as address:
+            for each in others:
+                body = {"prompt": "I", "max_tokens": 2}
+                body["steering"] = {"document": plan_document(each)}
+                answers.append(httpx.post(f"{address}/v1/completions", json=body, timeout=60))
+
+    monkeypatch.setattr("pipeline.cli.steer.serve_until_interrupted", asked)
+    root = inputs.collect.path.parent
+    where = ["--artifacts", str(root.parent), "--recipe", root.name]
+    assert run_command(["serve", "--port", "0", *where]) == 0
+    assert [each.status_code for each in answers] == [200, 400]
+    assert "other dictionaries" in answers[1].json()["error"]["message"]
 
 
 def test_exports_by_suffix(steer, steering, tmp_path):

@@ -81,15 +81,15 @@ def test_npy_files_of_any_model_come_in_under_their_own_names(tmp_path):
     first, second = planted().reshape(30, 20, 12), planted(600, 7)
     (tmp_path / "in").mkdir()
     np.save(tmp_path / "in" / "mid_block.npy", first)
-    np.save(tmp_path / "in" / "up_block_0.npy", second[:100])
-    np.save(tmp_path / "in" / "up_block_1.npy", second[100:])
+    np.save(tmp_path / "in" / "patches_0.npy", second[:100])
+    np.save(tmp_path / "in" / "patches_1.npy", second[100:])
     store = imported(tmp_path / "in", tmp_path / "store.zarr")
-    assert store.names == ("mid_block", "up_block")
+    assert store.names == ("mid_block", "patches")
     assert store.sites == ()
     assert np.array_equal(store.read("mid_block", 0, 600), first.reshape(600, 12))
-    assert np.array_equal(store.read("up_block", 90, 110), second[90:110])
-    batch = next(iter(store.batches(["up_block"], batch_size=32, seed=0)))
-    assert batch["up_block"].shape == (32, 7)
+    assert np.array_equal(store.read("patches", 90, 110), second[90:110])
+    batch = next(iter(store.batches(["patches"], batch_size=32, seed=0)))
+    assert batch["patches"].shape == (32, 7)
 
 
 def test_a_compressed_zarr_array_of_another_writer_comes_in(tmp_path):
@@ -178,6 +178,8 @@ def test_arrays_of_another_rank_or_kind_are_not_dropped(tmp_path):
         ({"L3": 5, "blocks.3.hook_resid_post": 5}, "two arrays of one site"),
         ({"L3": 5, "L4": 6}, "differ in length"),
         ({"resid_post_11": 5, "resid_post_12": 5}, "missing"),
+        ({"resid_post_0": 5, "resid_post_1": 5}, "are these layers"),
+        ({"layer_0": 5, "layer_1": 5}, "are these layers"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(tmp_path, files, expected):
@@ -188,6 +190,94 @@ def test_parts_that_do_not_fit_together_are_refused(tmp_path, files, expected):
     with pytest.raises(UserError, match="does not fit together") as error:
         import_activations(tmp_path / "in", tmp_path / "store.zarr", HERE)
     assert expected in str(error.value)
+
+
+def _zarr_group(folder, names=("L3",), **options):
+    group = zarr.create_group(folder, zarr_format=options.pop("zarr_format", 3))
+    for name in names:
+        array = group.create_array(
+            name, shape=(600, 12), chunks=(100, 12), **{"dtype": "float32", **options}
+        )
+        array[:] = planted() + float(name[1:])
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": ">f4", "order": "F"}])
+def test_zarr_of_version_2_comes_in_and_a_chunk_that_is_missing_there_is_seen(tmp_path, options):
+    source = _zarr_group(tmp_path / "in.zarr", zarr_format=2, **options)
+    found = imported(source, tmp_path / "store.zarr").read(SITE, 0, 600)
+    assert np.array_equal(found, planted() + 3)
+    (source / "L3" / "2.0").unlink()
+    assert "1 of 6" in refused(source)
+
+
+def test_zarr_arrays_that_consolidated_metadata_do_not_name_are_there(tmp_path):
+    source = _zarr_group(tmp_path / "in.zarr")
+    with pytest.warns(UserWarning, match="Consolidated"):
+        zarr.consolidate_metadata(source)
+    group = zarr.open_group(source, mode="r+", use_consolidated=False)
+    group.create_array("L4", data=planted() + 4)
+    store = imported(source, tmp_path / "store.zarr")
+    assert np.array_equal(store.read("blocks.4.hook_resid_post", 0, 600), planted() + 4)
+
+
+def test_a_damaged_zarr_group_is_refused_whatever_is_damaged(tmp_path):
+    for number, (damaged, content, expected) in enumerate(
+        [
+            ("L4/zarr.json", None, "neither group nor array"),
+            ("L4/zarr.json", b"{", "that can be read"),
+            ("L4/c/1/0", b"\x28", "a chunk cannot be read"),
+        ]
+    ):
+        source = _zarr_group(tmp_path / f"{number}.zarr", ("L3", "L4"))
+        file = source / damaged
+        file.unlink() if content is None else file.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            import_activations(source, tmp_path / f"out{number}.zarr", HERE)
+        assert expected in str(error.value)
+
+
+def test_zarr_groups_lie_side_by_side_or_beside_what_is_refused(tmp_path):
+    for name in ("L3", "L4"):
+        _zarr_group(tmp_path / "in" / f"{name}.zarr", (name,))
+    store = imported(tmp_path / "in", tmp_path / "store.zarr")
+    assert np.array_equal(store.read("blocks.4.hook_resid_post", 0, 600), planted() + 4)
+    np.save(tmp_path / "in" / "L5.npy", planted())
+    (tmp_path / "in" / "L6.npy.gz").write_bytes(b"x")
+    found = refused(tmp_path / "in", of=2)
+    assert all(each in found for each in ("L5.npy", "L6.npy.gz"))
+
+
+def test_npy_of_any_byte_order_and_layout_comes_in(tmp_path):
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in" / "L3.npy", planted().astype(">f4"))
+    np.save(tmp_path / "in" / "L4.npy", np.asfortranarray(planted().reshape(30, 20, 12)))
+    store = imported(tmp_path / "in", tmp_path / "store.zarr")
+    for name in store.names:
+        assert np.array_equal(store.read(name, 0, 600), planted())
+
+
+def test_rows_and_contexts_are_not_joined_into_one_site(tmp_path):
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in" / "L3-0.npy", planted(60).reshape(3, 20, 12))
+    np.save(tmp_path / "in" / "L3-1.npy", planted(50))
+    assert "differ in rank" in refused(tmp_path / "in")
+
+
+def test_what_is_ignored_is_not_complained_of_and_what_is_not_there_cannot_be(tmp_path):
+    source = _zarr_group(tmp_path / "in.zarr", ("L3", "L4"))
+    (source / "L4" / "c" / "2" / "0").unlink()
+    assert "1 of 6" in refused(source)
+    assert imported(source, tmp_path / "store.zarr", ignore=("L4",)).names == (SITE,)
+    assert "L7" in refused(source, ignore=("L4", "L7"))
+
+
+def test_an_arrow_stream_that_ends_between_two_batches_is_refused(tmp_path):
+    """Without the mark of its end pyarrow takes the batches before the cut for the whole."""
+    write_saelens_cache(tmp_path / "cache", planted(), n_context=20)
+    file = tmp_path / "cache" / "data-b.arrow"
+    file.write_bytes(file.read_bytes()[:-8])
+    assert "cut off" in refused(tmp_path / "cache")
 
 
 def test_every_part_holds_every_site(tmp_path):
