@@ -5,6 +5,7 @@ generators.
   units; `bootstrap_ratio` is the one of a ratio of two sums. Documents are the units where tokens
   are counted, because tokens of one document are not independent. A resample is a row of weights,
   so that a statistic is a matrix product (`scipy.stats.bootstrap` would copy every unit).
+- `mean_over`: the mean of rows with an interval over the units that they belong to.
 - `bootstrap_mean`: percentile interval of a mean by resampling whole groups and, within each, its
   members (concepts → prompts → samples): the groups are the unit, so repeated samples of one prompt
   do not count as independent.
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from featureflow.errors import UserError
 
@@ -83,6 +84,27 @@ def bootstrap_ratio(
         return (weights @ numerator) / (weights @ denominator)
 
     return bootstrap(ratio, len(numerator), seed=seed, level=level, n=n)
+
+
+def mean_over(
+    values: Float[np.ndarray, "row"],
+    unit: Int[np.ndarray, "row"],
+    *,
+    seed: int,
+    level: float = 0.95,
+    n: int = _DRAWS,
+) -> Interval:
+    """The mean of rows, with an interval over their units, such as documents. Rows with NaN are
+    left out; `n` counts units."""
+    kept = np.isfinite(values)
+    _, place, count = np.unique(unit[kept], return_inverse=True, return_counts=True)
+    total = np.bincount(place, values[kept].astype(np.float64), minlength=len(count))
+    return bootstrap_ratio(total, count.astype(np.float64), seed=seed, level=level, n=n)
+
+
+def named(name: str, interval: Interval) -> dict[str, float]:
+    """An interval as three columns of a table: `name`, `name_low`, `name_high`."""
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
 def bootstrap_mean(

@@ -20,37 +20,42 @@ what goes with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 import torch
 from annotated_types import Ge, Gt, Lt
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Doc
 
-from data.model.partial_forward import continued_from
-from data.tokens import FLAG_BOS, FLAG_PADDING, FLAG_SPECIAL, RowFilters
+from data.tokens import RowFilters
 from featureflow.errors import UserError
 from featureflow.sites import Site, parse_site
-from featureflow.statistics import bootstrap_ratio, q_values
+from featureflow.statistics import mean_over, named
 from pipeline.findings import Finding
 from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.charts import lines
-from pipeline.lenses.parts.held_out import choose_rows, iter_rows
+from pipeline.lenses.parts.held_out import choose_rows
+from pipeline.lenses.parts.read_out import (
+    EMBEDDING,
+    N_TOKENS,
+    Vocabulary,
+    carried,
+    document_of,
+    followed,
+    iter_at,
+    iter_log_p,
+    later,
+    rows_at,
+)
 from pipeline.run import Run
 
 TITLE = "what the model would say after each layer, and what features promote by the end"
 NEEDS = ("collect", "train", "translators")
 CLAIMS = ("n_announcing_permuted",)
-EMBEDDING = "embedding"
-N_TOKENS = 10
-FEW = 20
-"""A feature is tested when it is active on at least so many held-out rows."""
-_ROWS = 256
 WAYS = ("direct", "carried", "permuted")
 
 
@@ -82,7 +87,7 @@ def look(run: Run, config: Config) -> Finding:
         )
     layers, exits = _layers(run, sites, maps, config)
     vocabulary = [
-        _of_features(run, site, maps.get(site.short), config)
+        of_features(run, site, maps.get(site.short), config)
         for site in sites[:-1]
         if site in run.saes
     ]
@@ -110,15 +115,17 @@ def _layers(
     blocks = choose_rows(
         run.store, "validation", config.n_rows, filters=config.filters, seed=config.seed
     )
-    document = torch.cat([each for _, each in iter_rows(run.store, sites[-1], blocks)]).numpy()
-    truth = torch.cat([p.argmax(-1) for p in _read(run, _rows(run, sites[-1], blocks))])
+    document = document_of(run, blocks)
+    truth = torch.cat([p.argmax(-1) for p in iter_log_p(run, rows_at(run, sites[-1], blocks))])
     rows, best, gaps = [], [], []
     for done, site in enumerate(sites[:-1]):
         run.context.progress(f"read out {site.short}", done, len(sites))
-        values = _rows(run, site, blocks)
-        ways = {"as it is": values, "carried": _carried(values, maps, site.short)}
+        values = rows_at(run, site, blocks)
+        ways = {"as it is": values, "carried": carried(values, maps, site.short)}
         if not done:
-            ways["carried from the embedding"] = _carried(_embedded(run, blocks), maps, EMBEDDING)
+            ways["carried from the embedding"] = carried(
+                rows_at(run, None, blocks), maps, EMBEDDING
+            )
         for name, value in ways.items():
             scores, first, gap = _scores(run, value, truth)
             where = {"site": site.short, "layer": site.layer, "read": name}
@@ -135,37 +142,13 @@ def _layers(
     return pd.concat([table, *flat], ignore_index=True), exits
 
 
-def _rows(run: Run, site: Site, blocks: list[Int[np.ndarray, "row"]]) -> Tensor:
-    return torch.cat([x for x, _ in iter_rows(run.store, site, blocks)])
-
-
-def _embedded(run: Run, blocks: list[Int[np.ndarray, "row"]]) -> Tensor:
-    embeddings: Any = run.model.hf.get_input_embeddings()
-    ids = torch.from_numpy(run.tokens.id[np.concatenate(blocks)].astype(np.int64))
-    return embeddings.weight.detach().float().cpu()[ids]
-
-
-def _carried(x: Tensor, maps: Mapping[str, np.ndarray], name: str) -> Float[Tensor, "row d_model"]:
-    return x @ torch.from_numpy(maps[name]) + torch.from_numpy(maps[f"{name}.offset"])
-
-
-@torch.no_grad()
-def _read(run: Run, x: Float[Tensor, "row d_model"]) -> Iterator[Float[Tensor, "row vocab"]]:
-    """The model's log-probabilities when its last layer leaves these rows."""
-    last = run.model.n_layers - 1
-    for part in x.split(_ROWS):
-        with continued_from(run.model, last, part[:, None]):
-            logits = run.model.logits(torch.zeros(len(part), 1, dtype=torch.int64))
-        yield logits[:, 0].float().log_softmax(-1).cpu()
-
-
 def _scores(
     run: Run, x: Float[Tensor, "row d_model"], truth: Int[Tensor, "row"]
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """Per row: whether the model's own token is first, among ten, and its surprisal; the read-out's
     first token, and its lead over the second in probability."""
     hits, ten, surprisal, first, gap = [], [], [], [], []
-    for log_p, own in zip(_read(run, x), truth.split(_ROWS), strict=True):
+    for log_p, own in zip(iter_log_p(run, x), truth.split(256), strict=True):
         top = log_p.topk(min(N_TOKENS, log_p.shape[1]))
         hits.append(top.indices[:, 0] == own)
         ten.append((top.indices == own[:, None]).any(1))
@@ -179,11 +162,9 @@ def _scores(
 
 def _summary(scores: dict[str, np.ndarray], document: np.ndarray, seed: int) -> dict[str, float]:
     """Means over rows, with intervals over documents."""
-    _, unit, n = np.unique(document, return_inverse=True, return_counts=True)
     row: dict[str, float] = {}
     for name, values in scores.items():
-        found = bootstrap_ratio(np.bincount(unit, values), n.astype(float), seed=seed)
-        row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+        row |= named(name, mean_over(values, document, seed=seed))
     return row
 
 
@@ -217,63 +198,27 @@ def _early_exit(
     return pd.DataFrame([row | _summary(scores, document[rest], config.seed)])
 
 
-def _of_features(run: Run, site: Site, A: np.ndarray | None, config: Config) -> pd.DataFrame:
+def of_features(run: Run, site: Site, A: np.ndarray | None, config: Config) -> pd.DataFrame:
     """The ten tokens of every feature, direct and carried, and how often one of them comes next."""
-    sae, (W_U, gain) = run.saes[site], run.model.unembedding()
+    sae, vocabulary = run.saes[site], Vocabulary(run)
     blocks = choose_rows(
         run.store, "validation", config.n_tokens, filters=config.filters, seed=config.seed
     )
-    rows = np.concatenate(blocks)
-    tokens, following = run.tokens, rows + 1
-    inside = following < run.store.n_rows
-    flags = tokens.flags[np.minimum(following, run.store.n_rows - 1)]
-    ordinary = inside & ((flags & (FLAG_BOS | FLAG_SPECIAL | FLAG_PADDING)) == 0)
-    next_id = tokens.id[np.minimum(following, run.store.n_rows - 1)].astype(np.int64)
-    active = torch.cat([sae.encode(x) > 0 for x, _ in iter_rows(run.store, site, blocks)]).numpy()
-    u = W_U.float().cpu() * gain.float().cpu()
-    u = u - u.mean(0)
-    seen = np.unique(tokens.id[: run.store.n_rows].astype(np.int64))
+    following = later(run, np.concatenate(blocks), 1)
+    next_id = run.tokens.id[following].astype(np.int64)
+    active = torch.cat([sae.encode(x) > 0 for x in iter_at(run, site, blocks)]).numpy()
     d = sae.W_dec.detach().float().cpu()
-    tens = {"direct": _ten(d, u, seen)}
-    tens["carried"] = tens["direct"] if A is None else _ten(d @ torch.from_numpy(A), u, seen)
+    tens = {"direct": vocabulary.promoted(d)}
+    tens["carried"] = tens["direct"] if A is None else vocabulary.promoted(d @ torch.from_numpy(A))
     order = np.random.default_rng(config.seed).permutation(len(d))
     tens["permuted"] = tens["carried"][order]
     table = pd.DataFrame({"feature": [f"{site.short}/{i}" for i in range(len(d))]})
     for way, ten in tens.items():
-        table = table.join(_followed(way, ten, active[ordinary], next_id[ordinary]))
+        known = following >= 0
+        table = table.join(followed(ten, active[known], next_id[known], name=way))
         if way != "permuted":
-            text = run.model.tokenizer.token_text
-            table[way] = [" ".join(text(int(token)).strip() for token in each) for each in ten]
-    return table.assign(n_active=active[ordinary].sum(0))
-
-
-def _ten(
-    d: Float[Tensor, "latent d_model"], u: Float[Tensor, "vocab d_model"], seen: np.ndarray
-) -> Int[np.ndarray, "latent ten"]:
-    """The ten tokens of the corpus that rows promote most."""
-    matrix = u[torch.from_numpy(seen)].T
-    best = [(part @ matrix).topk(min(N_TOKENS, len(seen))).indices for part in d.split(_ROWS)]
-    return seen[torch.cat(best).numpy()]
-
-
-def _followed(
-    way: str,
-    ten: Int[np.ndarray, "latent ten"],
-    active: Bool[np.ndarray, "row latent"],
-    next_id: Int[np.ndarray, "row"],
-) -> pd.DataFrame:
-    """Per feature: how much more often one of its ten comes next where it is active than on any
-    row (lift), and q of the binomial test among the features that are active often enough."""
-    lift, p = np.full(len(ten), np.nan), np.full(len(ten), np.nan)
-    for latent in np.flatnonzero(active.sum(0) >= FEW):
-        comes = np.isin(next_id, ten[latent])
-        here, base = comes[active[:, latent]], comes.mean()
-        lift[latent] = here.mean() / base if base else np.nan
-        p[latent] = scipy.stats.binom.sf(here.sum() - 1, len(here), base) if base else 1.0
-    tested = np.isfinite(p)
-    q = np.full(len(ten), np.nan)
-    q[tested] = q_values(p[tested]) if tested.any() else q[tested]
-    return pd.DataFrame({f"{way}_lift": lift, f"{way}_q": q})
+            table[way] = vocabulary.words(ten)
+    return table.assign(n_active=active[following >= 0].sum(0))
 
 
 def _announcing(features: pd.DataFrame, rate: float) -> pd.DataFrame:

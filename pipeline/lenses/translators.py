@@ -16,6 +16,7 @@ Conclusions (arXiv 2303.09435), who fit without b; its text was not read here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -33,13 +34,13 @@ from featureflow.statistics import bootstrap_ratio
 from pipeline.findings import Finding
 from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.charts import lines
-from pipeline.lenses.parts.held_out import choose_rows, iter_rows
+from pipeline.lenses.parts.held_out import choose_rows
+from pipeline.lenses.parts.read_out import EMBEDDING, document_of, iter_at
 from pipeline.run import Run
 
 TITLE = "linear maps from every layer to the last (Jump to Conclusions), kept for other lenses"
 NEEDS = ("collect",)
 RIDGE = 1e-4
-EMBEDDING = "embedding"
 Batches = Callable[[], Iterator[Float[Tensor, "token d_model"]]]
 
 
@@ -68,17 +69,17 @@ def look(run: Run, config: Config) -> Finding:
     held_out = choose_rows(
         store, "validation", config.n_held_out, filters=config.filters, seed=config.seed
     )
-    document = torch.cat([each for _, each in iter_rows(run.store, last, held_out)]).numpy()
-    target, judged = _of_site(run, last, train), _of_site(run, last, held_out)
+    document = document_of(run, held_out)
+    target, judged = partial(iter_at, run, last, train), partial(iter_at, run, last, held_out)
     maps: dict[str, np.ndarray] = {}
     rows: list[dict[str, Any]] = []
     for done, site in enumerate([None, *sites[:-1]]):
         name = EMBEDDING if site is None else site.short
         run.context.progress(f"carry {name} to {last.short}", done, len(sites))
-        x, y = (_of_site(run, site, part) for part in (train, held_out))
-        fitted = fit(x, target)
+        x, y = (partial(iter_at, run, site, part) for part in (train, held_out))
         rng = np.random.default_rng(config.seed)
-        at_random = fit(x, lambda rng=rng: (h[rng.permutation(len(h))] for h in target()))
+        shuffled = partial(_shuffled, target, rng)
+        fitted, at_random = fit(x, target, shuffled)
         nothing = (torch.eye(len(fitted[0])), torch.zeros(len(fitted[1])))
         where = {"site": None, "layer": -1} if site is None else {"site": name, "layer": site.layer}
         row: dict[str, Any] = {"from": name, **where}
@@ -109,29 +110,37 @@ def look(run: Run, config: Config) -> Finding:
     )
 
 
-def fit(x: Batches, y: Batches) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, "d_out"]]:
-    """The affine map from rows of `x` to rows of `y`, in float64 sums."""
-    sums: list[Any] = [0, 0, 0, 0, 0]
-    for left, right in zip(x(), y(), strict=True):
-        a, b = left.double(), right.double()
-        here = (len(a), a.sum(0), b.sum(0), a.T @ a, a.T @ b)
-        sums = [total + each for total, each in zip(sums, here, strict=True)]
-    n, mean_x, mean_y = sums[0], sums[1] / sums[0], sums[2] / sums[0]
-    covariance = sums[3] / n - torch.outer(mean_x, mean_x)
-    cross = sums[4] / n - torch.outer(mean_x, mean_y)
+def fit(x: Batches, *ys: Batches) -> list[tuple[Float[Tensor, "d_in d_out"], Tensor]]:
+    """The affine maps (A, b) from rows of `x` to rows of each of `ys`: one pass, one covariance.
+    Products in float32 of rows less the first batch's mean, sums in float64."""
+    n, start, sums = 0, None, None
+    for batch, *others in zip(x(), *(y() for y in ys), strict=True):
+        parts = [each.float() for each in (batch, *others)]
+        start = start or [each.mean(0) for each in parts]
+        a, *bs = (each - mean for each, mean in zip(parts, start, strict=True))
+        here = [a.sum(0), a.T @ a, *(b.sum(0) for b in bs), *(a.T @ b for b in bs)]
+        wide = [each.double() for each in here]
+        sums = wide if sums is None else [s + w for s, w in zip(sums, wide, strict=True)]
+        n += len(batch)
+    assert start is not None
+    assert sums is not None
+    mean_x = sums[0] / n
+    covariance = sums[1] / n - torch.outer(mean_x, mean_x)
     penalty = RIDGE * covariance.diagonal().mean().clamp_min(1e-30)
-    A = torch.linalg.solve(covariance + penalty * torch.eye(len(covariance)), cross)
-    return A, mean_y - mean_x @ A
+    factor = torch.linalg.cholesky(covariance + penalty * torch.eye(len(covariance)))
+    maps = []
+    for i in range(len(ys)):
+        mean_y = sums[2 + i] / n
+        cross = sums[2 + len(ys) + i] / n - torch.outer(mean_x, mean_y)
+        A = torch.cholesky_solve(cross, factor)
+        offset = mean_y + start[1 + i] - (mean_x + start[0]).double() @ A
+        maps.append((A, offset))
+    return maps
 
 
-def _of_site(run: Run, site: Site | None, blocks: list[Int[np.ndarray, "row"]]) -> Batches:
-    """Batches of a site's rows; of the token's embedding for no site."""
-    if site is not None:
-        return lambda: (x for x, _ in iter_rows(run.store, site, blocks))
-    embeddings: Any = run.model.hf.get_input_embeddings()
-    weight = embeddings.weight.detach().float().cpu()
-    ids = run.tokens.id
-    return lambda: (weight[torch.from_numpy(ids[rows].astype(np.int64))] for rows in blocks)
+def _shuffled(y: Batches, rng: np.random.Generator) -> Iterator[Float[Tensor, "token d_model"]]:
+    """Rows in another order within each batch."""
+    return (h[rng.permutation(len(h))] for h in y())
 
 
 def _judged(

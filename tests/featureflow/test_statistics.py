@@ -19,6 +19,8 @@ from featureflow.statistics import (
     bootstrap_ratio,
     equivalent,
     holm,
+    mean_over,
+    named,
     p_values,
     q_values,
     sign_flip_p,
@@ -143,3 +145,13 @@ def test_holm_by_hand():
     assert equivalent(bootstrap_mean([0.0, 0.01, -0.01] * 10, seed=0), 0.05)
     with pytest.raises(UserError, match="one key"):
         bootstrap_mean([1.0, 2.0], [["a"]], seed=0)
+
+
+def test_a_mean_over_rows_has_units_as_what_is_drawn():
+    values, unit = np.array([1.0, 1.0, 0.0, np.nan, 0.5]), np.array([7, 7, 9, 9, 3])
+    found = mean_over(values, unit, seed=0)
+    assert found.mean == pytest.approx(2.5 / 4)
+    assert found.n == 3
+    wide = mean_over(np.repeat([0.0, 1.0], 500), np.repeat([0, 1], 500), seed=0)
+    assert (wide.low, wide.high) == (0.0, 1.0), "two documents are two units, however long"
+    assert named("x", wide) == {"x": 0.5, "x_low": 0.0, "x_high": 1.0}

@@ -11,6 +11,7 @@ from featureflow.errors import UserError
 from featureflow.sites import parse_site
 from pipeline.lenses import shortcut, translators
 from pipeline.lenses.base import run_lens
+from pipeline.lenses.parts.read_out import followed, iter_log_p
 from pipeline.run import Run
 
 D = 6
@@ -22,9 +23,9 @@ def test_a_linear_step_is_carried_exactly_and_another_is_not() -> None:
     B = torch.randn(D, D, generator=generator)
     h1 = h0.abs() + 1
     h2 = h1 @ B + 3
-    A, offset = translators.fit(lambda: iter(h1.split(700)), lambda: iter(h2.split(700)))
+    [(A, offset)] = translators.fit(lambda: iter(h1.split(700)), lambda: iter(h2.split(700)))
     torch.testing.assert_close((h1.double() @ A + offset), h2.double(), atol=2e-3, rtol=1e-3)
-    A, offset = translators.fit(lambda: iter([h0]), lambda: iter([h2]))
+    [(A, offset)] = translators.fit(lambda: iter([h0]), lambda: iter([h2]))
     error = (h0.double() @ A + offset - h2).square().sum() / (h2 - h2.mean(0)).square().sum()
     assert float(error) > 0.9, "|x| has no linear part in x"
 
@@ -60,7 +61,7 @@ def test_read_outs_are_the_models_own(carried: Run) -> None:
     first = -(-store.validation_start // store.n_context) * store.n_context
     ids = torch.from_numpy(store.tokens().id[first : first + store.n_context].astype(np.int64))
     seen = model.activations(ids[None], (parse_site("L3"),))[parse_site("L3")][0]
-    [log_p] = [*shortcut._read(carried, seen)]
+    [log_p] = [*iter_log_p(carried, seen)]
     torch.testing.assert_close(log_p, model.logits(ids[None])[0].log_softmax(-1), atol=1e-4, rtol=0)
 
 
@@ -89,7 +90,7 @@ def test_carried_tokens_are_those_of_the_image(carried: Run) -> None:
     generator = torch.Generator().manual_seed(1)
     rotation, _ = torch.linalg.qr(torch.randn(d.shape[1], d.shape[1], generator=generator))
     config = shortcut.Config(n_tokens=300)
-    table = shortcut._of_features(carried, site, rotation.numpy(), config)
+    table = shortcut.of_features(carried, site, rotation.numpy(), config)
     W_U, gain = carried.model.unembedding()
     u = W_U * gain
     seen = np.unique(carried.tokens.id)
@@ -106,7 +107,7 @@ def test_a_feature_that_announces_a_token_is_found_and_others_are_not() -> None:
     active = rng.random((4000, 3)) < 0.05
     active[:, 0] = next_id == 7
     ten = np.stack([np.arange(7, 17), np.arange(50, 60), np.arange(80, 90)])
-    found = shortcut._followed("carried", ten, active, next_id)
+    found = followed(ten, active, next_id, name="carried")
     assert found["carried_lift"][0] == pytest.approx(1 / np.isin(next_id, ten[0]).mean())
     assert found["carried_q"][0] < 1e-6
     assert (found["carried_q"][1:] > 0.05).all()
