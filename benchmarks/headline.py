@@ -88,13 +88,34 @@ def rows(run: Path) -> Iterator[Row]:
 
 
 def _label_rows(run: Path) -> Iterator[Row]:
-    described = _open(run, "describe").summary
-    yield (
-        "Living features with a label that held on other documents (F1 ≥ 0.6)",
-        f"**{described['n_labelled'] / described['n_alive']:.0%}**",
-        "the others are called “no simple rule”",
-        "make describe",
+    """What holds on the documents that chose no label; intervals where the lens looked."""
+    need = _open(run, "describe").config["min_f1"]
+    what = f"Living features with a label that holds on documents that chose nothing (F1 ≥ {need:g}"
+    if not (run / "lenses" / "labels").is_dir():
+        features = pd.read_parquet(run / "describe" / "tables" / "features.parquet")
+        accepted = features[features.alive].label_accepted
+        holding = (accepted & (features.label_score >= need)).sum() / accepted.size
+        baseline = f"accepted on the documents that chose: {accepted.mean():.0%}"
+        yield (f"{what})", f"**{holding:.0%}**", baseline, "make describe")
+        return
+    found = Run.open(run).lens("labels").tables
+    summary = found["summary"].set_index(["sites", "about"])
+    named = {name: name for name in summary.index.unique("sites")} | {"all": "all sites"}
+    for about in summary.index.unique("about"):
+        rows = {name: summary.loc[(name, about)] for name in named}
+        told = "; ".join(
+            f"{named[name]} **{row.holding_share:.1%}** "
+            f"[{row.holding_share_low:.1%}, {row.holding_share_high:.1%}]"
+            for name, row in rows.items()
+        )
+        control = f"the rule of another feature of the site: {rows['all'].control_share:.1%}"
+        baseline = f"accepted on the documents that chose: {rows['all'].accepted_share:.1%}"
+        yield (f"{what}; {about})", told, f"{baseline}; {control}", "featureflow lens labels")
+    kinds = found["kinds"].sort_values("n_holding", ascending=False)
+    told = ", ".join(
+        f"{row.rule} {row.n_holding} of {row.n_accepted}" for row in kinds.itertuples()
     )
+    yield ("… by kind of rule: held of accepted", told, "", "featureflow lens labels")
 
 
 def _ceiling_rows(run: Path) -> Iterator[Row]:

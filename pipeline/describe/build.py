@@ -54,7 +54,7 @@ def describe_sites(
     finish(job, sites, out)
     write_about(job, model, out)
     shutil.rmtree(job.work)
-    return headline_of(out)
+    return headline_of(out, job.config.min_f1)
 
 
 def prepare(job: Job, model: LanguageModel) -> None:
@@ -102,18 +102,18 @@ def write_about(job: Job, model: LanguageModel, out: Path) -> None:
     (out / ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-def headline_of(out: Path) -> dict[str, Any]:
-    """How much is described and labelled."""
-    table = pq.read_table(
-        out / "tables/features.parquet", columns=["site", "alive", "label_accepted"]
-    )
-    features = table.to_pandas()
-    n_labelled = int(features["label_accepted"].sum())
-    n_alive = int(features["alive"].sum())
+def headline_of(out: Path, min_f1: float) -> dict[str, Any]:
+    """How much is described and labelled; of the accepted labels, how many hold on the documents
+    that chose nothing."""
+    columns = ["site", "alive", "label_accepted", "label_score"]
+    features = pq.read_table(out / "tables/features.parquet", columns=columns).to_pandas()
+    accepted, n_alive = features["label_accepted"], int(features["alive"].sum())
+    n_holding = int((accepted & (features["label_score"] >= min_f1)).sum())
     return {
         "n_sites": int(features["site"].nunique()),
         "n_features": len(features),
         "n_alive": n_alive,
-        "n_labelled": n_labelled,
-        "labelled_share": round(n_labelled / max(1, n_alive), 4),
+        "n_labelled": int(accepted.sum()),
+        "labelled_share": round(int(accepted.sum()) / max(1, n_alive), 4),
+        "holding_share": round(n_holding / max(1, n_alive), 4),
     }

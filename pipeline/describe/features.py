@@ -179,7 +179,7 @@ class Features:
         rows = pq.read_table(self._path("labels"), filters=[("site", "==", short)])
         start, stop = self._extent[short]
         made: list[list[Label]] = [[] for _ in range(stop - start)]
-        names = [f.name for f in fields(Label)]
+        names = [f.name for f in fields(Label) if f.name in rows.column_names]
         for row in rows.select(["latent", *names]).to_pylist():
             latent = row.pop("latent")
             made[latent].append(Label(**{name: _rounded(value) for name, value in row.items()}))

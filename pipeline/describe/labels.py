@@ -35,6 +35,7 @@ from pipeline.describe.rules import (
     RuleScores,
     RuleSets,
     describe_rule,
+    method_name,
     propose,
     score,
 )
@@ -111,7 +112,8 @@ class Acceptance:
 @dataclass(frozen=True, kw_only=True)
 class Label:
     """One label of one latent. Scores are None where nothing could be measured; `choice` is the F1
-    on the documents that decided. `origin` is a feature id."""
+    on the documents that decided. `origin` is a feature id. `rule` (a key of METHOD_RULES) and
+    `values` say what the text says, for programs."""
 
     text: str
     method: str
@@ -127,6 +129,8 @@ class Label:
     choice: float | None = None
     origin: str | None = None
     cosine: float | None = None
+    rule: str | None = None
+    values: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -304,6 +308,8 @@ def _label(
         **{name: _number(getattr(s, name)[latent]) for name in _MEASURES},
         origin=origin,
         cosine=cosine,
+        rule=method_name(rule.rules.attribute, rule.rules.target),
+        values=tuple(values.tolist()),
     )
 
 

@@ -169,6 +169,15 @@ def attribute_tables(tables: Mapping[str, Counts], corpus: Corpus) -> dict[str, 
     return out
 
 
+def values_of(rule: AttributeRule, corpus: Corpus) -> tuple[Int64[np.ndarray, "row"], int]:
+    """The value of every row that a kind of rule looks at, −1 for none; and how many there are."""
+    values, n = corpus.attribute(rule.table), corpus.n_values(rule.table)
+    if rule.name in ("family", "class"):
+        value_of, n = _grouping(rule.name, corpus.vocabulary)
+        values = np.where(values >= 0, value_of[values], -1)
+    return values.astype(np.int64), n
+
+
 def propose(table: AttributeTable, *, min_firings: int = 2, min_share: float = 0.01) -> RuleSets:
     """The set of values with the best F1 for every latent, on the documents for proposing. Values
     with fewer than `min_firings` firings, or less than `min_share` of them, are not worth naming.

@@ -40,6 +40,8 @@ _TYPES = {
     "accepted": pa.bool_(),
     "n": pa.int32(),
     "origin": pa.string(),
+    "rule": pa.string(),
+    "values": pa.list_(pa.int32()),
 }
 
 

@@ -162,7 +162,7 @@ def test_the_readme_s_table_is_made_of_the_artifacts(artifacts: Path, tmp_path: 
     metrics = measured(artifacts)
     assert f"**{np.median(metrics.fvu):.3f}**" in done.stdout
     described = opened(artifacts, "describe").summary
-    assert f"**{described['n_labelled'] / described['n_alive']:.0%}**" in done.stdout
+    assert f"**{described['holding_share']:.0%}**" in done.stdout
     chosen = json.loads((artifacts / "steer" / "features.json").read_text())["features"]
     assert all(f"`{each['feature']}`" in done.stdout for each in chosen)
     page = tmp_path / "results.md"

@@ -1,4 +1,4 @@
-"""The tiny recipe run up to its links: what lenses look at in tests."""
+"""The tiny recipe run up to its features: what lenses look at in tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.run import Run
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifacts")
     common = ["--recipe", "tiny", "--artifacts", str(folder), "--threads", "1", "-q"]
-    assert run_command(["run", "--to", "link", *common]) == 0
+    assert run_command(["run", "--to", "describe", *common]) == 0
     return folder
 
 
