@@ -1,33 +1,39 @@
-"""How much of what an ancestor does to a feature goes through the chain between them? Path patching
-along one chain.
+"""How much of what an ancestor does to a feature goes through the chain between them, and how much
+of it does the model do? Path patching along one chain.
 
 A chain is one latent a site, from the ancestor a at its site S to the target t: a → f₁ → … → fₘ →
-t. On a token where both ends fire, the model goes on from S several times, changed on that token
-only:
+t. On a token where both ends are active, the model goes on from S several times, changed on that
+token only:
 
-1. `removed`          a is taken out, h ← h − z_a v_a; the chain's latents are read on the way
-2. `chain held`       a is taken out, and at every site between the chain's latent is put back to
-   its undisturbed
-                      value, h ← h + (z_clean − z) v; what t loses now went around the chain
-3. `chain alone`      a stays, and the chain's latents are put to the values of run 1; what t loses
-   went through it
-4. `random held`      as 2, with another latent that fires there at each site, drawn at random
-5. `strongest held`   as 2, with the strongest other latent
+1. `removed`           a is taken out, h ← h − z_a v_a; the chain's latents are read on the way
+2. `copies_removed`    a is taken out, and at every site between the chain's latent too
+3. `chain_held`        a is taken out, and at every site between the chain's latent is put back to
+   its undisturbed value, h ← h + (z_clean − z) v; what t loses now went around the chain
+4. `chain_alone`       a stays, and the chain's latents are put to the values of run 1
+5. `random_held`, `strongest_held`         as 3, with another active latent at each site
+6. `random_removed`, `strongest_removed`   as 1, with another active latent of S, not a
 
-The share of the effect that needs the chain is 1 − Σ change(2) / Σ change(1); that of the chain
-alone is Σ change(3) / Σ change(1); 4 and 5 are controls of the first. Sums over targets, so that
-targets which the ancestor hardly matters to do not divide by nothing. Every edit keeps the
+Every run has an arm without the model (`…_no_model`): the same edits on the undisturbed stream, as
+if every block passed them on unchanged. Only the difference is what the blocks do. Of the removals
+there is also `…_blocks`: the target is read with the skip connection's part, −z_a v_a, put back, so
+that nothing but what the blocks write can change it; without the model that is zero.
+
+The share of the effect that needs the chain is 1 − Σ change(3) / Σ change(1); that of the chain
+alone is Σ change(4) / Σ change(1). Putting a direction back into a skip connection undoes its
+removal by arithmetic, so both must be read against the arm without the model. Sums over targets, so
+that targets which the ancestor hardly matters to do not divide by nothing. Every edit keeps the
 dictionaries' errors in the stream. Since a target sees only its own and earlier tokens, and only
 its own is changed, no effect leaves that token.
 
-Cost: five rows of the context per target, through the blocks from S to the target. Source: path
+Cost: eight rows of the context per target, through the blocks from S to the target. Source: path
 patching (Goldowsky-Dill et al., arXiv 2304.05969), here with dictionary latents as the nodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,13 +49,16 @@ from featureflow.statistics import bootstrap
 from pipeline.flow.causal import Contexts
 from sae import Sae, SparseCodes
 
-CHAIN_HELD, CHAIN_ALONE, RANDOM_HELD, STRONGEST_HELD = (
-    "chain_held",
-    "chain_alone",
-    "random_held",
-    "strongest_held",
+CHAIN_HELD, CHAIN_ALONE, COPIES = "chain_held", "chain_alone", "copies_removed"
+REMOVALS = ("removed", "random_removed", "strongest_removed")
+HELD = ("random_held", "strongest_held")
+RUNS = ("removed", COPIES, CHAIN_HELD, CHAIN_ALONE, *HELD, *REMOVALS[1:])
+COLUMNS = (
+    *(f"change_{run}" for run in RUNS),
+    *(f"change_{run}_no_model" for run in RUNS),
+    *(f"change_{run}_blocks" for run in REMOVALS),
 )
-RUNS = ("removed", CHAIN_HELD, CHAIN_ALONE, RANDOM_HELD, STRONGEST_HELD)
+Edits = Mapping[Site, Callable[[Tensor], Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,23 +72,15 @@ class Chains:
 
 @dataclass(frozen=True, kw_only=True)
 class _Trials:
-    """Drawn tokens: where they are, the chain's latents, the two controls' latents, and their
-    undisturbed values."""
+    """Drawn tokens: where they are, the chain's latents and their undisturbed values, and other
+    latents that are active at each site but the last."""
 
     context: Int64[np.ndarray, "trial"]
     position: Int64[np.ndarray, "trial"]
     chain: Int64[np.ndarray, "site trial"]
     clean: Float[np.ndarray, "site trial"]
-    others: Mapping[str, Int64[np.ndarray, "between trial"]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Hold:
-    """One latent a row at one site, put to a value by an edit of the stream at the row's token."""
-
-    sae: Sae
-    latent: Int64[Tensor, "row"]
-    value: Float[Tensor, "row"]
+    others: Mapping[str, Int64[np.ndarray, "site trial"]]
+    active_share: float
 
 
 def measure_mediation(
@@ -95,16 +96,17 @@ def measure_mediation(
     seed: int = 0,
     progress: Progress = silent,
 ) -> pd.DataFrame:
-    """One row per target whose ancestor fires on its token: `ancestor_site, target_site, steps,
-    document, context, position, ancestor, target_latent, before`, and for each of `RUNS` the
-    relative `change_…` of the target.
+    """One row per target whose ancestor is active on its token: `ancestor_site, target_site, steps,
+    document, context, position, ancestor, target_latent, before`, the relative `change_…` of the
+    target for each of `COLUMNS`, and `active_share`: of all active targets with a whole chain, how
+    many have an active ancestor.
 
     The first site must be a `resid_post`, the chain at least two links long; `recorded` holds the
     undisturbed run at all its sites (`record_clean`)."""
     rng = np.random.default_rng(seed)
     codes = [dictionaries[site].encode_sparse(recorded[site]) for site in chains.sites]
     trials = _draw(codes, chains, contexts, n_targets, n_targets_per_context, rng)
-    after = np.zeros((len(RUNS), len(trials.context)))
+    after = np.zeros((len(COLUMNS), len(trials.context)))
     # rows of one batch end at about the same position, so little is computed beyond what is read
     order = np.argsort(trials.position, kind="stable")
     label = f"hold chains {chains.sites[0].short} → {chains.sites[-1].short}"
@@ -124,47 +126,77 @@ def _run_batch(
     recorded: Mapping[Site, Tensor],
     trials: _Trials,
     batch: Int64[np.ndarray, "row"],
-) -> Float[np.ndarray, "run row"]:
-    """The target's activation in each of `RUNS`."""
-    first, between, target = chains.sites[0], chains.sites[1:-1], chains.sites[-1]
+) -> Float[np.ndarray, "column row"]:
+    """The target's activation for each of `COLUMNS`."""
+    first, target = chains.sites[0], chains.sites[-1]
     length = int(trials.position[batch].max()) + 1
     ids = torch.from_numpy(contexts.ids[trials.context[batch], :length])
-    stream = recorded[first][torch.from_numpy(trials.context[batch]), :length]
-    at = torch.from_numpy(trials.position[batch])
-    chain = torch.from_numpy(trials.chain[:, batch])
-    clean = torch.from_numpy(trials.clean[:, batch])
+    context, at = (torch.from_numpy(x[batch]) for x in (trials.context, trials.position))
+    stream = recorded[first][context, :length]
+    clean = {site: recorded[site][context, at].float() for site in chains.sites}
 
-    def target_after(edits: Mapping[Site, Callable[[Tensor], Tensor]]) -> Tensor:
-        with continued_from(model, first.layer, stream), model.edited(edits):
-            value = model.activations(ids, (target,))[target]
-        return _read(dictionaries[target], _rows(value, at), chain[-1])
+    def with_model(edits: Edits) -> Float[Tensor, "row d_model"]:
+        there = {site: _only_at(at, edit) for site, edit in edits.items()}
+        with continued_from(model, first.layer, stream), model.edited(there):
+            return _rows(model.activations(ids, (target,))[target], at)
 
-    def held(latents: Tensor, values: Tensor) -> dict[Site, Callable[[Tensor], Tensor]]:
-        return {
-            site: _held(_Hold(sae=dictionaries[site], latent=latents[i], value=values[i]), at)
-            for i, site in enumerate(between)
-        }
+    def without(edits: Edits) -> Float[Tensor, "row d_model"]:
+        moved = torch.zeros_like(clean[first])
+        for site in chains.sites[:-1]:
+            if site in edits:
+                moved = edits[site](clean[site] + moved) - clean[site]
+        return clean[target] + moved
+
+    def read(rows: Float[Tensor, "row d_model"]) -> Tensor:
+        latent = torch.from_numpy(trials.chain[-1, batch])
+        return _read(dictionaries[target], rows, latent)
+
+    found: dict[str, Tensor] = {}
+    for arm, run in (("", with_model), ("_no_model", without)):
+        for name, edits in _edits_of(dictionaries, chains, clean, trials, batch):
+            rows = run(edits)
+            found[f"change_{name}{arm}"] = read(rows)
+            if name in REMOVALS and not arm:
+                skip = edits[first](clean[first]) - clean[first]
+                found[f"change_{name}_blocks"] = read(rows - skip)
+    return torch.stack([found[column] for column in COLUMNS]).double().cpu().numpy()
+
+
+def _edits_of(
+    dictionaries: Mapping[Site, Sae],
+    chains: Chains,
+    clean: Mapping[Site, Tensor],
+    trials: _Trials,
+    batch: Int64[np.ndarray, "row"],
+) -> Iterator[tuple[str, Edits]]:
+    """The edits of each of `RUNS`, as functions of a token's vector. The first run, which must be
+    made before the others are asked for, notes the chain's latents."""
+    first, between = chains.sites[0], chains.sites[1:-1]
+    chain = dict(zip(chains.sites, torch.from_numpy(trials.chain[:, batch]), strict=True))
+
+    def values(latents: Mapping[Site, Tensor], sites: Sequence[Site]) -> dict[Site, Tensor]:
+        return {site: _read(dictionaries[site], clean[site], latents[site]) for site in sites}
+
+    def put(latents: Mapping[Site, Tensor], wanted: Mapping[Site, Tensor]) -> dict[Site, Any]:
+        """Each site's latent is put to a value."""
+        return {site: _put(dictionaries[site], latents[site], wanted[site]) for site in wanted}
+
+    def removal(latents: Mapping[Site, Tensor]) -> dict[Site, Any]:
+        [value] = values(latents, [first]).values()
+        return {first: _removed(dictionaries[first], latents[first], value)}
 
     seen: dict[Site, Tensor] = {}
-    removal = {first: _removed(dictionaries[first], chain[0], clean[0], at)}
-    reading = {
-        site: _noted(dictionaries[site], chain[1 + i], at, seen, site)
-        for i, site in enumerate(between)
-    }
-    results = [target_after(removal | reading)]
-    results.append(target_after(removal | held(chain[1:-1], clean[1:-1])))
-    results.append(target_after(held(chain[1:-1], torch.stack([seen[site] for site in between]))))
-    for name in (RANDOM_HELD, STRONGEST_HELD):
-        latents = torch.from_numpy(trials.others[name][:, batch])
-        rows = (torch.from_numpy(trials.context[batch]), at)
-        values = torch.stack(
-            [
-                _read(dictionaries[site], recorded[site][rows], latents[i])
-                for i, site in enumerate(between)
-            ]
-        )
-        results.append(target_after(removal | held(latents, values)))
-    return torch.stack(results).double().cpu().numpy()
+    noting = {site: _noted(dictionaries[site], chain[site], seen, site) for site in between}
+    out = removal(chain)
+    yield "removed", out | noting
+    yield COPIES, out | put(chain, {site: torch.zeros(len(batch)) for site in between})
+    yield CHAIN_HELD, out | put(chain, values(chain, between))
+    yield CHAIN_ALONE, put(chain, dict(seen))
+    for name, held, removed in zip(trials.others, HELD, REMOVALS[1:], strict=True):
+        others = torch.from_numpy(trials.others[name][:, batch])
+        latents = dict(zip(chains.sites, others, strict=False))
+        yield held, out | put(latents, values(latents, between))
+        yield removed, removal(latents)
 
 
 def _draw(
@@ -198,7 +230,8 @@ def _draw(
                 for code, row in zip(codes, chain, strict=True)
             ]
         ),
-        others=_others(codes[1:-1], context, position, chain[1:-1], rng),
+        others=_others(codes[:-1], context, position, chain[:-1], rng),
+        active_share=float(fires.mean()) if len(fires) else np.nan,
     )
 
 
@@ -206,12 +239,12 @@ def _others(
     codes: Sequence[SparseCodes],
     context: np.ndarray,
     position: np.ndarray,
-    chain: Int64[np.ndarray, "between trial"],
+    chain: Int64[np.ndarray, "site trial"],
     rng: np.random.Generator,
-) -> dict[str, Int64[np.ndarray, "between trial"]]:
-    """At each site between, another latent that fires on the token: at random, and the strongest;
-    the chain's own where nothing else fires."""
-    found = {name: chain.copy() for name in (RANDOM_HELD, STRONGEST_HELD)}
+) -> dict[str, Int64[np.ndarray, "site trial"]]:
+    """At each site another latent that is active on the token: at random, and the strongest; the
+    chain's own where nothing else is active."""
+    found = {name: chain.copy() for name in ("random", "strongest")}
     for i, code in enumerate(codes):
         index, value = (
             code.index.cpu().numpy()[context, position],
@@ -220,11 +253,9 @@ def _others(
         free = (value > 0) & (index != chain[i][:, None])
         some = free.any(1)
         noise = np.where(free, rng.random(free.shape), -1.0)
-        found[RANDOM_HELD][i, some] = np.take_along_axis(index, noise.argmax(1)[:, None], 1)[
-            some, 0
-        ]
+        found["random"][i, some] = np.take_along_axis(index, noise.argmax(1)[:, None], 1)[some, 0]
         strength = np.where(free, value, -1.0)
-        found[STRONGEST_HELD][i, some] = np.take_along_axis(index, strength.argmax(1)[:, None], 1)[
+        found["strongest"][i, some] = np.take_along_axis(index, strength.argmax(1)[:, None], 1)[
             some, 0
         ]
     return found
@@ -258,34 +289,41 @@ def _read(
     )
 
 
-def _removed(sae: Sae, latent: Tensor, value: Tensor, at: Tensor) -> Callable[[Tensor], Tensor]:
+def _removed(sae: Sae, latent: Tensor, value: Tensor) -> Callable[[Tensor], Tensor]:
     delta = -value[:, None].to(sae.W_dec) * sae.W_dec[latent.to(sae.device)]
-    return lambda stream: _added(stream, delta, at)
+    return lambda rows: rows + delta.to(rows)
 
 
-def _held(hold: _Hold, at: Tensor) -> Callable[[Tensor], Tensor]:
-    def put(stream: Tensor) -> Tensor:
-        missing = hold.value - _read(hold.sae, _rows(stream, at), hold.latent)
-        direction = hold.sae.W_dec[hold.latent.to(hold.sae.device)]
-        return _added(stream, missing[:, None].to(direction) * direction, at)
+def _put(sae: Sae, latent: Tensor, value: Tensor) -> Callable[[Tensor], Tensor]:
+    def put(rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
+        missing = value - _read(sae, rows, latent)
+        direction = sae.W_dec[latent.to(sae.device)]
+        return rows + (missing[:, None].to(direction) * direction).to(rows)
 
     return put
 
 
 def _noted(
-    sae: Sae, latent: Tensor, at: Tensor, seen: dict[Site, Tensor], site: Site
+    sae: Sae, latent: Tensor, seen: dict[Site, Tensor], site: Site
 ) -> Callable[[Tensor], Tensor]:
-    def look(stream: Tensor) -> Tensor:
-        seen[site] = _read(sae, _rows(stream, at), latent)
-        return stream
+    def look(rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
+        seen[site] = _read(sae, rows, latent)
+        return rows
 
     return look
 
 
-def _added(stream: Tensor, delta: Float[Tensor, "row d_model"], at: Tensor) -> Tensor:
-    edited = stream.clone()
-    edited[torch.arange(len(at)), at] += delta.to(edited.device, edited.dtype)
-    return edited
+def _only_at(at: Tensor, edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The edit of one token a row, as an edit of the whole stream."""
+    rows = torch.arange(len(at))
+
+    def whole(stream: Float[Tensor, "row position d_model"]) -> Tensor:
+        edited = stream.clone()
+        own = stream[rows, at]
+        edited[rows, at] += (edit(own.float()) - own.float()).to(edited)
+        return edited
+
+    return whole
 
 
 def _as_table(
@@ -303,48 +341,77 @@ def _as_table(
         "target_latent": trials.chain[-1],
         "before": before,
     }
-    return pd.DataFrame(
-        facts | {f"change_{run}": 1.0 - after[i] / before for i, run in enumerate(RUNS)}
-    )
+    facts["active_share"] = trials.active_share
+    return pd.DataFrame(facts | {name: 1.0 - after[i] / before for i, name in enumerate(COLUMNS)})
 
 
 def summarise_mediation(
     table: pd.DataFrame, by: Sequence[str] = ("steps",), *, n_bootstrap: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Per group: `n`, the mean `change` of the target when the ancestor is removed, and the shares
-    of that change that need the chain (`through_chain`), that the chain alone makes
-    (`chain_alone`), and that need other latents (`through_random`, `through_strongest`); 95 %
-    percentile intervals of a bootstrap over documents."""
+    """Per group: `n`, and with 95 % percentile intervals of a bootstrap over documents
+
+    - `change`, `change_no_model`, `change_by_model`: the target's mean change when the ancestor is
+      removed, with the model, without it, and the difference;
+    - `blocks`: the mean change with the skip connection's part put back; `random_blocks` and
+      `strongest_blocks`: the same for other latents than the ancestor, and `blocks_by_link` what
+      the ancestor has more than the strongest other;
+    - `copies_removed`, `copies_removed_by_model`: when the chain's latents are removed too;
+    - `through_chain` (also `…_no_model`, `…_by_model`), `chain_alone`, `through_random` and
+      `through_strongest`: shares of the change.
+    """
     rows = []
     for key, group in table.groupby(list(by), sort=False):
-        sums = group.groupby("document")[[f"change_{run}" for run in RUNS]].sum().to_numpy()
+        sums = group.groupby("document")[list(COLUMNS)].sum()
         counts = group.groupby("document").size().to_numpy()
         row = dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True)) | {
-            "n": len(group)
+            "n": len(group),
+            "active_share": group["active_share"].mean(),
         }
-        for name in _shares(sums, counts):
-            found = bootstrap(
-                lambda weights, sums=sums, counts=counts, name=name: _shares(
-                    weights @ sums, weights @ counts
-                )[name],
-                len(counts),
-                seed=seed,
-                n=n_bootstrap,
-            )
+        for name, of in MEASURES.items():
+
+            def statistic(
+                weights: Float[np.ndarray, "draw document"],
+                of: Measure = of,
+                sums: pd.DataFrame = sums,
+                counts: np.ndarray = counts,
+            ) -> Float[np.ndarray, "draw"]:
+                n = weights @ counts
+                return of({run: weights @ sums[f"change_{run}"].to_numpy() / n for run in NAMES})
+
+            found = bootstrap(statistic, len(counts), seed=seed, n=n_bootstrap)
             row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _shares(
-    sums: Float[np.ndarray, "draw run"], counts: Float[np.ndarray, "draw"]
-) -> dict[str, Float[np.ndarray, "draw"]]:
-    removed, held, alone, random, strongest = sums.T
-    total = np.where(removed == 0, np.nan, removed)
-    return {
-        "change": removed / counts,
-        "through_chain": 1 - held / total,
-        "chain_alone": alone / total,
-        "through_random": 1 - random / total,
-        "through_strongest": 1 - strongest / total,
-    }
+NAMES = tuple(column.removeprefix("change_") for column in COLUMNS)
+Means = Mapping[str, Float[np.ndarray, "draw"]]
+Measure = Callable[[Means], Float[np.ndarray, "draw"]]
+
+
+def _held(means: Means, run: str, arm: str = "") -> Float[np.ndarray, "draw"]:
+    """The share of the ancestor's effect that is gone when `run` holds something."""
+    total = means[f"removed{arm}"]
+    return 1 - means[f"{run}{arm}"] / np.where(total == 0, np.nan, total)
+
+
+MEASURES: Mapping[str, Measure] = {
+    "change": lambda m: m["removed"],
+    "change_no_model": lambda m: m["removed_no_model"],
+    "change_by_model": lambda m: m["removed"] - m["removed_no_model"],
+    "blocks": lambda m: m["removed_blocks"],
+    "random_blocks": lambda m: m["random_removed_blocks"],
+    "strongest_blocks": lambda m: m["strongest_removed_blocks"],
+    "blocks_by_link": lambda m: m["removed_blocks"] - m["strongest_removed_blocks"],
+    "random_change": lambda m: m["random_removed"],
+    "strongest_change": lambda m: m["strongest_removed"],
+    "copies_removed": lambda m: m[COPIES],
+    "copies_removed_by_model": lambda m: m[COPIES] - m[f"{COPIES}_no_model"],
+    "through_chain": lambda m: _held(m, CHAIN_HELD),
+    "through_chain_no_model": lambda m: _held(m, CHAIN_HELD, "_no_model"),
+    "through_chain_by_model": lambda m: _held(m, CHAIN_HELD) - _held(m, CHAIN_HELD, "_no_model"),
+    "chain_alone": lambda m: 1 - _held(m, CHAIN_ALONE),
+    "through_random": lambda m: _held(m, "random_held"),
+    "through_strongest": lambda m: _held(m, "strongest_held"),
+}
+"""What is summarised, from the mean change of every run."""

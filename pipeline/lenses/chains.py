@@ -1,10 +1,14 @@
-"""Indirect effects along chains: remove an ancestor some layers up; how much of the loss flows
-through the chain?
+"""Remove an ancestor some layers up: how much of the target's loss is the model's doing, and how
+much flows through the chain between?
 
 For target layers spread over the depth, and ancestors 2, 3, 4 and 6 residual sites up, the chain of
 each target is the composition of best predecessors, as in the paper. The measurement is path
-patching (pipeline/flow/mediation.py). Chains whose links the calibrated graph keeps are summarised
-beside all. Not in either paper: Feature Flow §5.2 removes direct predecessors only.
+patching (pipeline/flow/mediation.py), each run with an arm without the model: a direction that is
+removed stays removed in the skip connection whatever the model does. `blocks` puts the skip
+connection's part back and asks what only the blocks can have done, beside the same for the
+strongest other active latent: what the flow graph knows of the model is the difference. Chains
+whose links the calibrated graph keeps are summarised beside all. Not in either paper: Feature Flow
+§5.2 removes direct predecessors only.
 """
 
 from __future__ import annotations
@@ -100,16 +104,17 @@ def _finding(trials: pd.DataFrame, config: Config) -> Finding:
             by=("steps",),
             columns={
                 "change": "change when the ancestor is removed",
-                "through_chain": "share that needs the chain",
-                "chain_alone": "share the chain alone makes",
-                "through_random": "share that needs random others",
+                "change_by_model": "of it, by the model",
+                "blocks": "change by the blocks alone",
+                "blocks_by_link": "… beyond the strongest other",
+                "through_chain_by_model": "through the chain, by the model",
             },
         ),
         text=_text(everything, trials["target_site"].nunique()),
         headline={
             f"{name}, {row.steps} steps": round(float(getattr(row, name)), 4)
             for row in everything.itertuples()
-            for name in ("change", "through_chain")
+            for name in ("change", "change_by_model", "blocks_by_link")
         },
     )
 
@@ -119,18 +124,26 @@ def _text(summary: pd.DataFrame, n_layers: int) -> str:
         return f"{row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
 
     lines = [
-        f"  {row['steps']} links up (n {row['n']}): change {with_interval(row, 'change')}; of it\n"
-        f"    through the chain {with_interval(row, 'through_chain')}, "
-        f"by the chain alone {with_interval(row, 'chain_alone')},\n"
-        f"    controls: random others {with_interval(row, 'through_random')}, "
-        f"strongest others {with_interval(row, 'through_strongest')}"
+        f"  {row['steps']} links up (n {row['n']}, {row['active_share']:.0%} of all active targets "
+        f"with a chain): change {with_interval(row, 'change')}, without the model "
+        f"{row['change_no_model']:.2f}, by the model {with_interval(row, 'change_by_model')};\n"
+        f"    by the blocks alone {with_interval(row, 'blocks')}, beyond the strongest other "
+        f"{with_interval(row, 'blocks_by_link')};\n"
+        f"    the chain removed too {row['copies_removed']:.2f}, by the model "
+        f"{with_interval(row, 'copies_removed_by_model')};\n"
+        f"    through the chain {row['through_chain']:.2f}, without the model "
+        f"{row['through_chain_no_model']:.2f}; through the strongest others "
+        f"{row['through_strongest']:.2f}"
         for row in summary.to_dict(orient="records")
     ]
     return (
         "What the paper saw: it removes direct predecessors only; effects over several layers were "
         "not measured.\n\n"
         f"What this model shows, {n_layers} target layers, targets whose ancestor is active, 95 % "
-        "intervals by document:\n" + "\n".join(lines)
+        "intervals by document:\n"
+        + "\n".join(lines)
+        + "\n\nOnly what differs from the arm without "
+        "the model, and from other latents, says something of the model."
     )
 
 

@@ -12,7 +12,14 @@ from data.model.language_model import LanguageModel
 from data.model.spec import Random
 from featureflow.sites import Site
 from pipeline.flow.causal import Contexts, record_clean
-from pipeline.flow.mediation import RUNS, Chains, measure_mediation, summarise_mediation
+from pipeline.flow.mediation import (
+    COLUMNS,
+    REMOVALS,
+    RUNS,
+    Chains,
+    measure_mediation,
+    summarise_mediation,
+)
 from sae import Sae
 from sae.activations import Relu, TopKActivation
 
@@ -82,6 +89,30 @@ def test_the_planted_share_flows_through_the_chain(
     assert heard["through_random"].iloc[0] == pytest.approx(0.0, abs=0.05)
 
 
+def test_blocks_that_write_nothing_do_nothing(model: LanguageModel, contexts: Contexts) -> None:
+    """Then the arm without the model is the model, and with the skip put back nothing changes."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [
+        torch.nn.functional.normalize(torch.randn(48, D, generator=generator), dim=1) for _ in SITES
+    ]
+    saes = {site: dictionary(row, k=12) for site, row in zip(SITES, rows, strict=True)}
+    same = np.arange(48)
+    chains = Chains(sites=SITES, latent=np.stack([same[::-1], np.roll(same, 5), same]))
+    table = measured(without_blocks(model), saes, chains, contexts)
+    assert len(table) > 20
+    assert table["change_removed"].abs().max() > 0.05
+    for name in RUNS:
+        np.testing.assert_allclose(
+            table[f"change_{name}"], table[f"change_{name}_no_model"], atol=1e-3, err_msg=name
+        )
+    for name in REMOVALS:
+        np.testing.assert_allclose(table[f"change_{name}_blocks"], 0.0, atol=1e-3)
+    summary = summarise_mediation(table).iloc[0]
+    assert summary["change_by_model"] == pytest.approx(0.0, abs=1e-4)
+    assert summary["blocks"] == pytest.approx(0.0, abs=1e-4)
+    assert summary["through_chain_by_model"] == pytest.approx(0.0, abs=1e-3)
+
+
 def middle_before(
     saes, table: pd.DataFrame, model: LanguageModel, contexts: Contexts
 ) -> np.ndarray:
@@ -138,7 +169,15 @@ def test_every_run_equals_a_full_run_with_the_same_edits(
 
         held = run(model, ids, at, {SITES[0]: lambda x, out=out: x + out, SITES[1]: put(z[1])})
         alone = run(model, ids, at, {SITES[1]: put(low)})
-        for name, state in (("removed", removed), ("chain_held", held), ("chain_alone", alone)):
+        copies = run(model, ids, at, {SITES[0]: lambda x, out=out: x + out, SITES[1]: put(0.0)})
+        skipped = float(saes[SITES[2]].encode(removed[SITES[2]] - out)[target])
+        assert row.change_removed_blocks == pytest.approx(1 - skipped / z[2], abs=1e-3)
+        named = zip(
+            ("removed", "chain_held", "chain_alone", "copies_removed"),
+            (removed, held, alone, copies),
+            strict=True,
+        )
+        for name, state in named:
             after = float(saes[SITES[2]].encode(state[SITES[2]])[target])
             assert getattr(row, f"change_{name}") == pytest.approx(1 - after / z[2], abs=1e-3), name
 
@@ -158,7 +197,8 @@ def run(model: LanguageModel, ids: torch.Tensor, at: int, edits) -> dict[Site, t
 
 def test_shares_by_hand_with_documents_as_the_unit() -> None:
     table = pd.DataFrame(
-        {"steps": [2, 2, 2], "document": [0, 0, 1]} | {f"change_{run}": 0.0 for run in RUNS}
+        {"steps": [2, 2, 2], "document": [0, 0, 1], "active_share": 0.5}
+        | dict.fromkeys(COLUMNS, 0.0)
     )
     table["change_removed"] = [1.0, 0.5, 0.5]
     table["change_chain_held"] = [0.0, 0.5, 0.5]
