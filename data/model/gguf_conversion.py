@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from data.cache import cache_folder, make_once, sha256_of
-from data.model.gguf_keys import is_rope_factor, stated_config
+from data.model.gguf_keys import ARCHITECTURES, is_rope_factor, stated_config
 from data.model.loading import check_complete, quiet_transformers
 from featureflow.errors import UserError
 from featureflow.files import is_lfs_pointer, lfs_problem
@@ -114,6 +114,7 @@ def _convert(path: Path, folder: Path, progress: Progress) -> None:
 
 def _refuse_other_kinds(path: Path, reader: Any) -> None:
     """Files that hold a part of a model, or none."""
+    architecture = str(_field(reader, "general.architecture"))
     kind = _field(reader, "general.type") or "model"
     n_parts = int(_field(reader, "split.count") or 1)
     if kind != "model":
@@ -124,6 +125,13 @@ def _refuse_other_kinds(path: Path, reader: Any) -> None:
             where=str(path),
             found=f"{n_parts} parts",
             fix="join them with llama-gguf-split --merge, or give the model's own folder",
+        )
+    if architecture not in ARCHITECTURES:
+        raise UserError(
+            f"GGUF files of the architecture {architecture} are not read here",
+            where=str(path),
+            expected=", ".join(sorted(ARCHITECTURES)),
+            fix=_OTHER_SOURCE,
         )
 
 

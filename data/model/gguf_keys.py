@@ -16,7 +16,6 @@ short and long contexts. Sources: llama.cpp's `gguf/constants.py` and the archit
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,11 +79,16 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 _OFF_AT_ZERO = ("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 _INERT = frozenset({"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "pooling_type"})
-_REBUILT = ("qwen35", "qwen35moe", "lfm2")
-"""transformers makes the configuration of these from the keys itself; those it does not look at:"""
-_NOT_REBUILT = re.compile(
-    r"rope\.scaling\.|.*softcapping|.*_scale$|attention\.(sliding|clamp|max_alibi)|expert_weights"
+ARCHITECTURES = frozenset(
+    {
+        *("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "qwen35", "gemma2", "gemma3"),
+        *("phi3", "gpt2", "starcoder2", "stablelm", "nemotron", "falcon", "bloom", "mamba", "lfm2"),
+    }
 )
+"""Files of these, written as llama.cpp's converter does, gave the activations of the model they
+were written from (tests/data/test_gguf.py). transformers reads others too, some of them wrong."""
+_REBUILT = ("qwen35", "lfm2")
+"""transformers makes the configuration of these from the keys itself."""
 _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _DEFAULT_ROPE = {"rope_type": "default"}
 
@@ -103,11 +107,7 @@ def stated_config(
     that reads the values."""
     plain = config.to_dict()
     if architecture in _REBUILT:
-        return config, [
-            _problem(key, value)
-            for key, value in stated.items()
-            if _NOT_REBUILT.match(key) and value not in _NEUTRAL.get(key, ())
-        ]
+        return config, _unread(plain, architecture, stated, tensors)
     left = {key: value for key, value in stated.items() if key not in _INERT}
     problems: list[Problem] = []
     changes: dict[str, Any] = {}
@@ -136,6 +136,53 @@ def stated_config(
     return type(config)(**(_without_derived(plain, changes) | changes)), problems
 
 
+class _Noting(dict[str, Any]):
+    """Notes which keys are asked for."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+
+def _unread(
+    plain: Mapping[str, Any],
+    architecture: str,
+    stated: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+) -> list[Problem]:
+    """What the file states and transformers does not ask for, unless the configuration says the
+    same."""
+    from transformers.integrations.gguf.gguf_config_mapping import get_gguf_config
+
+    named = {f"{architecture}.{key}": value for key, value in stated.items()}
+    keys = _Noting({"general.architecture": architecture, "tokenizer.ggml.tokens": 0, **named})
+    get_gguf_config(keys, tuple(tensors))
+    left = [key for key in stated if f"{architecture}.{key}" not in keys.read]
+    width = plain.get("head_dim") or plain["hidden_size"] // plain["num_attention_heads"]
+    same = {"rope.dimension_count": width, "attention.key_length": width}
+    problems = []
+    for key in left:
+        value = _scalar(stated[key])
+        change = {} if value == same.get(key) else _change(key, value, plain, stated)
+        if key in _INERT or value in _NEUTRAL.get(key, ()):
+            continue
+        if change is None or any(plain.get(name) != to for name, to in change.items()):
+            problems.append(_problem(key, value))
+    return problems + [
+        Problem(what="not applied by the loader", where=name)
+        for name in _ROPE_FACTORS
+        if name in tensors
+    ]
+
+
 def _change(
     key: str, value: Any, plain: Mapping[str, Any], stated: Mapping[str, Any]
 ) -> dict[str, Any] | None:
@@ -144,6 +191,10 @@ def _change(
         return _window_pattern(value, plain, stated)
     if key == "attention.scale":
         return _attention_scale(value, plain, stated)
+    if key == "attention.head_count_kv" and plain["model_type"] == "falcon" and value != 1:
+        return (
+            None  # llama.cpp writes queries, keys and values in another order than one reads them
+        )
     if key == "attention.value_length":
         return {} if value == stated.get("attention.key_length", value) else None
     if key == "attention.sliding_window" and value >= stated.get("context_length", np.inf):
@@ -218,9 +269,13 @@ def _shape_of_tensors(plain: Mapping[str, Any], tensors: Mapping[str, Any]) -> d
     changes: dict[str, Any] = {}
     if "output.weight" in tensors:
         changes["tie_word_embeddings"] = False
-    for name, field in (("attn_q.bias", "attention_bias"), ("ffn_up.bias", "mlp_bias")):
-        if field in plain and f"blk.0.{name}" in tensors:
-            changes[field] = True
+    for name, field in (
+        ("attn_q.bias", "attention_bias"),
+        ("attn_q.bias", "use_bias"),
+        ("ffn_up.bias", "mlp_bias"),
+    ):
+        if field in plain:
+            changes[field] = f"blk.0.{name}" in tensors
     return changes
 
 
