@@ -2,6 +2,7 @@
 
     run = Run.open("artifacts/laptop")
     plan = run.plan("L12/402", dose=0.3)                 calibrated on neutral text
+    without = run.remove("L12/402")                      ablated along its whole flow
     run.sample("I think", [None, plan])                  from the same random numbers
     run.steering.read_plan("cooking.toml")               refused if it was made from other SAEs
 
@@ -46,6 +47,7 @@ from steering.features import Profile, profile_features
 from steering.generation import Sample, Sampling, generate
 from steering.plan import Plan
 from steering.plan_files import read_plan
+from steering.removal import along_whole_flow
 from steering.schedules import Constant, Schedule
 
 N_CONTROL_DRAWS = 16
@@ -160,6 +162,20 @@ class Steering:
         )
         plan = self.signed(plan)
         return plan if dose is None else self.calibrated(plan, dose)
+
+    def remove(self, feature: str | FeatureId, *, every: int = 1) -> Plan:
+        """A plan that ablates a feature along its whole flow, from its own layer to the flow's end,
+        or every n-th step of it. Raises UserError for a feature that does not exist or has no
+        flow in the residual stream."""
+        seed = parse_feature(feature) if isinstance(feature, str) else feature
+        self.graph.number(seed)
+        if seed.site not in self.saes:
+            raise UserError(
+                f"{seed} is not in the residual stream",
+                expected=", ".join(site.short for site in self.saes),
+            )
+        flow = self.flow(seed, n_before=0, n_after=self.model.n_layers)
+        return self.signed(along_whole_flow(flow, every=every))
 
     def signed(self, plan: Plan) -> Plan:
         """The plan with what it was made from: the model, and where it names features their SAEs

@@ -67,10 +67,10 @@ class NeutralText:
             raise UserError("a dose needs neutral text", expected="at least one text")
         batch = padded([encoded(model, text)[:n_tokens] for text in texts], device=device_of(model))
         with block_outputs(model) as blocks:
-            log_probs = _scored(forward(model, batch), batch).float().log_softmax(-1)
+            log_probs = scored(forward(model, batch), batch).float().log_softmax(-1)
         following = batch.ids.roll(-1, dims=1)
         return cls(
-            batch=batch, log_probs=log_probs, next_ids=_scored(following, batch), blocks=blocks
+            batch=batch, log_probs=log_probs, next_ids=scored(following, batch), blocks=blocks
         )
 
     @property
@@ -147,7 +147,7 @@ def _steered(
     model: SteerableModel, plan: Plan, neutral: NeutralText
 ) -> Float[Tensor, "token vocab"]:
     with resumed(model, neutral.blocks, _first_edited(plan)):
-        return _scored(forward(model, neutral.batch), neutral.batch).float().log_softmax(-1)
+        return scored(forward(model, neutral.batch), neutral.batch).float().log_softmax(-1)
 
 
 def _first_edited(plan: Plan) -> int:
@@ -286,7 +286,7 @@ def _is_saturated(points: Mapping[float, float], dose: float) -> bool:
     return last >= 2 * before and points[last] < 1.02 * points[before]
 
 
-def _scored(values: Tensor, batch: Batch) -> Tensor:
+def scored(values: Tensor, batch: Batch) -> Tensor:
     """The values at real tokens, without the first of each row; the last column has no next token
     (-1 for ids)."""
     if values.dtype == torch.long:

@@ -36,9 +36,9 @@ from torch import Tensor
 from featureflow.errors import UserError
 from featureflow.sites import FeatureId, Site
 from steering.sequences import (
-    Batch,
     Dictionary,
     SteerableModel,
+    arriving,
     device_of,
     encoded,
     forward,
@@ -94,7 +94,9 @@ def read_texts(
     latents: dict[Site, list[Tensor]] = {site: [] for site in saes}
     for block in in_batches(order, batch_size):
         batch = padded([rows[place] for place in block], device=device_of(model))
-        for site, h in _recorded(model, tuple(saes), batch).items():
+        with arriving(model, tuple(saes)) as seen:
+            forward(model, batch, n_last=1)
+        for site, h in seen.items():
             mask = (batch.real & (batch.positions() > 0)).float()
             vectors[site].append(_masked_mean(h.float(), mask))
             encode = getattr(saes[site], "encode", None)
@@ -215,21 +217,6 @@ def _contrasts(
         )
         for place, latent in enumerate(kept)
     ]
-
-
-def _recorded(model: SteerableModel, sites: Sequence[Site], batch: Batch) -> dict[Site, Tensor]:
-    seen: dict[Site, Tensor] = {}
-
-    def keep(site: Site):  # type: ignore[no-untyped-def]
-        def edit(h: Tensor) -> Tensor:
-            seen[site] = h
-            return h
-
-        return edit
-
-    with model.edited({site: keep(site) for site in sites}):
-        forward(model, batch, n_last=1)
-    return seen
 
 
 def _masked_mean(

@@ -101,6 +101,23 @@ def forward(
 
 
 @contextmanager
+def arriving(model: SteerableModel, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
+    """Filled by every forward pass inside with the activation at each site as it arrives: before
+    the edits of plans that are applied inside."""
+    seen: dict[Site, Tensor] = {}
+
+    def look(site: Site) -> Callable[[Tensor], Tensor]:
+        def keep(h: Tensor) -> Tensor:
+            seen[site] = h
+            return h
+
+        return keep
+
+    with model.edited({site: look(site) for site in sites}):
+        yield seen
+
+
+@contextmanager
 def block_outputs(model: SteerableModel) -> Iterator[list[Any]]:
     """Filled with what each transformer block gives in the forward pass made inside; stays empty
     for a model that does not say which its blocks are."""

@@ -8,6 +8,8 @@ Nothing is sampled.
 3. `output_score`: on neutral text, the probability of a set of tokens, and how much of the KL goes
    into moving probability between the set and the rest: KL = KL_between + disruption,
    on-target share = KL_between / KL.
+4. `expected_share`: the probability that a token drawn under the real sampling rule is one of a
+   set. Mean log-probabilities rise where words stay out of reach; this counts only what is said.
 
 Cost: one forward pass over the texts per steering. Sources: Arad et al. (output scores); ActAdd
 (effectiveness, disruption); the chain rule of KL.
@@ -20,10 +22,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from featureflow.errors import UserError
 from featureflow.sites import Site
 from steering.dose import NeutralText, steered_log_probs
+from steering.generation import Sampling
 from steering.hooks import applied
 from steering.plan import Plan
 from steering.sequences import (
@@ -144,6 +149,24 @@ def output_score(
         kl=float(torch.linalg.vecdot(steered.exp(), steered - base).double().clamp(min=0).mean()),
         kl_between=float(between.mean()),
     )
+
+
+def expected_share(
+    log_probs: Float[Tensor, "token vocab"], tokens: Sequence[int], sampling: Sampling
+) -> Float[Tensor, "token"]:
+    """After every token, the probability that the next one drawn under the sampling rule is one of
+    `tokens`. × 100: expected words of 100."""
+    wanted = torch.zeros(log_probs.shape[-1], device=log_probs.device)
+    wanted[list(tokens)] = 1.0
+    found = []
+    for block in log_probs.split(1024):
+        top, index = (block / sampling.temperature).topk(
+            min(sampling.top_k, block.shape[-1]), dim=-1
+        )
+        p = top.softmax(-1)
+        p = torch.where(p.cumsum(-1) - p < sampling.top_p, p, 0.0)
+        found.append((p * wanted[index]).sum(-1) / p.sum(-1))
+    return torch.cat(found)
 
 
 def lexicon_tokens(model: SteerableModel, words: Sequence[str] | frozenset[str]) -> list[int]:

@@ -12,7 +12,15 @@ import click
 from pipeline.cli.lens import lens_commands
 from pipeline.cli.options import artifacts_option, recipe_option
 from pipeline.cli.serving import serve_until_interrupted
-from pipeline.cli.steer_plans import calibrate, contrast, device_option, opened, plan
+from pipeline.cli.steer_plans import (
+    calibrate,
+    contrast,
+    design,
+    device_option,
+    opened,
+    plan,
+    remove,
+)
 from pipeline.cli.steer_texts import generate, judge
 from pipeline.console import say
 
@@ -143,4 +151,4 @@ def paper(ctx: click.Context) -> None:
         lens.main(ctx.args, prog_name="featureflow steer paper", standalone_mode=False)
 
 
-STEER_TOOLS = (plan, contrast, calibrate, generate, judge, export, paper)
+STEER_TOOLS = (plan, design, remove, contrast, calibrate, generate, judge, export, paper)

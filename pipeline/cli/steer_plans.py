@@ -127,6 +127,31 @@ def plan(
 
 
 @click.command()
+@click.argument("feature")
+@click.option(
+    "--every", default=1, show_default=True, help="remove every n-th step of the flow only"
+)
+@click.option("--unread", is_flag=True, help="write the plan and measure nothing")
+@_out
+@device_option
+@recipe_option
+@artifacts_option
+def remove(
+    feature: str, every: int, unread: bool, out: Path, device: str, recipe: str, artifacts: Path
+) -> None:
+    """Make a plan that removes FEATURE along its whole flow, and say what is left of it for readers
+    that are not of the flow, and what else changes."""
+    from pipeline.lenses.steering.removal_trial import removal_lines
+
+    run = opened(artifacts, recipe, device)
+    made = run.remove(feature, every=every)
+    _write(made, out)
+    if not unread:
+        for line in removal_lines(run, made, feature):
+            say(line)
+
+
+@click.command()
 @click.argument("topical", type=click.Path(path_type=Path))
 @click.argument("other", type=click.Path(path_type=Path))
 @click.option(
@@ -205,6 +230,89 @@ def contrast(
     best = found[0].contrast.feature
     made = steering.plan(best, dose=dose)
     _write(replace(made, name=f"{topical.stem} against {other.stem}, {made.name}"), out)
+
+
+@click.command()
+@click.option("--texts", type=click.Path(path_type=Path), help="texts of the topic, one a line")
+@click.option(
+    "--against", type=click.Path(path_type=Path), help="texts of the same kind without it"
+)
+@click.option("--words", help="words instead of texts, such as cat,dog,horse")
+@click.option(
+    "--feature", "features", multiple=True, help="a feature instead; several for a supernode"
+)
+@click.option("--k", default=8, show_default=True, help="features pushed at most")
+@click.option("--layers", help="first and last layer, such as 10-20; 14 for one")
+@click.option("--along", help="members of the flow of this feature only")
+@click.option("--dense", is_flag=True, help="one vector, not features: what features cost")
+@click.option(
+    "--dose",
+    default=0.15,
+    show_default=True,
+    help="nats of KL to the unsteered model on neutral text",
+)
+@_out
+@device_option
+@recipe_option
+@artifacts_option
+def design(
+    texts: Path | None,
+    against: Path | None,
+    words: str | None,
+    features: tuple[str, ...],
+    k: int,
+    layers: str | None,
+    along: str | None,
+    dense: bool,
+    dose: float,
+    out: Path,
+    device: str,
+    recipe: str,
+    artifacts: Path,
+) -> None:
+    """Make a plan that pushes the features with the most effect for the dose, and say what it
+    should do beside what it does. The first call of a run sketches its output (minutes)."""
+    from dataclasses import replace
+
+    from pipeline.lenses.base import run_lens
+    from pipeline.lenses.steering.contrast import read_lines
+    from pipeline.lenses.steering.designs import (
+        DesignOptions,
+        aim_of_features,
+        aim_of_texts,
+        aim_of_words,
+        design,
+        lines_of,
+    )
+
+    if sum((texts is not None, words is not None, bool(features))) != 1:
+        raise click.UsageError("give one of --texts with --against, --words, --feature")
+    if (texts is None) != (against is None):
+        raise click.UsageError("--texts and --against belong together")
+    sets = [read_lines(path) for path in (texts, against) if path is not None]
+    options = DesignOptions(k=k, layers=_span(layers), along=along, dense=dense, dose=dose)
+    run = opened(artifacts, recipe, device)
+    run_lens("output-sketch", run)
+    if sets:
+        aim = aim_of_texts(run, *sets)
+    elif words is not None:
+        aim = aim_of_words(run, [word.strip() for word in words.split(",") if word.strip()])
+    else:
+        aim = aim_of_features(run, features)
+    made = design(run, aim, options)
+    for line in lines_of(made):
+        say(line)
+    _write(replace(made.plan, name=out.stem), out)
+
+
+def _span(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, _, last = text.partition("-")
+    try:
+        return int(first), int(last or first)
+    except ValueError:
+        raise click.UsageError(f"--layers takes a span such as 10-20, not {text!r}") from None
 
 
 @click.command()

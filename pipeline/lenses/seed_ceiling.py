@@ -77,7 +77,12 @@ def look(run: Run, config: Config) -> Finding:
         recipe = Recipe.of(run.saes.description(site)["metadata"])
         if recipe is None:
             continue
-        found, features = _compared(run, site, _second(run, site, recipe, config), config)
+        found, features = _compared(
+            run,
+            site,
+            trained_again(run, site, recipe, seed=config.seed, steps=config.steps),
+            config,
+        )
         rows.append(found | _linked(run, site))
         columns.append(features)
     if not rows:
@@ -101,14 +106,16 @@ def look(run: Run, config: Config) -> Finding:
     )
 
 
-def _second(run: Run, site: Site, recipe: Recipe, config: Config) -> Sae:
+def trained_again(
+    run: Run, site: Site, recipe: Recipe, *, seed: int = 0, steps: int | None = None
+) -> Sae:
     """An SAE like the run's own, from another seed."""
     kept = run.store.kept_rows("train", sites=[site])[:MOST_ROWS]
     x = read_rows(run.store, site, kept)
     source = normalisation_at(run.store, site)
-    n_latents, seed = run.saes[site].n_latents, recipe.seed + OTHER_SEED + config.seed
+    n_latents, seed = run.saes[site].n_latents, recipe.seed + OTHER_SEED + seed
     start = recipe.architecture.prepared(random_start(n_latents, x.shape[1], seed=seed))
-    steps = config.steps or recipe.schedule.steps
+    steps = steps or recipe.schedule.steps
     warmup = min(recipe.schedule.warmup_steps, steps // 2)
     schedule = replace(recipe.schedule, steps=steps, warmup_steps=warmup)
     trainer = Trainer(

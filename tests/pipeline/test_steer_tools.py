@@ -105,6 +105,86 @@ def linked_through(inputs, tmp_path_factory) -> Path:
     return root
 
 
+def test_a_feature_is_removed_along_its_flow_and_readers_say_what_is_left(
+    linked_through, steering, tmp_path, capsys
+):
+    feature = lasting_feature(steering)
+    where = ["--artifacts", str(linked_through.parent), "--recipe", linked_through.name]
+    out = ["--out", str(tmp_path / "a.toml")]
+    assert run_command(["steer", "remove", feature, *out, *where]) == 0
+    printed = capsys.readouterr().out
+    made = read_plan(tmp_path / "a.toml")
+    flow = Run.open(linked_through).graph.chain(feature, backward=False)
+    assert [node.at for node in made.nodes] == [str(step.feature) for step in flow]
+    assert made.edit.kind == "ablate"
+    assert made.strength == 1
+    assert "left, probe end" in printed
+    assert "KL, before" in printed
+
+    run_command(["steer", "remove", feature, "--every", "2", "--unread", *out, *where])
+    assert [node.at for node in read_plan(tmp_path / "a.toml").nodes] == [
+        str(step.feature) for step in flow[::2]
+    ]
+    assert "left" not in capsys.readouterr().out
+
+
+def test_a_plan_is_designed_from_texts_and_says_what_it_should_do_and_does(
+    steer, steering, tmp_path
+):
+    common = ["--texts", "topical.txt", "--against", "other.txt", "--dose", "0.05"]
+    printed = steer("design", *common, "--k", "3", "--out", "a.toml")
+    made = read_plan(tmp_path / "a.toml")
+    assert 1 <= len(made.nodes) <= 3
+    assert made.dose == pytest.approx(0.05, rel=0.06)
+    assert made.digests == steering.digests
+    assert all(node.weight > 0 for node in made.nodes)
+    assert sum(node.weight for node in made.nodes) == pytest.approx(1)
+    assert "predicted  measured" in printed
+    assert "topical less other" in printed
+    rows = {line[:36].strip(): line[36:].split() for line in printed.splitlines()}
+    predicted, measured = map(float, rows["its words of 100, steered"])
+    unsteered = float(rows["its words of 100, unsteered"][1])
+    assert predicted > unsteered
+    assert measured > unsteered
+
+    steer("design", "--words", "the,of", "--layers", "3", "--dose", "0.05", "--out", "a.toml")
+    assert {node.site.layer for node in read_plan(tmp_path / "a.toml").nodes} == {3}
+    steer("design", "--words", "the,of", "--dense", "--dose", "0.05", "--out", "a.json")
+    assert [node.vector is not None for node in read_plan(tmp_path / "a.json").nodes] == [True]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--texts", "topical.txt", "--against", "topical.txt"], "texts in both sets"),
+        (["--texts", "topical.txt"], "belong together"),
+        (["--texts", "topical.txt", "--against", "few.txt"], "too few texts"),
+        (["--words", "xylophonically"], "one token"),
+        (["--words", "the", "--dose", "500"], "no strength of this plan gives 500 nats"),
+        (["--words", "the", "--layers", "7-9"], "no layer that is sketched"),
+        (["--words", "the", "--layers", "a-b"], "a span such as"),
+        (["--feature", "L2/9999"], "9999"),
+        ([], "give one of"),
+    ],
+)
+def test_what_cannot_be_designed_is_said(steer, tmp_path, words, told):
+    (tmp_path / "few.txt").write_text("one\ntwo\n", encoding="utf-8")
+    assert told in steer("design", *words, "--out", "a.toml", fails=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["L2/9999"], "9999"),
+        (["L9/1"], "L9"),
+        (["L2/1", "--every", "0"], "every n-th"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_what_cannot_be_removed_is_said(steer, words, told):
+    assert told in steer("remove", *words, "--out", "a.toml", fails=True)
+
+
 def test_a_plan_along_a_flow_shares_its_strength_by_the_schedule(
     linked_through, steering, tmp_path
 ):

@@ -35,7 +35,7 @@ from steering.features import Contrast, difference_of_means, rank_features, read
 from steering.plan import Plan
 from steering.teacher_forced import OutputScore, output_score
 
-_LEAST_TEXTS = 4
+LEAST_TEXTS = 4
 _N_WORDS, _LEAST_RATIO = 40, 3.0
 _SCORING_STRENGTH = 0.15
 _N_NEUTRAL = 6
@@ -56,11 +56,11 @@ def read_lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("these texts cannot be read", where=str(path), found=str(error)) from error
     kept = [text for text in texts if text]
-    if len(kept) < _LEAST_TEXTS:
+    if len(kept) < LEAST_TEXTS:
         raise UserError(
             "too few texts",
             where=str(path),
-            expected=f"{_LEAST_TEXTS} lines or more",
+            expected=f"{LEAST_TEXTS} lines or more",
             found=str(len(kept)),
         )
     return kept

@@ -29,6 +29,10 @@ SMALL = {
     "n_texts": 2,
     "n_prompts": 2,
     "n_seeds": 1,
+    "n_features": 4,
+    "n_seconds": 1,
+    "ahead": 1,
+    "n_samples": 4,
     "remaining": (0.5, 0.0),
     "strengths": (0.05,),
 }
