@@ -1,5 +1,5 @@
 """The threshold that gives a requested L0: set after training, on activations that were not trained
-on.
+on; or in place of a TopK, for tools that apply thresholds only (`with_threshold`).
 
     BatchTopK and its kin    one threshold θ for all latents: the (target × tokens)-th largest
     pre-activation
@@ -17,7 +17,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from featureflow.errors import UserError
+from sae.activations import Threshold, TopKActivation
 from sae.architectures.base import Architecture
+from sae.dictionary import Sae
 from sae.kernels.select import WholeBatch, encode
 from sae.step import Weights
 
@@ -41,6 +44,24 @@ def calibrated_threshold(
     if len(codes.value) < selection.count(len(x)):
         return weights, 0.0
     return weights, _just_below(float(codes.value.min()))
+
+
+@torch.no_grad()
+def with_threshold(sae: Sae, x: Float[Tensor, "token d_in"]) -> Sae:
+    """A TopK dictionary as one of thresholds: a latent is active above the value that leaves k
+    active ones a token, on average over the rows `x`. Single tokens have more or fewer."""
+    if not isinstance(sae.activation, TopKActivation):
+        raise UserError("no TopK", found=sae.activation.kind, expected="topk")
+    n = sae.activation.k * len(x)
+    best = torch.zeros(0)
+    for rows in x.split(max(1, _MOST_ENTRIES // sae.n_latents)):
+        pre = sae.pre_activations(rows).flatten().cpu()
+        best = torch.cat([best, pre]).topk(min(n, len(best) + len(pre)), sorted=False).values
+    theta = max(0.0, _just_below(float(best.min())))
+    note = f"TopK, k = {sae.activation.k}, turned into thresholds on {len(x)} rows"
+    notes = [*sae.metadata.get("notes", ()), note]
+    activation = Threshold(theta=torch.full((sae.n_latents,), theta))
+    return sae.replace(activation=activation, metadata={**sae.metadata, "notes": notes})
 
 
 def _shift(

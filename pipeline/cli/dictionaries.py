@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from featureflow.errors import UserError
+from featureflow.sites import parse_site
 from pipeline.console import say, show_number, table
+
+if TYPE_CHECKING:
+    from sae import Sae
+
+_N_ROWS = 8192
 
 
 @click.group("sae", no_args_is_help=True)
@@ -119,17 +125,22 @@ def _model(name: str | None, run: Path | None) -> Any:
     required=True,
     help="format to write; a set for circuit_tracer takes one SOURCE for every layer",
 )
+@click.option(
+    "--run",
+    type=click.Path(path_type=Path),
+    help="run whose stored activations give a TopK set of circuit_tracer its thresholds",
+)
 @_with_conventions
 def convert(
     sources: tuple[Path, ...],
     out: Path,
     to: str,
+    run: Path | None,
     form: str,
     centred: bool | None,
     input_scale: float | None,
 ) -> None:
     """Read the dictionary at each of SOURCES and write it to the folder OUT."""
-    from featureflow.sites import parse_site
     from sae import save_sae
     from sae.formats import Conventions, read, write_circuit_tracer, write_saelens, write_sparsify
 
@@ -144,9 +155,9 @@ def convert(
                 "a set has one dictionary a layer, each with its site",
                 found=", ".join(f"{s}: {at}" for s, at in zip(sources, sites, strict=True)),
             )
+        if run is not None:
+            saes = [_with_threshold(sae, run) for sae in saes]
         write_circuit_tracer(dict(zip(map(parse_site, map(str, sites)), saes, strict=True)), out)
-        if saes[0].activation.kind == "topk":
-            say("note: circuit-tracer 0.5.0 opens TopK sets as ReLU; sparsify's form keeps the k")
     elif to == "native":
         save_sae(saes[0], out)
     elif to == "sparsify":
@@ -154,3 +165,18 @@ def convert(
     else:
         write_saelens(saes[0], out)
     say(str(out))
+
+
+def _with_threshold(sae: Sae, root: Path) -> Sae:
+    """A TopK transcoder with thresholds, fitted on held-out rows of what it reads."""
+    import torch
+
+    from pipeline.run import Run
+    from sae.calibration import with_threshold
+
+    if sae.activation.kind != "topk" or "reads" not in sae.metadata:
+        return sae
+    store, reads = Run.open(root).store, parse_site(sae.metadata["reads"])
+    rows = store.kept_rows("validation")[:_N_ROWS]
+    x = torch.from_numpy(store.read(reads, int(rows[0]), int(rows[-1]) + 1)[rows - rows[0]])
+    return with_threshold(sae, x)

@@ -8,10 +8,11 @@ configuration the k largest pre-activations, else ReLU; with `W_skip [d, d]` x·
 `feature_input_hook` and `feature_output_hook` within a block, `scan`, and `transcoders`: the files
 in the order of layers, where they are called otherwise.
 
-`write_circuit_tracer` writes a whole set; layers 0, 1, … must all be there. circuit-tracer 0.5.0
-reads no `activation` from the configuration and opens a TopK set as ReLU: sparsify's form
-(sae/formats/sparsify.py) keeps it. TopK keeps negative
-values among its k in circuit-tracer; latents here are never negative, see `read_circuit_tracer`.
+`write_circuit_tracer` writes a whole set; layers 0, 1, … must all be there. circuit-tracer 0.5
+reads no `activation` from the configuration and would open a TopK set as ReLU. Such a set is
+refused: `with_threshold` (sae/calibration.py) gives it thresholds that circuit-tracer applies,
+sparsify's form (sae/formats/sparsify.py) keeps the k. TopK keeps negative values among its k in
+circuit-tracer; latents here are never negative, see `read_circuit_tracer`.
 Layout of circuit-tracer 0.5.
 """
 
@@ -92,7 +93,10 @@ def write_circuit_tracer(
     UserError with everything that a set cannot hold."""
     sites = sorted(saes)
     if problems := tuple(_problems_of_set(saes)):
-        raise UserError("these are no transcoder set of circuit-tracer", problems=problems)
+        fix = None
+        if any(isinstance(sae.activation, TopKActivation) for sae in saes.values()):
+            fix = "featureflow sae convert … --to circuit_tracer --run RUN fits the thresholds"
+        raise UserError("these are no transcoder set of circuit-tracer", problems=problems, fix=fix)
     first = saes[sites[0]]
     reads = parse_site(first.metadata["reads"])
     config = {
@@ -102,8 +106,6 @@ def write_circuit_tracer(
         "feature_output_hook": sites[0].name.split(".", 2)[2],
         "scan": scan,
     }
-    if isinstance(first.activation, TopKActivation):
-        config |= {"activation": "topk", "k": first.activation.k}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for site in sites:
@@ -133,9 +135,9 @@ def _problems_of_set(saes: Mapping[Site, Sae]) -> list[Problem]:
         problems.append(
             Problem(what="not every layer", expected="one each of 0, 1, 2, …", found=found)
         )
-    activations = {(s.activation.kind, getattr(s.activation, "k", 0)) for s in saes.values()}
+    activations = {sae.activation.kind for sae in saes.values()}
     if len(activations) > 1:
-        found = ", ".join(f"{kind} {k or ''}".strip() for kind, k in sorted(activations))
+        found = ", ".join(sorted(activations))
         problems.append(Problem(what="several activations", expected="one", found=found))
     ends = {(_kind(sae.metadata.get("reads")), site.kind) for site, sae in saes.items()}
     if len(ends) > 1:
@@ -143,9 +145,9 @@ def _problems_of_set(saes: Mapping[Site, Sae]) -> list[Problem]:
         problems.append(Problem(what="several inputs or outputs", expected="one", found=found))
     for site, sae in saes.items():
         what = None
-        if type(sae) is not Sae or not isinstance(
-            sae.activation, Relu | Threshold | TopKActivation
-        ):
+        if isinstance(sae.activation, TopKActivation):
+            what = "circuit-tracer 0.5 opens a TopK as ReLU: it needs thresholds, or another form"
+        elif type(sae) is not Sae or not isinstance(sae.activation, Relu | Threshold):
             what = f"a {type(sae).__name__} with activation {sae.activation.kind} is not held"
         elif "reads" not in sae.metadata:
             what = "not a transcoder that says what it reads"

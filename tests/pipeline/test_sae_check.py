@@ -19,7 +19,9 @@ from data.text.packing import pack_corpus
 from featureflow.errors import UserError
 from featureflow.sites import Site
 from pipeline.cli.dictionaries import sae_commands
+from pipeline.run import Run
 from pipeline.training.checking import check_dictionary
+from sae import Sae, TopKActivation, save_sae
 from sae.formats import read
 
 D, N = 8, 24
@@ -149,3 +151,32 @@ def test_a_set_of_transcoders_is_converted_for_circuit_tracer(tmp_path: Path) ->
     assert yaml.safe_load((out / "config.yaml").read_text())["model_kind"] == "transcoder_set"
     x = torch.randn(5, D)
     torch.testing.assert_close(read(out / "layer_1.safetensors")(x), read(names[1])(x))
+
+
+def test_a_topk_set_gets_its_thresholds_from_a_run(tmp_path: Path, inputs) -> None:
+    """On the rows that were stored the mean number of active latents is k."""
+    root, reads, writes = inputs.collect.path.parent, Site(0, "resid_post"), Site(0, "mlp_out")
+    g = torch.Generator().manual_seed(0)
+    W_enc, W_dec = (torch.randn(64, 32, generator=g) for _ in range(2))
+    sae = Sae(
+        W_enc=W_enc,
+        b_enc=torch.zeros(64),
+        W_dec=torch.nn.functional.normalize(W_dec, dim=1),
+        b_dec=torch.zeros(32),
+        b_in=torch.zeros(32),
+        activation=TopKActivation(k=5),
+        metadata={"site": writes.name, "reads": reads.name},
+    )
+    save_sae(sae, tmp_path / "topk")
+    out = tmp_path / "set"
+    arguments = ["convert", str(tmp_path / "topk"), str(out), "--to", "circuit_tracer"]
+    with pytest.raises(UserError, match="no transcoder set"):
+        CliRunner().invoke(sae_commands, arguments, catch_exceptions=False)
+    arguments += ["--run", str(root)]
+    assert CliRunner().invoke(sae_commands, arguments, catch_exceptions=False).exit_code == 0
+    store = Run.open(root).store
+    rows = store.kept_rows("validation")
+    x = torch.from_numpy(store.read(reads, 0, store.n_rows)[rows])
+    n_active = (read(out / "layer_0.safetensors").encode(x) > 0).sum(1).float()
+    assert n_active.mean() == pytest.approx(5.0, abs=0.01)
+    assert n_active.min() < 5 < n_active.max()

@@ -17,6 +17,7 @@ import torch
 
 from featureflow.sites import Site
 from sae import Gated, Relu, Sae, Threshold, TopKActivation
+from sae.calibration import with_threshold
 from sae.formats import read, read_cross_layer, write_circuit_tracer, write_saelens, write_sparsify
 
 pytestmark = pytest.mark.slow
@@ -161,13 +162,20 @@ def test_sparsify_opens_what_we_write_and_computes_the_same(tmp_path):
 
 
 def test_circuit_tracer_opens_what_we_write_and_computes_the_same(tmp_path):
-    for name, activation in {"relu": Relu(), "jumprelu": Threshold(theta=torch.rand(N))}.items():
+    for name, activation in {
+        "relu": Relu(),
+        "jumprelu": Threshold(theta=torch.rand(N)),
+        "topk": TopKActivation(k=5),
+    }.items():
         saes = {
             Site(layer, "mlp_out"): dictionary(
                 activation, seed=layer, reads=True, skip=name == "relu", same_bias=False
             )
             for layer in range(3)
         }
+        if name == "topk":
+            rows = torch.randn(500, D, generator=torch.Generator().manual_seed(2))
+            saes = {site: with_threshold(sae, rows) for site, sae in saes.items()}
         write_circuit_tracer(saes, tmp_path / name, model_name="a-model")
         g = torch.Generator().manual_seed(1)
         x = [torch.randn(TOKENS, D, generator=g) for _ in saes]
@@ -176,7 +184,7 @@ def test_circuit_tracer_opens_what_we_write_and_computes_the_same(tmp_path):
         arrays["reconstruction"] = torch.stack([s(a) for s, a in pairs])
         np.savez(tmp_path / name / "case.npz", **{n: a.numpy() for n, a in arrays.items()})
     records = run_peer("circuit_tracer", "read", str(tmp_path))
-    assert len(records) == 2
+    assert len(records) == 3
     assert all(map(close, records)), records
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from featureflow.errors import UserError
 from featureflow.sites import Site
 from sae import Relu, Sae, Threshold, TopKActivation, load_sae, save_sae
+from sae.calibration import with_threshold
 from sae.formats import Conventions, find, read, recognise, write_circuit_tracer, write_sparsify
 from sae.formats.normalised import ConstantNorm, LayerNorm, NormalisedSae
 from tests.sae.foreign_files import D, K, N, agrees, numbers, topk, write_folder
@@ -179,9 +180,7 @@ def transcoder(activation, layer, *, skip=False):
 
 
 @pytest.mark.parametrize(
-    "activation",
-    [Relu(), TopKActivation(k=K), Threshold(theta=numbers(N, seed=47).abs())],
-    ids=lambda a: a.kind,
+    "activation", [Relu(), Threshold(theta=numbers(N, seed=47).abs())], ids=lambda a: a.kind
 )
 def test_what_we_write_for_circuit_tracer_is_read_back_the_same(tmp_path, parts, activation):
     saes = {Site(n, "mlp_out"): transcoder(activation, n, skip=n == 1) for n in (0, 1, 2)}
@@ -195,6 +194,26 @@ def test_what_we_write_for_circuit_tracer_is_read_back_the_same(tmp_path, parts,
         back = read(tmp_path / f"layer_{site.layer}.safetensors")
         torch.testing.assert_close(back(parts["x"]), sae(parts["x"]), rtol=1e-4, atol=1e-4)
         assert {n: back.metadata[n] for n in ("site", "reads", "model")} == sae.metadata
+
+
+def test_a_topk_set_needs_thresholds_for_circuit_tracer(tmp_path):
+    """Its loader of 0.5 would open it as ReLU. The thresholds leave k active latents a token on
+    average, and those above them keep their values."""
+    sae = transcoder(TopKActivation(k=K), 0)
+    with pytest.raises(UserError, match="no transcoder set") as caught:
+        write_circuit_tracer({Site(0, "mlp_out"): sae}, tmp_path / "out")
+    assert "--run" in str(caught.value.fix)
+    assert not (tmp_path / "out").exists()
+    x = numbers(500, D, seed=5)
+    made = with_threshold(sae, x)
+    z, pre = made.encode(x), sae.pre_activations(x)
+    assert int((z > 0).sum()) == K * len(x)
+    edge = pre.flatten().sort(descending=True).values[K * len(x) - 1]
+    torch.testing.assert_close(z, torch.where(pre >= edge, pre, 0.0))
+    write_circuit_tracer({Site(0, "mlp_out"): made}, tmp_path / "out")
+    assert "activation" not in yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    back = read(tmp_path / "out" / "layer_0.safetensors")
+    torch.testing.assert_close(back(x), made(x), rtol=1e-4, atol=1e-4)
 
 
 def test_all_that_a_transcoder_set_cannot_hold_is_named(tmp_path):
