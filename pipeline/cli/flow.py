@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,8 @@ def show(feature: str, recipe: str, artifacts: Path) -> None:
 
     run = _run(recipe, artifacts)
     say(describe_flow(_graph(run), feature, label_of=labels_beside(run)))
+    for line in _mixtures(run, feature):
+        say(line)
 
 
 @flow_commands.command()
@@ -94,6 +96,21 @@ def export(out: Path, around: str | None, hops: int | None, recipe: str, artifac
     label_of = labels_beside(run)
     labels = {} if label_of is None else run.labels
     say(str(export_graph(_graph(run), out, around=around, max_hops=hops, labels=labels)))
+
+
+def _mixtures(run: Run, feature: str) -> Iterator[str]:
+    """What the lens `transformations` found of the feature, where it looked."""
+    try:
+        members = run.lens("transformations").tables["members"]
+    except UserError:
+        return
+    for end, other, verb in (("target", "source", "from"), ("source", "target", "into")):
+        own = members[members[f"{end}_feature"] == feature]
+        for kind, rows in own.groupby("kind", sort=False):
+            parts = zip(rows[f"{other}_feature"], rows["weight"], strict=True)
+            told = " + ".join(f"{name} ({weight:.2f})" for name, weight in parts)
+            share = rows["explained_share"].iloc[0]
+            yield f"\n{kind} {verb}:  {told}   explained {share:.2f}"
 
 
 def _run(recipe: str, artifacts: Path) -> Run:
