@@ -38,6 +38,10 @@ from pipeline.flow.graph import FlowGraph
 from pipeline.flow.sources import HeldOutRows
 from pipeline.saes import FOLDER, Saes
 from pipeline.steering_run import Steering
+from pipeline.trace.document import Document
+from pipeline.trace.kept import open_trace, read_document
+from pipeline.trace.prompt import trace_prompt
+from pipeline.trace.trace import Trace
 from steering.generation import Sample
 from steering.plan import Plan
 
@@ -235,6 +239,20 @@ class Run:
         artifact = open_finding(self.root, name)
         self._check_together({name: artifact}, fix=Command("lens", name))
         return read_finding(artifact)
+
+    def trace(self, prompt: str, **options: Any) -> Trace:
+        """Why the model goes on as it does after a prompt, or why a feature is active on one of its
+        tokens (`feature="L20/316@5"`); options are those of `pipeline.trace.prompt.iter_prompt`.
+        Raises UserError."""
+        return trace_prompt(self, prompt, **options)
+
+    def kept_trace(self, name: str) -> Document:
+        """A trace that was kept in the run's folder `traces/`. Raises UserError when there is none
+        of this name, or when it was made from other artifacts."""
+        artifact = open_trace(self.root, name)
+        fix = Command("trace", str(artifact.config.get("prompt", "PROMPT")))
+        self._check_together({name: artifact}, fix=fix)
+        return read_document(artifact)
 
     def _open(self, stage: str) -> Artifact:
         if stage not in self._opened and self._given is None:

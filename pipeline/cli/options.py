@@ -16,7 +16,7 @@ from featureflow.errors import Command, Fix
 from pipeline.stages import ALSO, STAGES, StageName, section_of
 
 DEFAULT_RECIPE = "laptop"
-_OF_A_RUN = ("run", *STAGES, *ALSO, "flow", "lens", "paper", "verify")
+_OF_A_RUN = ("run", *STAGES, *ALSO, "flow", "lens", "paper", "trace", "verify")
 TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 

@@ -28,6 +28,7 @@ import pandas as pd
 from featureflow.errors import UserError
 from featureflow.files import written_atomically
 from featureflow.sites import FeatureId
+from pipeline.flow.attribution import cantor, graph_json, graph_node
 from pipeline.flow.graph import FlowGraph
 
 PLACES = (
@@ -39,7 +40,6 @@ PLACES = (
 )
 _PLACE_OF_KIND = {"resid_post": 0, "mlp_out": 1, "attn_out": 2, "resid_pre": 3, "resid_mid": 4}
 _N_USUAL = 3
-_LONGEST_CLERP = 512
 _NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _NODE_COLUMNS = (
     "layer",
@@ -135,68 +135,35 @@ def attribution_document(
     places = PLACES[: max(last + 1, _N_USUAL)]
     most = max((int(node["latent"]) + 1 for node in facts.values()), default=0)
     around = made.graph.get("around", "")
-    metadata = {
-        "slug": slug,
-        "scan": scan,
-        "prompt": " ".join(places),
-        "prompt_tokens": list(places),
-        "transcoder_list": [],
-        "node_threshold": 1.0,
-        "schema_version": 1,
-        "info": {
-            "description": f"features that flow into and out of {around}"
-            if around
-            else "Flow graph of sparse-autoencoder features",
-            "creator_name": "featureflow",
-            "generator": {"name": "featureflow", "version": "1"},
-        },
-    }
-    parameters = {
-        "pinnedIds": [names[around]] if around else [],
-        "supernodes": [],
-        "linkType": "both",
-        "clickedId": names.get(around, ""),
-        "sg_pos": "",
-    }
     nodes = [
-        _attribution_node(names[id], id, node, len(places), most) for id, node in facts.items()
+        graph_node(
+            names[id],
+            layer=node["layer"],
+            # `most` is above every latent: the number differs between the sites of a layer
+            feature=cantor(node["layer"], node["latent"] + _PLACE_OF_KIND[node["kind"]] * most),
+            token=_PLACE_OF_KIND[node["kind"]],
+            n_tokens=len(places),
+            clerp=id if node["label"] in (id, "") else f"{id} {node['label']}",
+        )
+        for id, node in facts.items()
     ]
-    links = [
-        {"source": names[a], "target": names[b], "weight": round(float(link["weight"]), 5)}
-        for a, b, link in made.edges(data=True)
-    ]
-    return {"metadata": metadata, "qParams": parameters, "nodes": nodes, "links": links}
-
-
-def cantor(x: int, y: int) -> int:
-    """The pairing function that attribution graphs number features with."""
-    return (x + y) * (x + y + 1) // 2 + y
+    return graph_json(
+        slug=slug,
+        scan=scan,
+        tokens=places,
+        prompt=" ".join(places),
+        description=f"features that flow into and out of {around}"
+        if around
+        else "Flow graph of sparse-autoencoder features",
+        nodes=nodes,
+        links=[(names[a], names[b], link["weight"]) for a, b, link in made.edges(data=True)],
+        pinned=[names[around]] if around else [],
+        clicked=names.get(around, ""),
+    )
 
 
 def _attribution_id(facts: Mapping[str, Any]) -> str:
     return f"{facts['layer']}_{facts['latent']}_{_PLACE_OF_KIND[facts['kind']]}"
-
-
-def _attribution_node(
-    name: str, feature: str, facts: Mapping[str, Any], n_places: int, most: int
-) -> dict[str, Any]:
-    """`most` is above every latent, so that `feature` differs between the sites of a layer."""
-    place, label = _PLACE_OF_KIND[facts["kind"]], facts["label"]
-    return {
-        "node_id": name,
-        "jsNodeId": name,
-        "feature": cantor(int(facts["layer"]), int(facts["latent"]) + place * most),
-        "layer": str(facts["layer"]),
-        "ctx_idx": place,
-        "reverse_ctx_idx": n_places - 1 - place,
-        "feature_type": "cross layer transcoder",
-        "clerp": feature if label in (feature, "") else f"{feature} {label}"[:_LONGEST_CLERP],
-        "influence": None,
-        "activation": None,
-        "token_prob": 0.0,
-        "is_target_logit": False,
-        "run_idx": 0,
-    }
 
 
 def _flow_through(graph: FlowGraph, feature: FeatureId | str, max_hops: int | None) -> list[int]:

@@ -60,6 +60,51 @@ class _Steer(BaseModel):
         return live.steer(**self.model_dump())
 
 
+class _Trace(BaseModel):
+    model_config = ConfigDict(strict=True)
+    prompt: str
+    answer: str | None = None
+    foil: str | None = None
+    chat: bool = False
+
+    def records(self, live: LiveAtlas) -> Generator[Record, None, None]:
+        return live.trace(**self.model_dump())
+
+
+class _Change(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    prompt: str
+    features: list[str]
+    token: int
+    factor: float = 0.0
+    other: str | None = None
+    chat: bool = False
+
+    def records(self, live: LiveAtlas) -> Generator[Record, None, None]:
+        return live.change(**self.model_dump())
+
+
+class _Plan(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    prompt: str
+    features: list[str]
+    token: int
+    factor: float = 0.0
+    chat: bool = False
+
+    def records(self, live: LiveAtlas) -> Generator[Record, None, None]:
+        return live.plan(**self.model_dump())
+
+
+_QUESTIONS = {
+    "text": _Text,
+    "steer": _Steer,
+    "trace": _Trace,
+    "trace/edit": _Change,
+    "trace/plan": _Plan,
+}
+
+
 def make_server(
     live: LiveAtlas,
     *,
@@ -76,11 +121,9 @@ def make_server(
     if not only_local:
         site.cookie = f"{_COOKIE}={token}; HttpOnly; SameSite=Strict; Path=/"
 
-    async def text(request: Request) -> Response:
-        return await _answer(live, turns, request, _Text)
-
-    async def steer(request: Request) -> Response:
-        return await _answer(live, turns, request, _Steer)
+    async def answer(request: Request) -> Response:
+        kind = _QUESTIONS[request.url.path.removeprefix("/api/")]
+        return await _answer(live, turns, request, kind)
 
     async def cancel(request: Request) -> Response:
         live.stop()
@@ -93,8 +136,7 @@ def make_server(
         [
             Route("/api/health", health, methods=["GET"]),
             Route("/api/cancel", cancel, methods=["POST"]),
-            Route("/api/text", text, methods=["POST"]),
-            Route("/api/steer", steer, methods=["POST"]),
+            *(Route(f"/api/{name}", answer, methods=["POST"]) for name in _QUESTIONS),
             Mount("/", site),
         ],
         only_local=only_local,
@@ -122,7 +164,9 @@ class _Site(StaticFiles):
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         if scope["method"] not in ("GET", "HEAD"):
-            raise HTTPException(404, "there is /api/text, /api/steer and /api/cancel")
+            raise HTTPException(
+                404, f"there is /api/cancel and {', '.join(f'/api/{name}' for name in _QUESTIONS)}"
+            )
         response = await super().get_response(path, scope)
         if self.cookie:
             response.headers["Set-Cookie"] = self.cookie
@@ -130,7 +174,10 @@ class _Site(StaticFiles):
 
 
 async def _answer(
-    live: LiveAtlas, turns: ModelTurns, request: Request, kind: type[_Text | _Steer]
+    live: LiveAtlas,
+    turns: ModelTurns,
+    request: Request,
+    kind: type[_Text | _Steer | _Trace | _Change | _Plan],
 ) -> Response:
     body = await json_body(request, at_most=_MAX_BODY)
     try:
@@ -163,4 +210,10 @@ def _health(live: LiveAtlas) -> Record:
         "max_new_tokens": MAX_NEW_TOKENS,
         "max_samples": MAX_SAMPLES,
     }
-    return {"live": True, "model": live.model.name, "limits": limits, "steering": True}
+    return {
+        "live": True,
+        "model": live.model.name,
+        "limits": limits,
+        "steering": True,
+        "tracing": True,
+    }

@@ -9,7 +9,8 @@ and steering.
    come early;
 2. a link is live on a token when both its ends fire there; all kept links are looked at, by a
    sorted search;
-3. steering adds the features' directions, scaled so that the push costs `dose` nats a token on
+3. a trace is sent as it grows (pipeline/trace/trace.py), and a supernode can be changed;
+4. steering adds the features' directions, scaled so that the push costs `dose` nats a token on
    neutral text.
 
 Records are the lines of docs/decisions/0003-atlas-shards.md, "Live server". `stop()` ends a
@@ -30,6 +31,9 @@ from data.concepts.prompts import read_prompts
 from featureflow.errors import UserError
 from featureflow.sites import parse_feature
 from pipeline.run import Run
+from pipeline.trace.document import document_of
+from pipeline.trace.editing import edit_prompt, plan_json, plan_of
+from pipeline.trace.prompt import ids_of, iter_prompt
 from sae import Sae
 from steering.dose import NeutralText, measure, solve_for_dose
 from steering.edits import Add
@@ -39,11 +43,13 @@ from steering.plan import Plan
 MAX_TOKENS, MAX_NEW_TOKENS, MAX_SAMPLES, MAX_LINKS = 256, 200, 4, 300_000
 _NEUTRAL_TEXTS = 8
 MAX_DOSE = 20.0  # nats a token; far beyond where text falls apart
+MAX_FACTOR, MAX_FEATURES = 10.0, 64
+_STEPS = ("Removing every supernode", "Random features, doses, heads and checks", "")
 Record = dict[str, Any]
 
 
 class _Stopped(Exception):
-    """Somebody asked to stop while the strength was being found."""
+    """Somebody asked to stop in the middle of a computation."""
 
 
 class LiveAtlas:
@@ -54,7 +60,7 @@ class LiveAtlas:
         """Raises UserError when one of the run's artifacts is missing, or the model another."""
         made = run.need("collect", "train", "link", "describe", "atlas")
         self.site_folder = made["atlas"].path / "site"
-        self.model, self.features = run.model, run.features
+        self.run, self.model, self.features = run, run.model, run.features
         self.saes, self.graph = run.saes, run.graph
         self.stopped = threading.Event()
 
@@ -127,6 +133,71 @@ class LiveAtlas:
                 if self.stopped.is_set():
                     return
         yield {"done": True}
+
+    def trace(
+        self, prompt: str, *, answer: str | None = None, foil: str | None = None, chat: bool = False
+    ) -> Generator[Record, None, None]:
+        """The records of `POST /api/trace`: the document, more complete each time. Raises
+        UserError."""
+        self.stopped.clear()
+        self._check_length(prompt, chat)
+        yield {"status": "Reading the prompt"}
+        growing = iter_prompt(
+            self.run, prompt, answer=answer, foil=foil, chat=chat, progress=self._step
+        )
+        try:
+            for found, next_step in zip(growing, _STEPS, strict=True):
+                yield {"trace": document_of(found, self.run, prompt, chat=chat)}
+                yield {"status": next_step} if next_step else {"done": True}
+        except _Stopped:
+            return
+
+    def change(
+        self,
+        prompt: str,
+        features: Sequence[str],
+        token: int,
+        *,
+        factor: float = 0.0,
+        other: str | None = None,
+        chat: bool = False,
+    ) -> Generator[Record, None, None]:
+        """The records of `POST /api/trace/edit`. Raises UserError."""
+        for text in (prompt, *([] if other is None else [other])):
+            self._check_length(text, chat)
+        if not 0 <= factor <= MAX_FACTOR or len(features) > MAX_FEATURES:
+            expected = f"0 … {MAX_FACTOR:g}, at most {MAX_FEATURES} features"
+            raise UserError("no change that is made here", found=f"×{factor}", expected=expected)
+        changed = edit_prompt(
+            self.run, prompt, features, token, factor=factor, other=other, chat=chat
+        )
+        yield {"changed": changed}
+        yield {"done": True}
+
+    def plan(
+        self,
+        prompt: str,
+        features: Sequence[str],
+        token: int,
+        *,
+        factor: float = 0.0,
+        chat: bool = False,
+    ) -> Generator[Record, None, None]:
+        """The records of `POST /api/trace/plan`. Raises UserError."""
+        self._check_length(prompt, chat)
+        made = plan_of(self.run, prompt, features, token, factor=factor, chat=chat)
+        yield {"plan": plan_json(made)}
+        yield {"done": True}
+
+    def _check_length(self, prompt: str, chat: bool) -> None:
+        n = len(ids_of(self.model, prompt, chat))
+        if n > MAX_TOKENS:
+            expected = f"at most {MAX_TOKENS}"
+            raise UserError("the prompt is too long", found=f"{n} tokens", expected=expected)
+
+    def _step(self, label: str, done: int, total: int) -> None:
+        if self.stopped.is_set():
+            raise _Stopped
 
     def _site_record(self, index: int, sae: Sae, x: torch.Tensor) -> tuple[Record, np.ndarray]:
         """What fires at one site, and its firings as sorted numbers (site, latent, position). The

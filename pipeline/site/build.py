@@ -22,6 +22,7 @@ from pipeline.flow.graph import FlowGraph
 from pipeline.site import site_folder
 from pipeline.site.lens_pages import write_lenses
 from pipeline.site.pages import Job, write_site
+from pipeline.site.trace_pages import write_traces
 
 _SHARED = ("count", "token", "token_share", "promotes")
 
@@ -29,7 +30,7 @@ _SHARED = ("count", "token", "token_share", "promotes")
 @dataclass(frozen=True, kw_only=True)
 class Shown:
     """What is shown beside the features. `described` is the config of the describe stage; `metrics`
-    are by site, `opinions` by feature id, `lenses` the artifacts of findings by name."""
+    are by site, `opinions` by feature id, `lenses` and `traces` the artifacts by name."""
 
     title: str
     described: Mapping[str, Any]
@@ -37,6 +38,7 @@ class Shown:
     steering: Mapping[str, Any] | None = None
     opinions: Mapping[str, Any] = field(default_factory=dict)
     lenses: Mapping[str, Artifact] = field(default_factory=dict)
+    traces: Mapping[str, Artifact] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -83,6 +85,7 @@ def build_site(
         "search": {"tokens_per_shard": site_folder.TOKENS_PER_SHARD, "shards": search},
         "has": dict.fromkeys(("flow", "communities", "trunks"), graph is not None),
         "lenses": lenses,
+        "traces": write_traces(site, shown.traces),
         "headline": headline,
         "provenance": dict(shown.provenance),
         "licences": [],

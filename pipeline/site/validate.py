@@ -190,6 +190,8 @@ def _checks(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         )
     for lens in manifest.get("lenses", []):
         yield f"lenses/{lens['name']}", lambda shard, _v, _r: _lens_problems(shard)
+    for trace in manifest.get("traces", []):
+        yield f"traces/{trace['name']}", lambda shard, _v, _r: _trace_problems(shard)
     for entry in manifest["sites"]:
         if entry.get("lenses"):
             n = int(entry["n_latents"])
@@ -256,6 +258,16 @@ def _lens_problems(shard: Shard) -> list[str]:
         for row in table["rows"]
         if len(row) != len(table["columns"])
     ]
+
+
+def _trace_problems(shard: Shard) -> list[str]:
+    """Supernodes lie on tokens of the prompt, and edges lead between them."""
+    document = shard.json
+    n_tokens, ids = len(document["pieces"]), {node["id"] for node in document["supernodes"]}
+    outside = [n["id"] for n in document["supernodes"] if not 0 <= n["token"] < n_tokens]
+    loose = [e for e in document["edges"] if not {e["source"], e["target"]} <= ids]
+    problems = [f"supernode {i} lies on no token" for i in outside]
+    return problems + ([f"{len(loose)} edges lead to no supernode"] if loose else [])
 
 
 def _lens_column_problems(shard: Shard, n: int) -> list[str]:

@@ -4,7 +4,8 @@
    evaluation lenses, samples from the steer stage, second opinions from `opinions.json` beside
    them.
 2. Every finding of a lens gets a page, and what it says of a feature stands on the feature's card.
-3. Nothing is measured here; what is not there is not shown.
+3. Every trace in `traces/` beside the artifacts that was made from them gets a page.
+4. Nothing is measured here; what is not there is not shown.
 
 Output: `site/` (open `site/index.html`). Cost: gzip; sites run in parallel processes.
 """
@@ -31,6 +32,7 @@ from pipeline.flow.graph import FlowGraph
 from pipeline.lenses.steering.tables import atlas_document
 from pipeline.site.build import Shown, build_site
 from pipeline.site.pages import Job
+from pipeline.trace.kept import fitting_traces
 
 KIND, SCHEMA = "atlas", SCHEMAS["atlas"]
 
@@ -53,9 +55,19 @@ class Inputs:
 
 
 def digests_beside(root: Path, available: Mapping[str, Artifact]) -> dict[str, str]:
-    """What lies beside the artifacts and is shown too: the second opinions."""
+    """What lies beside the artifacts and is shown too: the second opinions, and traces."""
     opinions = read_opinions(root, available["train"].digest)
-    return {"opinions": _sha256(opinions)} if opinions else {}
+    traces = {
+        f"traces/{name}": trace.digest for name, trace in traces_beside(root, available).items()
+    }
+    return traces | ({"opinions": _sha256(opinions)} if opinions else {})
+
+
+def traces_beside(root: Path, available: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    """The kept traces of a run that were made from these artifacts, and of foreign graphs."""
+    stages = {name: available[name] for name in ("train", "link", "describe")}
+    digests = dict(stages["train"].inputs) | {name: a.digest for name, a in stages.items()}
+    return fitting_traces(root, digests)
 
 
 def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artifact:
@@ -71,6 +83,7 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
             steering=None if inputs.steer is None else steering_document(inputs.steer, features),
             opinions=read_opinions(out.parent, inputs.train.digest),
             lenses=inputs.lenses,
+            traces=traces_beside(out.parent, vars(inputs)),
             provenance={**inputs.describe.inputs, **digests},
         )
         job = Job(

@@ -18,26 +18,29 @@ import numpy as np
 import pandas as pd
 import torch
 
+from featureflow.progress import Progress, silent
 from featureflow.sites import Site
-from pipeline.trace.stream import FEATURE, Removal, Traced, removed, run_model
+from pipeline.trace.stream import FEATURE, Edited, Traced, edited, run_model
 from pipeline.trace.supernodes import strongest
 
 _IG_STEPS, _KEPT, _N_WITHOUT = 5, 0.8, 20
 
 
-def checks_of(found: Traced, supernodes: pd.DataFrame, gone: Removal, *, seed: int) -> pd.DataFrame:
+def checks_of(
+    found: Traced, supernodes: pd.DataFrame, gone: Edited, *, seed: int, progress: Progress = silent
+) -> pd.DataFrame:
     """One row a check: `check`, `value`, `note`."""
     middle = found.cuts[len(found.cuts) // 2]
     rows = [
         *_identity(found, gone),
         *_completeness(found, middle),
-        *_keep_and_without(found, middle, np.random.default_rng(seed)),
+        *_keep_and_without(found, middle, np.random.default_rng(seed), progress),
         *_predictions(supernodes),
     ]
     return pd.DataFrame(rows, columns=["check", "value", "note"])
 
 
-def _identity(found: Traced, gone: Removal) -> Iterator[tuple[str, float, str]]:
+def _identity(found: Traced, gone: Edited) -> Iterator[tuple[str, float, str]]:
     with torch.no_grad():
         plain = run_model(found.model, [found.ids], {})
     yield "identity", float((plain[0] - gone.logits[0]).abs().max()), "≤ 1e-4 of a logit"
@@ -81,7 +84,7 @@ def _completeness(found: Traced, site: Site) -> Iterator[tuple[str, float, str]]
 
 
 def _keep_and_without(
-    found: Traced, site: Site, generator: np.random.Generator
+    found: Traced, site: Site, generator: np.random.Generator, progress: Progress
 ) -> Iterator[tuple[str, float, str]]:
     here = found.nodes[(found.nodes["cut"] == site.short) & (found.nodes["kind"] == FEATURE)]
     kept = strongest(here, _KEPT).index
@@ -93,7 +96,7 @@ def _keep_and_without(
     sets = [here, here.iloc[:0]]
     sets += [here.drop(order[:n]) for order in orders.values()]
     sets += [here.loc[order[:n_without]] for order in orders.values()]
-    gone = removed(found, sets)
+    gone = edited(found, sets, progress=progress)
     y, top = gone.y.tolist(), gone.logits.argmax(-1).tolist()
     whole = y[1] - y[0]
     for number, name in enumerate(orders):

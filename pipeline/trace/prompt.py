@@ -1,32 +1,40 @@
-"""A run, a prompt and the words of a command into a trace, and a trace into lines.
+"""A run, a prompt and the words of a command into a trace.
 
-    found = trace_prompt(Run.open("artifacts/laptop"), "The capital of France is")
-    for line in lines_of(found, run): …
+    found = Run.open("artifacts/laptop").trace("The capital of France is")
 
 Answer and foil are tokens: the likeliest two, unless they are named. A text that is several tokens
-is refused, with how it is split.
+is refused, with how it is split. Nothing is run before all of it is known to be possible.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from featureflow.errors import UserError
-from featureflow.sites import FeatureId, parse_feature, parse_site
-from pipeline.console import table
-from pipeline.run import Run
-from pipeline.trace.stream import Target, run_model
+from featureflow.progress import Progress
+from featureflow.sites import parse_feature, parse_site
+from pipeline.trace.stream import BLOCK_TOKENS, Target, run_model
 from pipeline.trace.supernodes import flows_of
-from pipeline.trace.trace import DEFAULT, Trace, TraceOptions, every_third, trace_of
+from pipeline.trace.trace import DEFAULT, Trace, TraceOptions, every_third, iter_trace
 
-_LATE, _N_PROMOTED, _MOST_GB = 2 / 3, 4, 8.0
+if TYPE_CHECKING:
+    from pipeline.run import Run
+
+_SHARE_OF_FREE = 0.9
 
 
-def trace_prompt(
+def trace_prompt(run: Run, prompt: str, **options: Any) -> Trace:
+    """Trace what the run's model says after a prompt, or why a feature is active there: see
+    `iter_prompt`. Raises UserError."""
+    *_, last = iter_prompt(run, prompt, **options)
+    return last
+
+
+def iter_prompt(
     run: Run,
     prompt: str,
     *,
@@ -35,12 +43,16 @@ def trace_prompt(
     feature: str | None = None,
     cuts: Sequence[str] = (),
     chat: bool = False,
+    memory_gb: float | None = None,
     options: TraceOptions = DEFAULT,
-) -> Trace:
-    """Trace what the run's model says after a prompt, or why a feature (`L20/316@5`) is active
-    there. Raises UserError."""
+    progress: Progress | None = None,
+) -> Iterator[Trace]:
+    """The trace as it grows. `feature` (`L20/316@5`) explains a feature on a token in place of the
+    answer against the foil; `chat` puts the prompt into the model's template; `memory_gb` is what
+    may be used, by default what is free. Raises UserError."""
     model = run.exact_model
-    ids = _ids(model, prompt, chat)
+    ids = ids_of(model, prompt, chat)
+    _refuse_too_large(model, len(ids), memory_gb)
     sites = [parse_site(cut) for cut in cuts] or every_third(list(run.saes))
     if unknown := [site.short for site in sites if site not in run.saes]:
         known = ", ".join(site.short for site in run.saes)
@@ -53,21 +65,28 @@ def trace_prompt(
         sites = [site for site in sites if site < target.feature.site]
         if not sites:
             raise UserError("no cut lies before this feature", where=feature)
-    _refuse_too_large(model, ids, options)
-    flows = flows_of(run.graph) if run.has("link") else {}
-    return trace_of(
-        model, run.saes, ids, target=target, cuts=sorted(sites), flows=flows, options=options
+    yield from iter_trace(
+        model,
+        run.saes,
+        ids,
+        target=target,
+        cuts=sorted(sites),
+        flows=flows_of(run.graph) if run.has("link") else {},
+        options=options,
+        progress=progress or run.context.progress,
     )
 
 
-def _ids(model: Any, prompt: str, chat: bool) -> list[int]:
+def ids_of(model: Any, prompt: str, chat: bool) -> list[int]:
+    """The prompt's tokens, the start token first. Raises UserError for one that is empty or longer
+    than the context."""
     if not prompt.strip():
         raise UserError("the prompt is empty", expected="a text that the model goes on with")
     tokenizer = model.tokenizer
     if chat:
         ids = tokenizer.chat([{"role": "user", "content": prompt}], name=model.name)
     else:
-        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        ids = [*_start(tokenizer), *tokenizer.encode(prompt)]
     if len(ids) > model.n_context:
         raise UserError(
             "the prompt does not fit the model's context",
@@ -75,6 +94,10 @@ def _ids(model: Any, prompt: str, chat: bool) -> list[int]:
             expected=f"at most {model.n_context}",
         )
     return ids
+
+
+def _start(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
 
 def _target(model: Any, ids: Sequence[int], answer: str | None, foil: str | None) -> Target:
@@ -97,6 +120,7 @@ def _token(model: Any, text: str, name: str) -> int:
             f"the {name} is not one token",
             found=f"{text!r} is {split}",
             expected="one token, mostly with the space before it: ' Paris'",
+            fix="name its first token",
         )
     return int(ids[0])
 
@@ -115,97 +139,21 @@ def _feature_target(run: Run, ids: Sequence[int], text: str) -> Target:
     return Target(feature=feature, token=int(place))
 
 
-def _refuse_too_large(model: Any, ids: Sequence[int], options: TraceOptions) -> None:
-    """The attention and the MLP of one layer for all rows, the largest that is held at once."""
-    rows = 1 + 2 * options.n_removed
-    wide = getattr(model.hf.config, "intermediate_size", None) or 4 * model.d_model
-    heads = getattr(model.hf.config, "num_attention_heads", 1)
-    gigabytes = 4 * rows * len(ids) * (3 * wide + 2 * heads * len(ids) + model.d_vocab / len(ids))
-    gigabytes /= 1e9
-    if gigabytes > _MOST_GB:
+def _refuse_too_large(model: Any, n_tokens: int, memory_gb: float | None) -> None:
+    """What the backward pass keeps of every layer (activations and attention patterns), or one
+    block of edits in one layer with its logits, whichever is more."""
+    config = model.hf.config
+    wide = getattr(config, "intermediate_size", None) or 4 * model.d_model
+    n_heads = getattr(config, "num_attention_heads", 1)
+    rows = max(1, BLOCK_TOKENS // n_tokens)
+    of_layer = n_tokens * (12 * model.d_model + 4 * wide) + 2 * n_heads * n_tokens**2
+    needed = 4e-9 * max(model.n_layers * of_layer, rows * (of_layer + model.d_vocab))
+    free = psutil.virtual_memory().available / 1e9 * _SHARE_OF_FREE
+    most = free if memory_gb is None else memory_gb
+    if needed > most:
         raise UserError(
             "this trace needs too much memory",
-            found=f"about {gigabytes:.0f} GB for {len(ids)} tokens × {rows} rows",
-            expected=f"at most {_MOST_GB:g} GB",
-            fix="shorten the prompt or remove fewer supernodes (--removed)",
+            found=f"about {needed:.2g} GB for {n_tokens} tokens",
+            expected=f"at most {most:.2g} GB",
+            fix="shorten the prompt",
         )
-
-
-def lines_of(found: Trace, run: Run) -> Iterator[str]:
-    """The trace as a person reads it in the terminal."""
-    tokenizer, target = run.exact_model.tokenizer, found.traced.target
-    pieces = [tokenizer.token_text(i) for i in found.traced.ids]
-    yield " | ".join(f"{number} {piece!r}" for number, piece in enumerate(pieces))
-    yield headline_of(found, tokenizer)
-    n, shown = found.n_groups, min(found.options.n_shown, len(found.supernodes))
-    yield (
-        f"{shown} of {n} supernodes shown; the {len(found.supernodes)} removed hold "
-        f"{found.share_removed:.0%} of the weight. y is the change of y when it is removed; "
-        "predicted, by the gradient."
-    )
-    header = ("", "token", "layers", "y", "predicted", "KL", "says then", "name")
-    rows = []
-    for row in found.supernodes.head(shown).to_dict(orient="records"):
-        flag = "breaks the text" if row["breaks"] else "≠" if row["differs"] else ""
-        top = zip(row["top_tokens"], row["top_probabilities"], strict=True)
-        says = ", ".join(f"{tokenizer.token_text(t)!r} {p:.2f}" for t, p in list(top)[:2])
-        rows.append(
-            (
-                f"S{row['supernode']}",
-                f"{row['token']} {pieces[row['token']]!r}",
-                f"L{row['first_layer']}–L{row['last_layer']}",
-                f"{row['removed']:+.2f}",
-                f"{row['predicted']:+.2f} {flag}".rstrip(),
-                f"{row['kl']:.2f}",
-                says if target.feature is None else "",
-                name_of(row, run),
-            )
-        )
-    yield from table(rows, header=header)
-    drawn = found.edges[found.edges["drawn"]]
-    for edge in drawn.head(found.options.n_shown).to_dict(orient="records"):
-        predicted = edge["predicted"]
-        guess = f", by gradient {predicted:+.2f}" if predicted == predicted else ""
-        yield f"S{edge['source']} → S{edge['target']}: {edge['removed']:+.2f}{guess}"
-    yield from table(
-        [(row.check, f"{row.value:.2g}", row.note) for row in found.checks.itertuples()]
-    )
-
-
-def headline_of(found: Trace, tokenizer: Any) -> str:
-    """What is explained, in one line."""
-    target, y = found.traced.target, found.traced.y
-    if target.feature is not None:
-        return f"{target.feature} on token {target.token}: pre-activation {y:.2f}"
-    probability = found.traced.logits.softmax(-1)
-    answer, foil = (
-        f"{tokenizer.token_text(i)!r} ({float(probability[i]):.4f})"
-        for i in (target.answer, target.foil)
-    )
-    return f"{answer} against {foil}: y = {y:.2f}"
-
-
-def name_of(row: Mapping[str, Any], run: Run) -> str:
-    """The label of the first member that has an accepted one; what the last promotes for a
-    supernode that is late, or that has none."""
-    features = str(row["features"]).split(" ")
-    n_layers = max(site.layer for site in run.saes) + 1
-    is_late = row["first_layer"] >= _LATE * n_layers
-    labels = _accepted(run) if run.has("describe") and not is_late else {}
-    label = next((labels[f] for f in features if f in labels), None)
-    return label or f"promotes {', '.join(_promoted(run, parse_feature(features[-1])))}"
-
-
-@cache
-def _accepted(run: Run) -> Mapping[str, str]:
-    frame = run.features.table
-    frame = frame[frame["label_accepted"].astype(bool)]
-    return dict(zip(frame["feature"], frame["label"], strict=True))
-
-
-def _promoted(run: Run, feature: FeatureId) -> list[str]:
-    model = run.exact_model
-    weight, gain = model.unembedding()
-    direction = run.saes[feature.site].W_dec[feature.latent].float()
-    best = (weight @ (gain * direction)).topk(_N_PROMOTED).indices.tolist()
-    return [model.tokenizer.token_text(i).strip() for i in best]

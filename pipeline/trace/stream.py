@@ -8,11 +8,13 @@ gradient of one number at every cut.
    is one node.
 3. A node's score is its part of the stream times g: s = z_i g·d_i, g·error, g·b_dec, g·h. Scores of
    different cuts are the same effect seen at different depths; they are never added over cuts.
-4. `removed` runs the model with features taken off, one set a row. What is taken off is the running
-   value, z_i relu(pre_i) / pre_i: after an earlier removal the stored value would be subtracted
-   twice. Features that only the removal wakes are left alone.
+4. `edited` runs the model with features set to 0, or to the value in the column `to`, one set a
+   row. What is taken off is the running value, z_i relu(pre_i) / pre_i: after an earlier removal
+   the stored value would be subtracted twice, and a factor on it would compound from cut to cut.
+   Features that only the edit wakes are left alone.
 
-Cost: one forward and one backward pass; a removal is one row of a forward pass.
+Cost: one forward and one backward pass; an edit is one row of a forward pass. Rows run in blocks,
+so memory is that of a block.
 """
 
 from __future__ import annotations
@@ -28,13 +30,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from featureflow.sites import FeatureId, Site
+from featureflow.errors import UserError
+from featureflow.progress import Progress, silent
+from featureflow.sites import FeatureId, Site, parse_site
 from sae import Sae
 from steering.sequences import device_of, forward_arguments
 
 Stream = dict[Site, Float[Tensor, "row token d_model"]]
 FEATURE, ERROR, BIAS, SINK = "feature", "error", "bias", "sink"
-_SINK = 10.0
+BLOCK_TOKENS, _SINK = 2048, 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +78,8 @@ class Traced:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Removal:
-    """What one batch of removals gave, row by row; `read` is what was read before the edits."""
+class Edited:
+    """What a batch of edits gave, row by row; `read` is what was read before the edits."""
 
     y: Float[Tensor, "row"]
     logits: Float[Tensor, "row vocab"]
@@ -93,7 +97,8 @@ def pre_activations(
 def traced(
     model: Any, saes: Mapping[Site, Sae], ids: Sequence[int], cuts: Sequence[Site], target: Target
 ) -> Traced:
-    """Run the prompt and score every node. `cuts` lie before the target."""
+    """Run the prompt and score every node. `cuts` lie before the target. Raises UserError for a
+    model through which no gradient flows."""
     stream: Stream = {}
     wanted = sorted({*cuts, *([] if target.feature is None else [target.feature.site])})
 
@@ -105,6 +110,12 @@ def traced(
     with torch.enable_grad():
         logits = run_model(model, [ids], edits)
         y = target.value(logits, stream, saes)
+        if not y.requires_grad:
+            raise UserError(
+                f"no gradient flows through {model.name}",
+                expected="weights that PyTorch differentiates through: float32 or bfloat16",
+                fix="trace the model as it was before it was quantised or compiled",
+            )
         found = torch.autograd.grad(y.sum(), [stream[site] for site in cuts], allow_unused=True)
     gradient = {
         site: torch.zeros_like(stream[site]) if g is None else g
@@ -130,12 +141,23 @@ def run_model(
     model: Any, rows: Sequence[Sequence[int]], edits: Mapping[Site, Callable[[Tensor], Tensor]]
 ) -> Float[Tensor, "row vocab"]:
     """Logits after the last token of every row, with the edits in force."""
+    return run_whole(model, rows, edits, n_last=1)[:, -1]
+
+
+def run_whole(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    edits: Mapping[Site, Callable[[Tensor], Tensor]],
+    *,
+    n_last: int = 0,
+) -> Float[Tensor, "row token vocab"]:
+    """Logits after every token, or after the last ones."""
     ids = torch.tensor([list(row) for row in rows], device=device_of(model))
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     real = torch.ones_like(ids, dtype=torch.bool)
-    arguments = forward_arguments(model, mask=real, positions=positions, n_last=1)
+    arguments = forward_arguments(model, mask=real, positions=positions, n_last=n_last)
     with model.edited(edits):
-        return model.hf(input_ids=ids, use_cache=False, **arguments).logits[:, -1].float()
+        return model.hf(input_ids=ids, use_cache=False, **arguments).logits.float()
 
 
 @torch.no_grad()
@@ -144,7 +166,7 @@ def nodes_at(
 ) -> pd.DataFrame:
     """Every node of one cut with its score."""
     norm = h.norm(dim=-1)
-    sink = norm > _SINK * norm[1:].median()
+    sink = norm > _SINK * norm[len(norm) > 1 :].median()
     sink[0] = True
     z, pre = sae.encode(h), sae.pre_activations(h)
     z[sink] = 0
@@ -175,40 +197,68 @@ def nodes_at(
     return pd.concat(frames, ignore_index=True)
 
 
+Reading = tuple[Site, int, Sequence[int], Float[Tensor, "selected"]]
+"""(cut, token, latents, weights): the weighted sum of pre-activations there."""
+
+
 @torch.no_grad()
-def removed(
+def edited(
     traced: Traced,
     sets: Sequence[pd.DataFrame],
     *,
-    readings: Sequence[tuple[Site, int, Sequence[int], Float[Tensor, "selected"]]] = (),
-) -> Removal:
-    """Run the prompt once a set, with the set's features (rows of `nodes`) taken off. A reading
-    (cut, token, latents, weights) is the weighted sum of pre-activations, read before the edit."""
-    read = torch.zeros(len(sets), len(readings))
-    frame = pd.concat([each.assign(row=row) for row, each in enumerate(sets)])
-    stream: Stream = {}
+    readings: Sequence[Reading] = (),
+    progress: Progress = silent,
+) -> Edited:
+    """Run the prompt once a set, with the set's features (rows of `nodes`) at 0 or at their `to`.
+    Readings are taken before the edit of their cut."""
+    size = max(1, BLOCK_TOKENS // len(traced.ids))
+    parts = []
+    for start in range(0, len(sets), size):
+        progress("edits", start, len(sets))
+        parts.append(_block(traced, sets[start : start + size], readings))
+    progress("edits", len(sets), len(sets))
+    y, logits, read = (torch.cat(each) for each in zip(*parts, strict=True))
+    return Edited(y=y, logits=logits, read=read)
+
+
+def _block(
+    traced: Traced, sets: Sequence[pd.DataFrame], readings: Sequence[Reading]
+) -> tuple[Tensor, Tensor, Tensor]:
+    read, stream = torch.zeros(len(sets), len(readings)), dict[Site, Tensor]()
+    edits = edits_of(traced.saes, sets)
 
     def edit(site: Site, h: Tensor) -> Tensor:
         for number, (cut, token, latents, weights) in enumerate(readings):
             if cut == site:
-                pre = pre_activations(traced.saes[site], h[:, token], latents)
-                read[:, number] = pre @ weights
-        here = frame[(frame["cut"] == site.short) & (frame["kind"] == FEATURE)]
-        stream[site] = _without(traced.saes[site], h, here) if len(here) else h
+                read[:, number] = pre_activations(traced.saes[site], h[:, token], latents) @ weights
+        stream[site] = edits[site](h) if site in edits else h
         return stream[site]
 
     sites = {*traced.cuts, *(cut for cut, *_ in readings)}
     sites |= set() if traced.target.feature is None else {traced.target.feature.site}
     rows = [traced.ids] * len(sets)
     logits = run_model(traced.model, rows, {site: partial(edit, site) for site in sorted(sites)})
-    return Removal(y=traced.target.value(logits, stream, traced.saes), logits=logits, read=read)
+    return traced.target.value(logits, stream, traced.saes), logits, read
 
 
-def _without(
-    sae: Sae, h: Float[Tensor, "row token d_model"], nodes: pd.DataFrame
+def edits_of(
+    saes: Mapping[Site, Sae], sets: Sequence[pd.DataFrame]
+) -> dict[Site, Callable[[Tensor], Tensor]]:
+    """The edit of every site that a batch with one row a set changes: columns cut, token, latent,
+    z, pre and, for values other than 0, to."""
+    frame = pd.concat([each.assign(row=row) for row, each in enumerate(sets)])
+    frame = frame.assign(to=frame["to"].fillna(0.0) if "to" in frame else 0.0)
+    by_cut = {parse_site(cut): here for cut, here in frame.groupby("cut", sort=False)}
+    return {site: partial(_set_to, saes[site], here) for site, here in by_cut.items()}
+
+
+def _set_to(
+    sae: Sae, nodes: pd.DataFrame, h: Float[Tensor, "row token d_model"]
 ) -> Float[Tensor, "row token d_model"]:
-    row, token, latent = (torch.tensor(nodes[name].tolist()) for name in ("row", "token", "latent"))
+    names = ("row", "token", "latent", "z", "pre", "to")
+    row, token, latent, z, first, to = (
+        torch.tensor(nodes[name].tolist(), device=h.device) for name in names
+    )
     pre = (h[row, token] - sae.b_in).mul(sae.W_enc[latent]).sum(-1) + sae.b_enc[latent]
-    z, first = (torch.tensor(nodes[name].tolist()) for name in ("z", "pre"))
-    value = z * pre.relu() / first
-    return h.index_put((row, token), -value[:, None] * sae.W_dec[latent], accumulate=True)
+    change = to - z * pre.relu() / first
+    return h.index_put((row, token), change[:, None] * sae.W_dec[latent], accumulate=True)

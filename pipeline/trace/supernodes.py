@@ -1,8 +1,9 @@
 """Nodes of one prompt into supernodes: members of one flow that are active on one token.
 
 1. `strongest` keeps, per cut, the smallest set of features that holds a share of Σ|score|.
-2. A supernode is (flow, token): the flow is the trunk of the flow graph that a feature lies on
-   (links that are first choice both ways); a feature on no trunk stands alone.
+2. A supernode is (flow, token). A flow is a stretch of a trunk of the flow graph (links that are
+   first choice both ways) on which every feature agrees directly with the stretch's first one
+   (pipeline/flow/lives.py); a feature on no trunk stands alone.
 3. Its weight is the largest |Σ score| of its members over the cuts, which is also its prediction
    (with its sign): adding up cuts would count the same information several times.
 4. `random_like` draws, for a supernode, as many features that are active at the same cuts: the null
@@ -12,11 +13,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 
 from pipeline.flow.graph import FlowGraph
+from pipeline.flow.trunks import trunks_of
 from pipeline.trace.stream import FEATURE
 
 
@@ -31,10 +35,23 @@ def strongest(nodes: pd.DataFrame, share: float, *, by: str = "score") -> pd.Dat
     return features.loc[np.sort(order[(before < share * total) & (size.loc[order] > 0)])]
 
 
+@lru_cache(maxsize=1)
 def flows_of(graph: FlowGraph) -> dict[str, int]:
-    """Feature id → number of its trunk; features on no trunk are left out."""
-    trunks = graph.trunks(None, min_length=2)
-    return {str(f): number for number, trunk in enumerate(trunks) for f in trunk.features}
+    """Feature id → number of its flow; features on no trunk are left out."""
+    trunks = trunks_of(graph)
+    birth = graph.nodes["birth_layer"].to_numpy()
+    layers = np.array([site.layer for site in graph.sites])
+    flows: dict[str, int] = {}
+    number = 0
+    for start, stop in pairwise(trunks.offset[: 1 + (trunks.length > 1).sum()]):
+        members = trunks.feature[start:stop]
+        first = layers[graph.site_of(members[0])]
+        for member in members:
+            if birth[member] > first:
+                number, first = number + 1, layers[graph.site_of(member)]
+            flows[str(graph.feature(int(member)))] = number
+        number += 1
+    return flows
 
 
 def grouped(nodes: pd.DataFrame, flows: Mapping[str, int]) -> pd.DataFrame:

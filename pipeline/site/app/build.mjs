@@ -1,11 +1,11 @@
 // Turns src/ into dist/: one classic script (a page opened from disk may not load modules), one
 // stylesheet, index.html.
 // Run as `npm run build`; `npm run watch` rebuilds on change. Refuses a script over the budget of
-// 155 kB.
+// 175 kB.
 import { copyFile, mkdir, stat } from "node:fs/promises";
 import { context } from "esbuild";
 
-const BUDGET = 155_000;
+const BUDGET = 175_000;
 const builder = await context({
   entryPoints: ["src/app.js", "src/app.css"],
   bundle: true,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from importlib import resources
+from types import SimpleNamespace
 
 import jsonschema
 import numpy as np
@@ -22,11 +23,15 @@ from pipeline.context import RunContext
 from pipeline.describe.features import Features
 from pipeline.describe.labels import METHODS
 from pipeline.findings import Finding, write_finding
+from pipeline.run import Run
 from pipeline.site.pages import label_json
 from pipeline.site.shards import Shard, read_shard, write_shard
 from pipeline.site.validate import validate_atlas
 from pipeline.stages import atlas as stage
 from pipeline.stages import describe
+from pipeline.trace.document import document_of
+from pipeline.trace.kept import write_trace
+from pipeline.trace.trace import TraceOptions
 from sae import load_sae
 from tests.pipeline.site.site_cards import Cards
 from tests.pipeline.small_run import DESCRIBE
@@ -358,6 +363,35 @@ def test_a_finding_gets_a_page_and_its_columns_reach_the_cards(small_run, findin
     depth = columns.columns["0"]
     assert (len(depth), depth[3], int(np.isfinite(depth).sum())) == (48, 0.25, 1)
     assert columns.json["columns"][1]["texts"][3] == "x"
+
+
+def test_a_trace_of_this_run_gets_a_page_and_one_of_another_does_not(small_run, tmp_path):
+    run = Run.open(small_run.root)
+    found = run.trace("The river runs.", options=TraceOptions(n_removed=3))
+    document = document_of(found, run, "The river runs.")
+    elsewhere = SimpleNamespace(root=tmp_path, has=run.has, artifact=run.artifact)
+    kept = write_trace(found, document, elsewhere)
+    made = stage.run(
+        stage.Config(), inputs_of(small_run), tmp_path / "atlas", RunContext(n_threads=1)
+    )
+    assert made.inputs[f"traces/{kept.path.name}"] == kept.digest
+    site = made.path / "site"
+    [entry] = read_shard(site, "manifest").json["traces"]
+    assert entry["prompt"] == "The river runs."
+    page = read_shard(site, f"traces/{kept.path.name}").json
+    assert page == json.loads(json.dumps(document))
+    validate_atlas(site)
+    page["supernodes"][0]["token"] = 99
+    write_shard(site, f"traces/{kept.path.name}", Shard(json=page))
+    with pytest.raises(UserError, match="lies on no token"):
+        validate_atlas(site)
+    manifest = json.loads((kept.path / "manifest.json").read_text())
+    manifest["inputs"]["link"] = "0" * 64
+    (kept.path / "manifest.json").write_text(json.dumps(manifest))
+    again = stage.run(
+        stage.Config(), inputs_of(small_run), tmp_path / "atlas", RunContext(n_threads=1)
+    )
+    assert read_shard(again.path / "site", "manifest").json["traces"] == []
 
 
 @pytest.mark.parametrize("damage", ["row", "column", "missing"])

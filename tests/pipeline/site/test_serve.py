@@ -15,6 +15,7 @@ from featureflow.errors import UserError
 from pipeline.run import Run
 from pipeline.serve.atlas_server import make_server
 from pipeline.serve.live import MAX_TOKENS, LiveAtlas
+from pipeline.trace.document import document_of
 from sae import load_sae
 
 TEXT = "The river runs to the sea."
@@ -101,9 +102,42 @@ def test_steering_streams_both_arms_and_leaves_the_model_as_it_was(live, server)
     assert torch.equal(live.model.logits(torch.tensor([[0, 5, 6]])), before)
 
 
+def test_a_trace_grows_and_is_the_one_of_the_library(live, server):
+    status, text = ask(server, "POST", "/api/trace", {"prompt": TEXT})
+    records = [json.loads(line) for line in text.splitlines()]
+    assert status == 200, text
+    assert records[-1] == {"done": True}
+    predicted, removed, whole = (r["trace"] for r in records if "trace" in r)
+    assert predicted["supernodes"][0]["removed"] is None
+    assert removed["supernodes"][0]["removed"] is not None
+    expected = document_of(live.run.trace(TEXT), live.run, TEXT)
+    for mine, theirs in zip(whole["supernodes"], expected["supernodes"], strict=True):
+        assert mine["name"] == theirs["name"]
+        assert mine["removed"] == pytest.approx(theirs["removed"], abs=1e-5)
+    node = whole["supernodes"][0]
+    body = {
+        "prompt": TEXT,
+        "token": node["token"],
+        "features": [m["feature"] for m in node["members"]],
+    }
+    status, text = ask(server, "POST", "/api/trace/edit", {**body, "factor": 0.0})
+    changed = json.loads(text.splitlines()[0])["changed"]
+    assert changed["kl"] == pytest.approx(node["kl"], abs=1e-4)
+    status, text = ask(server, "POST", "/api/trace/plan", body)
+    plan = json.loads(json.loads(text.splitlines()[0])["plan"])
+    assert {n["at"] for n in plan["nodes"]} == set(body["features"])
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status"),
     [
+        ("/api/trace", {"prompt": ""}, 400),
+        ("/api/trace", {"prompt": "word " * 2 * MAX_TOKENS}, 400),
+        ("/api/trace", {"prompt": TEXT, "answer": "two words"}, 400),
+        ("/api/trace/edit", {"prompt": TEXT, "features": [], "token": 1}, 400),
+        ("/api/trace/edit", {"prompt": TEXT, "features": ["L0/1"], "token": 99}, 400),
+        ("/api/trace/edit", {"prompt": TEXT, "features": ["L0/1"], "token": 1, "factor": 1e9}, 400),
+        ("/api/trace/plan", {"prompt": TEXT, "features": ["L0/47"], "token": 1}, 400),
         ("/api/text", {"text": ""}, 400),
         ("/api/text", {"text": "word " * 2 * MAX_TOKENS}, 400),
         ("/api/text", {"text": 5}, 400),

@@ -24,11 +24,12 @@ import { notes } from "./views/notes.js";
 import { overview } from "./views/overview.js";
 import { search } from "./views/search.js";
 import { site } from "./views/site.js";
+import { trace } from "./views/trace.js";
 import { trunks } from "./views/trunks.js";
 import { tryText } from "./views/try.js";
 
 const VIEWS = { overview, flow, community, trunks, site, feature, graph, search, compare, lens,
-  notes, about, try: tryText };
+  notes, about, trace, try: tryText };
 
 boot();
 

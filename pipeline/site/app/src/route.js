@@ -5,7 +5,7 @@
 // "#/…"
 
 const VIEWS = new Set(["overview", "flow", "community", "trunks", "site", "graph", "search",
-  "compare", "lens", "notes", "about", "try"]);
+  "compare", "lens", "notes", "about", "try", "trace"]);
 const FEATURE = /^(L\d+(?:\.(?:mlp|attn|pre|mid))?)\/(\d+)$/;
 
 export function parse(hash) {

@@ -34,6 +34,7 @@ export class Atlas {
     this.siteIndex = new Map(manifest.sites.map((site, i) => [site.short, i]));
     this.has = manifest.has ?? {};
     this.lenses = manifest.lenses ?? [];
+    this.traces = manifest.traces ?? [];
     this.model = manifest.model?.name ?? "";
     this.digest = fingerprint(JSON.stringify([manifest.model?.fingerprint,
       manifest.provenance?.collect, manifest.provenance?.train]));
@@ -97,6 +98,11 @@ export class Atlas {
    *  */
   scores() {
     return shard("attached/scores").then(({ json }) => json.features ?? {}, () => ({}));
+  }
+
+  /** A traced prompt: the document of pipeline/trace/document.py. */
+  trace(name) {
+    return shard(`traces/${name}`).then(({ json }) => json);
   }
 
   /** What a lens found: { title, text, headline, figure, tables }. */

@@ -59,7 +59,8 @@ export function openFrame(root, atlas, live) {
 }
 
 function pages(atlas, live) {
-  const more = [live && ["try", "Try a text"], atlas.lenses.length > 0 && ["lens", "Lenses"]];
+  const more = [live && ["try", "Try a text"], (live?.tracing || atlas.traces.length > 0)
+    && ["trace", "Traces"], atlas.lenses.length > 0 && ["lens", "Lenses"]];
   return [...PAGES.slice(0, 4), ...more.filter(Boolean), ...PAGES.slice(4)];
 }
 

@@ -1,0 +1,125 @@
+"""What writes into what: real and predicted edges of one traced prompt.
+
+`edges_between`: supernode A → supernode B where A begins before B's peak on the same or an earlier
+token. `removed` is the change of B's strength when A is removed (it comes with the removals);
+`predicted` is that by the gradient of B's strength at the cut before (NaN where A has no member
+there). `drawn` are the strong ones that no third supernode explains.
+
+`node_edges`: feature → feature from one cut to the next, E(i→j) = z_i d_i · ∂pre_j/∂h, with nothing
+frozen. Cost: one backward pass through the layers between the two cuts a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from featureflow.sites import Site, parse_site
+from pipeline.trace.stream import (
+    FEATURE,
+    Edited,
+    Reading,
+    Stream,
+    Traced,
+    pre_activations,
+    run_model,
+)
+
+Gradient = tuple[Site, Float[Tensor, "token d_model"]]
+
+
+def edges_between(
+    found: Traced,
+    members: Sequence[pd.DataFrame],
+    readings: Sequence[Reading],
+    gone: Edited,
+    *,
+    shown: Sequence[int],
+    limit: float,
+) -> pd.DataFrame:
+    """Strongest first: `source, target, predicted, removed, drawn`. Row 0 of `gone` is the prompt
+    as it is, row 1 + A without A. Drawn are edges of `shown` supernodes of at least `limit`."""
+    change = (gone.read[0] - gone.read[1 : 1 + len(members)]).numpy()
+    gradients = list(gradients_of(found, readings))
+    rows = []
+    for b, (site, token, *_) in enumerate(readings):
+        for a, each in enumerate(members):
+            first = min(parse_site(cut) for cut in each["cut"])
+            if a != b and first < site and int(each["token"].iloc[0]) <= token:
+                guess = _predicted(found, each, gradients[b])
+                rows.append({"source": a, "target": b, "predicted": guess, "removed": change[a, b]})
+    frame = pd.DataFrame(rows, columns=["source", "target", "predicted", "removed"])
+    strong = np.zeros((len(members), len(members)), dtype=bool)
+    big = frame[(frame["removed"].abs() >= limit) & frame["source"].isin(shown)]
+    big = big[big["target"].isin(shown)]
+    strong[big["source"], big["target"]] = True
+    drawn = strong & ~((strong.astype(int) @ strong.astype(int)) > 0)
+    frame["drawn"] = drawn[frame["source"].to_numpy(int), frame["target"].to_numpy(int)]
+    return frame.loc[frame["removed"].abs().sort_values(ascending=False, kind="stable").index]
+
+
+def node_edges(found: Traced, targets: pd.DataFrame) -> pd.DataFrame:
+    """Every feature of the cut before → each target (rows of `found.nodes`): `source`, `target`
+    (indices of `found.nodes`), `predicted` (the change of the target's pre-activation when the
+    source is removed)."""
+    readings: list[Reading] = [
+        (parse_site(row.cut), int(row.token), [int(row.latent)], torch.ones(1))
+        for row in targets.itertuples()
+    ]
+    parts = []
+    for target, gradient in zip(targets.index, gradients_of(found, readings), strict=True):
+        if gradient is None:
+            continue
+        site, g = gradient
+        nodes = found.nodes[(found.nodes["cut"] == site.short) & (found.nodes["kind"] == FEATURE)]
+        effect = _effects(found, nodes, g).cpu().numpy()
+        parts.append(pd.DataFrame({"source": nodes.index, "target": target, "predicted": effect}))
+    columns = ["source", "target", "predicted"]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+
+def gradients_of(found: Traced, readings: Sequence[Reading]) -> Iterator[Gradient | None]:
+    """Of every reading its gradient at the cut before it; None at the first cut."""
+    stream: Stream = {}
+
+    def keep(site: Site, h: Tensor) -> Tensor:
+        stream[site] = h.detach().requires_grad_() if site == found.cuts[0] else h.view_as(h)
+        return stream[site]
+
+    with torch.enable_grad():
+        edits = {site: (lambda h, site=site: keep(site, h)) for site in found.cuts}
+        run_model(found.model, [found.ids], edits)
+        for site, token, latents, weights in readings:
+            place = found.cuts.index(site)
+            if place == 0:
+                yield None
+                continue
+            pre = pre_activations(found.saes[site], stream[site][0, token], latents)
+            before = found.cuts[place - 1]
+            (g,) = torch.autograd.grad(pre @ weights.to(pre), stream[before], retain_graph=True)
+            yield before, g[0]
+
+
+def _predicted(found: Traced, members: pd.DataFrame, gradient: Gradient | None) -> float:
+    if gradient is None:
+        return float("nan")
+    site, g = gradient
+    here = members[members["cut"] == site.short]
+    return float(_effects(found, here, g).sum()) if len(here) else float("nan")
+
+
+def _effects(
+    found: Traced, nodes: pd.DataFrame, g: Float[Tensor, "token d_model"]
+) -> Float[Tensor, "node"]:
+    """`z_i d_i · g` of nodes of one cut."""
+    if nodes.empty:
+        return torch.zeros(0)
+    site = parse_site(nodes["cut"].iloc[0])
+    direction = found.saes[site].W_dec[nodes["latent"].tolist()]
+    z = torch.tensor(nodes["z"].tolist(), device=g.device)
+    return z * (direction * g[nodes["token"].tolist()]).sum(-1)
