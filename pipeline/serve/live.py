@@ -141,7 +141,6 @@ class LiveAtlas:
         UserError."""
         self.stopped.clear()
         self._check_length(prompt, chat)
-        yield {"status": "Reading the prompt"}
         growing = iter_prompt(
             self.run, prompt, answer=answer, foil=foil, chat=chat, progress=self._step
         )

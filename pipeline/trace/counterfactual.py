@@ -67,15 +67,13 @@ def counterfactual(
     nodes = {number: trace.members(number).assign(to=lambda m, n=number: factor[n] * m["z"])
              for number in order}  # fmt: skip
     sets: list[tuple[int, ...]] = [(number,) for number in order]
-    best: list[tuple[int, ...]] = []
     for size in range(1, most + 1):
         y, is_foil = _tried(found, [pd.concat([nodes[n] for n in each]) for each in sets], progress)
         n_tried += len(sets)
         ranked = [sets[i] for i in np.argsort(y, kind="stable")]
-        best = [each for each, flips in zip(sets, is_foil, strict=True) if flips] or best
+        best = [s for s, flips in zip(sets, is_foil, strict=True) if flips] or ranked[:1]
         if any(is_foil) or size == most:
             break
-        best = ranked[:1]
         if size == 1:
             sets = list(combinations([each[0] for each in ranked[:_PAIRED]], 2))
         else:
