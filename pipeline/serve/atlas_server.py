@@ -96,7 +96,8 @@ class _Plan(BaseModel):
         return live.plan(**self.model_dump())
 
 
-_QUESTIONS = {
+_Question = _Text | _Steer | _Trace | _Change | _Plan
+_QUESTIONS: dict[str, type[_Question]] = {
     "text": _Text,
     "steer": _Steer,
     "trace": _Trace,
@@ -174,10 +175,7 @@ class _Site(StaticFiles):
 
 
 async def _answer(
-    live: LiveAtlas,
-    turns: ModelTurns,
-    request: Request,
-    kind: type[_Text | _Steer | _Trace | _Change | _Plan],
+    live: LiveAtlas, turns: ModelTurns, request: Request, kind: type[_Question]
 ) -> Response:
     body = await json_body(request, at_most=_MAX_BODY)
     try:

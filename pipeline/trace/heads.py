@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from featureflow.sites import Site
+from featureflow.sites import Site, SiteKind
 from pipeline.trace.stream import Reading, Traced
 
 _MOST, _TOLERANCE = 4, 0.02
@@ -36,7 +36,7 @@ def heads_of(found: Traced, readings: Sequence[Reading], names: Sequence[int]) -
     blocks = getattr(model, "blocks", ())
     n_heads = getattr(getattr(model.hf, "config", None), "num_attention_heads", 0)
     if blocks and n_heads and all(at.z and at.mlp and at.attention for at in blocks):
-        kinds = ("z", "attn_out", "mlp_out")
+        kinds: tuple[SiteKind, ...] = ("z", "attn_out", "mlp_out")
         sites = [Site(layer, kind) for layer in range(len(blocks)) for kind in kinds]
         seen = model.activations(torch.tensor([found.ids]), sites)
         mixed = _patterns_and_values(model, found.ids, n_heads)
