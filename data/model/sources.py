@@ -27,10 +27,20 @@ from torch import nn
 
 from data.model.gguf_conversion import converted_gguf
 from data.model.loading import check_complete, quiet_transformers
-from data.model.spec import Folder, Gguf, HuggingFace, ModelSpec, Packaged, Random, TransformerLens
+from data.model.spec import (
+    Folder,
+    Gguf,
+    HuggingFace,
+    ModelSpec,
+    OfWorld,
+    Packaged,
+    Random,
+    TransformerLens,
+)
 from data.packaged import packaged_model_file
 from data.text.bundled import bundled_records
 from data.text.tokenizer import Tokenizer, byte_level_tokenizer
+from data.worlds.weights import model_of, word_tokenizer
 from featureflow.errors import UserError
 from featureflow.files import is_lfs_pointer, lfs_problem
 from featureflow.progress import Progress
@@ -54,8 +64,8 @@ class LoadedModel:
 def load_model(spec: ModelSpec, *, dtype: str, device: str, progress: Progress) -> LoadedModel:
     """Raises UserError for an unknown model, missing files, an architecture without support."""
     torch_dtype = parse_dtype(dtype_for(device) if dtype == "auto" else dtype)
-    if isinstance(spec, Random):
-        loaded = build_random(spec)
+    if isinstance(spec, Random | OfWorld):
+        loaded = build_random(spec) if isinstance(spec, Random) else build_world(spec)
         _cast_weights(loaded.hf, torch_dtype)
     else:
         folder = folder_of(spec, progress)
@@ -115,8 +125,8 @@ def folder_of(spec: ModelSpec, progress: Progress) -> Path:
             return _hub_folder(name, revision)
         case TransformerLens(name=name):
             return _hub_folder(hub_id_of(name), "main")
-        case Random():
-            raise ValueError("a random model has no folder")
+        case Random() | OfWorld():
+            raise ValueError("a model made in memory has no folder")
 
 
 def load_folder(folder: Path, dtype: torch.dtype) -> LoadedModel:
@@ -175,6 +185,12 @@ def build_random(spec: Random) -> LoadedModel:
     )  # its frequencies are computed, not weights
     _draw_weights(hf, spec)
     return LoadedModel(hf=hf, tokenizer=tokenizer, folder=None)
+
+
+def build_world(spec: OfWorld) -> LoadedModel:
+    """The model of a world, and a tokenizer of its words."""
+    tokenizer = Tokenizer(word_tokenizer(spec.world.words))
+    return LoadedModel(hf=model_of(spec.world, spec.weights), tokenizer=tokenizer, folder=None)
 
 
 def _cast_weights(hf: nn.Module, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt
 from pydantic import model_validator
 from typing_extensions import Doc
 
+from data.worlds import AnyWorld
 from featureflow.settings import ByKind, Settings
 
 
@@ -86,7 +87,19 @@ class Random(Settings):
         return self
 
 
-ModelSpec = Annotated[Packaged | HuggingFace | Folder | Gguf | TransformerLens | Random, ByKind()]
+class OfWorld(Settings):
+    """The model of a world where the answer is known (data/worlds)."""
+
+    kind: Literal["world"] = "world"
+    world: Annotated[AnyWorld, Doc("which world")]
+    weights: Annotated[
+        str, Doc("shipped (or written by hand), untrained, or a .safetensors file of `world train`")
+    ] = "shipped"
+
+
+ModelSpec = Annotated[
+    Packaged | HuggingFace | Folder | Gguf | TransformerLens | Random | OfWorld, ByKind()
+]
 
 
 def name_of(spec: ModelSpec) -> str:
@@ -96,5 +109,7 @@ def name_of(spec: ModelSpec) -> str:
             return Path(path).name
         case Random():
             return f"random-{spec.n_layers}x{spec.d_model}-seed{spec.seed}"
+        case OfWorld(world=world, weights=weights):
+            return world.kind if weights == "shipped" else f"{world.kind}, {Path(weights).stem}"
         case _:
             return spec.name

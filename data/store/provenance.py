@@ -18,7 +18,16 @@ from data.cache import sha256_of
 from data.model.fingerprint import VERSION
 from data.model.gguf_conversion import CONVERSION
 from data.model.sources import commit_of_model, hub_id_of
-from data.model.spec import Folder, Gguf, HuggingFace, ModelSpec, Packaged, Random, TransformerLens
+from data.model.spec import (
+    Folder,
+    Gguf,
+    HuggingFace,
+    ModelSpec,
+    OfWorld,
+    Packaged,
+    Random,
+    TransformerLens,
+)
 from data.store.layout import COMPLETE, canonical_json
 from data.store.places import open_place
 from data.store.store import ActivationStore
@@ -29,11 +38,13 @@ from data.text.corpus import (
     Mixture,
     PackagedText,
     TextFiles,
+    WorldText,
     commit_of_data_set,
 )
 from data.text.packaged_texts import packaged_texts
 from data.text.packing import PackedTokens
 from data.text.text_files import find_text_files
+from data.worlds.weights import SHIPPED, UNTRAINED, shipped_path
 from featureflow.errors import UserError
 
 _SMALL = 1 << 20  # hashed faster than looked up
@@ -75,6 +86,8 @@ def corpus_digest(spec: CorpusSpec) -> str:
                 return _hash(["hub", str(config), split, *_folder_digests(Path(dataset))])
             commit = commit_of_data_set(dataset, revision)
             return _hash(["hub", dataset, str(config), split, str(commit)])
+        case WorldText(world=world, n_documents=n_documents, seed=seed):
+            return _hash(["world", world.identity, str(n_documents), str(seed)])
         case Mixture(parts=parts):
             return _hash([corpus_digest(part.corpus) for part in parts])
         case _:
@@ -105,6 +118,10 @@ def _digest_of_model(spec: ModelSpec) -> str:
             return _hash(["transformer_lens", name, commit_of_model(hub_id_of(name), "main")])
         case Random():
             return _hash(["random"])
+        case OfWorld(world=world, weights=weights):
+            path = shipped_path(world) if weights == SHIPPED else Path(weights)
+            is_file = world.TRAINED and weights != UNTRAINED
+            return _hash([world.identity, digest_of_file(path) if is_file else weights])
         case _:
             assert_never(spec)
 

@@ -32,6 +32,7 @@ from data.text.documents import (
 )
 from data.text.packaged_texts import iter_packaged_text
 from data.text.text_files import find_text_files, iter_file_documents
+from data.worlds import AnyWorld
 from featureflow.errors import UserError
 from featureflow.settings import ByKind, Settings
 
@@ -92,7 +93,16 @@ class HubText(Settings):
     label_field: Annotated[str, Doc("column of the label, where there is one")] = "label"
 
 
-SingleCorpus = Annotated[BundledText | PackagedText | TextFiles | HubText, ByKind()]
+class WorldText(Settings):
+    """The language of a world where the answer is known (data/worlds); a document a context."""
+
+    kind: Literal["world"] = "world"
+    world: Annotated[AnyWorld, Doc("which world")]
+    n_documents: Annotated[int, Ge(2), Doc("documents")] = 4096
+    seed: Annotated[int, Ge(0), Doc("of the documents")] = 0
+
+
+SingleCorpus = Annotated[BundledText | PackagedText | TextFiles | HubText | WorldText, ByKind()]
 
 
 class Part(Settings):
@@ -116,7 +126,9 @@ class Mixture(Settings):
     parts: Annotated[tuple[Part, ...], MinLen(1), Doc("the corpora and their weights")]
 
 
-CorpusSpec = Annotated[BundledText | PackagedText | TextFiles | HubText | Mixture, ByKind()]
+CorpusSpec = Annotated[
+    BundledText | PackagedText | TextFiles | HubText | WorldText | Mixture, ByKind()
+]
 
 
 def iter_documents(
@@ -145,6 +157,8 @@ def describe_corpus(spec: CorpusSpec) -> str:
             return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         case HubText(dataset=dataset, split=split):
             return f"{dataset} ({split})"
+        case WorldText(world=world):
+            return f"the world {world.kind}"
         case Mixture(parts=parts):
             total = sum(part.weight for part in parts)
             return " + ".join(
@@ -181,6 +195,11 @@ def _iter_single(spec: SingleCorpus, seed: int, passed_over: PassedOver) -> Iter
             documents = _iter_files(spec, passed_over)
         case HubText():
             documents = _iter_hub(spec, passed_over)
+        case WorldText(world=world, n_documents=n, seed=draw):
+            documents = (
+                Document(text=text, source=world.kind, title=f"{world.kind} {number}")
+                for number, text in enumerate(world.documents(n, draw))
+            )
         case _:
             assert_never(spec)
     return _iter_not_blank(iter_shuffled(documents, seed), describe_corpus(spec))

@@ -32,6 +32,7 @@ from pipeline.cli.steer import STEER_TOOLS, serve
 from pipeline.cli.store import store_commands
 from pipeline.cli.trace import trace
 from pipeline.cli.verify import verify
+from pipeline.cli.world import world_commands
 from pipeline.console import complain, use_any_console
 from pipeline.stages import ALSO, STAGES
 
@@ -55,6 +56,7 @@ _OTHERS = (
     lens_commands,
     paper_commands,
     sae_commands,
+    world_commands,
 )
 for _command in (run, *_STAGE_COMMANDS, *_OTHERS):
     app.add_command(_command)

@@ -99,7 +99,7 @@ def _command(name: str) -> click.Command:
 
     def command(recipe: str, artifacts: Path, force: bool, quiet: bool, **others: Any) -> None:
         machine = {key: others.pop(key) for key in ("device", "threads", "scheduler", "workers")}
-        given = {key: _value(text) for key, text in others.items() if text is not None}
+        given = {key: as_toml(text) for key, text in others.items() if text is not None}
         _look(name, recipe, artifacts, given, machine, force=force, quiet=quiet)
 
     fields = [field for field in describe(lens.Config, "") if field.place.count(".") == 1]
@@ -124,7 +124,7 @@ def _option(field: Field) -> Callable[..., Any]:
     return click.option(*flags, name, default=None, metavar="VALUE", help=meaning)
 
 
-def _value(text: str) -> Any:
+def as_toml(text: str) -> Any:
     """As TOML would read it; what TOML cannot read is a text."""
     try:
         return tomllib.loads(f"value = {text}")["value"]

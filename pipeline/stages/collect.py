@@ -29,7 +29,7 @@ from typing_extensions import Doc
 
 from data.model.language_model import LanguageModel
 from data.model.sources import dtype_for, folder_of
-from data.model.spec import HuggingFace, ModelSpec, Packaged, TransformerLens, name_of
+from data.model.spec import HuggingFace, ModelSpec, OfWorld, Packaged, TransformerLens, name_of
 from data.store import ActivationStore, SiteLayout, StoreLayout, StoreWriter
 from data.store.collection import (
     CollectedShard,
@@ -41,10 +41,13 @@ from data.store.collection import (
 from data.store.layout import parse_layout
 from data.store.patterns import parse_sites
 from data.store.places import open_place, write_pointer
+from data.store.planting import plant_shards, planted_tokens
 from data.store.provenance import corpus_digest, model_digest, store_digest, tokens_digest
-from data.text.corpus import CorpusSpec, PackagedText, describe_corpus
+from data.text.corpus import CorpusSpec, PackagedText, WorldText, describe_corpus
 from data.text.documents import PassedOver
 from data.text.packing import PackedTokens, pack_corpus
+from data.text.tokenizer import Tokenizer
+from data.worlds import Superposed
 from featureflow.errors import UserError
 from featureflow.figures import save
 from featureflow.settings import Settings
@@ -128,7 +131,19 @@ class Config(Settings):
             )
         if self.store_url is not None and "://" not in self.store_url:
             raise ValueError(f"store_url {self.store_url!r} is not a URL")
+        if isinstance(self.model, OfWorld):
+            self._check_world(self.model)
         return self
+
+    def _check_world(self, model: OfWorld) -> None:
+        world = model.world
+        if not (isinstance(self.corpus, WorldText) and self.corpus.world == world):
+            raise ValueError(f"the model is of the world {world.kind}, the corpus is not the same")
+        if self.n_context != world.n_context:
+            raise ValueError(
+                f"a text of the world {world.kind} fills a context of {world.n_context} tokens: "
+                f"n_context is {self.n_context}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,17 +179,11 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
         )
         sites = parse_sites(config.sites, model.sites())
         passed_over = PassedOver()
-        packed = pack_corpus(
-            config.corpus,
-            model.tokenizer,
-            n_context=config.n_context,
-            n_tokens=config.n_tokens,
-            seed=config.seed,
-            validation_fraction=config.validation_fraction,
-            max_document_tokens=config.max_document_tokens,
-            keep_special=config.special_tokens == "kept",
-            passed_over=passed_over,
-            progress=context.progress,
+        planted = _planted(config)
+        packed = (
+            _packed(config, model.tokenizer, passed_over, context)
+            if planted is None
+            else planted_tokens(planted, config.n_tokens, config.validation_fraction)
         )
         layout = layout_of(config, model, sites, packed)
         writer = StoreWriter.create(
@@ -182,7 +191,10 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
         )
         adopt_shards(writer, out / STORE)
         started = time.monotonic()
-        n_collected = _collect(config, context, draft, model, writer, sites, packed)
+        if planted is None:
+            n_collected = _collect(config, context, draft, model, writer, sites, packed)
+        else:
+            n_collected = plant_shards(planted, writer, sites, packed)
         seconds = time.monotonic() - started
         writer.finish(packed.table().documents)
         _describe(draft, ActivationStore.open(draft.path / STORE), n_collected, seconds)
@@ -200,6 +212,29 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
         if warnings:
             (draft.path / "warnings.json").write_text(json.dumps(warnings), encoding="utf-8")
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
+
+
+def _planted(config: Config) -> Superposed | None:
+    """The world whose activations are planted, where it is one."""
+    world = config.model.world if isinstance(config.model, OfWorld) else None
+    return world if isinstance(world, Superposed) else None
+
+
+def _packed(
+    config: Config, tokenizer: Tokenizer, passed_over: PassedOver, context: RunContext
+) -> PackedTokens:
+    return pack_corpus(
+        config.corpus,
+        tokenizer,
+        n_context=config.n_context,
+        n_tokens=config.n_tokens,
+        seed=config.seed,
+        validation_fraction=config.validation_fraction,
+        max_document_tokens=config.max_document_tokens,
+        keep_special=config.special_tokens == "kept",
+        passed_over=passed_over,
+        progress=context.progress,
+    )
 
 
 def _use_imported(config: Config, url: str, out: Path) -> Artifact:

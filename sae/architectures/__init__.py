@@ -12,6 +12,7 @@ from typing import Annotated
 from featureflow.settings import ByKind
 from sae.architectures.base import Architecture
 from sae.architectures.batch_topk import BatchTopK
+from sae.architectures.codebook import Codebook
 from sae.architectures.gated import GatedL1
 from sae.architectures.jump_relu import JumpRelu
 from sae.architectures.matryoshka import MatryoshkaBatchTopK
@@ -19,13 +20,15 @@ from sae.architectures.relu_l1 import ReluL1
 from sae.architectures.topk import TopK
 
 AnyArchitecture = Annotated[
-    TopK | BatchTopK | MatryoshkaBatchTopK | JumpRelu | ReluL1 | GatedL1, ByKind("architectures")
+    TopK | BatchTopK | MatryoshkaBatchTopK | JumpRelu | ReluL1 | GatedL1 | Codebook,
+    ByKind("architectures"),
 ]
 
 __all__ = [
     "AnyArchitecture",
     "Architecture",
     "BatchTopK",
+    "Codebook",
     "GatedL1",
     "JumpRelu",
     "MatryoshkaBatchTopK",
