@@ -108,7 +108,7 @@ class World(Settings, ABC):
         text = json.dumps([self.VERSION, self.model_dump(mode="json")], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def read(self, ids: Sequence[int]) -> list[str]:
+    def text_of(self, ids: Sequence[int]) -> list[str]:
         """The words of ids; the start of a context is empty."""
         return ["" if i == 0 else self.words[i - 1] for i in ids]
 

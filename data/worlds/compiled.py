@@ -34,7 +34,9 @@ from typing_extensions import Doc
 
 from data.worlds.base import NEVER, Variable, World
 
-LETTERS, OPEN, CLOSE, DOT = "ABCDEFGH", "(", ")", "."
+LETTERS = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
+"""The letters of this language; words of three letters, so that labels can be read."""
+OPEN, CLOSE, DOT = "(", ")", "."
 N_SUMS, HEAD, N_HEADS = 4, 48, 5
 EPSILON = 1e6
 """Of the norms: so large that a norm is a division by 1000, which its gain undoes."""
@@ -115,20 +117,25 @@ class Compiled(World):
                 value=depth,
                 names=tuple(str(i) for i in range(self.max_depth + 1)),
                 born=1,
+                parents=("position",),
             ),
             Variable(
                 name="induction",
                 value=_followers(token),
                 names=self.words,
                 born=1,
-                parents=("token", "previous"),
+                parents=("token", "previous", "position"),
             ),
             Variable(
                 name="first", value=first, names=sums, born=1, dies=3, parents=("token", "previous")
             ),
             Variable(name="second", value=second, names=sums, born=3, parents=("first", "depth")),
             Variable(
-                name="moved", value=_moved_on(second), names=sums, born=4, parents=("second",)
+                name="moved",
+                value=_moved_on(second),
+                names=sums,
+                born=4,
+                parents=("second", "position"),
             ),
         )
 

@@ -27,8 +27,13 @@ from typing_extensions import Doc
 
 from data.worlds.base import NEVER, Variable, World
 
-_LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-_DIGITS = tuple("0123456789")
+_LETTERS = (
+    *("alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india"),
+    *("juliett", "kilo", "lima", "mike", "november", "oscar", "papa", "quebec", "romeo"),
+    *("sierra", "tango", "uniform", "victor", "whiskey", "xray", "yankee", "zulu"),
+)
+_DIGITS = (*("nulla", "mono", "duo", "tria", "tetra"), *("penta", "hexa", "hepta", "octa", "nona"))
+"""0 to 9, in words that labels can hold."""
 
 
 class Fsm(World):
@@ -96,7 +101,7 @@ class Fsm(World):
         before[:, 4::2] = state[:, 2:-2:2][:, : before[:, 4::2].shape[1]]
         current[:, 3::2] = state[:, 2:-1:2][:, : current[:, 3::2].shape[1]]
         names = tuple(
-            "".join(self.words[word] for word in spelling) for spelling in _tables(self)[0]
+            "-".join(self.words[word] for word in spelling) for spelling in _tables(self)[0]
         )
         return (
             Variable(name="word", value=word, names=self.words, born=0),
@@ -116,7 +121,7 @@ class Fsm(World):
         )
 
     def spelling(self, variable: Variable, value: int) -> tuple[str, ...]:
-        return tuple(variable.names[value])
+        return tuple(variable.names[value].split("-"))
 
     def shape(self) -> dict[str, Any]:
         n_context = max(64, self.n_context)

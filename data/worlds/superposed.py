@@ -20,6 +20,7 @@ these words and does nothing else; nothing is said of causes here. After SynthSA
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
@@ -70,16 +71,16 @@ class Superposed(World):
 
     @property
     def words(self) -> tuple[str, ...]:
-        return tuple(f"f{i}" for i in range(self.n_features))
+        return tuple(_word(i) for i in range(self.n_features))
 
     def documents(self, n: int, seed: int) -> Iterator[str]:
         """The words of the strongest features; the activations are drawn with them."""
         ids = self.ids(n)
         for row in ids:
-            yield " ".join(self.read(row[1:].tolist()))
+            yield " ".join(self.text_of(row[1:].tolist()))
 
     def spelling(self, variable: Variable, value: int) -> tuple[str, ...]:
-        return (variable.name,)
+        return tuple(re.findall("[a-z]+", variable.name))
 
     def shape(self) -> dict[str, Any]:
         """Of the stand-in."""
@@ -175,6 +176,16 @@ class _Plan:
     born: Int64[np.ndarray, "feature"]
 
 
+def _word(feature: int) -> str:
+    """A name of four letters or more, another for each feature."""
+    consonants, vowels = "bdfgklmnprstvz", "aeiou"
+    word, rest = "", feature
+    while len(word) < 4 or rest:
+        rest, syllable = divmod(rest, len(consonants) * len(vowels))
+        word += consonants[syllable % len(consonants)] + vowels[syllable // len(consonants)]
+    return word
+
+
 def _strength_of(
     unit: _Unit, strength: Float[np.ndarray, "row feature"], half: Bool[np.ndarray, "row feature"]
 ) -> Float[np.ndarray, "row"]:
@@ -200,12 +211,12 @@ def _plan(world: Superposed) -> _Plan:
         change = int(rng.integers(1, last + 1))
         if fate == "born":
             born[i] = change
-            units.append(_unit(world, rng, f"f{i}", (i,), change, last))
+            units.append(_unit(world, rng, _word(i), (i,), change, last))
         elif fate == "dies":
-            units.append(_unit(world, rng, f"f{i}", (i,), 0, change - 1))
+            units.append(_unit(world, rng, _word(i), (i,), 0, change - 1))
         elif fate == "splits":
-            heirs = (f"f{i}a", f"f{i}b")
-            whole = _unit(world, rng, f"f{i}", (i,), 0, change - 1, heirs=heirs)
+            heirs = (f"{_word(i)}:1", f"{_word(i)}:2")
+            whole = _unit(world, rng, _word(i), (i,), 0, change - 1, heirs=heirs)
             units.append(whole)
             for name, side in zip(heirs, (True, False), strict=True):
                 towards = _turned(rng, whole.directions[change - 1], 40.0)
@@ -215,19 +226,20 @@ def _plan(world: Superposed) -> _Plan:
         elif fate == "merges" and waiting is None:
             waiting = i
         elif fate == "merges" and waiting is not None:
-            name = f"f{waiting}+f{i}"
+            name = f"{_word(waiting)}+{_word(i)}"
             pair = [
-                _unit(world, rng, f"f{j}", (j,), 0, change - 1, heirs=(name,)) for j in (waiting, i)
+                _unit(world, rng, _word(j), (j,), 0, change - 1, heirs=(name,))
+                for j in (waiting, i)
             ]
-            middle = sum(each.directions[change - 1] for each in pair)
+            middle = np.sum([each.directions[change - 1] for each in pair], axis=0)
             towards = middle / np.linalg.norm(middle)
             merged = _unit(world, rng, name, (waiting, i), change, last, towards=towards)
             units += [*pair, merged]
             waiting = None
         else:
-            units.append(_unit(world, rng, f"f{i}", (i,), 0, last, turn=fate == "turns"))
+            units.append(_unit(world, rng, _word(i), (i,), 0, last, turn=fate == "turns"))
     if waiting is not None:
-        units.append(_unit(world, rng, f"f{waiting}", (waiting,), 0, last))
+        units.append(_unit(world, rng, _word(waiting), (waiting,), 0, last))
     topic = rng.integers(0, N_TOPICS, n)
     return _Plan(units=tuple(units), rate=rate, topic=topic, parent=parent, born=born)
 

@@ -53,7 +53,7 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        progress(f"train {world.kind} (loss {float(loss):.3f})", step + 1, steps)
+        progress(f"train {world.kind} (loss {loss.item():.3f})", step + 1, steps)
     return model.eval()
 
 
@@ -80,7 +80,7 @@ def legal_share(model: PreTrainedModel, world: World, *, n_places: int = 400) ->
             allowed = world.continuations(variable.name, value, prefix)
             if allowed and position + len(allowed[0]) < world.n_context:
                 written = _greedy(model, prefix, len(allowed[0]))
-                legal += tuple(world.read(written)) in allowed
+                legal += tuple(world.text_of(written)) in allowed
                 total += 1
     return legal / max(total, 1)
 

@@ -152,7 +152,7 @@ def _dictionary(truth: Truth, latents: Mapping[Site, Latents], config: Config) -
             f1 = here.f1(fact, ~truth.scoring)
             chosen = here.best_set(fact, ~truth.scoring, f1, config.n_set)
             one = f1_and_mcc(here.on[:, chosen[0]], fact, truth.scoring)
-            union = f1_and_mcc(here.on[:, chosen].any(1), fact, truth.scoring)
+            union = f1_and_mcc(np.any(here.on[:, chosen], axis=1), fact, truth.scoring)
             rows.append(
                 {
                     "site": site.short,
@@ -326,7 +326,7 @@ def _labels(run: Run, meaning: Meaning) -> pd.DataFrame:
             feature = f"{site.short}/{latent}"
             label = run.labels[feature]
             words = meaning.truth.world.spelling(fact.variable, fact.number)
-            held = set(re.findall(r"[^\s‘’,]+", label))
+            held = set(re.findall(r"[a-z]+|[^\s‘’,]+", label))
             named = {"feature": feature, "fact": fact.name, "label": label}
             rows.append(named | {"variable": fact.variable.name, "named": held >= set(words)})
     return pd.DataFrame(rows)

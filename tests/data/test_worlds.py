@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from data.worlds.compiling import directions_of
 from data.worlds.training import contexts_of
 from featureflow.errors import UserError
 from featureflow.sites import Site
+from pipeline.stages.collect import Config
 
 
 def truth_of(world: World, ids: np.ndarray) -> dict[str, Variable]:
@@ -32,13 +34,13 @@ def test_a_document_fills_a_context_and_comes_back_from_its_tokens(world: World)
     text = next(iter(world.documents(1, 0)))
     ids = model.tokenizer.encode(text)
     assert len(ids) == world.n_context - 1
-    assert model.tokenizer.decode(ids).split() == text.split() == world.read(ids)
+    assert model.tokenizer.decode(ids).split() == text.split() == world.text_of(ids)
     assert list(world.documents(2, 0)) == list(world.documents(2, 0))
 
 
 def test_the_truth_of_a_text_read_by_hand() -> None:
     world = Compiled()
-    words = "A B ( A ( B ) A".split()
+    words = ["ant", "bee", "(", "ant", "(", "bee", ")", "ant"]
     ids = contexts_of(world, [" ".join(words)])
     found = {
         name: ["-" if v == NEVER else var.names[v] for v in var.value[0, 1:]]
@@ -47,8 +49,8 @@ def test_the_truth_of_a_text_read_by_hand() -> None:
     assert found["token"] == words
     assert found["previous"] == ["-", *words[:-1]]
     assert found["depth"] == ["0", "0", "1", "1", "2", "2", "1", "1"]
-    assert found["induction"] == ["-", "-", "-", "B", "A", "(", "-", "("]
-    assert found["first"] == ["-", "1", "-", "-", "-", "-", "-", "-"]  # A is 0, B is 1
+    assert found["induction"] == ["-", "-", "-", "bee", "ant", "(", "-", "("]
+    assert found["first"] == ["-", "1", "-", "-", "-", "-", "-", "-"]  # ant is 0, bee is 1
     assert found["second"] == ["-", "1", "-", "-", "-", "-", "-", "-"]
     assert found["moved"] == ["-", "-", "1", "-", "-", "-", "-", "-"]
 
@@ -96,11 +98,11 @@ def test_every_step_of_the_walk_is_one_that_its_truth_allows(surface: str) -> No
     for row in range(len(ids)):
         path = state[row, 2::2]
         assert (path != NEVER).all()
-        for i, (one, other) in enumerate(zip(path, path[1:], strict=False)):
+        for i, (one, other) in enumerate(itertools.pairwise(path)):
             ways = world.continuations("state", int(one), ids[row])
             assert len(ways) == len(set(ways)) == world.n_successors
             at = 2 * i + 4  # the second word of `other`
-            assert tuple(world.read(ids[row, at - 1 : at + 1].tolist())) in ways
+            assert tuple(world.text_of(ids[row, at - 1 : at + 1].tolist())) in ways
             assert before[row, at] == current[row, at - 1] == one
             assert state[row, at] == other
     assert (np.diff(np.unique(state[:, 2::2])) >= 1).all()
@@ -131,7 +133,7 @@ def test_superposed_activations_are_their_units_and_nothing_else() -> None:
         rows = np.flatnonzero((on.sum(1) > 0) & (on.sum(1) <= 6))[:200]
         for row in rows:
             basis = np.stack([directions[name][layer] for name in np.array(known)[on[row]]])
-            strength, rest, *_ = np.linalg.lstsq(basis.T, x[row], rcond=None)
+            strength, _rest, *_ = np.linalg.lstsq(basis.T, x[row], rcond=None)
             assert np.abs(basis.T @ strength - x[row]).max() < 1e-4
             assert (strength > 0).all()
         silent = on.sum(1) == 0
@@ -169,3 +171,19 @@ def test_unknown_variables_and_weights_by_hand_are_told(tmp_path: Path) -> None:
     assert caught.value.problems[0].found == "colour"
     with pytest.raises(UserError, match="written by hand"):
         LanguageModel.open(OfWorld(world=world, weights=str(tmp_path / "my.safetensors")))
+
+
+def test_model_and_text_of_two_worlds_do_not_go_together() -> None:
+    one, other = {"kind": "world", "world": "compiled"}, {"kind": "world", "world": "fsm"}
+    told = _refused({"model": one, "corpus": other, "n_context": 32})
+    assert "the model is of the world compiled, the corpus is not the same" in told
+    assert "a context of 32 tokens: n_context is 64" in _refused(
+        {"model": one, "corpus": one, "n_context": 64}
+    )
+    assert "no such kind" in _refused({"model": {"kind": "world", "world": "mazes"}})
+
+
+def _refused(raw: dict) -> str:
+    problems: list = []
+    assert Config.read(raw, "collect", problems) is None
+    return str(problems[0])

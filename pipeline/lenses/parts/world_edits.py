@@ -325,5 +325,5 @@ def _legal_share(
     legal = 0
     for i, (case, ways) in enumerate(zip(cases, allowed, strict=True)):
         written = ids[i, case.position + 1 : case.position + 1 + len(ways[0])].tolist()
-        legal += tuple(truth.world.read(written)) in ways
+        legal += tuple(truth.world.text_of(written)) in ways
     return legal / len(cases)
