@@ -3,25 +3,26 @@
     1. project   remove from ∂W_dec what is parallel to its row, so that only the direction of a
        unit row is learnt
     2. clip      scale all gradients if their joint norm exceeds `clip_norm`
-    3. Adam      PyTorch's fused kernel (Kingma & Ba 2015), moments in float32
+    3. Adam      Kingma & Ba 2015, moments in float32
     4. renorm    decoder rows back to unit length
 
-All four run over blocks of rows: large enough that waking the threads does not count (measured on
-two threads, d = 576, N = 4,096: 14 ms in blocks of 256 rows, 6 in one of 4,096), small enough that
-temporaries stay small. The norm of the projected gradient comes from the same row products that the
-projection needs. `eps` is far below PyTorch's default because gradients of a mean over tokens and
-channels are small (Gao et al. 2024 use the same value).
+The first walk takes the row products and the joint norm; the second does all four, row by row
+(sae/kernels/cpu.py). The norm of the projected gradient comes from the same row products that the
+projection needs. On a GPU, and for biases, PyTorch's fused kernel is the third part. `eps` is far
+below PyTorch's default because gradients of a mean over tokens and channels are small (Gao et al.
+2024 use the same value).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_BLOCK_ROWS = 4096
+from sae.kernels import cpu
 
 
 class Adam:
@@ -48,23 +49,15 @@ class Adam:
     ) -> float:
         """One step; returns the joint gradient norm before clipping. `gradients` are
         overwritten."""
-        parallel = _row_products(gradients["W_dec"], weights["W_dec"]) if unit_decoder else None
-        norm = float(_joint_norm(gradients, parallel))
+        norm, parallel = _joint_norm(weights, gradients, unit_decoder)
         factor = clip_norm / norm if norm > clip_norm else 1.0
-        for name, gradient in gradients.items():
-            rows = len(gradient) if gradient.is_cuda or gradient.ndim == 1 else _BLOCK_ROWS
-            decoder = unit_decoder and name == "W_dec"
-            for first in range(0, len(gradient), rows):
-                block = slice(first, first + rows)
-                g, w = gradient[block], weights[name][block]
-                if decoder and parallel is not None:
-                    g.addcmul_(w, parallel[block, None], value=-1)
-                if factor != 1.0:
-                    g.mul_(factor)
-                self._adam(name, block, w, g, learning_rate)
-                if decoder:
-                    w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True))
         self._n_updates += 1
+        for name, gradient in gradients.items():
+            along = parallel if unit_decoder and name == "W_dec" else None
+            if gradient.is_cuda or gradient.ndim == 1:
+                self._adam_whole(name, weights[name], gradient, along, factor, learning_rate)
+            else:
+                self._adam_by_row(name, weights[name], gradient, along, factor, learning_rate)
         return norm
 
     def state(self) -> tuple[dict[str, Tensor], int]:
@@ -80,19 +73,50 @@ class Adam:
             self._second[name].copy_(tensors[f"second.{name}"])
         self._n_updates = n_updates
 
-    def _adam(
-        self, name: str, block: slice, weight: Tensor, gradient: Tensor, learning_rate: float
+    def _adam_by_row(
+        self,
+        name: str,
+        weight: Tensor,
+        gradient: Tensor,
+        parallel: Tensor | None,
+        factor: float,
+        learning_rate: float,
     ) -> None:
-        n_updates = torch.tensor(
-            float(self._n_updates), device=weight.device
-        )  # the kernel counts this update itself
+        tensors = (weight, gradient.contiguous(), self._first[name], self._second[name])
+        first, second = (
+            1 - beta**self._n_updates for beta in (self._beta1, self._beta2)
+        )  # how far each moment is from its average while it is young
+        numbers = (factor, self._beta1, self._beta2, learning_rate / first, second**-0.5, self._eps)
+        kind = weight.numpy().dtype.type
+        work = partial(
+            cpu.adam_rows,
+            *(tensor.numpy() for tensor in tensors),
+            (gradient[:, 0] if parallel is None else parallel).contiguous().numpy(),
+            parallel is not None,
+            *(kind(number) for number in numbers),
+        )
+        cpu.in_parts(len(weight), weight.numel(), work)
+
+    def _adam_whole(
+        self,
+        name: str,
+        weight: Tensor,
+        gradient: Tensor,
+        parallel: Tensor | None,
+        factor: float,
+        learning_rate: float,
+    ) -> None:
+        if parallel is not None:
+            gradient.addcmul_(weight, parallel[:, None], value=-1)
+        if factor != 1.0:
+            gradient.mul_(factor)
         torch._fused_adam_(
             [weight],
             [gradient],
-            [self._first[name][block]],
-            [self._second[name][block]],
+            [self._first[name]],
+            [self._second[name]],
             [],
-            [n_updates + 1],
+            [torch.tensor(float(self._n_updates), device=weight.device)],
             lr=learning_rate,
             beta1=self._beta1,
             beta2=self._beta2,
@@ -101,21 +125,32 @@ class Adam:
             amsgrad=False,
             maximize=False,
         )
+        if parallel is not None:
+            weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True))
 
 
-def _row_products(a: Float[Tensor, "row d"], b: Float[Tensor, "row d"]) -> Float[Tensor, "row"]:
-    rows = len(a) if a.is_cuda else _BLOCK_ROWS
-    return torch.cat(
-        [torch.linalg.vecdot(x, y) for x, y in zip(a.split(rows), b.split(rows), strict=True)]
-    )
+def _joint_norm(
+    weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], unit_decoder: bool
+) -> tuple[float, Float[Tensor, "latent"] | None]:
+    """The norm of all gradients together, and the decoder's products with its rows where that part
+    is left out: ‖g − (g·w) w‖² = ‖g‖² − (g·w)²."""
+    total, parallel = 0.0, None
+    for name, gradient in gradients.items():
+        square, product = _row_products(gradient, weights[name])
+        total += float(square.double().sum())
+        if unit_decoder and name == "W_dec":
+            parallel = product
+            total -= float(product.double().square().sum())
+    return max(total, 0.0) ** 0.5, parallel
 
 
-def _joint_norm(gradients: Mapping[str, Tensor], parallel: Tensor | None) -> Tensor:
-    """The norm of all gradients together, the decoder's without its parallel part: ‖g − (g·w) w‖² =
-    ‖g‖² − (g·w)²."""
-    squares = torch.stack(
-        [torch.linalg.vector_norm(gradient).square() for gradient in gradients.values()]
-    ).sum()
-    if parallel is not None:
-        squares = squares - parallel.square().sum()
-    return squares.clamp_min(0).sqrt()
+def _row_products(
+    a: Float[Tensor, "row d"], b: Float[Tensor, "row d"]
+) -> tuple[Float[Tensor, "row"], Float[Tensor, "row"]]:
+    """⟨a, a⟩ and ⟨a, b⟩ of every row."""
+    if a.is_cuda or a.ndim == 1:
+        return torch.linalg.vecdot(a, a), torch.linalg.vecdot(a, b)
+    square, product = a.new_empty(len(a)), a.new_empty(len(a))
+    parts = [tensor.contiguous().numpy() for tensor in (a, b, square, product)]
+    cpu.in_parts(len(a), a.numel(), partial(cpu.row_products, *parts))
+    return square, product

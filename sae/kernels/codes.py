@@ -4,29 +4,25 @@ With `E` selected entries over `R` rows, `d` numbers to a vector and a dictionar
 CPU and GPU alike:
 
     decode            Σ_e value_e W[latent_e] for every row                          2 E d
-    (embedding_bag)
     products_at       ⟨A[row_e], W[latent_e]⟩ for every entry                        2 E d
-    (sampled_addmm)
     summed_by_latent  Σ_{e of latent} weight_e A[row_e] for every latent             2 E d
-    (embedding_bag after one
-    sort)
 
 None of them touches a `row × latent` matrix. The sort is made once per step (`order_by_latent`) and
-serves the gradients of both weight matrices. All are deterministic.
+serves the gradients of both weight matrices. All are deterministic. The inner loops are in
+sae/kernels/cpu.py and sae/kernels/gpu.py.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.kernels import gpu
+from sae.kernels import cpu, gpu
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,21 +73,55 @@ def products_at(
     """`A Wᵀ` at the selected entries only."""
     if W.is_cuda and gpu.is_available():
         return gpu.products_at_gpu(codes.row(), codes.latent, A.contiguous(), W.contiguous())
-    silence_csr_warning()
-    shape = (codes.n_rows, W.shape[0])
-    pattern = torch.sparse_csr_tensor(
-        codes.start, codes.latent, torch.zeros_like(codes.value), shape, check_invariants=False
+    if W.is_cuda:
+        return torch.linalg.vecdot(A[codes.row()], W[codes.latent])
+    out = torch.empty(len(codes.latent), dtype=A.dtype)
+    work = partial(
+        cpu.products_at,
+        codes.start.numpy(),
+        codes.latent.numpy(),
+        A.contiguous().numpy(),
+        W.contiguous().numpy(),
+        out.numpy(),
     )
-    return torch.sparse.sampled_addmm(pattern, A, W.T, beta=0.0).values()
+    cpu.in_parts(codes.n_rows, len(out) * A.shape[1], work)
+    return out
+
+
+def residual_and_slope(
+    codes: Codes, W: Float[Tensor, "latent d"], base: Float[Tensor, "row d"], scale: float
+) -> tuple[Float[Tensor, "row d"], Float[Tensor, "entry"]]:
+    """What the decoded rows and `base` make together, and `scale` times its products with the
+    dictionary rows of the positive entries."""
+    if W.is_cuda:
+        residual = decode(codes, W).add_(base)
+        return residual, products_at(codes, residual, W) * (codes.value > 0) * scale
+    residual, at_z = torch.empty_like(base), torch.empty_like(codes.value)
+    work = partial(
+        cpu.residual_and_slope,
+        *(part.numpy() for part in (codes.start, codes.latent, codes.value)),
+        W.contiguous().numpy(),
+        base.contiguous().numpy(),
+        W.numpy().dtype.type(scale),
+        residual.numpy(),
+        at_z.numpy(),
+    )
+    cpu.in_parts(codes.n_rows, len(at_z) * W.shape[1], work)
+    return residual, at_z
 
 
 def order_by_latent(codes: Codes, n_latents: int) -> ByLatent:
-    """The one sort of a step. Narrow integers sort several times faster."""
-    narrow = codes.latent.to(torch.int16) if n_latents <= 2**15 else codes.latent
-    order = torch.sort(narrow, stable=True).indices
+    """The one sort of a step."""
     start = torch.zeros(n_latents + 1, dtype=torch.int64, device=codes.latent.device)
-    torch.cumsum(torch.bincount(codes.latent, minlength=n_latents), 0, out=start[1:])
-    return ByLatent(order=order, start=start, row=codes.row()[order])
+    if start.is_cuda:
+        order = torch.sort(codes.latent, stable=True).indices
+        torch.cumsum(torch.bincount(codes.latent, minlength=n_latents), 0, out=start[1:])
+        return ByLatent(order=order, start=start, row=codes.row()[order])
+    order, row = torch.empty_like(codes.latent), torch.empty_like(codes.latent)
+    cpu.order_by_latent(
+        codes.start.numpy(), codes.latent.numpy(), order.numpy(), row.numpy(), start.numpy()
+    )
+    return ByLatent(order=order, start=start, row=row)
 
 
 def summed_by_latent(
@@ -107,14 +137,26 @@ def summed_by_latent(
         return gpu.summed_by_latent_gpu(
             groups.start, rows, weight[groups.order].contiguous(), A.contiguous()
         )
-    return F.embedding_bag(
-        rows,
-        A,
-        groups.start,
-        per_sample_weights=weight[groups.order],
-        mode="sum",
-        include_last_offset=True,
+    if A.is_cuda:
+        return F.embedding_bag(
+            rows,
+            A,
+            groups.start,
+            per_sample_weights=weight[groups.order],
+            mode="sum",
+            include_last_offset=True,
+        )
+    out = torch.empty(len(groups.start) - 1, A.shape[1], dtype=A.dtype)
+    work = partial(
+        cpu.summed_by_latent,
+        groups.start.numpy(),
+        rows.numpy(),
+        weight[groups.order].numpy(),
+        A.contiguous().numpy(),
+        out.numpy(),
     )
+    cpu.in_parts(len(out), len(rows) * A.shape[1], work)
+    return out
 
 
 def totals_by_latent(
@@ -131,13 +173,3 @@ def totals_by_latent(
     return torch.bincount(codes.latent, weights=weight.double(), minlength=n_latents).to(
         weight.dtype
     )
-
-
-@cache
-def silence_csr_warning() -> None:
-    """PyTorch says once per process that CSR tensors are in beta; let it say so here, unheard."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(
-            torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1)
-        )

@@ -5,10 +5,9 @@ the whole batch.
        threads, d = 768, N = 12,288: 261 ms for 2,048 tokens at once, 475 ms in blocks that fit the
        cache, because a product packs W_enc anew every time); in bfloat16 where the machine
        multiplies bfloat16 several times faster (`has_fast_bfloat16`)
-    2. select. Per row, exactly, on a CPU: the maxima of groups of 16 latents; only the k groups
-       with the largest maxima can hold one of the k largest; their 16 k members are partitioned.
-       Whole batch: entries above a cut taken from the first tokens, and of those the `k × tokens`
-       largest; exact because the cut is lowered until it lets enough of them through
+    2. select. Per row exactly (sae/kernels/cpu.py on a CPU). Whole batch: entries above a cut taken
+       from the first tokens, and of those the `k × tokens` largest; exact because the cut is
+       lowered until it lets enough of them through
     3. after a bfloat16 pass, compute the selected values again in float32
 
 Cost: `2 · token · d · latent` for 1, about one pass over the pre-activations for 2. Which of
@@ -20,9 +19,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -30,14 +28,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.kernels import cpu
 from sae.kernels.codes import Codes, products_at
 from sae.step import Precision
 
-_GROUP = 16
 BLOCK_BYTES = 128 << 20
 _CUT_ROWS = 256
 _CUT_MARGIN = 0.85
-_NUMBERS_PER_THREAD = 1 << 15
+_AS_INTEGERS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +121,7 @@ _scratch = _Scratch()
 
 def _encode_per_row(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, precision: Precision) -> Codes:
     parts = [largest_of_rows(pre, k) for pre in pre_activation_blocks(x, W_enc, b_enc, precision)]
-    index, order = torch.cat([part[1] for part in parts]).sort(dim=1)
-    value = torch.cat([part[0] for part in parts]).gather(1, order)
+    index, value = torch.cat([part[1] for part in parts]), torch.cat([part[0] for part in parts])
     start = torch.arange(0, index.numel() + 1, k, device=x.device)
     return Codes(start=start, latent=index.flatten(), value=value.flatten().float())
 
@@ -132,43 +129,18 @@ def _encode_per_row(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, precision: 
 def largest_of_rows(
     pre: Float[Tensor, "row latent"], k: int
 ) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
-    """Values and indices of the k largest entries of each row, in no order."""
-    n_groups, rest = divmod(pre.shape[1], _GROUP)
-    if pre.is_cuda or rest or n_groups < 2 * k:
-        return _partition_rows(pre, k)
-    by_group = pre.view(len(pre), _GROUP, n_groups)
-    _, group = _partition_rows(by_group.amax(1), k)
-    member = torch.arange(0, pre.shape[1], n_groups)[None, :, None]
-    candidate = (group[:, None, :] + member).view(len(pre), _GROUP * k)
-    value, place = _partition_rows(pre.gather(1, candidate), k)
-    return value, candidate.gather(1, place)
-
-
-def _partition_rows(values: Float[Tensor, "row n"], k: int) -> tuple[Tensor, Tensor]:
-    """NumPy partitions rows with vector instructions, 2–3 times faster than torch.topk on the CPUs
-    measured; it lets go of the interpreter while it works, so PyTorch's number of threads share the
-    rows."""
-    if values.is_cuda or k >= values.shape[1]:
-        return values.topk(k, dim=1, sorted=False)
-    rows, n_threads = (
-        values.float().numpy(),
-        min(torch.get_num_threads(), values.numel() // _NUMBERS_PER_THREAD),
+    """Values and indices of the k largest entries of each row, indices ascending."""
+    if pre.is_cuda or pre.dtype not in _AS_INTEGERS:
+        index = pre.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+        return pre.gather(1, index), index
+    bits = pre.contiguous().view(_AS_INTEGERS[pre.dtype]).numpy()
+    index = torch.empty(len(pre), k, dtype=torch.int64)
+    n_bits = 8 * bits.itemsize - 1
+    work = partial(
+        cpu.largest_of_rows, bits, k, np.int32(n_bits), np.int32(2**n_bits - 1), index.numpy()
     )
-
-    def largest(part: np.ndarray) -> np.ndarray:
-        return np.argpartition(part, values.shape[1] - k, axis=1)[:, -k:]
-
-    if n_threads > 1:
-        place = np.concatenate(list(_pool(n_threads).map(largest, np.array_split(rows, n_threads))))
-    else:
-        place = np.ascontiguousarray(largest(rows))
-    index = torch.from_numpy(place)
-    return values.gather(1, index), index
-
-
-@cache
-def _pool(n_threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(n_threads, thread_name_prefix="partition")
+    cpu.in_parts(len(pre), pre.numel(), work)
+    return pre.gather(1, index), index
 
 
 def _encode_whole_batch(

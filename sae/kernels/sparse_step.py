@@ -41,6 +41,7 @@ from sae.kernels.codes import (
     decode,
     order_by_latent,
     products_at,
+    residual_and_slope,
     summed_by_latent,
     totals_by_latent,
 )
@@ -80,15 +81,15 @@ def sparse_step(
         if "W_skip" not in weights
         else b_dec - target + F.linear(x, weights["W_skip"])
     )
-    residual = _residuals(grouped, W_dec, base, n_groups)
     scale = 1.0 / (n_groups * target.numel())
-    slope = residual * (2.0 * scale)  # the gradient with respect to each prefix' reconstruction
-    seen = (
-        rearrange(slope.flip(1).cumsum(1).flip(1), "token group d -> (token group) d")
-        if n_groups > 1
-        else slope[:, 0]
-    )
-    at_z = products_at(grouped, seen, W_dec) * (codes.value > 0)
+    if n_groups == 1:
+        full, at_z = residual_and_slope(codes, W_dec, base, 2.0 * scale)
+        residual, seen = full[:, None], full * (2.0 * scale)
+    else:
+        residual = _residuals(grouped, W_dec, base, n_groups)
+        full, slope = residual[:, -1], residual * (2.0 * scale)  # of each prefix' reconstruction
+        seen = rearrange(slope.flip(1).cumsum(1).flip(1), "token group d -> (token group) d")
+        at_z = products_at(grouped, seen, W_dec) * (codes.value > 0)
     by_latent = order_by_latent(grouped, len(W_enc))
     token = (
         by_latent.row
@@ -99,11 +100,10 @@ def sparse_step(
         "W_dec": summed_by_latent(by_latent, codes.value, seen),
         "W_enc": summed_by_latent(by_latent, at_z, centred, row=token),
         "b_enc": totals_by_latent(codes, by_latent, at_z),
-        "b_dec": slope.sum((0, 1)),
+        "b_dec": residual.sum((0, 1)) * (2.0 * scale),
     }
     if "W_skip" in weights:
-        gradients["W_skip"] = slope.sum(1).T @ x
-    full = residual[:, -1]
+        gradients["W_skip"] = residual.sum(1).T @ x * (2.0 * scale)
     squared_error = _sum_of_squares(full)
     losses = {
         "reconstruction": (squared_error if n_groups == 1 else _sum_of_squares(residual)) * scale
