@@ -27,8 +27,8 @@ import torch
 from data.store import DocumentRow, RowFilters, TokenTable
 from pipeline.describe.columns import describe_site
 from pipeline.describe.corpus import Corpus, corpus_of
+from pipeline.describe.encoder import Encoder
 from pipeline.describe.examples import PROFILES
-from pipeline.describe.firings import Encoder
 from pipeline.describe.labels import Acceptance, labels_of, make_rules
 from pipeline.describe.projection import Unembedding, project
 from pipeline.describe.rules import attribute_tables

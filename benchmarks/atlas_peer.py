@@ -39,13 +39,13 @@ from data.store import ActivationStore, RowFilters
 from featureflow.progress import silent
 from featureflow.sites import parse_site
 from pipeline.artifact import SCHEMAS, Artifact
-from pipeline.describe.build import finish, prepare
 from pipeline.describe.features import Features
 from pipeline.describe.jobs import Config, Job, corpus_for, label_job, survey_job, unembedding_for
 from pipeline.run import STORE, Run
 from pipeline.saes import FOLDER
 from pipeline.site.pages import Job as PagesJob
 from pipeline.site.pages import write_site
+from pipeline.stages.describe import finish, prepare
 from sae import load_sae
 from sae.formats.saelens import write_saelens
 

@@ -41,7 +41,6 @@ from data.store import ActivationStore, RowFilters
 from featureflow.sites import Site
 from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.context import RunContext
-from pipeline.describe.build import finish, prepare, write_about
 from pipeline.describe.examples import PROFILES
 from pipeline.describe.features import Features
 from pipeline.describe.jobs import Config, Job, label_job, survey_job
@@ -55,6 +54,7 @@ from pipeline.site.build import Shown, build_site
 from pipeline.site.pages import Job as PagesJob
 from pipeline.site.shards import read_shard
 from pipeline.site.validate import validate_atlas
+from pipeline.stages.describe import finish, prepare, write_about
 from sae import Sae, TopKActivation, save_sae
 
 T = TypeVar("T")

@@ -28,7 +28,7 @@ from pipeline.artifact import Artifact
 from pipeline.run import Run
 from pipeline.stages import collect, train
 
-RATES = (3.4e-3, 4.8e-3, 6.8e-3)  # below, every trainer did worse (docs/log.md)
+RATES = (3.4e-3, 4.8e-3, 6.8e-3)  # below, every trainer did worse (docs/history/training.md)
 SEED = 9
 
 

@@ -8,8 +8,8 @@ The step is `Trainer.train_on`: normalisation, forward, auxiliary loss, backward
 unit rows, firing counts. Further options and the output are those of the peers' scripts.
 
 Latents are dead after 30 batches, as with the peers. `--schedule beta1=0.9 beta2=0.999
-dead_after=61440` puts single fields in place of what the laws give (sae/schedule.py): docs/log.md
-shows what each of them is worth.
+dead_after=61440` puts single fields in place of what the laws give (sae/schedule.py):
+docs/history/training.md shows what each of them is worth.
 """
 
 from __future__ import annotations

@@ -35,12 +35,6 @@ def write_text_atomically(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Write bytes as a whole."""
-    with written_atomically(path) as beside:
-        beside.write_bytes(content)
-
-
 def digest_of_file(path: Path) -> str:
     """The sha256 of a file's bytes, hexadecimal."""
     with path.open("rb") as stream:

@@ -56,6 +56,7 @@ SCHEMAS: Mapping[str, int] = {
 """The schema of each stage's artifact: raised when what it means changes, so that older ones are
 refused."""
 MARKER = ".digest"
+_KEYS = ("kind", "schema", "digest", "config", "inputs", "summary", "files", "made_by")
 
 
 def canonical_json(value: object) -> str:
@@ -107,22 +108,11 @@ class Artifact:
         path = Path(path)
         fix = fix or (Command("run", to=kind) if kind in SCHEMAS else Command(kind))
         document = _read_manifest(path, fix)
-        problems = [
-            *_problems_of_identity(document, kind, schema),
-            *_problems_of_files(path, document.get("files", {})),
-        ]
+        problems = tuple(_problems_of_identity(document, kind, schema))
+        problems += tuple(_problems_of_files(path, document.get("files", {})))
         if problems:
-            raise UserError(
-                f"{path} is not a usable {kind} artifact", problems=tuple(problems), fix=fix
-            )
-        return cls(
-            path=path,
-            **{
-                name: document[name]
-                for name in ("kind", "schema", "digest", "config", "inputs", "summary", "files")
-            },
-            made_by=document["made_by"],
-        )
+            raise UserError(f"{path} is not a usable {kind} artifact", problems=problems, fix=fix)
+        return cls(path=path, **{name: document[name] for name in _KEYS})
 
     @classmethod
     def is_current(cls, path: Path, digest: str) -> bool:
@@ -132,11 +122,7 @@ class Artifact:
             return document.get("digest") == digest and not _problems_of_files(
                 Path(path), document.get("files", {})
             )
-        except (
-            UserError,
-            AttributeError,
-            OSError,
-        ):  # no manifest, one with another shape, or one that cannot be read
+        except (UserError, AttributeError, OSError):  # no manifest, or not one that can be read
             return False
 
     @classmethod
@@ -181,23 +167,17 @@ class Artifact:
 
     def verify(self) -> None:
         """Recompute every checksum. Raises UserError naming each damaged file."""
-        problems = [
-            Problem(
-                what="checksum differs",
-                where=str(self.path / name),
-                expected=entry["sha256"],
-                found=found,
-            )
-            for name, entry in self.files.items()
-            if entry.get("sha256") is not None
-            and (found := digest_of_file(self.path / name)) != entry["sha256"]
-        ]
+        problems = []
+        for name, entry in self.files.items():
+            place, expected = self.path / name, entry.get("sha256")
+            if expected is not None and (found := digest_of_file(place)) != expected:
+                what = "checksum differs"
+                problems.append(
+                    Problem(what=what, where=str(place), expected=expected, found=found)
+                )
         if problems:
-            raise UserError(
-                f"{self.path} is damaged",
-                problems=tuple(problems),
-                fix=Command(*self._command, force=True),
-            )
+            fix = Command(*self._command, force=True)
+            raise UserError(f"{self.path} is damaged", problems=tuple(problems), fix=fix)
 
 
 @dataclass(kw_only=True)
@@ -242,16 +222,15 @@ class Draft:
                 earlier = [digest]
             codes = [*earlier[1:], *([] if code_digest() in earlier[1:] else [code_digest()])]
             write_text_atomically(partial / MARKER, "\n".join([digest, *codes]))
-        draft = cls(
+        return cls(
             path=partial,
             kind=kind,
             schema=schema,
             digest=digest,
             config=_plain(config),
             inputs=dict(inputs),
+            resumed_from=tuple(code for code in codes if code != code_digest()),
         )
-        draft.resumed_from = tuple(code for code in codes if code != code_digest())
-        return draft
 
     def _finish(self, out: Path) -> None:
         (self.path / MANIFEST).unlink(missing_ok=True)
@@ -362,8 +341,7 @@ def _read_manifest(path: Path, fix: Fix) -> dict[str, Any]:
 
 
 def _problems_of_identity(document: Mapping[str, Any], kind: str, schema: int) -> Iterator[Problem]:
-    required = ("kind", "schema", "digest", "config", "inputs", "summary", "files", "made_by")
-    for name in required:
+    for name in _KEYS:
         if name not in document:
             yield Problem(what="missing key", where=f"{MANIFEST}: {name}")
     if document.get("kind", kind) != kind:

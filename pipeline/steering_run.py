@@ -34,7 +34,7 @@ from data.concepts.prompts import read_prompts
 from data.model.fingerprint import same_weights
 from data.model.language_model import LanguageModel
 from data.store import ActivationStore
-from featureflow.errors import Problem, UserError
+from featureflow.errors import Command, Problem, UserError
 from featureflow.sites import FeatureId, Site, parse_feature
 from pipeline.artifact import Artifact
 from pipeline.flow.graph import FlowGraph
@@ -216,8 +216,7 @@ class Steering:
             raise UserError(
                 f"{where} does not belong to these artifacts",
                 problems=tuple(problems),
-                fix="make it again (featureflow steer plan), or name its own run with --artifacts "
-                "and --recipe",
+                fix=Command("steer", "plan", note="or name the run it was made for with --name"),
             )
 
     def calibrated(self, plan: Plan, dose: float) -> Plan:

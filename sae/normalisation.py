@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from featureflow.errors import UserError
+from featureflow.errors import Command, UserError
 from sae.activations import Activation, Gated, Threshold
 from sae.dictionary import Sae
 
@@ -40,7 +40,7 @@ class Normalisation:
                 "these activations cannot be normalised",
                 expected="a finite mean and a variance above 0",
                 found=f"scale {self.scale:g}",
-                fix="look at the site with `featureflow store info`: it is constant or holds NaN",
+                fix=Command("store", "info", note="the site is constant or holds NaN"),
             )
 
     def apply(self, x: Float[Tensor, "*token d"]) -> Float[Tensor, "*token d"]:

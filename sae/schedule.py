@@ -7,8 +7,8 @@ suit one of days:
     Adam's second moment   remembers a thirtieth of the run                     second_moment_law
     dead latents           silent for a fiftieth of the run                     dead_window
 
-What each was measured on is in docs/log.md; at the length of published runs all three come to the
-values used there.
+What each was measured on is in docs/history/training.md; at the length of published runs all
+three come to the values used there.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def learning_rate_law(n_latents: int, steps: int) -> float:
     """2.4e-3 at 2,048 latents and 3,000 steps; falls with √width and the cube root of the steps.
 
     Narrower dictionaries get no more, shorter runs at most twice as much. Measured at 523, 600 and
-    3,000 steps (docs/log.md). Continued to the 244,000 steps of 500 M tokens the law gives 5.5e-4,
-    where dictionary_learning's 2e-4 · √(2^14 / n_latents) is 5.7e-4.
+    3,000 steps (docs/history/training.md). Continued to the 244,000 steps of 500 M tokens the law
+    gives 5.5e-4, where dictionary_learning's 2e-4 · √(2^14 / n_latents) is 5.7e-4.
     """
     return 2.4e-3 * min(1.0, (2048 / n_latents) ** 0.5) * min(2.0, (3000 / steps) ** (1 / 3))
 
@@ -78,7 +78,7 @@ def dead_window(steps: int, batch_size: int) -> int:
 
     AuxK reaches a latent only once it counts as dead. 600 steps on attention outputs ended with 22
     % of the latents unused on held-out rows where it took 30 batches, with 6 % where it took 10 or
-    12 (docs/log.md).
+    12 (docs/history/training.md).
     """
     return min(10_000_000, max(10, steps // 50) * batch_size)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGUFReader, GGUFWriter
 from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -66,8 +67,6 @@ def write_gguf(
 ) -> Path:
     """Write a llama.cpp control vector. `model_type` is the Hugging Face name of the architecture
     (llama, gemma2 …)."""
-    from gguf import GGUFWriter
-
     vectors = added_vectors(plan, saes)
     if problems := tuple(_obstacles(plan, vectors)):
         raise UserError("a control vector cannot hold this plan", problems=problems)
@@ -86,8 +85,6 @@ def write_gguf(
 
 def read_gguf(path: str | Path) -> dict[int, Float[Tensor, "d_model"]]:
     """The directions of a control vector file by layer, whoever wrote it. Raises UserError."""
-    from gguf import GGUFReader
-
     try:
         reader = GGUFReader(str(path))
     except (OSError, ValueError) as error:

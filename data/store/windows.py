@@ -4,7 +4,7 @@ read.
 Two windows take turns. When one becomes the present one, the other is read anew, by several threads
 and as soon as the last batches gathered from it are done; at the end of an epoch that is the first
 window of the next. A reader that waits there instead spends a third of its time waiting, at four
-windows an epoch (docs/log.md, 2026-11-23).
+windows an epoch (docs/history/store.md, 2026-11-23).
 
 The order of an epoch: kept rows and a seed in, windows of random blocks and batches of rows out.
 Arithmetic only.

@@ -7,7 +7,8 @@ atlases and plans.
     featureflow flow show L12/402              a feature's flow, in the terminal
 
 Every field of every stage is explained by `featureflow <stage> --help`. Errors a user can fix are
-printed without a traceback (`--debug` shows it) and the exit code is not zero.
+printed without a traceback (`--debug` shows it) and the exit code is not zero. The module of a
+command, and with it torch, is imported when the command is asked for.
 """
 
 from __future__ import annotations
@@ -16,50 +17,68 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from pkgutil import resolve_name
 from types import FrameType
 
 import click
 
 from featureflow.errors import UserError
-from pipeline.cli.atlas import ATLAS_TOOLS
-from pipeline.cli.atlas_questions import QUESTIONS
-from pipeline.cli.dictionaries import sae_commands
-from pipeline.cli.flow import flow_commands
-from pipeline.cli.lens import lens_commands, paper_commands
-from pipeline.cli.options import Given, as_typed
-from pipeline.cli.stage_commands import recipes, run, stage_command
-from pipeline.cli.steer import STEER_TOOLS, serve
-from pipeline.cli.store import store_commands
-from pipeline.cli.trace import trace
-from pipeline.cli.verify import verify
-from pipeline.cli.world import world_commands
-from pipeline.console import complain, use_any_console
-from pipeline.stages import ALSO, STAGES
+from pipeline.cli.given import Given, as_typed
+from pipeline.console import complain, say, table, use_any_console
+from pipeline.stages import ALSO, STAGES, TITLES
+from pipeline.stages.recipe import description_of, known_recipes
+
+_COMMANDS = {
+    "run": ("stage_commands:run", "Run the pipeline of a recipe: every stage not up to date."),
+    **{
+        stage: ("stage_commands:stage_command", f"{TITLES[stage].capitalize()}.")
+        for stage in (*STAGES, *ALSO)
+    },
+    "verify": ("verify:verify", "Check a finished run: every file, and that all belong together."),
+    "serve": ("serving:serve", "Answer OpenAI-style requests with the recipe's model, steered."),
+    "trace": ("trace:trace", "Say which features made the model go on with its next token."),
+    "store": ("store:store_commands", "Look into an activation store, verify it, import one."),
+    "flow": ("flow:flow_commands", "Ask the flow graph: show a feature, draw it, export."),
+    "lens": ("lens:lens_commands", "Look at a run through a lens: tables, a figure and a text."),
+    "paper": ("lens:paper_commands", "Rerun an experiment of the papers on a linked model."),
+    "sae": ("dictionaries:sae_commands", "Check and convert dictionaries in other tools' formats."),
+    "world": ("world:world_commands", "Worlds whose truth is known: train models, score runs."),
+}
+"""Where each command is, below this package, and a line about it."""
+_COMMANDS |= {stage: (f"{stage}:{stage}", _COMMANDS[stage][1]) for stage in ("steer", "atlas")}
 
 
-@click.group(no_args_is_help=True)
+class _LateCommands(click.Group):
+    """Imports the module of a command when it is asked for, not for the list of all."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*_COMMANDS, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return super().get_command(ctx, name)
+        found = resolve_name(f"pipeline.cli.{_COMMANDS[name][0]}")
+        return found if isinstance(found, click.Command) else found(name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        own = [(name, command.get_short_help_str(80)) for name, command in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl([*((name, line) for name, (_, line) in _COMMANDS.items()), *own])
+
+
+@click.group(cls=_LateCommands, no_args_is_help=True, context_settings={"show_default": True})
 @click.version_option(package_name="featureflow")
 def app() -> None:
     """Find the features inside a language model, follow them from layer to layer, steer along their
     flow."""
 
 
-_TOOLS = {"atlas": (*QUESTIONS, *ATLAS_TOOLS), "steer": STEER_TOOLS}
-_STAGE_COMMANDS = [stage_command(stage, _TOOLS.get(stage, ())) for stage in (*STAGES, *ALSO)]
-_OTHERS = (
-    verify,
-    recipes,
-    serve,
-    trace,
-    store_commands,
-    flow_commands,
-    lens_commands,
-    paper_commands,
-    sae_commands,
-    world_commands,
-)
-for _command in (run, *_STAGE_COMMANDS, *_OTHERS):
-    app.add_command(_command)
+@app.command()
+def recipes() -> None:
+    """List the recipes that can be named."""
+    found = sorted(known_recipes().items())
+    for line in table([(name, description_of(path)) for name, path in found]):
+        say(line)
 
 
 def main() -> None:

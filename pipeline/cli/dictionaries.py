@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+import torch
 
+from data.model.language_model import LanguageModel
+from data.model.spec import Folder, Gguf, HuggingFace, Packaged
+from data.text.corpus import TextFiles
 from featureflow.errors import UserError
 from featureflow.sites import parse_site
 from pipeline.console import say, show_number, table
-
-if TYPE_CHECKING:
-    from sae import Sae
+from pipeline.run import Run
+from pipeline.training.checking import check_dictionary
+from sae import Sae, save_sae
+from sae.calibration import with_threshold
+from sae.formats import Conventions, read, write_circuit_tracer, write_saelens, write_sparsify
 
 _N_ROWS = 8192
 
@@ -26,7 +32,6 @@ format_option = click.option(
     "--format",
     "form",
     default="auto",
-    show_default=True,
     help="format, if it should not be recognised; a class after a colon, as in "
     "dictionary_learning:BatchTopKSAE",
 )
@@ -56,7 +61,7 @@ def _with_conventions(command: Any) -> Any:
 @click.option("--site", help="where it is used, if its files do not say it: L12, L12.mlp")
 @click.option("--reads", help="what a transcoder reads, if its files do not say it: L12.mlp_in")
 @click.option("--text", type=click.Path(path_type=Path), help="a text file  [default: bundled]")
-@click.option("--tokens", default=4096, show_default=True, help="tokens to run the model over")
+@click.option("--tokens", default=4096, help="tokens to run the model over")
 def check(
     path: Path,
     form: str,
@@ -71,11 +76,6 @@ def check(
 ) -> None:
     """Say what the dictionary at PATH is: format, site, scale, conventions. With --model or --run,
     measure its L0 and FVU on text beside the published L0."""
-    from data.text.corpus import TextFiles
-    from featureflow.sites import parse_site
-    from pipeline.training.checking import check_dictionary
-    from sae.formats import Conventions
-
     found = check_dictionary(
         path,
         format=form,
@@ -98,10 +98,6 @@ def check(
 
 def _model(name: str | None, run: Path | None) -> Any:
     """The model that the options name, if they name one."""
-    from data.model.language_model import LanguageModel
-    from data.model.spec import Folder, Gguf, HuggingFace, Packaged
-    from pipeline.run import Run
-
     if name is not None and run is not None:
         raise click.UsageError("--model and --run are not said together")
     if run is not None:
@@ -141,23 +137,8 @@ def convert(
     input_scale: float | None,
 ) -> None:
     """Read the dictionary at each of SOURCES and write it to the folder OUT."""
-    from sae import save_sae
-    from sae.formats import (
-        Conventions,
-        read,
-        read_cross_layer,
-        save_cross_layer,
-        write_circuit_tracer,
-        write_saelens,
-        write_sparsify,
-    )
-    from sae.formats.cross_layer import is_cross_layer
-
     if len(sources) > 1 and to != "circuit_tracer":
         raise click.UsageError(f"one SOURCE for --to {to}")
-    if to == "native" and is_cross_layer(sources[0]):
-        save_cross_layer(read_cross_layer(sources[0]), out)
-        return say(str(out))
     conventions = Conventions(centred=centred, input_scale=input_scale)
     saes = [read(source, format=form, conventions=conventions) for source in sources]
     if to == "circuit_tracer":
@@ -181,11 +162,6 @@ def convert(
 
 def _with_threshold(sae: Sae, root: Path) -> Sae:
     """A TopK transcoder with thresholds, fitted on held-out rows of what it reads."""
-    import torch
-
-    from pipeline.run import Run
-    from sae.calibration import with_threshold
-
     if sae.activation.kind != "topk" or "reads" not in sae.metadata:
         return sae
     store, reads = Run.open(root).store, parse_site(sae.metadata["reads"])

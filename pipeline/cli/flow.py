@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from featureflow.errors import UserError
-from pipeline.cli.options import artifacts_option, recipe_option, run_folder
+from featureflow.figures import save
+from pipeline.cli.options import of_a_run
 from pipeline.console import complain, say, show_number, table
-
-if TYPE_CHECKING:
-    from pipeline.flow.graph import FlowGraph
-    from pipeline.run import Run
+from pipeline.flow.describe import describe_flow
+from pipeline.flow.exports import export_graph
+from pipeline.flow.figures import draw_flow
+from pipeline.flow.graph import FlowGraph
+from pipeline.run import Run
 
 
 @click.group("flow", no_args_is_help=True)
@@ -24,13 +25,10 @@ def flow_commands() -> None:
 
 @flow_commands.command()
 @click.argument("feature")
-@recipe_option
-@artifacts_option
-def show(feature: str, recipe: str, artifacts: Path) -> None:
+@of_a_run
+def show(feature: str, folder: Path) -> None:
     """Print where FEATURE (such as L12/402) comes from, how long it lasts and where it goes."""
-    from pipeline.flow.describe import describe_flow
-
-    run = _run(recipe, artifacts)
+    run = Run.open(folder)
     say(describe_flow(_graph(run), feature, label_of=labels_beside(run)))
     for line in _mixtures(run, feature):
         say(line)
@@ -44,28 +42,21 @@ def show(feature: str, recipe: str, artifacts: Path) -> None:
     required=True,
     help="picture to write: .png, .svg or .pdf",
 )
-@click.option(
-    "--hops", default=3, show_default=True, help="links away from the feature that are shown"
-)
-@recipe_option
-@artifacts_option
-def figure(feature: str, out: Path, hops: int, recipe: str, artifacts: Path) -> None:
+@click.option("--hops", default=3, help="links away from the feature that are shown")
+@of_a_run
+def figure(feature: str, out: Path, hops: int, folder: Path) -> None:
     """Draw the flow through FEATURE."""
-    from featureflow.figures import save
-    from pipeline.flow.figures import draw_flow
-
-    run = _run(recipe, artifacts)
+    run = Run.open(folder)
     save(draw_flow(_graph(run), feature, label_of=labels_beside(run), max_hops=hops), out)
     say(str(out))
 
 
 @flow_commands.command()
-@click.option("-n", "n", default=20, show_default=True, help="how many")
-@recipe_option
-@artifacts_option
-def trunks(n: int, recipe: str, artifacts: Path) -> None:
+@click.option("-n", "n", default=20, help="how many")
+@of_a_run
+def trunks(n: int, folder: Path) -> None:
     """List the longest strong flows of the graph."""
-    run = _run(recipe, artifacts)
+    run = Run.open(folder)
     label_of = labels_beside(run) or (lambda name: "")
     rows = []
     for trunk in _graph(run).trunks(n):
@@ -86,13 +77,10 @@ def trunks(n: int, recipe: str, artifacts: Path) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--around", default=None, help="only the flow through this feature")
 @click.option("--hops", default=None, type=int, help="only so many links away from it")
-@recipe_option
-@artifacts_option
-def export(out: Path, around: str | None, hops: int | None, recipe: str, artifacts: Path) -> None:
+@of_a_run
+def export(out: Path, around: str | None, hops: int | None, folder: Path) -> None:
     """Write the graph to OUT: .graphml, .gexf, .cyjs (Cytoscape) or .json (attribution graph)."""
-    from pipeline.flow.exports import export_graph
-
-    run = _run(recipe, artifacts)
+    run = Run.open(folder)
     label_of = labels_beside(run)
     labels = {} if label_of is None else run.labels
     say(str(export_graph(_graph(run), out, around=around, max_hops=hops, labels=labels)))
@@ -113,17 +101,9 @@ def _mixtures(run: Run, feature: str) -> Iterator[str]:
             yield f"\n{kind} {verb}:  {told}   explained {share:.2f}"
 
 
-def _run(recipe: str, artifacts: Path) -> Run:
-    from pipeline.run import Run
-
-    return Run.open(run_folder(artifacts, recipe))
-
-
 def _graph(run: Run) -> FlowGraph:
     """The graph, also when its features are not those of the dictionaries beside it: it can be read
     all the same."""
-    from pipeline.flow.graph import FlowGraph
-
     graph = FlowGraph.open(run.root / "link")
     try:
         run.artifact("link")

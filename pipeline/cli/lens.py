@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable
 from inspect import cleandoc
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 import click
 
 from featureflow.errors import Command, Problem, UserError
 from featureflow.settings import Field, describe
-from pipeline.cli.options import (
-    artifacts_option,
-    machine_options,
-    quiet_option,
-    recipe_option,
-    run_context,
-    run_folder,
-)
+from pipeline.cli.options import machine_options, quiet_option, run_context, run_folder, run_options
 from pipeline.console import progress_bars, say, table
-
-if TYPE_CHECKING:
-    from types import ModuleType
-
-    from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import LensConfig, add_file, find_lens, lens_names, run_lens
+from pipeline.run import Run
+from pipeline.stages.lenses import options_of
+from pipeline.stages.recipe import lens_options, value_of
 
 PAPER = "paper"
 
@@ -36,16 +28,12 @@ class _Lenses(click.Group):
     only: str | None = None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        from pipeline.lenses.base import find_lens, lens_names
-
         own = super().list_commands(ctx)
         if self.only is None:
             return [*own, *lens_names()]
         return [name for name in lens_names() if _group(find_lens(name)) == self.only]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        from pipeline.lenses.base import add_file
-
         if (own := super().get_command(ctx, name)) is not None:
             return own
         if name.endswith(".py"):
@@ -73,8 +61,6 @@ paper_commands.only = PAPER
 @click.option("--markdown", is_flag=True, help="as a Markdown table, for docs/lenses.md")
 def list_lenses(markdown: bool) -> None:
     """List every lens: what it shows, and what it needs."""
-    from pipeline.lenses.base import find_lens, lens_names
-
     rows = []
     for name in lens_names():
         lens = find_lens(name)
@@ -92,15 +78,22 @@ def _group(lens: ModuleType) -> str:
     return getattr(lens, "GROUP", "")
 
 
-def _command(name: str) -> click.Command:
-    from pipeline.lenses.base import find_lens
+def _command(lens_name: str) -> click.Command:
+    lens = find_lens(lens_name)
 
-    lens = find_lens(name)
-
-    def command(recipe: str, artifacts: Path, force: bool, quiet: bool, **others: Any) -> None:
+    def command(
+        recipe: str, name: str | None, artifacts: Path, force: bool, quiet: bool, **others: Any
+    ) -> None:
         machine = {key: others.pop(key) for key in ("device", "threads", "scheduler", "workers")}
-        given = {key: as_toml(text) for key, text in others.items() if text is not None}
-        _look(name, recipe, artifacts, given, machine, force=force, quiet=quiet)
+        given = {key: value_of(text) for key, text in others.items() if text is not None}
+        config = _config(lens_name, recipe, given)
+        with progress_bars(quiet=quiet) as progress:
+            context = run_context(progress=progress, **machine)
+            run = Run.open(run_folder(artifacts, recipe, name), context=context)
+            found = run_lens(lens_name, run, config, force=force)
+        say(found.file("text.md").read_text(encoding="utf-8"))
+        figure = "  (figure: figure.png)" if "figure.png" in found.files else ""
+        say(f"{found.path}{figure}")
 
     fields = [field for field in describe(lens.Config, "") if field.place.count(".") == 1]
     for field in reversed(fields):  # what is inside a field is part of its VALUE
@@ -109,9 +102,8 @@ def _command(name: str) -> click.Command:
     command = click.option("--force", is_flag=True, help="look again although it is up to date")(
         command
     )
-    command = recipe_option(artifacts_option(command))
     asis = "\b\n" + cleandoc(str(lens.__doc__)).replace("\n\n", "\n\n\b\n")
-    return click.command(name, help=asis, short_help=lens.TITLE)(command)
+    return click.command(lens_name, help=asis, short_help=lens.TITLE)(run_options(command))
 
 
 def _option(field: Field) -> Callable[..., Any]:
@@ -124,42 +116,8 @@ def _option(field: Field) -> Callable[..., Any]:
     return click.option(*flags, name, default=None, metavar="VALUE", help=meaning)
 
 
-def as_toml(text: str) -> Any:
-    """As TOML would read it; what TOML cannot read is a text."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _look(
-    name: str,
-    recipe: str,
-    artifacts: Path,
-    given: dict[str, Any],
-    machine: dict[str, Any],
-    *,
-    force: bool,
-    quiet: bool,
-) -> None:
-    from pipeline.lenses.base import run_lens
-    from pipeline.run import Run
-
-    config = _config(name, recipe, given)
-    with progress_bars(quiet=quiet) as progress:
-        context = run_context(progress=progress, **machine)
-        run = Run.open(run_folder(artifacts, recipe), context=context)
-        found = run_lens(name, run, config, force=force)
-    say(found.file("text.md").read_text(encoding="utf-8"))
-    figure = "  (figure: figure.png)" if "figure.png" in found.files else ""
-    say(f"{found.path}{figure}")
-
-
 def _config(name: str, recipe: str, given: dict[str, Any]) -> LensConfig:
     """The options that the recipe has for this lens, with those of the command line over them."""
-    from pipeline.stages.lenses import options_of
-    from pipeline.stages.recipe import lens_options
-
     problems: list[Problem] = []
     config = options_of(name, {**lens_options(recipe, name), **given}, name, problems)
     if config is None:

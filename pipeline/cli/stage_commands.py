@@ -3,38 +3,68 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline.cli.options import (
-    TAKES_OVERRIDES,
-    StageCommand,
-    StageGroup,
-    artifacts_option,
-    folder_of_run,
-    machine_options,
-    name_option,
-    quiet_option,
-    read_overrides,
-    recipe_option,
-    run_context,
-)
+from featureflow.settings import describe
+from pipeline.cli.given import read_overrides, split_overrides
+from pipeline.cli.options import machine_options, quiet_option, run_context, run_folder, run_options
 from pipeline.console import progress_bars, say, show_number, table
-from pipeline.stages import ALSO, STAGES, TITLES
+from pipeline.lenses.base import find_lens
+from pipeline.run import Run
+from pipeline.stages import ALSO, STAGES, TITLES, StageName, section_of
+from pipeline.stages.recipe import read_recipe
+from pipeline.stages.run_index import write_run_index
+from pipeline.stages.schedule import Events, run_recipe, run_single, stages_above
 
+_TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 _WARNINGS_SHOWN = 3
+_HOW = """
+How to write a VALUE below: as in TOML, a list '["L1", "L2"]', a table '{kind = "topk", k = 8}'.
+field(kind).x belongs to one kind of a choice: the kind's name alone may be VALUE of field, and
+--<stage>.field.x changes x of the kind that the recipe names. field[].x is what each table of a
+list says.
+"""
 
 
-@click.command(cls=StageCommand, context_settings=TAKES_OVERRIDES)
-@recipe_option
+class _StageCommand(click.Command):
+    """Adds the stage's fields to its `--help`."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write(_HOW)
+        for name in STAGES if self.name == "run" else (str(self.name),):
+            section = section_of(name)
+            formatter.write(
+                f"\nFields of [{section}], each also an option (--{section}.<field> VALUE):\n"
+            )
+            for place, kind, default, meaning in describe(StageName(name).module.Config, section):
+                formatter.write(f"  --{place}  <{kind}>  default {default}\n")
+                if meaning:
+                    formatter.write(f"      {meaning}\n")
+
+
+class _StageGroup(_StageCommand, click.Group):
+    """A stage that also has tools as subcommands (`atlas find`, `steer plan`).
+
+    A group takes what it does not know for a subcommand, so overrides of the recipe are set aside
+    before it looks.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        overrides, rest = split_overrides(args)
+        ctx.meta["overrides"] = overrides
+        return super().parse_args(ctx, rest)
+
+
+@click.command(cls=_StageCommand, context_settings=_TAKES_OVERRIDES)
 @click.option(
     "--to",
     type=click.Choice((*STAGES, *ALSO)),
     default=STAGES[-1],
+    show_default=False,
     help="last stage to bring up to date",
 )
 @click.option(
@@ -43,76 +73,65 @@ _WARNINGS_SHOWN = 3
     type=click.Choice(STAGES),
     help="stage to run although it is up to date; repeatable",
 )
-@name_option
-@artifacts_option
+@run_options
 @machine_options
 @quiet_option
 @click.pass_context
 def run(
     ctx: click.Context,
-    recipe: str,
     to: str,
     force: tuple[str, ...],
+    recipe: str,
     name: str | None,
     artifacts: Path,
     quiet: bool,
     **machine: Any,
 ) -> None:
     """Run the pipeline of a recipe: every stage that is not up to date, in order."""
-    from pipeline.run import Run
-    from pipeline.stages.recipe import read_recipe
-    from pipeline.stages.run_index import write_run_index
-    from pipeline.stages.schedule import Events, run_recipe, stages_above
-
     parsed = read_recipe(recipe, read_overrides(ctx), stages_above(to))
-    root = folder_of_run(artifacts, parsed.name, name)
+    root = run_folder(artifacts, parsed.name, name)
     say(f"featureflow, recipe {parsed.name}: {parsed.description}")
     with progress_bars(quiet=quiet) as progress:
         context = run_context(progress=progress, **machine)
-        events = Events(
-            started=lambda stage: say(f"{stage}: {_title(stage)} …"), finished=_report_stage
-        )
         results = run_recipe(
             parsed,
             to=to,
             root=root,
-            context_of=lambda stage: context,
-            events=events,
+            context=context,
+            events=Events(
+                started=lambda stage: say(f"{stage}: {_title(stage)} …"), finished=_report_stage
+            ),
             force=force,
             shared=artifacts / parsed.name,
         )
-    index = write_run_index(root, parsed, Run.open(root))
-    _report_run(results, index)
+    _report_run(results, write_run_index(root, parsed, Run.open(root)))
 
 
 def _title(stage: str) -> str:
     """One line about a stage or a lens (`lenses/<name>`)."""
-    from pipeline.lenses.base import find_lens
-
     name = stage.partition("/")[2]
     return find_lens(name).TITLE if name else TITLES[stage]
 
 
 def _report_stage(result: Any) -> None:
-    say(
-        f"{result.stage}: "
-        + ("up to date" if result.was_current else f"done in {result.seconds:.0f} s")
-    )
+    state = "up to date" if result.was_current else f"done in {result.seconds:.0f} s"
+    say(f"{result.stage}: {state}")
 
 
 def _report_run(results: Sequence[Any], index: Path) -> None:
     say("\nHeadline numbers")
     for result in results:
         say(f"  {result.stage}")
-        for line in [*_summary_lines(result.artifact), *_warning_lines(result.artifact)]:
+        for line in _lines(result.artifact):
             say(f"    {line}")
     say("\nArtifacts (seconds are those of the run that made them)")
+    seconds = [result.artifact.made_by["seconds"] for result in results]
     rows = [
-        (r.stage, f"{r.artifact.made_by['seconds']:.0f} s", str(r.artifact.path)) for r in results
+        (r.stage, f"{s:.0f} s", str(r.artifact.path)) for r, s in zip(results, seconds, strict=True)
     ]
     for line in table(rows):
         say(f"  {line}")
-    say(f"  {sum(r.artifact.made_by['seconds'] for r in results):.0f} s altogether")
+    say(f"  {sum(seconds):.0f} s altogether")
     say("\nOpen in a browser")
     say(f"  {index}")
     for result in results:
@@ -120,90 +139,62 @@ def _report_run(results: Sequence[Any], index: Path) -> None:
             say(f"  {result.artifact.path / 'site' / 'index.html'}")
 
 
-def _summary_lines(artifact: Any) -> list[str]:
-    return table(
-        [(key.replace("_", " "), show_number(value)) for key, value in artifact.summary.items()]
-    )
-
-
-def _warning_lines(artifact: Any) -> list[str]:
-    """What a stage wants known about its result: the first of its warnings, and where the others
-    are."""
+def _lines(artifact: Any) -> list[str]:
+    """Headline numbers, then what the stage wants known about its result: the first of its
+    warnings, and where the others are."""
+    summary = [
+        (key.replace("_", " "), show_number(value)) for key, value in artifact.summary.items()
+    ]
     if "warnings.json" not in artifact.files:
-        return []
+        return table(summary)
     path = artifact.file("warnings.json")
     warnings = json.loads(path.read_text(encoding="utf-8"))
     n_more = len(warnings) - _WARNINGS_SHOWN
     more = [f"note: {n_more} more in {path}"] if n_more > 0 else []
-    return [f"note: {text}" for text in warnings[:_WARNINGS_SHOWN]] + more
+    return [*table(summary), *(f"note: {text}" for text in warnings[:_WARNINGS_SHOWN]), *more]
 
 
 def stage_command(stage: str, tools: Sequence[click.Command] = ()) -> click.Command:
     """The command of a stage; with tools it is a group that they belong to."""
 
-    @recipe_option
+    @run_options
     @click.option("--force", is_flag=True, help="run although the artifact is up to date")
-    @name_option
-    @artifacts_option
     @machine_options
     @quiet_option
     @click.pass_context
     def command(
         ctx: click.Context,
         recipe: str,
-        force: bool,
         name: str | None,
         artifacts: Path,
+        force: bool,
         quiet: bool,
         **machine: Any,
     ) -> None:
         if ctx.invoked_subcommand is not None:
             return
-        from pipeline.stages.recipe import read_recipe
-        from pipeline.stages.schedule import Events, run_single, stages_above
-
         parsed = read_recipe(recipe, read_overrides(ctx), stages_above(stage))
         with progress_bars(quiet=quiet) as progress:
             context = run_context(progress=progress, **machine)
-            root = folder_of_run(artifacts, parsed.name, name)
             results = run_single(
                 parsed,
                 stage,
-                root=root,
-                context_of=lambda _: context,
+                root=run_folder(artifacts, parsed.name, name),
+                context=context,
                 events=Events(finished=_report_stage),
                 force=force,
                 shared=artifacts / parsed.name,
             )
         for result in results:
-            for line in [*_summary_lines(result.artifact), *_warning_lines(result.artifact)]:
+            for line in [*_lines(result.artifact), str(result.artifact.path)]:
                 say(f"  {line}")
-            say(f"  {result.artifact.path}")
 
-    command.__doc__ = (
-        f"{TITLES[stage].capitalize()} (this stage alone; its inputs must be up to date)."
-    )
-    settings: dict[str, Any] = {
-        "cls": StageGroup if tools else StageCommand,
-        "short_help": TITLES[stage].capitalize(),
-        "context_settings": TAKES_OVERRIDES,
-    }
-    if tools:
-        group = click.group(stage, invoke_without_command=True, **settings)(command)
-        for tool in tools:
-            group.add_command(tool)
-        return group
-    return click.command(stage, **settings)(command)
-
-
-@click.command()
-def recipes() -> None:
-    """List the recipes that can be named."""
-    found: dict[str, str] = {}
-    for folder in (Path("configs"), Path(__file__).parents[2] / "configs"):
-        for path in sorted(folder.glob("*.toml")) if folder.is_dir() else ():
-            found.setdefault(
-                path.stem, tomllib.loads(path.read_text(encoding="utf-8")).get("description", "")
-            )
-    for line in table([*found.items()]):
-        say(line)
+    title = TITLES[stage].capitalize()
+    command.__doc__ = f"{title} (this stage alone; its inputs must be up to date)."
+    settings: dict[str, Any] = {"short_help": title, "context_settings": _TAKES_OVERRIDES}
+    if not tools:
+        return click.command(stage, cls=_StageCommand, **settings)(command)
+    group = click.group(stage, cls=_StageGroup, invoke_without_command=True, **settings)(command)
+    for tool in tools:
+        group.add_command(tool)
+    return group

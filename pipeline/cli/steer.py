@@ -1,5 +1,5 @@
-"""`featureflow steer export | paper` and `featureflow serve`; the other tools of `steer` are in the
-files beside."""
+"""`featureflow steer`, and its tools: text with and without a plan, a language model's opinion of
+it, plans for other programs. Those that make plans are in `steer_plans.py`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,160 @@ from typing import Any
 
 import click
 
+from featureflow.sites import parse_site
 from pipeline.cli.lens import lens_commands
-from pipeline.cli.options import artifacts_option, recipe_option
-from pipeline.cli.serving import serve_until_interrupted
-from pipeline.cli.steer_plans import (
-    calibrate,
-    contrast,
-    design,
-    device_option,
-    opened,
-    plan,
-    remove,
+from pipeline.cli.options import device_option, of_a_run
+from pipeline.cli.stage_commands import stage_command
+from pipeline.cli.steer_plans import calibrate, contrast, design, plan, remove
+from pipeline.console import progress_bars, say
+from pipeline.context import RunContext
+from pipeline.describe.chat import ChatModel
+from pipeline.lenses.steering.blind_pairs import judge_artifact, verdict_lines
+from pipeline.lenses.steering.judge import Judge
+from pipeline.run import Run
+from steering.exports import neuronpedia_request, write_gguf, write_vectors
+from steering.generation import Sampling, stream
+from steering.generation import generate as generated
+
+
+@click.command()
+@click.argument("plan_path", type=click.Path(path_type=Path))
+@click.option("--prompt", default="I think", help="text to continue")
+@click.option("-n", "n_samples", default=3, help="samples, each steered and unsteered")
+@click.option("--tokens", default=40, help="new tokens a sample")
+@click.option("--temperature", default=0.8, help="of sampling; 0 takes the likeliest token")
+@click.option("--seed", default=0, help="of sampling; shared by both of a pair")
+@click.option(
+    "--log-probs",
+    is_flag=True,
+    help="show every token with its log-probability under the model that wrote it",
 )
-from pipeline.cli.steer_texts import generate, judge
-from pipeline.console import say
+@click.option("--stream", "streams", is_flag=True, help="one steered text, shown as it is written")
+@device_option
+@of_a_run
+def generate(
+    plan_path: Path,
+    prompt: str,
+    n_samples: int,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    log_probs: bool,
+    streams: bool,
+    device: str,
+    folder: Path,
+) -> None:
+    """Continue a prompt with and without the plan, from the same random numbers."""
+    steering = Run.open(folder, context=RunContext(device=device)).steering
+    plan = steering.read_plan(plan_path)
+    sampling = Sampling(n_tokens=tokens, temperature=temperature)
+    if streams:
+        _stream(steering, plan, prompt, sampling, seed)
+        return
+    made = generated(
+        steering.model,
+        steering.saes,
+        [prompt],
+        [None, plan],
+        n_samples=n_samples,
+        seed=seed,
+        sampling=sampling,
+    )
+    for number in range(n_samples):
+        for sample in (s for s in made.samples if s.sample == number):
+            say(
+                f"[{number} {'unsteered' if sample.plan == 0 else 'steered  '}] "
+                f"{prompt}{sample.text}"
+            )
+            if log_probs:
+                decode = steering.model.tokenizer.decode
+                pairs = zip(sample.ids, sample.log_probs, strict=True)
+                say("  " + " ".join(f"{decode([i])!r}:{value:.2f}" for i, value in pairs))
+    _tell_touched(made.reports)
+
+
+def _stream(steering: Any, plan: Any, prompt: str, sampling: Any, seed: int) -> None:
+    reports: list[Any] = []
+    ids: list[int] = []
+    sent = 0
+    click.echo(prompt, nl=False)
+    for step in stream(
+        steering.model, steering.saes, prompt, [plan], seed=seed, sampling=sampling, reports=reports
+    ):
+        ids += step.ids
+        text = steering.model.tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            click.echo(text[sent:], nl=False)
+            sent = len(text)
+    click.echo()
+    _tell_touched(reports)
+
+
+def _tell_touched(reports: Any) -> None:
+    nodes = [node for report in reports for node in report.nodes]
+    seen, touched = sum(node.n_seen for node in nodes), sum(node.n_touched for node in nodes)
+    say(f"steering changed {touched} of {seen} activations in its scope")
+
+
+@click.command()
+@click.option(
+    "--url",
+    required=True,
+    help="address of a chat endpoint up to /v1, such as http://127.0.0.1:8089/v1",
+)
+@click.option("--model", required=True, help="name of the judging model there")
+@click.option(
+    "--key-file",
+    type=click.Path(path_type=Path, exists=True),
+    help="file with the key that it asks for",
+)
+@click.option("--rubric", type=click.Choice(["axbench", "sae-ts"]), default="axbench")
+@click.option("-n", "n_texts", default=24, help="pairs of texts, drawn by the seed")
+@click.option("--arm", default="flow", help="way of steering whose texts are judged")
+@click.option("--seed", default=0, help="of the draw")
+@click.option(
+    "--max-tokens",
+    default=16,
+    type=click.IntRange(1),
+    help="of an answer; more for a model that reasons first",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="table of verdicts to write, .parquet",
+)
+@of_a_run
+def judge(
+    url: str,
+    model: str,
+    key_file: Path | None,
+    rubric: str,
+    n_texts: int,
+    arm: str,
+    seed: int,
+    max_tokens: int,
+    out: Path,
+    folder: Path,
+) -> None:
+    """Let a language model rate what the steer stage wrote at its headline dose, steered and
+    unsteered."""
+    key = "" if key_file is None else key_file.read_text(encoding="utf-8").strip()
+    with progress_bars(quiet=False) as progress:
+        table = judge_artifact(
+            folder / "steer",
+            Judge(chat=ChatModel(url=url, model=model, key=key), max_tokens=max_tokens),
+            rubric,
+            arm=arm,
+            n_pairs=n_texts,
+            seed=seed,
+            progress=progress,
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(out, index=False)
+    for line in verdict_lines(table, rubric):
+        say(line)
+    say(str(out))
 
 
 @click.command()
@@ -35,10 +175,9 @@ from pipeline.console import say
     multiple=True,
     help="for .json: Neuronpedia's name of a site's dictionary, L12=12-res-jb",
 )
-@click.option("--prompt", default="I think", show_default=True, help="for .json: text to continue")
+@click.option("--prompt", default="I think", help="for .json: text to continue")
 @device_option
-@recipe_option
-@artifacts_option
+@of_a_run
 def export(
     plan_path: Path,
     out: Path,
@@ -46,19 +185,16 @@ def export(
     sources: tuple[str, ...],
     prompt: str,
     device: str,
-    recipe: str,
-    artifacts: Path,
+    folder: Path,
 ) -> None:
     """Write a plan for other programs to OUT: .gguf (a control vector), .safetensors (vectors) or
     .json (the body of a Neuronpedia steering request). Refused, with the reason, where the plan
     cannot be expressed there."""
-    from steering.exports import neuronpedia_request, write_gguf, write_vectors
-
     if out.suffix not in (".gguf", ".safetensors", ".json"):
         raise click.UsageError(f"{out}: write .gguf, .safetensors or .json")
     if out.suffix == ".json" and model_id is None:
         raise click.UsageError("--model-id is needed to write a Neuronpedia request")
-    steering = opened(artifacts, recipe, device).steering
+    steering = Run.open(folder, context=RunContext(device=device)).steering
     made = steering.read_plan(plan_path)
     if out.suffix == ".gguf":
         write_gguf(made, steering.saes, out, model_type=steering.model.hf.config.model_type)
@@ -73,8 +209,6 @@ def export(
 
 
 def _sources(words: tuple[str, ...]) -> dict[Any, str]:
-    from featureflow.sites import parse_site
-
     pairs = [word.partition("=") for word in words]
     if bad := [
         word for word, (_, equals, name) in zip(words, pairs, strict=True) if not equals or not name
@@ -83,60 +217,6 @@ def _sources(words: tuple[str, ...]) -> dict[Any, str]:
             f"--source takes SITE=NAME such as L12=12-res-jb, not {', '.join(bad)}"
         )
     return {parse_site(site): name for site, _, name in pairs}
-
-
-@click.command()
-@click.option(
-    "--plan",
-    "plan_paths",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="plan to offer by its file name",
-)
-@click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on")
-@click.option("--port", default=8089, show_default=True, help="port; 0 takes a free one")
-@click.option(
-    "--token",
-    default="",
-    help="token that requests must carry; needed for any address but this machine",
-)
-@device_option
-@recipe_option
-@artifacts_option
-def serve(
-    plan_paths: tuple[Path, ...],
-    host: str,
-    port: int,
-    token: str,
-    device: str,
-    recipe: str,
-    artifacts: Path,
-) -> None:
-    """Answer OpenAI-style completion requests with the recipe's model; a request names a plan to be
-    steered by it."""
-    from pipeline.serve.endpoint import Endpoint, make_server
-
-    if host not in ("127.0.0.1", "localhost", "::1") and not token:
-        raise click.UsageError("--token is needed to listen on an address that others can reach")
-    if twice := sorted(
-        {path.stem for path in plan_paths if sum(p.stem == path.stem for p in plan_paths) > 1}
-    ):
-        raise click.UsageError(f"two plans of one name: {', '.join(twice)}; rename a file")
-    steering = opened(artifacts, recipe, device).steering
-    plans = {path.stem: steering.read_plan(path) for path in plan_paths}
-    server = make_server(
-        Endpoint(
-            model=steering.model,
-            saes=steering.saes,
-            plans=plans,
-            token=token,
-            check=steering.check_plan,
-        ),
-        host=host,
-        port=port,
-    )
-    say(f"listening on {server.address}/v1; plans: {', '.join(plans) or 'none'}")
-    serve_until_interrupted(server)
 
 
 @click.command(
@@ -151,4 +231,6 @@ def paper(ctx: click.Context) -> None:
         lens.main(ctx.args, prog_name="featureflow steer paper", standalone_mode=False)
 
 
-STEER_TOOLS = (plan, design, remove, contrast, calibrate, generate, judge, export, paper)
+steer = stage_command(
+    "steer", (plan, design, remove, contrast, calibrate, generate, judge, export, paper)
+)

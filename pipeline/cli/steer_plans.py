@@ -1,37 +1,32 @@
-"""`featureflow steer plan | contrast | calibrate`: make plans from a feature, from texts, or from a
-plan file."""
+"""`featureflow steer plan | design | remove | contrast | calibrate`: make plans from a feature,
+from texts or words, or from a plan file."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import click
 
 from pipeline.cli.flow import labels_beside
-from pipeline.cli.options import artifacts_option, recipe_option, run_folder
+from pipeline.cli.options import device_option, of_a_run
 from pipeline.console import say, show_number
+from pipeline.context import RunContext
+from pipeline.lenses.base import run_lens
+from pipeline.lenses.steering import designs
+from pipeline.lenses.steering.contrast import features_of_contrast, plan_by_difference, read_lines
+from pipeline.lenses.steering.removal_trial import removal_lines
+from pipeline.run import Run
+from steering.edits import edit_named
+from steering.plan import Plan
+from steering.plan_files import write_plan
+from steering.schedules import schedule_named
 
 _SCHEDULES = ("constant", "linear", "exponential", "cosine_product", "gaussian")
-device_option = click.option(
-    "--device", default="cpu", show_default=True, help="torch device of the model"
-)
-
-
-def opened(artifacts: Path, recipe: str, device: str) -> Any:
-    """The recipe's run, on a device."""
-    from pipeline.context import RunContext
-    from pipeline.run import Run
-
-    return Run.open(run_folder(artifacts, recipe), context=RunContext(device=device))
-
-
 _dose = click.option(
-    "--dose",
-    default=0.3,
-    show_default=True,
-    help="nats of KL to the unsteered model on neutral text",
+    "--dose", default=0.3, help="nats of KL to the unsteered model on neutral text"
 )
 _LITTLE = 0.01
 _SUFFIXES = (".toml", ".json", ".safetensors")
@@ -58,33 +53,18 @@ _out = click.option(
 
 @click.command()
 @click.argument("feature")
-@click.option(
-    "--along",
-    type=click.Choice(["flow", "layer"]),
-    default="flow",
-    show_default=True,
-    help="where to push",
-)
+@click.option("--along", type=click.Choice(["flow", "layer"]), default="flow", help="where to push")
 @click.option(
     "--edit",
     default="add",
-    show_default=True,
     help="what is done to it: add, clamp, floor, cap, rescale, ablate, mean_ablate, project_out, "
     "rotate, or an edit of an installed package",
 )
 @click.option(
-    "--schedule",
-    type=click.Choice(_SCHEDULES),
-    default="constant",
-    show_default=True,
-    help="shares by layer",
+    "--schedule", type=click.Choice(_SCHEDULES), default="constant", help="shares by layer"
 )
-@click.option(
-    "--before", default=3, show_default=True, help="layers of the flow before the feature's own"
-)
-@click.option(
-    "--after", default=5, show_default=True, help="layers of the flow after the feature's own"
-)
+@click.option("--before", default=3, help="layers of the flow before the feature's own")
+@click.option("--after", default=5, help="layers of the flow after the feature's own")
 @_dose
 @click.option(
     "--strength",
@@ -93,11 +73,10 @@ _out = click.option(
 )
 @_out
 @device_option
-@recipe_option
-@artifacts_option
+@of_a_run
 def plan(
     feature: str,
-    along: str,
+    along: Literal["flow", "layer"],
     edit: str,
     schedule: str,
     before: int,
@@ -106,14 +85,10 @@ def plan(
     strength: float | None,
     out: Path,
     device: str,
-    recipe: str,
-    artifacts: Path,
+    folder: Path,
 ) -> None:
     """Make a plan for FEATURE along its flow, at the strength that gives the dose."""
-    from steering.edits import edit_named
-    from steering.schedules import schedule_named
-
-    steering = opened(artifacts, recipe, device).steering
+    steering = Run.open(folder, context=RunContext(device=device)).steering
     made = steering.plan(
         feature,
         along=along,
@@ -128,22 +103,15 @@ def plan(
 
 @click.command()
 @click.argument("feature")
-@click.option(
-    "--every", default=1, show_default=True, help="remove every n-th step of the flow only"
-)
+@click.option("--every", default=1, help="remove every n-th step of the flow only")
 @click.option("--unread", is_flag=True, help="write the plan and measure nothing")
 @_out
 @device_option
-@recipe_option
-@artifacts_option
-def remove(
-    feature: str, every: int, unread: bool, out: Path, device: str, recipe: str, artifacts: Path
-) -> None:
+@of_a_run
+def remove(feature: str, every: int, unread: bool, out: Path, device: str, folder: Path) -> None:
     """Make a plan that removes FEATURE along its whole flow, and say what is left of it for readers
     that are not of the flow, and what else changes."""
-    from pipeline.lenses.steering.removal_trial import removal_lines
-
-    run = opened(artifacts, recipe, device)
+    run = Run.open(folder, context=RunContext(device=device))
     made = run.remove(feature, every=every)
     _write(made, out)
     if not unread:
@@ -158,23 +126,16 @@ def remove(
     "--by",
     type=click.Choice(["auroc", "d-prime", "difference"]),
     default="auroc",
-    show_default=True,
     help="rank features by AUROC or d′, or add the difference of means",
 )
 @click.option(
     "--layers", help="layers of the difference of means, such as 12,13,14; default: the middle one"
 )
-@click.option(
-    "--candidates",
-    default=32,
-    show_default=True,
-    help="features that are asked for their output side",
-)
+@click.option("--candidates", default=32, help="features that are asked for their output side")
 @_dose
 @_out
 @device_option
-@recipe_option
-@artifacts_option
+@of_a_run
 def contrast(
     topical: Path,
     other: Path,
@@ -184,21 +145,12 @@ def contrast(
     dose: float,
     out: Path,
     device: str,
-    recipe: str,
-    artifacts: Path,
+    folder: Path,
 ) -> None:
     """Make a plan that pushes towards the texts in TOPICAL and away from those in OTHER (one text a
     line)."""
-    from dataclasses import replace
-
-    from pipeline.lenses.steering.contrast import (
-        features_of_contrast,
-        plan_by_difference,
-        read_lines,
-    )
-
     texts = read_lines(topical), read_lines(other)
-    run = opened(artifacts, recipe, device)
+    run = Run.open(folder, context=RunContext(device=device))
     steering = run.steering
     if by == "difference":
         made = plan_by_difference(
@@ -241,20 +193,14 @@ def contrast(
 @click.option(
     "--feature", "features", multiple=True, help="a feature instead; several for a supernode"
 )
-@click.option("--k", default=8, show_default=True, help="features pushed at most")
+@click.option("--k", default=8, help="features pushed at most")
 @click.option("--layers", help="first and last layer, such as 10-20; 14 for one")
 @click.option("--along", help="members of the flow of this feature only")
 @click.option("--dense", is_flag=True, help="one vector, not features: what features cost")
-@click.option(
-    "--dose",
-    default=0.15,
-    show_default=True,
-    help="nats of KL to the unsteered model on neutral text",
-)
+@click.option("--dose", default=0.15, help="nats of KL to the unsteered model on neutral text")
 @_out
 @device_option
-@recipe_option
-@artifacts_option
+@of_a_run
 def design(
     texts: Path | None,
     against: Path | None,
@@ -267,40 +213,26 @@ def design(
     dose: float,
     out: Path,
     device: str,
-    recipe: str,
-    artifacts: Path,
+    folder: Path,
 ) -> None:
     """Make a plan that pushes the features with the most effect for the dose, and say what it
     should do beside what it does. The first call of a run sketches its output (minutes)."""
-    from dataclasses import replace
-
-    from pipeline.lenses.base import run_lens
-    from pipeline.lenses.steering.contrast import read_lines
-    from pipeline.lenses.steering.designs import (
-        DesignOptions,
-        aim_of_features,
-        aim_of_texts,
-        aim_of_words,
-        design,
-        lines_of,
-    )
-
     if sum((texts is not None, words is not None, bool(features))) != 1:
         raise click.UsageError("give one of --texts with --against, --words, --feature")
     if (texts is None) != (against is None):
         raise click.UsageError("--texts and --against belong together")
     sets = [read_lines(path) for path in (texts, against) if path is not None]
-    options = DesignOptions(k=k, layers=_span(layers), along=along, dense=dense, dose=dose)
-    run = opened(artifacts, recipe, device)
+    options = designs.DesignOptions(k=k, layers=_span(layers), along=along, dense=dense, dose=dose)
+    run = Run.open(folder, context=RunContext(device=device))
     run_lens("output-sketch", run)
     if sets:
-        aim = aim_of_texts(run, *sets)
+        aim = designs.aim_of_texts(run, *sets)
     elif words is not None:
-        aim = aim_of_words(run, [word.strip() for word in words.split(",") if word.strip()])
+        aim = designs.aim_of_words(run, [word.strip() for word in words.split(",") if word.strip()])
     else:
-        aim = aim_of_features(run, features)
-    made = design(run, aim, options)
-    for line in lines_of(made):
+        aim = designs.aim_of_features(run, features)
+    made = designs.design(run, aim, options)
+    for line in designs.lines_of(made):
         say(line)
     _write(replace(made.plan, name=out.stem), out)
 
@@ -320,14 +252,11 @@ def _span(text: str | None) -> tuple[int, int] | None:
 @_dose
 @_out
 @device_option
-@recipe_option
-@artifacts_option
-def calibrate(
-    plan_path: Path, dose: float, out: Path, device: str, recipe: str, artifacts: Path
-) -> None:
+@of_a_run
+def calibrate(plan_path: Path, dose: float, out: Path, device: str, folder: Path) -> None:
     """Find the strength at which a plan (written by hand, say) gives the dose, and write it with
     that strength."""
-    steering = opened(artifacts, recipe, device).steering
+    steering = Run.open(folder, context=RunContext(device=device)).steering
     _write(steering.calibrated(steering.signed(steering.read_plan(plan_path)), dose), out)
 
 
@@ -340,8 +269,6 @@ def _layers(text: str | None, known: list[int]) -> list[int]:
         raise click.UsageError(f"--layers takes numbers such as 12,13,14, not {text!r}") from None
 
 
-def _write(made: Any, out: Path) -> None:
-    from steering.plan_files import write_plan
-
+def _write(made: Plan, out: Path) -> None:
     dose = "not calibrated" if made.dose is None else f"dose {show_number(made.dose)}"
     say(f"{write_plan(made, out)}: {len(made.nodes)} nodes, strength {made.strength:.4g}, {dose}")

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from data.store.checks import describe_store, recount_store, verify_store
+from data.store.importing import import_activations
 from pipeline.cli.options import machine_options, quiet_option, run_context
 from pipeline.console import complain, progress_bars, say, show_number, table
 
@@ -22,8 +24,6 @@ def store_commands() -> None:
 @click.option("--json", "as_json", is_flag=True, help="print everything as JSON")
 def info(url: str, as_json: bool) -> None:
     """Say what the store at URL (a path, s3://…, gs://…) holds; also one that is not finished."""
-    from data.store.checks import describe_store
-
     found = describe_store(url)
     if as_json:
         say(json.dumps(found, indent=1))
@@ -59,8 +59,6 @@ def info(url: str, as_json: bool) -> None:
 def verify(ctx: click.Context, url: str, full: bool, quiet: bool, **machine: Any) -> None:
     """Check the store at URL against its records; every damage is named, with the command that
     fixes it."""
-    from data.store.checks import verify_store
-
     with progress_bars(quiet=quiet) as progress:
         report = verify_store(url, full, run_context(progress=progress, **machine))
     say(
@@ -88,8 +86,6 @@ def verify(ctx: click.Context, url: str, full: bool, quiet: bool, **machine: Any
 def statistics(ctx: click.Context, url: str, as_json: bool, quiet: bool, **machine: Any) -> None:
     """Measure every site of the store at URL again from its rows, and compare with what was
     gathered while writing."""
-    from data.store.checks import recount_store
-
     with progress_bars(quiet=quiet) as progress:
         found = recount_store(url, run_context(progress=progress, **machine))
     rows = [
@@ -132,10 +128,7 @@ def statistics(ctx: click.Context, url: str, as_json: bool, quiet: bool, **machi
     "--ignore", multiple=True, metavar="NAME", help="array in SOURCE that is left out; repeatable"
 )
 @click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32", "int8"]),
-    default="bfloat16",
-    show_default=True,
+    "--dtype", type=click.Choice(["bfloat16", "float16", "float32", "int8"]), default="bfloat16"
 )
 @click.option(
     "--context",
@@ -144,9 +137,7 @@ def statistics(ctx: click.Context, url: str, as_json: bool, quiet: bool, **machi
     type=int,
     help="rows of one context, where SOURCE does not say",
 )
-@click.option(
-    "--validation", default=0.05, show_default=True, help="share of the contexts set apart"
-)
+@click.option("--validation", default=0.05, help="share of the contexts set apart")
 @machine_options
 @quiet_option
 def import_(
@@ -162,8 +153,6 @@ def import_(
 ) -> None:
     """Store the activations in SOURCE (SAELens' cache, a folder of safetensors or .npy, a Zarr
     array) at URL."""
-    from data.store.importing import import_activations
-
     if wrong := [pair for pair in rename if "=" not in pair]:
         raise click.UsageError(f"--rename takes NAME=SITE, not {', '.join(wrong)}")
     with progress_bars(quiet=quiet) as progress:

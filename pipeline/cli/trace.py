@@ -7,8 +7,16 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import artifacts_option, quiet_option, recipe_option, run_folder
+from pipeline.cli.options import device_option, of_a_run, quiet_option
 from pipeline.console import progress_bars, say
+from pipeline.context import RunContext
+from pipeline.run import Run
+from pipeline.trace.attribution import read_attribution
+from pipeline.trace.batch import read_prompts, summary_lines
+from pipeline.trace.counterfactual import counterfactual
+from pipeline.trace.document import document_of, lines_of, with_flip
+from pipeline.trace.kept import write_foreign, write_trace
+from pipeline.trace.trace import TraceOptions
 
 
 @click.command()
@@ -28,19 +36,14 @@ from pipeline.console import progress_bars, say
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="keep an attribution graph (JSON of circuit-tracer or Neuronpedia) for the atlas",
 )
-@click.option("--share", default=0.8, show_default=True, help="of each cut's Σ|score| that is kept")
-@click.option(
-    "--removed", default=24, show_default=True, type=click.IntRange(1), help="supernodes removed"
-)
-@click.option(
-    "--shown", default=12, show_default=True, type=click.IntRange(1), help="supernodes shown"
-)
+@click.option("--share", default=0.8, help="of each cut's Σ|score| that is kept")
+@click.option("--removed", default=24, type=click.IntRange(1), help="supernodes removed")
+@click.option("--shown", default=12, type=click.IntRange(1), help="supernodes shown")
 @click.option("--flip", is_flag=True, help="find the smallest change that makes it say the foil")
 @click.option("--keep/--no-keep", default=True, help="write it into the run's folder traces/")
-@click.option("--device", default="cpu", show_default=True, help="torch device of the model")
+@device_option
 @quiet_option
-@recipe_option
-@artifacts_option
+@of_a_run
 def trace(
     prompt: str | None,
     answer: str | None,
@@ -57,26 +60,15 @@ def trace(
     keep: bool,
     device: str,
     quiet: bool,
-    recipe: str,
-    artifacts: Path,
+    folder: Path,
 ) -> None:
     """Say which features made the model go on with its next token after PROMPT.
 
     One gradient finds candidates; each is then really removed. Every trace prints its checks."""
-    from pipeline.context import RunContext
-    from pipeline.run import Run
-    from pipeline.trace.attribution import read_attribution
-    from pipeline.trace.batch import read_prompts, summary_lines
-    from pipeline.trace.counterfactual import counterfactual
-    from pipeline.trace.document import document_of, lines_of, with_flip
-    from pipeline.trace.kept import write_foreign, write_trace
-    from pipeline.trace.trace import TraceOptions
-
     if [prompt, prompts, graph].count(None) != 2:
         raise click.UsageError("give one of: a PROMPT, a file with --prompts, a graph with --graph")
     if graph is not None:
-        folder = Run.open(run_folder(artifacts, recipe))
-        say(str(write_foreign(read_attribution(graph), folder).path))
+        say(str(write_foreign(read_attribution(graph), Run.open(folder)).path))
         return
     given: dict[str, Any] = {"answer": answer, "foil": foil, "feature": feature, "chat": chat}
     asked = [{"prompt": prompt}] if prompts is None else read_prompts(prompts)
@@ -84,7 +76,7 @@ def trace(
     documents = []
     with progress_bars(quiet=quiet) as progress:
         context = RunContext(device=device, progress=progress)
-        run = Run.open(run_folder(artifacts, recipe), context=context)
+        run = Run.open(folder, context=context)
         for each in asked:
             chosen = {**given, **{k: v for k, v in each.items() if k != "family"}}
             found = run.trace(**chosen, cuts=cuts.split(",") if cuts else (), options=options)

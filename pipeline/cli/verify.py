@@ -7,37 +7,38 @@ What is wrong is named with the command that fixes it; nothing is written.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from data.store.checks import verify_store
 from featureflow.errors import Command, Problem, UserError
-from pipeline.cli.options import artifacts_option, recipe_option, run_folder
+from pipeline.artifact import SCHEMAS, Artifact
+from pipeline.cli.options import of_a_run
 from pipeline.console import say, show_number, table
-
-if TYPE_CHECKING:
-    from pipeline.artifact import Artifact
+from pipeline.context import RunContext
+from pipeline.findings import open_finding
+from pipeline.run import STORE, misfits
 
 
 @click.command()
 @click.option("--quick", is_flag=True, help="compare names and sizes only, read no file")
-@recipe_option
-@artifacts_option
-def verify(quick: bool, recipe: str, artifacts: Path) -> None:
+@of_a_run
+def verify(quick: bool, folder: Path) -> None:
     """Check a finished run: every file by its checksum, and that each stage was made from those
     beside it."""
-    from pipeline.artifact import SCHEMAS
-    from pipeline.run import misfits
-
-    root = run_folder(artifacts, recipe)
-    stages = [stage for stage in SCHEMAS if (root / stage).exists()]
-    stages += [f"lenses/{path.parent.name}" for path in sorted(root.glob("lenses/*/manifest.json"))]
+    stages = [stage for stage in SCHEMAS if (folder / stage).exists()]
+    stages += [
+        f"lenses/{path.parent.name}" for path in sorted(folder.glob("lenses/*/manifest.json"))
+    ]
     if not stages:
         raise UserError(
-            "there is no run here", where=str(root), expected=", ".join(SCHEMAS), fix=Command("run")
+            "there is no run here",
+            where=str(folder),
+            expected=", ".join(SCHEMAS),
+            fix=Command("run"),
         )
     found: dict[str, Artifact] = {}
-    damage = {stage: _damage(root, stage, found, quick=quick) for stage in stages}
+    damage = {stage: _damage(folder, stage, found, quick=quick) for stage in stages}
     foreign = list(misfits(found))
     for line in table(
         [(stage, "DAMAGED" if damage[stage] else _contents(found[stage])) for stage in stages]
@@ -49,9 +50,9 @@ def verify(quick: bool, recipe: str, artifacts: Path) -> None:
         again = [Command(*each, force=True) for each in words]
         fix = (*again, *([Command("run")] if foreign else []))
         problems = (*(problem for stage in stages for problem in damage[stage]), *foreign)
-        raise UserError(f"{root} cannot be trusted", problems=problems, fix=fix)
+        raise UserError(f"{folder} cannot be trusted", problems=problems, fix=fix)
     say(
-        f"{root}: sound"
+        f"{folder}: sound"
         + (" (names and sizes; without --quick every byte is read)" if quick else "")
     )
 
@@ -61,12 +62,6 @@ def _damage(
 ) -> tuple[Problem, ...]:
     """What is wrong with the files of one stage. The artifact goes to `found` if it can be
     opened."""
-    from data.store.checks import verify_store
-    from pipeline.artifact import SCHEMAS, Artifact
-    from pipeline.context import RunContext
-    from pipeline.findings import open_finding
-    from pipeline.run import STORE
-
     try:
         found[stage] = (
             Artifact.open(root / stage, kind=stage, schema=SCHEMAS[stage])

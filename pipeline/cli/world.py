@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from data.model.spec import OfWorld
+from data.worlds import World
+from data.worlds.training import legal_share, train
+from data.worlds.weights import save_weights
 from featureflow.errors import Problem, UserError
-from pipeline.cli.lens import as_toml, lens_commands
+from pipeline.cli.lens import lens_commands
+from pipeline.cli.options import quiet_option
 from pipeline.console import progress_bars, say
-
-if TYPE_CHECKING:
-    from data.worlds import World
+from pipeline.stages.recipe import value_of
 
 SCORE = "world-score"
 
@@ -37,16 +39,13 @@ def world_commands() -> None:
 @world_commands.command("train")
 @click.argument("name")
 @click.option("--out", type=click.Path(path_type=Path), help="[default: NAME.safetensors]")
-@click.option("--steps", default=1500, show_default=True, help="batches of 128 contexts")
-@click.option("-q", "--quiet", is_flag=True, help="no progress")
+@click.option("--steps", default=1500, help="batches of 128 contexts")
+@quiet_option
 def train_world(name: str, out: Path | None, steps: int, quiet: bool) -> None:
     """Train the model of a world and write its weights.
 
     NAME is the world's, or a TOML table such as '{kind = "fsm", surface = "random"}'.
     """
-    from data.worlds.training import legal_share, train
-    from data.worlds.weights import save_weights
-
     world = _world(name)
     if not world.TRAINED:
         raise UserError(f"the weights of the world {world.kind} are written by hand")
@@ -60,10 +59,8 @@ def train_world(name: str, out: Path | None, steps: int, quiet: bool) -> None:
 
 def _world(text: str) -> World:
     """Raises UserError with all that is wrong."""
-    from data.model.spec import OfWorld
-
     problems: list[Problem] = []
-    spec = OfWorld.read({"world": as_toml(text)}, "NAME", problems)
+    spec = OfWorld.read({"world": value_of(text)}, "NAME", problems)
     if spec is None:
         raise UserError("there is no such world", problems=tuple(problems))
     return spec.world

@@ -40,7 +40,7 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Firing:
+class ActiveLatent:
     """A latent on one token: its activation, and that as a share of the feature's largest on the
     corpus."""
 
@@ -52,10 +52,10 @@ class Firing:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadToken:
-    """One token of a text and the strongest firings there."""
+    """One token of a text and the strongest activations there."""
 
     text: str
-    firings: tuple[Firing, ...]
+    active: tuple[ActiveLatent, ...]
 
 
 def find_features(features: Features, word: str, *, site: Site | None = None) -> list[Found]:
@@ -124,7 +124,7 @@ def read_text(
     codes = saes[where].encode(activations)[1:]
     pieces = [model.tokenizer.token_text(i) for i in ids[1:]]
     return [
-        ReadToken(text=piece, firings=tuple(_strongest(features, where, z, n)))
+        ReadToken(text=piece, active=tuple(_strongest(features, where, z, n)))
         for piece, z in zip(pieces, codes, strict=True)
     ]
 
@@ -135,13 +135,13 @@ def middle_site(sites: Sequence[Site]) -> Site:
     return residual[len(residual) // 2]
 
 
-def _strongest(features: Features, site: Site, z: torch.Tensor, n: int) -> Iterator[Firing]:
+def _strongest(features: Features, site: Site, z: torch.Tensor, n: int) -> Iterator[ActiveLatent]:
     value, latent = z.topk(min(n, len(z)))
     for a, index in zip(value.tolist(), latent.tolist(), strict=True):
         if a > 0:
             row = features.table.iloc[features.number(FeatureId(site, index))]
             largest = float(row["max"])
             share = a / largest if largest > 0 else float("inf")
-            yield Firing(
+            yield ActiveLatent(
                 feature=FeatureId(site, index), value=a, share=share, label=str(row["label"])
             )

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pipeline.describe.corpus import Corpus
 from pipeline.describe.counts import Counts
+from pipeline.describe.encoder import threshold_of
 from pipeline.describe.examples import Examples, Profile, choose_examples, deciles_of
-from pipeline.describe.firings import threshold_of
 from pipeline.describe.projection import Projection
 from pipeline.describe.survey import Survey
 from sae import Sae
@@ -42,17 +42,14 @@ def describe_site(
         "decile": deciles,
         "threshold": threshold_of(sae),
         "histogram": _page_histogram(survey),
-        **_token_columns(tables["token"], corpus, "token", "token", N_TOKENS),
-        **_token_columns(tables["previous"], corpus, "previous", "previous", N_AROUND),
-        **{name: _dense(tables[table]) for name, table in _DENSE_TABLES.items()},
+        **_token_columns(tables["token"], corpus, "token", N_TOKENS),
+        **_token_columns(tables["previous"], corpus, "previous", N_AROUND),
+        **{name: _dense(tables[name]) for name in ("position", "source", "topic")},
         **_projection_columns(projection, sae.n_latents),
         **_cofiring_columns(survey.cofiring, survey.cofiring_count),
         **_similar_columns(sae.W_dec),
         **example_columns(choose_examples(survey, deciles, profile)),
     }
-
-
-_DENSE_TABLES = {"position": "position", "source": "source", "topic": "topic"}
 
 
 def example_columns(examples: Examples) -> Columns:
@@ -94,19 +91,19 @@ def _page_histogram(survey: Survey) -> np.ndarray:
 
 
 def _dense(table: Counts) -> np.ndarray:
-    """Firings per latent and value."""
+    """Activations per latent and value."""
     out = np.zeros(table.n_latents * table.n_values, dtype=np.uint32)
     out[table.key] = table.n.astype(np.uint32)
     return out.reshape(table.n_latents, table.n_values)
 
 
-def _token_columns(table: Counts, corpus: Corpus, attribute: str, name: str, n: int) -> Columns:
+def _token_columns(table: Counts, corpus: Corpus, name: str, n: int) -> Columns:
     """The n values with the largest share of Σa, with their lift over the corpus."""
-    mass, fired = table.mass, table.n
+    mass, active = table.mass, table.n
     total = np.bincount(table.latent, weights=mass, minlength=table.n_latents)
     place, rows = largest_places(table.latent, mass, n)
     latent, value = table.latent[rows], table.value[rows]
-    base = corpus.totals(attribute).sum(axis=0)
+    base = corpus.totals(name).sum(axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         share = mass[rows] / total[latent]
         lift = np.log(share / (base[value] / base.sum()))
@@ -117,7 +114,7 @@ def _token_columns(table: Counts, corpus: Corpus, attribute: str, name: str, n: 
         f"{name}_lift": np.zeros(shape, dtype=np.float32),
         f"{name}_count": np.zeros(shape, dtype=np.uint32),
     }
-    for column, values in zip(columns.values(), (value, share, lift, fired[rows]), strict=True):
+    for column, values in zip(columns.values(), (value, share, lift, active[rows]), strict=True):
         column[latent, place] = values
     return columns
 

@@ -1,19 +1,20 @@
-"""Counts of firings by latent and by something about the token: which it is, which came before,
+"""Counts of activations by latent and by something about the token: which it is, which came before,
 where it stands.
 
 Every attribute of a token position is a partition of the rows, so one kind of table serves
 statistics, labels and their scores. Per (latent, value) there are nine numbers, all additive:
 
-    n_propose, strong_propose        firings and strong firings on documents where labels are
+    n_propose, strong_propose        activations and strong activations on documents where labels
+    are
     proposed
     n_choose, strong_choose          the same on documents that decide which label is taken
     n_held, strong_held              the same on held-out documents
     mass_held, near_held             Σa and near-misses on held-out documents
     mass_rest                        Σa on all others
 
-A rule is about all firings or about strong ones (`Counts.about`); then five numbers matter: firings
-on each part of the documents, Σa held out, and the negatives that are hardest to tell: near-misses,
-or firings that are not strong.
+A rule is about all activations or about strong ones (`Counts.about`); then five numbers matter:
+activations on each part of the documents, Σa held out, and the negatives that are hardest to tell:
+near-misses, or activations that are not strong.
 
 `Counts` is sparse: sorted unique keys `latent · n_values + value`. To count entries, each one
 becomes a single 64-bit number `key | code | Σa`, and these are sorted: one sort of plain numbers is
@@ -33,7 +34,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int32, Int64, UInt8, UInt32
 
 from pipeline.describe.corpus import CHOOSING, HELD_OUT, PROPOSING
-from pipeline.describe.firings import Firings
+from pipeline.describe.encoder import Activations
 
 COLUMNS = (
     "n_propose",
@@ -91,7 +92,7 @@ class Counts:
 
     @property
     def n(self) -> Float64[np.ndarray, "pair"]:
-        """Firings on all documents."""
+        """Activations on all documents."""
         return self.column("n_propose") + self.column("n_choose") + self.column("n_held")
 
     @property
@@ -117,8 +118,8 @@ class Counts:
         )
 
     def about(self, target: Target) -> Counts:
-        """The columns PROPOSE, CHOOSE, HELD, MASS, NEGATIVE of rules about all firings, or about
-        strong ones."""
+        """The columns PROPOSE, CHOOSE, HELD, MASS, NEGATIVE of rules about all activations, or
+        about strong ones."""
         if target == "all":
             names = ("n_propose", "n_choose", "n_held", "mass_held", "near_held")
             chosen = tuple(self.column(name) for name in names)
@@ -139,7 +140,7 @@ class Counts:
         return _summed(self.n_latents, n_values, key, [c[keep] for c in self.columns])
 
     def pruned(self, most: int) -> Counts:
-        """At most `most` values per latent, the ones with the most firings: what keeps a table
+        """At most `most` values per latent, the ones with the most activations: what keeps a table
         bounded. Sums over the rest are lost, so it is used only when a table has outgrown its
         limit."""
         order = np.lexsort((self.key, -self.n, self.latent))
@@ -166,9 +167,9 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Entries:
-    """Firings, or near-misses, sorted by latent, with what is known of them whatever the attribute
-    they are counted by. `code` is part · 2 + strong for firings, _NEAR for near-misses on held-out
-    documents (others count for nothing)."""
+    """Activations, or near-misses, sorted by latent, with what is known of them whatever the
+    attribute they are counted by. `code` is part · 2 + strong for activations, _NEAR for
+    near-misses on held-out documents (others count for nothing)."""
 
     latent: Int32[np.ndarray, "entry"]
     row: UInt32[np.ndarray, "entry"]
@@ -179,17 +180,20 @@ class Entries:
         return len(self.row)
 
     @classmethod
-    def of_firings(
-        cls, fired: Firings, part: UInt8[np.ndarray, "row"], strong: Float32[np.ndarray, "latent"]
+    def of_active(
+        cls,
+        active: Activations,
+        part: UInt8[np.ndarray, "row"],
+        strong: Float32[np.ndarray, "latent"],
     ) -> Entries:
-        """All firings; strong are those of at least `strong[latent]`."""
-        code = part[fired.row] * np.uint8(2) + (fired.value >= strong[fired.latent])
+        """All activations; strong are those of at least `strong[latent]`."""
+        code = part[active.row] * np.uint8(2) + (active.value >= strong[active.latent])
         return cls(
-            latent=fired.latent, row=fired.row.astype(np.uint32), mass=fired.value, code=code
+            latent=active.latent, row=active.row.astype(np.uint32), mass=active.value, code=code
         )
 
     @classmethod
-    def of_near_misses(cls, near: Firings, part: UInt8[np.ndarray, "row"]) -> Entries:
+    def of_near_misses(cls, near: Activations, part: UInt8[np.ndarray, "row"]) -> Entries:
         """Near-misses on held-out documents."""
         held = part[near.row] == HELD_OUT
         row = near.row[held].astype(np.uint32)
@@ -319,7 +323,7 @@ def _columns_of(
         2 * PROPOSING,
         2 * CHOOSING,
         2 * HELD_OUT,
-    )  # the weaker firings; the strong ones come after
+    )  # the weaker activations; the strong ones come after
     return (
         n[propose] + n[propose + 1],
         n[propose + 1],

@@ -1,13 +1,13 @@
 """From the kept samples to the examples a card shows, in four tabs.
 
-1. *top*: the strongest firings, one per document, no repeated text;
-2. *decile*: firings from every tenth of the activation range by count, strongest tenth first. All
-   are real firings: the intervals are between quantiles of the firings, never between 0 and the
-   maximum;
-3. *uniform*: firings drawn uniformly;
+1. *top*: the strongest activations, one per document, no repeated text;
+2. *decile*: activations from every tenth of the activation range by count, strongest tenth first.
+   All are real activations: the intervals are between quantiles of the activations, never between 0
+   and the maximum;
+3. *uniform*: activations drawn uniformly;
 4. *near_miss*: tokens where the latent was almost active.
 
-Quantiles are exact while the uniform sample holds every firing; otherwise they come from the
+Quantiles are exact while the uniform sample holds every activation; otherwise they come from the
 histogram, whose bins are a
 quarter of an octave wide, by interpolation in log a.
 """
@@ -48,7 +48,7 @@ PROFILES = {
 class Examples:
     """Examples of all latents of a site; those of latent f are `offset[f] … offset[f + 1]`, in tab
     order. `act_*` are the
-    latent's firings around each peak: `act_offset[e] … act_offset[e + 1]`."""
+    latent's activations around each peak: `act_offset[e] … act_offset[e + 1]`."""
 
     offset: Int64[np.ndarray, "latent_and_one"]
     tab: UInt8[np.ndarray, "example"]
@@ -62,7 +62,7 @@ class Examples:
 
 
 def deciles_of(survey: Survey) -> Float32[np.ndarray, "latent eleven"]:
-    """Quantiles 0, .1 … 1 of each latent's firings; NaN for one that was never active."""
+    """Quantiles 0, .1 … 1 of each latent's activations; NaN for one that was never active."""
     shares = np.linspace(0, 1, 11)
     out = _quantiles_of_histogram(survey.histogram, shares)
     out[:, 10] = survey.largest
@@ -127,8 +127,8 @@ def _first(filled: Bool[np.ndarray, "latent place"], n: int) -> Bool[np.ndarray,
 def _per_decile(
     filled: Bool[np.ndarray, "latent place"], decile_of: Int64[np.ndarray, "latent place"], n: int
 ) -> Bool[np.ndarray, "latent place"]:
-    """The first n of every decile; the sample is in random order, so these are random firings of
-    the decile."""
+    """The first n of every decile; the sample is in random order, so these are random activations
+    of the decile."""
     chosen = np.zeros_like(filled)
     for decile in range(10):
         member = filled & (decile_of == decile)

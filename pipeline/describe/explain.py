@@ -4,8 +4,8 @@ make of their text.
 1. windows: a feature's examples on documents that labels were proposed on are what a chat model is
    shown; those on held-out documents, and held-out windows in which the feature is silent (drawn at
    random, and around near-misses), are what both are scored on;
-2. a sentence model says how well firing windows belong together, and how well the label fits them
-   (pipeline/describe/sentences.py);
+2. a sentence model says how well windows with the feature belong together, and how well the label
+   fits them (pipeline/describe/sentences.py);
 3. a chat model writes a label from the shown examples and is scored by telling held-out windows
    apart, and windows marked rightly from ones marked wrongly (pipeline/describe/explainer.py).
 
@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Bool, Int64
 
 from data.store import ActivationStore
-from featureflow.errors import UserError
+from featureflow.errors import Command, UserError
 from featureflow.files import write_text_atomically
 from featureflow.sites import FeatureId, Site, parse_feature
 from pipeline.describe.cards import Example
@@ -49,11 +49,11 @@ _ROUNDED = 4
 @dataclass(frozen=True, kw_only=True)
 class Windows:
     """Texts about one feature: `shown` marked, on documents for proposing; the rest on held-out
-    ones. In `near` it was nearly active; `right` and `wrong` are windows of `firing`, marked where
+    ones. In `near` it was nearly active; `right` and `wrong` are windows of `active`, marked where
     it is active, and on as many other tokens."""
 
     shown: tuple[str, ...]
-    firing: tuple[str, ...]
+    active: tuple[str, ...]
     silent: tuple[str, ...]
     near: tuple[str, ...] = ()
     right: tuple[str, ...] = ()
@@ -81,27 +81,27 @@ class Evidence:
         self._saes = saes
         self._corpus = features.corpus
         self._seed = seed
-        self._silence = lru_cache(maxsize=2)(self._fires_in)
+        self._silence = lru_cache(maxsize=2)(self._active_in)
 
     def windows(self, feature: str) -> Windows:
         """Raises UserError for a feature that the atlas does not have."""
         wanted = parse_feature(feature)
         card = self.features.card(feature)
         held_out, proposing = self._corpus.held_out, self._corpus.part == PROPOSING
-        fired = {example.row: example for example in card.examples if example.tab != "near_miss"}
+        active = {example.row: example for example in card.examples if example.tab != "near_miss"}
         missed = [e.row for e in card.examples if e.tab == "near_miss" and held_out[e.row]]
-        in_test = [example for row, example in fired.items() if held_out[row]][:MOST]
+        in_test = [example for row, example in active.items() if held_out[row]][:MOST]
         generator = np.random.default_rng(self._seed)
         pieces = [self._pieces(example) for example in in_test]
         moved = [(p, _misplaced(p[1], generator)) for p in pieces]
         silent = np.flatnonzero(~self._silence(wanted.site)[:, wanted.latent])[:MOST]
         return Windows(
-            shown=tuple(marked(*self._pieces(e)) for row, e in fired.items() if proposing[row])[
+            shown=tuple(marked(*self._pieces(e)) for row, e in active.items() if proposing[row])[
                 :MOST
             ],
-            firing=tuple(self._text(example.row) for example in in_test),
+            active=tuple(self._text(example.row) for example in in_test),
             silent=tuple(self._text(int(self._candidates[i])) for i in silent),
-            near=tuple(self._text(row) for row in missed if not self._fires_near(wanted, row)),
+            near=tuple(self._text(row) for row in missed if not self._active_near(wanted, row)),
             right=tuple(marked(*p) for p, other in moved if other is not None),
             wrong=tuple(marked(p[0], other) for p, other in moved if other is not None),
         )
@@ -127,19 +127,19 @@ class Evidence:
         return np.sort(generator.choice(rows, size=min(_CANDIDATES, len(rows)), replace=False))
 
     @torch.no_grad()
-    def _fires_in(self, site: Site) -> Bool[np.ndarray, "window latent"]:
+    def _active_in(self, site: Site) -> Bool[np.ndarray, "window latent"]:
         """Which latents are active anywhere in each candidate window."""
         sae = self._saes[site]
         kept = self._corpus.kept
-        fires = []
+        is_active = []
         for row in self._candidates:
             rows = self._corpus.window(int(row), REACH)
             x = self._store.read(site, int(rows[0]), int(rows[-1]) + 1)[kept[rows]]
-            fires.append((sae.encode(torch.from_numpy(x)) > 0).any(dim=0).numpy())
-        return np.stack(fires)
+            is_active.append((sae.encode(torch.from_numpy(x)) > 0).any(dim=0).numpy())
+        return np.stack(is_active)
 
     @torch.no_grad()
-    def _fires_near(self, feature: FeatureId, row: int) -> bool:
+    def _active_near(self, feature: FeatureId, row: int) -> bool:
         """Whether a feature is active anywhere in the window around a row."""
         rows = self._corpus.window(row, REACH)
         kept = self._corpus.kept[rows]
@@ -221,21 +221,21 @@ def read_opinions(root: Path, train: str) -> dict[str, dict[str, Any]]:
             "these opinions cannot be read",
             where=str(path),
             found=str(error),
-            fix="remove the file and run featureflow atlas explain again",
+            fix=("remove the file", Command("atlas", "explain")),
         ) from error
 
 
 def sentence_scores(model: SentenceModel, windows: Windows, label: str | None) -> dict[str, Any]:
-    """How well the firing windows belong together, and how well a label fits them."""
-    vectors = model.encode([*windows.firing, *windows.silent, *([] if label is None else [label])])
-    firing, rest = vectors[: len(windows.firing)], vectors[len(windows.firing) :]
+    """How well the windows with the feature belong together, and how well a label fits them."""
+    vectors = model.encode([*windows.active, *windows.silent, *([] if label is None else [label])])
+    active, rest = vectors[: len(windows.active)], vectors[len(windows.active) :]
     silent = rest[: len(windows.silent)]
     return {
-        "examples_score": _rounded(example_embedding_score(firing, silent)),
+        "examples_score": _rounded(example_embedding_score(active, silent)),
         "label_score": None
         if label is None
-        else _rounded(embedding_score(rest[-1], firing, silent)),
-        "n_firing": len(firing),
+        else _rounded(embedding_score(rest[-1], active, silent)),
+        "n_firing": len(active),
         "n_silent": len(silent),
     }
 
@@ -249,7 +249,7 @@ def chat_label(
         return {"labels": []}
     label: dict[str, Any] = {"text": text, "method": "model", "model": chat.model}
     others = [*windows.silent, *windows.near]
-    label |= _scores(detect(chat, text, windows.firing, others, max_tokens=max_tokens))
+    label |= _scores(detect(chat, text, windows.active, others, max_tokens=max_tokens))
     if fuzzing and windows.right:
         found = fuzz(chat, text, windows.right, windows.wrong, max_tokens=max_tokens)
         label["fuzz"] = _scores(found)

@@ -85,11 +85,10 @@ def detect(
     active: Sequence[str],
     other: Sequence[str],
     *,
-    seed: int = 0,
     max_tokens: int = ANSWER_TOKENS,
 ) -> Detection:
     """How well the label tells windows with the feature from windows without."""
-    return _judged(chat, _DETECT, label, active, other, seed, max_tokens)
+    return _judged(chat, _DETECT, label, active, other, max_tokens)
 
 
 def fuzz(
@@ -98,12 +97,11 @@ def fuzz(
     right: Sequence[str],
     wrong: Sequence[str],
     *,
-    seed: int = 0,
     max_tokens: int = ANSWER_TOKENS,
 ) -> Detection:
     """How well the label tells windows marked where the feature is active from windows marked
     elsewhere."""
-    return _judged(chat, _FUZZ, label, right, wrong, seed, max_tokens)
+    return _judged(chat, _FUZZ, label, right, wrong, max_tokens)
 
 
 def _judged(
@@ -112,11 +110,10 @@ def _judged(
     label: str,
     true: Sequence[str],
     false: Sequence[str],
-    seed: int,
     max_tokens: int,
 ) -> Detection:
     windows = [(text, True) for text in true] + [(text, False) for text in false]
-    order = np.random.default_rng(seed).permutation(len(windows))
+    order = np.random.default_rng(0).permutation(len(windows))
     hits = {True: 0, False: 0}
     n = {True: 0, False: 0}
     for start in range(0, len(order), _PER_QUESTION):
@@ -125,9 +122,9 @@ def _judged(
             label=label, n=len(block), examples=_numbered([text for text, _ in block])
         )
         said_of_block = _bits(chat.ask(question, max_tokens=max_tokens), len(block))
-        for said, (_, fires) in zip(said_of_block, block, strict=False):
-            n[fires] += 1
-            hits[fires] += said == fires
+        for said, (_, is_active) in zip(said_of_block, block, strict=False):
+            n[is_active] += 1
+            hits[is_active] += said == is_active
     total = n[True] + n[False]
     if not n[True] or not n[False]:
         return Detection(n=total, n_asked=len(windows))
@@ -140,7 +137,7 @@ def _judged(
 
 
 def marked(pieces: Sequence[str], values: Sequence[float]) -> str:
-    """A window with its firing tokens between << >>."""
+    """A window with its active tokens between << >>."""
     return "".join(
         f"<<{piece}>>" if value > 0 else piece for piece, value in zip(pieces, values, strict=True)
     )

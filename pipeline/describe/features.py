@@ -16,10 +16,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
+import torch.nn.functional as F
 
 from featureflow.errors import Command, UserError
 from featureflow.sites import FeatureId, Site, parse_feature, parse_site
@@ -30,11 +32,7 @@ from pipeline.describe.corpus import PARTS, Corpus
 from pipeline.describe.labels import Label
 from pipeline.describe.tables import read_vocabulary
 from pipeline.describe.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from sae import Sae
+from sae.dictionary import Sae
 
 KIND, SCHEMA = "describe", SCHEMAS["describe"]
 ABOUT, SITES = "about.json", "sites"
@@ -167,7 +165,7 @@ class Features:
 
     def _at(self, short: str) -> pd.DataFrame:
         """The rows of `table` of one site."""
-        return pq.read_table(self._path("features"), filters=[("site", "==", short)]).to_pandas()
+        return self._read("features", filters=[("site", "==", short)])
 
     def _columns(self, short: str) -> Columns:
         """The cards' numbers of one site, a row a latent."""
@@ -208,8 +206,9 @@ class Features:
             raise UserError(f"there is no table {name!r}", where=str(path), fix=fix)
         return path
 
-    def _read(self, name: str) -> pd.DataFrame:
-        return pq.read_table(self._path(name)).to_pandas()
+    def _read(self, name: str, filters: Any = None) -> pd.DataFrame:
+        frame = pq.read_table(self._path(name), filters=filters).to_pandas()
+        return frame.rename(columns={"n_firings": "n_active"})  # as earlier versions wrote it
 
 
 def diff_features(
@@ -226,8 +225,6 @@ def diff_features(
     rest is *gone* or *new*. One row a feature or pair: status, both ids, cosine, both labels, both
     densities. Costs one product of `latent × latent × d_model` a site. Raises UserError when no
     site is in both."""
-    import pandas as pd
-
     common = [
         site
         for site in before.sites
@@ -249,9 +246,6 @@ def diff_features(
 def _diff_site(
     before: Features, after: Features, site: Site, old: Sae, new: Sae, min_cosine: float
 ) -> pd.DataFrame:
-    import pandas as pd
-    import torch.nn.functional as F
-
     cosine = (F.normalize(old.W_dec, dim=1) @ F.normalize(new.W_dec, dim=1).T).numpy()
     best_new, best_old = cosine.argmax(axis=1), cosine.argmax(axis=0)
     strength = cosine.max(axis=1)

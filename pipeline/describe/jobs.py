@@ -29,8 +29,8 @@ from featureflow.sites import Site, parse_site
 from pipeline.describe import intermediate
 from pipeline.describe.columns import describe_site
 from pipeline.describe.corpus import Corpus, corpus_of
+from pipeline.describe.encoder import Encoder, Precision
 from pipeline.describe.examples import PROFILES
-from pipeline.describe.firings import Encoder, Precision
 from pipeline.describe.labels import (
     RULE_METHODS,
     Acceptance,
@@ -73,7 +73,7 @@ class Config(Settings):
     min_f1: Annotated[
         float, Ge(0), Le(1), Doc("F1 on those documents from which a rule is accepted as a label")
     ] = 0.6
-    min_firings: Annotated[int, Ge(1), Doc("held-out activations that a score needs to count")] = 5
+    min_active: Annotated[int, Ge(1), Doc("held-out activations that a score needs to count")] = 5
     cofiring_rows: Annotated[
         int, Ge(0), Doc("tokens on which features of one dictionary that are active together count")
     ] = 32_768
@@ -93,7 +93,7 @@ class Config(Settings):
     @property
     def acceptance(self) -> Acceptance:
         """What a rule must reach to be accepted."""
-        return Acceptance(min_f1=self.min_f1, min_firings=self.min_firings)
+        return Acceptance(min_f1=self.min_f1, min_active=self.min_active)
 
 
 @dataclass(frozen=True, kw_only=True)

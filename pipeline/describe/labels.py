@@ -2,18 +2,18 @@
 from.
 
 1. every kind of rule is proposed, and judged on documents of their own
-   (pipeline/describe/rules.py): the one that did best there is the latent's rule, about all firings
-   and about strong ones;
+   (pipeline/describe/rules.py): the one that did best there is the latent's rule, about all
+   activations and about strong ones;
 2. tokens that are typical of the latent by log-odds (Monroe et al. 2008, Dirichlet prior) and by
    class-TF-IDF, and tokens
    that its decoder promotes, are descriptions; they are scored as rules too ("active on", "active
    before"), and seldom pass;
 3. the rule of the best predecessor in the flow graph is scored on the latent itself: an inherited
    label with provenance;
-4. a rule is *accepted* from `min_f1` on those choosing documents, with at least `min_firings`
-   held-out firings. The score comes from the held-out documents, which chose nothing, so it may lie
-   below the threshold. Without an accepted rule the label is "no simple rule", with the score that
-   the best rule reached.
+4. a rule is *accepted* from `min_f1` on those choosing documents, with at least `min_active`
+   held-out activations. The score comes from the held-out documents, which chose nothing, so it may
+   lie below the threshold. Without an accepted rule the label is "no simple rule", with the score
+   that the best rule reached.
 """
 
 from __future__ import annotations
@@ -72,10 +72,12 @@ METHODS: tuple[Method, ...] = (
     Method(
         name="log_odds",
         kind="tokens",
-        about="tokens typical of its strong firings by log-odds, Dirichlet prior",
+        about="tokens typical of its strong activations by log-odds, Dirichlet prior",
     ),
     Method(
-        name="ctfidf", kind="tokens", about="tokens typical of its strong firings by class-TF-IDF"
+        name="ctfidf",
+        kind="tokens",
+        about="tokens typical of its strong activations by class-TF-IDF",
     ),
     Method(
         name="promotes",
@@ -103,10 +105,11 @@ METHOD_INDEX = {method.name: i for i, method in enumerate(METHODS)}
 @dataclass(frozen=True, kw_only=True)
 class Acceptance:
     """What a rule must reach on the choosing documents to be accepted, and how many held-out
-    firings its score takes (half as many on the choosing documents, of which there are fewer)."""
+    activations its score takes (half as many on the choosing documents, of which there are
+    fewer)."""
 
     min_f1: float = 0.6
-    min_firings: int = 5
+    min_active: int = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +146,7 @@ class Scored:
     def passes(self, latent: int, need: Acceptance) -> bool:
         """Whether one latent's rule reaches the threshold."""
         s = self.scores
-        enough = s.n[latent] >= need.min_firings and 2 * s.n_choice[latent] >= need.min_firings
+        enough = s.n[latent] >= need.min_active and 2 * s.n_choice[latent] >= need.min_active
         return bool(s.choice[latent] >= need.min_f1 and enough)
 
 
@@ -156,8 +159,8 @@ class SiteRules:
     best: Int64[np.ndarray, "target latent"]
 
     def accepted(self, need: Acceptance) -> Int64[np.ndarray, "latent"]:
-        """The method whose rule is each latent's best and passes: about all firings if one does,
-        else about strong ones; −1 for none."""
+        """The method whose rule is each latent's best and passes: about all activations if one
+        does, else about strong ones; −1 for none."""
         out = np.full(self.best.shape[1], -1, dtype=np.int64)
         for best in self.best[::-1]:
             for i, name in enumerate(RULE_METHODS):
@@ -200,7 +203,7 @@ def make_rules(
 
 def passes(scores: RuleScores, need: Acceptance) -> np.ndarray:
     """Which latents' rules reach the threshold."""
-    enough = (scores.n >= need.min_firings) & (2 * scores.n_choice >= need.min_firings)
+    enough = (scores.n >= need.min_active) & (2 * scores.n_choice >= need.min_active)
     return (np.nan_to_num(scores.choice) >= need.min_f1) & enough
 
 
@@ -330,7 +333,7 @@ def _no_rule(latent: int, rules: SiteRules, need: Acceptance) -> Label:
         return Label(text=TOO_RARE, method="none")
     scores = rules.by_method[RULE_METHODS[best]].scores
     n = int(scores.n[latent])
-    if n < need.min_firings:
+    if n < need.min_active:
         return Label(text=TOO_RARE, method="none", n=n)
     return Label(
         text=NO_RULE,
@@ -367,7 +370,7 @@ def scored(rules: RuleSets, table: AttributeTable) -> Scored:
 def _log_odds(
     table: AttributeTable, pairs: Int64[np.ndarray, "usable"]
 ) -> Float64[np.ndarray, "usable"]:
-    """z of the log-odds of a token among firings against the rest of the text; the prior is the
+    """z of the log-odds of a token among activations against the rest of the text; the prior is the
     corpus itself."""
     y = table.counts.columns[PROPOSE][pairs]
     latent, value = table.counts.latent[pairs], table.counts.value[pairs]
@@ -386,13 +389,13 @@ def _log_odds(
 def _class_tf_idf(
     table: AttributeTable, pairs: Int64[np.ndarray, "usable"]
 ) -> Float64[np.ndarray, "usable"]:
-    """p_f(t) · ln(1 + A / Σ_f n_f(t)), with p_f the share of firings and A the mean number of
-    firings of a latent."""
-    fired = table.counts.columns[PROPOSE]
+    """p_f(t) · ln(1 + A / Σ_f n_f(t)), with p_f the share of activations and A the mean number of
+    activations of a latent."""
+    active = table.counts.columns[PROPOSE]
     latent, value = table.counts.latent[pairs], table.counts.value[pairs]
-    everywhere = np.bincount(table.counts.value, weights=fired, minlength=table.counts.n_values)
+    everywhere = np.bincount(table.counts.value, weights=active, minlength=table.counts.n_values)
     mean = max(table.totals[:, PROPOSE].mean(), 1e-12)
-    share = fired[pairs] / np.maximum(table.totals[latent, PROPOSE], 1e-12)
+    share = active[pairs] / np.maximum(table.totals[latent, PROPOSE], 1e-12)
     return share * np.log1p(mean / np.maximum(everywhere[value], 1e-12))
 
 

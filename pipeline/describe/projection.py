@@ -24,7 +24,7 @@ from einops import einsum
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from pipeline.describe.firings import Precision
+from pipeline.describe.encoder import Precision
 
 N_SHOWN = 10
 _CANDIDATES = 16

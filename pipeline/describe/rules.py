@@ -1,8 +1,8 @@
 """Rule labels: "active where the attribute of the token is one of these values", proposed, chosen
 and scored on different documents.
 
-Rules are about all firings of a latent, or about its strong ones (the strongest tenth), which say
-more of a feature that is active weakly on many things.
+Rules are about all activations of a latent, or about its strong ones (the strongest tenth), which
+say more of a feature that is active weakly on many things.
 
 Proposal, for every latent at once, from the counts of the documents for proposing:
 
@@ -14,12 +14,12 @@ Proposal, for every latent at once, from the counts of the documents for proposi
 Choice: F1 on documents of their own says which rule is taken, so that the score is not the best of
 several.
 
-Score, from the counts of the held-out documents, with TP = firings on the set, n = firings, m =
-tokens on the set:
+Score, from the counts of the held-out documents, with TP = activations on the set, n = activations,
+m = tokens on the set:
 
     precision TP/m,   recall TP/n,   F1 = 2J/(1+J) with J = TP/(n + m − TP)
 
-J is a share of independent-looking events (token fires or matches), so Wilson's interval of J,
+J is a share of independent-looking events (token is active or matches), so Wilson's interval of J,
 mapped through the same increasing function, is the interval of F1. Near-misses add `near_miss`: the
 share of them the rule rejects. Tokens of one document are not independent: read the interval as the
 narrowest that is defensible.
@@ -70,7 +70,7 @@ _Z = 1.959963984540054
 
 
 def method_name(rule: str, target: Target) -> str:
-    """`token`, or `strong_token` for a rule about strong firings."""
+    """`token`, or `strong_token` for a rule about strong activations."""
     return rule if target == "all" else f"strong_{rule}"
 
 
@@ -178,27 +178,27 @@ def values_of(rule: AttributeRule, corpus: Corpus) -> tuple[Int64[np.ndarray, "r
     return values.astype(np.int64), n
 
 
-def propose(table: AttributeTable, *, min_firings: int = 2, min_share: float = 0.01) -> RuleSets:
+def propose(table: AttributeTable, *, min_active: int = 2, min_share: float = 0.01) -> RuleSets:
     """The set of values with the best F1 for every latent, on the documents for proposing. Values
-    with fewer than `min_firings` firings, or less than `min_share` of them, are not worth naming.
-    Members are ordered by firings."""
+    with fewer than `min_active` activations, or less than `min_share` of them, are not worth
+    naming. Members are ordered by activations."""
     counts, n_latents = table.counts, table.counts.n_latents
-    fired = counts.columns[PROPOSE]
-    n_fired = table.totals[:, PROPOSE]
-    usable = np.flatnonzero(fired >= min_firings)
-    usable = usable[fired[usable] >= min_share * n_fired[counts.latent[usable]]]
+    active = counts.columns[PROPOSE]
+    n_active = table.totals[:, PROPOSE]
+    usable = np.flatnonzero(active >= min_active)
+    usable = usable[active[usable] >= min_share * n_active[counts.latent[usable]]]
     latent, value = counts.latent[usable], counts.value[usable]
-    fired, seen = fired[usable], table.seen[PROPOSING][value]
-    order = np.lexsort((value, -fired / (seen + 1.0), latent))
-    latent, value, fired, seen = latent[order], value[order], fired[order], seen[order]
+    active, seen = active[usable], table.seen[PROPOSING][value]
+    order = np.lexsort((value, -active / (seen + 1.0), latent))
+    latent, value, active, seen = latent[order], value[order], active[order], seen[order]
     first = np.searchsorted(latent, np.arange(n_latents + 1))
     place = np.arange(len(latent)) - first[latent]
-    tp, m = _cumulative(fired, first, latent), _cumulative(seen.astype(float), first, latent)
-    f1 = np.where(place < table.rule.most, 2 * tp / (n_fired[latent] + m), -1.0)
+    tp, m = _cumulative(active, first, latent), _cumulative(seen.astype(float), first, latent)
+    f1 = np.where(place < table.rule.most, 2 * tp / (n_active[latent] + m), -1.0)
     length, best = _best_prefix(f1, place, first)
     start = np.concatenate([[0], length.cumsum()])
     member = np.arange(start[-1]) - np.repeat(start[:-1], length) + np.repeat(first[:-1], length)
-    order = np.lexsort((value[member], -fired[member], latent[member]))
+    order = np.lexsort((value[member], -active[member], latent[member]))
     return RuleSets(
         attribute=table.rule.name,
         target=table.target,

@@ -4,7 +4,7 @@ A `Selection` keeps, per latent, the `size` entries with the smallest order key:
 
 - top examples and near-misses: the key falls with the value, and entries must be *distinct*: one
   per document (its strongest), then one per digest of the surrounding tokens;
-- a uniform sample of firings: the key is a hash of latent and row, so the smallest keys are a
+- a uniform sample of activations: the key is a hash of latent and row, so the smallest keys are a
   uniform sample without replacement, whatever the order of the chunks, and two halves merge
   exactly.
 
@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float16, Float32, Int32, Int64, UInt32, UInt64
 
 from pipeline.describe.corpus import Corpus, mix
-from pipeline.describe.firings import Firings
+from pipeline.describe.encoder import Activations
 
 EMPTY = np.uint32(0xFFFFFFFF)
 
@@ -59,10 +59,14 @@ class Selection:
         return self.row >= 0
 
     def offer(
-        self, entries: Firings, key: UInt32[np.ndarray, "entry"], corpus: Corpus, fired: Firings
+        self,
+        entries: Activations,
+        key: UInt32[np.ndarray, "entry"],
+        corpus: Corpus,
+        active: Activations,
     ) -> None:
-        """Let `entries`, of later rows than those offered before, compete for places. `fired` are
-        the firings of the same rows, for the activity around."""
+        """Let `entries`, of later rows than those offered before, compete for places. `active` are
+        the activations of the same rows, for the activity around."""
         chosen = np.flatnonzero(key < self._worst()[entries.latent])
         if self.distinct:
             chosen = chosen[
@@ -83,7 +87,7 @@ class Selection:
             order = _distinct(order, all_latent, all_row, corpus)
         order, place = _first_places(order, all_latent, self.size)
         self._rebuild(
-            order, place, all_latent, old_latent, old_place, entries, chosen, key, corpus, fired
+            order, place, all_latent, old_latent, old_place, entries, chosen, key, corpus, active
         )
 
     def merge(self, other: Selection, corpus: Corpus) -> Selection:
@@ -119,11 +123,11 @@ class Selection:
         latent: np.ndarray,
         old_latent: np.ndarray,
         old_place: np.ndarray,
-        entries: Firings,
+        entries: Activations,
         chosen: np.ndarray,
         key: np.ndarray,
         corpus: Corpus,
-        fired: Firings,
+        active: Activations,
     ) -> None:
         """Write the winners: old ones move to their new place, new ones come in with the activity
         around them."""
@@ -144,7 +148,7 @@ class Selection:
         )
         fresh.gap[target] = entries.gap[new]
         fresh.around[target] = activity_around(
-            fired,
+            active,
             entries.latent[new],
             entries.row[new],
             entries.value[new],
@@ -159,7 +163,7 @@ def falling(value: Float32[np.ndarray, "entry"]) -> UInt32[np.ndarray, "entry"]:
     return ~np.ascontiguousarray(value, np.float32).view(np.uint32)
 
 
-def random_key(entries: Firings, seed: int) -> UInt32[np.ndarray, "entry"]:
+def random_key(entries: Activations, seed: int) -> UInt32[np.ndarray, "entry"]:
     """A key that depends on latent, row and seed only and looks uniform."""
     with np.errstate(over="ignore"):
         x = entries.row.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + entries.latent.astype(
@@ -171,7 +175,7 @@ def random_key(entries: Firings, seed: int) -> UInt32[np.ndarray, "entry"]:
 
 
 def activity_around(
-    fired: Firings,
+    active: Activations,
     latent: Int32[np.ndarray, "example"],
     row: Int64[np.ndarray, "example"],
     value: Float32[np.ndarray, "example"],
@@ -179,25 +183,25 @@ def activity_around(
     *,
     reach: int,
 ) -> Float16[np.ndarray, "example window"]:
-    """The latent's own firings within `reach` rows in the same run, as ratios to `value`."""
+    """The latent's own activations within `reach` rows in the same run, as ratios to `value`."""
     out = np.zeros((len(row), 2 * reach + 1), dtype=np.float16)
-    if not len(fired) or not len(row):
+    if not len(active) or not len(row):
         return out
     key = (latent.astype(np.int64) << 40) | row
-    low = np.searchsorted(fired.key, key - reach)
-    high = np.searchsorted(fired.key, key + reach, side="right")
+    low = np.searchsorted(active.key, key - reach)
+    high = np.searchsorted(active.key, key + reach, side="right")
     example = np.repeat(np.arange(len(row)), high - low)
     entry = (
         np.arange(len(example))
         - np.repeat((high - low).cumsum() - (high - low), high - low)
         + low[example]
     )
-    same = (fired.latent[entry] == latent[example]) & (
-        corpus.run[fired.row[entry]] == corpus.run[row[example]]
+    same = (active.latent[entry] == latent[example]) & (
+        corpus.run[active.row[entry]] == corpus.run[row[example]]
     )
     example, entry = example[same], entry[same]
-    ratio = fired.value[entry] / value[example]
-    out[example, fired.row[entry] - row[example] + reach] = np.minimum(ratio, 60000.0)
+    ratio = active.value[entry] / value[example]
+    out[example, active.row[entry] - row[example] + reach] = np.minimum(ratio, 60000.0)
     return out
 
 

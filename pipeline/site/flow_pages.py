@@ -63,7 +63,7 @@ def pairs_json(graph: FlowGraph) -> list[dict[str, Any]]:
 def trunk_shard(graph: FlowGraph, features: pd.DataFrame) -> Shard:
     """`flow/trunks`; `features` has a row a feature in the graph's order. A trunk is named by its
     best-scored label."""
-    n_active = features["n_firings"].to_numpy()
+    n_active = features["n_active"].to_numpy()
     trunks = trunks_of(graph, n_active > 0)
     known = features["label_score"].fillna(-1.0).to_numpy()[trunks.feature]
     spans = zip(trunks.offset[:-1], trunks.offset[1:], strict=True)

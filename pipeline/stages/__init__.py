@@ -30,21 +30,18 @@ TITLES = {
     "atlas": "render all that was found as pages to browse",
 }
 
+_OF_ATLAS = ("profile", "filters", "holdout", "choice", "min_f1", "cofiring_rows", "precision")
 MOVED = {
-    f"atlas.{field}": f"describe.{field}"
-    for field in (
-        *("profile", "filters", "holdout", "choice", "min_f1", "min_firings", "cofiring_rows"),
-        *("precision", "seed"),
-    )
-} | {
-    f"evaluate.{old}": f"lenses.{new}"
-    for old, new in {
-        **{name: f"reconstruction.{name}" for name in ("n_tokens", "n_pca_tokens", "n_resamples")},
-        **{name: f"<lens>.{name}" for name in ("filters", "others", "seed")},
-        "ce_tokens": "loss-recovered.n_tokens",
-        "ce_sites": "loss-recovered.sites",
-        "n_ce_sites": "loss-recovered.n_sites",
-    }.items()
+    **{f"atlas.{field}": f"describe.{field}" for field in (*_OF_ATLAS, "seed")},
+    "atlas.min_firings": "describe.min_active",
+    "describe.min_firings": "describe.min_active",
+    "evaluate.n_tokens": "lenses.reconstruction.n_tokens",
+    "evaluate.n_pca_tokens": "lenses.reconstruction.n_pca_tokens",
+    "evaluate.n_resamples": "lenses.reconstruction.n_resamples",
+    "evaluate.ce_tokens": "lenses.loss-recovered.n_tokens",
+    "evaluate.ce_sites": "lenses.loss-recovered.sites",
+    "evaluate.n_ce_sites": "lenses.loss-recovered.n_sites",
+    **{f"evaluate.{field}": f"lenses.<lens>.{field}" for field in ("filters", "others", "seed")},
 }
 """Settings of earlier recipes, and what they are called now."""
 

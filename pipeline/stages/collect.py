@@ -55,7 +55,7 @@ from featureflow.sites import Site
 from pipeline.artifact import SCHEMAS, Artifact, Draft
 from pipeline.context import RunContext
 from pipeline.run import STORE
-from pipeline.stages.collect_figures import draw_norms, site_table
+from pipeline.stages.stage_figures import draw_norms, site_table
 
 KIND, SCHEMA = "collect", SCHEMAS["collect"]
 

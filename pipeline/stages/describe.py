@@ -1,31 +1,57 @@
 """Store, dictionaries and flow graph → every feature described: statistics, examples, labels.
 
-1. Read vocabulary and unembedding of the language model.
-2. Survey every dictionary over the store: statistics, examples, rules
-   pipeline/describe/survey.py
-3. Label features with held-out scores, inherit labels along the flow graph
-   pipeline/describe/labels.py
-4. Write the tables, and the numbers of the cards
+1. Prepare: vocabulary and unembedding of the model, for every process.
+2. Survey every dictionary over the store (pipeline/describe/survey.py): statistics, examples,
+   rules; finished sites are kept on disk.
+3. Label features with held-out scores (pipeline/describe/labels.py); labels are inherited along the
+   flow graph, so this waits for all sites.
+4. Join the tables, keep the numbers of the cards.
 
-Inputs: collect, train and link artifacts. Output: `tables/`, `sites/`, `about.json`, a figure.
-Cost: one encoding of all tokens at every site; sites run in parallel processes.
+Inputs: collect, train and link artifacts. Output:
+
+    tables/            features, labels, examples, tokens, documents, vocabulary
+    sites/<short>.npz  the cards' numbers of one site (pipeline/describe/columns.py)
+    about.json         model, names of sources and topics
+    figures/           how often features are active, and how many have a label that held
+
+Cost: one encoding of all tokens at every site; sites run in parallel processes, one in memory each.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from data.model.language_model import LanguageModel
 from featureflow.figures import save
 from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.context import RunContext
-from pipeline.describe.build import describe_sites
-from pipeline.describe.figures import draw_features
-from pipeline.describe.jobs import Config, Job
+from pipeline.describe import intermediate
+from pipeline.describe.features import ABOUT, SITES
+from pipeline.describe.jobs import (
+    UNEMBEDDING,
+    VOCABULARY,
+    Config,
+    Job,
+    corpus_for,
+    label_job,
+    saes_for,
+    store_for,
+    survey_job,
+)
+from pipeline.describe.tables import write_tables
+from pipeline.describe.vocabulary import Vocabulary
+from pipeline.describe.workers import site_workers
 from pipeline.run import STORE, Run
 from pipeline.saes import FOLDER
+from pipeline.stages.stage_figures import draw_features
 
 KIND, SCHEMA = "describe", SCHEMAS["describe"]
 
@@ -48,10 +74,18 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
     with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=digests) as draft:
         model = Run.of(vars(inputs), context=context).model
         job = job_of(config, inputs, draft.path / ".work")
-        headline = describe_sites(job, model, draft.path, context)
-        (draft.path / "figures").mkdir(exist_ok=True)
+        prepare(job, model)
+        sites = [site.short for site in saes_for(job)]
+        with site_workers(context, len(sites)) as each_site:
+            each_site("survey", partial(survey_job, job), sites)
+            each_site("label", partial(label_job, job), sites)
+        finish(job, sites, draft.path)
+        write_about(job, model, draft.path)
+        shutil.rmtree(job.work)
         features = pd.read_parquet(draft.path / "tables" / "features.parquet")
+        (draft.path / "figures").mkdir(exist_ok=True)
         save(draw_features(features), draft.path / "figures" / "features_by_layer")
+        headline = _headline(features, config.min_f1)
         draft.summary.update(headline)
         draft.write_metrics(headline)
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
@@ -67,3 +101,63 @@ def job_of(config: Config, inputs: Inputs, work: Path) -> Job:
         config=config,
         made_from=tuple(artifact.digest for artifact in vars(inputs).values()),
     )
+
+
+def prepare(job: Job, model: LanguageModel) -> None:
+    """Leave in the work folder what every process needs of the model."""
+    job.work.mkdir(parents=True, exist_ok=True)
+    tokenizer = model.tokenizer
+    vocabulary = Vocabulary(
+        tokens=[tokenizer.token_bytes(i) for i in range(max(tokenizer.n_tokens, 1))],
+        special=frozenset(tokenizer.special_ids),
+    )
+    vocabulary.save(job.work / VOCABULARY)
+    W_U, gain = model.unembedding()
+    hidden = sorted(vocabulary.special | set(range(len(vocabulary), len(W_U))))
+    np.savez(
+        job.work / UNEMBEDDING,
+        weight=W_U.float().cpu().numpy(),
+        gain=gain.float().cpu().numpy(),
+        hidden=np.array(hidden, dtype=np.int64),
+    )
+
+
+def finish(job: Job, sites: list[str], out: Path) -> None:
+    """Join what the sites left."""
+    (out / SITES).mkdir(parents=True, exist_ok=True)
+    for short in sites:
+        shutil.copyfile(intermediate.columns_path(job.work, short), out / SITES / f"{short}.npz")
+    write_tables(out / "tables", [job.work / short for short in sites], corpus_for(job))
+
+
+def write_about(job: Job, model: LanguageModel, out: Path) -> None:
+    """Keep what the features are of."""
+    corpus = corpus_for(job)
+    about = {
+        "model": {
+            "name": model.name,
+            "fingerprint": store_for(job).provenance.get("model_fingerprint", ""),
+            "n_layers": model.n_layers,
+            "d_model": model.d_model,
+            "d_vocab": model.d_vocab,
+            "n_context": store_for(job).n_context,
+        },
+        "sources": list(corpus.sources),
+        "labels": list(corpus.labels),
+    }
+    (out / ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _headline(features: pd.DataFrame, min_f1: float) -> dict[str, Any]:
+    """How much is described and labelled; of the accepted labels, how many hold on the documents
+    that chose nothing."""
+    accepted, n_alive = features["label_accepted"], int(features["alive"].sum())
+    n_holding = int((accepted & (features["label_score"] >= min_f1)).sum())
+    return {
+        "n_sites": int(features["site"].nunique()),
+        "n_features": len(features),
+        "n_alive": n_alive,
+        "n_labelled": int(accepted.sum()),
+        "labelled_share": round(int(accepted.sum()) / max(1, n_alive), 4),
+        "holding_share": round(n_holding / max(1, n_alive), 4),
+    }

@@ -27,6 +27,8 @@ from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.lenses.base import EVALUATION, LensConfig, find_lens, run_lens
 from pipeline.run import Run
 
+LENSES = "lenses"
+
 
 class Config(Settings):
     """Which lenses look at the run."""
@@ -70,11 +72,12 @@ class Inputs:
     describe: Artifact | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Looked:
-    """One lens: its finding, whether it had to run, and how long that took."""
+@dataclass(frozen=True)
+class StageResult:
+    """What came of one stage, or of one lens (`lenses/<name>`): its artifact, whether it had to
+    run, and how long that took."""
 
-    name: str
+    stage: str
     artifact: Artifact
     was_current: bool
     seconds: float
@@ -87,20 +90,20 @@ def look_through(
     force: bool = False,
     shared: Path | None = None,
     starting: Callable[[str], None] = lambda name: None,
-) -> Iterator[Looked]:
+) -> Iterator[StageResult]:
     """Bring each lens up to date, those that others need first; a finding that the run in `shared`
-    has as it is wanted is linked to. Raises UserError."""
+    has as it is wanted is linked to. `starting` is told what really runs. Raises UserError."""
     for name in sorted(lenses, key=_depth):
         ran: list[str] = []
         started = time.monotonic()
 
-        def note(name: str = name, ran: list[str] = ran) -> None:
-            ran.append(name)
-            starting(name)
+        def note(place: str = f"{LENSES}/{name}", ran: list[str] = ran) -> None:
+            ran.append(place)
+            starting(place)
 
         artifact = run_lens(name, run, lenses[name], force=force, shared=shared, starting=note)
         seconds = time.monotonic() - started if ran else 0.0
-        yield Looked(name=name, artifact=artifact, was_current=not ran, seconds=seconds)
+        yield StageResult(f"{LENSES}/{name}", artifact, not ran, seconds)
 
 
 def options_of(name: str, raw: object, where: str, problems: list[Problem]) -> LensConfig | None:

@@ -31,17 +31,31 @@ class Recipe:
     configs: Mapping[str, Any]
 
 
+def known_recipes() -> dict[str, Path]:
+    """The recipes that can be named: those in `configs/` here, then those of the package."""
+    paths = [path for folder in _folders() for path in sorted(folder.glob("*.toml"))]
+    return {path.stem: path for path in reversed(paths)}
+
+
+def description_of(path: Path) -> str:
+    """What a recipe says of itself."""
+    return _read_toml(path).get("description", "")
+
+
+def _folders() -> tuple[Path, ...]:
+    package = Path(__file__).parents[1]  # a wheel has the recipes inside, a checkout beside it
+    return Path("configs"), package / "configs", package.parent / "configs"
+
+
 def recipe_path(name_or_path: str) -> Path:
     """The file of a recipe: a path that exists, or `configs/<name>.toml` here or with the installed
     package."""
     candidates = [Path(name_or_path)] if name_or_path.endswith(".toml") else []
-    package = Path(__file__).parents[1]  # a wheel has the recipes inside, a checkout beside it
-    folders = (Path("configs"), package / "configs", package.parent / "configs")
-    candidates += [folder / f"{name_or_path}.toml" for folder in folders]
+    candidates += [folder / f"{name_or_path}.toml" for folder in _folders()]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    known = sorted({p.stem for folder in folders if folder.is_dir() for p in folder.glob("*.toml")})
+    known = sorted(known_recipes())
     beside = [str(p) for p in Path(name_or_path).parent.glob("*.toml")]
     near = difflib.get_close_matches(
         name_or_path, [*known, *beside, *(b.removesuffix(".toml") for b in beside)], n=1
@@ -120,7 +134,7 @@ def _apply_overrides(document: dict[str, Any], overrides: Mapping[str, str]) -> 
                 )
             )
         else:
-            place[leaf] = _read_value(text)
+            place[leaf] = value_of(text)
     return problems
 
 
@@ -137,7 +151,7 @@ def _moved(document: dict[str, Any]) -> list[Problem]:
     return found
 
 
-def _read_value(text: str) -> Any:
+def value_of(text: str) -> Any:
     """A command-line value as TOML would read it; what TOML cannot read is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -31,23 +31,11 @@ from pipeline.context import RunContext
 from pipeline.lenses.base import fitting
 from pipeline.run import Run
 from pipeline.stages import ALSO, STAGES, StageName, section_of
-from pipeline.stages.lenses import look_through
+from pipeline.stages.lenses import LENSES, StageResult, look_through
 from pipeline.stages.recipe import Recipe
 from sae.kernels.memory import kept_memory
 
 _SHARED = ("collect", "train", "link", "describe", "steer")
-LENSES = "lenses"
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What came of one stage, or of one lens (`lenses/<name>`): its artifact, whether it had to
-    run, and how long that took."""
-
-    stage: str
-    artifact: Artifact
-    was_current: bool
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +59,7 @@ def run_recipe(
     *,
     to: str,
     root: Path,
-    context_of: Callable[[str], RunContext],
+    context: RunContext,
     events: Events | None = None,
     force: tuple[str, ...] = (),
     shared: Path | None = None,
@@ -79,22 +67,12 @@ def run_recipe(
     """Bring every stage up to and including `to` up to date. Artifacts lie in `root/<stage>`; one
     that the run `shared` has already as it is wanted here is linked to instead of made (all but the
     atlas, which shows what lies beside it)."""
+    road = _Road(root=root, context=context, events=events or Events(), shared=shared)
     results: list[StageResult] = []
-    available: dict[str, Artifact] = {}
     for stage in stages_above(to):
-        config = recipe.configs[stage]
         if stage not in force:
-            _share(stage, config, available, root, shared)
-        results += _run_stage(
-            stage,
-            config,
-            available,
-            root,
-            context_of(stage),
-            events or Events(),
-            force=stage in force,
-            shared=shared,
-        )
+            road.share(stage, recipe.configs[stage])
+        results += road.run(stage, recipe.configs[stage], force=stage in force)
     return results
 
 
@@ -103,168 +81,131 @@ def run_single(
     stage: str,
     *,
     root: Path,
-    context_of: Callable[[str], RunContext],
+    context: RunContext,
     events: Events | None = None,
     force: bool = False,
     shared: Path | None = None,
 ) -> list[StageResult]:
     """Run one stage on the artifacts that are there; a missing or outdated input is an error that
     names its command."""
-    available: dict[str, Artifact] = {}
+    road = _Road(root=root, context=context, events=events or Events(), shared=shared)
     needed: set[str] = set()
     _collect_above(stage, needed, optional=False)
     for above in stages_above(stage)[:-1]:
-        fix = Command("run", to=above)
+        config, fix = recipe.configs[above], Command("run", to=above)
         if above == LENSES:
-            wanted = recipe.configs[above].lenses if above in needed else ()
-            _add_findings(available, Run.of(available), wanted, fix)
+            road.add_findings(Run.of(road.available), config.lenses if above in needed else (), fix)
             continue
-        _share(above, recipe.configs[above], available, root, shared)
+        road.share(above, config)
         try:
-            available[above] = _current(above, recipe.configs[above], available, root, fix)
+            road.take(above, config, fix)
         except UserError:
             if above in needed:
                 raise
-    return _run_stage(
-        stage,
-        recipe.configs[stage],
-        available,
-        root,
-        context_of(stage),
-        events or Events(),
-        force=force,
-        shared=shared,
-    )
+    return road.run(stage, recipe.configs[stage], force=force)
 
 
-def _current(
-    stage: str, config: Any, available: Mapping[str, Artifact], root: Path, fix: Command
-) -> Artifact:
-    """The artifact of a stage with this config. Raises UserError when it is not there."""
-    module = StageName(stage).module
-    artifact = Artifact.open(root / stage, kind=module.KIND, schema=module.SCHEMA, fix=fix)
-    expected = _digest(module, config, available, root)
-    if artifact.digest != expected:
-        raise UserError(
-            f"the {stage} artifact was made by another recipe, text or version",
-            where=str(artifact.path),
-            expected=f"digest {expected[:12]}",
-            found=f"digest {artifact.digest[:12]}",
-            fix=fix,
-        )
-    return artifact
+@dataclass(frozen=True, kw_only=True)
+class _Road:
+    """A run on its way: where it lies, and the artifacts that are `available` so far, findings as
+    `lenses/<name>`."""
 
+    root: Path
+    context: RunContext
+    events: Events
+    shared: Path | None
+    available: dict[str, Artifact] = dataclasses.field(default_factory=dict)
 
-def _run_stage(
-    stage: str,
-    config: Any,
-    available: dict[str, Artifact],
-    root: Path,
-    context: RunContext,
-    events: Events,
-    *,
-    force: bool,
-    shared: Path | None,
-) -> list[StageResult]:
-    """One result; of `lenses` one a lens. What was made is added to `available`."""
-    if section_of(stage) == LENSES:
-        return _run_lenses(config, available, context, events, force=force, shared=shared)
-    module = StageName(stage).module
-    out = root / stage
-    if not force and Artifact.is_current(out, _digest(module, config, available, root)):
-        artifact, seconds = Artifact.open(out, kind=module.KIND, schema=module.SCHEMA), None
-    else:
-        if force:
-            Artifact.discard_partial(out)
-        events.started(stage)
-        started = time.monotonic()
-        for needed in _needed(module, available).values():
-            needed.verify()
-        with kept_memory():
-            artifact = module.run(config, _inputs(module, available), out, context)
-        seconds = time.monotonic() - started
-    available[stage] = artifact
-    result = StageResult(stage, artifact, seconds is None, seconds or 0.0)
-    events.finished(result)
-    return [result]
+    def take(self, stage: str, config: Any, fix: Command) -> None:
+        """Use the artifact of a stage with this config. Raises UserError when it is not there."""
+        module = StageName(stage).module
+        artifact = Artifact.open(self.root / stage, kind=module.KIND, schema=module.SCHEMA, fix=fix)
+        expected = self._digest(module, config)
+        if artifact.digest != expected:
+            raise UserError(
+                f"the {stage} artifact was made by another recipe, text or version",
+                where=str(artifact.path),
+                expected=f"digest {expected[:12]}",
+                found=f"digest {artifact.digest[:12]}",
+                fix=fix,
+            )
+        self.available[stage] = artifact
 
+    def share(self, stage: str, config: Any) -> None:
+        """Let `root/<stage>` point to the artifact of the run `shared`, if it is current there and
+        not here."""
+        if self.shared is not None and stage in _SHARED:
+            digest = self._digest(StageName(stage).module, config)
+            if not Artifact.is_current(self.root / stage, digest):
+                Artifact.borrow(self.root / stage, self.shared / stage, digest)
 
-def _run_lenses(
-    config: Any,
-    available: dict[str, Artifact],
-    context: RunContext,
-    events: Events,
-    *,
-    force: bool,
-    shared: Path | None,
-) -> list[StageResult]:
-    run, results = Run.of(dict(available), context=context), []
-    with kept_memory():
-        for looked in look_through(
-            config.lenses,
-            run,
-            force=force,
-            shared=shared,
-            starting=lambda name: events.started(f"{LENSES}/{name}"),
-        ):
-            place = f"{LENSES}/{looked.name}"
-            results.append(StageResult(place, looked.artifact, looked.was_current, looked.seconds))
-            events.finished(results[-1])
-    _add_findings(available, run, config.lenses)
-    return results
-
-
-def _add_findings(
-    available: dict[str, Artifact], run: Run, wanted: Iterable[str], fix: Command | None = None
-) -> None:
-    """Add every finding that fits the run, named `lenses/<name>`. Raises UserError when one that
-    the recipe wants is not among them."""
-    found = fitting(run)
-    if missing := [name for name in wanted if name not in found]:
-        what = "these lenses have not looked at the run as it is now"
-        raise UserError(what, where=str(run.root / LENSES), found=", ".join(missing), fix=fix)
-    available |= {f"{LENSES}/{name}": artifact for name, artifact in found.items()}
-
-
-def _share(
-    stage: str, config: Any, available: Mapping[str, Artifact], root: Path, shared: Path | None
-) -> None:
-    """Let `root/<stage>` point to the artifact of the run `shared`, if it is current there and not
-    here."""
-    if shared is not None and stage in _SHARED:
-        digest = _digest(StageName(stage).module, config, available, root)
-        if not Artifact.is_current(root / stage, digest):
-            Artifact.borrow(root / stage, shared / stage, digest)
-
-
-def _digest(module: ModuleType, config: Any, available: Mapping[str, Artifact], root: Path) -> str:
-    given = _needed(module, available)
-    inputs = {name: artifact.digest for name, artifact in given.items()}
-    outside = module.outside_digests(config) if hasattr(module, "outside_digests") else {}
-    beside = module.digests_beside(root, given) if hasattr(module, "digests_beside") else {}
-    return digest_of(module.KIND, module.SCHEMA, config, {**inputs, **outside, **beside})
-
-
-def _needed(module: ModuleType, available: Mapping[str, Artifact]) -> dict[str, Artifact]:
-    """The artifacts that a stage is made from, findings by their place."""
-    names = _input_names(module)
-    return {name: found for name, found in available.items() if name.partition("/")[0] in names}
-
-
-def _inputs(module: ModuleType, available: Mapping[str, Artifact]) -> Any:
-    """Its `Inputs`: an artifact a stage, of `lenses` a mapping from the names of lenses."""
-    given: dict[str, Any] = {LENSES: {}} if LENSES in _input_names(module) else {}
-    for place, artifact in _needed(module, available).items():
-        stage, _, lens = place.partition("/")
-        if lens:
-            given[stage][lens] = artifact
+    def run(self, stage: str, config: Any, *, force: bool) -> list[StageResult]:
+        """One result; of `lenses` one a lens. What was made is available then."""
+        if section_of(stage) == LENSES:
+            return self._run_lenses(config, force=force)
+        module, out, seconds = StageName(stage).module, self.root / stage, None
+        if not force and Artifact.is_current(out, self._digest(module, config)):
+            artifact = Artifact.open(out, kind=module.KIND, schema=module.SCHEMA)
         else:
-            given[stage] = artifact
-    return module.Inputs(**given)
+            if force:
+                Artifact.discard_partial(out)
+            self.events.started(stage)
+            started = time.monotonic()
+            for needed in self._needed(module).values():
+                needed.verify()
+            with kept_memory():
+                artifact = module.run(config, self._inputs(module), out, self.context)
+            seconds = time.monotonic() - started
+        self.available[stage] = artifact
+        result = StageResult(stage, artifact, seconds is None, seconds or 0.0)
+        self.events.finished(result)
+        return [result]
 
+    def _run_lenses(self, config: Any, *, force: bool) -> list[StageResult]:
+        run, results = Run.of(dict(self.available), context=self.context), []
+        with kept_memory():
+            for result in look_through(
+                config.lenses, run, force=force, shared=self.shared, starting=self.events.started
+            ):
+                results.append(result)
+                self.events.finished(result)
+        self.add_findings(run, config.lenses)
+        return results
 
-def _input_names(module: ModuleType) -> tuple[str, ...]:
-    return tuple(f.name for f in dataclasses.fields(module.Inputs))
+    def add_findings(self, run: Run, wanted: Iterable[str], fix: Command | None = None) -> None:
+        """Every finding that fits the run is available then. Raises UserError when one that the
+        recipe wants is not among them."""
+        found = fitting(run)
+        if missing := [name for name in wanted if name not in found]:
+            what = "these lenses have not looked at the run as it is now"
+            raise UserError(what, where=str(run.root / LENSES), found=", ".join(missing), fix=fix)
+        self.available.update({f"{LENSES}/{name}": artifact for name, artifact in found.items()})
+
+    def _digest(self, module: ModuleType, config: Any) -> str:
+        given = self._needed(module)
+        inputs = {name: artifact.digest for name, artifact in given.items()}
+        if hasattr(module, "outside_digests"):
+            inputs |= module.outside_digests(config)
+        if hasattr(module, "digests_beside"):
+            inputs |= module.digests_beside(self.root, given)
+        return digest_of(module.KIND, module.SCHEMA, config, inputs)
+
+    def _needed(self, module: ModuleType) -> dict[str, Artifact]:
+        """The artifacts that a stage is made from, findings by their place."""
+        names = {f.name for f in dataclasses.fields(module.Inputs)}
+        return {n: found for n, found in self.available.items() if n.partition("/")[0] in names}
+
+    def _inputs(self, module: ModuleType) -> Any:
+        """Its `Inputs`: an artifact a stage, of `lenses` a mapping from the names of lenses."""
+        takes_lenses = LENSES in {f.name for f in dataclasses.fields(module.Inputs)}
+        given: dict[str, Any] = {LENSES: {}} if takes_lenses else {}
+        for place, artifact in self._needed(module).items():
+            stage, _, lens = place.partition("/")
+            if lens:
+                given[stage][lens] = artifact
+            else:
+                given[stage] = artifact
+        return module.Inputs(**given)
 
 
 def _collect_above(stage: str, wanted: set[str], *, optional: bool = True) -> None:

@@ -39,6 +39,7 @@ from featureflow.sites import Site
 from pipeline.artifact import SCHEMAS, Artifact, Draft
 from pipeline.context import RunContext
 from pipeline.run import Run
+from pipeline.stages.stage_figures import draw_curves, draw_layers
 from pipeline.training.batch_jobs import (
     BASE,
     DICTIONARIES,
@@ -50,7 +51,6 @@ from pipeline.training.batch_jobs import (
     transcoder_jobs,
 )
 from pipeline.training.cluster import Described, run_on_cluster
-from pipeline.training.figures import draw_curves, draw_layers
 from pipeline.training.imported import (
     Imported,
     identity_of_imported,

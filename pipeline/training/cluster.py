@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from distributed import Client, as_completed
 
 from data.store import ActivationStore
 from featureflow.errors import UserError
@@ -21,9 +22,6 @@ from featureflow.sites import Site
 from pipeline.training.batch_jobs import BatchJob
 from pipeline.training.reading import TrainingOptions
 from pipeline.training.site import train_batch_job
-
-if TYPE_CHECKING:
-    from distributed import Client
 
 _RETRIES = 2
 Described = dict[str, dict[str, Any]]
@@ -43,8 +41,6 @@ def run_on_cluster(
 ) -> dict[Site, Described]:
     """Every batch job's result; `batch_jobs` come parents first. `n_threads` of each worker; None
     leaves it to the worker. Raises the first UserError."""
-    from distributed import as_completed
-
     futures: dict[Site, Any] = {}
     for site, batch_job in batch_jobs.items():
         parents = [

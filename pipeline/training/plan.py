@@ -219,7 +219,7 @@ def _overridden(
 
 def rate_at(site: Site, n_latents: int, steps: int) -> float:
     """The law's rate; an attention output in a short run gets that of 3,000 steps, since at more a
-    quarter to a half of its latents die (measured at 600 steps, docs/log.md)."""
+    quarter to a half of its latents die (docs/history/training.md)."""
     return learning_rate_law(n_latents, max(steps, 3000) if site.kind == "attn_out" else steps)
 
 

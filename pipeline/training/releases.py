@@ -18,6 +18,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
+
 from featureflow.errors import Problem, UserError
 from featureflow.sites import Site
 
@@ -26,7 +34,7 @@ TRANSCODER = "transcoder"
 _BESIDE = ("config.json", "config.yaml", "wandb-config.yaml", "README.md")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Family:
     """`repository`: a pattern of whole names, whose named groups are words. `paths`: by kind of
     site or `transcoder`. `words`: defaults of the words that the user may say."""
@@ -40,8 +48,8 @@ _SCOPE_1 = "layer_{layer}/width_{width}/average_l0_{l0}/params.npz"
 _SCOPE_1_WORDS = {"width": "16k", "l0": "*"}
 FAMILIES: tuple[Family, ...] = (
     Family(
-        repository=r"google/gemma-scope-2-\d+[mb]-(pt|it)",
-        paths={
+        r"google/gemma-scope-2-\d+[mb]-(pt|it)",
+        {
             kind: f"{name}{{set}}/layer_{{layer}}_width_{{width}}_l0_{{l0}}{{affine}}"
             for kind, name in (
                 ("resid_post", "resid_post"),
@@ -50,14 +58,10 @@ FAMILIES: tuple[Family, ...] = (
                 (TRANSCODER, "transcoder"),
             )
         },
-        words={"set": "_all", "width": "16k", "l0": "big", "affine": ""},
+        {"set": "_all", "width": "16k", "l0": "big", "affine": ""},
     ),
     *(
-        Family(
-            repository=rf"google/gemma-scope-\d+b-(pt|it)-{name}",
-            paths={kind: _SCOPE_1},
-            words=_SCOPE_1_WORDS,
-        )
+        Family(rf"google/gemma-scope-\d+b-(pt|it)-{name}", {kind: _SCOPE_1}, _SCOPE_1_WORDS)
         for name, kind in (
             ("res", "resid_post"),
             ("mlp", "mlp_out"),
@@ -65,11 +69,11 @@ FAMILIES: tuple[Family, ...] = (
             ("transcoders", TRANSCODER),
         )
     ),
-    Family(repository=r"Qwen/SAE-Res-.+-W\d+K-L0_\d+", paths={"resid_post": "layer{layer}.sae.pt"}),
+    Family(r"Qwen/SAE-Res-.+-W\d+K-L0_\d+", {"resid_post": "layer{layer}.sae.pt"}),
     *(
         Family(
-            repository=rf"fnlp/Llama3_1-8B-Base-LX{letter}-(?P<times>\d+x)",
-            paths={kind: f"Llama3_1-8B-Base-L{{layer}}{letter}-{{times}}"},
+            rf"fnlp/Llama3_1-8B-Base-LX{letter}-(?P<times>\d+x)",
+            {kind: f"Llama3_1-8B-Base-L{{layer}}{letter}-{{times}}"},
         )
         for letter, kind in (
             ("R", "resid_post"),
@@ -79,56 +83,46 @@ FAMILIES: tuple[Family, ...] = (
         )
     ),
     Family(
-        repository=r"fnlp/Llama-Scope-R1-Distill",
-        paths={"resid_post": "{mix}/L{layer}R"},
-        words={"mix": "400M-Slimpajama-400M-OpenR1-Math-220k"},
+        r"fnlp/Llama-Scope-R1-Distill",
+        {"resid_post": "{mix}/L{layer}R"},
+        {"mix": "400M-Slimpajama-400M-OpenR1-Math-220k"},
     ),
     Family(
-        repository=r"OpenMOSS-Team/Llama-Scope-2-.+",
-        paths={TRANSCODER: "transcoder/{width}/{k}/layer{layer}_transcoder_{width}_{k}"},
-        words={"width": "8x", "k": "k64"},
+        r"OpenMOSS-Team/Llama-Scope-2-.+",
+        {TRANSCODER: "transcoder/{width}/{k}/layer{layer}_transcoder_{width}_{k}"},
+        {"width": "8x", "k": "k64"},
     ),
     Family(
-        repository=r"(mwhanna|facebook)/.+-transcoders(-lowl0)?",
-        paths={TRANSCODER: "layer_{layer}.safetensors"},
+        r"(mwhanna|facebook)/.+-transcoders(-lowl0)?", {TRANSCODER: "layer_{layer}.safetensors"}
     ),
     Family(
-        repository=r"EleutherAI/(?!.*transcoder).+",
-        paths={"resid_post": "layers.{layer}", "mlp_out": "layers.{layer}.mlp"},
+        r"EleutherAI/(?!.*transcoder).+",
+        {"resid_post": "layers.{layer}", "mlp_out": "layers.{layer}.mlp"},
     ),
-    Family(repository=r"EleutherAI/.*transcoder.*", paths={TRANSCODER: "layers.{layer}.mlp"}),
+    Family(r"EleutherAI/.*transcoder.*", {TRANSCODER: "layers.{layer}.mlp"}),
     Family(
-        repository=r"chanind/gemma-2-2b-batch-topk-matryoshka-saes-.+",
-        paths={"resid_post": "{set}/blocks.{layer}.hook_resid_post"},
-        words={"set": "standard"},
+        r"chanind/gemma-2-2b-batch-topk-matryoshka-saes-.+",
+        {"resid_post": "{set}/blocks.{layer}.hook_resid_post"},
+        {"set": "standard"},
     ),
+    Family(r"chanind/.+-matryoshka-saes-.+", {"resid_post": "blocks.{layer}.hook_resid_post"}),
     Family(
-        repository=r"chanind/.+-matryoshka-saes-.+",
-        paths={"resid_post": "blocks.{layer}.hook_resid_post"},
-    ),
-    Family(
-        repository=r"andyrdt/saes-.+",
-        paths={"resid_post": "resid_post_layer_{layer}/trainer_{trainer}"},
-        words={"trainer": "1"},
+        r"andyrdt/saes-.+",
+        {"resid_post": "resid_post_layer_{layer}/trainer_{trainer}"},
+        {"trainer": "1"},
     ),
     Family(
-        repository=r"(canrager|adamkarvonen)/(saebench_.+|lm_sae)",
-        paths={"resid_post": "{sweep}/resid_post_layer_{layer}/trainer_{trainer}"},
-        words={"sweep": "*", "trainer": "0"},
+        r"(canrager|adamkarvonen)/(saebench_.+|lm_sae)",
+        {"resid_post": "{sweep}/resid_post_layer_{layer}/trainer_{trainer}"},
+        {"sweep": "*", "trainer": "0"},
     ),
-    Family(
-        repository=r"ckkissane/attn-saes-gpt2-small-all-layers",
-        paths={"z": "gpt2-small_L{layer}_Hcat_z_*.pt"},
-    ),
-    Family(
-        repository=r"jbloom/GPT2-Small-SAEs-Reformatted",
-        paths={"resid_pre": "blocks.{layer}.hook_resid_pre"},
-    ),
+    Family(r"ckkissane/attn-saes-gpt2-small-all-layers", {"z": "gpt2-small_L{layer}_Hcat_z_*.pt"}),
+    Family(r"jbloom/GPT2-Small-SAEs-Reformatted", {"resid_pre": "blocks.{layer}.hook_resid_pre"}),
     *(
         Family(
-            repository=rf"jbloom/GPT2-Small-OAI-v5-(?P<width>\d+k)-{name}-SAEs",
-            paths={kind: "v5_{width}_layer_{layer}{end}"},
-            words={"end": ""},
+            rf"jbloom/GPT2-Small-OAI-v5-(?P<width>\d+k)-{name}-SAEs",
+            {kind: "v5_{width}_layer_{layer}{end}"},
+            {"end": ""},
         )
         for name, kind in (
             ("attn-out", "attn_out"),
@@ -138,18 +132,17 @@ FAMILIES: tuple[Family, ...] = (
         )
     ),
     Family(
-        repository=r"tommmcgrath/gpt2-small-mlp-out-saes",
-        paths={"mlp_out": "sae_group_gpt2_blocks.{layer}.hook_mlp_out_24576:v*"},
+        r"tommmcgrath/gpt2-small-mlp-out-saes",
+        {"mlp_out": "sae_group_gpt2_blocks.{layer}.hook_mlp_out_24576:v*"},
     ),
     Family(
-        repository=r"jbloom/Gemma-2b-Residual-Stream-SAEs",
-        paths={"resid_post": "gemma_2b_blocks.{layer}.hook_resid_post_16384*"},
+        r"jbloom/Gemma-2b-Residual-Stream-SAEs",
+        {"resid_post": "gemma_2b_blocks.{layer}.hook_resid_post_16384*"},
     ),
     Family(
-        repository=r"JoshEngels/Mistral-7B-Residual-Stream-SAEs",
-        paths={"resid_pre": "mistral_7b_layer_{layer}"},
+        r"JoshEngels/Mistral-7B-Residual-Stream-SAEs", {"resid_pre": "mistral_7b_layer_{layer}"}
     ),
-    Family(repository=r"Goodfire/.+-SAE-l\d+", paths={"resid_post": "*-SAE-l{layer}.p*"}),
+    Family(r"Goodfire/.+-SAE-l\d+", {"resid_post": "*-SAE-l{layer}.p*"}),
 )
 
 
@@ -288,9 +281,6 @@ def _l0_of(path: str) -> float:
 
 def _cached(release: str, revision: str) -> Path | None:
     """The snapshot in the Hub's cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
         return Path(snapshot_download(release, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
@@ -298,9 +288,6 @@ def _cached(release: str, revision: str) -> Path | None:
 
 
 def _names_on_the_hub(release: str, revision: str, cached: Path | None) -> list[str]:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
     try:
         return HfApi().list_repo_files(release, revision=revision)
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
@@ -318,8 +305,6 @@ def _names_on_the_hub(release: str, revision: str, cached: Path | None) -> list[
 
 def _downloaded(release: str, revision: str, paths: Sequence[str]) -> Path:
     """The snapshot with the chosen paths and the descriptions at the root."""
-    from huggingface_hub import snapshot_download
-
     wanted = [*_BESIDE, *paths, *(f"{path}/*" for path in paths)]
     wanted += [f"{path.removesuffix('.pt')}_cfg.json" for path in paths if path.endswith(".pt")]
     return Path(snapshot_download(release, revision=revision, allow_patterns=wanted))

@@ -1,17 +1,25 @@
-"""One pass for architectures whose loss PyTorch differentiates: dense latents, about six dense
-products a step."""
+"""Architectures whose loss PyTorch differentiates: dense latents, about six dense products a step.
+
+`Penalised` is what those with an L1 penalty share: a closed loop steers its coefficient λ, warmed
+up over the first 5 % of the run, until L0 meets the target; one shift of all the encoder's biases
+takes what is left to it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Gt
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Doc
 
-from sae.step import Pass, Weights
+from featureflow.settings import Settings
+from sae.step import Pass, Situation, Weights
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,8 +66,35 @@ def differentiated(
     )
 
 
-def gently_started(weights: Weights) -> Weights:
-    """A random start whose reconstruction is about as long as its input when half of the latents
-    are active."""
-    n_latents, d_in = weights["W_enc"].shape
-    return weights | {"W_enc": weights["W_enc"] * min(1.0, 2 * d_in / n_latents)}
+def too_many(target_l0: float, n_latents: int) -> list[str]:
+    """The problem that more latents are meant to be active than there are."""
+    return [f"target_l0 = {target_l0} of {n_latents} latents"] if target_l0 > n_latents else []
+
+
+class Penalised(Settings):
+    """An L1 penalty that is steered to a target."""
+
+    target_l0: Annotated[
+        float, Gt(0), Doc("latents per token, on average, that the penalty is steered to")
+    ] = 32.0
+    penalty: Annotated[
+        float, Gt(0), Doc("the L1 coefficient λ that the closed loop starts from")
+    ] = 2.0
+
+    closed_loop: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = True
+
+    def problems(self, n_latents: int) -> list[str]:
+        return too_many(self.target_l0, n_latents)
+
+    def prepared(self, weights: Weights) -> Weights:
+        """A random start whose reconstruction is about as long as its input when half of the
+        latents are active."""
+        n_latents, d_in = weights["W_enc"].shape
+        return weights | {"W_enc": weights["W_enc"] * min(1.0, 2 * d_in / n_latents)}
+
+    def coefficient(self, now: Situation) -> float:
+        return self.penalty * now.pressure * min(1.0, now.progress / 0.05)
+
+    def raised(self, weights: Weights, by: float) -> Weights:
+        return weights | {"b_enc": weights["b_enc"] - by}

@@ -26,7 +26,7 @@ from typing_extensions import Doc
 
 from featureflow.settings import Settings
 from sae.activations import Activation, Threshold
-from sae.architectures.dense import Forward, differentiated
+from sae.architectures.dense import Forward, differentiated, too_many
 from sae.step import Pass, Situation, Weights
 
 _TANH_SLOPE = 4.0
@@ -58,11 +58,7 @@ class JumpRelu(Settings):
         return self.sparsity == "tanh"
 
     def problems(self, n_latents: int) -> list[str]:
-        return (
-            [f"target_l0 = {self.target_l0} of {n_latents} latents"]
-            if self.target_l0 > n_latents
-            else []
-        )
+        return too_many(self.target_l0, n_latents)
 
     def extra_parameters(self, n_latents: int) -> Weights:
         """Unit rows see inputs of unit mean square as about N(0, 1): the quantile that leaves

@@ -8,33 +8,26 @@ instead of being split up by later ones. Selection and inference are BatchTopK's
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
-from annotated_types import Ge, Gt
-from jaxtyping import Float
+from jaxtyping import Int
 from pydantic import model_validator
 from torch import Tensor
 from typing_extensions import Doc
 
-from featureflow.settings import Settings
 from sae.activations import Activation, Threshold
-from sae.kernels.select import WholeBatch
-from sae.kernels.sparse_step import AuxK, sparse_step
-from sae.kernels.start import length_matched
-from sae.step import Pass, Situation, Weights
+from sae.architectures.topk import KLargest
+from sae.kernels.select import Selection, WholeBatch
+from sae.step import Weights
 
 
-class MatryoshkaBatchTopK(Settings):
+class MatryoshkaBatchTopK(KLargest):
     """Nested dictionaries: `fractions` of the latents, each prefix holding the ones before it."""
 
-    k: Annotated[int, Gt(0), Doc("latents per token, on average")] = 32
     fractions: Annotated[
         tuple[float, ...], Doc("share of the latents in each group, in order; they add up to 1")
     ] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
-    auxk_weight: Annotated[
-        float, Ge(0), Doc("weight of the auxiliary loss on dead latents; 0 turns it off")
-    ] = 1 / 8
     kind: Literal["matryoshka_batch_topk"] = "matryoshka_batch_topk"
 
     @model_validator(mode="after")
@@ -46,53 +39,23 @@ class MatryoshkaBatchTopK(Settings):
         return self
 
     @property
-    def target_l0(self) -> float:
-        return float(self.k)
-
-    unit_decoder: ClassVar[bool] = True
-    closed_loop: ClassVar[bool] = False
-    calibrated: ClassVar[bool] = True
+    def selection(self) -> Selection:
+        return WholeBatch(k=self.k)
 
     def group_ends(self, n_latents: int) -> tuple[int, ...]:
         """Widths of the prefixes; the last is `n_latents`."""
-        ends, total = [], 0.0
-        for fraction in self.fractions:
-            total += fraction
-            ends.append(round(total * n_latents))
+        ends = [round(end * n_latents) for end in itertools.accumulate(self.fractions)]
         return (*ends[:-1], n_latents)
 
     def problems(self, n_latents: int) -> list[str]:
         ends = (0, *self.group_ends(n_latents))
         empty = any(later <= earlier for earlier, later in itertools.pairwise(ends))
-        found = [f"k = {self.k} of {n_latents} latents"] if self.k > n_latents else []
-        return found + (
+        return super().problems(n_latents) + (
             [f"a group of {self.fractions} is empty at {n_latents} latents"] if empty else []
         )
 
-    def extra_parameters(self, n_latents: int) -> Weights:
-        return {}
-
-    def prepared(self, weights: Weights) -> Weights:
-        return length_matched(weights, self.k)
-
-    def gradients(
-        self,
-        weights: Weights,
-        x: Float[Tensor, "token d_in"],
-        y: Float[Tensor, "token d_out"] | None,
-        now: Situation,
-    ) -> Pass:
-        auxk = AuxK(weight=self.auxk_weight, k=max(1, x.shape[1] // 2))
-        ends = torch.tensor(self.group_ends(len(weights["W_enc"])), device=x.device)
-        return sparse_step(
-            weights, x, y, now, selection=WholeBatch(k=self.k), auxk=auxk, group_ends=ends
-        )
+    def prefixes(self, n_latents: int) -> Int[Tensor, "group"]:
+        return torch.tensor(self.group_ends(n_latents))
 
     def activation(self, weights: Weights, threshold: float) -> Activation:
         return Threshold(theta=torch.full_like(weights["b_enc"], threshold))
-
-    def edges(self, weights: Weights) -> None:
-        return None
-
-    def raised(self, weights: Weights, by: float) -> Weights:
-        return weights

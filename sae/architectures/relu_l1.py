@@ -9,47 +9,26 @@ one shift.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from annotated_types import Gt
 from jaxtyping import Float
 from torch import Tensor
-from typing_extensions import Doc
 
-from featureflow.settings import Settings
 from sae.activations import Activation, Relu
-from sae.architectures.dense import Forward, differentiated, gently_started
+from sae.architectures.dense import Forward, Penalised, differentiated
 from sae.step import Pass, Situation, Weights
 
 
-class ReluL1(Settings):
+class ReluL1(Penalised):
     """Every positive pre-activation counts; an L1 penalty keeps them few."""
 
-    target_l0: Annotated[
-        float, Gt(0), Doc("latents per token, on average, that the penalty is steered to")
-    ] = 32.0
-    penalty: Annotated[
-        float, Gt(0), Doc("the L1 coefficient λ that the closed loop starts from")
-    ] = 2.0
     kind: Literal["relu_l1"] = "relu_l1"
 
     unit_decoder: ClassVar[bool] = False
-    closed_loop: ClassVar[bool] = True
-    calibrated: ClassVar[bool] = True
-
-    def problems(self, n_latents: int) -> list[str]:
-        return (
-            [f"target_l0 = {self.target_l0} of {n_latents} latents"]
-            if self.target_l0 > n_latents
-            else []
-        )
 
     def extra_parameters(self, n_latents: int) -> Weights:
         return {}
-
-    def prepared(self, weights: Weights) -> Weights:
-        return gently_started(weights)
 
     def gradients(
         self,
@@ -58,7 +37,7 @@ class ReluL1(Settings):
         y: Float[Tensor, "token d_out"] | None,
         now: Situation,
     ) -> Pass:
-        coefficient = self.penalty * now.pressure * min(1.0, now.progress / 0.05)
+        coefficient = self.coefficient(now)
 
         def forward(leaves: Weights, pre: Tensor, target: Tensor, base: Tensor) -> Forward:
             z = pre.relu()
@@ -77,6 +56,3 @@ class ReluL1(Settings):
 
     def edges(self, weights: Weights) -> Tensor:
         return torch.zeros_like(weights["b_enc"])
-
-    def raised(self, weights: Weights, by: float) -> Weights:
-        return weights | {"b_enc": weights["b_enc"] - by}

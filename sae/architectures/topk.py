@@ -1,39 +1,52 @@
 """TopK: the k largest pre-activations of each token (Gao et al. 2024, arXiv 2406.04093). L0 is k by
-construction."""
+construction.
+
+`KLargest` is what TopK has in common with BatchTopK and Matryoshka. A random start is scaled so
+that its reconstruction is not longer than what it reconstructs: with many active latents for the
+width (k near d), a tied random dictionary adds up to far more than its input, and the first steps
+are spent shrinking.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from annotated_types import Ge, Gt
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Doc
 
 from featureflow.settings import Settings
 from sae.activations import Activation, TopKActivation
-from sae.kernels.select import PerRow
+from sae.kernels.codes import decode
+from sae.kernels.select import PerRow, Selection, encode
 from sae.kernels.sparse_step import AuxK, sparse_step
-from sae.kernels.start import length_matched
 from sae.step import Pass, Situation, Weights
 
+_ROWS = 256
 
-class TopK(Settings):
-    """Exactly k latents per token, fewer where fewer are positive."""
 
-    k: Annotated[int, Gt(0), Doc("latents per token")] = 32
+class KLargest(Settings):
+    """k latents per token are kept, one way or another; no loss on activations."""
+
+    k: Annotated[int, Gt(0), Doc("latents per token, on average")] = 32
     auxk_weight: Annotated[
         float, Ge(0), Doc("weight of the auxiliary loss on dead latents; 0 turns it off")
     ] = 1 / 8
-    kind: Literal["topk"] = "topk"
+
+    unit_decoder: ClassVar[bool] = True
+    closed_loop: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = True
 
     @property
     def target_l0(self) -> float:
         return float(self.k)
 
-    unit_decoder: ClassVar[bool] = True
-    closed_loop: ClassVar[bool] = False
-    calibrated: ClassVar[bool] = False
+    @property
+    def selection(self) -> Selection:
+        """Which latents of a batch are kept."""
+        raise NotImplementedError
 
     def problems(self, n_latents: int) -> list[str]:
         return [f"k = {self.k} of {n_latents} latents"] if self.k > n_latents else []
@@ -44,6 +57,10 @@ class TopK(Settings):
     def prepared(self, weights: Weights) -> Weights:
         return length_matched(weights, self.k)
 
+    def prefixes(self, n_latents: int) -> Int[Tensor, "group"] | None:
+        """Widths of the prefixes that reconstruct by themselves; None: only the whole does."""
+        return None
+
     def gradients(
         self,
         weights: Weights,
@@ -52,13 +69,44 @@ class TopK(Settings):
         now: Situation,
     ) -> Pass:
         auxk = AuxK(weight=self.auxk_weight, k=max(1, x.shape[1] // 2))
-        return sparse_step(weights, x, y, now, selection=PerRow(k=self.k), auxk=auxk)
-
-    def activation(self, weights: Weights, threshold: float) -> Activation:
-        return TopKActivation(k=self.k)
+        ends = self.prefixes(len(weights["W_enc"]))
+        ends = None if ends is None else ends.to(x.device)
+        return sparse_step(weights, x, y, now, selection=self.selection, auxk=auxk, group_ends=ends)
 
     def edges(self, weights: Weights) -> None:
         return None
 
     def raised(self, weights: Weights, by: float) -> Weights:
         return weights
+
+
+class TopK(KLargest):
+    """Exactly k latents per token, fewer where fewer are positive."""
+
+    k: Annotated[int, Gt(0), Doc("latents per token")] = 32
+    kind: Literal["topk"] = "topk"
+
+    calibrated: ClassVar[bool] = False
+
+    @property
+    def selection(self) -> Selection:
+        return PerRow(k=self.k)
+
+    def activation(self, weights: Weights, threshold: float) -> Activation:
+        return TopKActivation(k=self.k)
+
+
+@torch.no_grad()
+def length_matched(weights: Weights, k: int) -> Weights:
+    """The weights with a scaled encoder, never scaled up: by the least-squares factor ⟨x, x̂⟩ / ‖x̂‖²
+    on Gaussian rows of unit mean square, which is what normalised activations look like to random
+    directions. A transcoder's start is left as it is."""
+    W_enc, W_dec = weights["W_enc"], weights["W_dec"]
+    if W_enc.shape != W_dec.shape:
+        return weights
+    x = torch.randn(_ROWS, W_enc.shape[1], generator=torch.Generator().manual_seed(0)).to(
+        W_enc.device
+    )
+    out = decode(encode(x, W_enc, weights["b_enc"], PerRow(k=min(k, len(W_enc))), "float32"), W_dec)
+    factor = float((x * out).sum() / out.square().sum())
+    return weights | {"W_enc": W_enc * min(1.0, factor)}

@@ -3,17 +3,20 @@ of them.
 
 | family | files | tensors of layer i |
 |---|---|---|
-| circuit-tracer, `model_kind: cross_layer_transcoder` | `config.yaml`, `W_enc_{i}.safetensors`, `W_dec_{i}.safetensors` | `W_enc_{i} [n, d]`, `b_enc_{i}`, `b_dec_{i}`, optional `threshold_{i} [n]` and `W_skip_{i} [d, d]` (x @ W_skip); `W_dec_{i} [n, L − i, d]`, slice j into layer i + j |
-| Gemma Scope 2, `type: clt` or `crosscoder` | `config.json`, `params_layer_{i}.safetensors` | `w_enc [d, n]`, `b_enc`, `threshold`, `w_dec [n, L, d]` into all layers, `b_dec`, optional `affine_skip_connection [d, d]` (x @ A, same layer) |
+| circuit-tracer, `model_kind: cross_layer_transcoder` | `config.yaml`, `W_enc_{i}.safetensors`,
+`W_dec_{i}.safetensors` | `W_enc_{i} [n, d]`, `b_enc_{i}`, `b_dec_{i}`, optional `threshold_{i} [n]`
+and `W_skip_{i} [d, d]` (x @ W_skip); `W_dec_{i} [n, L − i, d]`, slice j into layer i + j | | Gemma
+Scope 2, `type: clt` or `crosscoder` | `config.json`, `params_layer_{i}.safetensors` | `w_enc [d,
+n]`, `b_enc`, `threshold`, `w_dec [n, L, d]` into all layers, `b_dec`, optional
+`affine_skip_connection [d, d]` (x @ A, same layer) |
 
 `z = relu(pre) · (pre > θ)`, ReLU without thresholds; b_dec is not subtracted. Each layer encodes
 for itself, in a crosscoder too.
 
-`read_cross_layer(folder)` reads all layers (sae/cross_layer.py), of the native form too
-(sae/formats/native_cross_layer.py); a missing one is an error.
+`read_cross_layer(folder)` reads all layers (sae/cross_layer.py); a missing one is an error.
 `read(file)` of `W_enc_{i}` or `params_layer_{i}` gives that layer alone, with its decoder into its
 own site: the dictionary that the flow graph links. Memory: all tensors.
-"""  # noqa: E501  # one row of a table is one line
+"""  # one row of a table is one line
 
 from __future__ import annotations
 
@@ -30,7 +33,6 @@ from sae.activations import Activation, Relu, Threshold
 from sae.cross_layer import CrossLayer, CrossLayerPart
 from sae.formats.base import Format, config_beside, described, site_of_hook
 from sae.formats.folding import Foreign
-from sae.formats.native_cross_layer import DESCRIPTION, load_cross_layer
 from sae.formats.tensors import Shape, checked, lowered, read_json, read_safetensors, read_yaml
 
 _NOTE = "one layer of a cross-layer dictionary: what other layers write into its site is left out"
@@ -41,15 +43,12 @@ _Layer = tuple[CrossLayerPart, Tensor, Tensor | None]
 
 def is_cross_layer(folder: Path) -> bool:
     """Whether a folder holds the layers of one."""
-    names = ("params_layer_*.safetensors", "W_enc_*.safetensors", DESCRIPTION)
-    return any(path for name in names for path in folder.glob(name))
+    return any(folder.glob("params_layer_*.safetensors")) or any(folder.glob("W_enc_*.safetensors"))
 
 
 def read_cross_layer(folder: str | Path) -> CrossLayer:
     """All layers of a folder. Raises UserError with every file that is missing."""
     folder = Path(folder)
-    if (folder / DESCRIPTION).is_file():
-        return load_cross_layer(folder)
     is_gemma = any(folder.glob("params_layer_*.safetensors"))
     pattern = "params_layer_{}.safetensors" if is_gemma else "W_enc_{}.safetensors"
     found = {int(m[1]) for f in folder.glob(pattern.format("*")) if (m := _INDEX.search(f.name))}

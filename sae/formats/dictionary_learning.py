@@ -7,15 +7,17 @@ The class that wrote the file decides what its tensors mean; `config.json` names
 |---|---|---|
 | AutoEncoder | encoder.{weight,bias}, decoder.weight, bias | relu(encoder(x − bias)) |
 | AutoEncoderNew | encoder.{weight,bias}, decoder.{weight,bias} | relu(encoder(x)) |
-| GatedAutoEncoder | encoder.weight, decoder.weight, decoder_bias, r_mag, gate_bias, mag_bias | e = encoder(x − decoder_bias): (e + gate_bias > 0) · relu(exp(r_mag) e + mag_bias) |
-| JumpReluAutoEncoder | W_enc [d, latent], b_enc, W_dec [latent, d], b_dec, threshold [latent] | relu(pre) · (pre > threshold), b_dec not subtracted |
-| AutoEncoderTopK | encoder.{weight,bias}, decoder.weight, b_dec, k, threshold | topk(relu(encoder(x − b_dec))) |
-| BatchTopKSAE | the same names | relu(e) · (e > threshold), threshold a scalar |
-| MatryoshkaBatchTopKSAE | W_enc, b_enc, W_dec, b_dec, k, threshold, group_sizes | as BatchTopKSAE |
+| GatedAutoEncoder | encoder.weight, decoder.weight, decoder_bias, r_mag, gate_bias, mag_bias | e =
+encoder(x − decoder_bias): (e + gate_bias > 0) · relu(exp(r_mag) e + mag_bias) | |
+JumpReluAutoEncoder | W_enc [d, latent], b_enc, W_dec [latent, d], b_dec, threshold [latent] |
+relu(pre) · (pre > threshold), b_dec not subtracted | | AutoEncoderTopK | encoder.{weight,bias},
+decoder.weight, b_dec, k, threshold | topk(relu(encoder(x − b_dec))) | | BatchTopKSAE | the same
+names | relu(e) · (e > threshold), threshold a scalar | | MatryoshkaBatchTopKSAE | W_enc, b_enc,
+W_dec, b_dec, k, threshold, group_sizes | as BatchTopKSAE |
 
 Input scaling was folded by its authors when the file was saved. Layout of version 0.1.0. Read with
 `weights_only=True`.
-"""  # noqa: E501  # one row of a table is one line
+"""  # one row of a table is one line
 
 from __future__ import annotations
 

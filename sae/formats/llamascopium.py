@@ -1,9 +1,12 @@
-"""Llamascopium (OpenMOSS, lm-saes): `config.json` and `sae_weights.safetensors`, and Llama Scope R1.
+"""Llamascopium (OpenMOSS, lm-saes): `config.json` and `sae_weights.safetensors`, and Llama Scope
+R1.
 
 | format | tensors |
 |---|---|
-| llamascopium | `W_E [d_in, latent]`, `b_E`, `W_D [latent, d_out]`, `b_D`; for JumpReLU `activation_function.log_jumprelu_threshold`; `dataset_average_activation_norm.<hook>` |
-| llama_scope_r1 | `encoder.weight [latent, d]`, `encoder.bias`, `decoder.weight [d, latent]`, `decoder.bias`, `log_jumprelu_threshold`; its scale is in no file (sae/formats/conventions.py) |
+| llamascopium | `W_E [d_in, latent]`, `b_E`, `W_D [latent, d_out]`, `b_D`; for JumpReLU
+`activation_function.log_jumprelu_threshold`; `dataset_average_activation_norm.<hook>` | |
+llama_scope_r1 | `encoder.weight [latent, d]`, `encoder.bias`, `decoder.weight [d, latent]`,
+`decoder.bias`, `log_jumprelu_threshold`; its scale is in no file (sae/formats/conventions.py) |
 
     x' = x s_in;   pre = x' W_E + b_E;   z = activation(pre);   x̂ = (z W_D + b_D) / s_out
 
@@ -12,7 +15,7 @@ token's own, "inference" 1. With `sparsity_include_decoder_norm` latents are cho
 length. Thresholds are exp(log θ), compared in the scaled space; the package's own two ways of
 folding treat them differently, so the scale is applied here, not imitated. Cross-layer transcoders,
 crosscoders, Lorsa and MoLT are refused by name, and so is a GLU encoder.
-"""  # noqa: E501  # one row of a table is one line
+"""  # one row of a table is one line
 
 from __future__ import annotations
 

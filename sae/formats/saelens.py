@@ -34,7 +34,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from featureflow.errors import Problem, UserError
+from featureflow.errors import Command, Problem, UserError
 from featureflow.files import write_text_atomically
 from sae.activations import Activation, Gated, Relu, Threshold, TopKActivation
 from sae.dictionary import Sae
@@ -190,7 +190,7 @@ def _exported(sae: Sae) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
             "SAELens has no such transcoder",
             expected="ReLU or thresholds",
             found=kind.kind,
-            fix="write it for sparsify: featureflow sae convert … --to sparsify",
+            fix=Command("sae", "convert", to="sparsify"),
         )
     if isinstance(kind, TopKActivation):
         return (

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from jaxtyping import Float, Int
@@ -59,9 +60,7 @@ def products_at_gpu(
     """`⟨A[row_e], W[latent_e]⟩` for every entry."""
     out = torch.empty(len(row), device=A.device, dtype=torch.float32)
     if len(row):
-        from sae.kernels.triton_source import pair_products
-
-        pair_products[(len(row),)](
+        _kernels().pair_products[(len(row),)](
             row, latent, A, W, out, A.shape[1], BLOCK=_power_of_two(A.shape[1])
         )
     return out
@@ -71,12 +70,16 @@ def _segmented(start: Tensor, index: Tensor, weight: Tensor, table: Tensor) -> T
     n_segments, d = len(start) - 1, table.shape[1]
     out = torch.empty(n_segments, d, device=table.device, dtype=torch.float32)
     if n_segments:
-        from sae.kernels.triton_source import segmented_sum
-
-        segmented_sum[(n_segments, -(-d // _BLOCK))](
+        _kernels().segmented_sum[(n_segments, -(-d // _BLOCK))](
             start, index, weight, table, out, d, BLOCK=_BLOCK
         )
     return out
+
+
+def _kernels() -> ModuleType:
+    from sae.kernels import triton_source  # needs Triton
+
+    return triton_source
 
 
 def _power_of_two(n: int) -> int:

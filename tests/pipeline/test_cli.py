@@ -13,7 +13,8 @@ import torch
 import pipeline.cli
 from featureflow.errors import Problem, UserError
 from pipeline.cli import run_command
-from pipeline.cli.options import parse_overrides, run_context, run_folder
+from pipeline.cli.given import parse_overrides
+from pipeline.cli.options import run_context, run_folder
 from pipeline.console import show_number, table
 from pipeline.stages import STAGES
 
@@ -159,3 +160,42 @@ def test_the_name_of_a_run_is_one_folder(name: str, capsys: pytest.CaptureFixtur
 def test_tools_look_where_the_run_wrote(recipe: str) -> None:
     """A run is named after its file without `.toml`, and by `--name`; a dot in the name stays."""
     assert run_folder(Path("artifacts"), recipe) == Path("artifacts/run1.5")
+    assert run_folder(Path("artifacts"), recipe, "mine.2") == Path("artifacts/mine.2")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["lens", "groups"], ["flow", "trunks"], ["atlas", "validate"], ["verify"], ["trace", "Hi"]],
+)
+def test_every_tool_takes_the_name_of_a_run(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command([*words, "-r", "tiny", "--name", "mine", "--artifacts", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert str(tmp_path / "mine") in told
+    assert "--name mine" in told or "mine/atlas" in told
+
+
+def test_the_list_of_commands_says_what_each_does_and_each_is_there(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_command(["--help"]) == 0
+    listed = capsys.readouterr().out.partition("Commands:")[2]
+    context = click.Context(pipeline.cli.app)
+    names = pipeline.cli.app.list_commands(context)
+    assert [line.split()[0] for line in listed.splitlines() if line[:3].strip()] == names
+    for name in names:
+        assert pipeline.cli.app.get_command(context, name).name == name
+
+
+def test_recipes_are_listed_with_what_they_say_of_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.toml").write_text('description = "mine, not theirs"\n')
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["recipes"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    found = {name: rest for name, *rest in lines}
+    assert found["tiny"] == ["mine, not theirs"]
+    assert "laptop" in found

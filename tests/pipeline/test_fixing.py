@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import pipeline.stages.recipe
 from featureflow.errors import Command, Fix, UserError
-from pipeline.cli import run_command
+from pipeline.cli import run_command, stage_commands
 
 GIVEN = ["-r", "my runs/mine.toml", "--artifacts=/data", "--train.steps", "5", "--atlas.seed=1"]
 MINE = "--recipe 'my runs/mine.toml' --artifacts /data"
@@ -52,7 +51,7 @@ def test_a_fixing_command_carries_recipe_folder_and_the_fields_up_to_its_stage(
     def fail(*_: object, **__: object) -> None:
         raise UserError("broken", fix=fix)
 
-    monkeypatch.setattr(pipeline.stages.recipe, "read_recipe", fail)
+    monkeypatch.setattr(stage_commands, "read_recipe", fail)
     assert run_command(arguments) == 2
     assert capsys.readouterr().err.partition("to fix:")[2].strip() == wanted
 

@@ -168,7 +168,7 @@ def test_every_shipped_recipe_parses(path: Path) -> None:
 
 def test_settings_that_moved_are_named_with_their_new_place(tmp_path: Path) -> None:
     path = tmp_path / "old.toml"
-    path.write_text('[atlas]\ntitle = "mine"\nmin_f1 = 0.7\n')
+    path.write_text('[atlas]\ntitle = "mine"\nmin_f1 = 0.7\n[describe]\nmin_firings = 3\n')
     with pytest.raises(UserError) as raised:
         read_recipe(str(path), {"atlas.seed": "3"}, ("atlas",))
     found = {problem.where: (problem.what, problem.expected) for problem in raised.value.problems}
@@ -176,6 +176,7 @@ def test_settings_that_moved_are_named_with_their_new_place(tmp_path: Path) -> N
     assert found == {
         "atlas.min_f1": (moved, "describe.min_f1"),
         "atlas.seed": (moved, "describe.seed"),
+        "describe.min_firings": (moved, "describe.min_active"),
     }
 
 

@@ -100,7 +100,7 @@ def recipe(**values: int) -> Recipe:
 
 
 def bring(tmp_path: Path, to: str, **values: int) -> None:
-    run_recipe(recipe(**values), to=to, root=tmp_path, context_of=lambda stage: RunContext())
+    run_recipe(recipe(**values), to=to, root=tmp_path, context=RunContext())
 
 
 def test_only_what_a_stage_needs_is_above_it(log: list[str]) -> None:
@@ -151,16 +151,16 @@ def test_one_stage_alone_refuses_missing_and_outdated_inputs(
     tmp_path: Path, log: list[str]
 ) -> None:
     with pytest.raises(UserError, match="featureflow run --to collect"):
-        run_single(recipe(), "train", root=tmp_path, context_of=lambda stage: RunContext())
+        run_single(recipe(), "train", root=tmp_path, context=RunContext())
     bring(tmp_path, "collect")
     with pytest.raises(UserError, match="another recipe"):
-        run_single(recipe(collect=2), "train", root=tmp_path, context_of=lambda stage: RunContext())
-    [made] = run_single(recipe(), "train", root=tmp_path, context_of=lambda stage: RunContext())
+        run_single(recipe(collect=2), "train", root=tmp_path, context=RunContext())
+    [made] = run_single(recipe(), "train", root=tmp_path, context=RunContext())
     assert made.artifact.kind == "train"
 
 
 def alone(root: Path, stage: str, **values: int) -> Artifact:
-    [made] = run_single(recipe(**values), stage, root=root, context_of=lambda stage: RunContext())
+    [made] = run_single(recipe(**values), stage, root=root, context=RunContext())
     return made.artifact
 
 
@@ -196,9 +196,7 @@ def test_a_file_beside_the_artifacts_reruns_the_stage_that_shows_it(
 def test_force_runs_a_current_stage(tmp_path: Path, log: list[str]) -> None:
     bring(tmp_path, "train")
     log.clear()
-    run_recipe(
-        recipe(), to="train", root=tmp_path, context_of=lambda stage: RunContext(), force=("train",)
-    )
+    run_recipe(recipe(), to="train", root=tmp_path, context=RunContext(), force=("train",))
     assert log == ["train"]
 
 
@@ -214,11 +212,7 @@ def test_force_does_not_go_on_with_what_a_killed_run_left(tmp_path: Path, log: l
         (draft.path / "half.txt").write_text("half")
         raise KeyboardInterrupt
     [forced] = run_recipe(
-        recipe(),
-        to="collect",
-        root=tmp_path,
-        context_of=lambda stage: RunContext(),
-        force=("collect",),
+        recipe(), to="collect", root=tmp_path, context=RunContext(), force=("collect",)
     )
     assert "half.txt" not in forced.artifact.files
 
@@ -240,7 +234,7 @@ def vary(tmp_path: Path, **values: int) -> None:
         recipe(**values),
         to="link",
         root=tmp_path / "wide",
-        context_of=lambda stage: RunContext(),
+        context=RunContext(),
         shared=tmp_path / "base",
     )
 
@@ -281,7 +275,7 @@ def test_one_stage_of_a_variant_finds_its_inputs_in_the_recipes_own_run(
         recipe(train=2),
         "train",
         root=tmp_path / "wide",
-        context_of=lambda stage: RunContext(),
+        context=RunContext(),
         shared=tmp_path / "base",
     )
     assert made.artifact.path == tmp_path / "wide" / "train"
@@ -291,6 +285,6 @@ def test_one_stage_of_a_variant_finds_its_inputs_in_the_recipes_own_run(
             recipe(collect=2),
             "train",
             root=tmp_path / "else",
-            context_of=lambda stage: RunContext(),
+            context=RunContext(),
             shared=tmp_path / "base",
         )

@@ -384,7 +384,7 @@ def test_a_plan_sent_to_the_endpoint_is_held_against_the_runs_saes(inputs, steer
                 body["steering"] = {"document": plan_document(each)}
                 answers.append(httpx.post(f"{address}/v1/completions", json=body, timeout=60))
 
-    monkeypatch.setattr("pipeline.cli.steer.serve_until_interrupted", asked)
+    monkeypatch.setattr("pipeline.cli.serving.serve_until_interrupted", asked)
     root = inputs.collect.path.parent
     where = ["--artifacts", str(root.parent), "--recipe", root.name]
     assert run_command(["serve", "--port", "0", *where]) == 0

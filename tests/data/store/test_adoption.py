@@ -35,9 +35,7 @@ def collect(root: Path, *, force: bool = False) -> tuple[Path, list[int]]:
     context = RunContext(metrics=lambda record: collected.append(record["shard"]))
     recipe = Recipe(name="fixed", description="", configs={"collect": CONFIG})
     force_of = ("collect",) if force else ()
-    [result] = run_recipe(
-        recipe, to="collect", root=root, context_of=lambda stage: context, force=force_of
-    )
+    [result] = run_recipe(recipe, to="collect", root=root, context=context, force=force_of)
     return result.artifact.path / "store.zarr", collected
 
 

@@ -22,8 +22,8 @@ import torch
 from data.store import FLAG_SPECIAL, DocumentRow, RowFilters, TokenTable
 from pipeline.describe.columns import Columns, describe_site
 from pipeline.describe.corpus import Corpus, corpus_of
+from pipeline.describe.encoder import Encoder
 from pipeline.describe.examples import PROFILES
-from pipeline.describe.firings import Encoder
 from pipeline.describe.projection import Unembedding, project
 from pipeline.describe.survey import SurveyOptions, survey_site
 from pipeline.describe.vocabulary import Vocabulary
@@ -41,7 +41,7 @@ WORDS = ("<pad>", *(f"word{i}" for i in range(1, N_TOKENS)))
 
 
 class Case:
-    """The inputs, drawn from one seed; the last latent never fires."""
+    """The inputs, drawn from one seed; the last latent is never active."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(7)

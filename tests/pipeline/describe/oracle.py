@@ -106,7 +106,7 @@ def slow_survey(x: np.ndarray, sae: Sae, corpus: Corpus) -> Slow:
 
 
 def slow_top(slow: Slow, corpus: Corpus, latent: int, size: int) -> list[int]:
-    """Rows of the strongest firings: the strongest of each document, then one per surrounding
+    """Rows of the strongest activations: the strongest of each document, then one per surrounding
     text."""
     best: dict[int, tuple[float, int]] = {}
     for a, row in slow.values[latent]:

@@ -73,11 +73,11 @@ def test_a_text_is_read_as_the_dictionary_reads_it(small_run) -> None:
     features = run.features.table.set_index("feature")
     for token, row in zip(tokens, z, strict=True):
         value, latent = row.sort(descending=True)
-        assert [f.feature.latent for f in token.firings] == latent[:2].tolist()
-        assert [f.value for f in token.firings] == pytest.approx(value[:2].tolist(), rel=1e-3)
-        for firing in token.firings:
-            assert firing.share == pytest.approx(
-                firing.value / features.loc[str(firing.feature), "max"], rel=1e-6
+        assert [f.feature.latent for f in token.active] == latent[:2].tolist()
+        assert [f.value for f in token.active] == pytest.approx(value[:2].tolist(), rel=1e-3)
+        for one in token.active:
+            assert one.share == pytest.approx(
+                one.value / features.loc[str(one.feature), "max"], rel=1e-6
             )
     for text in ("", "word " * 3000):
         with pytest.raises(UserError, match="empty or too long"):

@@ -6,17 +6,18 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from featureflow.errors import UserError
 from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
 from pipeline.context import RunContext
-from pipeline.describe.build import prepare
 from pipeline.describe.features import Features, diff_features
 from pipeline.describe.jobs import corpus_for
 from pipeline.run import Run
 from pipeline.stages import describe as stage
+from pipeline.stages.describe import prepare
 from sae import load_sae, save_sae
 from tests.pipeline.small_run import DESCRIBE, random_dictionary
 
@@ -96,6 +97,17 @@ def test_the_text_of_a_run_is_read_back_as_it_was_described(small_run, tmp_path)
         assert getattr(before, name) == getattr(after, name)
     assert before.vocabulary.tokens == after.vocabulary.tokens
     assert before.vocabulary.special == after.vocabulary.special
+
+
+def test_tables_of_an_earlier_version_are_read_with_the_names_of_today(small_run, tmp_path):
+    old = tmp_path / "describe"
+    shutil.copytree(small_run.describe.path, old)
+    path = old / "tables" / "features.parquet"
+    table = pd.read_parquet(path).rename(columns={"n_active": "n_firings"})
+    table.to_parquet(path, index=False)
+    features = Features(old)
+    assert features.table["n_active"].tolist() == table["n_firings"].tolist()
+    assert features.at("L1")["n_active"].sum() == table[table["site"] == "L1"]["n_firings"].sum()
 
 
 def test_two_runs_of_the_same_dictionaries_match_feature_by_feature(small_run):

@@ -111,9 +111,9 @@ def test_scratch_text_does_not_become_a_label(chat):
     indirect=True,
 )
 def test_detection_is_balanced_accuracy_over_windows(chat):
-    firing = ["see you Monday"] * 6 + ["see you Tuesday"] * 2
+    active = ["see you Monday"] * 6 + ["see you Tuesday"] * 2
     other = ["no day here"] * 11 + ["Monday by mistake"]
-    found = detect(chat, "Mondays", firing, other)
+    found = detect(chat, "Mondays", active, other)
     assert found.score == pytest.approx((6 / 8 + 11 / 12) / 2, abs=1e-4)
     assert (found.n, found.n_asked) == (20, 20)
     assert found.low < found.score < found.high
@@ -181,19 +181,19 @@ def test_a_character_of_several_tokens_is_shown_whole_and_marked_once():
     assert vocabulary.whole([]) == []
 
 
-def test_marks_surround_the_firing_tokens():
+def test_marks_surround_the_active_tokens():
     assert marked(["on", " Monday", "."], [0, 2.5, 0]) == "on<< Monday>>."
 
 
 def test_the_embedding_score_is_the_area_under_the_curve():
     rng = np.random.default_rng(0)
-    firing, other, label = (
+    active, other, label = (
         rng.standard_normal((9, 5)),
         rng.standard_normal((7, 5)),
         rng.standard_normal(5),
     )
-    expected = roc_auc_score([1] * 9 + [0] * 7, np.concatenate([firing @ label, other @ label]))
-    assert embedding_score(label, firing, other) == pytest.approx(expected)
+    expected = roc_auc_score([1] * 9 + [0] * 7, np.concatenate([active @ label, other @ label]))
+    assert embedding_score(label, active, other) == pytest.approx(expected)
 
 
 def test_the_example_embedding_score_tells_a_tight_group_from_noise():
@@ -241,7 +241,7 @@ def test_windows_with_a_feature_fire_and_those_without_are_silent_and_both_are_h
     store = ActivationStore.open(root / "collect" / "store.zarr")
     x = torch.from_numpy(store.read(parse_site("L2"), 0, store.n_rows))
     tokens = evidence.features.tokens
-    fires = (
+    is_active = (
         load_sae(root / "train" / "dictionaries" / "L2").encode(x)[:, latent] > 0
     ).numpy() & tokens["kept"]
     held = (tokens["part"] == PARTS[HELD_OUT]).to_numpy()
@@ -260,18 +260,18 @@ def test_windows_with_a_feature_fire_and_those_without_are_silent_and_both_are_h
                 if int(t) not in evidence.features.vocabulary.special
             ]
         ).strip()
-        (with_it if fires[near].any() else without_it).add(text)
+        (with_it if is_active[near].any() else without_it).add(text)
     windows = evidence.windows(feature)
-    assert windows.firing
+    assert windows.active
     assert windows.silent
     assert windows.shown
     assert all("<<" in text for text in windows.shown)
-    assert set(windows.firing) <= with_it
+    assert set(windows.active) <= with_it
     assert set(windows.silent) <= without_it
     assert set(windows.near) <= without_it
 
 
-def test_wrong_marks_stand_on_as_many_tokens_of_the_same_text_none_of_them_firing(small_run):
+def test_wrong_marks_stand_on_as_many_tokens_of_the_same_text_none_of_them_active(small_run):
     evidence = evidence_of(small_run.root)
     windows = [evidence.windows(f"L2/{latent}") for latent in range(12)]
     pairs = [pair for window in windows for pair in zip(window.right, window.wrong, strict=True)]
@@ -376,12 +376,12 @@ def test_a_sentence_model_tells_texts_that_belong_together():
         "The king died without an heir.",
     )
     found = sentence_scores(
-        model, Windows(shown=(), firing=food, silent=rest), "instructions in recipes"
+        model, Windows(shown=(), active=food, silent=rest), "instructions in recipes"
     )
     assert found["examples_score"] > 0.9
     assert found["label_score"] > 0.9
     assert (
-        sentence_scores(model, Windows(shown=(), firing=food[:1], silent=rest), None)[
+        sentence_scores(model, Windows(shown=(), active=food[:1], silent=rest), None)[
             "examples_score"
         ]
         is None

@@ -11,7 +11,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 import pipeline.describe.survey
 from data.store import DocumentRow, RowFilters, TokenTable
 from pipeline.describe.corpus import CHOOSING, HELD_OUT, PROPOSING, Corpus, corpus_of
-from pipeline.describe.firings import Firings
+from pipeline.describe.encoder import Activations
 from pipeline.describe.labels import (
     NO_RULE,
     TOO_RARE,
@@ -30,14 +30,14 @@ NEED = Acceptance()
 
 
 def tables_of(
-    corpus: Corpus, fires: list[np.ndarray], near: list[np.ndarray] | None = None
+    corpus: Corpus, is_active: list[np.ndarray], near: list[np.ndarray] | None = None
 ) -> dict:
-    """Tables of latents that fire on the given masks of rows, all with activation 1."""
+    """Tables of latents active on the given masks of rows, all with activation 1."""
 
-    def firings(masks: list[np.ndarray], gap: float) -> Firings:
+    def activations(masks: list[np.ndarray], gap: float) -> Activations:
         latent, row = np.nonzero(np.stack(masks) & corpus.kept)
         one = np.ones(len(row), np.float32)
-        return Firings(
+        return Activations(
             latent=latent.astype(np.int32),
             row=row,
             value=one,
@@ -46,16 +46,18 @@ def tables_of(
         )
 
     survey = Survey.empty(
-        len(fires), corpus, SurveyOptions(n_top=2, n_near=2, n_uniform=4, cofiring_rows=0)
+        len(is_active), corpus, SurveyOptions(n_top=2, n_near=2, n_uniform=4, cofiring_rows=0)
     )
-    none = Firings.none(len(fires))
-    survey.add(firings(fires, np.nan), none if near is None else firings(near, 0.1), corpus)
+    none = Activations.none(len(is_active))
+    survey.add(
+        activations(is_active, np.nan), none if near is None else activations(near, 0.1), corpus
+    )
     return attribute_tables(survey.tables(corpus), corpus)
 
 
-def label_of(corpus: Corpus, fires: np.ndarray):
-    rules = make_rules(tables_of(corpus, [fires]), None)
-    return labels_of(0, int(fires[corpus.kept].sum()), rules, None, corpus, NEED)
+def label_of(corpus: Corpus, is_active: np.ndarray):
+    rules = make_rules(tables_of(corpus, [is_active]), None)
+    return labels_of(0, int(is_active[corpus.kept].sum()), rules, None, corpus, NEED)
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +90,9 @@ def test_position_source_and_topic_are_found(corpus):
     assert label_of(corpus, north)[0].text == "active in documents about north"
 
 
-def test_a_latent_that_fires_at_random_has_no_simple_rule(corpus):
-    fires = np.random.default_rng(3).random(len(corpus)) < 0.05
-    labels = label_of(corpus, fires)
+def test_a_latent_active_at_random_has_no_simple_rule(corpus):
+    is_active = np.random.default_rng(3).random(len(corpus)) < 0.05
+    labels = label_of(corpus, is_active)
     assert labels[0].text == NO_RULE
     assert not any(label.accepted for label in labels)
     assert labels[0].score is not None
@@ -99,18 +101,18 @@ def test_a_latent_that_fires_at_random_has_no_simple_rule(corpus):
 
 
 def test_a_rule_that_only_held_where_it_was_proposed_is_not_accepted(corpus):
-    """Train/test overlap: fires on a token in the documents for proposing, on another one in all
+    """Train/test overlap: active on a token in the documents for proposing, on another one in all
     others."""
-    fires = np.where(corpus.part != PROPOSING, corpus.token == 8, corpus.token == 3)
-    labels = label_of(corpus, fires)
+    is_active = np.where(corpus.part != PROPOSING, corpus.token == 8, corpus.token == 3)
+    labels = label_of(corpus, is_active)
     assert labels[0].text == NO_RULE
     assert labels[0].score < 0.1
 
 
 def test_proposals_never_look_at_held_out_documents(corpus):
-    fires = np.isin(corpus.token, [3, 7, 11])
-    other = fires & (corpus.part == PROPOSING)
-    for name, table in tables_of(corpus, [fires]).items():
+    is_active = np.isin(corpus.token, [3, 7, 11])
+    other = is_active & (corpus.part == PROPOSING)
+    for name, table in tables_of(corpus, [is_active]).items():
         alone = tables_of(corpus, [other])[name]
         assert propose(table).value.tolist() == propose(alone).value.tolist()
 
@@ -129,18 +131,18 @@ def test_which_label_is_shown_is_never_decided_by_the_documents_that_score_it(co
     best-of-held-out choice would take the second; the first is shown, with the poor score it
     has."""
     after, on = corpus.neighbour(-1) == 5, corpus.token == 3
-    fires = np.where(
+    is_active = np.where(
         corpus.part == CHOOSING, after, np.where(corpus.part == HELD_OUT, on, on | after)
     )
-    label = label_of(corpus, fires)[0]
+    label = label_of(corpus, is_active)[0]
     assert (label.method, label.accepted, label.choice) == ("previous", True, 1.0)
     assert label.score < 0.3
 
 
 def test_acceptance_does_not_change_with_the_held_out_documents(corpus):
-    fires = np.isin(corpus.token, [3, 7])
-    noisy = fires ^ (corpus.held_out & (np.random.default_rng(1).random(len(corpus)) < 0.3))
-    clean, changed = label_of(corpus, fires)[0], label_of(corpus, noisy)[0]
+    is_active = np.isin(corpus.token, [3, 7])
+    noisy = is_active ^ (corpus.held_out & (np.random.default_rng(1).random(len(corpus)) < 0.3))
+    clean, changed = label_of(corpus, is_active)[0], label_of(corpus, noisy)[0]
     assert (clean.text, clean.accepted, clean.choice) == (
         changed.text,
         changed.accepted,
@@ -151,10 +153,10 @@ def test_acceptance_does_not_change_with_the_held_out_documents(corpus):
 
 def test_scores_are_those_of_scikit_learn_on_held_out_tokens(corpus):
     rng = np.random.default_rng(5)
-    fires = np.isin(corpus.token, [3, 7]) & (rng.random(len(corpus)) < 0.7)
-    fires |= rng.random(len(corpus)) < 0.02
-    near = (corpus.token == 7) & ~fires
-    table = tables_of(corpus, [fires], [near])["token"]
+    is_active = np.isin(corpus.token, [3, 7]) & (rng.random(len(corpus)) < 0.7)
+    is_active |= rng.random(len(corpus)) < 0.02
+    near = (corpus.token == 7) & ~is_active
+    table = tables_of(corpus, [is_active], [near])["token"]
     rules = RuleSets(
         attribute="token",
         target="all",
@@ -164,7 +166,7 @@ def test_scores_are_those_of_scikit_learn_on_held_out_tokens(corpus):
     )
     found = score(rules, table)
     held = corpus.kept & corpus.held_out
-    truth, said = fires[held], np.isin(corpus.token[held], [3, 7])
+    truth, said = is_active[held], np.isin(corpus.token[held], [3, 7])
     assert found.f1[0] == pytest.approx(f1_score(truth, said))
     assert found.precision[0] == pytest.approx(precision_score(truth, said))
     assert found.recall[0] == pytest.approx(recall_score(truth, said))
@@ -177,20 +179,22 @@ def test_the_proposed_set_has_the_best_f1_of_all_sets(corpus):
     """Brute force over all sets of four tokens' power set, on the documents for proposing."""
     rng = np.random.default_rng(6)
     rate = {3: 0.9, 7: 0.6, 8: 0.3, 9: 0.05}
-    fires = np.zeros(len(corpus), bool)
+    is_active = np.zeros(len(corpus), bool)
     for token, p in rate.items():
-        fires |= (corpus.token == token) & (rng.random(len(corpus)) < p)
-    rules = propose(tables_of(corpus, [fires])["token"])
+        is_active |= (corpus.token == token) & (rng.random(len(corpus)) < p)
+    rules = propose(tables_of(corpus, [is_active])["token"])
     part = corpus.kept & (corpus.part == PROPOSING)
     best = max(
         f1_score(
-            fires[part],
+            is_active[part],
             np.isin(corpus.token[part], [t for i, t in enumerate(rate) if mask >> i & 1]),
         )
         for mask in range(1, 16)
     )
     assert rules.f1[0] == pytest.approx(best)
-    assert f1_score(fires[part], np.isin(corpus.token[part], rules.of(0))) == pytest.approx(best)
+    assert f1_score(is_active[part], np.isin(corpus.token[part], rules.of(0))) == pytest.approx(
+        best
+    )
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 10), (10, 10), (57, 123)])
@@ -200,9 +204,7 @@ def test_the_interval_is_wilsons(hits, n):
     assert (low[0], high[0]) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
-def test_a_latent_with_too_few_held_out_firings_is_too_rare_and_one_that_never_fired_is_blank(
-    corpus,
-):
+def test_a_latent_with_few_held_out_activations_is_too_rare_and_one_never_active_is_blank(corpus):
     few = np.zeros(len(corpus), bool)
     few[np.flatnonzero(corpus.kept & (corpus.part == PROPOSING))[:4]] = True
     assert label_of(corpus, few)[0].text == TOO_RARE
@@ -300,16 +302,17 @@ def test_tokens_are_decoded_by_bytes():
 
 
 def test_a_pruned_table_never_flatters_a_rule(corpus, monkeypatch):
-    """Firings on values that were pruned away are still firings: recall is of all of them."""
-    fires = np.isin(corpus.token, [3, 7]) | (np.random.default_rng(5).random(len(corpus)) < 0.3)
-    whole = tables_of(corpus, [fires])["token"]
+    """Activations on values that were pruned away are still activations: recall is of all of
+    them."""
+    is_active = np.isin(corpus.token, [3, 7]) | (np.random.default_rng(5).random(len(corpus)) < 0.3)
+    whole = tables_of(corpus, [is_active])["token"]
     monkeypatch.setattr(pipeline.describe.survey, "MOST_PAIRS", 16)
     monkeypatch.setattr(pipeline.describe.survey, "PRUNED_VALUES", 2)
-    table = tables_of(corpus, [fires])["token"]
+    table = tables_of(corpus, [is_active])["token"]
     assert len(table.counts.key) == 2
     np.testing.assert_array_equal(table.totals[:, :3], whole.totals[:, :3])
     scores = score(propose(table), table)
     held = corpus.kept & corpus.held_out
     matches = np.isin(corpus.token, propose(table).of(0))
-    assert scores.recall[0] == pytest.approx(recall_score(fires[held], matches[held]))
-    assert scores.n[0] == (fires & held).sum()
+    assert scores.recall[0] == pytest.approx(recall_score(is_active[held], matches[held]))
+    assert scores.n[0] == (is_active & held).sum()

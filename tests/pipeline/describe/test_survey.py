@@ -9,8 +9,8 @@ import pytest
 from pipeline.describe import counts as counts_module
 from pipeline.describe import survey as survey_module
 from pipeline.describe.corpus import Corpus
+from pipeline.describe.encoder import Encoder
 from pipeline.describe.examples import PROFILES, choose_examples, deciles_of
-from pipeline.describe.firings import Encoder
 from pipeline.describe.survey import Survey, SurveyOptions, add_rows, survey_site
 from tests.pipeline.describe.oracle import (
     N_LATENTS,
@@ -60,10 +60,10 @@ def test_every_attribute_is_counted_apart_on_the_three_parts_of_the_documents(ca
     corpus, _, _, slow, survey = case
     for name, table in survey.tables(corpus).items():
         names = ("n_propose", "n_choose", "n_held", "mass_rest", "mass_held")
-        firings = np.stack([table.column(c) for c in names], axis=1)
+        activations = np.stack([table.column(c) for c in names], axis=1)
         found = {
             (int(f), int(v)): row
-            for f, v, row in zip(table.latent, table.value, firings, strict=True)
+            for f, v, row in zip(table.latent, table.value, activations, strict=True)
             if row.any()
         }
         expected = {
@@ -74,7 +74,7 @@ def test_every_attribute_is_counted_apart_on_the_three_parts_of_the_documents(ca
             assert found[pair] == pytest.approx(numbers)
 
 
-def test_the_histogram_holds_every_firing_in_the_bin_of_its_size(case):
+def test_the_histogram_holds_every_activation_in_the_bin_of_its_size(case):
     _, _, _, slow, survey = case
     for latent in range(N_LATENTS):
         expected = np.zeros(survey_module.N_BINS, dtype=int)
@@ -83,15 +83,15 @@ def test_the_histogram_holds_every_firing_in_the_bin_of_its_size(case):
         assert survey.histogram[latent].tolist() == expected.tolist()
 
 
-def test_near_misses_are_just_below_what_firing_takes_and_never_fire(case):
+def test_near_misses_are_just_below_what_being_active_takes_and_never_active(case):
     _, sae, _, slow, survey = case
     assert survey.near.filled.any()
     for latent, place in zip(*np.nonzero(survey.near.filled), strict=True):
         row = survey.near.row[latent, place]
         assert slow.z[row, latent] == 0
         assert survey.near.value[latent, place] == pytest.approx(slow.pre[row, latent], rel=1e-5)
-        fired = slow.z[row][slow.z[row] > 0]
-        edge = fired.min() if sae.activation.kind == "topk" else 0.8
+        active = slow.z[row][slow.z[row] > 0]
+        edge = active.min() if sae.activation.kind == "topk" else 0.8
         assert survey.near.gap[latent, place] == pytest.approx(
             (edge - slow.pre[row, latent]) / edge, abs=1e-5
         )
@@ -115,10 +115,10 @@ def test_activity_around_an_example_is_what_the_dictionary_does_there_and_stays_
                 assert around[offset + reach] == pytest.approx(expected, rel=2e-3, abs=1e-4)
 
 
-def test_co_firing_counts_the_tokens_on_which_two_latents_of_the_whole_dictionary_fire(case):
+def test_coactive_counts_the_tokens_on_which_two_latents_of_the_whole_dictionary_are_active(case):
     corpus, _, _, slow, survey = case
-    fires = (slow.z[corpus.kept] > 0).astype(float)
-    assert np.array_equal(survey.cofiring.toarray(), fires.T @ fires)
+    is_active = (slow.z[corpus.kept] > 0).astype(float)
+    assert np.array_equal(survey.cofiring.toarray(), is_active.T @ is_active)
 
 
 @pytest.mark.parametrize("chunk_rows", [20, 60, 140])
@@ -165,8 +165,8 @@ def assert_same(a: Survey, b: Survey, corpus: Corpus) -> None:
         assert all(np.allclose(x, y) for x, y in zip(table.columns, other.columns, strict=True))
 
 
-def test_the_uniform_sample_is_uniform_over_firings():
-    """Every firing of the busiest latents is drawn about equally often, whatever its size or
+def test_the_uniform_sample_is_uniform_over_activations():
+    """Every activation of the busiest latents is drawn about equally often, whatever its size or
     place."""
     corpus = small_corpus()
     sae, x = small_dictionary(), small_activations(corpus)
@@ -191,7 +191,7 @@ def test_the_uniform_sample_is_uniform_over_firings():
     assert chi_square < n + 5 * np.sqrt(2 * n)
 
 
-def test_deciles_are_quantiles_of_the_firings_never_of_zeros(case):
+def test_deciles_are_quantiles_of_the_activations_never_of_zeros(case):
     """The trap of equal-width intervals from 0 to the maximum, whose lowest one is full of
     zeros."""
     corpus, sae, x, slow, survey = case
@@ -207,7 +207,7 @@ def test_deciles_are_quantiles_of_the_firings_never_of_zeros(case):
             assert deciles_of(survey)[latent][1:] == pytest.approx(expected[1:], rel=0.12)
 
 
-def test_every_example_of_a_decile_is_a_firing_of_that_decile(case):
+def test_every_example_of_a_decile_is_an_activation_of_that_decile(case):
     _, _, _, slow, survey = case
     deciles = deciles_of(survey)
     examples = choose_examples(survey, deciles, PROFILES["standard"])
@@ -222,7 +222,7 @@ def test_every_example_of_a_decile_is_a_firing_of_that_decile(case):
         assert examples.value[e] < deciles[latent, d + 1] or d == 9
 
 
-def test_a_latent_that_never_fires_has_no_examples_and_no_numbers(case):
+def test_a_latent_that_is_never_active_has_no_examples_and_no_numbers(case):
     _, _, _, _, survey = case
     assert survey.count[-1] == 0
     examples = choose_examples(survey, deciles_of(survey), PROFILES["standard"])

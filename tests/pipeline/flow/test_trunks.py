@@ -98,7 +98,7 @@ def test_what_writes_where_is_counted_by_site(graph) -> None:
     score[place] = 0.5  # L1/0, in the middle of the longest trunk, which is named by it
     labels = [str(graph.feature(i)) for i in range(len(alive))]
     features = pd.DataFrame(
-        {"n_firings": np.where(alive, 7, 0), "label": labels, "label_score": score}
+        {"n_active": np.where(alive, 7, 0), "label": labels, "label_score": score}
     )
     shard = trunk_shard(graph, features)
     assert shard.json["written"] == {"mlp": [0] * 5, "attention": [0, 0, 0, 1, 0], "both": [0] * 5}

@@ -437,7 +437,7 @@ def test_every_living_feature_of_the_stream_is_on_one_trunk_and_every_step_is_th
     table = features.table.set_index("feature")
     assert len(set(members)) == len(members)
     assert set(members) == set(table.index[table["alive"] & table["site"].isin(["L0", "L1", "L2"])])
-    assert shard.columns["count"].tolist() == table.loc[members, "n_firings"].tolist()
+    assert shard.columns["count"].tolist() == table.loc[members, "n_active"].tolist()
     edges = pd.read_parquet(small_run.link.path / "edges.parquet").query(
         "kept and relation == 'residual' and rank == 0"
     )

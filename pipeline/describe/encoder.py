@@ -1,5 +1,5 @@
-"""Firings of a dictionary on some rows: which latent, at which row, how strongly; and those that
-was nearly active.
+"""Activations of a dictionary on some rows: which latent, at which row, how strongly; and those
+that was nearly active.
 
 1. pre-activations of a block of rows: `(x − b_in) W_encᵀ + b_enc`; the product may run in bfloat16
    (four times faster on
@@ -37,10 +37,10 @@ _LATENT_BITS = 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Firings:
+class Activations:
     """Entries sorted by latent, then row. `row` counts in the corpus; `gap` says of near-misses how
     far they stayed below
-    what firing takes, as a share of it, and is NaN for firings."""
+    what being active takes, as a share of it, and is NaN for activations."""
 
     latent: Int32[np.ndarray, "entry"]
     row: Int64[np.ndarray, "entry"]
@@ -49,7 +49,7 @@ class Firings:
     n_latents: int
 
     @classmethod
-    def none(cls, n_latents: int) -> Firings:
+    def none(cls, n_latents: int) -> Activations:
         """No entries."""
         whole, real = np.zeros(0, np.int64), np.zeros(0, np.float32)
         return cls(
@@ -77,23 +77,23 @@ class Encoder:
 
     sae: Sae
     weight: Tensor
-    n_near: int
 
     @classmethod
-    def of(cls, sae: Sae, precision: Precision, *, n_near: int = _NEAR_PER_ROW) -> Encoder:
-        return cls(sae=sae, weight=sae.W_enc.to(getattr(torch, precision)), n_near=n_near)
+    def of(cls, sae: Sae, precision: Precision) -> Encoder:
+        return cls(sae=sae, weight=sae.W_enc.to(getattr(torch, precision)))
 
     @torch.no_grad()
     def pre_activations(self, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row latent"]:
         centred = (x.to(self.sae.dtype) - self.sae.b_in).to(self.weight.dtype)
         return F.linear(centred, self.weight).to(torch.float32).add_(self.sae.b_enc)
 
-    def firings(
+    def activations(
         self, x: Float32[np.ndarray, "row d_in"], rows: Int64[np.ndarray, "row"]
-    ) -> tuple[Firings, Firings]:
-        """What fires and what is nearly active; `rows` are the corpus rows of `x`, ascending."""
+    ) -> tuple[Activations, Activations]:
+        """What is active and what is nearly active; `rows` are the corpus rows of `x`,
+        ascending."""
         parts = [self._block(torch.from_numpy(x[a:b]), rows[a:b]) for a, b in _blocks(len(x))]
-        return _sorted([fired for fired, _ in parts], self.sae.n_latents), _sorted(
+        return _sorted([active for active, _ in parts], self.sae.n_latents), _sorted(
             [near for _, near in parts], self.sae.n_latents
         )
 
@@ -101,7 +101,7 @@ class Encoder:
         pre = self.pre_activations(x)
         match self.sae.activation:
             case TopKActivation(k=k):
-                return _top_k(pre, rows, k, self.n_near)
+                return _top_k(pre, rows, k)
             case Threshold(theta=theta):
                 return _above(pre.numpy(), rows, theta.numpy())
             case activation:
@@ -129,12 +129,12 @@ def threshold_of(sae: Sae) -> Float32[np.ndarray, "latent"]:
 
 
 def _top_k(
-    pre: Float[Tensor, "row latent"], rows: Int64[np.ndarray, "row"], k: int, n_near: int
+    pre: Float[Tensor, "row latent"], rows: Int64[np.ndarray, "row"], k: int
 ) -> tuple[_Entries, _Entries]:
-    """The k largest fire where positive; of the next `n_near`, the positive ones nearly did. The
-    last one that is active says what firing took. Of equal ones the first latent comes first."""
+    """The k largest are active where positive; of the next `_NEAR_PER_ROW`, the positive ones
+    nearly are. The last active one says what being active took. Of equals the first wins."""
     n = pre.shape[1]
-    wide = min(n, k + n_near)
+    wide = min(n, k + _NEAR_PER_ROW)
     values = pre.numpy()
     candidate = np.flatnonzero(values >= _below_the_largest(pre, wide)[:, None])
     value = values.ravel()[candidate]
@@ -149,11 +149,11 @@ def _top_k(
     place = np.arange(len(row)) - start[row]  # sorting stays inside rows
     latent = (packed & np.uint64((1 << _LATENT_BITS) - 1)).astype(np.int64)
     value = (~(packed >> np.uint64(_LATENT_BITS)).astype(np.uint32)).view(np.float32)
-    fires = place < k
+    is_active = place < k
     near = (place >= k) & (place < wide)
     edge = value[start[row[near]] + k - 1]
     return (
-        _Entries(rows[row[fires]], latent[fires], value[fires]),
+        _Entries(rows[row[is_active]], latent[is_active], value[is_active]),
         _Entries(rows[row[near]], latent[near], value[near], (edge - value[near]) / edge),
     )
 
@@ -174,28 +174,28 @@ def _above(
     rows: Int64[np.ndarray, "row"],
     theta: Float32[np.ndarray, "latent"],
 ) -> tuple[_Entries, _Entries]:
-    """Above theta fires; within `_NEAR` below it nearly does (theta 0 has no near-misses)."""
+    """Above theta is active; within `_NEAR` below it nearly so (theta 0 has no near-misses)."""
     row, latent = np.nonzero((pre > theta) | ((pre > theta * (1 - _NEAR)) & (theta > 0)))
     value, edge = pre[row, latent], theta[latent]
-    fires = value > edge
-    near = ~fires
+    is_active = value > edge
+    near = ~is_active
     gap = np.divide(edge - value, edge, out=np.zeros_like(value), where=edge > 0)
     return (
-        _Entries(rows[row[fires]], latent[fires], value[fires]),
+        _Entries(rows[row[is_active]], latent[is_active], value[is_active]),
         _Entries(rows[row[near]], latent[near], value[near], gap[near]),
     )
 
 
-def _sorted(parts: list[_Entries], n_latents: int) -> Firings:
+def _sorted(parts: list[_Entries], n_latents: int) -> Activations:
     if not parts:
-        return Firings.none(n_latents)
+        return Activations.none(n_latents)
     latent = np.concatenate([p.latent for p in parts])
     narrow = latent.astype(np.uint16) if n_latents <= 0x10000 else latent
     order = np.argsort(
         narrow, kind="stable"
     )  # rows are ascending already; 16-bit keys take the radix sort
     gap = [np.full(len(p.row), np.nan, np.float32) if p.gap is None else p.gap for p in parts]
-    return Firings(
+    return Activations(
         latent=latent[order].astype(np.int32),
         row=np.concatenate([p.row for p in parts])[order].astype(np.int64),
         value=np.concatenate([p.value for p in parts])[order].astype(np.float32),
