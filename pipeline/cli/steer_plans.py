@@ -15,6 +15,7 @@ from pipeline.cli.options import device_option, of_a_run
 from pipeline.console import say, show_number
 from pipeline.context import RunContext
 from pipeline.lenses.base import run_lens
+from pipeline.lenses.output_sketch import read_sketch
 from pipeline.lenses.steering import designs
 from pipeline.lenses.steering.contrast import features_of_contrast, plan_by_difference, read_lines
 from pipeline.lenses.steering.removal_trial import removal_lines
@@ -225,13 +226,15 @@ def design(
     options = designs.DesignOptions(k=k, layers=_span(layers), along=along, dense=dense, dose=dose)
     run = Run.open(folder, context=RunContext(device=device))
     run_lens("output-sketch", run)
+    sketch = read_sketch(run)
     if sets:
-        aim = designs.aim_of_texts(run, *sets)
+        aim = designs.aim_of_texts(run, sketch, *sets)
     elif words is not None:
-        aim = designs.aim_of_words(run, [word.strip() for word in words.split(",") if word.strip()])
+        listed = [word.strip() for word in words.split(",") if word.strip()]
+        aim = designs.aim_of_words(run, sketch, listed)
     else:
-        aim = designs.aim_of_features(run, features)
-    made = designs.design(run, aim, options)
+        aim = designs.aim_of_features(run, sketch, features)
+    made = designs.design(run, sketch, aim, options)
     for line in designs.lines_of(made):
         say(line)
     _write(replace(made.plan, name=out.stem), out)

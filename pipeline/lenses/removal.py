@@ -135,7 +135,7 @@ def _drawn(run: Run, config: Config) -> tuple[list[FeatureId], pd.DataFrame]:
             where=str(run.artifact("link").path),
             fix="ask for fewer layers (ahead)",
         )
-    return features, pd.DataFrame(rows)
+    return [features[k] for k in generator.permutation(len(features))], pd.DataFrame(rows)
 
 
 def _reach(run: Run, feature: FeatureId) -> int:

@@ -8,14 +8,16 @@ steering did anything.
 4. Generate from other prompts, steered and unsteered, from the same random numbers; read everything
    back with the unsteered model; paired differences with a bootstrap over prompts
    (pipeline/lenses/steering/trial.py).
-5. Write plans, doses, samples, effects and figures. The measured part is a finding
+5. Two designed pushes and one removal as whole examples, drawn by the seed
+   (pipeline/lenses/steering/examples.py).
+6. Write plans, doses, samples, effects and figures. The measured part is a finding
    (pipeline/findings.py); the atlas shows it and the samples.
 
 The headline is settled before the prompts it is reported on are used: arm `flow` at the chosen
 dose, measured by the feature's top tokens and by how often the feature is active when the unsteered
 model reads the text. Output: a finding (`tables/effects`, `tables/doses`, `columns`, `figure`,
-`text.md`), `plans/*.toml`, `samples.parquet`, `samples.json`, `features.json`, `choice.json`,
-`figures/`, `report.html`. Cost: almost all of it is generation.
+`text.md`), `plans/*.toml`, `samples.parquet`, `samples.json`, `examples.json`, `features.json`,
+`choice.json`, `figures/`, `report.html`. Cost: almost all of it is generation.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from featureflow.settings import Settings
 from pipeline.artifact import SCHEMAS, Artifact, Draft
 from pipeline.context import RunContext
 from pipeline.findings import write_finding
+from pipeline.lenses.steering.examples import Example, make_examples
 from pipeline.lenses.steering.figures import effects_at, tradeoff
 from pipeline.lenses.steering.report import write_steer_report
 from pipeline.lenses.steering.screening import (
@@ -85,7 +88,6 @@ class Config(Settings):
     ] = ()
     arms: Annotated[tuple[str, ...], MinLen(1), Doc("ways of steering: " + ", ".join(ARMS))] = (
         "single",
-        "single_budget",
         "copied",
         "flow",
         "flow_closed_loop",
@@ -95,7 +97,6 @@ class Config(Settings):
         Schedule, Doc("how the arm `flow` shares its strength among the layers")
     ] = Constant()
     doses: Annotated[tuple[float, ...], MinLen(1), Doc("nats of KL a token on neutral text")] = (
-        0.05,
         0.15,
         0.3,
     )
@@ -117,6 +118,11 @@ class Config(Settings):
     n_samples: Annotated[int, Ge(1), Doc("samples an prompt")] = 1
     n_new_tokens: Annotated[int, Ge(1), Doc("tokens generated a sample")] = 28
     temperature: Annotated[float, Ge(0), Doc("of sampling; 0 takes the likeliest token")] = 0.8
+    n_example_tokens: Annotated[
+        int,
+        Ge(0),
+        Doc("tokens of the three examples (two designed pushes, one removal); 0 leaves them out"),
+    ] = 60
     n_neutral_texts: Annotated[int, Ge(1), Doc("neutral texts that doses are measured on")] = 8
     batch_size: Annotated[int, Ge(1), Doc("samples generated at once")] = 72
     seed: Annotated[int, Ge(0), Doc("of sampling, random controls and intervals")] = 0
@@ -167,7 +173,9 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
             batch_size=config.batch_size,
             progress=context.progress,
         )
-        _write(job, draft, chosen, trials, chosen_dose(doses), remarks, labels_of(opened, chosen))
+        examples, more = _examples(job, opened, chosen_dose(doses))
+        labels = labels_of(opened, chosen)
+        _write(job, draft, chosen, trials, chosen_dose(doses), [*remarks, *more], labels, examples)
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
 
 
@@ -258,6 +266,21 @@ def _dose_trials(job: _Job, dosed: list[tuple[Chosen, list[ArmDose]]]) -> list[D
     )
 
 
+def _examples(job: _Job, run: Run, dose: float) -> tuple[list[Example], list[str]]:
+    """Two designed pushes at the headline's dose and one removal, on the report's prompts."""
+    config = job.config
+    if not config.n_example_tokens:
+        return [], []
+    return make_examples(
+        run,
+        job.split.report,
+        job.limits,
+        dose=dose,
+        sampling=Sampling(n_tokens=config.n_example_tokens, temperature=config.temperature),
+        seed=config.seed,
+    )
+
+
 def _write(
     job: _Job,
     draft: Draft,
@@ -266,6 +289,7 @@ def _write(
     dose: float,
     remarks: list[str],
     labels: dict[str, str],
+    examples: list[Example],
 ) -> None:
     samples, doses, effects = (
         pd.concat([table_of(trial) for trial in trials], ignore_index=True)
@@ -274,6 +298,9 @@ def _write(
     samples.to_parquet(draft.path / "samples.parquet", index=False)
     _write_json(draft.path / "samples.json", side_by_side(samples))
     _write_plans(draft.path / "plans", job.steering, trials)
+    for place, example in enumerate(examples):
+        write_plan(example.plan, draft.path / "plans" / f"example_{place}.toml")
+    _write_json(draft.path / "examples.json", [example.as_record() for example in examples])
     records = feature_records(chosen, labels, job.steering.model.tokenizer.decode)
     _write_json(draft.path / "features.json", {"features": records, "remarks": remarks})
     finding = finding_of(effects, doses, dose, remarks)
@@ -293,6 +320,7 @@ def _write(
         finding.headline,
         dose=dose,
         seed=job.config.seed,
+        examples=[example.as_record() for example in examples],
     )
 
 

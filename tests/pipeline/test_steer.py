@@ -33,6 +33,7 @@ CONFIG = steer.Config(
     n_prompts=2,
     n_samples=1,
     n_new_tokens=6,
+    n_example_tokens=6,
     n_neutral_texts=2,
     n_rows=2048,
     min_persistence=2,
@@ -69,6 +70,22 @@ def test_every_steered_text_stands_beside_its_unsteered_pair(finished):
     assert samples.groupby(["feature", "prompt", "sample"])["unsteered"].nunique().eq(1).all()
     shared = samples.groupby(["prompt", "sample"])["unsteered"].nunique()
     assert shared.eq(1).all()
+
+
+def test_examples_are_two_designed_pushes_and_a_removal_or_a_remark(finished):
+    """What cannot be made of a model that knows no words, or of short flows, is said."""
+    examples = json.loads(finished.file("examples.json").read_text())
+    remarks = json.loads(finished.file("features.json").read_text())["remarks"]
+    assert len(examples) + sum("no example" in remark for remark in remarks) == 3
+    page = finished.file("report.html").read_text(encoding="utf-8")
+    for place, example in enumerate(examples):
+        plan = read_plan(finished.file(f"plans/example_{place}.toml"))
+        assert plan.dose == example["dose"]
+        assert all(node.weight > 0 for node in plan.nodes)
+        assert example["n"] == CONFIG.n_prompts
+        assert 0 <= example["coherent"][1] <= 1
+        assert example["title"] in page
+        assert 1 <= len(example["samples"]) <= 2
 
 
 def test_calibrated_doses_are_what_was_asked_or_said_not_to_be(finished):

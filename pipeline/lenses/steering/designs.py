@@ -5,7 +5,7 @@ should do beside what it does.
    that of the others, and the words that tell them apart; words: their expected share of sampled
    tokens; features (a trace's supernode is several): their top tokens; a classifier: its margin.
 2. Gradients are brought to one scale, the best single feature's effect per √KL, and added.
-3. Features are selected and weighted with the run's sketch (lens `output-sketch`), from all layers
+3. Features are selected and weighted with a sketch (lens `output-sketch`), from all layers
    that are sketched, from some, from one flow, or one dense vector instead; then the strength is
    calibrated with real passes.
 4. Measured on other text than designed on: KL and loss on held-out text, expected words of 100,
@@ -31,7 +31,6 @@ from data.concepts.prompts import read_prompts
 from featureflow.errors import Problem, UserError
 from featureflow.sites import FeatureId, Site, parse_feature
 from pipeline.flow.validation import held_out_contexts
-from pipeline.lenses.output_sketch import read_sketch
 from pipeline.lenses.steering.contrast import LEAST_TEXTS, telling_tokens
 from pipeline.run import Run
 from steering.arms import Flow, Scales, along_vectors
@@ -102,7 +101,7 @@ class Made:
         return self.words_at_limit is not None and self.words_at_limit < LEAST_WORDS
 
 
-def aim_of_texts(run: Run, topical: Sequence[str], other: Sequence[str]) -> Aim:
+def aim_of_texts(run: Run, sketch: Sketch, topical: Sequence[str], other: Sequence[str]) -> Aim:
     """Towards the first texts and away from the others. Raises UserError."""
     _check_texts(topical, other)
     model = run.exact_model
@@ -115,7 +114,7 @@ def aim_of_texts(run: Run, topical: Sequence[str], other: Sequence[str]) -> Aim:
         raise UserError(
             "no feature is active on a tenth of the topical texts", fix="give longer texts, or more"
         )
-    sites = read_sketch(run).sites
+    sites = sketch.sites
     likelihoods = [gradient_of(model, _batch(run, texts), sites, likelihood()) for texts in parts]
     gradients = [{site: likelihoods[0][site] - likelihoods[1][site] for site in sites}]
     tokens = telling_tokens(model.tokenizer, *parts)
@@ -133,7 +132,7 @@ def aim_of_texts(run: Run, topical: Sequence[str], other: Sequence[str]) -> Aim:
     )
 
 
-def aim_of_words(run: Run, listed: Sequence[str]) -> Aim:
+def aim_of_words(run: Run, sketch: Sketch, listed: Sequence[str]) -> Aim:
     """Towards these words. Raises UserError when none of them is one token."""
     tokens = tuple(lexicon_tokens(run.model, listed))
     if not tokens:
@@ -142,10 +141,10 @@ def aim_of_words(run: Run, listed: Sequence[str]) -> Aim:
             found=", ".join(listed),
             fix="give shorter or commoner words",
         )
-    return _aim_of_tokens(run, "words", tokens)
+    return _aim_of_tokens(run, sketch, "words", tokens)
 
 
-def aim_of_features(run: Run, features: Sequence[str]) -> Aim:
+def aim_of_features(run: Run, sketch: Sketch, features: Sequence[str]) -> Aim:
     """Towards the top tokens of features: of one, or of a supernode. Raises UserError."""
     parsed = [parse_feature(feature) for feature in features]
     for feature in parsed:
@@ -160,19 +159,32 @@ def aim_of_features(run: Run, features: Sequence[str]) -> Aim:
             expected="a feature that is active on some words more than on others",
             fix="design from texts or words instead",
         )
-    return _aim_of_tokens(run, ", ".join(features), tokens)
+    return _aim_of_tokens(run, sketch, ", ".join(features), tokens)
 
 
-def aim_of_classifier(run: Run, site: Site, weight: Float[Tensor, "d_model"]) -> Aim:
+def aim_of_classifier(
+    run: Run, sketch: Sketch, site: Site, weight: Float[Tensor, "d_model"]
+) -> Aim:
     """Towards a linear classifier's margin at a site."""
-    sites = read_sketch(run).sites
-    gradient = gradient_of(run.exact_model, _neutral(run), sites, margin(site, weight))
+    neutral = _neutral(run)
+    gradient = gradient_of(run.exact_model, neutral, sketch.sites, margin(site, weight))
     return Aim(name=f"classifier at {site.short}", gradients=(gradient,))
 
 
-def design(run: Run, aim: Aim, options: DesignOptions) -> Made:
+def design(run: Run, sketch: Sketch, aim: Aim, options: DesignOptions) -> Made:
     """A plan for an aim, calibrated to the dose and measured. Raises UserError."""
-    sketch, steering = read_sketch(run), run.steering
+    plan, strongest = designed_plan(run, sketch, aim, options)
+    measured, at_limit = _measured(run, aim, plan, sketch)
+    curve = _curve(run, aim, sketch, strongest, options.dose)
+    return Made(plan=plan, measured=measured, curve=curve, words_at_limit=at_limit)
+
+
+def designed_plan(
+    run: Run, sketch: Sketch, aim: Aim, options: DesignOptions
+) -> tuple[Plan, FeatureId | None]:
+    """(the calibrated plan, the feature with the largest share of its effect). Raises
+    UserError."""
+    steering = run.steering
     gradient = _together(run, aim, sketch)
     flow = None if options.along is None else _whole_flow(run, options.along)
     sites = _allowed_sites(sketch, options)
@@ -195,10 +207,7 @@ def design(run: Run, aim: Aim, options: DesignOptions) -> Made:
         plan = as_plan(designed, steering.norms, dose=options.dose)
         strongest = _strongest(candidates, designed.features, designed.pushes)
     plan = replace(plan, name=f"{aim.name}, designed", note=f"designed for {aim.name}")
-    plan = steering.calibrated(steering.signed(plan), options.dose)
-    measured, at_limit = _measured(run, aim, plan, sketch)
-    curve = _curve(run, aim, sketch, strongest, options.dose)
-    return Made(plan=plan, measured=measured, curve=curve, words_at_limit=at_limit)
+    return steering.calibrated(steering.signed(plan), options.dose), strongest
 
 
 def lines_of(made: Made) -> list[str]:
@@ -239,8 +248,8 @@ def _check_texts(topical: Sequence[str], other: Sequence[str]) -> None:
         raise UserError("nothing can be designed from these texts", problems=tuple(problems))
 
 
-def _aim_of_tokens(run: Run, name: str, tokens: tuple[int, ...]) -> Aim:
-    gradient = _word_gradient(run, read_sketch(run).sites, tokens)
+def _aim_of_tokens(run: Run, sketch: Sketch, name: str, tokens: tuple[int, ...]) -> Aim:
+    gradient = _word_gradient(run, sketch.sites, tokens)
     return Aim(name=name, gradients=(gradient,), tokens=tokens, word_gradient=gradient)
 
 

@@ -29,6 +29,7 @@ from featureflow.errors import UserError
 from featureflow.sites import FeatureId, Site, parse_feature
 from pipeline.flow.causal import Contexts
 from pipeline.flow.validation import held_out_contexts
+from pipeline.lenses.base import kept
 from pipeline.run import Run
 from pipeline.training.reading import read_rows
 from sae import Sae
@@ -115,22 +116,39 @@ def trials(
     effects: list[dict[str, Any]] = []
     for done, feature in enumerate(features):
         run.context.progress("remove features", done, len(features))
-        contexts = _contexts(held, feature, amount)
-        flow = flow_of(run, feature)
-        found = measure_removal(
-            steering.model,
-            steering.saes,
-            plans or _arms(run, flow, means, amount.seed),
+        one = partial(
+            _removed,
+            held,
             feature,
-            contexts,
             readers[feature],
-            words=words[feature],
+            words[feature],
+            amount,
+            plans or _arms(run, flow_of(run, feature), means, amount.seed),
         )
-        about = {"feature": str(feature), "flow": len(flow.steps)}
-        left += [about | as_record(row) for row in found[0]]
-        effects += [about | as_record(row) for row in found[1]]
+        found = kept(f"removed-{feature.site.short}-{feature.latent}", one)
+        left += found[0]
+        effects += found[1]
     run.context.progress("remove features", len(features), len(features))
     return pd.DataFrame(left), pd.DataFrame(effects)
+
+
+def _removed(
+    held: Held,
+    feature: FeatureId,
+    readers: Sequence[Reader],
+    words: Sequence[int],
+    amount: Amount,
+    plans: Mapping[str, Plan],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of one feature."""
+    run = held.run
+    contexts = _contexts(held, feature, amount)
+    found = measure_removal(
+        run.steering.model, run.steering.saes, plans, feature, contexts, readers, words=words
+    )
+    about = {"feature": str(feature), "flow": len(flow_of(run, feature).steps)}
+    left, effects = ([about | as_record(row) for row in rows] for rows in found)
+    return left, effects
 
 
 def removal_lines(run: Run, plan: Plan, feature: str, *, ahead: int = 8) -> list[str]:

@@ -39,6 +39,7 @@ def write_steer_report(
     *,
     dose: float,
     seed: int,
+    examples: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Write the page into the artifact's folder and return its path."""
     environment = Environment(loader=PackageLoader("pipeline.stages", "templates"), autoescape=True)
@@ -47,6 +48,7 @@ def write_steer_report(
         headline=[(name.replace("_", " "), value) for name, value in headline.items()],
         remarks=remarks,
         dose=dose,
+        examples=examples,
         columns=list(_COLUMNS.values()),
         figures=[
             {"href": quote(str(path.relative_to(folder))), "title": path.stem.replace("_", " ")}

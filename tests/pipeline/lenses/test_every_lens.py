@@ -32,6 +32,7 @@ SMALL = {
     "n_features": 4,
     "n_seconds": 1,
     "ahead": 1,
+    "distances": (1, 2),
     "n_samples": 4,
     "remaining": (0.5, 0.0),
     "strengths": (0.05,),

@@ -1,0 +1,203 @@
+"""Three examples drawn by a seed: two designed pushes towards topics and one removal, whole
+continuations beside unsteered ones from the same random numbers.
+
+1. Two of the bundled topics are drawn; a plan is designed for the words of each
+   (pipeline/lenses/steering/designs.py) and calibrated to a dose.
+2. One living feature is drawn whose flow reaches some layers on, and removed along it. Its prompts
+   are beginnings of held-out text up to a token on which it is active.
+3. Prompts are continued with and without the plan. Counted over all of them: words of 100 that are
+   the topic's (or the feature's top tokens), and the share that stays coherent.
+
+What cannot be made (no topic's words are tokens of the model, no flow is long enough) is a remark.
+Cost: a small sketch, one backward pass and four short passes a plan, generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from data.concepts.prompts import read_prompts
+from data.concepts.topics import read_topics
+from featureflow.errors import UserError
+from featureflow.sites import FeatureId
+from pipeline.lenses.steering.designs import DesignOptions, aim_of_words, designed_plan
+from pipeline.lenses.steering.removal_trial import Held, flow_of
+from pipeline.run import Run
+from steering.design import Sketch, sketch_of
+from steering.dose import NeutralText
+from steering.generation import Sampling, generate
+from steering.plan import Plan
+from steering.reading import CoherenceLimits, Target, is_coherent, read_back
+
+N_PUSHES, N_SHOWN = 2, 2
+_N_TEXTS, _N_TOKENS, _N_SAMPLES = 12, 24, 8
+_DEPTH, _REACH, _PROMPT_TOKENS = 1 / 3, 6, 24
+
+
+_Made = tuple[str, Plan, Target, list[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A plan, what it is about, and its continuations. Shares are over all `n` prompts."""
+
+    title: str
+    plan: Plan
+    n: int
+    words: tuple[float, float]
+    coherent: tuple[float, float]
+    samples: tuple[dict[str, str], ...]
+
+    def as_record(self) -> dict[str, Any]:
+        """For examples.json and the page; pairs are (unsteered, steered)."""
+        return {
+            "title": self.title,
+            "plan": self.plan.name,
+            "dose": self.plan.dose,
+            "n": self.n,
+            "words_of_100": self.words,
+            "coherent": self.coherent,
+            "samples": list(self.samples),
+        }
+
+
+def make_examples(
+    run: Run,
+    prompts: Sequence[str],
+    limits: CoherenceLimits,
+    *,
+    dose: float,
+    sampling: Sampling,
+    seed: int,
+) -> tuple[list[Example], list[str]]:
+    """(examples, remarks)."""
+    sketch = _small_sketch(run, seed)
+    makers: list[Callable[[], _Made]] = [
+        *(partial(_push, run, sketch, topic, dose) for topic in _topics(seed)),
+        partial(_removal, run, len(prompts), seed),
+    ]
+    found, remarks = [], []
+    for make in makers:
+        try:
+            title, plan, target, own_prompts = make()
+        except UserError as error:
+            remarks.append(f"no example: {error.what}")
+            continue
+        found.append(
+            _example(
+                run,
+                title,
+                plan,
+                target,
+                own_prompts or prompts,
+                limits,
+                sampling=sampling,
+                seed=seed,
+            )
+        )
+    return found, remarks
+
+
+def _topics(seed: int) -> list[str]:
+    names = sorted(read_topics())
+    return [names[k] for k in np.random.default_rng(seed).permutation(len(names))[:N_PUSHES]]
+
+
+def _small_sketch(run: Run, seed: int) -> Sketch:
+    model = run.exact_model
+    first = _DEPTH * (model.n_layers - 1)
+    texts = read_prompts().neutral_texts[:_N_TEXTS]
+    batch = NeutralText.prepare(model, texts, n_tokens=_N_TOKENS).batch
+    sites = [site for site in run.steering.saes if site.layer >= first]
+    return sketch_of(model, batch, sites, n_samples=_N_SAMPLES, seed=seed)
+
+
+def _push(run: Run, sketch: Sketch, topic: str, dose: float) -> _Made:
+    aim = aim_of_words(run, sketch, sorted(read_topics()[topic].lexicon))
+    plan, strongest = designed_plan(run, sketch, aim, DesignOptions(dose=dose))
+    if strongest is None:
+        raise UserError(f"nothing was designed for {topic}")
+    target = Target(feature=strongest, scale=1.0, top_tokens=frozenset(aim.tokens))
+    return f"push towards {topic}", plan, target, []
+
+
+def _removal(run: Run, n_prompts: int, seed: int) -> _Made:
+    """A random feature of the first two thirds whose flow reaches some layers on."""
+    sites = [s for s in run.steering.saes if s.layer <= 2 / 3 * (run.model.n_layers - 1)]
+    nodes = run.graph.nodes
+    alive = nodes[nodes["site"].isin([s.short for s in sites]) & nodes["alive"]]
+    held, generator = Held(run=run), np.random.default_rng([seed, 1])
+    for row in generator.permutation(len(alive))[:200]:
+        site = next(s for s in sites if s.short == alive["site"].iloc[row])
+        feature = FeatureId(site, int(alive["latent"].iloc[row]))
+        reach = flow_of(run, feature).sites[-1].layer - site.layer
+        if reach < min(_REACH, run.model.n_layers - 2 - site.layer):
+            continue
+        prompts = _beginnings(run, held, feature, n_prompts)
+        top = run.steering.profiles([feature], 16384)[feature].top_tokens
+        if prompts and top:
+            target = Target(feature=feature, scale=1.0, top_tokens=frozenset(top))
+            return f"removal of {feature}", run.remove(feature), target, prompts
+    raise UserError("no random feature has a flow that is long enough, and top tokens")
+
+
+def _beginnings(run: Run, held: Held, feature: FeatureId, n: int) -> list[str]:
+    """Held-out text up to a token on which the feature is active, one a context."""
+    active = held.activity(feature.site, [feature.latent])[:, :, 0] > 0
+    active[:, :2] = False
+    found = []
+    for context in np.flatnonzero(active.any(1))[:n]:
+        end = int(active[context].argmax()) + 1
+        ids = held.contexts.ids[context, max(1, end - _PROMPT_TOKENS) : end]
+        found.append(run.model.tokenizer.decode(ids.tolist()))
+    return [text for text in found if text.strip()]
+
+
+def _example(
+    run: Run,
+    title: str,
+    plan: Plan,
+    target: Target,
+    prompts: Sequence[str],
+    limits: CoherenceLimits,
+    *,
+    sampling: Sampling,
+    seed: int,
+) -> Example:
+    steering = run.steering
+    made = generate(
+        steering.model,
+        steering.saes,
+        list(prompts),
+        [None, plan],
+        seed=seed,
+        sampling=sampling,
+        batch_size=2 * len(prompts),
+    )
+    sides = [made.of_plan(number) for number in (0, 1)]
+    read = [read_back(steering.model, steering.saes, side, [target]) for side in sides]
+    shown = np.random.default_rng(seed).permutation(len(prompts))[:N_SHOWN]
+    return Example(
+        title=title,
+        plan=plan,
+        n=len(prompts),
+        words=_pair([float(np.mean([r.top_tokens[0] for r in side])) for side in read]),
+        coherent=_pair([float(np.mean([is_coherent(r, limits) for r in s])) for s in read]),
+        samples=tuple(
+            {
+                "prompt": prompts[place],
+                "unsteered": sides[0][place].text,
+                "steered": sides[1][place].text,
+            }
+            for place in sorted(map(int, shown))
+        ),
+    )
+
+
+def _pair(values: list[float]) -> tuple[float, float]:
+    return values[0], values[1]
