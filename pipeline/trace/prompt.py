@@ -71,7 +71,7 @@ def iter_prompt(
         ids,
         target=target,
         cuts=sorted(sites),
-        flows=flows_of(run.graph) if run.has("link") else {},
+        flows=flows_of(run.graph, tuple(sorted(sites))) if run.has("link") else {},
         options=options,
         progress=progress or run.context.progress,
     )

@@ -2,8 +2,8 @@
 
 1. `strongest` keeps, per cut, the smallest set of features that holds a share of Σ|score|.
 2. A supernode is (flow, token). A flow is a stretch of a trunk of the flow graph (links that are
-   first choice both ways) on which every feature agrees directly with the stretch's first one
-   (pipeline/flow/lives.py); a feature on no trunk stands alone.
+   first choice both ways) on which each cut's feature agrees directly, on held-out tokens, with
+   that of the cut before (pipeline/flow/lives.py); a feature on no trunk stands alone.
 3. Its weight is the largest |Σ score| of its members over the cuts, which is also its prediction
    (with its sign): adding up cuts would count the same information several times.
 4. `random_like` draws, for a supernode, as many features that are active at the same cuts: the null
@@ -19,6 +19,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
+from featureflow.sites import Site
 from pipeline.flow.graph import FlowGraph
 from pipeline.flow.trunks import trunks_of
 from pipeline.trace.stream import FEATURE
@@ -35,21 +36,22 @@ def strongest(nodes: pd.DataFrame, share: float, *, by: str = "score") -> pd.Dat
     return features.loc[np.sort(order[(before < share * total) & (size.loc[order] > 0)])]
 
 
-@lru_cache(maxsize=1)
-def flows_of(graph: FlowGraph) -> dict[str, int]:
-    """Feature id → number of its flow; features on no trunk are left out."""
+@lru_cache(maxsize=4)
+def flows_of(graph: FlowGraph, cuts: tuple[Site, ...]) -> dict[str, int]:
+    """Feature id at one of the cuts → number of its flow; features on no trunk are left out."""
     trunks = trunks_of(graph)
     birth = graph.nodes["birth_layer"].to_numpy()
-    layers = np.array([site.layer for site in graph.sites])
+    at_cut = np.array([site in cuts for site in graph.sites])[graph.site_of(trunks.feature)]
+    layer = np.array([site.layer for site in graph.sites])[graph.site_of(trunks.feature)]
     flows: dict[str, int] = {}
     number = 0
     for start, stop in pairwise(trunks.offset[: 1 + (trunks.length > 1).sum()]):
-        members = trunks.feature[start:stop]
-        first = layers[graph.site_of(members[0])]
-        for member in members:
-            if birth[member] > first:
-                number, first = number + 1, layers[graph.site_of(member)]
-            flows[str(graph.feature(int(member)))] = number
+        before = None
+        for place in start + np.flatnonzero(at_cut[start:stop]):
+            member = int(trunks.feature[place])
+            number += before is not None and birth[member] > before
+            flows[str(graph.feature(member))] = number
+            before = layer[place]
         number += 1
     return flows
 

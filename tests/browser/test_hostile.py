@@ -62,6 +62,9 @@ def test_hostile_findings_are_shown_as_text(page: Any, world: Any) -> None:
     page.go("lens")
     assert world.HOSTILE_TEXTS[1] in page.text("main")
     assert_unharmed(page, "lens")
+    page.go("trace/planted-0a1b2c")
+    assert world.HOSTILE_TEXTS[0] in page.text("main")
+    assert_unharmed(page, "trace")
 
 
 def test_hostile_addresses_are_shown_as_text(page: Any) -> None:

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from tests.browser.synthetic.traces import trace
+from tests.browser.synthetic.world import HOSTILE_TEXTS
+
 pytestmark = pytest.mark.browser
 TOKEN = "a-token"
 
@@ -24,7 +27,15 @@ class _Handler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path.startswith("/api/health"):
             return self._lines(
-                [{"live": True, "model": "tiny", "limits": {"max_tokens": 16}, "steering": True}]
+                [
+                    {
+                        "live": True,
+                        "model": "tiny",
+                        "limits": {"max_tokens": 16},
+                        "steering": True,
+                        "tracing": True,
+                    }
+                ]
             )
         return super().do_GET()
 
@@ -43,6 +54,19 @@ class _Handler(SimpleHTTPRequestHandler):
                 "share": [0.5, 0.1],
             }
             return self._lines([first, fired, {"links": [[0, 17, 0, 5, 1]]}, {"done": True}])
+        if self.path.startswith("/api/trace/"):
+            changed = {"before": [[" Paris", 0.8]], "after": [["<b>Rome", 0.5]], "kl": 1.25,
+                       "text": "<i>then"}  # fmt: skip
+            plan = {"plan": '{"nodes": []}'}
+            return self._lines([plan if "plan" in self.path else {"changed": changed}])
+        if self.path == "/api/trace":
+            whole = trace(HOSTILE_TEXTS)
+            early = {**whole, "supernodes": [
+                {**node, "removed": None, "kl": None, "top": [], "doses": []}
+                for node in whole["supernodes"]], "edges": [], "checks": []}  # fmt: skip
+            return self._lines(
+                [{"trace": early}, {"status": "Removing"}, {"trace": whole}, {"done": True}]
+            )
         grown = [  # the text so far, after every token
             {"arm": arm, "sample": 0, "text": text[:n]}
             for arm, text in (("unsteered", "plain"), ("steered", "<i>bent"))
@@ -107,6 +131,28 @@ def test_steering_shows_both_arms_and_a_busy_model_is_said(page: Any, address: s
     _Handler.busy = True
     page.click("form.live .primary")
     page.wait("return document.querySelector('form.live').innerText.includes('busy')")
+
+
+def test_a_prompt_is_traced_and_a_supernode_changed(page: Any, address: str) -> None:
+    open_live(page, address, "trace")
+    page.js("document.querySelector('form.try textarea').value = 'The capital of France is'")
+    page.click("form.try .primary")
+    page.wait("return document.querySelectorAll('.live-trace .supernode').length === 3")
+    assert (TOKEN, {"prompt": "The capital of France is"}) in _Handler.asked
+    page.wait("return document.querySelector('.change button')")
+    page.js("document.querySelectorAll('.change button')[0].click()")
+    page.wait("return document.querySelector('.change').innerText.includes('<i>then')")
+    sent = _Handler.asked[-1][1]
+    assert sent["factor"] == 0
+    assert sent["features"] == ["L0/30", "L2/30"]
+    assert "<b>Rome 0.50" in page.text(".change")
+    page.js("document.querySelector('.change input').value = 'Another'")
+    page.js("document.querySelectorAll('.change button')[4].click()")
+    page.wait("return !document.querySelector('.change [role=status]').innerText")
+    assert _Handler.asked[-1][1]["other"] == "Another"
+    saved = page.download(lambda: page.js("document.querySelectorAll('.change button')[3].click()"))
+    assert json.loads(saved.read_text()) == {"nodes": []}
+    assert page.complaints() == []
 
 
 def test_without_a_token_nothing_is_asked(page: Any, address: str) -> None:

@@ -3,6 +3,7 @@ numbers are those stored."""
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import struct
@@ -35,6 +36,8 @@ ROUTES = (
     "compare?f=L3/3,L4/6,L5/9",
     "lens",
     "lens/planted",
+    "trace",
+    "trace/planted-0a1b2c",
     "notes",
     "about",
     "try",
@@ -464,3 +467,53 @@ def test_an_atlas_without_a_flow_graph_says_so(
     assert not [
         url for url in page.requests() if "/flow" in url.split("#")[0] or url.startswith("failed")
     ]
+
+
+def test_a_trace_shows_its_bars_by_keyboard_and_as_a_table(page: Any) -> None:
+    page.load("trace")
+    assert page.js("return document.querySelector('main a[href=\"#/trace/planted-0a1b2c\"]')")
+    page.go("trace/planted-0a1b2c")
+    page.wait("return document.querySelectorAll('.supernode').length === 3")
+    bars = page.texts(".supernode .bar-id")
+    assert bars == ["0", "1≠", "2✕"]
+    width = (
+        "return +document.querySelectorAll('.supernode .body')[arguments[0]].getAttribute('width')"
+    )
+    assert page.js(width, 0) > page.js(width, 1) > page.js(width, 2)
+    assert len(page.texts(".trace-edge")) == 1
+    assert "Paris 0.80" in page.text(".trace-page")
+    panel = page.text(".graph-panel")
+    for words in ("name 0", "label", "L1 head 3", "Without it", "REAL EFFECT", "to S1"):
+        assert words.lower() in panel.lower(), words
+    page.js("document.querySelector('.supernode[tabindex=\"0\"]').focus()")
+    page.js(
+        "document.activeElement.dispatchEvent(new KeyboardEvent('keydown', "
+        "{ key: 'ArrowRight', bubbles: true }))"
+    )
+    assert page.js("return document.activeElement.dataset.supernode") == "1"
+    page.js(
+        "document.activeElement.dispatchEvent(new KeyboardEvent('keydown', "
+        "{ key: 'Enter', bubbles: true }))"
+    )
+    page.wait("return document.querySelector('.graph-panel h2').textContent.startsWith('S1')")
+    assert "trust the removal" in page.text(".graph-panel")
+    rows = page.js(
+        "return [...document.querySelectorAll('.trace-page > .scroll tbody tr')]"
+        ".map((row) => [...row.children].map((cell) => cell.innerText))"
+    )
+    assert [row[0] for row in rows] == ["S0", "S1", "S2", "S3"]
+    assert (rows[1][4], rows[1][5], rows[1][9]) == ("2.00", "0.25", "≠ predicted")
+    assert "without S0, with twice S2" in page.text(".trace-page")
+    page.js(
+        "const s = document.querySelector('.trace-page input[type=range]'); s.value = 4;"
+        "s.dispatchEvent(new Event('input'))"
+    )
+    page.wait("return document.querySelectorAll('.supernode').length === 4")
+    saved = page.download(
+        lambda: page.js(
+            "[...document.querySelectorAll('.trace-page .action')]"
+            ".find((b) => b.textContent === 'Save JSON').click()"
+        )
+    )
+    assert json.loads(saved.read_text())["y"] == 4
+    assert page.complaints() == []

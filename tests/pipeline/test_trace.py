@@ -330,19 +330,16 @@ def test_what_cannot_be_traced_is_one_clear_error(run, prompt, options, word):
         trace_prompt(run, prompt, **options)
 
 
-def test_members_of_a_flow_agree_directly_with_its_first_feature(run):
-    graph, flows = run.graph, flows_of(run.graph)
-    assert flows
-    by_flow: dict[int, list] = {}
-    for feature, number in flows.items():
-        by_flow.setdefault(number, []).append(graph.node(feature))
-    for members in by_flow.values():
-        members.sort(key=lambda node: node["layer"])
-        assert all(node["birth_layer"] <= members[0]["layer"] for node in members)
-    for trunk in graph.trunks(None, min_length=2):
-        for a, b in pairwise(trunk.features):
-            agrees = graph.node(b)["birth_layer"] <= a.site.layer
-            assert agrees or flows[str(a)] != flows[str(b)]
+def test_members_of_a_flow_agree_directly_with_the_one_at_the_cut_before(run):
+    graph = run.graph
+    for cuts in (graph.sites, graph.sites[::2]):
+        flows = flows_of(graph, tuple(cuts))
+        assert flows
+        assert {feature.split("/")[0] for feature in flows} <= {site.short for site in cuts}
+        for trunk in graph.trunks(None, min_length=2):
+            for a, b in pairwise(f for f in trunk.features if f.site in cuts):
+                agrees = graph.node(b)["birth_layer"] <= a.site.layer
+                assert agrees == (flows[str(a)] == flows[str(b)])
 
 
 def test_the_trace_grows_in_three_steps_to_what_it_is_at_once(run):

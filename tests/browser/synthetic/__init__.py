@@ -30,6 +30,7 @@ from tests.browser.synthetic.model_wide import (
 from tests.browser.synthetic.shards import container, write_shard
 from tests.browser.synthetic.sites import write_site
 from tests.browser.synthetic.texts import write_texts
+from tests.browser.synthetic.traces import write_traces
 from tests.browser.synthetic.world import HOSTILE_TEXTS, Sizes, World, make_links, make_world
 
 __all__ = [
@@ -60,5 +61,6 @@ def write_atlas(folder: Path, sizes: Sizes, *, app: Path = DIST) -> Path:
     write_steering(folder, world)
     write_scores(folder, world)
     write_lenses(folder, world)
+    write_traces(folder, world)
     write_shard(folder, "manifest", manifest(world))
     return folder / "index.html"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.browser.synthetic import traces
 from tests.browser.synthetic.shards import write_shard
 from tests.browser.synthetic.world import HOSTILE_TEXTS, World
 
@@ -201,6 +202,7 @@ def manifest(world: World) -> dict[str, Any]:
         "search": {"tokens_per_shard": 1024, "shards": [0]},
         "has": {"flow": True, "communities": True, "trunks": True},
         "lenses": [{"name": "planted", "title": f"Depth {HOSTILE_TEXTS[1]}"}],
+        "traces": traces.entries(),
         "headline": {
             "n_features": n * len(sites),
             "n_alive": (n - 1) * len(sites),

@@ -147,7 +147,7 @@ function supernodeRows(trace, onchoose) {
   const name = (node) => (onchoose ? h("button", { type: "button", class: "action small",
     "aria-label": `Show ${barText(trace, node)}`, onclick: () => onchoose(node.id) },
   `S${node.id}`) : `S${node.id}`);
-  return { head: ["", "name", "token", "layers", "real effect", "predicted", "random", "KL",
+  return { head: ["supernode", "name", "token", "layers", "real effect", "predicted", "random", "KL",
     "says then", "remarks"], rows: trace.supernodes.map((node) => [name(node),
     visible(clip(node.name, 120)), `${node.token} ${visible(trace.pieces[node.token])}`,
     `L${node.first_layer}–L${node.last_layer}`, number(node.removed), number(node.predicted),
@@ -163,5 +163,5 @@ function checks(trace) {
   return h("section", {}, h("h2", {}, "Checks of this trace"), h("p", { class: "quiet" },
     "Kept at all cuts together, no set of features brings the answer back: a trace says what is " +
       "necessary and how much, not that it is the whole computation."),
-  plainTable({ head: ["check", "value", ""], rows }, "Checks"));
+  plainTable({ head: ["check", "value", "meaning"], rows }, "Checks"));
 }
