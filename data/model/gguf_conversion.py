@@ -22,6 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import MODEL_ARCH_NAMES, GGUFReader, dequantize, get_tensor_name_map
+from gguf import GGMLQuantizationType as Kind
+from tokenizers import normalizers, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.integrations.gguf import is_gguf_arch_supported
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from data.cache import cache_folder, make_once, sha256_of
 from data.model.gguf_keys import ARCHITECTURES, is_rope_factor, stated_config
@@ -64,9 +71,6 @@ def _check_is_gguf(path: Path) -> None:
 
 
 def _convert(path: Path, folder: Path, progress: Progress) -> None:
-    from gguf import GGUFReader
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     label = f"convert {path.name}"
     progress(label, 0, 3)
     source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
@@ -138,8 +142,6 @@ def _refuse_other_kinds(path: Path, reader: Any) -> None:
 def _config_of(path: Path, reader: Any, config: Any) -> Any:
     """The configuration with all that the file states. Raises UserError naming what it cannot
     hold."""
-    from gguf import dequantize
-
     architecture = str(_field(reader, "general.architecture"))
     prefix = f"{architecture}."
     stated = {
@@ -171,10 +173,6 @@ def _config_of(path: Path, reader: Any, config: Any) -> Any:
 def _refuse_unused_tensors(path: Path, reader: Any, model: Any) -> None:
     """Tensors of the file that became no weight: biases, norms or experts that the architecture in
     transformers does not have."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-    from transformers.integrations.gguf import is_gguf_arch_supported
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
-
     architecture = str(_field(reader, "general.architecture"))
     known = {name: each for each, name in MODEL_ARCH_NAMES.items()}
     if is_gguf_arch_supported(architecture) or architecture not in known:
@@ -209,8 +207,6 @@ def _refuse_unused_tensors(path: Path, reader: Any, model: Any) -> None:
 
 def _dtype_to_keep(reader: Any) -> torch.dtype:
     """bfloat16 for quantised weights, float32 when the file's matrices are not quantised."""
-    from gguf import GGMLQuantizationType as Kind
-
     wide = {Kind.F32, Kind.F16, Kind.F64}
     is_wide = [each.tensor_type in wide for each in reader.tensors if len(each.shape) > 1]
     return torch.float32 if any(is_wide) else torch.bfloat16
@@ -232,9 +228,6 @@ _DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exa
 
 def _restore_steps(tokenizer: Any, reader: Any) -> None:
     """How the file says that text is split, where transformers' reader leaves it out."""
-    from tokenizers import pre_tokenizers
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
     kind, pre = _field(reader, "tokenizer.ggml.model"), _field(reader, "tokenizer.ggml.pre")
     if kind == "llama" and _field(reader, "tokenizer.ggml.add_space_prefix") is False:
         _add_no_space(tokenizer.backend_tokenizer)
@@ -258,8 +251,6 @@ def _restore_steps(tokenizer: Any, reader: Any) -> None:
 
 
 def _add_no_space(backend: Any) -> None:
-    from tokenizers import normalizers, pre_tokenizers
-
     if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
         backend.pre_tokenizer.prepend_scheme = "never"
     elif isinstance(backend.normalizer, normalizers.Sequence):

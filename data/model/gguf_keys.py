@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from transformers.integrations.gguf.gguf_config_mapping import get_gguf_config
 
 from featureflow.errors import Problem
 
@@ -160,8 +161,6 @@ def _unread(
 ) -> list[Problem]:
     """What the file states and transformers does not ask for, unless the configuration says the
     same."""
-    from transformers.integrations.gguf.gguf_config_mapping import get_gguf_config
-
     named = {f"{architecture}.{key}": value for key, value in stated.items()}
     keys = _Noting({"general.architecture": architecture, "tokenizer.ggml.tokens": 0, **named})
     get_gguf_config(keys, tuple(tensors))

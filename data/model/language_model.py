@@ -26,9 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from data.model.fingerprint import fingerprint_of
-from data.model.loading import quiet_transformers
 from data.model.module_sites import BlockSites, Edit, Taps, find_blocks, find_sites, norm_gain
-from data.model.sources import LoadedModel, load_model
 from data.model.spec import (
     Folder,
     Gguf,
@@ -47,6 +45,8 @@ from featureflow.sites import Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
+
+    from data.model.sources import LoadedModel
 
 __all__ = [
     "Edit",
@@ -108,6 +108,8 @@ class LanguageModel:
     ) -> LanguageModel:
         """Load the model `spec` names; `auto` is bfloat16 where that is fast, else float32. Raises
         UserError when it is unknown, missing, damaged or without support."""
+        from data.model.sources import load_model  # loads transformers, a second, with the first
+
         return cls(
             name=name_of(spec),
             loaded=load_model(spec, dtype=dtype, device=device, progress=progress),
@@ -332,6 +334,8 @@ def boot_bridge(model: LanguageModel) -> Any:
     where it lies."""
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoTokenizer
+
+    from data.model.loading import quiet_transformers
 
     with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
         model.tokenizer.save(Path(folder))

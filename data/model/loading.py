@@ -7,6 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+from transformers.utils import logging
+
 from featureflow.errors import Problem, UserError
 
 
@@ -33,13 +40,6 @@ def check_complete(source: Path, loading: Mapping[str, Any]) -> None:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No bars and no notices from the libraries; what they said before is restored."""
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-    from transformers.utils import logging
-
     verbosity, hub_was_quiet = logging.get_verbosity(), are_progress_bars_disabled()
     was_active = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

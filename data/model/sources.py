@@ -18,12 +18,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import huggingface_hub
 import torch
+import transformers
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from data.model.gguf_conversion import converted_gguf
 from data.model.loading import check_complete, quiet_transformers
@@ -45,9 +49,6 @@ from featureflow.errors import UserError
 from featureflow.files import is_lfs_pointer, lfs_problem
 from featureflow.progress import Progress
 from sae.kernels.select import has_fast_bfloat16
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -131,8 +132,6 @@ def folder_of(spec: ModelSpec, progress: Progress) -> Path:
 
 def load_folder(folder: Path, dtype: torch.dtype) -> LoadedModel:
     """The model and tokenizer of a folder as `save_pretrained` leaves it."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     with quiet_transformers(), _explained(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -163,10 +162,8 @@ def attention_for(config: Any) -> str | None:
 def build_random(spec: Random) -> LoadedModel:
     """A Llama of the spec's shape. Weights are drawn in the order of their names from a generator
     of their own."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     tokenizer = byte_level_tokenizer(spec.d_vocab, (record["text"] for record in bundled_records()))
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=spec.d_vocab,
         hidden_size=spec.d_model,
         intermediate_size=spec.d_mlp,
@@ -178,7 +175,7 @@ def build_random(spec: Random) -> LoadedModel:
         eos_token_id=tokenizer.bos_id,
     )
     with torch.device("meta"):
-        hf = LlamaForCausalLM(config)
+        hf = transformers.LlamaForCausalLM(config)
     hf = hf.to_empty(device="cpu")
     hf.model.rotary_emb = type(hf.model.rotary_emb)(
         config
@@ -268,8 +265,6 @@ def hub_id_of(name: str) -> str:
     try:
         return get_official_model_name(name)
     except ValueError as error:
-        from difflib import get_close_matches
-
         near = (
             get_close_matches(name, DEFAULT_MODEL_ALIASES, n=6, cutoff=0.3)
             or DEFAULT_MODEL_ALIASES[:6]
@@ -282,21 +277,19 @@ def hub_id_of(name: str) -> str:
 
 def commit_of_model(name: str, revision: str) -> str:
     """The commit of what lies in the Hub's local cache; empty where nothing does."""
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True)).name
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
+        ).name
     except Exception:  # not there, or not whole: fetching it explains
         return ""
 
 
 def _hub_folder(name: str, revision: str) -> Path:
-    from huggingface_hub import snapshot_download
-
     patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
     try:
         with quiet_transformers():
-            folder = snapshot_download(
+            folder = huggingface_hub.snapshot_download(
                 name,
                 revision=revision,
                 allow_patterns=patterns,

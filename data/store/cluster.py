@@ -12,14 +12,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+
+from distributed import Client, KilledWorker, LocalCluster, as_completed
+from distributed.client import FutureCancelledError
+from distributed.comm import CommClosedError
 
 from featureflow.errors import UserError
 from featureflow.progress import Progress
-
-if TYPE_CHECKING:
-    from distributed import Client
-
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -47,8 +47,6 @@ def connected(machines: Machines) -> Iterator[Client | None]:
     if machines.scheduler is None:
         yield None
         return
-    from distributed import Client, LocalCluster
-
     if machines.scheduler == "local":
         n_workers = max(1, machines.n_workers)
         with (
@@ -105,8 +103,6 @@ def _map_on(
 ) -> Iterator[Result]:
     """Two tasks a worker are under way at a time, so that the scheduler never holds all token
     tables."""
-    from distributed import as_completed
-
     waiting = iter(tasks)
     n_workers = len(client.scheduler_info(n_workers=-1)["workers"])
     first = itertools.islice(waiting, max(2, 2 * n_workers))
@@ -135,10 +131,6 @@ def _guarded(function: Callable[[Task], Result], task: Task) -> tuple[bool, Resu
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    from distributed import KilledWorker
-    from distributed.client import FutureCancelledError
-    from distributed.comm import CommClosedError
-
     fix = "run again: finished shards are kept"
     try:
         yield

@@ -27,12 +27,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from data.model.language_model import LanguageModel
 from data.model.spec import ModelSpec
 from data.store.checks import problems_of_shard
 from data.store.cluster import Machines, connected, map_shards, threads_of_worker
@@ -43,10 +44,6 @@ from data.store.writer import Rows, StoreWriter
 from data.tokens import TokenTable
 from featureflow.errors import UserError
 from featureflow.sites import Site
-
-if TYPE_CHECKING:
-    from data.model.language_model import LanguageModel
-
 
 _AHEAD = 2
 RowsDone = Callable[[int], None]
@@ -236,8 +233,6 @@ def collect_task(task: ShardTask) -> CollectedShard:
 
 
 def _collect(task: ShardTask) -> CollectedShard:
-    import torch
-
     if task.n_threads is not None:
         torch.set_num_threads(task.n_threads)
     model = _loaded(task.model)
@@ -264,8 +259,6 @@ def _collect(task: ShardTask) -> CollectedShard:
 
 @lru_cache(maxsize=1)
 def _loaded(choice: ModelChoice) -> LanguageModel:
-    from data.model.language_model import LanguageModel
-
     return LanguageModel.open(choice.spec, dtype=choice.dtype, device=choice.device)
 
 

@@ -31,10 +31,10 @@ from data.store.checks import Report, verify_store
 from data.store.cluster import Machines
 from data.store.foreign import ForeignRows, find_foreign
 from data.store.layout import SiteLayout, StoredDtype, StoreLayout
-from data.store.provenance import digest_of_file
 from data.store.writer import write_activations
 from data.tokens import FLAG_BOS, DocumentRow, TokenTable
 from featureflow.errors import UserError
+from featureflow.files import digest_of_file
 
 _PART_ROWS = 8192
 

@@ -21,6 +21,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.store import from_url
+
 from featureflow.errors import UserError
 
 _RENEW_SECONDS = 60.0
@@ -31,8 +34,6 @@ class ObjectPlace:
     """A prefix of a bucket."""
 
     def __init__(self, url: str) -> None:
-        from obstore.store import from_url
-
         self.url = url.rstrip("/")
         self._lost: set[str] = set()
         with self._explained():
@@ -82,8 +83,6 @@ class ObjectPlace:
             temporary.unlink(missing_ok=True)
 
     def create(self, name: str, content: bytes) -> bool:
-        from obstore.exceptions import AlreadyExistsError
-
         self._refuse_lost_claims()
         try:
             with self._explained():
@@ -124,8 +123,6 @@ class ObjectPlace:
 
     def _take(self, claim: str, me: bytes) -> dict[str, str] | None:
         """The version of our claim, None if another's is alive."""
-        from obstore.exceptions import AlreadyExistsError, PreconditionError
-
         try:
             with self._explained():
                 return _version_of(self._store.put(claim, me, mode="create"))
@@ -141,8 +138,6 @@ class ObjectPlace:
             return None
 
     def _renew(self, claim: str, me: bytes, version: dict[str, str], done: threading.Event) -> None:
-        from obstore.exceptions import PreconditionError
-
         while not done.wait(_RENEW_SECONDS):
             try:
                 version = _version_of(self._store.put(claim, me, mode=version))
@@ -163,8 +158,6 @@ class ObjectPlace:
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """Errors of the network and of credentials as UserError; those with a meaning here pass."""
-        from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
-
         try:
             yield
         except (FileNotFoundError, AlreadyExistsError, PreconditionError):

@@ -31,6 +31,7 @@ from data.model.spec import (
 from data.store.layout import COMPLETE, canonical_json
 from data.store.places import open_place
 from data.store.store import ActivationStore
+from data.text.bundled import bundled_records
 from data.text.corpus import (
     BundledText,
     CorpusSpec,
@@ -73,8 +74,6 @@ def corpus_digest(spec: CorpusSpec) -> str:
     it."""
     match spec:
         case BundledText():
-            from data.text.bundled import bundled_records
-
             return _hash([canonical_json(list(bundled_records()))])
         case PackagedText(name=name):
             return _hash(["packaged", name, _version_of_text(name)])

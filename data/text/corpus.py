@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, assert_never
 
 from annotated_types import Ge, Gt, MinLen
+from huggingface_hub import HfApi
 from typing_extensions import Doc
 
 from data.cache import cache_folder
@@ -318,8 +319,6 @@ def _commit_of(dataset: str, revision: str | None) -> str | None:
     name = hashlib.sha256(f"{dataset}@{revision}".encode()).hexdigest()[:32]
     memo = cache_folder() / "commits" / f"{name}.json"
     try:
-        from huggingface_hub import HfApi
-
         commit = HfApi().dataset_info(dataset, revision=revision, timeout=10).sha
     except Exception:  # no network, no such data set: reading it explains
         with suppress(OSError, ValueError, KeyError, TypeError):

@@ -14,6 +14,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pyarrow
+from pyarrow import parquet
+
 from data.text.documents import Document, Fields, PassedOver, document_of, iter_parts
 from featureflow.errors import Problem, UserError
 from featureflow.files import is_lfs_pointer, lfs_problem
@@ -170,9 +173,6 @@ def _parse_line(
 
 
 def _iter_table(file: Path, fields: Fields) -> Iterator[Document | Problem | None]:
-    import pyarrow
-    from pyarrow import parquet
-
     try:
         table = parquet.ParquetFile(file)
     except (pyarrow.ArrowException, OSError) as error:

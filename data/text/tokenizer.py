@@ -20,6 +20,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
 from featureflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -122,8 +125,6 @@ class Tokenizer:
     def _backend(self) -> Any:
         """A copy of the Rust tokenizer that reads special tokens in text as plain text; None for a
         slow tokenizer."""
-        from tokenizers import Tokenizer as RustTokenizer
-
         backend = getattr(self.hf, "backend_tokenizer", None)
         if backend is None:
             return None
@@ -201,8 +202,6 @@ def byte_level_tokenizer(n_tokens: int, texts: Iterable[str]) -> Tokenizer:
     """A small byte-level BPE made here: id 0 is the separator, 1..256 the bytes, the rest merges
     learned from `texts` (fewer when the texts have fewer pairs). The same texts give the same
     tokenizer."""
-    from tokenizers import Tokenizer as RustTokenizer
-    from tokenizers import decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = RustTokenizer(models.BPE())

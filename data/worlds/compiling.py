@@ -9,17 +9,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from data.worlds.compiled import CLOSE, EPSILON, HEAD, LETTERS, N_HEADS, N_SUMS, OPEN, Compiled
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _HARD = 1000.0
 _RECENT = 12.0

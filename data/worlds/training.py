@@ -11,19 +11,17 @@ Cost (`fsm`, 1,500 steps of 128 contexts): about two minutes of one core.
 from __future__ import annotations
 
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int64
+from transformers import PreTrainedModel
 
 from data.worlds.base import World
 from data.worlds.weights import untrained
 from featureflow.progress import Progress, silent
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 SEED, TEST_SEED = 1_000_003, 1_000_033
 

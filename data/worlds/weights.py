@@ -8,22 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from data.worlds.base import World
 from data.worlds.compiled import Compiled
 from data.worlds.compiling import write_weights
 from featureflow.errors import Command, Problem, UserError
 from featureflow.files import written_atomically
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 START, UNKNOWN = "<|start|>", "<|unknown|>"
 SHIPPED, UNTRAINED = "shipped", "untrained"
@@ -52,10 +50,8 @@ def model_of(world: World, weights: str) -> PreTrainedModel:
 def untrained(world: World) -> PreTrainedModel:
     """A GPT-2 of the world's shape without dropout, with the words, the start of a context and the
     unknown word. Every weight is drawn in the order of its name from a generator of its own."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     shape = world.shape()
-    config = GPT2Config(
+    config = transformers.GPT2Config(
         vocab_size=len(world.words) + 2,
         n_positions=shape.pop("n_context"),
         n_embd=shape.pop("d_model"),
@@ -70,7 +66,7 @@ def untrained(world: World) -> PreTrainedModel:
         tie_word_embeddings=False,
         **shape,
     )
-    return _drawn(GPT2LMHeadModel(config), seed=0)
+    return _drawn(transformers.GPT2LMHeadModel(config), seed=0)
 
 
 def _drawn(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
@@ -89,8 +85,6 @@ def _drawn(model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     """A token a word: 0 starts a context, word i is i + 1, the last id is any other word."""
-    from transformers import PreTrainedTokenizerFast
-
     names = [START, *(f"{_SPACE}{word}" for word in words), UNKNOWN]
     backend = RustTokenizer(
         models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=UNKNOWN)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import zarr
 from torch import Tensor
+from zarr.core.sync import sync
 
 from data.store.foreign.pieces import Piece, ReadRows, numbered
 from featureflow.errors import Problem, UserError
@@ -78,8 +79,6 @@ def _unwritten_chunks(array: Any) -> int:
     """Files that are missing and, in shards, inner chunks that their index marks as missing."""
     if array.shards is None:
         return int(array.nchunks - array.nchunks_initialized)
-    from zarr.core.sync import sync
-
     missing = 0
     per_shard = [shard // chunk for shard, chunk in zip(array.shards, array.chunks, strict=True)]
     for shard in np.ndindex(*(-(-n // s) for n, s in zip(array.shape, array.shards, strict=True))):
