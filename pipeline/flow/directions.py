@@ -7,6 +7,10 @@
 3. The rest is scaled to norm one. Duplicate rows are counted, and so is the share of the mean
    direction: in a contaminated dictionary every row leans on one common vector and every cosine is
    high.
+4. `reads` are the encoder rows, whitened half by the second moment of the directions (so that what
+   all rows share counts little) and scaled so that each reads 1 of its own direction: what a
+   latent reads of another's direction is then a share. Directions stand in for an encoder that
+   reads another space.
 
 Cost O(latents × d_model). Source: Feature Flow (arXiv 2502.03032) §3.2, which compares unit decoder
 columns.
@@ -21,6 +25,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from featureflow.errors import UserError
+from sae import Sae
 
 SAME_DIRECTION = 1 - 1e-6
 """Two unit rows with a cosine above this are one direction."""
@@ -31,9 +36,11 @@ it. A dictionary without a common direction has about 1 / latents."""
 
 @dataclass(frozen=True, kw_only=True)
 class Directions:
-    """Unit rows of one dictionary. Rows that are not `usable` are zero."""
+    """Unit rows of one dictionary, and what its latents read. Rows that are not `usable` are
+    zero."""
 
     unit: Float[Tensor, "latent d_model"]
+    reads: Float[Tensor, "latent d_model"]
     usable: Bool[Tensor, "latent"]
     n_duplicates: int
     mean_share: float
@@ -52,6 +59,7 @@ class Directions:
         usable = self.usable & keep.to(self.usable.device)
         return Directions(
             unit=self.unit * usable[:, None],
+            reads=self.reads * usable[:, None],
             usable=usable,
             n_duplicates=self.n_duplicates,
             mean_share=self.mean_share,
@@ -59,15 +67,32 @@ class Directions:
         )
 
 
-def directions_of(
-    rows: Float[Tensor, "latent d_out"],
+def sae_directions(
+    sae: Sae,
     *,
     name: str,
     projection: Float[Tensor, "d_out d_model"] | None = None,
     device: str | torch.device = "cpu",
 ) -> Directions:
-    """Unit directions of decoder `rows`. `name` is used in messages. Raises UserError for a matrix
-    that is not one."""
+    """Directions of an SAE and what its latents read; a transcoder's encoder reads another space.
+    Raises UserError."""
+    elsewhere = "reads" in sae.metadata or sae.metadata.get("transcodes")
+    encoder = None if elsewhere else sae.W_enc
+    return directions_of(
+        sae.W_dec, name=name, encoder=encoder, projection=projection, device=device
+    )
+
+
+def directions_of(
+    rows: Float[Tensor, "latent d_out"],
+    *,
+    name: str,
+    encoder: Float[Tensor, "latent d_in"] | None = None,
+    projection: Float[Tensor, "d_out d_model"] | None = None,
+    device: str | torch.device = "cpu",
+) -> Directions:
+    """Unit directions of decoder `rows`; `encoder` rows only where they read the space that the
+    decoder writes. `name` is used in messages. Raises UserError for a matrix that is not one."""
     if rows.ndim != 2 or 0 in rows.shape:
         raise UserError(
             "not a dictionary",
@@ -96,11 +121,28 @@ def directions_of(
     share = _mean_share(unit, usable)
     return Directions(
         unit=unit,
+        reads=_reads(unit if encoder is None or projection is not None else encoder, unit, usable),
         usable=usable,
         n_duplicates=duplicates,
         mean_share=share,
         warnings=_warnings(name, usable, duplicates, share),
     )
+
+
+def _reads(
+    encoder: Float[Tensor, "latent d_in"],
+    unit: Float[Tensor, "latent d_model"],
+    usable: Bool[Tensor, "latent"],
+) -> Float[Tensor, "latent d_model"]:
+    """Whitened encoder rows that read 1 of their own direction; the direction itself for a latent
+    that does not read its own."""
+    rows = (unit if encoder.shape != unit.shape else encoder).detach().to(unit)
+    moment = unit.T @ unit / max(int(usable.sum()), 1)
+    moment.diagonal().add_(moment.diagonal().mean().clamp_min(1e-12))
+    white = torch.linalg.solve(moment, rows.T).T
+    own = torch.einsum("ld,ld->l", white, unit)[:, None]
+    reads = white / own.clamp_min(1e-30)
+    return torch.where((own > 0) & torch.isfinite(reads).all(1, keepdim=True), reads, unit)
 
 
 def _count_duplicates(unit: Float[Tensor, "latent d_model"], usable: Bool[Tensor, "latent"]) -> int:

@@ -5,13 +5,16 @@ A link must hold by every kind of evidence that there is; its p-value is the lar
     p_cosine      the cosine beats the null of decoder rows (siblings.py: what the target would
                   reach without its partner)
     p_firing      the two are active together more than a source of the same density would be
+    p_partner     the link beats what is left when its source is taken away (partner.py)
     p_beyond      only for dictionaries of one start, which may be alike because neither moved:
                   the cosine beats what inertia leaves, or the link correlates more than any rival
                   source does: 2 · min(p_inertia, p_rival), at most 1 (Bonferroni)
 
 The second half of p_beyond is what remains when training was so short that inertia explains every
-cosine. Without held-out activations p_cosine and p_inertia are left; `link` then says so. q is
-Benjamini and Hochberg's over the best link of each target.
+cosine. Without held-out activations p_firing and p_rival are missing; `link` then says so. q is
+Benjamini and Hochberg's over the best link of each target. `related` is the q-value without
+p_partner: something of the target is there, if not in one source. Presence is claimed by q,
+absence (a newborn feature) only where even `related` fails.
 """
 
 from __future__ import annotations
@@ -37,8 +40,10 @@ class Evidence:
     cosine: Float[np.ndarray, "edge"]
     firing: Float[np.ndarray, "edge"] | None
     rival: Float[np.ndarray, "edge"] | None
+    partner: Float[np.ndarray, "edge"]
     joint: Float[np.ndarray, "edge"]
     q: Float[np.ndarray, "edge"]
+    related: Float[np.ndarray, "edge"]
 
 
 def judge(
@@ -47,13 +52,16 @@ def judge(
     cofiring: Cofiring | None,
     few: Bool[np.ndarray, "target"] | None,
     *,
+    partner: Float[np.ndarray, "edge"],
     same_start: bool,
 ) -> Evidence:
-    """`few` marks targets that fired too seldom for their rivals to say anything. No nulls: nothing
-    is significant."""
+    """`few` marks targets that were active too seldom for their rivals to say anything. No nulls:
+    nothing is significant."""
     ones = np.ones(len(columns.source))
     if not nulls:
-        return Evidence(cosine=ones, firing=None, rival=None, joint=ones, q=ones)
+        return Evidence(
+            cosine=ones, firing=None, rival=None, partner=ones, joint=ones, q=ones, related=ones
+        )
     chance = _largest(columns, [null for null in nulls if not null.of_start])
     inertia = _largest(columns, [null for null in nulls if null.of_start])
     cosine = np.max([p for p in (chance, inertia) if p is not None], axis=0)
@@ -65,13 +73,16 @@ def judge(
     if same_start and rival is not None:
         beyond = rival if inertia is None else np.minimum(1.0, 2 * np.minimum(inertia, rival))
         evidence = [chance, firing, beyond]
-    joint = np.max([p for p in evidence if p is not None], axis=0)
+    found = np.max([p for p in evidence if p is not None], axis=0)
+    joint = np.maximum(found, partner)
     return Evidence(
         cosine=cosine,
         firing=firing,
         rival=rival,
+        partner=partner,
         joint=joint,
         q=q_values(joint, joint[columns.top]),
+        related=q_values(found, found[columns.top]),
     )
 
 

@@ -9,9 +9,10 @@ For each pair that `pairing.py` finds, in order of depth:
    inertia leaves   null.py
 3. firing     correlation and overlap of firing on held-out tokens, with chance pairs beside
    functional.py
-4. judge      one p-value from all of it, q by Benjamini and Hochberg
+4. partner    what is left of a target's sources when the best is taken away   partner.py
+5. judge      one p-value from all of it, q by Benjamini and Hochberg
    judge.py
-5. keep       by false-discovery rate, or by the paper's fixed cosines
+6. keep       by false-discovery rate, or by the paper's fixed cosines
 
 Then nodes get their classes, birth and death, and communities (nodes.py). Cost: one matrix product
 of [source, d_model] × [d_model, target] per pair and a fraction more for the null. Memory: the two
@@ -61,6 +62,7 @@ from pipeline.flow.pairing import (
     pair_sites,
     start_relation,
 )
+from pipeline.flow.partner import beyond_rivals
 from pipeline.flow.shelf import HeldOut, Shelf
 from pipeline.flow.sources import facts_of
 from sae import Sae
@@ -190,13 +192,16 @@ def _link_pair(pair: Pair, shelf: Shelf, stretch: Stretch) -> PairLinks:
             source.codes, target.codes, links, rng=rng, n_chance=options.n_null
         )
     few = None if target.codes is None else target.codes.n_fired < FEW_FIRINGS
-    evidence = judge(columns, nulls, cofiring, few, same_start=start == "same_start")
+    partner = beyond_rivals(source.directions, target.directions, columns, tile=options.tile)
+    evidence = judge(
+        columns, nulls, cofiring, few, partner=partner, same_start=start == "same_start"
+    )
     kept = _kept(columns, evidence, pair, options)
     fdr = options.thresholds.fdr if isinstance(options.thresholds, Calibrated) else Calibrated().fdr
     names = [site.short for site in stretch.facts]
     return PairLinks(
         pair=pair,
-        edges=edge_table(pair, columns, evidence, cofiring, kept, sites=names),
+        edges=edge_table(pair, columns, evidence, cofiring, kept, fdr=fdr, sites=names),
         report=pair_row(
             pair,
             columns,

@@ -105,6 +105,33 @@ def best_cosines(
     return best
 
 
+def best_readings(source: Directions, target: Directions, *, k: int, tile: int = 2048) -> Nearest:
+    """For each target the `k` sources with which it shares most (`reading`)."""
+    best = _empty(target, k)
+    with full_precision(), torch.no_grad():
+        for columns in _spans(source.n_latents, tile):
+            for rows in _spans(target.n_latents, tile):
+                there = target.reads[rows] @ source.unit[columns].T
+                back = target.unit[rows] @ source.reads[columns].T
+                shared = there.clamp_min_(0).mul_(back.clamp_min_(0)).sqrt_()
+                _merge(best, rows, *_best_of_rows(shared, k, columns.start))
+    return best
+
+
+def reading(
+    source: Directions,
+    target: Directions,
+    left: Int64[Tensor, "edge"],
+    right: Int64[Tensor, "edge"],
+) -> Float[Tensor, "edge"]:
+    """What two latents read of each other: the geometric mean of the share that the target's
+    encoder reads of the source's direction and the share that the source's reads of the target's.
+    1 for the same latent; the cosine where encoders are decoders."""
+    there = torch.einsum("ed,ed->e", target.reads[right], source.unit[left])
+    back = torch.einsum("ed,ed->e", target.unit[right], source.reads[left])
+    return (there.clamp_min(0) * back.clamp_min(0)).sqrt()
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Matrix products in whole float32, whatever the process had chosen."""

@@ -42,7 +42,7 @@ from torch import Tensor
 from featureflow.errors import UserError
 from featureflow.plugins import plugins
 from pipeline.flow.assignment import assign
-from pipeline.flow.directions import Directions, directions_of
+from pipeline.flow.directions import Directions, directions_of, sae_directions
 from pipeline.flow.functional import FEW_FIRINGS, Codes, Cofiring, compare_firing, encode_tokens
 from pipeline.flow.match import match
 from sae import Sae
@@ -79,11 +79,11 @@ class PairData:
 
     @cached_property
     def source_directions(self) -> Directions:
-        return directions_of(self.source.W_dec, name="source")
+        return sae_directions(self.source, name="source")
 
     @cached_property
     def target_directions(self) -> Directions:
-        return directions_of(self.target.W_dec, name="target")
+        return sae_directions(self.target, name="target")
 
     @cached_property
     def cofiring(self) -> Cofiring:

@@ -3,7 +3,8 @@
 1. Scores: s(P) is the best predecessor cosine for P in residual, MLP, attention; "high" means that
    the link is kept.
 2. Class (Feature Flow §3.3): high s(R) alone `translated`; with a module `processed`; a module
-   alone `newborn`; nothing `unexplained`. Null where it cannot be said: dead latents, modules, and
+   alone `newborn`, if the residual link is not even `related` (judge.py); else `unexplained`.
+   Null where it cannot be said: dead latents, modules, and
    the first residual site. `class_fixed` is the same by the paper's fixed cosines.
 3. Birth, death and persistence: how far the feature agrees directly with its path (lives.py).
 4. Communities over all kept links.
@@ -69,7 +70,9 @@ def node_table(
     target = node_numbers(start, edges["target_site"], edges["target_latent"])
     kept = edges["kept"].to_numpy(bool)
     _add_scores(nodes, edges, target)
-    nodes["class"] = _classes(nodes, edges, _high(nodes, edges, target))
+    nodes["class"] = _classes(nodes, edges, _high(nodes, edges, target, "kept"))
+    some = _high(nodes, edges, target, "related")["residual"]
+    nodes.loc[some & (nodes["class"] == "newborn"), "class"] = "unexplained"
     nodes["class_fixed"] = _classes(nodes, edges, _above_fixed(nodes))
     nodes["n_predecessors"] = np.bincount(target[kept], minlength=len(nodes))
     nodes["n_successors"] = np.bincount(source[kept], minlength=len(nodes))
@@ -128,10 +131,12 @@ def _add_scores(nodes: pd.DataFrame, edges: pd.DataFrame, target: np.ndarray) ->
         nodes[column] = score
 
 
-def _high(nodes: pd.DataFrame, edges: pd.DataFrame, target: np.ndarray) -> dict[str, np.ndarray]:
-    """Which nodes have a kept best predecessor, by relation."""
+def _high(
+    nodes: pd.DataFrame, edges: pd.DataFrame, target: np.ndarray, held: str
+) -> dict[str, np.ndarray]:
+    """Which nodes have a best predecessor that is `held` (kept or related), by relation."""
     high = {}
-    first = ((edges["rank"] == 0) & edges["kept"]).to_numpy(bool)
+    first = ((edges["rank"] == 0) & edges[held]).to_numpy(bool)
     for relation in _SCORES:
         high[relation] = np.zeros(len(nodes), dtype=bool)
         high[relation][target[first & (edges["relation"] == relation).to_numpy()]] = True

@@ -27,6 +27,7 @@ def edge_table(
     cofiring: Cofiring | None,
     kept: np.ndarray,
     *,
+    fdr: float,
     sites: Sequence[str],
 ) -> pd.DataFrame:
     """The edges of one pair, in the columns that docs/formats.md names. Evidence that was not
@@ -52,8 +53,10 @@ def edge_table(
             "p_cosine": evidence.cosine.astype(np.float32),
             "p_firing": unknown if evidence.firing is None else evidence.firing.astype(np.float32),
             "p_rival": unknown if evidence.rival is None else evidence.rival.astype(np.float32),
+            "p_partner": evidence.partner.astype(np.float32),
             "p_value": evidence.joint.astype(np.float32),
             "q_value": evidence.q.astype(np.float32),
+            "related": evidence.related <= fdr,
             "kept": kept,
             "pearson": unknown if cofiring is None else cofiring.links.pearson.astype(np.float32),
             "jaccard": unknown if cofiring is None else cofiring.links.jaccard.astype(np.float32),

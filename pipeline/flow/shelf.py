@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from featureflow.sites import Site
-from pipeline.flow.directions import Directions, directions_of
+from pipeline.flow.directions import Directions, sae_directions
 from pipeline.flow.functional import Codes, encode_tokens
 from pipeline.flow.nodes import Side
 from pipeline.flow.pairing import MODULES
@@ -58,8 +58,8 @@ class Shelf:
 
     def _read(self, site: Site) -> Entry:
         sae = self.dictionaries[site]
-        whole = directions_of(
-            sae.W_dec, name=site.short, projection=self.projections.get(site), device=self.device
+        whole = sae_directions(
+            sae, name=site.short, projection=self.projections.get(site), device=self.device
         )
         codes = None if self.held_out is None else encode_tokens(sae, self.held_out(site))
         fired = (

@@ -6,8 +6,10 @@ missing still has a high cosine with its partner's siblings, and a null that ign
 a link. Here every target has a null of its own:
 
 1. What a target shares with its siblings is its projection on the `n_common` leading directions of
-   the target dictionary, plus the ridge regression of the rest on its `n_neighbours` nearest rows.
-   Rows with a cosine above `SAME` to the target are the same feature and take no part.
+   the target dictionary, plus the ridge regression of the rest on its nearest rows: those of its
+   own dictionary, and sources beyond its two nearest (which may be its partner, or two parents).
+   Rows with a cosine above `SAME` to the target or to its nearest source are the same feature and
+   take no part.
 2. The rest is the target's own part. A decoy keeps what is shared and replaces the own part: by
    that of another target, with random signs in the eigenbasis of all own parts, at the own length.
    Spectrum, mean, strong directions and clusters stay; the feature does not.
@@ -38,7 +40,9 @@ from pipeline.flow.match import best_cosines, full_precision
 
 SAME = 0.9
 """Cosine of two rows of one dictionary from which they count as one feature."""
-MOST_NEIGHBOURS = 64
+MOST_NEIGHBOURS, MOST_SOURCES = 64, 16
+PARTNERS = 2
+"""The nearest sources of a target that are not regressed on."""
 RIDGE = 0.1
 _BLOCK = 1024
 
@@ -61,7 +65,8 @@ def sibling_sample(
         raise ValueError("three decoys are the fewest that tell a spread")
     rows = target.unit[target.usable]
     with full_precision(), torch.no_grad():
-        made = iter_decoys(rows, n=n_decoys, generator=generator)
+        sources = source.unit[source.usable]
+        made = iter_decoys(rows, sources, n=n_decoys, generator=generator)
         best = torch.stack([best_cosines(decoy, source, tile=tile) for decoy in made]).double()
     sample, centre, scale = _in_units(best)
     usable = target.usable.cpu().numpy()
@@ -71,10 +76,14 @@ def sibling_sample(
 
 
 def iter_decoys(
-    rows: Float[Tensor, "target d_model"], *, n: int, generator: torch.Generator
+    rows: Float[Tensor, "target d_model"],
+    sources: Float[Tensor, "source d_model"],
+    *,
+    n: int,
+    generator: torch.Generator,
 ) -> Iterator[Float[Tensor, "target d_model"]]:
     """`n` times, one unit decoy for each of the unit `rows`."""
-    shared = shared_with_siblings(rows)
+    shared = shared_with_siblings(rows, sources)
     own = rows - shared
     length = torch.linalg.vector_norm(own, dim=1, keepdim=True)
     # NumPy's eigh is several times faster than torch's on CPUs
@@ -88,36 +97,51 @@ def iter_decoys(
         yield (shared + fresh) / _lengths(shared + fresh)
 
 
-def shared_with_siblings(rows: Float[Tensor, "target d_model"]) -> Float[Tensor, "target d_model"]:
+def shared_with_siblings(
+    rows: Float[Tensor, "target d_model"], sources: Float[Tensor, "source d_model"]
+) -> Float[Tensor, "target d_model"]:
     """The part of each unit row that the others account for (step 1)."""
     n, d_model = rows.shape
     n_common = min(d_model // 8, n // 8)
-    n_neighbours = min(MOST_NEIGHBOURS, d_model // 8, (n - 1) // 4)
     moment = (rows.T @ rows).cpu().numpy()
     leading = torch.from_numpy(np.linalg.eigh(moment)[1][:, d_model - n_common :].copy()).to(rows)
     common = rows @ leading @ leading.T
-    rest = rows - common
-    if n_neighbours < 1:
-        return common
-    unit = rest / _lengths(rest)
-    parts = [
-        _regressed(rest, unit, rows, span, n_neighbours)
-        for span in (slice(i, min(i + _BLOCK, n)) for i in range(0, n, _BLOCK))
-    ]
+    rest, across = rows - common, sources - sources @ leading @ leading.T
+    unit, across = rest / _lengths(rest), across / _lengths(across)
+    parts = []
+    for span in (slice(i, min(i + _BLOCK, n)) for i in range(0, n, _BLOCK)):
+        own = _nearest_others(unit, rows, span)
+        other = _nearest_sources(unit[span], across, sources)
+        parts.append(_regressed(rest[span], torch.cat([own, other], 1)))
     return common + torch.cat(parts)
 
 
-def _regressed(
-    rest: Tensor, unit: Tensor, rows: Tensor, span: slice, n_neighbours: int
-) -> Float[Tensor, "span d_model"]:
-    """Ridge regression of each row of `rest` in `span` on its nearest others."""
+def _nearest_others(unit: Tensor, rows: Tensor, span: slice) -> Float[Tensor, "span near d_model"]:
+    """The nearest rows of the same dictionary, without copies of the row."""
+    n, d_model = rows.shape
     nearness = unit[span] @ unit.T
     nearness[rows[span] @ rows.T > SAME] = -2.0  # the row itself, and copies of it
-    found = nearness.topk(n_neighbours, dim=1)
-    neighbours = unit[found.indices] * (found.values > -2.0)[:, :, None]
+    found = nearness.topk(max(0, min(MOST_NEIGHBOURS, d_model // 8, (n - 1) // 4)), dim=1)
+    return unit[found.indices] * (found.values > -2.0)[:, :, None]
+
+
+def _nearest_sources(
+    unit: Tensor, across: Tensor, sources: Tensor
+) -> Float[Tensor, "span near d_model"]:
+    """The nearest sources, without the first two and copies of the first."""
+    n, d_model = sources.shape
+    k = max(0, min(MOST_SOURCES, d_model // 16, (n - PARTNERS) // 4))
+    found = (unit @ across.T).topk(min(k + PARTNERS, n), dim=1).indices
+    first = sources[found[:, :1]]
+    copies = (sources[found] * first).sum(2) > SAME
+    return (across[found] * ~copies[:, :, None])[:, PARTNERS:]
+
+
+def _regressed(rest: Tensor, neighbours: Tensor) -> Float[Tensor, "span d_model"]:
+    """Ridge regression of each row on its neighbours."""
     gram = neighbours @ neighbours.mT
     gram.diagonal(dim1=1, dim2=2).add_(RIDGE)
-    weight = torch.linalg.solve(gram, neighbours @ rest[span][:, :, None])
+    weight = torch.linalg.solve(gram, neighbours @ rest[:, :, None])
     return (weight.mT @ neighbours)[:, 0]
 
 

@@ -63,8 +63,10 @@ EDGES = pa.schema(
         "p_cosine": pa.float32(),
         "p_firing": pa.float32(),
         "p_rival": pa.float32(),
+        "p_partner": pa.float32(),
         "p_value": pa.float32(),
         "q_value": pa.float32(),
+        "related": pa.bool_(),
         "kept": pa.bool_(),
         "pearson": pa.float32(),
         "jaccard": pa.float32(),
@@ -106,7 +108,7 @@ PAIRS = pa.schema(
     }
 )
 _SCHEMAS = {"nodes": NODES, "edges": EDGES, "pairs": PAIRS}
-_MAY_BE_ABSENT = {"edges": ("causal_success", "causal_change", "causal_n")}
+_MAY_BE_ABSENT = {"edges": ("p_partner", "related", "causal_success", "causal_change", "causal_n")}
 
 
 @dataclass(frozen=True, kw_only=True)

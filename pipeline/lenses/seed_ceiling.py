@@ -30,7 +30,7 @@ from featureflow.errors import UserError
 from featureflow.figures import COLOURS, panels
 from featureflow.sites import Site
 from pipeline.findings import Finding
-from pipeline.flow.directions import directions_of
+from pipeline.flow.directions import sae_directions
 from pipeline.flow.edges import edges_of
 from pipeline.flow.functional import FEW_FIRINGS, compare_firing, encode_tokens
 from pipeline.flow.judge import judge
@@ -38,6 +38,7 @@ from pipeline.flow.match import match
 from pipeline.flow.null import NullSampler, Siblings
 from pipeline.flow.options import LEAST_AGREEMENT
 from pipeline.flow.pairing import MODULES
+from pipeline.flow.partner import beyond_rivals
 from pipeline.flow.start_null import Recipe
 from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.layers import NTokens, Seed, spread
@@ -141,7 +142,7 @@ def _compared(
     held_out, first = run.held_out(config.n_tokens), run.saes[site]
     codes = [encode_tokens(sae, held_out(site)) for sae in (second, first)]
     source, target = (
-        directions_of(sae.W_dec, name=site.short).restricted(torch.from_numpy(each.n_fired > 0))
+        sae_directions(sae, name=site.short).restricted(torch.from_numpy(each.n_fired > 0))
         for sae, each in zip((second, first), codes, strict=True)
     )
     edges = edges_of(match(source, target, k=2), top_k=1)
@@ -153,7 +154,8 @@ def _compared(
         source, target, torch.Generator().manual_seed(config.seed + site.layer)
     )
     few = codes[1].n_fired < FEW_FIRINGS
-    evidence = judge(edges, [null], cofiring, few, same_start=False)
+    partner = beyond_rivals(source, target, edges)
+    evidence = judge(edges, [null], cofiring, few, partner=partner, same_start=False)
     top = edges.top & ~few[edges.target]
     correlation = cofiring.links.pearson
     kept = edges.top & (evidence.q <= config.fdr)

@@ -69,6 +69,8 @@ def tables() -> FlowTables:
         p_value=0.001,
         p_firing=None,
         p_rival=None,
+        p_partner=0.001,
+        related=edges["kept"],
         pearson=None,
         jaccard=None,
     )

@@ -115,7 +115,7 @@ def test_other_rates_are_kept_where_few_targets_have_a_partner(dictionary, rate)
 
 def test_a_rotation_null_takes_siblings_for_partners(dictionary):
     false_share, _ = rates(dictionary, Rotation(), SPACES["clusters"], carried=0.2)
-    assert false_share > 0.25
+    assert false_share > 0.15, "even though a link must beat its rivals there too"
 
 
 def test_orphans_are_not_linked_to_their_partners_siblings(dictionary):
@@ -142,6 +142,6 @@ def test_what_siblings_share_is_found_and_the_own_part_is_not():
     centre = normalize(torch.randn(1, 256, generator=generator), dim=1)
     own = normalize(torch.randn(400, 256, generator=generator), dim=1)
     rows = normalize(centre * (torch.arange(400)[:, None] < 40) + own, dim=1)
-    shared = normalize(shared_with_siblings(rows), dim=1)
+    shared = normalize(shared_with_siblings(rows, rows[:2]), dim=1)
     assert float((shared[:40] @ centre.T).mean()) > 0.7
     assert float((shared[40:] @ centre.T).abs().mean()) < 0.2
