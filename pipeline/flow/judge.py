@@ -1,20 +1,23 @@
 """Cosines, nulls and activity of a pair of dictionaries → one p-value and one q-value per edge.
 
-A link must hold by every kind of evidence that there is; its p-value is the largest of
+1. Is anything there? The p-value of a link is the largest of
 
     p_cosine      the cosine beats the null of decoder rows (siblings.py: what the target would
                   reach without its partner)
     p_firing      the two are active together more than a source of the same density would be
-    p_partner     the link beats what is left when its source is taken away (partner.py)
     p_beyond      only for dictionaries of one start, which may be alike because neither moved:
                   the cosine beats what inertia leaves, or the link correlates more than any rival
                   source does: 2 · min(p_inertia, p_rival), at most 1 (Bonferroni)
 
 The second half of p_beyond is what remains when training was so short that inertia explains every
-cosine. Without held-out activations p_firing and p_rival are missing; `link` then says so. q is
-Benjamini and Hochberg's over the best link of each target. `related` is the q-value without
-p_partner: something of the target is there, if not in one source. Presence is claimed by q,
-absence (a newborn feature) only where even `related` fails.
+cosine. Without held-out activations p_firing and p_rival are missing; `link` then says so.
+`related` is Benjamini and Hochberg's q of it over the best link of each target.
+
+2. Is it this source? Among the targets that step 1 accepts at the rate, `p_partner` is a link's
+   place among their rivals: what is left when the partner is taken away (partner.py).
+
+The q-value of a link is the larger of `related` and of the q of p_partner among those targets.
+Presence is claimed by it, absence (a newborn feature) only where even `related` fails.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from pipeline.flow.null import NullSample
 class Evidence:
     """p-values of the edges of one pair. `cosine`: the largest over all decoder nulls; `firing` and
     `rival`: None without held-out activations; `joint` is what is judged, `q` its false-discovery
-    rate."""
+    rate, `related` that of its first step."""
 
     cosine: Float[np.ndarray, "edge"]
     firing: Float[np.ndarray, "edge"] | None
@@ -52,11 +55,14 @@ def judge(
     cofiring: Cofiring | None,
     few: Bool[np.ndarray, "target"] | None,
     *,
-    partner: Float[np.ndarray, "edge"],
+    shared: Float[np.ndarray, "edge"],
+    rivals: Float[np.ndarray, "target"],
+    fdr: float,
     same_start: bool,
 ) -> Evidence:
     """`few` marks targets that were active too seldom for their rivals to say anything. No nulls:
-    nothing is significant."""
+    nothing is significant. `shared` and `rivals` are those of partner.py; `fdr` is the rate at
+    which step 1 accepts."""
     ones = np.ones(len(columns.source))
     if not nulls:
         return Evidence(
@@ -73,16 +79,18 @@ def judge(
     if same_start and rival is not None:
         beyond = rival if inertia is None else np.minimum(1.0, 2 * np.minimum(inertia, rival))
         evidence = [chance, firing, beyond]
-    found = np.max([p for p in evidence if p is not None], axis=0)
-    joint = np.maximum(found, partner)
+    joint = np.max([p for p in evidence if p is not None], axis=0)
+    related = q_values(joint, joint[columns.top])
+    asked = columns.top & (related <= fdr)
+    partner = p_values(shared, rivals[columns.target[asked]])
     return Evidence(
         cosine=cosine,
         firing=firing,
         rival=rival,
         partner=partner,
         joint=joint,
-        q=q_values(joint, joint[columns.top]),
-        related=q_values(found, found[columns.top]),
+        q=np.maximum(related, q_values(partner, partner[asked])),
+        related=related,
     )
 
 

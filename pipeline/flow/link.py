@@ -62,7 +62,7 @@ from pipeline.flow.pairing import (
     pair_sites,
     start_relation,
 )
-from pipeline.flow.partner import beyond_rivals
+from pipeline.flow.partner import shared_and_rivals
 from pipeline.flow.shelf import HeldOut, Shelf
 from pipeline.flow.sources import facts_of
 from sae import Sae
@@ -192,12 +192,21 @@ def _link_pair(pair: Pair, shelf: Shelf, stretch: Stretch) -> PairLinks:
             source.codes, target.codes, links, rng=rng, n_chance=options.n_null
         )
     few = None if target.codes is None else target.codes.n_fired < FEW_FIRINGS
-    partner = beyond_rivals(source.directions, target.directions, columns, tile=options.tile)
+    fdr = options.thresholds.fdr if isinstance(options.thresholds, Calibrated) else Calibrated().fdr
+    shared, rivals = shared_and_rivals(
+        source.directions, target.directions, columns, tile=options.tile
+    )
     evidence = judge(
-        columns, nulls, cofiring, few, partner=partner, same_start=start == "same_start"
+        columns,
+        nulls,
+        cofiring,
+        few,
+        shared=shared,
+        rivals=rivals,
+        fdr=fdr,
+        same_start=start == "same_start",
     )
     kept = _kept(columns, evidence, pair, options)
-    fdr = options.thresholds.fdr if isinstance(options.thresholds, Calibrated) else Calibrated().fdr
     names = [site.short for site in stretch.facts]
     return PairLinks(
         pair=pair,

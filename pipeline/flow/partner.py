@@ -8,7 +8,7 @@ partner is taken away:
    feature from its siblings, which a decoder's cosine does not.
 2. For every target the source that it shares most with is taken away, and copies of that source
    (cosine above `SAME`) with it. The best of those that are left is the target's rival.
-3. A link's p-value is its place among the rivals of all targets.
+3. A link's p-value is its place among the rivals of the targets that have anything (judge.py).
 
 On SmolLM2 the reading alone accepts 1.3 to 2 times as many links at one rate as the cosine, the
 correlation of activations, or regression on all sources at once (docs/log.md). A target that two
@@ -22,37 +22,42 @@ from __future__ import annotations
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
-from featureflow.statistics import p_values
 from pipeline.flow.directions import Directions
 from pipeline.flow.edges import EdgeColumns
-from pipeline.flow.match import best_readings, reading
+from pipeline.flow.match import Nearest, best_readings, reading
 from pipeline.flow.siblings import SAME
 
 MOST_COPIES = 7
 """Copies of a partner that are looked for."""
 
 
-def beyond_rivals(
+def shared_and_rivals(
     source: Directions, target: Directions, columns: EdgeColumns, *, tile: int = 2048
-) -> Float[np.ndarray, "edge"]:
-    """How often what is left of a target's sources would do as well as each link's source."""
-    left, right = torch.from_numpy(columns.source), torch.from_numpy(columns.target)
-    shared = reading(source, target, left.to(source.unit.device), right.to(source.unit.device))
-    return p_values(shared.double().cpu().numpy(), rivals(source, target, tile=tile))
-
-
-def rivals(
-    source: Directions, target: Directions, *, tile: int = 2048
-) -> Float[np.ndarray, "usable_target"]:
-    """For every usable target what it shares with the best source but its first and its copies."""
+) -> tuple[Float[np.ndarray, "edge"], Float[np.ndarray, "target"]]:
+    """What the two ends of each link read of each other, and for each target what it shares with
+    the best source but its first and that one's copies."""
+    device = source.unit.device
+    left, right = (torch.from_numpy(x).to(device) for x in (columns.source, columns.target))
+    shared = reading(source, target, left, right)
     k = min(MOST_COPIES + 2, source.n_latents)
     best = best_readings(source, target, k=k, tile=tile)
-    index, shared = best.index[target.usable].clamp_min(0), best.cosine[target.usable]
+    return _numpy(shared), _numpy(_rivals(best, source))
+
+
+def _rivals(best: Nearest, source: Directions) -> Float[Tensor, "target"]:
+    index, shared = best.index.clamp_min(0), best.cosine
     near = torch.einsum("td,tkd->tk", source.unit[index[:, 0]], source.unit[index])
     other = torch.where(near > SAME, -1.0, shared)
     other[:, 0] = -1.0
     found = other.amax(1)
-    if k < source.n_latents:  # copies as far as was looked: something is left, and it is no better
+    if (
+        index.shape[1] < source.n_latents
+    ):  # copies as far as was looked: something is left, and it is no better
         found = torch.where(found < 0, shared[:, -1], found)
-    return found.clamp_min(0).double().cpu().numpy()
+    return found.clamp_min(0)
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    return values.double().cpu().numpy()

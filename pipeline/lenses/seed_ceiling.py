@@ -38,7 +38,7 @@ from pipeline.flow.match import match
 from pipeline.flow.null import NullSampler, Siblings
 from pipeline.flow.options import LEAST_AGREEMENT
 from pipeline.flow.pairing import MODULES
-from pipeline.flow.partner import beyond_rivals
+from pipeline.flow.partner import shared_and_rivals
 from pipeline.flow.start_null import Recipe
 from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.layers import NTokens, Seed, spread
@@ -154,8 +154,10 @@ def _compared(
         source, target, torch.Generator().manual_seed(config.seed + site.layer)
     )
     few = codes[1].n_fired < FEW_FIRINGS
-    partner = beyond_rivals(source, target, edges)
-    evidence = judge(edges, [null], cofiring, few, partner=partner, same_start=False)
+    shared, rivals = shared_and_rivals(source, target, edges)
+    evidence = judge(
+        edges, [null], cofiring, few, shared=shared, rivals=rivals, fdr=config.fdr, same_start=False
+    )
     top = edges.top & ~few[edges.target]
     correlation = cofiring.links.pearson
     kept = edges.top & (evidence.q <= config.fdr)

@@ -53,7 +53,7 @@ from pipeline.flow.matchers import (
 )
 from pipeline.flow.null import NullSample, NullSampler, Siblings
 from pipeline.flow.pairing import Pair, pair_sites, start_relation
-from pipeline.flow.partner import beyond_rivals
+from pipeline.flow.partner import shared_and_rivals
 from pipeline.flow.sources import HeldOutRows
 from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.charts import bars
@@ -228,12 +228,15 @@ def _judged(
     nulls = [sampler.sample(directions, fitted.target_directions, generator)]
     if same and start.inertia is not None:
         nulls.append(start.inertia)
+    shared, rivals = shared_and_rivals(directions, fitted.target_directions, columns)
     evidence = judge(
         columns,
         nulls,
         cofiring,
         other.target_codes.n_fired < FEW_FIRINGS,
-        partner=beyond_rivals(directions, fitted.target_directions, columns),
+        shared=shared,
+        rivals=rivals,
+        fdr=RATE,
         same_start=same,
     )
     together = q_values(p_values(cofiring.links.pearson, cofiring.chance.pearson))

@@ -56,7 +56,7 @@ def graph() -> FlowGraph:
         *("relation", "cosine", "rank"),
     )
     edges = pd.DataFrame(EDGES, columns=columns)
-    edges = edges.assign(q_value=0.0, mutual=False, kept=True, forward_rank=-1)
+    edges = edges.assign(q_value=0.0, mutual=False, kept=True, related=True, forward_rank=-1)
     sides = {
         (site := parse_site(short)): Side(
             site=site, alive=ALIVE, n_fired=None, n_tokens=0, mean_share=0.0, n_duplicates=0
