@@ -48,6 +48,9 @@ class Siblings(Settings):
     """What each target shares with its siblings kept, its own part random."""
 
     n_decoys: Annotated[int, Ge(3), Doc("decoys of each target, at least")] = 8
+    n_sources: Annotated[
+        int, Ge(0), Doc("sources, beyond a target's two nearest, that count as its siblings")
+    ] = 16
     kind: Literal["siblings"] = "siblings"
 
 
@@ -137,7 +140,12 @@ class NullSampler:
         if isinstance(self.choice, Siblings):
             n_decoys = max(self.choice.n_decoys, -(-self.n // max(int(target.usable.sum()), 1)))
             in_units, centre, scale, decoys = sibling_sample(
-                source, target, n_decoys=n_decoys, generator=generator, tile=self.tile
+                source,
+                target,
+                n_decoys=n_decoys,
+                n_sources=self.choice.n_sources,
+                generator=generator,
+                tile=self.tile,
             )
             return NullSample(
                 name=self.choice.kind,

@@ -40,7 +40,7 @@ from pipeline.flow.match import best_cosines, full_precision
 
 SAME = 0.9
 """Cosine of two rows of one dictionary from which they count as one feature."""
-MOST_NEIGHBOURS, MOST_SOURCES = 64, 16
+MOST_NEIGHBOURS = 64
 PARTNERS = 2
 """The nearest sources of a target that are not regressed on."""
 RIDGE = 0.1
@@ -52,6 +52,7 @@ def sibling_sample(
     target: Directions,
     *,
     n_decoys: int,
+    n_sources: int,
     generator: torch.Generator,
     tile: int = 2048,
 ) -> tuple[
@@ -66,7 +67,7 @@ def sibling_sample(
     rows = target.unit[target.usable]
     with full_precision(), torch.no_grad():
         sources = source.unit[source.usable]
-        made = iter_decoys(rows, sources, n=n_decoys, generator=generator)
+        made = iter_decoys(rows, sources, n=n_decoys, n_sources=n_sources, generator=generator)
         best = torch.stack([best_cosines(decoy, source, tile=tile) for decoy in made]).double()
     sample, centre, scale = _in_units(best)
     usable = target.usable.cpu().numpy()
@@ -80,10 +81,12 @@ def iter_decoys(
     sources: Float[Tensor, "source d_model"],
     *,
     n: int,
+    n_sources: int,
     generator: torch.Generator,
 ) -> Iterator[Float[Tensor, "target d_model"]]:
-    """`n` times, one unit decoy for each of the unit `rows`."""
-    shared = shared_with_siblings(rows, sources)
+    """`n` times, one unit decoy for each of the unit `rows`; `n_sources` of the sources count as
+    siblings."""
+    shared = shared_with_siblings(rows, sources, n_sources=n_sources)
     own = rows - shared
     length = torch.linalg.vector_norm(own, dim=1, keepdim=True)
     # NumPy's eigh is several times faster than torch's on CPUs
@@ -98,7 +101,10 @@ def iter_decoys(
 
 
 def shared_with_siblings(
-    rows: Float[Tensor, "target d_model"], sources: Float[Tensor, "source d_model"]
+    rows: Float[Tensor, "target d_model"],
+    sources: Float[Tensor, "source d_model"],
+    *,
+    n_sources: int,
 ) -> Float[Tensor, "target d_model"]:
     """The part of each unit row that the others account for (step 1)."""
     n, d_model = rows.shape
@@ -111,7 +117,7 @@ def shared_with_siblings(
     parts = []
     for span in (slice(i, min(i + _BLOCK, n)) for i in range(0, n, _BLOCK)):
         own = _nearest_others(unit, rows, span)
-        other = _nearest_sources(unit[span], across, sources)
+        other = _nearest_sources(unit[span], across, sources, n_sources)
         parts.append(_regressed(rest[span], torch.cat([own, other], 1)))
     return common + torch.cat(parts)
 
@@ -126,11 +132,11 @@ def _nearest_others(unit: Tensor, rows: Tensor, span: slice) -> Float[Tensor, "s
 
 
 def _nearest_sources(
-    unit: Tensor, across: Tensor, sources: Tensor
+    unit: Tensor, across: Tensor, sources: Tensor, most: int
 ) -> Float[Tensor, "span near d_model"]:
     """The nearest sources, without the first two and copies of the first."""
     n, d_model = sources.shape
-    k = max(0, min(MOST_SOURCES, d_model // 16, (n - PARTNERS) // 4))
+    k = max(0, min(most, d_model // 16, (n - PARTNERS) // 4))
     found = (unit @ across.T).topk(min(k + PARTNERS, n), dim=1).indices
     first = sources[found[:, :1]]
     copies = (sources[found] * first).sum(2) > SAME

@@ -130,8 +130,9 @@ def _next(
     length = torch.linalg.vector_norm(rest, dim=1, keepdim=True)
     unit = rest / length.clamp_min(1e-12)
     usable = torch.from_numpy(going).to(rest.device) & (length[:, 0] > 1e-6)
+    living = unit * usable[:, None]
     left = Directions(
-        unit=unit * usable[:, None], usable=usable, n_duplicates=0, mean_share=0.0, warnings=()
+        unit=living, reads=living, usable=usable, n_duplicates=0, mean_share=0.0, warnings=()
     )
     cosine = left.unit @ source.unit.T
     cosine[:, ~source.usable] = -1.0
@@ -141,7 +142,7 @@ def _next(
     best, chosen = (x.cpu().numpy() for x in cosine.max(dim=1))
     p = np.ones(len(best))
     if usable.sum() >= 16:  # fewer have no siblings to tell their own part from
-        sample = NullSampler(choice=Siblings(), n=n_null).sample(
+        sample = NullSampler(choice=Siblings(n_sources=0), n=n_null).sample(
             source, left, torch.Generator().manual_seed(seed + step)
         )
         own = np.flatnonzero(usable.cpu().numpy() & (best > 0))

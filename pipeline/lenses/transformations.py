@@ -131,8 +131,11 @@ def _decoys(target: Directions, seed: int) -> Directions:
     """Each living row with its own part replaced."""
     generator = torch.Generator().manual_seed(seed)
     unit = target.unit.clone()
-    unit[target.usable] = next(iter_decoys(unit[target.usable], n=1, generator=generator))
-    return Directions(unit=unit, usable=target.usable, n_duplicates=0, mean_share=0.0, warnings=())
+    rows = unit[target.usable]
+    unit[target.usable] = next(iter_decoys(rows, rows[:1], n=1, n_sources=0, generator=generator))
+    return Directions(
+        unit=unit, reads=unit, usable=target.usable, n_duplicates=0, mean_share=0.0, warnings=()
+    )
 
 
 def _columns(members: pd.DataFrame) -> pd.DataFrame:

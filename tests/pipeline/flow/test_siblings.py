@@ -142,6 +142,6 @@ def test_what_siblings_share_is_found_and_the_own_part_is_not():
     centre = normalize(torch.randn(1, 256, generator=generator), dim=1)
     own = normalize(torch.randn(400, 256, generator=generator), dim=1)
     rows = normalize(centre * (torch.arange(400)[:, None] < 40) + own, dim=1)
-    shared = normalize(shared_with_siblings(rows, rows[:2]), dim=1)
+    shared = normalize(shared_with_siblings(rows, rows[:2], n_sources=0), dim=1)
     assert float((shared[:40] @ centre.T).mean()) > 0.7
     assert float((shared[40:] @ centre.T).abs().mean()) < 0.2
