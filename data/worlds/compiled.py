@@ -142,7 +142,13 @@ class Compiled(World):
     def continuations(
         self, variable: str, value: int, ids: Int64[np.ndarray, "position"]
     ) -> tuple[tuple[str, ...], ...]:
-        return ((self.words[value],),) if variable == "induction" else ()
+        """What followed before; nothing where the depth forbids that bracket."""
+        if variable != "induction":
+            return ()
+        opening, closing = self.words.index(OPEN), self.words.index(CLOSE)
+        depth = int((ids == opening + 1).sum() - (ids == closing + 1).sum())
+        forbidden = {closing} if depth == 0 else {opening} if depth == self.max_depth else set()
+        return () if value in forbidden else ((self.words[value],),)
 
     def shape(self) -> dict[str, Any]:
         return {

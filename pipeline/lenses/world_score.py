@@ -82,7 +82,7 @@ def look(run: Run, config: Config) -> Finding:
         "links": _links(run, meaning, sites),
         "lives": _lives(run, meaning),
         "probes": _probes(run, truth, sites),
-        "labels": _labels(run, meaning),
+        "labels": _labels(run, meaning) if run.has("describe") else pd.DataFrame(),
     }
     if config.n_cases and not isinstance(world, Superposed):
         tables["edits"] = edit_scores(
