@@ -1,4 +1,4 @@
-"""Worlds where the answer is known: `compiled`, `fsm`, `superposed`.
+"""Worlds where the answer is known: `compiled`, `fsm`, `maze`, `superposed`.
 
 A recipe names one twice: as the model and as the text.
 
@@ -14,9 +14,20 @@ from typing import Annotated
 from data.worlds.base import NEVER, Variable, World, check_names
 from data.worlds.compiled import Compiled
 from data.worlds.fsm import Fsm
+from data.worlds.maze import Maze
 from data.worlds.superposed import Superposed
 from featureflow.settings import ByKind
 
-AnyWorld = Annotated[Compiled | Fsm | Superposed, ByKind()]
+AnyWorld = Annotated[Compiled | Fsm | Maze | Superposed, ByKind()]
 
-__all__ = ["NEVER", "AnyWorld", "Compiled", "Fsm", "Superposed", "Variable", "World", "check_names"]
+__all__ = [
+    "NEVER",
+    "AnyWorld",
+    "Compiled",
+    "Fsm",
+    "Maze",
+    "Superposed",
+    "Variable",
+    "World",
+    "check_names",
+]

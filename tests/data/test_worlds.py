@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 
 from data.model.language_model import LanguageModel
 from data.model.spec import OfWorld
-from data.worlds import NEVER, Compiled, Fsm, Superposed, Variable, World, check_names
+from data.worlds import NEVER, Compiled, Fsm, Maze, Superposed, Variable, World, check_names
 from data.worlds.compiling import directions_of
 from data.worlds.training import contexts_of
 from featureflow.errors import UserError
@@ -28,7 +28,7 @@ def compiled() -> LanguageModel:
     return LanguageModel.open(OfWorld(world=Compiled()), dtype="float32")
 
 
-@pytest.mark.parametrize("world", [Compiled(), Fsm(), Fsm(surface="random"), Superposed()])
+@pytest.mark.parametrize("world", [Compiled(), Fsm(), Fsm(surface="random"), Maze(), Superposed()])
 def test_a_document_fills_a_context_and_comes_back_from_its_tokens(world: World) -> None:
     model = LanguageModel.open(OfWorld(world=world, weights="untrained"), dtype="float32")
     text = next(iter(world.documents(1, 0)))
@@ -98,7 +98,7 @@ def test_every_step_of_the_walk_is_one_that_its_truth_allows(surface: str) -> No
     for row in range(len(ids)):
         path = state[row, 2::2]
         assert (path != NEVER).all()
-        for i, (one, other) in enumerate(itertools.pairwise(path)):
+        for i, (one, other) in enumerate(pairwise(path)):
             ways = world.continuations("state", int(one), ids[row])
             assert len(ways) == len(set(ways)) == world.n_successors
             at = 2 * i + 4  # the second word of `other`
@@ -107,6 +107,29 @@ def test_every_step_of_the_walk_is_one_that_its_truth_allows(surface: str) -> No
             assert state[row, at] == other
     assert (np.diff(np.unique(state[:, 2::2])) >= 1).all()
     assert (state[:, 1::2] == NEVER).all()
+
+
+def test_every_path_of_a_maze_follows_its_edges_to_the_goal() -> None:
+    world = Maze()
+    texts = [text.split() for text in world.documents(30, 0)]
+    ids = contexts_of(world, [" ".join(words) for words in texts])
+    truth = truth_of(world, ids)
+    edges = [variable.value[:, -1] for name, variable in truth.items() if name.startswith("edge")]
+    assert len(edges) == 24, "2 n (n - 1) pairs of neighbours"
+    assert (np.sum(edges, axis=0) == 15).all(), "a spanning tree"
+    for row, words in enumerate(texts):
+        at = words.index("path")
+        joined = {frozenset(words[i : i + 3 : 2]) for i in range(0, words.index("from"), 4)}
+        walk = words[at + 1 : words.index("end")]
+        assert (walk[0], walk[-1]) == (words[at - 3], words[at - 1])
+        assert all(frozenset(pair) in joined for pair in pairwise(walk))
+        assert len(set(walk)) == len(walk)
+        for place, (cell, after) in enumerate(zip(walk, [*walk[1:], "end"], strict=True), at + 2):
+            position = int(truth["position"].value[row, place])
+            nearest = int(truth["next"].value[row, place])
+            assert world.words[position] == cell
+            assert nearest == (NEVER if after == "end" else world.words.index(after))
+            assert (after,) in world.continuations("position", position, ids[row, :place])
 
 
 def test_no_word_of_the_random_surface_gives_a_state_away() -> None:
