@@ -9,7 +9,7 @@ forward pass start above it. Cost: the blocks above the layer only (with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -43,6 +43,30 @@ def continued_from(
     finally:
         for block in blocks:
             del block.forward
+
+
+@contextmanager
+def passed_over(model: LanguageModel, layers: Collection[int]) -> Iterator[None]:
+    """Inside, these blocks hand on what they read."""
+    blocks = [model.blocks[layer].block for layer in sorted(set(layers))]
+    first = model.blocks[0].block
+    if blocks and first not in _GIVES_TUPLE:
+        _GIVES_TUPLE[first] = _output_is_tuple(model, first)
+    for block in blocks:
+        block.forward = _identity(_GIVES_TUPLE[first])
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _identity(as_tuple: bool) -> Callable[..., Any]:
+    def forward(*args: Any, **options: Any) -> Any:
+        value = args[0] if args else options["hidden_states"]
+        return (value,) if as_tuple else value
+
+    return forward
 
 
 def _constant(value: Tensor, as_tuple: bool) -> Callable[..., Any]:
