@@ -1,4 +1,4 @@
-"""A folder for things made once and kept: converted models. `$FEATUREFLOW_CACHE`, or
+"""A folder for things made once and kept: converted models, checksums. `$FEATUREFLOW_CACHE`, or
 `~/.cache/featureflow`.
 
 `make_once` builds a folder beside its place and renames it there, so that a folder that exists is
@@ -19,6 +19,8 @@ from pathlib import Path
 
 from featureflow.errors import UserError
 from featureflow.files import digest_of_file, write_text_atomically
+
+_SMALL = 1 << 20  # hashed faster than looked up
 
 
 def cache_folder() -> Path:
@@ -68,6 +70,18 @@ def sha256_of(path: Path) -> str:
         memo.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(memo, json.dumps({"sha256": found}))
     return found
+
+
+def readable_digest(path: Path) -> str:
+    """sha256 of a file, remembered for large ones. Raises UserError if it cannot be read."""
+    try:
+        if path.stat().st_size > _SMALL:
+            return sha256_of(path)
+        return digest_of_file(path)
+    except OSError as error:
+        raise UserError(
+            "the file cannot be read", where=str(path), found=error.strerror or str(error)
+        ) from error
 
 
 def _rename_unless_there(beside: Path, place: Path) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from data.cache import readable_digest
 from data.store.checks import Report, verify_store
 from data.store.cluster import Machines
 from data.store.foreign import ForeignRows, find_foreign
@@ -34,7 +35,6 @@ from data.store.layout import SiteLayout, StoredDtype, StoreLayout
 from data.store.writer import write_activations
 from data.tokens import FLAG_BOS, DocumentRow, TokenTable
 from featureflow.errors import UserError
-from featureflow.files import digest_of_file
 
 _PART_ROWS = 8192
 
@@ -113,7 +113,7 @@ def digest_of_source(source: Path) -> str:
         if source.is_file()
         else sorted(path for path in source.rglob("*") if path.is_file())
     )
-    parts = [f"{path.relative_to(source).as_posix()}:{digest_of_file(path)}" for path in files]
+    parts = [f"{path.relative_to(source).as_posix()}:{readable_digest(path)}" for path in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

