@@ -3,8 +3,8 @@
 `LanguageModel.open(spec)` gives a Hugging Face module with named sites
 (`blocks.12.hook_resid_post`, TransformerLens' names and meanings). Activations are read and edited
 by plain forward hooks on that module, which keeps the fused attention that TransformerBridge's
-wrappers replace. `boot_bridge` gives the same model as a TransformerBridge; a test holds that both
-give the same activations at every kind of site.
+wrappers replace. `boot_bridge` (bridge.py) gives the same model as a TransformerBridge; a test
+holds that both give the same activations at every kind of site.
 
 Cost: one forward pass up to the last wanted site (the demo, two cores, SmolLM2-135M in bfloat16, 46
 sites read and stored: 1,285 tokens a second, `make collect`).
@@ -12,13 +12,10 @@ sites read and stored: 1,285 tokens a second, `make collect`).
 
 from __future__ import annotations
 
-import copy
 import inspect
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +55,6 @@ __all__ = [
     "Packaged",
     "Random",
     "TransformerLens",
-    "boot_bridge",
 ]
 
 
@@ -326,25 +322,3 @@ def _in_one_piece(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Last columns cut out of a batch are strided; torch multiplies those with the unembedding one
     row at a time (in bf16, 24 rows took longer than all 768 tokens of the batch)."""
     return tuple(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)
-
-
-def boot_bridge(model: LanguageModel) -> Any:
-    """The same weights as a TransformerBridge, from a copy: booting one swaps modules inside the
-    model it is given. The tokenizer goes through a folder, because booting reads it again from
-    where it lies."""
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoTokenizer
-
-    from data.model.loading import quiet_transformers
-
-    with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
-        model.tokenizer.save(Path(folder))
-        hf = copy.deepcopy(model.hf)
-        hf.config.architectures = [type(hf).__name__]
-        return TransformerBridge.boot_transformers(
-            model.name,
-            hf_model=hf,
-            tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True),
-            dtype=model.dtype,
-            device=model.device,
-        )

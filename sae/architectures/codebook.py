@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Gt
 from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Doc
 
-from featureflow.settings import Settings
 from sae.activations import Activation
 from sae.architectures.dense import Forward, differentiated
+from sae.architectures.topk import KLargest
 from sae.step import Pass, Situation, Weights
 
 
@@ -45,25 +45,13 @@ class Codes(Activation):
         return replace(self, size=self.size * gain)
 
 
-class Codebook(Settings):
+class Codebook(KLargest):
     """k codes per token, on or off, and one scale for the site."""
 
     k: Annotated[int, Gt(0), Doc("codes per token")] = 8
-    auxk_weight: Annotated[
-        float, Ge(0), Doc("weight of the auxiliary loss on dead codes; 0 turns it off")
-    ] = 1 / 8
     kind: Literal["codebook"] = "codebook"
 
-    @property
-    def target_l0(self) -> float:
-        return float(self.k)
-
-    unit_decoder: ClassVar[bool] = True
-    closed_loop: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
-
-    def problems(self, n_latents: int) -> list[str]:
-        return [f"k = {self.k} of {n_latents} codes"] if self.k > n_latents else []
 
     def extra_parameters(self, n_latents: int) -> Weights:
         return {"log_scale": torch.zeros(1)}
@@ -107,12 +95,6 @@ class Codebook(Settings):
     def activation(self, weights: Weights, threshold: float) -> Activation:
         size = self._scale(weights).detach()
         return Codes(k=self.k, size=size.expand(len(weights["W_dec"])).clone())
-
-    def edges(self, weights: Weights) -> None:
-        return None
-
-    def raised(self, weights: Weights, by: float) -> Weights:
-        return weights
 
 
 def _straight_through(

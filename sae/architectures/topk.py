@@ -98,9 +98,9 @@ class TopK(KLargest):
 
 @torch.no_grad()
 def length_matched(weights: Weights, k: int) -> Weights:
-    """The weights with a scaled encoder, never scaled up: by the least-squares factor ⟨x, x̂⟩ / ‖x̂‖²
-    on Gaussian rows of unit mean square, which is what normalised activations look like to random
-    directions. A transcoder's start is left as it is."""
+    """The weights with a scaled encoder, never scaled up: by the least-squares factor ⟨x, x̂⟩ /
+    ‖x̂‖² on Gaussian rows of unit mean square, which is what normalised activations look like to
+    random directions. A transcoder's start is left as it is."""
     W_enc, W_dec = weights["W_enc"], weights["W_dec"]
     if W_enc.shape != W_dec.shape:
         return weights

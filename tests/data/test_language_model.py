@@ -22,8 +22,9 @@ from transformers import (
     PhiForCausalLM,
 )
 
+from data.model.bridge import boot_bridge
 from data.model.fingerprint import same_weights
-from data.model.language_model import LanguageModel, Packaged, Random, boot_bridge
+from data.model.language_model import LanguageModel, Packaged, Random
 from data.model.module_sites import find_blocks, norm_gain
 from data.model.sources import LoadedModel, attention_for, build_random
 from featureflow.errors import UserError

@@ -19,15 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.cache import make_once
 from data.model import sources
-from data.model.language_model import (
-    Folder,
-    Gguf,
-    LanguageModel,
-    Packaged,
-    Random,
-    TransformerLens,
-    boot_bridge,
-)
+from data.model.bridge import boot_bridge
+from data.model.language_model import Folder, Gguf, LanguageModel, Packaged, Random, TransformerLens
 from data.model.sources import LoadedModel, build_random, dtype_for
 from data.packaged import packaged_model_file
 from data.text.bundled import bundled_records

@@ -22,6 +22,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 
 from data.concepts.prompts import read_prompts
 from data.concepts.topics import contrast_texts, topic_named
@@ -45,10 +48,6 @@ class ConceptClassifier:
         cls, topic_texts: Sequence[str], other_texts: Sequence[str], *, seed: int = 0
     ) -> ConceptClassifier:
         """Fit on texts of the topic and of everything else."""
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-
         if not topic_texts or not other_texts:
             raise UserError(
                 "a classifier needs texts of both kinds",
