@@ -43,10 +43,6 @@ _MODELS = {
 }
 
 
-def packaged_model_names() -> tuple[str, ...]:
-    return tuple(_MODELS)
-
-
 def packaged_model_file(name: str) -> PackagedModel:
     """Where the file is. Raises UserError for an unknown name or a package that is not
     installed."""

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae.kernels.reference import reference_losses
 from sae.kernels.select import (
     PerRow,
     Selection,
@@ -18,6 +17,7 @@ from sae.kernels.select import (
 )
 from sae.kernels.sparse_step import AuxK, sparse_step
 from sae.step import Situation
+from tests.sae.reference import reference_losses
 
 N, D, T = 96, 12, 40
 
