@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import pandas as pd
 from typing_extensions import Doc
 
-from data.store.provenance import digest_of_file
+from data.cache import readable_digest
 from featureflow.errors import Command, Problem, UserError
 from featureflow.sites import Site, parse_site
 from pipeline.run import Run
@@ -87,7 +87,7 @@ def digests_of_others(folders: Sequence[str]) -> dict[str, str]:
     """The files of `others`: a result depends on them too."""
     return {
         f"other:{folder}": "-".join(
-            digest_of_file(file)[:16] for file in sorted(Path(folder).rglob("*")) if file.is_file()
+            readable_digest(file)[:16] for file in sorted(Path(folder).rglob("*")) if file.is_file()
         )
         for folder in folders
     }
