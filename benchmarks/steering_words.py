@@ -15,7 +15,7 @@ artifacts/laptop`.
 5. Interval: bootstrap over topics; differences are paired. Nothing is chosen on what is reported.
 
 Cost: about 25 short forward passes and one backward pass a topic. Results go on where they were
-stopped. The page docs/steering-study.md is written from them.
+stopped. `--write docs/steering-words.md` writes the page.
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ def page_of(table: pd.DataFrame, arguments: argparse.Namespace) -> str:
         "# Steering study: expected words at equal KL",
         "",
         f"Written by `python -m benchmarks.steering_words {arguments.artifacts.name} --topics "
-        f"{arguments.topics} --write docs/steering-study.md` (module docstring: how). {n} topics: "
+        f"{arguments.topics} --write docs/steering-words.md` (module docstring: how). {n} topics: "
         f"{', '.join(sorted(table['topic'].unique()))}; dose {arguments.dose:g} nats, read off "
         f"exactly, on {arguments.texts} texts × {arguments.tokens} tokens of each of two corpora "
         f"({', '.join(CORPORA)}). Words that are counted were not used to choose.",

@@ -14,9 +14,10 @@ Cost: a small sketch, one backward pass and four short passes a plan, generation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ from steering.reading import CoherenceLimits, Target, is_coherent, read_back
 
 N_PUSHES, N_SHOWN = 2, 2
 _N_TEXTS, _N_TOKENS, _N_SAMPLES = 12, 24, 8
-_DEPTH, _REACH, _PROMPT_TOKENS = 1 / 3, 6, 24
+_DEPTH, _REACH, _PROMPT_TOKENS, _MOST_READ = 1 / 3, 6, 24, 8
 
 
 _Made = tuple[str, Plan, Target, list[str]]
@@ -127,23 +128,29 @@ def _push(run: Run, sketch: Sketch, topic: str, dose: float) -> _Made:
 
 
 def _removal(run: Run, n_prompts: int, seed: int) -> _Made:
-    """A random feature of the first two thirds whose flow reaches some layers on."""
-    sites = [s for s in run.steering.saes if s.layer <= 2 / 3 * (run.model.n_layers - 1)]
-    nodes = run.graph.nodes
-    alive = nodes[nodes["site"].isin([s.short for s in sites]) & nodes["alive"]]
-    held, generator = Held(run=run), np.random.default_rng([seed, 1])
-    for row in generator.permutation(len(alive))[:200]:
-        site = next(s for s in sites if s.short == alive["site"].iloc[row])
-        feature = FeatureId(site, int(alive["latent"].iloc[row]))
-        reach = flow_of(run, feature).sites[-1].layer - site.layer
-        if reach < min(_REACH, run.model.n_layers - 2 - site.layer):
-            continue
+    """The first of a few random features that has top tokens and held-out text to begin with."""
+    held = Held(run=run)
+    for feature in islice(_with_long_flows(run, seed), _MOST_READ):
         prompts = _beginnings(run, held, feature, n_prompts)
-        top = run.steering.profiles([feature], 16384)[feature].top_tokens
+        top = run.steering.profiles([feature], 8192)[feature].top_tokens
         if prompts and top:
             target = Target(feature=feature, scale=1.0, top_tokens=frozenset(top))
             return f"removal of {feature}", run.remove(feature), target, prompts
     raise UserError("no random feature has a flow that is long enough, and top tokens")
+
+
+def _with_long_flows(run: Run, seed: int) -> Iterator[FeatureId]:
+    """Random living features of the first two thirds whose flow reaches some layers on."""
+    last = run.model.n_layers - 1
+    sites = {site.short: site for site in run.steering.saes if site.layer <= 2 / 3 * last}
+    nodes = run.graph.nodes
+    alive = nodes[nodes["site"].isin(list(sites)) & nodes["alive"]]
+    for row in np.random.default_rng([seed, 1]).permutation(len(alive)):
+        site = sites[str(alive["site"].iloc[row])]
+        feature = FeatureId(site, int(alive["latent"].iloc[row]))
+        reach = flow_of(run, feature).sites[-1].layer - site.layer
+        if reach >= min(_REACH, last - 1 - site.layer):
+            yield feature
 
 
 def _beginnings(run: Run, held: Held, feature: FeatureId, n: int) -> list[str]:
