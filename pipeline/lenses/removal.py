@@ -51,6 +51,8 @@ TITLE = "what is left of a feature when its whole flow is removed"
 NEEDS = ("collect", "train", "link")
 INDEPENDENT = ("probe", "difference of means", "own latent", "second seed", "words")
 _FLOW, _SINGLE = "flow", "single"
+_DRAWN_PER_WANTED = 3
+"""Not every feature that is alive in the store is active in the smaller held-out part."""
 
 
 class Config(LensConfig):
@@ -63,6 +65,7 @@ class Config(LensConfig):
         float, Gt(0), Le(1), Doc("a drawn feature is active on at most this share of tokens")
     ] = 0.05
     n_rows: Annotated[int, Ge(64), Doc("training rows that readers are fitted on")] = 16384
+    n_positions: Annotated[int, Ge(8), Doc("tokens of a held-out context, from its start")] = 128
     n_with: Annotated[int, Ge(1), Doc("held-out contexts with a feature")] = 4
     n_without: Annotated[int, Ge(1), Doc("held-out contexts without it")] = 2
     n_seconds: Annotated[
@@ -80,9 +83,8 @@ class Config(LensConfig):
 def look(run: Run, config: Config) -> Finding:
     """Remove features and read what is left. Raises UserError when no flow is long enough."""
     features, drawn = _drawn(run, config)
-    amount = Amount(
-        n_rows=config.n_rows, n_with=config.n_with, n_without=config.n_without, seed=config.seed
-    )
+    names = ("n_rows", "n_positions", "n_with", "n_without", "seed")
+    amount = Amount(**{name: getattr(config, name) for name in names})
     left, effects = trials(
         run, features, ahead=config.ahead, amount=amount, seconds=_seconds(run, features, config)
     )
@@ -111,23 +113,23 @@ def _drawn(run: Run, config: Config) -> tuple[list[FeatureId], pd.DataFrame]:
     inner = [site for site in sites[1:] if site.layer + config.ahead in layers] or sites[:1]
     generator = np.random.default_rng(config.seed)
     features: list[FeatureId] = []
-    rows, held = [], Held(run=run)
+    rows, held = [], Held(run=run, n_positions=config.n_positions)
     chosen = spread(inner, config.n_layers)
     for done, site in enumerate(chosen):
         nodes = run.graph.nodes
         here = nodes[(nodes["site"] == site.short) & nodes["alive"] & (nodes["density"] > 0)]
         here = here[here["density"] <= config.max_density]
-        long = [
-            feature
-            for feature in (FeatureId(site, int(latent)) for latent in here["latent"])
-            if _reach(run, feature) >= min(config.ahead, sites[-1].layer - site.layer)
-        ]
         wanted = -(-(config.n_features - len(features)) // (len(chosen) - done))
-        order = [long[k] for k in generator.permutation(len(long))]
-        kept = held.with_both_kinds(order[: 4 * wanted])[:wanted]
+        order = [FeatureId(site, int(latent)) for latent in generator.permutation(here["latent"])]
+        long, n_seen = [], 0
+        while n_seen < len(order) and len(long) < _DRAWN_PER_WANTED * wanted:
+            if _reach(run, order[n_seen]) >= min(config.ahead, sites[-1].layer - site.layer):
+                long.append(order[n_seen])
+            n_seen += 1
+        kept = held.with_both_kinds(long)[:wanted]
         features += kept
         rows.append(
-            {"site": site.short, "living": len(here), "long_flow": len(long), "drawn": len(kept)}
+            {"site": site.short, "looked_at": n_seen, "long_flow": len(long), "drawn": len(kept)}
         )
     if not features:
         raise UserError(
@@ -271,7 +273,7 @@ def _text(headline: dict[str, Any], drawn: pd.DataFrame, config: Config) -> str:
         return "not measured" if value is None else f"{value:.2f}"
 
     h, reachable = headline, int(drawn["long_flow"].sum())
-    share = reachable / max(int(drawn["living"].sum()), 1)
+    share = reachable / max(int(drawn["looked_at"].sum()), 1)
     matched = h["over_subtracted_kl_at_same_left"]
     beside = (
         "it is not reached between r 0 and the smallest r"

@@ -47,6 +47,7 @@ class Amount:
     """How much is looked at, of each feature."""
 
     n_rows: int = 16384
+    n_positions: int = 128
     n_with: int = 4
     n_without: int = 2
     seed: int = 0
@@ -54,9 +55,10 @@ class Amount:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Held:
-    """The held-out contexts of a run."""
+    """The held-out contexts of a run, the first `n_positions` tokens of each."""
 
     run: Run
+    n_positions: int = 1 << 30
 
     @cached_property
     def contexts(self) -> Contexts:
@@ -70,8 +72,10 @@ class Held:
         first = -(-store.validation_start // length) * length
         x = torch.from_numpy(np.ascontiguousarray(store.read(site, first, first + n * length)))
         codes = self.run.saes[site].encode_selected(x.float(), list(latents))
-        found = codes.view(n, length, -1).cpu().numpy()
-        return np.where(self.contexts.usable[..., None], found, 0.0)
+        found = np.where(
+            self.contexts.usable[..., None], codes.view(n, length, -1).cpu().numpy(), 0.0
+        )
+        return found[:, : self.n_positions]
 
     def with_both_kinds(self, features: Sequence[FeatureId]) -> list[FeatureId]:
         """Those of one site that are active in some held-out context and silent in some."""
@@ -105,7 +109,8 @@ def trials(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(what is left, side effects): a row a feature, arm and reader, or kind of token. `plans`
     instead of the arms of steering/removal.py. Raises UserError."""
-    held, steering = Held(run=run), run.steering
+    held = Held(run=run, n_positions=amount.n_positions)
+    steering = run.steering
     readers = _readers(run, features, ahead, amount, seconds)
     means = {site: torch.from_numpy(run.store.statistics(site).mean) for site in steering.saes}
     words = {
@@ -187,7 +192,8 @@ def _contexts(held: Held, feature: FeatureId, amount: Amount) -> list[list[int]]
     generator = np.random.default_rng([amount.seed, feature.site.layer, feature.latent])
     parts = [(np.flatnonzero(active), amount.n_with), (np.flatnonzero(~active), amount.n_without)]
     drawn = [generator.permutation(places)[:n] for places, n in parts]
-    return [held.contexts.ids[place].tolist() for place in np.concatenate(drawn)]
+    ids = held.contexts.ids[:, : held.n_positions]
+    return [ids[place].tolist() for place in np.concatenate(drawn)]
 
 
 def _means(run: Run, feature: FeatureId, rows: Mapping[Site, Tensor]) -> dict[Site, float]:
