@@ -72,7 +72,9 @@ class Left:
 
     @property
     def left(self) -> float:
-        return (self.edited - self.silent) / (self.as_it_was - self.silent)
+        """NaN for a reader that sees no difference."""
+        signal = self.as_it_was - self.silent
+        return (self.edited - self.silent) / signal if signal else float("nan")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,7 +121,8 @@ def _drawn(run: Run, config: Config) -> tuple[list[FeatureId], pd.DataFrame]:
         here = here[here["density"] <= config.max_density]
         wanted = -(-(config.n_features - len(features)) // (len(chosen) - done))
         order = [FeatureId(site, int(latent)) for latent in generator.permutation(here["latent"])]
-        long, n_seen = [], 0
+        long: list[FeatureId] = []
+        n_seen = 0
         while n_seen < len(order) and len(long) < _DRAWN_PER_WANTED * wanted:
             if _reach(run, order[n_seen]) >= min(config.ahead, sites[-1].layer - site.layer):
                 long.append(order[n_seen])

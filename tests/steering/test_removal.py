@@ -9,6 +9,7 @@ the copy to it: a ← 2a + c/2. So what is left after every edit is arithmetic:
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -132,6 +133,13 @@ def test_every_n_th_step_and_its_errors(net, saes):
     silent = FeatureId(SITES[0], 1)
     with pytest.raises(UserError, match="never active"):
         measure_removal(net, saes, {}, silent, CONTEXTS, readers())
+
+
+def test_a_reader_that_sees_no_difference_has_nothing_left_to_say(net, saes):
+    blind = Reader(name="blind 3", site=SITES[3], read=lambda h: 0 * h[:, 0])
+    plans = {"flow": along_whole_flow(FLOW)}
+    left, _ = measure_removal(net, saes, plans, FLOW.seed, CONTEXTS, [blind])
+    assert all(np.isnan(each.left) and each.auroc == 0.5 for each in left)
 
 
 def test_the_stream_without_edits_is_the_stream(net, saes):
