@@ -231,6 +231,26 @@ def pca_fvu(train: CovarianceMeter, held_out: CovarianceMeter) -> Float[np.ndarr
     return (left.clamp_min(0) / total).numpy()
 
 
+@torch.no_grad()
+def rows_fvu(
+    train: Float[Tensor, "row d_out"], held_out: Float[Tensor, "token d_out"], k: int
+) -> float:
+    """FVU of a dictionary without training: the train rows as they are, less their mean. Each token
+    takes the `k` rows with the largest cosines and their least squares. Harder to beat than PCA."""
+    mean = train.float().mean(0)
+    unit = torch.nn.functional.normalize(train.float() - mean, dim=1)
+    error = 0.0
+    for block in held_out.float().split(256):
+        x = block - mean
+        chosen = unit[(x @ unit.T).abs().topk(min(k, len(unit)), dim=1).indices]
+        gram = chosen @ chosen.mT
+        gram.diagonal(dim1=1, dim2=2).add_(1e-4)  # rows of one text are nearly the same
+        weight = torch.linalg.solve(gram, chosen @ x[:, :, None])
+        error += float((x - (weight.mT @ chosen)[:, 0]).double().square().sum())
+    total = (held_out.double() - held_out.double().mean(0)).square().sum()
+    return error / float(total)
+
+
 def n_components_to_match(curve: Float[np.ndarray, "n_components"], fvu: float) -> int:
     """The least number of PCA components that leaves no more unexplained than `fvu`."""
     return int(np.argmax(curve <= fvu)) if (curve <= fvu).any() else len(curve) - 1

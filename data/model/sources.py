@@ -14,6 +14,7 @@ core.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,6 +151,24 @@ def load_folder(folder: Path, dtype: torch.dtype) -> LoadedModel:
     hf, loading = loaded
     check_complete(folder, loading)
     return LoadedModel(hf=hf, tokenizer=Tokenizer(tokenizer), folder=folder)
+
+
+def write_random_like(hf: PreTrainedModel, tokenizer: Path, folder: Path, *, seed: int) -> None:
+    """A folder with a model of the same config and random weights, as its library initialises
+    them, and the tokenizer's files of another folder."""
+    from transformers import AutoModelForCausalLM
+
+    if (folder / "config.json").is_file():
+        return
+    with quiet_transformers(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = AutoModelForCausalLM.from_config(hf.config, dtype=torch.float32)
+    partial = folder.with_name(f"{folder.name}.partial")
+    made.save_pretrained(partial)
+    for file in tokenizer.iterdir():
+        if file.is_file() and not (partial / file.name).exists() and file.suffix != ".safetensors":
+            shutil.copyfile(file, partial / file.name)
+    partial.rename(folder)
 
 
 def attention_for(config: Any) -> str | None:

@@ -66,7 +66,8 @@ class Config(LensConfig):
 def look(run: Run, config: Config) -> Finding:
     """Remove blocks and read the targets again. Raises UserError where nothing can be tested."""
     chain = [site for site in run.saes if site.kind not in MODULES]
-    deep = [site for site in chain if site.kind == "resid_post" and site.layer >= 2]
+    first = chain[0].layer if chain else 0
+    deep = [site for site in chain if site.kind == "resid_post" and site.layer >= first + 2]
     if not deep:
         raise UserError("no residual site is deep enough", expected="layer 2 or later")
     contexts = contexts_of(run, config.n_contexts)
@@ -74,7 +75,8 @@ def look(run: Run, config: Config) -> Finding:
     streams = tuple(Site(i, "resid_post") for i in range(targets[-1].layer + 1))
     recorded = record_clean(run.model, contexts, streams, progress=run.context.progress)
     trials = pd.concat(
-        [_of_site(run, site, contexts, recorded, config) for site in targets], ignore_index=True
+        [_of_site(run, site, first, contexts, recorded, config) for site in targets],
+        ignore_index=True,
     )
     if trials.empty:
         raise UserError("no active feature begins above the first layer", fix=Command("link"))
@@ -103,11 +105,16 @@ def look(run: Run, config: Config) -> Finding:
 
 
 def _of_site(
-    run: Run, site: Site, contexts: Contexts, recorded: Mapping[Site, Tensor], config: Config
+    run: Run,
+    site: Site,
+    first: int,
+    contexts: Contexts,
+    recorded: Mapping[Site, Tensor],
+    config: Config,
 ) -> pd.DataFrame:
     sae, rng = run.saes[site], np.random.default_rng([config.seed, site.layer])
     codes = sae.encode_sparse(recorded[site])
-    born = _births(run, site)
+    born = _births(run, site, first)
     trials = _drawn(
         codes.value.cpu().numpy(), codes.index.cpu().numpy(), born, contexts, config, rng
     )
@@ -130,12 +137,13 @@ def _of_site(
     )
 
 
-def _births(run: Run, site: Site) -> Int64[np.ndarray, "latent"]:
-    """The birth layer of every latent; −1 where it is the first layer, or the site's own."""
+def _births(run: Run, site: Site, first: int) -> Int64[np.ndarray, "latent"]:
+    """The birth layer of every latent; −1 where it is the site's own, or the first that has an
+    SAE, before which nothing was looked at."""
     nodes = run.graph.nodes
     here = nodes[nodes["site"] == site.short]
     birth = np.full(int(here["latent"].max()) + 1, -1, dtype=np.int64)
-    between = (here["birth_layer"] > 0) & (here["birth_layer"] < site.layer) & here["alive"]
+    between = (here["birth_layer"] > first) & (here["birth_layer"] < site.layer) & here["alive"]
     birth[here["latent"][between]] = here["birth_layer"][between]
     return birth
 

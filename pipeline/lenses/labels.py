@@ -257,7 +257,7 @@ def _columns(sites: Sequence[Scores], config: Config) -> pd.DataFrame:
         own = _chosen(each.rules, BEST)
         with np.errstate(divide="ignore", invalid="ignore"):
             f1, draws = each.f1(own, np.ones((1, n)))[:, 0], each.f1(own, weights)
-        low, high = np.nanquantile(np.nan_to_num(draws), [0.025, 0.975], axis=1)
+        low, high = np.quantile(np.nan_to_num(draws), [0.025, 0.975], axis=1)
         named = [f"{each.site.short}/{latent}" for latent in each.rules["latent"][own]]
         parts.append(
             pd.DataFrame({"feature": named, "label_f1": f1, "f1_low": low, "f1_high": high})

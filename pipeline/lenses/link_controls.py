@@ -6,6 +6,8 @@ At `n_pairs` neighbouring residual pairs, spread over the depth, and at their mo
     forward        the pair as it is
     reversed       the later layer offered as the source: how much of a link is direction in depth
     far            a source half the depth away: what is left at a distance
+    shuffled order a source drawn from the layers that are no neighbours, as if the order of the
+                   layers were not known
     permuted       the target's held-out tokens in another order: activity says nothing any more
     orphans        half of the sources deleted; of the targets whose clear partner is gone (cosine
                    ≥ 0.7, correlation ≥ 0.5, first choice both ways) the share that is linked to
@@ -105,6 +107,10 @@ def _controls(
     yield "reversed", _shares(_links(run.saes, held_out, target, source, config))
     if abs(far.layer - target.layer) > 1:
         yield "far", _shares(_links(run.saes, held_out, far, target, config))
+    others = [site for site in chain if abs(site.layer - target.layer) > 1]
+    if others:
+        drawn = others[int(np.random.default_rng([config.seed, place]).integers(len(others)))]
+        yield "shuffled order", _shares(_links(run.saes, held_out, drawn, target, config))
     shuffled = _permuted(held_out, target, config.seed)
     yield "permuted", _shares(_links(run.saes, shuffled, source, target, config))
     yield "orphans", _orphans(run, held_out, source, target, forward, config)

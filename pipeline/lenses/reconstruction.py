@@ -4,7 +4,8 @@
 2. Every SAE of the run (and those in `others`, of any format) encodes and decodes the same rows; a
    transcoder encodes the rows of the site it reads. FVU, L0, dead latents and cosine with intervals
    over documents (sae/metrics.py, formulas in docs/metrics.md).
-3. Beside them the FVU of a PCA with as many components as latents are active, fitted on train rows.
+3. Beside them the FVU of a PCA with as many components as latents are active, fitted on train rows,
+   and of `N_ROWS` train rows taken as a dictionary, as many a token, by least squares.
 
 Cost: one encoding of `n_tokens` per SAE; two covariances and one eigendecomposition per site. A
 killed run keeps the sites it finished.
@@ -50,11 +51,14 @@ from sae.metrics import (
     active_latents,
     n_components_to_match,
     pca_fvu,
+    rows_fvu,
 )
 
 TITLE = "how well each SAE reconstructs held-out activations, beside a PCA"
 GROUP = "evaluation"
 NEEDS = ("collect", "train")
+N_ROWS = 2048
+"""Train rows that make the dictionary without training, and held-out rows it is measured on."""
 
 
 class Config(LensConfig):
@@ -101,7 +105,7 @@ def look(run: Run, config: Config) -> Finding:
         for row in found["rows"]:
             run.context.metrics({n: row[n] for n in ("site", "source", "fvu", "l0", "cosine")})
     run.context.progress("reconstruct", len(sites), len(sites))
-    table = pd.DataFrame(metrics).astype({"pca_fvu": float})
+    table = pd.DataFrame(metrics).astype({"pca_fvu": float, "rows_fvu": float})
     used = used_later(table)
     headline = _headline(table, used)
     return Finding(
@@ -136,7 +140,7 @@ def _of_site(
         ReconstructionMeter(n_latents=sae.n_latents, d_out=sae.d_out, centre=centre)
         for _, sae in saes
     ]
-    covariance = CovarianceMeter(centre=centre)
+    covariance, some = CovarianceMeter(centre=centre), []
     sites = tuple(dict.fromkeys([site, *(candidate.reads or site for candidate in candidates)]))
     blocks_at = (iter_rows(store, other, rows["validation"]) for other in sites)
     for blocks in zip(*blocks_at, strict=True):
@@ -146,15 +150,22 @@ def _of_site(
             meter.update(x[site], rebuilt, active, blocks[0][1])
         if rows["train"]:
             covariance.update(x[site])
-    curve = np.zeros(0)
+            some.append(x[site][: N_ROWS // len(rows["validation"]) + 1])
+    curve, train = np.zeros(0), []
     if rows["train"]:
         fitted = CovarianceMeter(centre=centre)
         for x_train, _ in iter_rows(store, site, rows["train"]):
             fitted.update(x_train)
+            train.append(x_train[: N_ROWS // len(rows["train"]) + 1])
         curve = pca_fvu(fitted, covariance)
+
+    def untrained(k: int) -> float | None:
+        return rows_fvu(torch.cat(train), torch.cat(some), k) if train else None
+
     return {
         "rows": [
             _row(candidate, sae, meter, curve, config)
+            | {"rows_fvu": untrained(max(1, round(meter.result().l0)))}
             for (candidate, sae), meter in zip(saes, meters, strict=True)
         ],
         "pca": curve.tolist(),
@@ -217,7 +228,8 @@ def _headline(rows: pd.DataFrame, used: pd.DataFrame) -> dict[str, Any]:
     """Medians over the SAEs that later stages use (over all, where there are none of those), and
     how many explain more than a PCA of the same budget."""
     numbers = {"n_dictionaries": len(rows), "n_tokens": int(rows["n_tokens"].iloc[0])}
-    medians = used[["fvu", "pca_fvu", "l0", "dead_fraction"]].astype(float).median().dropna()
+    columns = ["fvu", "pca_fvu", "rows_fvu", "l0", "dead_fraction"]
+    medians = used[columns].astype(float).median().dropna()
     numbers |= {f"{name}_median": round(float(value), 4) for name, value in medians.items()}
     if used["pca_fvu"].notna().any():
         numbers["n_better_than_pca"] = int((used["fvu"] < used["pca_fvu"]).sum())
@@ -226,7 +238,8 @@ def _headline(rows: pd.DataFrame, used: pd.DataFrame) -> dict[str, Any]:
 
 def _text(numbers: dict[str, Any]) -> str:
     baseline = (
-        f", a PCA with as many components {numbers['pca_fvu_median']}; "
+        f", a PCA with as many components {numbers['pca_fvu_median']}, as many of {N_ROWS} train "
+        f"rows {numbers['rows_fvu_median']}; "
         f"{numbers['n_better_than_pca']} SAEs are better than their PCA"
         if "n_better_than_pca" in numbers
         else ""

@@ -18,6 +18,7 @@ from sae.metrics import (
     active_latents,
     n_components_to_match,
     pca_fvu,
+    rows_fvu,
 )
 
 
@@ -178,3 +179,17 @@ def test_no_tokens_and_nan_are_refused():
             torch.zeros(1, 2),
             torch.zeros(0, dtype=torch.int64),
         )
+
+
+def test_rows_as_a_dictionary_against_a_plain_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    train, held_out = (torch.randn(n, 12, generator=generator) for n in (30, 20))
+    mean = train.mean(0)
+    unit = ((train - mean) / (train - mean).norm(dim=1, keepdim=True)).numpy()
+    error = 0.0
+    for x in (held_out - mean).numpy():
+        chosen = unit[np.argsort(-np.abs(unit @ x))[:3]]
+        error += np.square(x - np.linalg.lstsq(chosen.T, x, rcond=None)[0] @ chosen).sum()
+    total = np.square(held_out.numpy() - held_out.numpy().mean(0)).sum()
+    assert rows_fvu(train, held_out, 3) == pytest.approx(error / total, rel=1e-3)
+    assert rows_fvu(train, train, 1) < rows_fvu(train, held_out, 1)

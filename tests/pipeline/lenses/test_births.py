@@ -47,7 +47,7 @@ def planted(artifacts: Path) -> Run:
         b_in=zeros,
         activation=Relu(),
     )
-    run.__dict__["saes"] = {TOP: sae}
+    run.__dict__["saes"] = {Site(0, "resid_post"): run.saes[Site(0, "resid_post")], TOP: sae}
     return run
 
 
