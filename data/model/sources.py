@@ -153,19 +153,21 @@ def load_folder(folder: Path, dtype: torch.dtype) -> LoadedModel:
     return LoadedModel(hf=hf, tokenizer=Tokenizer(tokenizer), folder=folder)
 
 
-def write_random_like(hf: PreTrainedModel, tokenizer: Path, folder: Path, *, seed: int) -> None:
+def write_random_like(loaded: LoadedModel, folder: Path, *, seed: int) -> None:
     """A folder with a model of the same config and random weights, as its library initialises
-    them, and the tokenizer's files of another folder."""
+    them, and the same tokenizer. Raises ValueError for a model that was made in memory."""
     from transformers import AutoModelForCausalLM
 
+    if loaded.folder is None:
+        raise ValueError("a model made in memory has no tokenizer's files")
     if (folder / "config.json").is_file():
         return
     with quiet_transformers(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = AutoModelForCausalLM.from_config(hf.config, dtype=torch.float32)
+        made = AutoModelForCausalLM.from_config(loaded.hf.config, dtype=torch.float32)
     partial = folder.with_name(f"{folder.name}.partial")
     made.save_pretrained(partial)
-    for file in tokenizer.iterdir():
+    for file in loaded.folder.iterdir():
         if file.is_file() and not (partial / file.name).exists() and file.suffix != ".safetensors":
             shutil.copyfile(file, partial / file.name)
     partial.rename(folder)

@@ -91,8 +91,7 @@ def _models(run: Run, config: Config) -> dict[str, ModelSpec]:
         other: ModelSpec = spec.replace(seed=spec.seed + config.seed + 1)
     else:
         folder = _folder(run) / f"model-{config.seed}"
-        loaded = run.model.loaded
-        write_random_like(loaded.hf, loaded.folder, folder, seed=config.seed)
+        write_random_like(run.model.loaded, folder, seed=config.seed)
         other = Folder(path=folder)
     return {TRAINED: spec, RANDOM: other}
 

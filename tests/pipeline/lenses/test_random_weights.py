@@ -31,10 +31,11 @@ def test_a_model_with_random_weights_earns_no_claim(run: Run) -> None:
 
 def test_random_weights_of_the_same_shape(tmp_path: Path) -> None:
     spec = Random(n_layers=2, d_model=16, n_heads=2, d_mlp=32)
-    model = LanguageModel.open(spec, dtype="float32")
-    model.hf.save_pretrained(tmp_path / "own")
-    model.tokenizer.hf.save_pretrained(tmp_path / "own")
-    write_random_like(model.hf, tmp_path / "own", tmp_path / "random", seed=3)
+    made = LanguageModel.open(spec, dtype="float32")
+    made.hf.save_pretrained(tmp_path / "own")
+    made.tokenizer.hf.save_pretrained(tmp_path / "own")
+    model = LanguageModel.open(Folder(path=tmp_path / "own"), dtype="float32")
+    write_random_like(model.loaded, tmp_path / "random", seed=3)
     other = LanguageModel.open(Folder(path=tmp_path / "random"), dtype="float32")
     assert other.sites() == model.sites()
     shapes = [{k: v.shape for k, v in each.hf.state_dict().items()} for each in (model, other)]
