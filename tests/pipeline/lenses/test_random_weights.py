@@ -14,7 +14,7 @@ from data.model.spec import Folder, Random
 from pipeline.lenses import random_weights
 from pipeline.run import Run
 
-SMALL = random_weights.Config(n_layers=4, n_tokens=6144, steps=60, n_targets=60)
+SMALL = random_weights.Config(n_layers=4, n_tokens=6144, steps=60, n_targets=120)
 
 
 @pytest.mark.slow
