@@ -9,9 +9,9 @@
    any: over documents for removals, births and labels, over features for shares of links.
 
 A claim is `earned` when the trained model's interval lies above that of the random one, and above
-zero, by at least `margin`: two random models differ too, and less is no headline. What is not earned says nothing of training: residual streams and TopK give it. Cost: twice a
-small run. Source: this project's referee; random baselines for SAEs: Heap et al. (arXiv
-2501.17727).
+zero, by at least `margin`: two random models differ too, and less is no headline. What is not
+earned says nothing of training: residual streams and TopK give it. Cost: twice a small run.
+Source: this project's referee; random baselines for SAEs: Heap et al. (arXiv 2501.17727).
 """
 
 from __future__ import annotations
@@ -201,8 +201,8 @@ def _text(table: pd.DataFrame) -> str:
     return (
         "A number that random weights give as well says nothing of what the model learnt.\n"
         + "\n".join(lines).replace("(no)", "(not earned)")
-        + "\n\nEarned: the interval of the trained model lies clearly above that of the random one, "
-        "and above zero."
+        + "\n\nEarned: the interval of the trained model lies clearly above that of the random "
+        "one, and above zero."
     )
 
 
