@@ -4,13 +4,13 @@
 
     p_cosine      the cosine beats the null of decoder rows (siblings.py: what the target would
                   reach without its partner)
-    p_firing      the two are active together more than a source of the same density would be
+    p_active      the two are active together more than a source of the same density would be
     p_beyond      only for dictionaries of one start, which may be alike because neither moved:
                   the cosine beats what inertia leaves, or the link correlates more than any rival
                   source does: 2 · min(p_inertia, p_rival), at most 1 (Bonferroni)
 
 The second half of p_beyond is what remains when training was so short that inertia explains every
-cosine. Without held-out activations p_firing and p_rival are missing; `link` then says so.
+cosine. Without held-out activations p_active and p_rival are missing; `link` then says so.
 `related` is Benjamini and Hochberg's q of it over the best link of each target.
 
 2. Is it this source? Among the targets that step 1 accepts at the rate, `p_partner` is a link's
@@ -36,12 +36,12 @@ from pipeline.flow.null import NullSample
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """p-values of the edges of one pair. `cosine`: the largest over all decoder nulls; `firing` and
+    """p-values of the edges of one pair. `cosine`: the largest over all decoder nulls; `active` and
     `rival`: None without held-out activations; `joint` is what is judged, `q` its false-discovery
     rate, `related` that of its first step."""
 
     cosine: Float[np.ndarray, "edge"]
-    firing: Float[np.ndarray, "edge"] | None
+    active: Float[np.ndarray, "edge"] | None
     rival: Float[np.ndarray, "edge"] | None
     partner: Float[np.ndarray, "edge"]
     joint: Float[np.ndarray, "edge"]
@@ -66,26 +66,26 @@ def judge(
     ones = np.ones(len(columns.source))
     if not nulls:
         return Evidence(
-            cosine=ones, firing=None, rival=None, partner=ones, joint=ones, q=ones, related=ones
+            cosine=ones, active=None, rival=None, partner=ones, joint=ones, q=ones, related=ones
         )
     chance = _largest(columns, [null for null in nulls if not null.of_start])
     inertia = _largest(columns, [null for null in nulls if null.of_start])
     cosine = np.max([p for p in (chance, inertia) if p is not None], axis=0)
-    firing = rival = None
+    active = rival = None
     if cofiring is not None and few is not None:
-        firing = p_values(cofiring.links.pearson, cofiring.chance.pearson)
+        active = p_values(cofiring.links.pearson, cofiring.chance.pearson)
         rival = _beyond_rivals(columns, cofiring, few)
-    evidence = [cosine, firing]
+    evidence = [cosine, active]
     if same_start and rival is not None:
         beyond = rival if inertia is None else np.minimum(1.0, 2 * np.minimum(inertia, rival))
-        evidence = [chance, firing, beyond]
+        evidence = [chance, active, beyond]
     joint = np.max([p for p in evidence if p is not None], axis=0)
     related = q_values(joint, joint[columns.top])
     asked = columns.top & (related <= fdr)
     partner = p_values(shared, rivals[columns.target[asked]])
     return Evidence(
         cosine=cosine,
-        firing=firing,
+        active=active,
         rival=rival,
         partner=partner,
         joint=joint,

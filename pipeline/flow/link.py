@@ -63,7 +63,7 @@ from pipeline.flow.pairing import (
     start_relation,
 )
 from pipeline.flow.partner import shared_and_rivals
-from pipeline.flow.shelf import HeldOut, Shelf
+from pipeline.flow.sae_cache import HeldOut, SaeCache
 from pipeline.flow.sources import facts_of
 from sae import Sae
 
@@ -152,7 +152,7 @@ def link_dictionaries(
 
 def link_stretch(stretch: Stretch, progress: Progress = silent) -> StretchLinks:
     """Link the pairs of one stretch, in order of depth."""
-    shelf = Shelf(
+    cache = SaeCache(
         dictionaries=stretch.dictionaries,
         held_out=stretch.held_out,
         projections=stretch.projections,
@@ -161,10 +161,10 @@ def link_stretch(stretch: Stretch, progress: Progress = silent) -> StretchLinks:
     linked = []
     for place, pair in enumerate(stretch.pairs):
         progress("link pairs", place, len(stretch.pairs))
-        linked.append(_link_pair(pair, shelf, stretch))
+        linked.append(_link_pair(pair, cache, stretch))
     progress("link pairs", len(stretch.pairs), len(stretch.pairs))
     return StretchLinks(
-        pairs=stretch.pairs, linked=linked, sides=shelf.sides, warnings=shelf.warnings
+        pairs=stretch.pairs, linked=linked, sides=cache.sides, warnings=cache.warnings
     )
 
 
@@ -174,16 +174,16 @@ def _cut(whole: Stretch, n: int) -> list[Stretch]:
     return [replace(whole, pairs=tuple(whole.pairs[i] for i in part)) for part in parts]
 
 
-def _link_pair(pair: Pair, shelf: Shelf, stretch: Stretch) -> PairLinks:
+def _link_pair(pair: Pair, cache: SaeCache, stretch: Stretch) -> PairLinks:
     options = stretch.options
-    source, target = shelf.at(pair.source), shelf.at(pair.target)
+    source, target = cache.at(pair.source), cache.at(pair.target)
     start = start_relation(stretch.facts[pair.source], stretch.facts[pair.target])
     found = match(source.directions, target.directions, k=max(options.top_k, 2), tile=options.tile)
     if options.matcher != COSINE:
         chosen = _chosen(pair, stretch)
         found = led_by(found, chosen, source.directions, target.directions)
     columns = edges_of(found, top_k=options.top_k)
-    nulls = _null_samples(pair, shelf, stretch, start)
+    nulls = _null_samples(pair, cache, stretch, start)
     cofiring = None
     if source.codes is not None and target.codes is not None:
         rng = np.random.default_rng([options.seed, *_numbers(pair)])
@@ -255,54 +255,54 @@ def _chosen(pair: Pair, stretch: Stretch) -> Int64[Tensor, "target"]:
 
 
 def _null_samples(
-    pair: Pair, shelf: Shelf, stretch: Stretch, start: StartRelation
+    pair: Pair, cache: SaeCache, stretch: Stretch, start: StartRelation
 ) -> list[NullSample]:
     """The nulls that apply to a pair; none when one side is dead."""
     options = stretch.options
-    if not all(bool(shelf.at(site).directions.usable.any()) for site in (pair.source, pair.target)):
+    if not all(bool(cache.at(site).directions.usable.any()) for site in (pair.source, pair.target)):
         return []
     match options.null:
         case Automatic():
-            samples = [_drawn(Siblings(), pair, shelf, options)]
+            samples = [_drawn(Siblings(), pair, cache, options)]
             if start == "same_start":
                 inertia = stretch.start_nulls.get(pair.relation) or _far_sample(
-                    pair, shelf, stretch, None
+                    pair, cache, stretch, None
                 )
                 samples += [inertia] if inertia is not None else []
                 if inertia is None:
-                    shelf.warnings.append(
+                    cache.warnings.append(
                         f"{pair}: common start, and nothing tells what inertia leaves; judged by "
                         "firing"
                     )
             return samples
         case FarLayers(min_distance=distance):
-            sample = _far_sample(pair, shelf, stretch, distance)
+            sample = _far_sample(pair, cache, stretch, distance)
             if sample is None:
-                shelf.warnings.append(
+                cache.warnings.append(
                     f"{pair}: no dictionary is far enough for the far-layer null; rotation used"
                 )
-            return [sample or _drawn(Rotation(), pair, shelf, options)]
+            return [sample or _drawn(Rotation(), pair, cache, options)]
         case choice:
-            return [_drawn(choice, pair, shelf, options)]
+            return [_drawn(choice, pair, cache, options)]
 
 
-def _drawn(choice: DirectionNull, pair: Pair, shelf: Shelf, options: LinkOptions) -> NullSample:
+def _drawn(choice: DirectionNull, pair: Pair, cache: SaeCache, options: LinkOptions) -> NullSample:
     entropy = np.random.SeedSequence([options.seed, *_numbers(pair)])
     generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
     sampler = NullSampler(choice=choice, n=options.n_null, tile=options.tile)
     return sampler.sample(
-        shelf.at(pair.source).directions, shelf.at(pair.target).directions, generator
+        cache.at(pair.source).directions, cache.at(pair.target).directions, generator
     )
 
 
 def _far_sample(
-    pair: Pair, shelf: Shelf, stretch: Stretch, min_distance: int | None
+    pair: Pair, cache: SaeCache, stretch: Stretch, min_distance: int | None
 ) -> NullSample | None:
-    far = far_site(pair, list(shelf.dictionaries), min_distance)
-    if far is None or not bool(shelf.at(far).directions.usable.any()):
+    far = far_site(pair, list(cache.dictionaries), min_distance)
+    if far is None or not bool(cache.at(far).directions.usable.any()):
         return None
-    target = shelf.at(pair.target).directions
-    best = match(shelf.at(far).directions, target, k=1).predecessors.cosine[target.usable, 0]
+    target = cache.at(pair.target).directions
+    best = match(cache.at(far).directions, target, k=1).predecessors.cosine[target.usable, 0]
     same = start_relation(stretch.facts[far], stretch.facts[pair.target]) == "same_start"
     return NullSample(
         name=f"far layers ({far.short})", best_cosine=mirrored(best.cpu().numpy()), of_start=same
@@ -346,7 +346,7 @@ def _assembled(
     sides = {site: side for part in done for site, side in part.sides.items()}
     found = (text for part in done for text in part.warnings)
     warnings = dict.fromkeys([*_unknown_starts(linked), *pairing.warnings, *found])
-    alone = Shelf(dictionaries=dictionaries)
+    alone = SaeCache(dictionaries=dictionaries)
     for site in dictionaries:
         if (
             site not in sides

@@ -51,7 +51,7 @@ def edge_table(
             "margin": columns.margin.astype(np.float32),
             "mutual": columns.mutual,
             "p_cosine": evidence.cosine.astype(np.float32),
-            "p_firing": unknown if evidence.firing is None else evidence.firing.astype(np.float32),
+            "p_active": unknown if evidence.active is None else evidence.active.astype(np.float32),
             "p_rival": unknown if evidence.rival is None else evidence.rival.astype(np.float32),
             "p_partner": evidence.partner.astype(np.float32),
             "p_value": evidence.joint.astype(np.float32),
@@ -83,7 +83,7 @@ def pair_row(
     few: np.ndarray | None,
     fdr: float,
 ) -> dict[str, Any]:
-    """Counts, strengths, the null beside them, hubness, and what firing says, for one pair."""
+    """Counts, strengths, the null beside them, hubness, and what activations say, for one pair."""
     top = columns.top
     cosine = columns.cosine[top]
     strictest = max(nulls, key=lambda null: null.quantile(0.99), default=None)
@@ -109,7 +109,7 @@ def pair_row(
         "n_above_fixed": int((cosine >= (0.5 if pair.relation == "residual" else 0.15)).sum()),
         "hub_skewness": skew,
         "hub_largest": largest,
-        **_firing(columns, cofiring, kept, few),
+        **_activity(columns, cofiring, kept, few),
         "histogram": np.histogram(cosine, HISTOGRAM_EDGES)[0].tolist(),
         "null_histogram": []
         if strictest is None
@@ -125,7 +125,7 @@ def hubness(index: np.ndarray, n_possible: int) -> tuple[float, int]:
     return skew, int(counts.max(initial=0))
 
 
-def _firing(
+def _activity(
     columns: EdgeColumns, cofiring: Cofiring | None, kept: np.ndarray, few: np.ndarray | None
 ) -> dict[str, Any]:
     """Medians over top-1 links of targets that fired often enough, kept links apart from the
@@ -140,16 +140,16 @@ def _firing(
     )
     if cofiring is None or few is None:
         return dict.fromkeys(names)
-    firing = columns.top & ~few[columns.target]
+    active = columns.top & ~few[columns.target]
     best_index, best = cofiring.best.index[columns.target], cofiring.best.pearson[columns.target]
     chance = cofiring.chance.pearson
     values = (
-        _median(cofiring.links.pearson[firing]),
-        _median(cofiring.links.pearson[firing & kept]),
-        _median(cofiring.links.jaccard[firing]),
-        _median(best[firing]),
+        _median(cofiring.links.pearson[active]),
+        _median(cofiring.links.pearson[active & kept]),
+        _median(cofiring.links.jaccard[active]),
+        _median(best[active]),
         float(np.quantile(chance, 0.99)) if len(chance) else None,
-        float((best_index == columns.source)[firing].mean()) if firing.any() else None,
+        float((best_index == columns.source)[active].mean()) if active.any() else None,
     )
     return dict(zip(names, values, strict=True))
 

@@ -61,7 +61,7 @@ EDGES = pa.schema(
         "margin": pa.float32(),
         "mutual": pa.bool_(),
         "p_cosine": pa.float32(),
-        "p_firing": pa.float32(),
+        "p_active": pa.float32(),
         "p_rival": pa.float32(),
         "p_partner": pa.float32(),
         "p_value": pa.float32(),
@@ -108,6 +108,7 @@ PAIRS = pa.schema(
     }
 )
 _SCHEMAS = {"nodes": NODES, "edges": EDGES, "pairs": PAIRS}
+_OLD = {"p_firing": "p_active"}  # names of earlier versions
 _MAY_BE_ABSENT = {"edges": ("p_partner", "related", "causal_success", "causal_change", "causal_n")}
 
 
@@ -159,6 +160,7 @@ def read_tables(folder: Path) -> FlowTables:
 def _read(path: Path, schema: pa.Schema, name: str, problems: list[Problem]) -> pd.DataFrame:
     try:
         table = parquet.read_table(path)
+        table = table.rename_columns([_OLD.get(column, column) for column in table.column_names])
     except FileNotFoundError:
         problems.append(Problem(what="file missing", where=str(path)))
         return pd.DataFrame()

@@ -42,7 +42,7 @@ from pipeline.findings import Finding
 from pipeline.flow.link import link_dictionaries
 from pipeline.flow.options import Calibrated, LinkOptions
 from pipeline.flow.pairing import MODULES, RELATIONS
-from pipeline.flow.shelf import HeldOut
+from pipeline.flow.sae_cache import HeldOut
 from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.layers import NPairs, NTokens, Seed, spread

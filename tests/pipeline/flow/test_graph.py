@@ -67,7 +67,7 @@ def tables() -> FlowTables:
         margin=0.1,
         p_cosine=0.001,
         p_value=0.001,
-        p_firing=None,
+        p_active=None,
         p_rival=None,
         p_partner=0.001,
         related=edges["kept"],
@@ -256,6 +256,9 @@ def test_tables_survive_the_disk_and_damage_is_named(tables, tmp_path):
     assert again.warnings == ("a",)
     assert again.edges["cosine"].tolist() == pytest.approx(tables.edges["cosine"].tolist())
     assert FlowGraph.open(tmp_path).chain("L2/1")[0].feature.latent == 0
+    edges = pd.read_parquet(tmp_path / "edges.parquet").rename(columns={"p_active": "p_firing"})
+    edges.to_parquet(tmp_path / "edges.parquet", index=False)  # as earlier versions wrote it
+    assert "p_active" in read_tables(tmp_path).edges.columns
     tables.edges.drop(columns=["q_value", "rank"]).to_parquet(tmp_path / "edges.parquet")
     (tmp_path / "pairs.parquet").write_bytes(b"not parquet")
     with pytest.raises(UserError) as caught:

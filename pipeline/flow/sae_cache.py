@@ -1,4 +1,4 @@
-"""Dictionaries in use → their directions and codes, read when first needed, a few kept.
+"""SAEs in use → their directions and codes, read when first needed, a few kept.
 
 Pairs are linked in order of depth, so that each dictionary is read once or twice and no more than
 `n_kept` are held. What is learnt about a dictionary on the way (who is alive, what is odd) is kept
@@ -36,7 +36,7 @@ class Entry:
 
 
 @dataclass(kw_only=True)
-class Shelf:
+class SaeCache:
     """The dictionaries of a run. `sides` and `warnings` grow as dictionaries are read."""
 
     dictionaries: Mapping[Site, Sae]
@@ -85,7 +85,7 @@ class Shelf:
         self.warnings.extend(whole.warnings)
         if n_silent := int((whole.usable & ~living.usable).sum()):
             self.warnings.append(
-                f"{site.short}: {n_silent} latents never fired on the held-out tokens; left out"
+                f"{site.short}: {n_silent} latents are never active on held-out tokens; left out"
             )
         if not bool(living.usable.any()):
             self.warnings.append(f"{site.short}: no latent is alive; the site has no links")
