@@ -17,6 +17,7 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 import pytest
+from pyarrow import parquet
 
 from featureflow.errors import UserError
 from featureflow.sites import Site
@@ -256,8 +257,9 @@ def test_tables_survive_the_disk_and_damage_is_named(tables, tmp_path):
     assert again.warnings == ("a",)
     assert again.edges["cosine"].tolist() == pytest.approx(tables.edges["cosine"].tolist())
     assert FlowGraph.open(tmp_path).chain("L2/1")[0].feature.latent == 0
-    edges = pd.read_parquet(tmp_path / "edges.parquet").rename(columns={"p_active": "p_firing"})
-    edges.to_parquet(tmp_path / "edges.parquet", index=False)  # as earlier versions wrote it
+    edges = parquet.read_table(tmp_path / "edges.parquet")
+    old = ["p_firing" if name == "p_active" else name for name in edges.column_names]
+    parquet.write_table(edges.rename_columns(old), tmp_path / "edges.parquet")  # as before
     assert "p_active" in read_tables(tmp_path).edges.columns
     tables.edges.drop(columns=["q_value", "rank"]).to_parquet(tmp_path / "edges.parquet")
     (tmp_path / "pairs.parquet").write_bytes(b"not parquet")
