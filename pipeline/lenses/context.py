@@ -37,6 +37,7 @@ from featureflow.statistics import mean_over, named
 from pipeline.findings import Finding
 from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.charts import lines
+from pipeline.lenses.parts.layers import spread
 from pipeline.run import Run
 
 TITLE = "how much context each feature reads, and at which layer context enters"
@@ -99,10 +100,13 @@ def look(run: Run, config: Config) -> Finding:
         ignore_index=True,
     )
     by_layer = _by_layer(features, config)
+    shown = spread(stream or sites, 6)
     return Finding(
         tables={"layers": table, "kept": by_layer, "features": features},
         figure=lambda: lines(
-            by_layer.assign(k=np.log2(by_layer["k"])),
+            by_layer[by_layer["site"].isin([site.short for site in shown])].assign(
+                k=lambda short: np.log2(short["k"])
+            ),
             x="k",
             line="site",
             columns={"kept": "share of activations kept", "foreign": "kept after foreign text"},

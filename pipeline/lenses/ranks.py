@@ -1,0 +1,182 @@
+"""Where in the layers does the model's answer appear, and which rival does it overtake?
+
+1. On held-out rows and on `prompts`, every layer is read out as it is and carried to the end by the
+   map of `translators`: rank and log-probability of the token that the model says in the end.
+2. Onset: the first layer from which the rank is at most k in all later layers (k = 1, 5), as a
+   share of the depth. Rival: the token that is first at the layer before the onset.
+3. Null: the answer of another row of the same split; baseline: the answer of the row before (what
+   copying would read).
+
+Cost: two read-outs a layer and row. Source: "Understanding Hidden Computations in Chain-of-Thought
+Reasoning" (arXiv 2412.04537; abstract only): hidden characters are recovered by lower ranks; the
+logit lens alone is poor in early layers here, so both ways are shown.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from annotated_types import Ge
+from jaxtyping import Int
+from torch import Tensor
+from typing_extensions import Doc
+
+from data.tokens import RowFilters
+from featureflow.statistics import mean_over, named
+from pipeline.findings import Finding
+from pipeline.lenses.base import LensConfig
+from pipeline.lenses.parts.charts import lines
+from pipeline.lenses.parts.held_out import choose_rows
+from pipeline.lenses.parts.read_out import carried, document_of, first_tokens, iter_log_p, rows_at
+from pipeline.lenses.parts.texts import iter_texts
+from pipeline.run import Run
+
+TITLE = "at which layer the model's answer appears, and which rival it overtakes"
+NEEDS = ("collect", "translators")
+WAYS = ("as it is", "carried")
+ONSETS = (1, 5)
+
+
+class Config(LensConfig):
+    """On which prompts and rows."""
+
+    prompts: Annotated[tuple[str, ...], Doc("texts whose next token is followed")] = (
+        "The capital of France is",
+        "Two plus two is",
+        "The opposite of hot is",
+        "Water is made of hydrogen and",
+    )
+    n_rows: Annotated[int, Ge(8), Doc("held-out rows")] = 300
+    filters: Annotated[RowFilters, Doc("which rows count")] = RowFilters()
+    seed: Annotated[int, Ge(0), Doc("of rows and intervals")] = 0
+
+
+def look(run: Run, config: Config) -> Finding:
+    """Ranks of the answer by layer; onsets; and the prompts, layer by layer."""
+    maps = run.lens("translators").arrays
+    sites = [site for site in run.store.sites if site.kind == "resid_post"]
+    blocks = choose_rows(
+        run.store, "validation", config.n_rows, filters=config.filters, seed=config.seed
+    )
+    document = document_of(run, blocks)
+    said = {site: torch.zeros(len(config.prompts), run.model.d_model) for site in sites}
+    for places, _, found in iter_texts(run, list(config.prompts), sites):
+        for site, x in found.items():
+            said[site][places] = x[:, -1]
+    answer = torch.from_numpy(first_tokens(run, rows_at(run, sites[-1], blocks)))
+    own_answer = torch.from_numpy(first_tokens(run, said[sites[-1]]))
+    text = run.model.tokenizer.token_text
+    ranks: dict[str, list[np.ndarray]] = {way: [] for way in WAYS}
+    rows, prompts = [], []
+    for done, site in enumerate(sites):
+        run.context.progress(f"ranks at {site.short}", done, len(sites))
+        for way in WAYS if site.short in maps else WAYS[:1]:
+            x, y = rows_at(run, site, blocks), said[site]
+            if way == WAYS[1]:
+                x, y = carried(x, maps, site.short), carried(y, maps, site.short)
+            rank, log_p, _ = ranked(run, x, answer)
+            null = ranked(run, x, answer.roll(len(answer) // 2))[0]
+            copied = ranked(run, x, answer.roll(1))[0]
+            ranks[way].append(rank)
+            row: dict[str, Any] = {"site": site.short, "layer": site.layer, "read": way}
+            row |= named("first", mean_over((rank == 1) * 1.0, document, seed=config.seed))
+            rows.append(
+                row
+                | {
+                    "rank": float(np.median(rank)),
+                    "log_p": float(log_p.mean()),
+                    "null_rank": float(np.median(null)),
+                    "before_rank": float(np.median(copied)),
+                }
+            )
+            rank, log_p, top = ranked(run, y, own_answer)
+            prompts += [
+                {
+                    "prompt": config.prompts[i],
+                    "answer": text(int(own_answer[i])),
+                    "site": site.short,
+                    "layer": site.layer,
+                    "read": way,
+                    "rank": int(rank[i]),
+                    "log_p": float(log_p[i]),
+                    "first_token": text(int(top[i])),
+                }
+                for i in range(len(config.prompts))
+            ]
+    run.context.progress("ranks", len(sites), len(sites))
+    if len(ranks[WAYS[1]]) < len(ranks[WAYS[0]]):  # the last layer needs no map
+        ranks[WAYS[1]].append(ranks[WAYS[0]][-1])
+    onsets = pd.DataFrame(
+        [
+            {"read": way, "k": k}
+            | named("onset", mean_over(onset(np.stack(each), k), document, seed=config.seed))
+            for way, each in ranks.items()
+            for k in ONSETS
+        ]
+    )
+    table = pd.DataFrame(rows)
+    return Finding(
+        tables={"layers": table, "onsets": onsets, "prompts": pd.DataFrame(prompts)},
+        figure=lambda: lines(
+            table.assign(log_rank=np.log10(table["rank"])),
+            x="layer",
+            line="read",
+            columns={"first": "the answer is first", "log_rank": "log10 of its median rank"},
+        ),
+        text=_text(onsets, pd.DataFrame(prompts)),
+        headline={
+            f"onset, {row.read}, k {row.k}": round(float(row.onset), 4)
+            for row in onsets.itertuples()
+        },
+    )
+
+
+def ranked(
+    run: Run, x: Tensor, target: Int[Tensor, "row"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rank (1 is first) and log-probability of each row's target, and the row's first token."""
+    rank, own, top, start = [], [], [], 0
+    for log_p in iter_log_p(run, x):
+        ids = target[start : start + len(log_p), None]
+        mine = log_p.gather(1, ids)
+        rank.append((log_p > mine).sum(1) + 1)
+        own.append(mine[:, 0])
+        top.append(log_p.argmax(1))
+        start += len(log_p)
+    return tuple(torch.cat(each).numpy() for each in (rank, own, top))  # type: ignore[return-value]
+
+
+def onset(rank: Int[np.ndarray, "layer row"], k: int) -> np.ndarray:
+    """The first layer from which a row's rank stays at most k, as a share of the depth (1: none
+    but the last)."""
+    stays = np.logical_and.accumulate((rank <= k)[::-1], 0)[::-1]
+    return np.where(stays.any(0), stays.argmax(0), len(rank) - 1) / max(len(rank) - 1, 1)
+
+
+def _text(onsets: pd.DataFrame, prompts: pd.DataFrame) -> str:
+    said = [
+        f"  {row.read}, among the first {row.k}: at {row.onset:.2f} [{row.onset_low:.2f}, "
+        f"{row.onset_high:.2f}] of the depth"
+        for row in onsets.itertuples()
+    ]
+    shown = []
+    for (prompt, answer), part in prompts.groupby(["prompt", "answer"], sort=False):
+        carried_rows = part[part["read"] == WAYS[1]].sort_values("layer")
+        late = carried_rows[carried_rows["rank"] > 1]
+        rival = late.iloc[-1] if len(late) else None
+        overtakes = (
+            f", overtakes {rival['first_token']!r} after {rival['site']}"
+            if rival is not None
+            else ""
+        )
+        shown.append(f"  {prompt!r} → {answer!r}{overtakes}")
+    return (
+        "What the paper saw (abstract only): hidden characters of a model trained with fillers are "
+        "recovered from lower ranks.\n\nWhat this model shows: the answer stays\n"
+        + "\n".join(said)
+        + "\n"
+        + "\n".join(shown)
+    )
