@@ -78,9 +78,9 @@ def look(run: Run, config: Config) -> Finding:
             for site, x in found.items():
                 states[site][places] = x[:, -1].numpy()
         sources: list[tuple[Any, np.ndarray]] = [(None, words), *states.items()]
-        for site, x in sources:
-            cells = x.reshape(*shape, -1)
-            mixed = x[rng.permutation(len(x))].reshape(*shape, -1)
+        for site, values in sources:
+            cells = values.reshape(*shape, -1)
+            mixed = values[rng.permutation(len(values))].reshape(*shape, -1)
             where = {"set": name, "site": None if site is None else site.short}
             where["layer"] = -1 if site is None else site.layer
             row = named("additive", additive(cells, config.seed))

@@ -67,7 +67,7 @@ def outside_digests(config: Config) -> dict[str, str]:
 def look(run: Run, config: Config) -> Finding:
     """Distances, one row a pair of SAEs. Raises UserError when the runs share no site."""
     held_out = run.held_out(config.n_tokens)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for first, second, a, b in _pairs(run, config):
         run.context.progress(f"compare {first} and {second}", len(rows), 0)
         x, y = (torch.cat([*held_out(site)]) for site, _ in (a, b))

@@ -34,9 +34,9 @@ from sklearn.linear_model import SGDClassifier
 from typing_extensions import Doc
 
 from data.concepts.topics import read_topics
-from data.store.provenance import digest_of_file
 from data.tokens import FLAG_BOS, FLAG_PADDING, FLAG_SPECIAL, TokenTable
 from featureflow.errors import Problem, UserError
+from featureflow.files import digest_of_file
 from featureflow.statistics import bootstrap_ratio, named, p_values, q_values
 from pipeline.findings import Finding
 from pipeline.flow.functional import encode_tokens
