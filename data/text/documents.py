@@ -18,14 +18,14 @@ _LINE_END = re.compile(r"\n|(?<=[.!?])\s")
 @dataclass(frozen=True, kw_only=True)
 class Document:
     """One text, where it comes from, what it is called, and its label (empty when it has none). A
-    conversation has `messages` (role and content each) for the model's chat template; its text is
-    their contents."""
+    conversation has `messages` (role, content and what else they hold) for the model's chat
+    template; its text is their contents."""
 
     text: str
     source: str
     title: str = ""
     label: str = ""
-    messages: tuple[Mapping[str, str], ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +62,34 @@ def document_of(
     )
 
 
-def _messages_of(value: Any) -> tuple[Mapping[str, str], ...]:
+def _messages_of(value: Any) -> tuple[Mapping[str, Any], ...]:
+    """Parts of text are joined, null is empty; what a message holds besides, as calls of tools,
+    goes to the template too."""
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{type(value).__name__}, not a string")
     messages = []
     for each in value:
-        role = each.get("role") if isinstance(each, Mapping) else None
-        if not isinstance(role, str) or not isinstance(each.get("content"), str):
+        if not (isinstance(each, Mapping) and isinstance(each.get("role"), str)):
             raise ValueError("a list that is no conversation (messages of role and content)")
-        messages.append({"role": role, "content": each["content"]})
+        others = {name: other for name, other in each.items() if other is not None}
+        messages.append({**others, "content": _content_of(each.get("content"))})
     if not messages:
         raise ValueError("an empty list")
     return tuple(messages)
+
+
+def _content_of(content: Any) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = content if isinstance(content, (list, tuple)) else [content]
+    texts = [
+        part.get("text")
+        for part in parts
+        if isinstance(part, Mapping) and part.get("type", "text") == "text"
+    ]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("a message whose content is neither text nor parts of text")
+    return "".join(texts)
 
 
 def _name_of(value: Any, field: str) -> str:

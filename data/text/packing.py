@@ -15,6 +15,7 @@ Memory: 13 bytes a token of the result and the text of one batch of documents.
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -199,9 +200,8 @@ def _chat_ids(document: Document, tokenizer: Tokenizer) -> list[int]:
 def _iter_unique(documents: Iterable[Document]) -> Iterator[tuple[Document, str]]:
     seen: set[bytes] = set()
     for document in documents:
-        roles = "".join(f"\n{each['role']}" for each in document.messages)
         try:
-            digest = hashlib.sha256((document.text + roles).encode())
+            digest = hashlib.sha256((document.text + _beside_text(document)).encode())
         except UnicodeEncodeError as error:
             raise UserError(
                 "the text holds half of a surrogate pair",
@@ -212,6 +212,15 @@ def _iter_unique(documents: Iterable[Document]) -> Iterator[tuple[Document, str]
         if digest.digest() not in seen:
             seen.add(digest.digest())
             yield document, digest.hexdigest()
+
+
+def _beside_text(document: Document) -> str:
+    """What tells two conversations of the same contents apart."""
+    roles = "".join(f"\n{each['role']}" for each in document.messages)
+    others = [
+        {k: v for k, v in m.items() if k not in ("role", "content")} for m in document.messages
+    ]
+    return roles + (json.dumps(others, sort_keys=True, default=str) if any(others) else "")
 
 
 def _iter_batches(

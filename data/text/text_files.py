@@ -11,6 +11,7 @@ import glob
 import json
 import os
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from featureflow.files import is_lfs_pointer, lfs_problem
 
 _TEXT, _LINES, _TABLE = (".txt", ".md"), (".jsonl", ".ndjson"), (".parquet",)
 SUFFIXES = (*_TEXT, *_LINES, *_TABLE)
+_PACKED = (".gz", ".zst", ".bz2", ".xz")
 _MOST_PROBLEMS = 20
 _TEXT_COLUMN = r"(large_)?string|string_view|dictionary<values=string|(large_)?list|null"
 
@@ -50,6 +52,13 @@ def find_text_files(paths: Sequence[str]) -> list[Path]:
         if path.stat().st_size == 0
     ]
     problems += [lfs_problem(path) for path in found if is_lfs_pointer(path)]
+    problems += [
+        Problem(what="a compressed text is not read", where=str(each), expected="unpack it first")
+        for path in map(Path, map(os.path.expanduser, paths))
+        if path.is_dir()
+        for each in sorted(path.rglob("*"))
+        if each.suffix.lower() in _PACKED and Path(each.stem).suffix.lower() in SUFFIXES
+    ]
     if not paths:
         problems.append(Problem(what="no text files are named", expected='paths = ["my-texts/"]'))
     if problems:
@@ -128,12 +137,13 @@ def _iter_good(
         raise UserError("the file has no documents", where=str(file))
 
 
-def _iter_lines(file: Path, fields: Fields) -> Iterator[Document | Problem]:
+def _iter_lines(file: Path, fields: Fields) -> Iterator[Document | Problem | None]:
     with file.open("rb") as stream:
         offset = 0
         for number, raw in enumerate(stream, start=1):
-            if raw.strip():
-                yield _parse_line(raw, file, number, offset, fields)
+            line = raw.removeprefix(BOM_UTF8) if number == 1 else raw
+            if line.strip():
+                yield _parse_line(line, file, number, offset, fields)
             offset += len(raw)
 
 
@@ -146,7 +156,8 @@ def _bad_records(file: Path, problems: list[Problem]) -> UserError:
 
 def _parse_line(
     raw: bytes, file: Path, number: int, offset: int, fields: Fields
-) -> Document | Problem:
+) -> Document | Problem | None:
+    """None where the text is null; a line without the field is wrong."""
     where = f"{file}, line {number} (byte {offset})"
     try:
         record = json.loads(raw.decode("utf-8"))
@@ -159,6 +170,8 @@ def _parse_line(
         return Problem(what="the line is not JSON", where=where, found=str(error))
     if not isinstance(record, dict):
         return Problem(what="the line is not an object", where=where, found=type(record).__name__)
+    if fields.text in record and record[fields.text] is None:
+        return None
     found = f"the fields {', '.join(record)}" if record else "an empty object"
     try:
         document = document_of(record, fields, source=file.name, number=number)

@@ -164,7 +164,7 @@ def _joined(content: Any) -> Any:
     texts = [part.get("text") for part in parts if _is_text(part)]
     if len(texts) != len(parts):
         raise ValueError("a text, or parts of the type text")
-    return "".join(texts) if parts else content or ""
+    return "".join(texts) if parts else "" if content in (None, []) else content
 
 
 def _is_text(part: Any) -> bool:
@@ -248,13 +248,18 @@ def _parsed(kind: type[_Completion | _Chat], body: Mapping[str, Any]) -> _Comple
     served = {
         name: value
         for name, value in body.items()
-        if name not in HARMLESS and not (name in NEUTRAL and value == NEUTRAL[name])
+        if name not in HARMLESS and not (name in NEUTRAL and _is_same(value, NEUTRAL[name]))
     }
     try:
         return kind.model_validate(served)
     except ValidationError as error:
         problems = tuple(map(_problem, error.errors()))
         raise UserError("this request cannot be served as it asks", problems=problems) from error
+
+
+def _is_same(value: Any, neutral: Any) -> bool:
+    """Equal, where true is not 1 and false is not 0."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
 def _problem(error: Any) -> Problem:

@@ -147,6 +147,24 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
     assert f"line 5, byte {(tmp_path / 'bad.jsonl').read_bytes().index(0xE9)}" in message
 
 
+def test_lines_of_other_systems_and_null_ones_are_read_and_compressed_files_named(
+    tmp_path: Path,
+) -> None:
+    """A mark of byte order, CRLF, and the separators of lines that only Unicode knows; a line that
+    lacks the field is wrong, one whose text is null is counted."""
+    (tmp_path / "a.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"text": "one"}\r\n{"text": null}\r\n'
+        + '{"text": "t\u2028w\u0085o"}\r\n'.encode()
+    )
+    passed_over = PassedOver()
+    found = iter_documents(TextFiles(paths=(str(tmp_path),)), 0, passed_over)
+    assert sorted(each.text for each in found) == ["one", "t\u2028w\u0085o"]
+    assert passed_over["a.jsonl"] == 1
+    (tmp_path / "b.jsonl.gz").write_bytes(b"x")
+    with pytest.raises(UserError, match="compressed"):
+        iter_documents(TextFiles(paths=(str(tmp_path),)), 0)
+
+
 def test_many_bad_lines_are_counted(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("nothing\n" * 100)
     with pytest.raises(UserError, match="bad lines") as error:
@@ -230,6 +248,33 @@ def test_conversations_are_messages_and_no_python(tmp_path: Path, kind: str, rea
     documents = sorted(iter_documents(spec, 0), key=lambda each: len(each.messages))
     assert [list(map(dict, each.messages)) for each in documents] == [CHAT[:1], CHAT]
     assert documents[1].text == "Is it far?\n\nA mile."
+
+
+PARTS = [{"type": "text", "text": "Is it "}, {"type": "text", "text": "far?"}]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "map"}]}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("reader", ["hub", "files"])
+def test_parts_of_text_are_joined_and_calls_of_tools_reach_the_template(
+    tmp_path: Path, kind: str, reader: str
+) -> None:
+    rows: list[object] = [[{"role": "user", "content": PARTS}, CALL], [CALL, CALL]]
+    spec: HubText | TextFiles = write_rows(tmp_path / "set", kind, rows)
+    if reader == "files":
+        spec = TextFiles(paths=(str(tmp_path / "set"),), text_field="messages")
+    with pytest.raises(UserError, match="no text"):
+        list(iter_documents(spec.replace(text_field="id"), 0))
+    spoken = next(each for each in iter_documents(spec, 0) if each.text.strip())
+    assert spoken.messages[0] == {"role": "user", "content": "Is it far?"}
+    assert spoken.messages[1] == {**CALL, "content": ""}
+
+
+@pytest.mark.parametrize("content", [5, [{"type": "image_url", "image_url": "x"}], ["a"]])
+def test_contents_that_are_no_text_are_refused(tmp_path: Path, content: object) -> None:
+    spec = write_rows(tmp_path / "set", "jsonl", [[{"role": "user", "content": content}]])
+    with pytest.raises(UserError, match="neither text nor parts of text"):
+        list(iter_documents(spec, 0))
 
 
 @pytest.mark.parametrize("reader", ["hub", "parquet"])

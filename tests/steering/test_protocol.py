@@ -177,6 +177,9 @@ def test_a_chat_goes_through_the_models_template(model, saes, client, content, t
         [{"content": "a"}],
         [{"role": "tool", "content": "a"}],
         [{"role": "user", "content": 5}],
+        [{"role": "user", "content": 0}],
+        [{"role": "user", "content": False}],
+        [{"role": "user", "content": {}}],
         [{"role": "user", "content": {"text": "a"}}],
         [{"role": "user", "content": ["a"]}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
@@ -187,6 +190,12 @@ def test_a_chat_goes_through_the_models_template(model, saes, client, content, t
 def test_messages_of_another_form_are_refused(address, messages):
     answer = httpx.post(f"{address}/v1/chat/completions", json={"messages": messages})
     assert (answer.status_code, "messages" in answer.text) == (400, True)
+
+
+@pytest.mark.parametrize(("name", "value"), [("best_of", True), ("presence_penalty", False)])
+def test_true_is_not_one_and_false_not_zero(address, name, value):
+    answer = httpx.post(f"{address}/v1/completions", json={"prompt": "a", name: value})
+    assert (answer.status_code, name in answer.text) == (400, True)
 
 
 def test_a_model_without_a_template_and_a_template_that_refuses_say_so(model, client, monkeypatch):
