@@ -132,6 +132,14 @@ _OF_MODULES: dict[str, SiteKind] = {
 """What the modules of a Hugging Face block give, by the end of their name. The module before a
 second norm (Gemma 2 and 3, OLMo 2) gives something else, see `_before_a_norm`."""
 _MODULE = re.compile(r"(?:\w+\.)*(?:layers|h)\.(\d+)((?:\.\w+)*)")
+_OF_BRIDGE: dict[str, SiteKind] = {
+    "hook_in": "resid_pre",
+    "hook_out": "resid_post",
+    "attn.hook_out": "attn_out",
+    "mlp.hook_out": "mlp_out",
+}
+"""What TransformerLens' bridge calls the ends of a block and of its modules."""
+_HOOK = re.compile(r"blocks\.(\d+)\.([\w.]+)")
 _POST_NORMS = re.compile(r"gemma-?[23]|olmo-?2", re.IGNORECASE)
 
 
@@ -143,6 +151,10 @@ def site_of_hook(hook: str | None, *, model: object = None) -> Site | None:
     if match := _MODULE.fullmatch(hook):
         kind = None if _before_a_norm(match[2], model) else _OF_MODULES.get(match[2])
         return Site(int(match[1]), kind) if kind else None
+    match = _HOOK.fullmatch(hook)
+    if match and match[2] in _OF_BRIDGE:
+        is_inside = "." in match[2] and isinstance(model, str) and _POST_NORMS.search(model)
+        return None if is_inside else Site(int(match[1]), _OF_BRIDGE[match[2]])
     try:
         return parse_site(hook.replace(".hook_z", ".attn.hook_z") if ".attn." not in hook else hook)
     except UserError:

@@ -169,11 +169,11 @@ def _trained_as(sae: Sae) -> str | None:
 
 def _exported(sae: Sae) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     """Architecture, tensors and further configuration keys."""
-    subtracts = sae.d_in == sae.d_out and sae.W_skip is None and torch.equal(sae.b_in, sae.b_dec)
+    transcodes = "reads" in sae.metadata or sae.W_skip is not None or sae.d_in != sae.d_out
+    subtracts = not transcodes and torch.equal(sae.b_in, sae.b_dec)
     b_enc = sae.b_enc if subtracts else sae.b_enc - sae.W_enc @ sae.b_in
     tensors = {"W_enc": sae.W_enc.T, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     extra: dict[str, Any] = {"apply_b_dec_to_input": subtracts}
-    transcodes = sae.W_skip is not None or sae.d_in != sae.d_out
     if sae.W_skip is not None:
         tensors["W_skip"] = sae.W_skip
     if transcodes:

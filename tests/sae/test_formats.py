@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from featureflow.errors import UserError
 from sae import Gated, Relu, Sae, Threshold, TopKActivation
 from sae.formats import find, read, recognise, save_sae, write_saelens
+from sae.formats.base import site_of_hook
 from tests.sae.foreign_files import D, K, N, agrees, numbers, topk, write_folder
 
 
@@ -458,6 +459,41 @@ def test_transcoders_are_written_for_saelens(tmp_path, parts, skip):
     torch.testing.assert_close(read(tmp_path)(parts["x"]), sae(parts["x"]), rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="no such transcoder"):
         write_saelens(our_dictionary(TopKActivation(k=K), d_out=4), tmp_path)
+
+
+@pytest.mark.parametrize("same_bias", [True, False])
+def test_a_transcoder_of_one_width_is_written_as_one(tmp_path, parts, same_bias):
+    """As wide out as in, it could pass for an SAE of its input."""
+    sae = our_dictionary(Relu())
+    b_in = sae.b_dec if same_bias else torch.zeros_like(sae.b_dec)
+    ends = {"reads": "blocks.1.mlp.hook_in", "site": "blocks.1.hook_mlp_out"}
+    sae = sae.replace(b_in=b_in, metadata={**ends, "transcodes": True})
+    write_saelens(sae, tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert (config["architecture"], config["apply_b_dec_to_input"]) == ("transcoder", False)
+    back = read(tmp_path)
+    assert {name: back.metadata[name] for name in ends} == ends
+    torch.testing.assert_close(back(parts["x"]), sae(parts["x"]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("hook", "model", "site"),
+    [
+        ("blocks.3.hook_out", None, "blocks.3.hook_resid_post"),
+        ("blocks.3.hook_in", None, "blocks.3.hook_resid_pre"),
+        ("blocks.3.mlp.hook_out", "gpt2", "blocks.3.hook_mlp_out"),
+        ("blocks.3.attn.hook_out", "gpt2", "blocks.3.hook_attn_out"),
+        ("blocks.3.mlp.hook_out", "google/gemma-2-2b", None),
+        ("blocks.3.mlp.hook_in", None, "blocks.3.mlp.hook_in"),
+        ("blocks.3.hook_mlp_in", None, None),
+        ("blocks.3.mlp.hook_post", None, None),
+    ],
+)
+def test_hooks_of_the_bridge_are_sites(hook, model, site):
+    """In Gemma 2 the MLP's own output goes through a norm before it enters the stream; and
+    `hook_mlp_in` is the stream before the norm that the MLP reads through."""
+    found = site_of_hook(hook, model=model)
+    assert (found and found.name) == site
 
 
 def test_native_folders_and_trees_are_found(tmp_path, parts):
