@@ -17,6 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from huggingface_hub import constants
+
 from featureflow.errors import UserError
 from featureflow.files import digest_of_file, write_text_atomically
 
@@ -90,3 +92,13 @@ def _rename_unless_there(beside: Path, place: Path) -> None:
     except OSError:
         if not place.is_dir():
             raise
+
+
+def hub_snapshot(name: str, revision: str) -> Path | None:
+    """What lies of a model's repository in the Hub's cache, whole or not; None for nothing. The
+    Hub's own client takes a repository of which some files were asked for to be incomplete."""
+    place = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    reference = place / "refs" / revision
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    folder = place / "snapshots" / commit
+    return folder if folder.is_dir() else None

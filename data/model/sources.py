@@ -30,6 +30,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from data.cache import hub_snapshot
 from data.model.gguf_conversion import converted_gguf
 from data.model.loading import check_complete, quiet_transformers
 from data.model.spec import (
@@ -298,12 +299,8 @@ def hub_id_of(name: str) -> str:
 
 def commit_of_model(name: str, revision: str) -> str:
     """The commit of what lies in the Hub's local cache; empty where nothing does."""
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
-        ).name
-    except Exception:  # not there, or not whole: fetching it explains
-        return ""
+    folder = hub_snapshot(name, revision)
+    return "" if folder is None else folder.name
 
 
 def _hub_folder(name: str, revision: str) -> Path:

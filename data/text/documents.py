@@ -81,14 +81,12 @@ def _messages_of(value: Any) -> tuple[Mapping[str, Any], ...]:
 def _content_of(content: Any) -> str:
     if content is None or isinstance(content, str):
         return content or ""
-    parts = content if isinstance(content, (list, tuple)) else [content]
-    texts = [
-        part.get("text")
-        for part in parts
-        if isinstance(part, Mapping) and part.get("type", "text") == "text"
-    ]
-    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("a message whose content is neither text nor parts of text")
+    texts: list[str] = []
+    for part in content if isinstance(content, (list, tuple)) else [content]:
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if not isinstance(text, str) or part.get("type", "text") != "text":
+            raise ValueError("a message whose content is neither text nor parts of text")
+        texts.append(text)
     return "".join(texts)
 
 

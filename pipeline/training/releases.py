@@ -19,13 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+from data.cache import hub_snapshot
 from featureflow.errors import Problem, UserError
 from featureflow.sites import Site
 
@@ -210,16 +206,15 @@ def locate(
     if folder is not None:
         root = _local(folder, release)
         return {at: root / p for at, p in _chosen(patterns, _names_below(root), root, l0).items()}
-    cached = _cached(release, revision)
-    if cached is not None:
-        names = _names_below(cached)
-        if all(_fitting(pattern, names) for pattern in patterns.values()):
-            found = _chosen(patterns, names, cached, l0)
-            return {at: cached / path for at, path in found.items()}
-    names = _names_on_the_hub(release, revision, cached)
+    cached = hub_snapshot(release, revision)
+    here = _names_below(cached) if cached is not None else []
+    names = here
+    if not all("*" not in pattern and _fitting(pattern, here) for pattern in patterns.values()):
+        names = _names_on_the_hub(release, revision, here)  # of what fits, more than is here
     chosen = _chosen(patterns, names, release, l0)
-    root = _downloaded(release, revision, sorted(set(chosen.values())))
-    return {at: root / path for at, path in chosen.items()}
+    if cached is None or not all(_fitting(path, here) for path in chosen.values()):
+        cached = _downloaded(release, revision, sorted(set(chosen.values())))
+    return {at: cached / path for at, path in chosen.items()}
 
 
 def _local(folder: Path, release: str) -> Path:
@@ -279,21 +274,14 @@ def _l0_of(path: str) -> float:
     return float(match[1]) if match else float("inf")
 
 
-def _cached(release: str, revision: str) -> Path | None:
-    """The snapshot in the Hub's cache."""
-    try:
-        return Path(snapshot_download(release, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
-        return None
-
-
-def _names_on_the_hub(release: str, revision: str, cached: Path | None) -> list[str]:
+def _names_on_the_hub(release: str, revision: str, here: list[str]) -> list[str]:
+    """All files of the repository; where the Hub cannot be asked, those that are here."""
     try:
         return HfApi().list_repo_files(release, revision=revision)
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        if cached is not None:
-            return _names_below(cached)  # the error then names the layers that are not in it
+        if here:
+            return here  # the error then names the layers that are not in it
         raise UserError(
             "the release is not in the cache, and the Hub cannot be asked",
             where=f"train.imported.release: {release}",
