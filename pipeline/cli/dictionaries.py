@@ -18,7 +18,16 @@ from pipeline.run import Run
 from pipeline.training.checking import check_dictionary
 from sae import Sae, save_sae
 from sae.calibration import with_threshold
-from sae.formats import Conventions, read, write_circuit_tracer, write_saelens, write_sparsify
+from sae.formats import (
+    Conventions,
+    read,
+    read_cross_layer,
+    save_cross_layer,
+    write_circuit_tracer,
+    write_saelens,
+    write_sparsify,
+)
+from sae.formats.cross_layer import is_cross_layer
 
 _N_ROWS = 8192
 
@@ -139,6 +148,9 @@ def convert(
     """Read the dictionary at each of SOURCES and write it to the folder OUT."""
     if len(sources) > 1 and to != "circuit_tracer":
         raise click.UsageError(f"one SOURCE for --to {to}")
+    if to == "native" and is_cross_layer(sources[0]):
+        save_cross_layer(read_cross_layer(sources[0]), out)
+        return say(str(out))
     conventions = Conventions(centred=centred, input_scale=input_scale)
     saes = [read(source, format=form, conventions=conventions) for source in sources]
     if to == "circuit_tracer":

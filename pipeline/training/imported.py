@@ -11,7 +11,8 @@ published release by its name → the dictionaries of a run.
    refused, all files at once; what the file does not say becomes a note in the metadata and a
    warning of the artifact.
 4. SAEs go to `dictionaries/<site>`, transcoders to `transcoders/<output site>`, in the native form,
-   so that the later stages see no difference.
+   so that the later stages see no difference. A dictionary that writes into many layers goes whole
+   to `cross_layer`, for the lens of that name.
 
 Cost: reading and writing the tensors once. Sites without a pattern are left out.
 """
@@ -36,9 +37,12 @@ from featureflow.sites import Site, SiteKind, parse_site
 from pipeline.training.batch_jobs import DICTIONARIES, TRANSCODERS
 from pipeline.training.releases import TRANSCODER, locate, patterns_of
 from sae import Sae, save_sae
-from sae.formats import Conventions, read
+from sae.cross_layer import CrossLayer
+from sae.formats import Conventions, read, read_cross_layer, save_cross_layer
 from sae.formats.conventions import OPEN
 
+CROSS_LAYER = "cross_layer"
+"""The folder of a train artifact with a dictionary that writes into many layers."""
 _IDENTITY_BYTES = 1 << 20
 Wanted = dict[tuple[str, Site], Path]
 """The file of every site, by the key of the pattern that found it."""
@@ -66,6 +70,10 @@ class Imported(Settings):
     ] = Field(default_factory=dict)
     l0: Annotated[
         float | None, Doc("of several with an average L0 in their path, take the nearest")
+    ] = None
+    cross_layer: Annotated[
+        Path | None,
+        Doc("beside them: the folder of a cross-layer transcoder or crosscoder, kept whole"),
     ] = None
     folder: Annotated[
         Path | None, Doc("folder with copies of repositories; none: the Hub's cache, then the Hub")
@@ -144,8 +152,10 @@ def identity_of_imported(choice: Imported) -> str:
     gigabytes. Of a release on the Hub it is the name and revision, which the config holds."""
     hasher = hashlib.sha256()
     roots = sorted(choice.paths.items())
+    if choice.cross_layer is not None:
+        roots.append((CROSS_LAYER, str(choice.cross_layer)))
     if choice.release is not None and choice.folder is not None:
-        roots = [("release", str(choice.folder / choice.release))]
+        roots += [("release", str(choice.folder / choice.release))]
         roots += [("release", str(choice.folder / choice.release.rpartition("/")[2]))]
     for kind, pattern in roots:
         for name in sorted(glob.glob(pattern.replace("{layer}", "*"))):
@@ -190,11 +200,41 @@ def import_dictionaries(
         save_sae(sae, root / folder / site.short)
         described.setdefault(folder, {})[site] = sae.metadata
     progress("import dictionaries", len(paths), len(paths))
+    if choice.cross_layer is not None:
+        try:
+            whole = read_cross_layer(choice.cross_layer)
+            check_cross_layer(whole, store, choice.model)
+            save_cross_layer(whole, root / CROSS_LAYER)
+        except UserError as error:
+            problems += [_at(choice.cross_layer, problem) for problem in error.problems]
     if problems:
         raise UserError(
             "these files are not what train.imported takes them for", problems=tuple(problems)
         )
     return described
+
+
+def check_cross_layer(whole: CrossLayer, store: ActivationStore, model: str | None) -> None:
+    """Raises UserError where its sites are not stored, have another width, or are of another
+    model. `model` is the name that its files give a relative of the store's."""
+    problems = []
+    for part, reads, writes in zip(whole.parts, whole.reads, whole.writes, strict=True):
+        widths = {reads: part.W_enc.shape[1], writes: part.W_dec.shape[2]}
+        for site, width in widths.items():
+            if site not in store.sites:
+                problems.append(Problem(what="the store has no such site", found=site.name))
+            elif (stored := store.width(site)) != width:
+                found, expected = f"width {width}", f"width {stored}"
+                problems.append(
+                    Problem(what="width", where=site.name, expected=expected, found=found)
+                )
+    said, here = whole.metadata.get("model"), model or store.provenance.get("model")
+    if said and here and not same_model(said, here):
+        problems.append(Problem(what="another model", expected=here, found=said))
+    if problems:
+        raise UserError(
+            "the cross-layer dictionary does not fit the store", problems=tuple(problems)
+        )
 
 
 def warnings_of(described: Mapping[str, Mapping[Site, Mapping[str, Any]]]) -> list[str]:

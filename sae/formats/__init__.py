@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sae.formats.conventions import Conventions
     from sae.formats.cross_layer import read_cross_layer
     from sae.formats.native import load_sae, save_sae
+    from sae.formats.native_cross_layer import load_cross_layer, save_cross_layer
     from sae.formats.reading import FORMATS, find, read, recognise
     from sae.formats.saelens import write_saelens
     from sae.formats.sparsify import write_sparsify
@@ -23,10 +24,12 @@ __all__ = [
     "FORMATS",
     "Conventions",
     "find",
+    "load_cross_layer",
     "load_sae",
     "read",
     "read_cross_layer",
     "recognise",
+    "save_cross_layer",
     "save_sae",
     "write_circuit_tracer",
     "write_saelens",
@@ -36,6 +39,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("load_sae", "save_sae"), "sae.formats.native"),
     **dict.fromkeys(("FORMATS", "find", "read", "recognise"), "sae.formats.reading"),
+    **dict.fromkeys(("load_cross_layer", "save_cross_layer"), "sae.formats.native_cross_layer"),
     "Conventions": "sae.formats.conventions",
     "read_cross_layer": "sae.formats.cross_layer",
     "write_circuit_tracer": "sae.formats.circuit_tracer",

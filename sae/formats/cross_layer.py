@@ -13,7 +13,8 @@ n]`, `b_enc`, `threshold`, `w_dec [n, L, d]` into all layers, `b_dec`, optional
 `z = relu(pre) · (pre > θ)`, ReLU without thresholds; b_dec is not subtracted. Each layer encodes
 for itself, in a crosscoder too.
 
-`read_cross_layer(folder)` reads all layers (sae/cross_layer.py); a missing one is an error.
+`read_cross_layer(folder)` reads all layers (sae/cross_layer.py), of the native form too
+(sae/formats/native_cross_layer.py); a missing one is an error.
 `read(file)` of `W_enc_{i}` or `params_layer_{i}` gives that layer alone, with its decoder into its
 own site: the dictionary that the flow graph links. Memory: all tensors.
 """  # one row of a table is one line
@@ -33,6 +34,7 @@ from sae.activations import Activation, Relu, Threshold
 from sae.cross_layer import CrossLayer, CrossLayerPart
 from sae.formats.base import Format, config_beside, described, site_of_hook
 from sae.formats.folding import Foreign
+from sae.formats.native_cross_layer import DESCRIPTION, load_cross_layer
 from sae.formats.tensors import Shape, checked, lowered, read_json, read_safetensors, read_yaml
 
 _NOTE = "one layer of a cross-layer dictionary: what other layers write into its site is left out"
@@ -43,12 +45,15 @@ _Layer = tuple[CrossLayerPart, Tensor, Tensor | None]
 
 def is_cross_layer(folder: Path) -> bool:
     """Whether a folder holds the layers of one."""
-    return any(folder.glob("params_layer_*.safetensors")) or any(folder.glob("W_enc_*.safetensors"))
+    names = ("params_layer_*.safetensors", "W_enc_*.safetensors", DESCRIPTION)
+    return any(path for name in names for path in folder.glob(name))
 
 
 def read_cross_layer(folder: str | Path) -> CrossLayer:
     """All layers of a folder. Raises UserError with every file that is missing."""
     folder = Path(folder)
+    if (folder / DESCRIPTION).is_file():
+        return load_cross_layer(folder)
     is_gemma = any(folder.glob("params_layer_*.safetensors"))
     pattern = "params_layer_{}.safetensors" if is_gemma else "W_enc_{}.safetensors"
     found = {int(m[1]) for f in folder.glob(pattern.format("*")) if (m := _INDEX.search(f.name))}

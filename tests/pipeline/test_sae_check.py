@@ -22,7 +22,7 @@ from pipeline.cli.dictionaries import sae_commands
 from pipeline.run import Run
 from pipeline.training.checking import check_dictionary
 from sae import Sae, TopKActivation, save_sae
-from sae.formats import read
+from sae.formats import read, read_cross_layer
 
 D, N = 8, 24
 
@@ -135,6 +135,28 @@ def test_the_command_says_what_it_is_without_a_model(tmp_path: Path) -> None:
     assert done.exit_code == 0
     for word in ("saelens", "SAE", "blocks.1.hook_resid_post", "gpt2", "8 in, 8 out"):
         assert word in done.output
+
+
+def test_a_cross_layer_transcoder_is_converted_whole(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    (tmp_path / "clt").mkdir()
+    (tmp_path / "clt" / "config.yaml").write_text("model_kind: cross_layer_transcoder\n")
+    for i in (0, 1):
+        encoder = {f"W_enc_{i}": torch.randn(N, D, generator=g), f"b_enc_{i}": torch.zeros(N)}
+        encoder[f"b_dec_{i}"] = torch.zeros(D)
+        save_file(encoder, tmp_path / "clt" / f"W_enc_{i}.safetensors")
+        W_dec = {f"W_dec_{i}": torch.randn(N, 2 - i, D, generator=g)}
+        save_file(W_dec, tmp_path / "clt" / f"W_dec_{i}.safetensors")
+    arguments = ["convert", str(tmp_path / "clt"), str(tmp_path / "out"), "--to", "native"]
+    assert CliRunner().invoke(sae_commands, arguments, catch_exceptions=False).exit_code == 0
+    before, after = read_cross_layer(tmp_path / "clt"), read_cross_layer(tmp_path / "out")
+    x = {site: torch.randn(5, D, generator=g) for site in before.reads}
+    for site, expected in before(x).items():
+        torch.testing.assert_close(after(x)[site], expected)
+    done = CliRunner().invoke(
+        sae_commands, ["check", str(tmp_path / "out")], catch_exceptions=False
+    )
+    assert "cross-layer transcoder" in done.output
 
 
 def test_a_set_of_transcoders_is_converted_for_circuit_tracer(tmp_path: Path) -> None:

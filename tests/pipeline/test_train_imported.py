@@ -31,7 +31,9 @@ from pipeline.training.imported import (
     import_dictionaries,
     warnings_of,
 )
-from sae import load_sae
+from sae import Relu, load_sae
+from sae.cross_layer import CrossLayer, CrossLayerPart
+from sae.formats import read_cross_layer, save_cross_layer
 
 SITES = (Site(0, "resid_post"), Site(1, "resid_mid"), Site(1, "mlp_out"), Site(1, "resid_post"))
 WEIGHTS = "sae_weights.safetensors"
@@ -86,6 +88,38 @@ def choice(tmp_path: Path) -> Imported:
 
 def store() -> ActivationStore:
     return StandInStore()  # type: ignore[return-value]
+
+
+def test_a_cross_layer_dictionary_is_kept_whole_beside_them(
+    choice: Imported, tmp_path: Path
+) -> None:
+    """It is refused where its sites are not stored, and its files are in the digest."""
+    g = torch.Generator().manual_seed(0)
+    part = CrossLayerPart(
+        W_enc=torch.randn(9, 6, generator=g),
+        b_enc=torch.zeros(9),
+        W_dec=torch.randn(9, 1, 6, generator=g),
+        activation=Relu(),
+    )
+    for name, reads in (("clt", Site(1, "resid_mid")), ("bad", Site(1, "mlp_in"))):
+        whole = CrossLayer(
+            reads=(reads,),
+            writes=(Site(1, "mlp_out"),),
+            parts=(part,),
+            b_dec=(torch.zeros(6),),
+            W_skip=(None,),
+            metadata={"model": "gpt2"},
+        )
+        save_cross_layer(whole, tmp_path / name)
+    kept = choice.replace(cross_layer=tmp_path / "clt")
+    assert identity_of_imported(kept) != identity_of_imported(choice)
+    import_dictionaries(kept, store(), tmp_path / "out", sites=RESIDUAL)
+    torch.testing.assert_close(
+        read_cross_layer(tmp_path / "out" / "cross_layer").parts[0].W_dec, part.W_dec
+    )
+    with pytest.raises(UserError, match="no such site"):
+        wrong = choice.replace(cross_layer=tmp_path / "bad")
+        import_dictionaries(wrong, store(), tmp_path / "out2", sites=RESIDUAL)
 
 
 def test_imported_dictionaries_compute_what_their_files_say(

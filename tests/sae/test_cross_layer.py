@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from featureflow.errors import UserError
 from featureflow.sites import Site
-from sae.formats import read, read_cross_layer, recognise
+from sae.formats import read, read_cross_layer, recognise, save_cross_layer
 
 D, N, L, TOKENS = 5, 7, 3, 20
 
@@ -169,6 +169,43 @@ def test_one_layer_is_the_dictionary_that_is_linked(tmp_path, numbers):
     assert "reads" not in metadata
     with pytest.raises(UserError, match="one a file"):
         read(tmp_path / "gs")
+
+
+@pytest.mark.parametrize("make", [circuit_tracer, gemma_scope_2])
+def test_the_native_form_keeps_every_number(tmp_path, numbers, make):
+    tensors = make(tmp_path / "in", numbers, skip=True)
+    save_cross_layer(read_cross_layer(tmp_path / "in"), tmp_path / "out")
+    whole = read_cross_layer(tmp_path / "in")
+    again = agrees(tmp_path / "out", tensors, numbers, whole.reads, whole.writes)
+    assert again.metadata == whole.metadata
+    assert [part.first for part in again.parts] == [part.first for part in whole.parts]
+    torch.testing.assert_close(again.virtual_weights(0, 2), whole.virtual_weights(0, 2))
+
+
+def test_a_native_form_that_is_damaged_is_refused(tmp_path, numbers):
+    circuit_tracer(tmp_path / "in", numbers)
+    out = tmp_path / "out"
+    whole = read_cross_layer(tmp_path / "in")
+    save_cross_layer(whole, out)
+    text = (out / "cross_layer.json").read_text()
+    for damaged, expected in (
+        (text.replace('"version": 1', '"version": 2'), "version 1"),
+        (text.replace('"first": 0', '"begins": 0'), "lacks something"),
+        (text.replace('"threshold"', '"soft"'), "lacks something"),
+        (text.replace("hook_resid_mid", "hook_nowhere"), "hook_nowhere"),
+        (text[:-20], "JSON"),
+    ):
+        (out / "cross_layer.json").write_text(damaged)
+        with pytest.raises(UserError) as error:
+            read_cross_layer(out)
+        assert expected in str(error.value)
+    (out / "cross_layer.json").write_text(text)
+    (out / "part_1.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        read_cross_layer(out)
+    save_file({"W_enc": torch.full((N, D), float("nan"))}, out / "part_1.safetensors")
+    with pytest.raises(UserError, match="tensors of its format"):
+        read_cross_layer(out)
 
 
 def test_missing_layers_and_wrong_shapes_are_named(tmp_path, numbers):
