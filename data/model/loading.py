@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,18 @@ from transformers.utils import logging
 
 from featureflow.errors import Problem, UserError
 
+_MOST = 24
+_IN_BLOCK = re.compile(r"(^|\.)(layers|h|blocks?)\.\d+\.")
+_BESIDE = re.compile(
+    r"(inv_freq|masked_bias|attn\.bias|attention\.bias)$|vision|visual|audio|mtp\."
+)
+"""Masks and frequencies that older files hold, and what is not of the language model."""
+
 
 def check_complete(source: Path, loading: Mapping[str, Any]) -> None:
-    """The loader fills tensors that are missing or of another shape at random and goes on; here
-    that is an error."""
+    """The loader fills tensors that are missing or of another shape at random, leaves out those of
+    a block that the configuration does not have (biases, norms, layers), and goes on; here that is
+    an error."""
     problems = [
         Problem(what="tensor missing", where=name)
         for name in sorted(loading.get("missing_keys", ()))
@@ -33,8 +42,18 @@ def check_complete(source: Path, loading: Mapping[str, Any]) -> None:
         )
         for name, found, wanted in sorted(loading.get("mismatched_keys", ()))
     ]
+    problems += [
+        Problem(what="the configuration has no place for this tensor", where=name)
+        for name in sorted(loading.get("unexpected_keys", ()))
+        if _IN_BLOCK.search(name) and not _BESIDE.search(name)
+    ]
     if problems:
-        raise UserError(f"the weights in {source} are incomplete", problems=tuple(problems))
+        shown = problems[:_MOST]
+        if len(problems) > len(shown):
+            shown.append(Problem(what=f"and {len(problems) - len(shown)} more"))
+        raise UserError(
+            f"the weights in {source} are not those of its configuration", problems=tuple(shown)
+        )
 
 
 @contextmanager

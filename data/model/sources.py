@@ -265,6 +265,12 @@ def _checked_folder(folder: Path) -> Path:
             problems=tuple(lfs_problem(path) for path in pointers),
             fix="git lfs install, then git lfs pull in that repository",
         )
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            "an adapter lies beside the model, which would run without it",
+            where=str(folder / "adapter_config.json"),
+            fix="merge it (peft: merge_and_unload) and save the model, or move it elsewhere",
+        )
     if missing:
         raise UserError(
             "the folder is not a model that can be read",

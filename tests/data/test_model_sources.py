@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -225,9 +226,37 @@ def test_missing_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="incomplete") as error:
+    with pytest.raises(UserError, match="not those of its configuration") as error:
         LanguageModel.open(Folder(path=place))
     assert "model.layers.1.mlp.up_proj.weight" in str(error.value)
+
+
+def test_weights_that_the_configuration_has_no_place_for_are_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The library leaves them out: a bias, a norm, layers beyond `num_hidden_layers`. What older
+    files and other heads hold besides changes nothing. An adapter beside would be left out too."""
+    place = tmp_path / "more"
+    shutil.copytree(folder, place)
+    weights = load_file(folder / "model.safetensors")
+    kept = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    kept["v_head.weight"] = torch.ones(1, 4)
+    for name in ("model.layers.0.self_attn.q_proj.bias", "model.layers.1.self_attn.q_norm.weight"):
+        save_file(weights | {name: torch.ones(4)}, place / "model.safetensors")
+        with pytest.raises(UserError, match="no place for this tensor") as error:
+            LanguageModel.open(Folder(path=place))
+        assert name in str(error.value)
+    save_file(weights | kept, place / "model.safetensors")
+    whole = LanguageModel.open(Folder(path=place), dtype="float32")
+    config = json.loads((place / "config.json").read_text())
+    shorter = {**config, "num_hidden_layers": whole.n_layers - 1}
+    (place / "config.json").write_text(json.dumps(shorter))
+    with pytest.raises(UserError, match=rf"layers\.{whole.n_layers - 1}\."):
+        LanguageModel.open(Folder(path=place))
+    (place / "config.json").write_text(json.dumps(config))
+    (place / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="merge it"):
+        LanguageModel.open(Folder(path=place))
 
 
 def test_pointers_of_git_lfs_are_named(folder: Path, tmp_path: Path) -> None:
