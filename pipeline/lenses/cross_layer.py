@@ -30,8 +30,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Doc
 
-from data.store.provenance import digest_of_file
 from data.tokens import RowFilters
+from featureflow.files import digest_of_file
 from featureflow.sites import Site
 from pipeline.findings import Finding
 from pipeline.lenses.base import LensConfig
