@@ -149,7 +149,7 @@ def measure_removal(
     left: list[Left] = []
     effects: list[SideEffect] = []
     for arm, plan in plans.items():
-        with arriving(model, sites) as seen:
+        with arriving(model, {reader.site for reader in readers}) as seen:
             log_probs = steered_log_probs(model, saes, plan, text)
             here = {site: scored(h, text.batch).float() for site, h in seen.items()}
         left += _left(arm, readers, before, _readings(here, log_probs, readers, words), where)

@@ -12,7 +12,7 @@ tokens and handed to the model, so padding changes nothing but float noise.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -101,7 +101,7 @@ def forward(
 
 
 @contextmanager
-def arriving(model: SteerableModel, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
+def arriving(model: SteerableModel, sites: Iterable[Site]) -> Iterator[dict[Site, Tensor]]:
     """Filled by every forward pass inside with the activation at each site as it arrives: before
     the edits of plans that are applied inside."""
     seen: dict[Site, Tensor] = {}
