@@ -217,9 +217,9 @@ class Run:
         """A plan for a feature along its flow, calibrated to a dose; see `Steering.plan`."""
         return self.steering.plan(feature, **options)
 
-    def remove(self, feature: str | FeatureId, *, every: int = 1) -> Plan:
+    def remove(self, feature: str | FeatureId, **options: Any) -> Plan:
         """A plan that removes a feature along its whole flow; see `Steering.remove`."""
-        return self.steering.remove(feature, every=every)
+        return self.steering.remove(feature, **options)
 
     def sample(
         self, prompt: str, plans: Sequence[Plan | None], **options: Any

@@ -49,6 +49,7 @@ from steering.plan import Plan
 from steering.plan_files import read_plan
 from steering.removal import along_whole_flow
 from steering.schedules import Constant, Schedule
+from steering.scopes import WhereActive
 
 N_CONTROL_DRAWS = 16
 _DENSITY_FACTOR = 4
@@ -163,10 +164,13 @@ class Steering:
         plan = self.signed(plan)
         return plan if dose is None else self.calibrated(plan, dose)
 
-    def remove(self, feature: str | FeatureId, *, every: int = 1) -> Plan:
+    def remove(
+        self, feature: str | FeatureId, *, every: int = 1, where_active: bool = False
+    ) -> Plan:
         """A plan that ablates a feature along its whole flow, from its own layer to the flow's end,
-        or every n-th step of it. Raises UserError for a feature that does not exist or has no
-        flow in the residual stream."""
+        or every n-th step of it; with `where_active` only on tokens where the feature itself is
+        active, so that nothing before them changes. Raises UserError for a feature that does not
+        exist or has no flow in the residual stream."""
         seed = parse_feature(feature) if isinstance(feature, str) else feature
         self.graph.number(seed)
         if seed.site not in self.saes:
@@ -175,7 +179,10 @@ class Steering:
                 expected=", ".join(site.short for site in self.saes),
             )
         flow = self.flow(seed, n_before=0, n_after=self.model.n_layers)
-        return self.signed(along_whole_flow(flow, every=every))
+        plan = along_whole_flow(flow, every=every)
+        if where_active:
+            plan = replace(plan, scope=WhereActive(feature=str(seed)))
+        return self.signed(plan)
 
     def signed(self, plan: Plan) -> Plan:
         """The plan with what it was made from: the model, and where it names features their SAEs

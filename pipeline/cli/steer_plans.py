@@ -105,15 +105,18 @@ def plan(
 @click.command()
 @click.argument("feature")
 @click.option("--every", default=1, help="remove every n-th step of the flow only")
+@click.option("--where-active", is_flag=True, help="only on tokens where FEATURE itself is active")
 @click.option("--unread", is_flag=True, help="write the plan and measure nothing")
 @_out
 @device_option
 @of_a_run
-def remove(feature: str, every: int, unread: bool, out: Path, device: str, folder: Path) -> None:
+def remove(
+    feature: str, every: int, where_active: bool, unread: bool, out: Path, device: str, folder: Path
+) -> None:
     """Make a plan that removes FEATURE along its whole flow, and say what is left of it for readers
     that are not of the flow, and what else changes."""
     run = Run.open(folder, context=RunContext(device=device))
-    made = run.remove(feature, every=every)
+    made = run.remove(feature, every=every, where_active=where_active)
     _write(made, out)
     if not unread:
         for line in removal_lines(run, made, feature):

@@ -66,7 +66,7 @@ class Config(LensConfig):
     ] = 0.05
     n_rows: Annotated[int, Ge(64), Doc("training rows that readers are fitted on")] = 16384
     n_positions: Annotated[int, Ge(8), Doc("tokens of a held-out context, from its start")] = 128
-    n_with: Annotated[int, Ge(1), Doc("held-out contexts with a feature")] = 4
+    n_with: Annotated[int, Ge(1), Doc("held-out contexts with a feature")] = 5
     n_without: Annotated[int, Ge(1), Doc("held-out contexts without it")] = 2
     n_seconds: Annotated[
         int, Ge(0), Doc("reading sites for which a second seed is trained, the last one first")

@@ -121,10 +121,11 @@ def test_a_feature_is_removed_along_its_flow_and_readers_say_what_is_left(
     assert "left, probe end" in printed
     assert "KL, before" in printed
 
-    run_command(["steer", "remove", feature, "--every", "2", "--unread", *out, *where])
-    assert [node.at for node in read_plan(tmp_path / "a.toml").nodes] == [
-        str(step.feature) for step in flow[::2]
-    ]
+    gated = ["--every", "2", "--where-active", "--unread"]
+    run_command(["steer", "remove", feature, *gated, *out, *where])
+    made = read_plan(tmp_path / "a.toml")
+    assert [node.at for node in made.nodes] == [str(step.feature) for step in flow[::2]]
+    assert made.scope.model_dump()["feature"] == feature
     assert "left" not in capsys.readouterr().out
 
 
