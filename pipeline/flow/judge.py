@@ -13,11 +13,13 @@ The second half of p_beyond is what remains when training was so short that iner
 cosine. Without held-out activations p_active and p_rival are missing; `link` then says so.
 `related` is Benjamini and Hochberg's q of it over the best link of each target.
 
-2. Is it this source? Among the targets that step 1 accepts at the rate, `p_partner` is a link's
-   place among their rivals: what is left when the partner is taken away (partner.py).
+2. Is it this source? `p_partner` is a link's place among the rivals of the targets that step 1
+   accepts at the rate with a first choice both ways: what is left when the partner is taken away
+   (partner.py).
 
-The q-value of a link is the larger of `related` and of the q of p_partner among those targets.
-Presence is claimed by it, absence (a newborn feature) only where even `related` fails.
+The q-value of a link is the larger of `related` and of the q of p_partner among the targets that
+step 1 accepts. Presence is claimed by it, absence (a newborn feature) only where even `related`
+fails.
 """
 
 from __future__ import annotations
@@ -82,7 +84,8 @@ def judge(
     joint = np.max([p for p in evidence if p is not None], axis=0)
     related = q_values(joint, joint[columns.top])
     asked = columns.top & (related <= fdr)
-    partner = p_values(shared, rivals[columns.target[asked]])
+    clear = asked & columns.mutual  # siblings of clear targets are the strongest stand-ins
+    partner = p_values(shared, rivals[columns.target[clear if clear.any() else asked]])
     return Evidence(
         cosine=cosine,
         active=active,

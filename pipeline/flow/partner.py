@@ -8,7 +8,7 @@ partner is taken away:
    feature from its siblings, which a decoder's cosine does not.
 2. For every target the source that it shares most with is taken away, and copies of that source
    (cosine above `SAME`) with it. The best of those that are left is the target's rival.
-3. A link's p-value is its place among the rivals of the targets that have anything (judge.py).
+3. A link's p-value is its place among the rivals of targets that have a partner (judge.py).
 
 On SmolLM2 the reading alone accepts 1.3 to 2 times as many links at one rate as the cosine, the
 correlation of activations, or regression on all sources at once (docs/log.md). A target that two

@@ -9,9 +9,11 @@ At `n_pairs` neighbouring residual pairs, spread over the depth, and at their mo
     shuffled order a source drawn from the layers that are no neighbours, as if the order of the
                    layers were not known
     permuted       the target's held-out tokens in another order: activity says nothing any more
-    orphans        half of the sources deleted; of the targets whose clear partner is gone (cosine
-                   ≥ 0.7, correlation ≥ 0.5, first choice both ways) the share that is linked to
-                   something else
+    clear          targets with a clear partner (cosine ≥ 0.7, correlation ≥ 0.5, first choice both
+                   ways): how many of these the judge keeps
+    orphans        half of the sources deleted; of the targets whose clear partner is gone the share
+                   that is linked to something else. `n_relatives` counts those whose new source is
+                   active with the deleted one (correlation ≥ 0.5): a part or a copy of it
     later MLP, later attention
                    module SAEs of *later* layers offered as a layer's own: they cannot precede it
     own MLP, own attention
@@ -39,7 +41,9 @@ from typing_extensions import Doc
 from featureflow.errors import Command, UserError
 from featureflow.sites import Site
 from pipeline.findings import Finding
+from pipeline.flow.functional import encode_tokens
 from pipeline.flow.link import link_dictionaries
+from pipeline.flow.lives import agreement
 from pipeline.flow.options import Calibrated, LinkOptions
 from pipeline.flow.pairing import MODULES, RELATIONS
 from pipeline.flow.sae_cache import HeldOut
@@ -82,6 +86,8 @@ def look(run: Run, config: Config) -> Finding:
         n_targets=("n_targets", "sum"),
         kept_share=("kept_share", "mean"),
         correlation=("correlation", "mean"),
+        related_share=("related_share", "mean"),
+        n_relatives=("n_relatives", "sum"),
     )
     headline = {
         name.replace(" ", "_"): round(float(share), 4)
@@ -104,6 +110,7 @@ def _controls(
     far = chain[(place + len(chain) // 2) % len(chain)]
     forward = _links(run.saes, held_out, source, target, config)
     yield "forward", _shares(forward)
+    yield "clear", _shares(forward[_clear(forward)])
     yield "reversed", _shares(_links(run.saes, held_out, target, source, config))
     if abs(far.layer - target.layer) > 1:
         yield "far", _shares(_links(run.saes, held_out, far, target, config))
@@ -156,7 +163,9 @@ def _shares(links: pd.DataFrame) -> dict[str, Any]:
     return {
         "n_targets": len(links),
         "kept_share": float(links["kept"].mean()) if len(links) else np.nan,
+        "related_share": float(links["related"].mean()) if len(links) else np.nan,
         "correlation": float(kept["pearson"].median()) if len(kept) else np.nan,
+        "n_relatives": 0,
     }
 
 
@@ -181,13 +190,24 @@ def _orphans(
     gone = rng.random(run.saes[source].n_latents) < 0.5
     left = dict(run.saes) | {source: _without(run.saes[source], gone)}
     links = _links(left, held_out, source, target, config)
-    clear = forward[
-        forward["mutual"]
-        & (forward["cosine"] >= CLEAR_COSINE)
-        & (forward["pearson"] >= CLEAR_CORRELATION)
-    ]
-    orphans = clear["target_latent"][gone[clear["source_latent"]]]
-    return _shares(links[links["target_latent"].isin(orphans)])
+    clear = forward[_clear(forward)].set_index("target_latent")["source_latent"]
+    lost = clear[gone[clear]]
+    orphans = links[links["target_latent"].isin(lost.index)]
+    found = orphans[orphans["kept"]]
+    codes = encode_tokens(run.saes[source], held_out(source))
+    alike = agreement(
+        codes, codes, lost[found["target_latent"]].to_numpy(), found["source_latent"].to_numpy()
+    )
+    return _shares(orphans) | {"n_relatives": int((alike >= CLEAR_CORRELATION).sum())}
+
+
+def _clear(links: pd.DataFrame) -> pd.Series:
+    """Which targets have a partner beyond doubt."""
+    return (
+        links["mutual"]
+        & (links["cosine"] >= CLEAR_COSINE)
+        & (links["pearson"] >= CLEAR_CORRELATION)
+    )
 
 
 def _without(sae: Sae, gone: np.ndarray) -> Sae:

@@ -61,13 +61,15 @@ class Space:
         return torch.linalg.qr(torch.randn(d, d, generator=self.generator))[0]
 
 
-def planted(d: int, *, seed: int, n: int = 768, carried: float = 0.5, **space):
+def planted(
+    d: int, *, seed: int, n: int = 768, n_sources: int | None = None, carried: float = 0.5, **space
+):
     """Source rows, target rows and the true source of each target (-1: none)."""
     generator = torch.Generator().manual_seed(seed)
     made = Space(d, generator, **space)
-    before = made.draw(n)
-    n_carried = int(carried * n)
-    order = torch.randperm(n, generator=generator)[:n_carried]
+    before = made.draw(n_sources or n)
+    n_carried = int(carried * min(n, len(before)))
+    order = torch.randperm(len(before), generator=generator)[:n_carried]
     cosine = torch.empty(n_carried, 1).uniform_(0.75, 0.98, generator=generator)
     aside = made.draw(n_carried)
     aside = normalize(aside - (aside * before[order]).sum(1, keepdim=True) * before[order], dim=1)
