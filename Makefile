@@ -9,6 +9,7 @@ RECIPE ?= laptop
 ARTIFACTS ?= artifacts
 ARGS ?=
 BIN := $(VENV)/bin
+TRACES := configs/$(RECIPE)-traces.jsonl
 RUN := $(BIN)/featureflow run --recipe $(RECIPE) --artifacts $(ARTIFACTS)
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_DISABLE_TELEMETRY ?= 1
@@ -19,7 +20,9 @@ help:  ## show this list
 	@grep -hE '^[a-z -]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  make %-24s %s\n", $$1, $$2}'
 	@echo "  variables: RECIPE=$(RECIPE) ARTIFACTS=$(ARTIFACTS) ARGS='--train.steps 500'"
 
-demo: install  ## the main job: text -> activations -> dictionaries -> flow graph -> atlas -> steering
+demo: install  ## the main job: text -> activations -> dictionaries -> flow graph -> traces -> atlas -> steering
+	$(RUN) --to steer $(ARGS)
+	test ! -f $(TRACES) || $(BIN)/featureflow trace --prompts $(TRACES) --flip --recipe $(RECIPE) --artifacts $(ARTIFACTS)
 	$(RUN) $(ARGS)
 
 collect train evaluate link describe lenses steer atlas: install  ## bring one stage (and what it needs) up to date

@@ -157,7 +157,7 @@ def nodes_and_edges(
                         float(change[s, t]),
                         float(cosine),
                         bool(a["token"] == b["token"]),
-                        flow[0] == flow[1],
+                        bool(flow[0] == flow[1]),
                     )
                 )
     names = ("predicted", "real", "cosine", "same_token", "same_flow")

@@ -5,13 +5,13 @@ it.
 2. Every single one is tried, then every pair of the strongest, then the best sets so far with each
    other supernode added, up to a size. The search ends with the first size at which the foil is the
    likeliest token.
-3. Of several sets of that size the one with the least side effect is taken: the mean KL on the
-   tokens of the prompt before the last, from the first that is changed.
+3. Of the eight such sets with the lowest y the one with the least side effect is taken: the mean
+   KL on the tokens of the prompt before the last, from the first that is changed.
 4. The same number of random active features at the same cuts is changed as often: the share of
    draws that flip the answer is the null.
 
 It is the smallest found, not proven the smallest: sets above two are searched by beam. Cost: at
-most about 500 rows of a forward pass.
+most about 300 rows of a forward pass.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipeline.trace.stream import Traced, edited, edits_of, run_whole
 from pipeline.trace.supernodes import random_like
 from pipeline.trace.trace import Trace
 
-_BEAM, _PAIRED, _MOST, _DRAWS, _DOUBLED = 6, 12, 6, 20, 2.0
+_BEAM, _PAIRED, _MOST, _DRAWS, _COMPARED, _DOUBLED = 4, 12, 4, 20, 8, 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,8 @@ def counterfactual(
             sets = sorted(grown)
         if not sets:
             break
-    sides = [_side_effect(found, pd.concat([nodes[n] for n in each])) for each in best]
+    best = sorted(best, key=ranked.index)[:_COMPARED]
+    sides = _side_effects(found, [pd.concat([nodes[n] for n in each]) for each in best])
     chosen = min(range(len(best)), key=lambda i: sides[i][0])
     changed = pd.concat([nodes[n] for n in best[chosen]])
     gone = edited(found, [changed])
@@ -113,13 +114,15 @@ def _tried(
 
 
 @torch.no_grad()
-def _side_effect(found: Traced, changed: pd.DataFrame) -> tuple[float, float]:
+def _side_effects(found: Traced, sets: Sequence[pd.DataFrame]) -> list[tuple[float, float]]:
     """Mean and largest KL after the tokens before the last, from the first one changed on; 0 where
     only the last token is changed."""
-    start, stop = int(changed["token"].min()), len(found.ids) - 1
-    if start >= stop:
-        return 0.0, 0.0
-    edits = edits_of(found.saes, [changed.iloc[:0], changed])
-    before, after = run_whole(found.model, [found.ids] * 2, edits).log_softmax(-1)[:, start:stop]
-    kl = (before.exp() * (before - after)).sum(-1)
-    return float(kl.mean()), float(kl.max())
+    rows = [sets[0].iloc[:0], *sets]
+    edits = edits_of(found.saes, rows)
+    before, *after = run_whole(found.model, [found.ids] * len(rows), edits).log_softmax(-1)
+    effects = []
+    for changed, now in zip(sets, after, strict=True):
+        start = int(changed["token"].min())
+        kl = (before.exp() * (before - now)).sum(-1)[start:-1]
+        effects.append((float(kl.mean()), float(kl.max())) if len(kl) else (0.0, 0.0))
+    return effects

@@ -26,14 +26,16 @@ from pipeline.trace.stream import FEATURE
 
 
 def strongest(nodes: pd.DataFrame, share: float, *, by: str = "score") -> pd.DataFrame:
-    """The features that hold `share` of Σ|by| at their cut, as few as possible."""
+    """The features that hold `share` of Σ|by| at their cut, as few as possible; all for 1, since a
+    saturated gate or attention gives its true cause a gradient of 0."""
     features = nodes[nodes["kind"] == FEATURE]
     size = features[by].abs()
     order = size.sort_values(ascending=False, kind="stable").index
     ordered = size.loc[order].groupby(features.loc[order, "cut"], sort=False)
     before = ordered.cumsum() - size.loc[order]
     total = size.groupby(features["cut"]).transform("sum").loc[order]
-    return features.loc[np.sort(order[(before < share * total) & (size.loc[order] > 0)])]
+    kept = (before < share * total) & (size.loc[order] > 0) | (share >= 1)
+    return features.loc[np.sort(order[kept])]
 
 
 @lru_cache(maxsize=4)
@@ -49,7 +51,7 @@ def flows_of(graph: FlowGraph, cuts: tuple[Site, ...]) -> dict[str, int]:
         before = None
         for place in start + np.flatnonzero(at_cut[start:stop]):
             member = int(trunks.feature[place])
-            number += before is not None and birth[member] > before
+            number += int(before is not None and birth[member] > before)
             flows[str(graph.feature(member))] = number
             before = layer[place]
         number += 1
