@@ -34,7 +34,7 @@ from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.held_out import choose_contexts
 from pipeline.lenses.parts.layers import spread
 from pipeline.lenses.parts.neurons import record_neurons, values
-from pipeline.lenses.parts.read_out import Vocabulary
+from pipeline.lenses.parts.read_out import Vocabulary, vocabulary_of
 from pipeline.run import Run
 
 TITLE = "what opens each neuron and what it promotes (key-value memories)"
@@ -61,7 +61,7 @@ def look(run: Run, config: Config) -> Finding:
     following = torch.roll(contexts.ids, -1, 1)
     counted = contexts.counted
     document = contexts.documents[counted].numpy()
-    vocabulary = Vocabulary(run)
+    vocabulary = vocabulary_of(run)
     rows, neurons = [], []
     for layer in layers:
         a = recorded.pop(layer)[counted]

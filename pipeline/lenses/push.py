@@ -41,7 +41,7 @@ from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.gradients import gradients
 from pipeline.lenses.parts.held_out import Contexts, choose_contexts
 from pipeline.lenses.parts.layers import spread
-from pipeline.lenses.parts.read_out import N_TOKENS, Vocabulary
+from pipeline.lenses.parts.read_out import N_TOKENS, vocabulary_of
 from pipeline.lenses.translators import fit
 from pipeline.run import Run
 
@@ -133,7 +133,7 @@ def _at_site(
     contexts: Contexts,
     config: Config,
 ) -> list[dict[str, Any]]:
-    sae, vocabulary, model = run.saes[site], Vocabulary(run), run.exact_model
+    sae, vocabulary, model = run.saes[site], vocabulary_of(run), run.exact_model
     ids = contexts.ids[: config.n_contexts]
     with torch.no_grad():
         h = model.activations(ids, [site])[site].float()

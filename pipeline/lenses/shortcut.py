@@ -42,7 +42,6 @@ from pipeline.lenses.parts.held_out import choose_rows
 from pipeline.lenses.parts.read_out import (
     EMBEDDING,
     N_TOKENS,
-    Vocabulary,
     carried,
     document_of,
     followed,
@@ -50,6 +49,7 @@ from pipeline.lenses.parts.read_out import (
     iter_log_p,
     later,
     rows_at,
+    vocabulary_of,
 )
 from pipeline.run import Run
 
@@ -200,7 +200,7 @@ def _early_exit(
 
 def of_features(run: Run, site: Site, A: np.ndarray | None, config: Config) -> pd.DataFrame:
     """The ten tokens of every feature, direct and carried, and how often one of them comes next."""
-    sae, vocabulary = run.saes[site], Vocabulary(run)
+    sae, vocabulary = run.saes[site], vocabulary_of(run)
     blocks = choose_rows(
         run.store, "validation", config.n_tokens, filters=config.filters, seed=config.seed
     )

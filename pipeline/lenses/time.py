@@ -43,7 +43,6 @@ from pipeline.lenses.parts.layers import spread
 from pipeline.lenses.parts.read_out import (
     EMBEDDING,
     Blocks,
-    Vocabulary,
     document_of,
     embeddings,
     first_tokens,
@@ -51,6 +50,7 @@ from pipeline.lenses.parts.read_out import (
     iter_at,
     later,
     rows_at,
+    vocabulary_of,
 )
 from pipeline.lenses.translators import fit
 from pipeline.run import Run
@@ -244,7 +244,7 @@ def _row(
 def announcing(run: Run, site: Site, maps: dict[int, Map], config: Config) -> pd.DataFrame:
     """Per feature and N: its ten tokens, how much more often one comes at t + N + 1, and q; and
     the same with another feature's tokens."""
-    sae, vocabulary = run.saes[site], Vocabulary(run)
+    sae, vocabulary = run.saes[site], vocabulary_of(run)
     blocks = choose_rows(
         run.store, "validation", config.n_tested, filters=config.filters, seed=config.seed
     )

@@ -37,7 +37,7 @@ from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.held_out import Contexts, choose_contexts
 from pipeline.lenses.parts.neurons import record_neurons, values, written_by
-from pipeline.lenses.parts.read_out import Vocabulary
+from pipeline.lenses.parts.read_out import vocabulary_of
 from pipeline.run import Run
 from sae import Sae
 
@@ -224,7 +224,7 @@ def _words(run: Run, site: Site, written: Tensor) -> dict[int, str]:
     """What each neuron promotes; heads write no one direction."""
     if site.kind != "mlp_out":
         return {}
-    vocabulary = Vocabulary(run)
+    vocabulary = vocabulary_of(run)
     return dict(enumerate(vocabulary.words(vocabulary.promoted(written, 4))))
 
 

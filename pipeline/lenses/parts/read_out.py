@@ -9,7 +9,7 @@ where a feature is active than elsewhere (binomial, Benjamini and Hochberg withi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -122,6 +122,12 @@ class Vocabulary:
     def _texts(self) -> dict[int, str]:
         text = self._run.model.tokenizer.token_text
         return {int(token): text(int(token)).strip() for token in self.seen}
+
+
+@lru_cache(maxsize=1)
+def vocabulary_of(run: Run) -> Vocabulary:
+    """The run's vocabulary, made once."""
+    return Vocabulary(run)
 
 
 def followed(
