@@ -30,6 +30,7 @@ class _ModelEntry:
     file: str
     sha256: str
     licence: str
+    shown: str
 
 
 _MODELS = {
@@ -39,8 +40,15 @@ _MODELS = {
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
+        shown="SmolLM2-135M-Instruct-Q4_1",
     )
 }
+
+
+def shown_name(name: str) -> str:
+    """What manifests and pages call a packaged model: which one it is, with the bits of its weights
+    (they are dequantised when it is read)."""
+    return _MODELS[name].shown if name in _MODELS else name
 
 
 def packaged_model_file(name: str) -> PackagedModel:

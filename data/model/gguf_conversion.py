@@ -11,7 +11,7 @@
 5. Steps of the tokenizer that reading the GGUF loses are put back: digits one by one (SmolLM,
    StarCoder), no space before the text. A way of splitting text that is not known is refused.
 
-Cost for SmolLM2-135M: about 25 s of one core, 2 GB of memory, 270 MB of disk.
+Cost for SmolLM2-135M-Instruct: about 25 s of one core, 2 GB of memory, 270 MB of disk.
 """
 
 from __future__ import annotations

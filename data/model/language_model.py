@@ -6,8 +6,8 @@ by plain forward hooks on that module, which keeps the fused attention that Tran
 wrappers replace. `boot_bridge` (bridge.py) gives the same model as a TransformerBridge; a test
 holds that both give the same activations at every kind of site.
 
-Cost: one forward pass up to the last wanted site (the demo, two cores, SmolLM2-135M in bfloat16, 46
-sites read and stored: 1,285 tokens a second, `make collect`).
+Cost: one forward pass up to the last wanted site (the demo, two cores, SmolLM2-135M-Instruct in
+bfloat16, 46 sites read and stored: 1,285 tokens a second, `make collect`).
 """
 
 from __future__ import annotations

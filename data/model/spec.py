@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt
 from pydantic import model_validator
 from typing_extensions import Doc
 
+from data.packaged import shown_name
 from data.worlds import AnyWorld
 from featureflow.settings import ByKind, Settings
 
@@ -107,6 +108,8 @@ def name_of(spec: ModelSpec) -> str:
     match spec:
         case Folder(path=path) | Gguf(path=path):
             return Path(path).name
+        case Packaged(name=name):
+            return shown_name(name)
         case Random():
             return f"random-{spec.n_layers}x{spec.d_model}-seed{spec.seed}"
         case OfWorld(world=world, weights=weights):

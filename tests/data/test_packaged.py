@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-from data.model.spec import ModelSpec, name_of
+from data.model.spec import ModelSpec, Packaged, name_of
+from data.packaged import packaged_model_file
 from data.text.corpus import CorpusSpec, Mixture, PackagedText, iter_documents
 from data.text.documents import Document
 from data.text.packaged_texts import packaged_texts
@@ -93,3 +94,8 @@ def test_the_python_example_in_the_guide_runs() -> None:
     exec(compile(program, GUIDE.name, "exec"), names)
     assert tuple(names["x"].shape)[2] == 576  # type: ignore[attr-defined]
     assert names["logits"].isfinite().all()  # type: ignore[attr-defined]
+
+
+def test_the_packaged_model_s_name_says_what_it_is() -> None:
+    assert name_of(Packaged()) == "SmolLM2-135M-Instruct-Q4_1"
+    assert packaged_model_file("smollm2-135m").path.stem.replace(".", "-") == name_of(Packaged())
