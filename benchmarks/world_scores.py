@@ -11,6 +11,7 @@ Markdown table.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class Choice:
     start: str
     architecture: str
     matcher: str
+    null: str
 
     @property
     def name(self) -> str:
@@ -71,6 +73,7 @@ def main() -> None:
     parser.add_argument("--starts", nargs="+", default=["independent"], choices=list(STARTS))
     parser.add_argument("--architectures", nargs="+", default=["topk"])
     parser.add_argument("--matchers", nargs="+", default=["cosine"])
+    parser.add_argument("--nulls", nargs="+", default=["automatic"])
     parser.add_argument("--weights", nargs="+", default=["shipped"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
@@ -88,18 +91,9 @@ def main() -> None:
 
 
 def _choices(options: argparse.Namespace) -> Iterator[Choice]:
-    for world in options.worlds:
-        for weights in options.weights:
-            for start in options.starts:
-                for architecture in options.architectures:
-                    for matcher in options.matchers:
-                        yield Choice(
-                            world=world,
-                            weights=weights,
-                            start=start,
-                            architecture=architecture,
-                            matcher=matcher,
-                        )
+    lists = (options.worlds, options.weights, options.starts, options.architectures)
+    for values in itertools.product(*lists, options.matchers, options.nulls):
+        yield Choice(**dict(zip(Choice.__dataclass_fields__, values, strict=True)))
 
 
 def _scored(choice: Choice, seed: int, out: Path, steps: int | None) -> dict[str, Any]:
@@ -119,10 +113,14 @@ def _scored(choice: Choice, seed: int, out: Path, steps: int | None) -> dict[str
     asked |= {"steps": steps} if steps else {}
     trained = _stage(train, asked, {"collect": collected}, root / "train", context)
     asked = configs["link"].model_dump(mode="json") | {"matcher": choice.matcher}
+    asked |= {"null": {"kind": choice.null}}
     made = {"collect": collected, "train": trained}
-    linked = _stage(link, asked, made, root / f"link-{choice.matcher}", context)
+    linked = _stage(link, asked, made, root / f"link-{choice.matcher}-{choice.null}", context)
     run = Run.of({**made, "link": linked}, context=context)
-    scores = world_score.look(run, world_score.Config(seed=seed)).headline
+    finding = world_score.look(run, world_score.Config(seed=seed))
+    scores = dict(finding.headline)
+    for row in finding.tables["rules"].to_dict(orient="records"):
+        scores |= {f"{row['rule']}, {name}": row[name] for name in ("recall", "false_share")}
     saes = [run.saes.description(site)["metadata"]["held_out_fvu"] for site in run.saes]
     found = {"key": key, "scores": {**scores, "fvu": sum(saes) / len(saes)}}
     with file.open("a") as lines:
@@ -147,7 +145,8 @@ def _stage(
 def _table(rows: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(_name(row) for row in rows))
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for column, title in {"fvu": "FVU", **COLUMNS}.items():
+    rules = {name: name for row in rows for name in row["scores"] if ", " in name}
+    for column, title in {"fvu": "FVU", **COLUMNS, **rules}.items():
         cells = []
         for name in names:
             values = [row["scores"].get(column) for row in rows if _name(row) == name]

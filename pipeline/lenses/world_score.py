@@ -8,10 +8,11 @@ For a run of a world (data/worlds), on its held-out tokens:
    (F1 below 0.5 for all). Beside it the same with the truth permuted over tokens.
 2. links: a latent means a fact if its F1 is at least 0.5. Of kept best links into latents that mean
    something, those whose source means the same (or what it was split or merged from) are right.
+   `rules` has the same for other rules than the run's own.
 3. lives: birth and death of the latent that means a fact best, against the truth. `too_early` is
    the share of births before the fact can be known.
-4. probes: the first site where a linear probe reads a variable (0.9 of what is above the largest
-   class).
+4. probes: the first site where a linear probe reads a variable of several values (0.9 of what is
+   above the largest class).
 5. labels: the share of latents that mean a fact whose label holds its words.
 6. causes (parts/world_edits.py): remove a latent, or exchange it for another value's.
 
@@ -79,7 +80,8 @@ def look(run: Run, config: Config) -> Finding:
         "dictionary": _by_variable(dictionary, chance),
         "facts": dictionary,
         "sites": _sites(meaning, dictionary),
-        "links": _links(run, meaning, sites),
+        "links": _links(run.graph.edges[run.graph.kept], meaning, sites),
+        "rules": _rules(run, meaning, sites),
         "lives": _lives(run, meaning),
         "probes": _probes(run, truth, sites),
         "labels": _labels(run, meaning) if run.has("describe") else pd.DataFrame(),
@@ -201,10 +203,32 @@ def _sites(meaning: Meaning, dictionary: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _links(run: Run, meaning: Meaning, sites: Sequence[Site]) -> pd.DataFrame:
-    """One row a pair of neighbouring sites."""
+def _rules(run: Run, meaning: Meaning, sites: Sequence[Site]) -> pd.DataFrame:
+    """Recall and false share of best links under other rules than the run's own."""
     edges = run.graph.edges
-    best = edges[(edges["relation"] == "residual") & (edges["rank"] == 0) & edges["kept"]]
+    rules = {"as linked": edges["kept"], "every best link": edges["rank"] == 0}
+    if "related" in edges:
+        rules["without the partner's test"] = edges["related"].astype(bool)
+    if edges["pearson"].notna().any():
+        rules |= {f"correlation ≥ {least}": edges["pearson"] >= least for least in (0.3, 0.5)}
+    rows = []
+    for name, kept in rules.items():
+        links = _links(edges[kept.to_numpy(bool)], meaning, sites)
+        shares = _link_shares(links) if len(links) else {}
+        rows.append({"rule": name, "n_judged": links["n_judged"].sum(), **shares})
+    return pd.DataFrame(rows)
+
+
+def _link_shares(links: pd.DataFrame) -> dict[str, float]:
+    return {
+        "recall": links["n_found"].sum() / max(links["n_linkable"].sum(), 1),
+        "false_share": 1 - links["n_right"].sum() / max(links["n_judged"].sum(), 1),
+    }
+
+
+def _links(kept: pd.DataFrame, meaning: Meaning, sites: Sequence[Site]) -> pd.DataFrame:
+    """One row a pair of neighbouring sites, for the best ones of these links."""
+    best = kept[(kept["relation"] == "residual") & (kept["rank"] == 0)]
     rows = []
     for source, target in pairwise(sites):
         here = best[(best["source_site"] == source.short) & (best["target_site"] == target.short)]
@@ -279,11 +303,9 @@ def _probes(run: Run, truth: Truth, sites: Sequence[Site]) -> pd.DataFrame:
     rows = []
     for variable in truth.variables.values():
         value = truth.rows(variable.value)
-        if len(variable.names) == 1:
-            value = value + 1  # on or off
         defined = value >= 0
         choose, score = defined & ~truth.scoring, defined & truth.scoring
-        if choose.sum() < 50 or score.sum() < 50:
+        if len(variable.names) == 1 or min(choose.sum(), score.sum()) < 50:
             continue
         skill = {}
         for site, x in designs.items():
@@ -342,9 +364,8 @@ def _headline(tables: Mapping[str, pd.DataFrame], chance: pd.DataFrame) -> dict[
         "unexplained": sites["unexplained"].mean(),
     }
     if "links" in tables:
-        links = tables["links"]
-        numbers["link_recall"] = links["n_found"].sum() / max(links["n_linkable"].sum(), 1)
-        numbers["link_false_share"] = 1 - links["n_right"].sum() / max(links["n_judged"].sum(), 1)
+        shares = _link_shares(tables["links"])
+        numbers |= {f"link_{name}": share for name, share in shares.items()}
     if "lives" in tables:
         lives = tables["lives"]
         numbers["birth_right"] = lives["birth_right"].mean()

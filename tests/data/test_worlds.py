@@ -13,7 +13,8 @@ from data.model.language_model import LanguageModel
 from data.model.spec import OfWorld
 from data.worlds import NEVER, Compiled, Fsm, Maze, Superposed, Variable, World, check_names
 from data.worlds.compiling import directions_of
-from data.worlds.training import contexts_of
+from data.worlds.training import contexts_of, legal_share
+from data.worlds.weights import save_weights, shipped_path, untrained
 from featureflow.errors import UserError
 from featureflow.sites import Site
 from pipeline.stages.collect import Config
@@ -210,3 +211,27 @@ def _refused(raw: dict) -> str:
     problems: list = []
     assert Config.read(raw, "collect", problems) is None
     return str(problems[0])
+
+
+def test_weights_of_another_generator_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "fsm.safetensors"
+    save_weights(untrained(Fsm()), Fsm(seed=1), path, note="a test")
+    with pytest.raises(UserError, match="do not match the world fsm") as caught:
+        LanguageModel.open(OfWorld(world=Fsm(), weights=str(path)))
+    assert caught.value.problems[0].expected == Fsm().identity[:12]
+    assert "featureflow world train fsm" in str(caught.value)
+    save_weights(untrained(Compiled()), Fsm(), path, note="a test")
+    with pytest.raises(UserError, match="do not match") as caught:
+        LanguageModel.open(OfWorld(world=Fsm(), weights=str(path)))
+    assert len(caught.value.problems) > 1, "all problems at once"
+    path.write_bytes(b"no weights")
+    with pytest.raises(UserError, match="cannot be read"):
+        LanguageModel.open(OfWorld(world=Fsm(), weights=str(path)))
+
+
+def test_the_shipped_weights_are_of_this_generator_and_walk_legally() -> None:
+    world = Fsm()
+    assert shipped_path(world).stat().st_size <= 1_000_000
+    model = LanguageModel.open(OfWorld(world=world), dtype="float32")  # refuses another generator
+    assert legal_share(model.hf, world, n_places=150) > 0.9
+    assert legal_share(untrained(world).eval(), world, n_places=150) < 0.3
