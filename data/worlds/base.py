@@ -109,8 +109,9 @@ class World(Settings, ABC):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def text_of(self, ids: Sequence[int]) -> list[str]:
-        """The words of ids; the start of a context is empty."""
-        return ["" if i == 0 else self.words[i - 1] for i in ids]
+        """The words of ids; the start of a context and the unknown word are empty."""
+        words = self.words
+        return [words[i - 1] if 0 < i <= len(words) else "" for i in ids]
 
 
 def check_names(wanted: Sequence[str], truth: Sequence[Variable]) -> None:

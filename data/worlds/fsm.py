@@ -10,7 +10,7 @@ word of the next one: `current`, the state that is being left (it can be read th
 block, as the words before it are). `word` is true everywhere. The successor set of a state is the
 state itself by another name.
 
-Cost: 0.16 M weights; training them takes about two minutes of one core (`featureflow world train`).
+Cost: 0.16 M weights; training them takes about six minutes of one core (`featureflow world train`).
 """
 
 from __future__ import annotations

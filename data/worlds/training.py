@@ -5,7 +5,7 @@
 3. The share of legal moves is measured on documents with another seed (`legal_share`).
 
 The result depends on the settings and the seed alone, up to the rounding of the machine's products.
-Cost (`fsm`, 1,500 steps of 128 contexts): about two minutes of one core.
+Cost (`fsm`, 1,500 steps of 128 contexts): about six minutes of one core.
 """
 
 from __future__ import annotations
