@@ -2,7 +2,7 @@
 
 1. Held-out contexts are read as they are; with their tokens shuffled; with tokens drawn from the
    vocabulary. Scores of every row: one-step error ‖x − x̂‖ / ‖x − mean‖, length of the trajectory
-   x → D(E(x)) → … over `n_steps`, distance to the mean by whitened coordinates (Mahalanobis), norm.
+   x → D(E(x)) → … over `n_steps`, distance to the mean in standardised coordinates, norm.
 2. AUROC of telling the changed texts from the own ones, intervals over contexts.
 3. Do iterations settle? Relative step after 1, 2, 5 … iterations.
 
@@ -35,7 +35,7 @@ from sae import Sae
 
 TITLE = "which score tells unfamiliar text: one step of the SAE, its dynamics, distance, norm"
 NEEDS = ("collect", "train")
-SCORES = ("one step", "trajectory", "mahalanobis", "norm")
+SCORES = ("one step", "trajectory", "distance", "norm")
 TEXTS = ("shuffled", "from the vocabulary")
 _STEPS_SHOWN = (1, 2, 5, 10, 20)
 
