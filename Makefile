@@ -22,7 +22,7 @@ help:  ## show this list
 
 demo: install  ## the main job: text -> activations -> dictionaries -> flow graph -> traces -> atlas -> steering
 	$(RUN) --to steer $(ARGS)
-	test ! -f $(TRACES) || $(BIN)/featureflow trace --prompts $(TRACES) --flip --recipe $(RECIPE) --artifacts $(ARTIFACTS)
+	$(if $(findstring --name,$(ARGS)),true,test ! -f $(TRACES)) || $(BIN)/featureflow trace --prompts $(TRACES) --flip --recipe $(RECIPE) --artifacts $(ARTIFACTS)
 	$(RUN) $(ARGS)
 
 collect train evaluate link describe lenses steer atlas: install  ## bring one stage (and what it needs) up to date
