@@ -12,7 +12,7 @@ artifacts/laptop`.
    direction copied along its flow, the flow, both with fitted weights, a random flow with fitted
    weights, k features of any layer, k of one layer, k random features with fitted weights, the
    difference of means and the dense vector (one layer, chosen by the same rule), and a tilt of the
-   counted words' own logits, which no push can beat.
+   counted words' own logits, as an upper mark.
 5. Interval: bootstrap over topics; differences are paired. Nothing is chosen on what is reported.
 
 Cost: about 40 short forward passes and one backward pass a topic. Results go on where they were
