@@ -15,10 +15,10 @@ def gaussian(*size: int, seed: int = 0) -> torch.Tensor:
 
 def test_a_line_has_no_bends_and_a_circle_those_of_its_points() -> None:
     one = np.zeros(40, dtype=int)
-    line = torch.arange(40.0)[:, None] * gaussian(1, 6)
+    line = torch.arange(40.0)[:, None] * gaussian(1, 6) + 9 * gaussian(1, 6, seed=1)
     assert shape.bends(line, one, np.arange(40), 0)["curvature"] == pytest.approx(0, abs=2e-3)
     turn = torch.arange(40) * 2 * np.pi / 40
-    circle = torch.stack([turn.cos(), turn.sin()], 1)
+    circle = torch.stack([turn.cos() + 9, turn.sin()], 1)  # not around the origin
     found = shape.bends(circle, one, np.arange(40), 0)
     assert found["curvature"] == pytest.approx(2 * np.pi / 40, abs=1e-3)
     assert found["curvature_share"] < 0.2
