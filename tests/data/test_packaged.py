@@ -16,6 +16,7 @@ from data.packaged import packaged_model_file
 from data.text.corpus import CorpusSpec, Mixture, PackagedText, iter_documents
 from data.text.documents import Document
 from data.text.packaged_texts import packaged_texts
+from featureflow.settings import Settings
 
 GUIDE = Path(__file__).parents[2] / "docs" / "models-and-text.md"
 
@@ -65,10 +66,25 @@ def test_every_packaged_text_is_in_the_guide() -> None:
         assert text.requirement in guide
 
 
+class OfModel(Settings):
+    model: ModelSpec
+
+
+class OfCorpus(Settings):
+    corpus: CorpusSpec
+
+
+def read_examples(cls: type, pattern: str, guide: str) -> list:
+    """As a recipe reads them."""
+    problems: list = []
+    found = [cls.read(tomllib.loads(each), "", problems) for each in re.findall(pattern, guide)]
+    assert not problems
+    return found
+
+
 def test_every_example_in_the_guide_is_valid() -> None:
     guide = GUIDE.read_text(encoding="utf-8")
-    models = [tomllib.loads(each)["model"] for each in re.findall(r"`(model = \{.*?\})`", guide)]
-    specs = [TypeAdapter(ModelSpec).validate_python(each) for each in models]
+    specs = [found.model for found in read_examples(OfModel, r"`(model = \{.*?\})`", guide)]
     assert {spec.kind for spec in specs} == {
         "packaged",
         "huggingface",
@@ -76,11 +92,12 @@ def test_every_example_in_the_guide_is_valid() -> None:
         "gguf",
         "transformer_lens",
         "random",
+        "world",
     }
     assert name_of(next(spec for spec in specs if spec.kind == "gguf")) == "mine.Q4_K_M.gguf"
-    corpora = [tomllib.loads(each)["corpus"] for each in re.findall(r"`(corpus = \{.*?\})`", guide)]
-    kinds = {TypeAdapter(CorpusSpec).validate_python(each).kind for each in corpora}
-    assert kinds == {"packaged", "files", "hub", "bundled"}
+    corpora = read_examples(OfCorpus, r"`(corpus = \{.*?\})`", guide)
+    kinds = {found.corpus.kind for found in corpora}
+    assert kinds == {"packaged", "files", "hub", "bundled", "world"}
     recipe = tomllib.loads(re.findall(r"```toml\n(.*?)```", guide, re.DOTALL)[0])
     mixture = TypeAdapter(CorpusSpec).validate_python(recipe["collect"]["corpus"])
     assert isinstance(mixture, Mixture)

@@ -77,4 +77,4 @@ def test_planted_codes_are_found_and_survive_a_file(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_told() -> None:
-    assert Codebook(k=9).problems(8) == ["k = 9 of 8 codes"]
+    assert Codebook(k=9).problems(8) == ["k = 9 of 8 latents"]

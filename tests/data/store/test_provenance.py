@@ -118,7 +118,7 @@ def test_a_model_of_the_hub_changes_with_the_commit_that_lies_here(
 ) -> None:
     """`main` moves on; what was fetched anew is another model."""
     commit = "a" * 40
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: f"/cache/{commit}")
+    monkeypatch.setattr("data.model.sources.hub_snapshot", lambda *_: Path("/cache") / commit)
     spec = HuggingFace(name="someone/tiny")
     before = model_digest(spec)
     assert model_digest(spec) == before
