@@ -197,14 +197,17 @@ class _Job:
 
 def _job(config: Config, steering: Steering, context: RunContext) -> _Job:
     split = prompt_split(config.n_prompts, config.seed)
-    limits = ordinary_limits(
-        steering,
-        split,
-        sampling=_sampling(config),
-        seed=config.seed + 1,
-        batch_size=config.batch_size,
-    )
+    limits = _limits(config, steering, split, _sampling(config))
     return _Job(config=config, steering=steering, split=split, limits=limits, context=context)
+
+
+def _limits(
+    config: Config, steering: Steering, split: PromptSplit, sampling: Sampling
+) -> CoherenceLimits:
+    """Longer text repeats more and compresses better: each length has limits of its own."""
+    return ordinary_limits(
+        steering, split, sampling=sampling, seed=config.seed + 1, batch_size=config.batch_size
+    )
 
 
 def _sampling(config: Config) -> Sampling:
@@ -271,13 +274,10 @@ def _examples(job: _Job, run: Run, dose: float) -> tuple[list[Example], list[str
     config = job.config
     if not config.n_example_tokens:
         return [], []
+    sampling = Sampling(n_tokens=config.n_example_tokens, temperature=config.temperature)
+    limits = _limits(config, job.steering, job.split, sampling)
     return make_examples(
-        run,
-        job.split.report,
-        job.limits,
-        dose=dose,
-        sampling=Sampling(n_tokens=config.n_example_tokens, temperature=config.temperature),
-        seed=config.seed,
+        run, job.split.report, limits, dose=dose, sampling=sampling, seed=config.seed
     )
 
 
