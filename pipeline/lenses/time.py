@@ -71,7 +71,7 @@ class Config(LensConfig):
     n_sites: Annotated[
         int | None, Ge(1), Doc("residual sites whose features are tested; none for all")
     ] = None
-    ahead: Annotated[tuple[int, ...], Doc("steps N beyond the next token")] = (0, 1, 2, 3)
+    offsets: Annotated[tuple[int, ...], Doc("steps N beyond the next token")] = (0, 1, 2, 3)
     back: Annotated[tuple[int, ...], Doc("how many tokens back")] = (0, 1, 2, 4)
     rate: Annotated[float, Gt(0), Lt(1), Doc("false-discovery rate of announcing features")] = 0.05
     filters: Annotated[RowFilters, Doc("which rows count")] = RowFilters()
@@ -93,7 +93,7 @@ def look(run: Run, config: Config) -> Finding:
     tested = [site for site in sites[:-1] if site in run.saes]
     tested = spread(tested, config.n_sites or len(tested))
     rows = [*_counts(run, sites[-1], config)]
-    future = Targets.of(run, sites[-1], config.ahead, config)
+    future = Targets.of(run, sites[-1], config.offsets, config)
     past = Targets.of(run, None, tuple(-n for n in config.back), config)
     announced: list[pd.DataFrame] = []
     wanted = [None, *sorted({*shown, *tested})]
@@ -208,7 +208,7 @@ def _counts(run: Run, last: Site, config: Config) -> Iterator[dict[str, Any]]:
     train = choose_rows(
         run.store, "train", run.store.n_rows, filters=config.filters, seed=config.seed
     )
-    for n in config.ahead:
+    for n in config.offsets:
         here, [there] = _pairs(run, train, n + 1)
         ids = run.tokens.id
         best = commonest(ids[np.concatenate(here)], ids[np.concatenate(there)])
