@@ -124,11 +124,11 @@ def _ceiling_rows(run: Path) -> Iterator[Row]:
         return
     sites = Run.open(run).lens("seed-ceiling").tables["sites"]
     yield (
-        f"Two seeds of one layer, correlation of linked features (median of {len(sites)} sites): "
-        "the ceiling of links",
+        "Two seeds of one layer, correlation of each feature with its best match, kept or not "
+        f"(median of {len(sites)} sites): the ceiling of best sources",
         f"**{sites.correlation.median():.2f}**; found twice: "
         f"{sites.replicating_share.median():.0%} of living features",
-        f"links from the layer before, at these sites: {sites.link_correlation.median():.2f}; "
+        f"best sources in the layer before, at these sites: {sites.link_correlation.median():.2f}; "
         f"chance, 99th percentile: {sites.chance_p99.median():.2f}",
         "featureflow lens seed-ceiling",
     )
@@ -141,7 +141,8 @@ def _control_rows(run: Path) -> Iterator[Row]:
     shares = Run.open(run).lens("link-controls").tables["summary"].set_index("control").kept_share
     told = "; ".join(f"{name} {share:.1%}" for name, share in shares.items() if name != "forward")
     yield (
-        "Targets with a kept link where there is nothing to find (5 % false-discovery rate)",
+        "Targets with a kept link under each control, 5 % false-discovery rate (clear partners "
+        "should be kept; orphans, permuted tokens and later modules should not)",
         told,
         f"the pairs as they are: {shares['forward']:.1%}",
         "featureflow lens link-controls",
@@ -187,9 +188,10 @@ def _link_rows(run: Path) -> Iterator[Row]:
     pairs = pd.read_parquet(run / "link" / "pairs.parquet")
     residual = pairs[pairs.relation == "residual"]
     yield (
-        "Activations of linked neighbours, correlation on held-out tokens, median",
-        f"**{residual.pearson_median.median():.2f}**",
-        f"best partner by correlation: {residual.pearson_best_median.median():.2f}; "
+        "Activations of linked neighbours (kept links), correlation on held-out tokens, median",
+        f"**{residual.pearson_median_kept.median():.2f}**",
+        f"each feature's best source, kept or not: {residual.pearson_median.median():.2f}; "
+        f"its best partner by correlation: {residual.pearson_best_median.median():.2f}; "
         f"chance, 99th percentile: {residual.pearson_chance_p99.median():.2f}",
         "make link",
     )

@@ -63,11 +63,19 @@ def _pool(n_threads: int) -> ThreadPoolExecutor:
 
 @_compiled()
 def largest_of_rows(
-    bits: np.ndarray, k: int, sign: int, magnitude: int, index: np.ndarray, first: int, last: int
+    bits: np.ndarray,
+    k: int,
+    sign: int,
+    magnitude: int,
+    infinity: int,
+    index: np.ndarray,
+    first: int,
+    last: int,
 ) -> None:
-    """`bits` are floats seen as integers [row n]; `sign` is the place of their sign bit and
-    `magnitude` the mask of the others. `index` [row k] receives ascending columns; of equal values
-    the first are kept."""
+    """`bits` are floats seen as integers [row n]; `sign` is the place of their sign bit,
+    `magnitude` the mask of the others, `infinity` that number's bits. `index` [row k] receives
+    ascending columns; of equal values the first are kept. NaN of either sign is above every number,
+    so that no latent leaves unseen."""
     n = bits.shape[1]
     n_groups = n // _GROUP
     key = np.empty(n, np.int32)
@@ -78,7 +86,8 @@ def largest_of_rows(
     for r in range(first, last):
         for j in range(n):
             b = np.int32(bits[r, j])
-            key[j] = b ^ ((b >> sign) & magnitude)
+            ordered = b ^ ((b >> sign) & magnitude)
+            key[j] = magnitude if (b & magnitude) > infinity else ordered
         low, high, n_kept, grouped = least, np.int32(magnitude), 0, 0
         if n_groups >= k:
             grouped, high = n_groups * _GROUP, least

@@ -129,16 +129,19 @@ def _encode_per_row(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, precision: 
 def largest_of_rows(
     pre: Float[Tensor, "row latent"], k: int
 ) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
-    """Values and indices of the k largest entries of each row, indices ascending."""
+    """Values and indices of the k largest entries of each row, indices ascending. NaN counts as
+    largest, as in PyTorch. Raises ValueError for more than there are."""
+    if k > pre.shape[1]:
+        raise ValueError(f"the {k} largest of {pre.shape[1]} entries")
     if pre.is_cuda or pre.dtype not in _AS_INTEGERS:
         index = pre.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
         return pre.gather(1, index), index
     bits = pre.contiguous().view(_AS_INTEGERS[pre.dtype]).numpy()
     index = torch.empty(len(pre), k, dtype=torch.int64)
     n_bits = 8 * bits.itemsize - 1
-    work = partial(
-        cpu.largest_of_rows, bits, k, np.int32(n_bits), np.int32(2**n_bits - 1), index.numpy()
-    )
+    infinity = torch.tensor(float("inf"), dtype=pre.dtype).view(_AS_INTEGERS[pre.dtype]).item()
+    numbers = (np.int32(number) for number in (n_bits, 2**n_bits - 1, infinity))
+    work = partial(cpu.largest_of_rows, bits, k, *numbers, index.numpy())
     cpu.in_parts(len(pre), pre.numel(), work)
     return pre.gather(1, index), index
 
@@ -154,7 +157,7 @@ def _encode_whole_batch(
             if cut is None:
                 sample = pre[:_CUT_ROWS]
                 cut = _CUT_MARGIN * _largest_value(sample.flatten(), which.count(len(sample)))
-            place = _nonzero(pre.flatten() > cut)
+            place = _nonzero(~(pre.flatten() <= cut))  # NaN too: it must be seen
             values.append(pre.flatten()[place].float())
             places.append(place + offset)
             offset += pre.numel()

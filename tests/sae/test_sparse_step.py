@@ -176,6 +176,39 @@ def test_the_fast_row_selection_is_exact(n: int, k: int) -> None:
     assert all(len(set(row)) == k for row in index.tolist())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k"), [(512, 8), (40, 8)])
+def test_a_latent_that_became_nan_is_selected_whatever_its_sign(
+    dtype: torch.dtype, n: int, k: int
+) -> None:
+    """A processor's own NaN has the sign bit set. A selection that passed over it would hide that
+    the training diverged."""
+    pre = torch.randn(6, n, generator=torch.Generator().manual_seed(n)).to(dtype)
+    pre[1, 7] = float("nan")
+    pre[2, 9] = -torch.tensor(float("nan"))
+    pre[3, 11] = float("inf")
+    pre[4, :] = float("-inf")
+    _, index = largest_of_rows(pre, k)
+    assert [7 in index[1], 9 in index[2], 11 in index[3]] == [True] * 3
+    assert index[4].tolist() == list(range(k))
+
+
+@pytest.mark.parametrize("selection", [PerRow(k=4), WholeBatch(k=4)])
+def test_the_loss_shows_a_latent_that_became_nan(selection: Selection) -> None:
+    weights = _weights()
+    weights["W_enc"][5] = -torch.tensor(float("nan"))
+    now = Situation(progress=0.0, dead=torch.zeros(N, dtype=torch.bool))
+    step = sparse_step(
+        weights, _batch(), None, now, selection=selection, auxk=AuxK(weight=0.0, k=1)
+    )
+    assert step.loss.isnan()
+
+
+def test_more_than_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match="the 9 largest of 8"):
+        largest_of_rows(torch.zeros(2, 8), 9)
+
+
 def test_the_batch_selection_does_not_depend_on_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weights = _batch(), _weights()
     x[:8] *= 5  # the first block is not like the others, so the cut taken from it is far too high
