@@ -9,11 +9,8 @@ generators.
 - `bootstrap_mean`: percentile interval of a mean by resampling whole groups and, within each, its
   members (concepts → prompts → samples): the groups are the unit, so repeated samples of one prompt
   do not count as independent.
-- `sign_flip_p`: two-sided permutation test of a mean of paired differences (exact up to 14 units,
-  else sampled). `p_values`: against a sample of the null.
-- `holm` and `q_values` (Benjamini and Hochberg, 1995): adjusted p-values. `accepted_p`: the
-  largest p-value that a false-discovery rate accepts. `equivalent`: two one-sided tests by the
-  interval at 1 − 2α.
+- `p_values`: against a sample of the null. `q_values` (Benjamini and Hochberg, 1995): adjusted;
+  `accepted_p`: the largest p-value that a false-discovery rate accepts.
 """
 
 from __future__ import annotations
@@ -28,7 +25,6 @@ from jaxtyping import Float, Int
 from featureflow.errors import UserError
 
 _DRAWS = 1000
-_EXACT_UNITS = 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +36,6 @@ class Interval:
     low: float
     high: float
     n: int
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
 
 
 def bootstrap(
@@ -134,22 +126,6 @@ def bootstrap_mean(
     )
 
 
-def sign_flip_p(differences: Sequence[float], *, seed: int, n: int = 20_000) -> float:
-    """P of a mean at least this far from 0 if signs were random; one difference a unit."""
-    values = np.asarray(differences, dtype=np.float64)
-    values = values[np.isfinite(values)]
-    if len(values) < 2:
-        return 1.0 if len(values) else float("nan")
-    found = scipy.stats.permutation_test(
-        (values,),
-        np.mean,
-        permutation_type="samples",
-        n_resamples=np.inf if len(values) <= _EXACT_UNITS else n,
-        rng=seed,
-    )
-    return float(found.pvalue)
-
-
 def p_values(
     observed: Float[np.ndarray, "test"], null: Float[np.ndarray, "sample"]
 ) -> Float[np.ndarray, "test"]:
@@ -158,16 +134,6 @@ def p_values(
     ordered = np.sort(null)
     at_least = len(ordered) - np.searchsorted(ordered, observed, side="left")
     return (1 + at_least) / (1 + len(ordered))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order given."""
-    p = np.asarray(p_values, dtype=np.float64)
-    order = np.argsort(p)
-    stepped = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(stepped, 1.0)
-    return adjusted.tolist()
 
 
 def q_values(
@@ -189,11 +155,6 @@ def accepted_p(p: Float[np.ndarray, "test"], rate: float) -> float | None:
     accepts none."""
     accepted = int((q_values(p) <= rate).sum())
     return rate * accepted / len(p) if accepted else None
-
-
-def equivalent(interval: Interval, margin: float) -> bool:
-    """Whether an interval at level 1 − 2α lies within ±margin: the two one-sided tests at α."""
-    return -margin < interval.low and interval.high < margin
 
 
 _Tree = Float[np.ndarray, "value"] | list["_Tree"]

@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFWriter
 from jaxtyping import Float
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -83,48 +81,12 @@ def write_gguf(
     return Path(path)
 
 
-def read_gguf(path: str | Path) -> dict[int, Float[Tensor, "d_model"]]:
-    """The directions of a control vector file by layer, whoever wrote it. Raises UserError."""
-    try:
-        reader = GGUFReader(str(path))
-    except (OSError, ValueError) as error:
-        raise UserError("this is not a GGUF file", where=str(path), found=str(error)) from error
-    field = reader.fields.get("general.architecture")
-    architecture = bytes(field.parts[-1]).decode() if field is not None else ""
-    if architecture != _ARCHITECTURE:
-        raise UserError(
-            "this GGUF file is no control vector",
-            where=str(path),
-            expected=_ARCHITECTURE,
-            found=architecture,
-        )
-    named = {
-        tensor.name: torch.from_numpy(np.array(tensor.data, dtype=np.float32))
-        for tensor in reader.tensors
-    }
-    return {int(name.removeprefix("direction.")): vector for name, vector in named.items()}
-
-
 def write_vectors(plan: Plan, saes: Mapping[Site, Dictionary], path: str | Path) -> Path:
     """Write `<site name> → vector` as safetensors, the plan in the metadata under `plan`."""
     vectors = {site.name: vector.contiguous() for site, vector in added_vectors(plan, saes).items()}
     document = json.dumps(plan_document(plan), ensure_ascii=False)
     save_file(vectors, path, metadata={"plan": document, "format": "featureflow-vectors"})
     return Path(path)
-
-
-def read_vectors(path: str | Path) -> tuple[dict[str, Float[Tensor, "d_model"]], dict[str, Any]]:
-    """Vectors by site name, and the document of the plan they came from."""
-    with safe_open(path, framework="pt") as stream:
-        metadata = stream.metadata() or {}
-        if metadata.get("format") != "featureflow-vectors":
-            raise UserError(
-                "this file holds no steering vectors",
-                where=str(path),
-                expected="written by write_vectors",
-            )
-        vectors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-        return vectors, json.loads(metadata["plan"])
 
 
 def neuronpedia_request(

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import scipy
 
 from benchmarks.steering_study.options import SUPPRESSION_ARMS, UNSTEERED
 from featureflow.errors import UserError
-from featureflow.statistics import Interval, bootstrap_mean, equivalent, holm, sign_flip_p
+from featureflow.statistics import Interval, bootstrap_mean
 
 MARGIN = 0.05
 
@@ -110,6 +112,37 @@ def paired(records: pd.DataFrame, arm: str, control: str, value: str = "hit") ->
 
 def topic_means(records: pd.DataFrame, arm: str, value: str = "hit") -> pd.Series:
     return records[records["arm"] == arm].groupby("topic")[value].mean()
+
+
+def sign_flip_p(differences: Sequence[float], *, seed: int, n: int = 20_000) -> float:
+    """P of a mean at least this far from 0 if signs were random; exact up to 14 units."""
+    values = np.asarray(differences, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return 1.0 if len(values) else float("nan")
+    found = scipy.stats.permutation_test(
+        (values,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=np.inf if len(values) <= 14 else n,
+        rng=seed,
+    )
+    return float(found.pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values, in the order given."""
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p)
+    stepped = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return adjusted.tolist()
+
+
+def equivalent(interval: Interval, margin: float) -> bool:
+    """Whether an interval at level 1 − 2α lies within ±margin: the two one-sided tests at α."""
+    return -margin < interval.low and interval.high < margin
 
 
 def _interval(table: pd.DataFrame, seed: int, *, level: float = 0.95) -> Interval:

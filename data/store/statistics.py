@@ -63,12 +63,6 @@ class SiteStatistics:
     def total_variance(self) -> float:
         return float(self.variance.sum())
 
-    @property
-    def norm_edges(self) -> Float[np.ndarray, "edge"]:
-        """Edges of the histogram's bins; the first bin also holds smaller norms, the last one
-        larger ones."""
-        return histogram_edges()
-
 
 def empty_moments(width: int) -> Moments:
     return Moments(n=0, mean=np.zeros(width), m2=np.zeros(width))

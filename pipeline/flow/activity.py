@@ -139,13 +139,6 @@ def counts(activity: Activity) -> Int64[np.ndarray, "latent group"]:
     return found
 
 
-def distributions(activity: Activity) -> Float[np.ndarray, "latent group"]:
-    """Each feature's distribution over groups; nan for features that never fired."""
-    found = counts(activity)
-    total = found.sum(axis=1, keepdims=True)
-    return np.divide(found, total, out=np.full(found.shape, np.nan), where=total > 0)
-
-
 def shares(activity: Activity) -> Float[np.ndarray, "group"]:
     """The share of each group among all firings; nan when nothing fired."""
     n = np.bincount(activity.group, minlength=len(GROUPS))

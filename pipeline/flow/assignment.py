@@ -55,10 +55,6 @@ class Assignment:
     n_targets: int
 
     @property
-    def n_matched(self) -> int:
-        return int((self.target_of != NOBODY).sum())
-
-    @property
     def source_of(self) -> Int64[np.ndarray, "target"]:
         """The inverse: for each target the source it is assigned to, -1 for none."""
         inverse = np.full(self.n_targets, NOBODY, dtype=np.int64)

@@ -6,7 +6,7 @@ one line each.
     link each time
     graph.ancestors("L12/402")      everything that flows into it;   graph.descendants(…)
     graph.best_path("L3/7", "L12/402")
-    graph.trunks()      graph.splits()      graph.merges()      graph.communities()
+    graph.trunks()      graph.communities()
 
 For work on all features at once they are numbered through all sites, as the node table is:
 `start`, `parent`, `degree`, `links` and `dying` are arrays over these numbers.
@@ -33,16 +33,13 @@ from featureflow.sites import FeatureId, Site, parse_feature, parse_site
 from pipeline.artifact import MANIFEST, Artifact
 from pipeline.flow.nodes import node_numbers
 from pipeline.flow.options import Calibrated, Fixed, Thresholds
-from pipeline.flow.pairing import Relation
 from pipeline.flow.queries import (
     Adjacency,
     ChainStep,
-    Fork,
     Leaf,
     Reached,
     Step,
     Trunk,
-    forks,
     reachable,
     strongest_path,
 )
@@ -226,14 +223,6 @@ class FlowGraph:
             for a, b in pairwise(trunks.offset[: 1 + (trunks.length >= max(2, min_length)).sum()])
         ][:n]
 
-    def splits(self, n: int | None = 20, *, relation: Relation = "residual") -> list[Fork]:
-        """Features with several kept successors at one site, strongest second branch first."""
-        return self._forks(self._source, self._target, relation, n)
-
-    def merges(self, n: int | None = 20, *, relation: Relation = "residual") -> list[Fork]:
-        """Features with several kept predecessors at one site, strongest second branch first."""
-        return self._forks(self._target, self._source, relation, n)
-
     def communities(self, *, min_size: int = 2) -> dict[int, list[FeatureId]]:
         """Members of every community of at least `min_size` features, largest community first."""
         linked = self.nodes["community"][self.nodes["community"] >= 0]
@@ -306,20 +295,6 @@ class FlowGraph:
         return [
             Reached(feature=self.feature(number), hops=hops, strength=strength)
             for number, hops, strength in found
-        ]
-
-    def _forks(
-        self, one: np.ndarray, other: np.ndarray, relation: Relation, n: int | None
-    ) -> list[Fork]:
-        chosen = self.kept & self._is(relation)
-        groups = forks(chosen, one, self.site_of(other), self._cosine, len(self.sites))[:n]
-        return [
-            Fork(
-                feature=self.feature(int(one[rows[0]])),
-                others=tuple(self.feature(int(other[row])) for row in rows),
-                cosines=tuple(float(self._cosine[row]) for row in rows),
-            )
-            for rows in groups
         ]
 
 

@@ -66,16 +66,6 @@ class Trunk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fork:
-    """One feature and the several features of one neighbouring site it splits into, or that merge
-    into it."""
-
-    feature: FeatureId
-    others: tuple[FeatureId, ...]
-    cosines: tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Adjacency:
     """Kept edges grouped by one of their ends."""
 
@@ -170,20 +160,3 @@ def _retraced(
         path.append((row, number))
         number = before
     return [(None, start), *reversed(path)]
-
-
-def forks(
-    kept: np.ndarray, one: np.ndarray, site_of_other: np.ndarray, cosine: np.ndarray, n_sites: int
-) -> list[np.ndarray]:
-    """Groups of at least two kept edges that share node `one` and the site at their other end;
-    strongest forks first.
-
-    The strength of a fork is its second-best cosine: a fork is as real as its second branch.
-    """
-    rows = np.flatnonzero(kept)
-    key = one[rows] * n_sites + site_of_other[rows]
-    rows = rows[np.lexsort((-cosine[rows], key))]
-    key = one[rows] * n_sites + site_of_other[rows]
-    _, first, count = np.unique(key, return_index=True, return_counts=True)
-    groups = [rows[a : a + n] for a, n in zip(first, count, strict=True) if n > 1]
-    return sorted(groups, key=lambda group: -float(cosine[group[1]]))

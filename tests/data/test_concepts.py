@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data.concepts import build_topics, sources
+from benchmarks import build_topics
+from data.concepts import sources
 from data.concepts.prompts import read_prompts
 from data.concepts.topics import contrast_texts, read_topics, topic_named
 from featureflow.errors import UserError
@@ -159,17 +160,6 @@ def test_neutral_texts_hold_few_words_of_any_topic():
     words = sources.words_of(" ".join(read_prompts().neutral_texts))
     for name, topic in read_topics().items():
         assert sources.lexicon_rate(words, topic.lexicon) < 0.03, name
-
-
-def test_fortunes_lose_their_attribution(tmp_path):
-    (tmp_path / "law").write_text(
-        "One man's folly is another man's law.\n\t\t-- Somebody\n%\nToo short\n%\n"
-    )
-    assert sources.fortune_texts("law", folder=tmp_path) == [
-        "One man's folly is another man's law."
-    ]
-    with pytest.raises(UserError, match="not installed"):
-        sources.fortune_texts("law", folder=tmp_path / "nowhere")
 
 
 @pytest.mark.skipif(not sources.installed()["empath"], reason="the package empath is not installed")

@@ -38,10 +38,6 @@ class Contexts:
     counted: Bool[Tensor, "context position"]
     documents: Int[Tensor, "context position"]
 
-    @property
-    def n_counted(self) -> int:
-        return int(self.counted.sum())
-
 
 def choose_rows(
     store: ActivationStore,

@@ -179,14 +179,10 @@ def test_best_path_equals_dijkstra_on_random_graphs():
             )
 
 
-def test_trunks_splits_and_merges(graph):
+def test_trunks_are_links_of_first_choice_both_ways(graph):
     (trunk,) = graph.trunks()
     assert names(trunk.features) == ["L0/0", "L1/0", "L2/0"]
     assert (trunk.length, trunk.weakest) == (3, pytest.approx(0.8))
-    (split,) = graph.splits()
-    assert (str(split.feature), names(split.others)) == ("L1/0", ["L2/0", "L2/1"])
-    (merge,) = graph.merges()
-    assert (str(merge.feature), names(merge.others)) == ("L2/1", ["L1/0", "L1/1"])
 
 
 def test_other_thresholds_change_what_queries_follow(tables):

@@ -1,7 +1,7 @@
 """WordNet's noun database → `topics.jsonl`: definitions and words of fourteen topics, split by
 synset.
 
-    python -m data.concepts.build_topics /usr/share/wordnet
+    python -m benchmarks.build_topics /usr/share/wordnet
 
 1. A synset belongs to a topic by its lexicographer file (food, animal, plant …), by its topic
    domain (law, music …) or by being below a root in the hierarchy (ship, disease …). Synsets of
