@@ -144,16 +144,19 @@ def _line(node: Mapping[str, Any], document: Document) -> tuple[str, ...]:
 
 
 class _Names:
-    """Labels that were accepted, with their scores, and what features promote."""
+    """Accepted labels with their scores, tokens that features are active on, and promoted ones."""
 
     def __init__(self, run: Run, found: Trace) -> None:
         self._run = run
         self._late = _LATE * (max(site.layer for site in run.saes) + 1)
         self._labels: dict[str, tuple[str, float]] = {}
+        self._tokens: dict[str, list[str]] = {}
         if run.has("describe"):
             frame = run.features.table
             shown = {name for names in found.supernodes["features"] for name in names.split(" ")}
-            frame = frame[frame["feature"].isin(shown) & frame["label_accepted"].astype(bool)]
+            frame = frame[frame["feature"].isin(shown)]
+            self._tokens = dict(zip(frame["feature"], frame["tokens"], strict=True))
+            frame = frame[frame["label_accepted"].astype(bool)]
             scores = zip(frame["label"], frame["label_score"].fillna(0), strict=True)
             self._labels = dict(zip(frame["feature"], scores, strict=True))
 
@@ -169,9 +172,13 @@ class _Names:
         best = (weight @ (gain * direction)).topk(min(_N_PROMOTED, len(weight))).indices.tolist()
         return [model.tokenizer.token_text(i).strip() for i in best]
 
-    def name(self, first_layer: int, label: str, promoted: Sequence[str]) -> str:
-        """The label for an early supernode, what it promotes for a late one or without a label."""
-        return label if label and first_layer < self._late else f"promotes {', '.join(promoted)}"
+    def name(self, first_layer: int, label: str, promoted: Sequence[str], last: str) -> str:
+        """Late, what it promotes; before, its label, else the tokens its last member is active on
+        (what an early direction promotes says little of it)."""
+        tokens = [f"‘{token}’" for token in self._tokens.get(last, ())]
+        if first_layer >= self._late or not (label or tokens):
+            return f"promotes {', '.join(promoted)}"
+        return label or f"active on {', '.join(tokens)}"
 
 
 def _supernode(row: Mapping[str, Any], found: Trace, names: _Names, text: Any) -> dict[str, Any]:
@@ -184,7 +191,7 @@ def _supernode(row: Mapping[str, Any], found: Trace, names: _Names, text: Any) -
     later = {"control": None, "kl": None, "differs": False, "breaks": False}
     return {
         "id": row["supernode"],
-        "name": names.name(row["first_layer"], label, promoted),
+        "name": names.name(row["first_layer"], label, promoted, features[-1]),
         "label": label,
         "promotes": promoted,
         **_plain({name: row[name] for name in kept}),

@@ -498,11 +498,13 @@ def test_a_trace_shows_its_bars_by_keyboard_and_as_a_table(page: Any) -> None:
     page.wait("return document.querySelector('.graph-panel h2').textContent.startsWith('S1')")
     assert "trust the removal" in page.text(".graph-panel")
     rows = page.js(
-        "return [...document.querySelectorAll('.trace-page > .scroll tbody tr')]"
+        "return [...document.querySelectorAll('.trace-page [aria-label^=Supernodes] tbody tr')]"
         ".map((row) => [...row.children].map((cell) => cell.innerText))"
     )
     assert [row[0] for row in rows] == ["S0", "S1", "S2", "S3"]
     assert (rows[1][4], rows[1][5], rows[1][9]) == ("2.00", "0.25", "≠ predicted")
+    page.js("document.querySelector('[aria-label^=Supernodes] tr:nth-child(3) button').click()")
+    page.wait("return document.querySelector('.graph-panel h2').textContent.startsWith('S2')")
     assert "without S0, with twice S2" in page.text(".trace-page")
     page.js(
         "const s = document.querySelector('.trace-page input[type=range]'); s.value = 4;"

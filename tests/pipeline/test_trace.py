@@ -435,6 +435,19 @@ def test_checks_are_averaged_over_prompts(run):
     assert rows.loc["completeness", "n"] == 2
 
 
+def test_without_a_label_a_supernode_is_named_by_its_tokens_before_late_layers(small_run):
+    run = Run.open(small_run.root)
+    run.features.table["label_accepted"] = False
+    cards = run.features.table.set_index("feature")
+    document = document_of(run.trace(TEXT, cuts=["L0", "L1", "L2"]), run, TEXT)
+    for node in document["supernodes"]:
+        tokens = cards.loc[node["members"][-1]["feature"], "tokens"]
+        early = f"active on {', '.join(f'‘{token}’' for token in tokens)}"
+        late = f"promotes {', '.join(node['promotes'])}"
+        assert node["name"] == (late if node["first_layer"] == 2 else early)
+    assert {node["first_layer"] for node in document["supernodes"]} > {0}
+
+
 def test_the_attribution_graph_is_shown_whole_and_read_back(run, river, tmp_path):
     document = document_of(river, run, TEXT)
     graph = attribution_of(document, slug="river")

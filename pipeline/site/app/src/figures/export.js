@@ -42,7 +42,9 @@ export function saveButtons({ name, picture, legend = () => null, rows }) {
 }
 
 export function plainTable({ head, rows }, caption) {
-  const cell = (value) => (value instanceof Node ? value.cloneNode(true) : value);
+  // a node that stands elsewhere is copied; a copy has no listeners
+  const cell = (value) => (value instanceof Node && value.parentNode ? value.cloneNode(true)
+    : value);
   return h(
     "div",
     { class: "scroll", tabindex: 0, role: "region", "aria-label": caption ?? "table" },

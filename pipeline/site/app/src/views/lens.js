@@ -71,7 +71,8 @@ function tableSection(atlas, lensName, { name, n_rows: nRows, columns, rows }) {
     label: name,
     rows,
     columns: columns.map(({ name: title, kind }, i) => ({
-      name: visible(title),
+      name: visible(title.replaceAll("_", " ")),
+      title: visible(title),
       class: { number: "number", feature: "site", site: "site" }[kind] ?? "grow",
       sort: (row) => row[i],
       cell: (row) => cell(atlas, kind, row[i]),

@@ -14,7 +14,9 @@ import { supernodePanel } from "./supernode.js";
 
 export async function trace(context) {
   const { atlas, argument, live, options } = context;
-  if (!argument) return { title: "Traces", node: contents(context), wide: true };
+  if (!argument) {
+    return { title: "Traces", node: contents(context), wide: Boolean(live?.tracing) };
+  }
   if (!atlas.traces.some(({ name }) => name === argument)) {
     throw new Error(`There is no trace “${argument.slice(0, 200)}” in this atlas.`);
   }
@@ -25,13 +27,14 @@ export async function trace(context) {
 }
 
 function contents({ atlas, live }) {
-  const item = ({ name, prompt, headline }) => h("li", {}, h("a", { href: link(`trace/${name}`) },
-    clip(visible(prompt), 120)), h("span", { class: "quiet" }, ` ${visible(headline)}`));
+  const row = ({ name, prompt, headline }) => [h("a", { href: link(`trace/${name}`) },
+    clip(visible(prompt), 120)), visible(headline)];
   return h("div", {}, h("h1", {}, "Traces"), h("p", { class: "lead" },
     "Why the model goes on as it does after a prompt: which features on which tokens, each really " +
       "removed."), live?.tracing ? liveForm(atlas, live) : h("pre", { tabindex: 0 },
     "featureflow trace \"The capital of France is\""), atlas.traces.length > 0
-    ? h("ul", { class: "links" }, atlas.traces.map(item))
+    ? plainTable({ head: ["prompt", "what is explained (y: difference of the logits)"],
+      rows: atlas.traces.map(row) }, "Traces")
     : empty("No trace was kept with this atlas.", "Trace a prompt, then run featureflow atlas."));
 }
 
@@ -94,10 +97,11 @@ function traceView({ atlas, live, document: trace, name = "trace", n }) {
     } }), h("button", { type: "button", class: "action", onclick: () =>
     saveText(`${name}.json`, JSON.stringify(trace, null, 1), "application/json") }, "Save JSON"));
   if (most) choose(trace.supernodes[0].id);
-  return h("div", { class: "trace-page" }, heading(trace), controls, h("div",
-    { class: "graph-columns" }, figure({ name, drawing: stage, caption: CAPTION, rows: () =>
-      supernodeRows(trace) }), panel), flip(trace), checks(trace), h("h2", {}, "All supernodes"),
-  plainTable(supernodeRows(trace, choose), "Supernodes, strongest first"));
+  const shown = h("div", {}, figure({ name, drawing: stage, caption: CAPTION, rows: () =>
+    supernodeRows(trace) }), flip(trace), h("h2", {}, "All supernodes"),
+  plainTable(supernodeRows(trace, choose), "Supernodes, strongest first"), checks(trace));
+  return h("div", { class: "trace-page" }, heading(trace), controls,
+    h("div", { class: "graph-columns" }, shown, panel));
 }
 
 const CAPTION = "Columns are tokens, rows layers; a bar is a supernode, as wide as the number " +
