@@ -43,6 +43,9 @@ from steering.sequences import (
     padded,
 )
 
+_COLDEST = 1e-6
+"""Below this temperature differences of logits leave float32; sampling is greedy there."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -242,6 +245,12 @@ def _steps(
         for _ in range(sampling.n_tokens):
             logits, cache = _next_logits(model, batch, cache)
             all_log_probs = logits.float().log_softmax(-1)
+            if all_log_probs[alive, 0].isnan().any():  # one NaN or infinity makes all of them NaN
+                raise UserError(
+                    "the model's answer is no number",
+                    found="NaN or infinity among the logits",
+                    fix="a smaller strength of the plan" if row_plans else None,
+                )
             chosen = _choose(logits.float(), noise.next().to(device), sampling)
             kept = alive.nonzero().squeeze(1).tolist()
             yield Step(
@@ -274,7 +283,7 @@ def _next_logits(
 def _choose(
     logits: Float[Tensor, "batch vocab"], noise: Float[Tensor, "batch vocab"], sampling: Sampling
 ) -> Int[Tensor, "batch"]:
-    if sampling.temperature == 0:
+    if sampling.temperature < _COLDEST:
         return logits.argmax(-1)
     top, index = (logits / sampling.temperature).topk(min(sampling.top_k, logits.shape[-1]), dim=-1)
     probability = top.softmax(-1)

@@ -6,9 +6,7 @@
 
 1. A request names a plan in its model, or carries `"steering": {"plan": "cooking", "strength":
    0.4}` or a whole plan document under `"steering": {"document": {…}}`.
-2. It is served as it asks or refused by the name of the field. Null is the default. `HARMLESS`
-   fields change nothing here and are accepted; `NEUTRAL` ones only with the value that changes
-   nothing.
+2. It is served as it asks or refused by the name of the field (pipeline/serve/protocol.py).
 3. Requests wait for their turn (pipeline/serve/guard.py). The plan is off the model before the next
    one. The answer says how many tokens steering touched; a plan that touched none is an error (in a
    stream, its last event), never silently plain text.
@@ -22,24 +20,14 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from annotated_types import Ge, Gt, Le, MinLen
-from pydantic import (
-    AliasChoices,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from featureflow.errors import Problem, UserError
+from featureflow.errors import UserError
 from featureflow.sites import Site
 from pipeline.serve.guard import (
     Guarded,
@@ -50,6 +38,16 @@ from pipeline.serve.guard import (
     json_body,
     unless_gone,
 )
+from pipeline.serve.protocol import (
+    Asked,
+    Chat,
+    Completion,
+    Token,
+    error_document,
+    log_probs,
+    model_document,
+    parsed,
+)
 from pipeline.serve.streamed_text import SettledText
 from steering.generation import Sampling, stop_tokens, stream
 from steering.hooks import SteeringReport
@@ -57,21 +55,6 @@ from steering.plan import Plan
 from steering.plan_files import plan_of_document
 from steering.sequences import Dictionary, Prompt, SteerableModel, encoded
 
-HARMLESS = (
-    *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"),
-    *("prompt_cache_retention", "parallel_tool_calls"),
-)
-NEUTRAL: Mapping[str, Any] = {
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "logit_bias": {},
-    "best_of": 1,
-    "suffix": "",
-    "tools": [],
-    "tool_choice": "none",
-    "response_format": {"type": "text"},
-    "modalities": ["text"],
-}
 _MAX_BODY, _N_TOKENS = 1 << 20, 64
 
 
@@ -106,17 +89,17 @@ def make_server(endpoint: Endpoint, *, host: str = "127.0.0.1", port: int = 8089
     turns = ModelTurns(wait_s=endpoint.wait_s)
 
     async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [*map(_model, endpoint.names())]})
+        return JSONResponse({"object": "list", "data": [*map(model_document, endpoint.names())]})
 
     async def model(request: Request) -> Response:
         endpoint.plan(request.path_params["name"])
-        return JSONResponse(_model(request.path_params["name"]))
+        return JSONResponse(model_document(request.path_params["name"]))
 
     async def completion(request: Request) -> Response:
-        return await _answer(endpoint, turns, request, _Completion)
+        return await _answer(endpoint, turns, request, Completion)
 
     async def chat(request: Request) -> Response:
-        return await _answer(endpoint, turns, request, _Chat)
+        return await _answer(endpoint, turns, request, Chat)
 
     app = Guarded(
         [
@@ -128,7 +111,7 @@ def make_server(endpoint: Endpoint, *, host: str = "127.0.0.1", port: int = 8089
         only_local=is_local(host),
         token=endpoint.token,
         given=lambda request: _bearer(request) if endpoint.token else None,
-        error=lambda status, message: JSONResponse(_error(status, message), status),
+        error=lambda status, message: JSONResponse(error_document(status, message), status),
     )
     return Server(app, host=host, port=port)
 
@@ -137,154 +120,19 @@ def _bearer(request: Request) -> str:
     return request.headers.get("Authorization", "").removeprefix("Bearer ")
 
 
-def _error(status: int, message: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "invalid_request_error", "code": status}}
-
-
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "featureflow"}
-
-
-class _Strict(BaseModel):
-    """Every field as its type says, none unknown; null is the default."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_null(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {k: v for k, v in values.items() if v is not None or k == "content"}
-
-
-def _joined(content: Any) -> Any:
-    """The text of a message's content: parts are joined, null is empty."""
-    parts = content if isinstance(content, list) else []
-    texts = [part.get("text") for part in parts if _is_text(part)]
-    if len(texts) != len(parts):
-        raise ValueError("a text, or parts of the type text")
-    return "".join(texts) if parts else "" if content in (None, []) else content
-
-
-def _is_text(part: Any) -> bool:
-    return (
-        isinstance(part, dict)
-        and set(part) == {"type", "text"}
-        and part["type"] == "text"
-        and isinstance(part["text"], str)
-    )
-
-
-class _Message(_Strict):
-    role: Literal["system", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_joined)]
-
-
-class _Steering(_Strict):
-    plan: str | None = None
-    document: dict[str, Any] | None = None
-    strength: float | None = None
-
-
-class _StreamOptions(_Strict):
-    include_usage: bool = False
-
-
-class _Asked(_Strict):
-    """What both kinds of request may say."""
-
-    model: str | None = None
-    max_tokens: Annotated[
-        Annotated[int, Ge(1)] | None,
-        Field(validation_alias=AliasChoices("max_tokens", "max_completion_tokens")),
-    ] = None
-    temperature: Annotated[float, Ge(0)] = 1.0
-    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
-    top_k: Annotated[int, Ge(1)] | None = None
-    n: Annotated[int, Ge(1), Le(16)] = 1
-    seed: int = 0
-    stop: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = []
-    stream: bool = False
-    stream_options: _StreamOptions = _StreamOptions()
-    steering: _Steering | None = None
-
-    @property
-    def is_chat(self) -> bool:
-        return isinstance(self, _Chat)
-
-
-class _Completion(_Asked):
-    prompt: str = ""
-    echo: bool = False
-    logprobs: Annotated[int, Ge(0), Le(20)] | None = None
-
-    @model_validator(mode="after")
-    def _is_served(self) -> _Completion:
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo is not served together with logprobs")
-        return self
-
-    def n_top(self) -> int | None:
-        return self.logprobs
-
-
-class _Chat(_Asked):
-    messages: Annotated[list[_Message], MinLen(1)]
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Ge(0), Le(20)] | None = None
-
-    @model_validator(mode="after")
-    def _is_served(self) -> _Chat:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
-        return self
-
-    def n_top(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-
-def _parsed(kind: type[_Completion | _Chat], body: Mapping[str, Any]) -> _Completion | _Chat:
-    served = {
-        name: value
-        for name, value in body.items()
-        if name not in HARMLESS and not (name in NEUTRAL and _is_same(value, NEUTRAL[name]))
-    }
-    try:
-        return kind.model_validate(served)
-    except ValidationError as error:
-        problems = tuple(map(_problem, error.errors()))
-        raise UserError("this request cannot be served as it asks", problems=problems) from error
-
-
-def _is_same(value: Any, neutral: Any) -> bool:
-    """Equal, where true is not 1 and false is not 0."""
-    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-
-
-def _problem(error: Any) -> Problem:
-    where = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        only = json.dumps(NEUTRAL[where]) if where in NEUTRAL else None
-        return Problem(what="this endpoint does not serve this field", where=where, expected=only)
-    what = error["msg"].removeprefix("Value error, ")
-    return Problem(what=what, where=where or None, found=repr(error["input"])[:80])
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """A request that is served; `n_top` is None where no log-probabilities are asked for."""
+    """A request that is served."""
 
     endpoint: Endpoint
-    asked: _Completion | _Chat
+    asked: Completion | Chat
     prompt: Prompt
     n_prompt: int
     plan: Plan | None
     sampling: Sampling
-    n_top: int | None
 
     @classmethod
-    def of(cls, endpoint: Endpoint, asked: _Completion | _Chat) -> _Job:
+    def of(cls, endpoint: Endpoint, asked: Completion | Chat) -> _Job:
         """Raises UserError for what is not served, and HTTPException 404 for an unknown model."""
         model, most = endpoint.model, endpoint.max_new_tokens
         prompt = _prompt(model, asked)
@@ -311,7 +159,6 @@ class _Job:
             n_prompt=n_prompt,
             plan=_plan_of(endpoint, asked),
             sampling=sampling,
-            n_top=asked.n_top(),
         )
 
     def head(self) -> dict[str, Any]:
@@ -324,16 +171,13 @@ class _Job:
         }
 
     def choice(
-        self, row: int, text: str, reason: str | None, tokens: Sequence[_Token] = ()
+        self, row: int, text: str, reason: str | None, tokens: Sequence[Token] = ()
     ) -> dict[str, Any]:
         written: dict[str, Any] = {"text": text}
         if self.asked.is_chat:
             part = "delta" if self.asked.stream else "message"
             written = {part: {"role": "assistant", "content": text}}
-        listed = None
-        if self.n_top is not None and tokens:
-            write = _chat_log_probs if self.asked.is_chat else _log_probs
-            listed = write(self.endpoint.model.tokenizer, tokens, self.n_top)
+        listed = log_probs(self.asked, self.endpoint.model.tokenizer, tokens)
         return {"index": row, **written, "finish_reason": reason, "logprobs": listed}
 
     def usage(self, n_tokens: int) -> dict[str, int]:
@@ -355,8 +199,8 @@ class _Job:
         return {"plan": "" if self.plan is None else self.plan.name, "tokens": n_tokens}
 
 
-def _prompt(model: SteerableModel, asked: _Completion | _Chat) -> Prompt:
-    if isinstance(asked, _Completion):
+def _prompt(model: SteerableModel, asked: Completion | Chat) -> Prompt:
+    if isinstance(asked, Completion):
         return asked.prompt
     messages = [message.model_dump() for message in asked.messages]
     return tuple(model.tokenizer.chat(messages, name=model.name))
@@ -372,7 +216,7 @@ def _ends_of_turn(model: SteerableModel) -> tuple[int, ...]:
     return tuple({i for i in ids if i is not None})
 
 
-def _plan_of(endpoint: Endpoint, asked: _Asked) -> Plan | None:
+def _plan_of(endpoint: Endpoint, asked: Asked) -> Plan | None:
     base = endpoint.model.name
     named, wanted = endpoint.plan(base if asked.model is None else asked.model), asked.steering
     if wanted is None:
@@ -394,19 +238,12 @@ def _plan_of(endpoint: Endpoint, asked: _Asked) -> Plan | None:
     return plan if plan is None or wanted.strength is None else plan.with_strength(wanted.strength)
 
 
-class _Token(NamedTuple):
-    id: int
-    log_prob: float
-    top: Sequence[tuple[int, float]]
-    offset: int
-
-
 class _Piece(NamedTuple):
     """New text of one choice; `reason` says why it ends there."""
 
     row: int
     text: str
-    token: _Token | None = None
+    token: Token | None = None
     reason: str | None = None
 
 
@@ -415,7 +252,7 @@ def _pieces(job: _Job, reports: list[SteeringReport]) -> Generator[_Piece, None,
     model, asked = job.endpoint.model, job.asked
     texts = [SettledText(model.tokenizer.decode, asked.stop) for _ in range(asked.n)]
     ends, going = stop_tokens(model, job.sampling), set(range(asked.n))
-    if isinstance(asked, _Completion) and asked.echo:
+    if isinstance(asked, Completion) and asked.echo:
         yield from (_Piece(row, asked.prompt) for row in range(asked.n))
     steps = stream(
         model,
@@ -423,7 +260,7 @@ def _pieces(job: _Job, reports: list[SteeringReport]) -> Generator[_Piece, None,
         job.prompt,
         [job.plan],
         n_samples=asked.n,
-        n_top=job.n_top or 0,
+        n_top=asked.n_top() or 0,
         seed=asked.seed,
         sampling=job.sampling,
         reports=reports,
@@ -439,7 +276,7 @@ def _pieces(job: _Job, reports: list[SteeringReport]) -> Generator[_Piece, None,
                 if id_ in ends:
                     piece = _Piece(row, text.rest(), None, "stop")
                 else:
-                    token, new = _Token(id_, value, top, len(text)), text.add(id_)
+                    token, new = Token(id_, value, top, len(text)), text.add(id_)
                     is_last = number == job.sampling.n_tokens
                     reason = "stop" if text.is_stopped else "length" if is_last else None
                     piece = _Piece(row, new + (text.rest() if reason else ""), token, reason)
@@ -450,9 +287,9 @@ def _pieces(job: _Job, reports: list[SteeringReport]) -> Generator[_Piece, None,
 
 
 async def _answer(
-    endpoint: Endpoint, turns: ModelTurns, request: Request, kind: type[_Completion | _Chat]
+    endpoint: Endpoint, turns: ModelTurns, request: Request, kind: type[Completion | Chat]
 ) -> Response:
-    job = _Job.of(endpoint, _parsed(kind, await json_body(request, at_most=_MAX_BODY)))
+    job = _Job.of(endpoint, parsed(kind, await json_body(request, at_most=_MAX_BODY)))
     reports: list[SteeringReport] = []
     pieces = turns.items(_pieces(job, reports))
     if job.asked.stream:  # what is wrong shows at the first piece, while an error can be the answer
@@ -495,7 +332,7 @@ async def _events(
                 piece = await anext(pieces, None)
             touched = job.touched(reports)
         except UserError as error:
-            yield _event(_error(400, str(error)))
+            yield _event(error_document(400, str(error)))
         else:
             for row, reason in sorted(reasons.items()):
                 choices = [job.choice(row, "", reason)]
@@ -508,29 +345,3 @@ async def _events(
 def _event(document: Mapping[str, Any]) -> str:
     """As ASCII: some readers take U+0085, U+2028 and U+2029 for the end of a line."""
     return f"data: {json.dumps(document)}\n\n"
-
-
-def _log_probs(tokenizer: Any, tokens: Sequence[_Token], n_top: int) -> dict[str, Any]:
-    tops = [{tokenizer.token_text(i): _finite(v) for i, v in token.top} for token in tokens]
-    return {
-        "tokens": [tokenizer.token_text(token.id) for token in tokens],
-        "token_logprobs": [_finite(token.log_prob) for token in tokens],
-        "top_logprobs": tops if n_top else None,
-        "text_offset": [token.offset for token in tokens],
-    }
-
-
-def _chat_log_probs(tokenizer: Any, tokens: Sequence[_Token], n_top: int) -> dict[str, Any]:
-    def entry(id_: int, value: float) -> dict[str, Any]:
-        text, bytes_ = tokenizer.token_text(id_), list(tokenizer.token_bytes(id_))
-        return {"token": text, "bytes": bytes_, "logprob": _finite(value)}
-
-    listed = [
-        {**entry(token.id, token.log_prob), "top_logprobs": [entry(*each) for each in token.top]}
-        for token in tokens
-    ]
-    return {"content": listed}
-
-
-def _finite(value: float) -> float:
-    return max(value, -9999.0)

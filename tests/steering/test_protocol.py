@@ -12,7 +12,8 @@ import torch
 
 from data.model.language_model import LanguageModel
 from data.model.spec import Packaged
-from pipeline.serve.endpoint import HARMLESS, NEUTRAL, Endpoint, make_server
+from pipeline.serve.endpoint import Endpoint, make_server
+from pipeline.serve.protocol import HARMLESS, NEUTRAL
 from steering.generation import Sampling, generate
 from steering.plan import Node, Plan
 
@@ -108,6 +109,25 @@ def test_echo_and_a_stop_string_on_the_last_token(model, saes, client):
     (first,) = written(model, saes, "the dog", n_tokens=1, temperature=0)
     last = client.completions.create(**{**asked, "max_tokens": 1}, stop=[first[-1]]).choices[0]
     assert (last.text, last.finish_reason) == (first[: first.index(first[-1])], "stop")
+
+
+@pytest.mark.parametrize("temperature", [1e-9, 1e-40, 1e-300])
+def test_a_temperature_near_zero_is_greedy(model, saes, client, temperature):
+    expected = written(model, saes, "the dog", n_tokens=4, temperature=0)
+    made = client.completions.create(
+        model=model.name, prompt="the dog", max_tokens=4, temperature=temperature
+    )
+    assert [made.choices[0].text] == expected
+
+
+def test_a_push_that_breaks_the_model_is_an_error_and_no_text(model, client):
+    asked = {"model": model.name, "prompt": "the dog", "max_tokens": 4, "logprobs": 2}
+    before = client.completions.create(**asked).choices
+    far = {"steering": {"plan": "flow", "strength": 1e300}}
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="smaller strength"):
+            client.completions.create(**asked, stream=stream, extra_body=far)
+    assert client.completions.create(**asked).choices == before
 
 
 def test_models_are_listed_and_found_by_name_and_others_are_not(model, client):
