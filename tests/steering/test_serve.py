@@ -207,16 +207,36 @@ def n_hooks(model) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())
 
 
-def test_requests_wait_for_their_turn_and_are_refused_after_a_while(model, saes):
-    body = {"prompt": "a", "max_tokens": 10, "temperature": 0}
-    found = []
-    with Slow(model, 0.05), served(Endpoint(model=model, saes=saes, wait_s=0.9)) as port:
-        threads = [threading.Thread(target=lambda: found.append(ask(port, body))) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert sorted(status for status, _ in found) == [200, 200, 429, 429]
+@pytest.mark.parametrize(("wait_s", "others"), [(60.0, 200), (0.05, 429)])
+def test_requests_wait_for_their_turn_and_are_refused_after_a_while(model, saes, wait_s, others):
+    """The first one holds the model until the others wait, or were refused."""
+    body = {"prompt": "a", "max_tokens": 3, "temperature": 0}
+    found, held, free = [], threading.Event(), threading.Event()
+
+    def hold(*_) -> None:
+        held.set()
+        free.wait(60)
+
+    def one() -> None:
+        found.append(ask(port, body))
+
+    handle = model.hf.register_forward_pre_hook(hold)
+    try:
+        with served(Endpoint(model=model, saes=saes, wait_s=wait_s)) as port:
+            threads = [threading.Thread(target=one) for _ in range(4)]
+            threads[0].start()
+            assert held.wait(60)
+            for thread in threads[1:]:
+                thread.start()
+            if others == 429:
+                for thread in threads[1:]:
+                    thread.join()
+            free.set()
+            for thread in threads:
+                thread.join()
+    finally:
+        handle.remove()
+    assert sorted(status for status, _ in found) == [200, *[others] * 3]
     texts = {json.loads(text)["choices"][0]["text"] for status, text in found if status == 200}
     assert len(texts) == 1
 
