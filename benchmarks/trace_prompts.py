@@ -4,11 +4,14 @@
 
 Per prompt, with the default options: the checks of the trace; single features removed (four of the
 largest score and two random active ones a cut) against their score; edges from these to the six
-features of the largest score at the next cut, against the gradient and against the cosine of the
-decoder rows; and groups of the size of each supernode that are drawn from the same cuts: at random
-from the features kept, and by the largest activations. Every prompt is a line of the file, in turn
-from the families, and a second call goes on where the first was stopped. Intervals are 95 %,
-bootstrap over prompts. The prompts were written before the model was run on any of them.
+features of the largest score at the next cut, against the gradient, the gradient with attention
+patterns and norm scales held, and the cosine of the decoder rows; groups of the size of each
+supernode that are drawn from the same cuts (at random from the features kept, and by the largest
+activations); the strongest features of single cuts, and of all cuts together, kept alone or taken
+out; and which links of the flow graph are live: both ends active on one token. Every prompt is a
+line of the file, in turn from the families, and a second call goes on where the first was stopped.
+Intervals are 95 %, bootstrap over prompts. The prompts were written before the model was run on any
+of them.
 """
 
 from __future__ import annotations
@@ -18,25 +21,30 @@ import json
 import time
 from collections.abc import Iterator
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 
 from featureflow.errors import UserError
-from featureflow.sites import parse_site
+from featureflow.sites import Site, parse_site
 from featureflow.statistics import bootstrap, bootstrap_mean
 from pipeline.console import table
 from pipeline.run import Run
 from pipeline.trace.batch import read_prompts
+from pipeline.trace.checks import completeness
 from pipeline.trace.edges import node_edges
-from pipeline.trace.stream import FEATURE, Traced, edited
-from pipeline.trace.supernodes import flows_of, prediction
+from pipeline.trace.frozen import frozen
+from pipeline.trace.stream import FEATURE, Traced, edited, traced
+from pipeline.trace.supernodes import flows_of, prediction, strongest
 from pipeline.trace.trace import Trace
 
 _N_TOP, _N_RANDOM, _N_TARGETS = 4, 2, 6
+_MIDDLE, _NEIGHBOURS = (11, 14, 17, 20, 23), (6, 13, 20, 27)
 _BANDS = {"L0–L8": (0, 8), "L11–L20": (9, 20), "L23–L29": (21, 99)}
 
 
@@ -76,14 +84,18 @@ def measure(run: Run, out: Path, n: int) -> None:
         if each["prompt"] in done:
             continue
         asked = {k: v for k, v in each.items() if k in ("answer", "foil", "feature", "chat")}
-        started = time.monotonic()
+        started = time.process_time()
         try:
             found = run.trace(each["prompt"], **asked)
         except UserError as error:
             result: dict[str, Any] = {"error": str(error)}
         else:
-            seconds = time.monotonic() - started
-            result = {"seconds": seconds, **one(found, flows_of(run.graph, found.traced.cuts))}
+            seconds = time.process_time() - started
+            result = {
+                "seconds": seconds,
+                **one(found, flows_of(run.graph, found.traced.cuts)),
+                **live_links(found.traced, run),
+            }
         line = json.dumps({"prompt": each["prompt"], "family": each["family"], **result})
         with out.open("a") as stream:
             stream.write(line + "\n")
@@ -112,7 +124,111 @@ def one(trace: Trace, flows: dict[str, int]) -> dict[str, Any]:
         "groups": groups(trace, generator),
         "nodes": nodes,
         "edges": edges,
+        "memory_gb": psutil.Process().memory_info().rss / 1e9,
+        "last_cut": _last_cut(found),
+        "completeness": {
+            cut.short: completeness(found, cut)[1] for cut in found.cuts if cut.layer in _MIDDLE
+        },
+        "sets": sets_of(found, generator),
     }
+
+
+def _last_cut(found: Traced) -> float:
+    """|Σ − y| / |y| of the last cut's parts, with the scale of the norm after it held."""
+    with frozen(found.model):
+        last = traced(found.model, found.saes, found.ids, found.cuts[-1:], found.target)
+    return abs(float(last.nodes["score"].sum()) - found.y) / abs(found.y)
+
+
+def sets_of(found: Traced, generator: np.random.Generator) -> list[dict[str, Any]]:
+    """y, KL and whether the first token stays with nothing but the strongest features of a cut
+    (80 % of the score), and without the strongest (50 %): by score, activation, and chance. At
+    single cuts of the middle; `all`: at all cuts together."""
+    features = found.nodes[found.nodes["kind"] == FEATURE]
+    cuts = [cut.short for cut in found.cuts if cut.layer in _MIDDLE]
+    parts = {cut: features[features["cut"] == cut] for cut in cuts} | {"all": features}
+    names: list[tuple[str, str, str, int]] = [("", "whole", "", 0)]
+    sets = [features.iloc[:0]]
+    for cut, here in parts.items():
+        names.append((cut, "none", "", 0))
+        sets.append(here)
+        for way, share in (("keep", 0.8), ("without", 0.5)):
+            n = strongest(here, share)["cut"].value_counts(sort=False)
+            for by in ("score", "z", "random"):
+                value = generator.random(len(here)) if by == "random" else here[by].abs()
+                order = here.assign(value=value).sort_values("value", ascending=False)
+                best = pd.concat([order[order["cut"] == c].head(k) for c, k in n.items()])
+                names.append((cut, way, by, len(best)))
+                sets.append(here.drop(best.index) if way == "keep" else best)
+    gone = edited(found, sets)
+    log_p = gone.logits.log_softmax(-1)
+    kl = (log_p[0].exp() * (log_p[0] - log_p)).sum(-1)
+    stays = log_p.argmax(-1) == log_p[0].argmax()
+    return [
+        {"cut": cut, "way": way, "by": by, "n": n, "y": y, "kl": k, "stays": stay}
+        for (cut, way, by, n), y, k, stay in zip(
+            names, gone.y.tolist(), kl.tolist(), stays.tolist(), strict=True
+        )
+    ]
+
+
+def live_links(found: Traced, run: Run) -> dict[str, Any]:
+    """Of the active features of every residual layer: how many have a kept link from the layer
+    before, and how often its source is active on the same token; null: the source of another link
+    between the two layers. `gap`: for the six strongest targets of two layers, the gradient's
+    effect of the linked source among all active sources."""
+    stream = [site for site in run.saes if site.kind == "resid_post"]
+    with torch.no_grad():
+        seen = found.model.activations(torch.tensor([found.ids]), stream)
+    links, rng = run.graph.links, np.random.default_rng(0)
+    links = links[(links["relation"] == "residual") & (links["rank"] == 0)]
+    active = {site: run.saes[site].encode(h[0, 1:].float()) > 0 for site, h in seen.items()}
+    counts = np.zeros(4, dtype=int)
+    for before, after in pairwise(stream):
+        here = links[(links["source_site"] == before.short) & (links["target_site"] == after.short)]
+        source, target = (
+            here[end].to_numpy(copy=True) for end in ("source_latent", "target_latent")
+        )
+        on, first = active[after][:, target], active[before]
+        both = on & first[:, source]
+        null = on & first[:, rng.permutation(source)]
+        n = (active[after].sum(), on.sum(), both.sum(), null.sum())
+        counts += [int(each) for each in n]
+    return {
+        "links": counts.tolist(),
+        "gap": [each for e in _NEIGHBOURS for each in _gap(found, run, e, links)],
+    }
+
+
+def _gap(found: Traced, run: Run, layer: int, links: pd.DataFrame) -> list[dict[str, float]]:
+    """Neighbouring layers: what the linked source does for each of the strongest targets."""
+    cuts = [Site(layer - 1, "resid_post"), Site(layer, "resid_post")]
+    near = traced(found.model, run.saes, found.ids, cuts, found.target)
+    features = near.nodes[near.nodes["kind"] == FEATURE]
+    targets = features[features["cut"] == cuts[1].short]
+    targets = targets.loc[targets["score"].abs().nlargest(_N_TARGETS).index]
+    linked = links[links["target_site"] == cuts[1].short].set_index("target_latent")
+    edges, rows = node_edges(near, targets), []
+    for target, each in edges.groupby("target"):
+        node = features.loc[target]
+        here = features.loc[each["source"]].assign(effect=each["predicted"].to_numpy())
+        same = here[here["token"] == node["token"]]
+        size = here["effect"].abs().sum()
+        rows_before = near.saes[cuts[0]].W_dec[same["latent"].tolist()]
+        by_cosine = same["effect"].iloc[int((rows_before @ _row(near, node)).argmax())]
+        row = {
+            "same_token": float(same["effect"].abs().sum() / size),
+            "strongest": float(same["effect"].abs().max() / size),
+            "by_cosine": float(abs(by_cosine) / size),
+        }
+        if node["latent"] in linked.index:
+            source = linked.loc[node["latent"], "source_latent"]
+            own = same[same["latent"] == source]["effect"].abs()
+            row["linked"] = float(own.sum() / size)
+            row["linked_live"] = float(len(own) > 0)
+            row["linked_first"] = float(len(own) > 0 and own.iloc[0] == same["effect"].abs().max())
+        rows.append(row)
+    return rows
 
 
 def nodes_and_edges(
@@ -136,6 +252,8 @@ def nodes_and_edges(
     real = (gone.y[0] - gone.y[1:]).tolist()
     change = (gone.read[0] - gone.read[1:]).numpy()
     guess = node_edges(found, aims).set_index(["source", "target"])["predicted"]
+    with frozen(found.model):
+        held = node_edges(found, aims).set_index(["source", "target"])["predicted"]
     order = {cut.short: number for number, cut in enumerate(found.cuts)}
     rows = []
     for s, (i, kind) in enumerate(sources):
@@ -155,12 +273,13 @@ def nodes_and_edges(
                     (
                         float(guess[i, j]),
                         float(change[s, t]),
+                        float(held[i, j]),
                         float(cosine),
                         bool(a["token"] == b["token"]),
                         bool(flow[0] == flow[1]),
                     )
                 )
-    names = ("predicted", "real", "cosine", "same_token", "same_flow")
+    names = ("predicted", "real", "held", "cosine", "same_token", "same_flow")
     edges = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
     nodes = {
         "cut": [str(features.loc[i, "cut"]) for i, _ in sources],

@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -194,8 +195,17 @@ class Run:
 
     @cached_property
     def graph(self) -> FlowGraph:
-        """The flow graph."""
-        return FlowGraph.open(self.artifact("link").path)
+        """The flow graph, with the column `gradient_effect` where the lens attribution measured
+        links of this graph."""
+        graph = FlowGraph.open(self.artifact("link").path)
+        self.add_effects(graph)
+        return graph
+
+    def add_effects(self, graph: FlowGraph) -> None:
+        """Give a graph's edges what the lens attribution found of them, if it looked at this run's
+        graph."""
+        with suppress(UserError):
+            graph.add_column("gradient_effect", self.lens("attribution").tables["edges"])
 
     @cached_property
     def features(self) -> Features:

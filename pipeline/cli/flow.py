@@ -105,6 +105,7 @@ def _graph(run: Run) -> FlowGraph:
     """The graph, also when its features are not those of the dictionaries beside it: it can be read
     all the same."""
     graph = FlowGraph.open(run.root / "link")
+    run.add_effects(graph)
     try:
         run.artifact("link")
     except UserError as error:

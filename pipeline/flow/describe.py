@@ -84,6 +84,8 @@ def _evidence(graph: FlowGraph, step: ChainStep) -> str:
     row = graph.edges.iloc[step.edge] if step.edge is not None else None
     if row is not None and not pd.isna(row["pearson"]):
         parts.append(f"r {row['pearson']:.2f}")
+    if row is not None and not pd.isna(row.get("gradient_effect")):
+        parts.append(f"gradient {row['gradient_effect']:+.2f}")
     if row is not None and not pd.isna(row.get("causal_success")):
         parts.append(f"causal {row['causal_success']:.2f} (n {int(row['causal_n'])})")
     return "  ".join(parts)

@@ -62,6 +62,7 @@ _EDGE_COLUMNS = (
     "pearson",
     "jaccard",
     "causal_success",
+    "gradient_effect",
 )
 
 

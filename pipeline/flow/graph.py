@@ -68,6 +68,18 @@ class FlowGraph:
             Artifact.open(folder, kind=KIND, schema=SCHEMA)
         return cls(read_tables(folder), thresholds=thresholds)
 
+    def add_column(self, name: str, found: pd.DataFrame) -> None:
+        """Give the edges the column `name` of what a lens found of some of them, by
+        `source_feature` and `target_feature`; NaN for the others."""
+        source, target = (
+            [self.number(feature) for feature in found[end]]
+            for end in ("source_feature", "target_feature")
+        )
+        value = pd.Series(found[name].to_numpy(), pd.MultiIndex.from_arrays([source, target]))
+        ends = pd.MultiIndex.from_arrays([self._source, self._target])
+        self.edges = self.edges.assign(**{name: value.reindex(ends).to_numpy()})
+        self.__dict__.pop("links", None)
+
     @cached_property
     def sites(self) -> tuple[Site, ...]:
         """In order of the computation."""

@@ -47,6 +47,7 @@ TITLE = "which features make a feature active: gradient × activation, checked b
 NEEDS = ("collect", "train", "link")
 WAYS = ("gradient", "shared pass", "cosine", "activation", "another target")
 _BATCH = 8
+_AXES = {"spearman": "rank correlation with removal"}
 
 
 class Config(LensConfig):
@@ -90,9 +91,7 @@ def look(run: Run, config: Config) -> Finding:
     summary = _summary(trials, config.seed)
     return Finding(
         tables={"agreement": summary, "edges": effects, "trials": trials},
-        figure=lambda: bars(
-            summary, by=["gap", "way"], columns={"spearman": "rank correlation with removal"}
-        ),
+        figure=(lambda: bars(summary, by=["gap", "way"], columns=_AXES)) if len(summary) else None,
         text=_text(summary, effects),
         headline={
             f"{row.way}, gap {row.gap}": round(float(row.spearman), 4)
@@ -198,6 +197,8 @@ class Pair:
         """Active sources of some targets, each removed: the real change beside what scores say."""
         latent, shared = self.drawn[0]
         places = (latent >= 0).nonzero()
+        if not len(places) or not self.config.n_checked:
+            return pd.DataFrame()
         chosen = self.rng.permutation(len(places))[: self.config.n_checked]
         alone = self._alone(places[chosen], latent)
         frames = []
@@ -226,7 +227,7 @@ class Pair:
                     }
                 )
             )
-        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+        return pd.concat(frames, ignore_index=True)
 
     def _alone(self, places: Tensor, latent: Tensor) -> Float[Tensor, "target d_model"]:
         """The gradient of one target a context."""

@@ -47,6 +47,7 @@ def flow_shard(graph: FlowGraph, site: int) -> Shard:
         "jaccard": _scaled(here, "jaccard", np.uint16, 65535),
         "margin": _scaled(here, "margin", np.int16, -32768),
         "mutual": here["mutual"].to_numpy(np.uint8),
+        "gradient_effect": _floats(here, "gradient_effect").astype(np.float32),
         "causal_success": _scaled(here, "causal_success", np.uint8, 255, scale=200),
         "causal_change": _floats(here, "causal_change").astype(np.float32),
         "causal_n": np.nan_to_num(_floats(here, "causal_n")).clip(0, 65535).astype(np.uint16),

@@ -33,7 +33,7 @@ def checks_of(
     middle = found.cuts[len(found.cuts) // 2]
     rows = [
         *_identity(found, gone),
-        *_completeness(found, middle),
+        completeness(found, middle),
         *_keep_and_without(found, middle, np.random.default_rng(seed), progress),
         *_predictions(supernodes),
     ]
@@ -55,8 +55,9 @@ def _sum_error(found: Traced, site: Site) -> float:
     return abs(float(nodes["score"].sum()) - whole) / size
 
 
-def _completeness(found: Traced, site: Site) -> Iterator[tuple[str, float, str]]:
-    """The features' part of the stream is scaled to 0 and to the middles of five steps."""
+def completeness(found: Traced, site: Site) -> tuple[str, float, str]:
+    """Integrated gradients of a cut's features against their removal. The features' part of the
+    stream is scaled to 0 and to the middles of five steps."""
     nodes = found.nodes[(found.nodes["cut"] == site.short) & (found.nodes["kind"] == FEATURE)]
     part = torch.zeros_like(found.stream[site][0])
     token, z = torch.tensor(nodes["token"].tolist()), torch.tensor(nodes["z"].tolist())
@@ -80,7 +81,7 @@ def _completeness(found: Traced, site: Site) -> Iterator[tuple[str, float, str]]
     real = found.y - float(y[0].detach())
     guess = float((g[1:] * part).sum() / _IG_STEPS)
     note = f"≤ 0.1: |integrated gradients − removal| / |removal| at {site.short}; {guess:+.2f}, "
-    yield "completeness", abs(guess - real) / max(abs(real), 1e-9), note + f"really {real:+.2f}"
+    return "completeness", abs(guess - real) / max(abs(real), 1e-9), note + f"really {real:+.2f}"
 
 
 def _keep_and_without(

@@ -3,6 +3,10 @@ with real removal better than cosines do."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +14,7 @@ import torch
 from data.model.language_model import LanguageModel
 from data.tokens import RowFilters
 from featureflow.sites import parse_site
+from pipeline.cli import run_command
 from pipeline.lenses import attribution, size_vs_use
 from pipeline.lenses.parts.held_out import choose_contexts
 from pipeline.run import Run
@@ -83,3 +88,35 @@ def test_the_loss_is_cross_entropy_over_what_counts() -> None:
         reduction="sum",
     )
     torch.testing.assert_close(size_vs_use.loss(logits, ids, counted), own)
+
+
+def test_links_show_the_effect_that_was_measured_on_this_graph_and_none_of_another(
+    artifacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(artifacts / "tiny", folder)
+    look = ["lens", "attribution", "--n-pairs", "2", "--n-tokens", "300", "--n-checked", "0"]
+    assert run_command([*look, "--artifacts", str(tmp_path), "--recipe", "tiny", "-q"]) == 0
+    run = Run.open(folder)
+    table = run.lens("attribution").tables["edges"]
+    effect = dict(
+        zip(zip(table["source_feature"], table["target_feature"], strict=True),
+            table["gradient_effect"], strict=True)
+    )  # fmt: skip
+    links = run.graph.links
+    names = [(str(run.graph.feature(s)), str(run.graph.feature(t)))
+             for s, t in zip(links["source"], links["target"], strict=True)]  # fmt: skip
+    assert sum(name in effect for name in names) > 3
+    np.testing.assert_array_equal(
+        links["gradient_effect"], [effect.get(name, np.nan) for name in names]
+    )
+    (source, target) = next(name for name in names if name in effect)
+    assert (
+        run_command(["flow", "show", target, "--artifacts", str(tmp_path), "--recipe", "tiny"]) == 0
+    )
+    assert f"gradient {effect[source, target]:+.2f}" in capsys.readouterr().out
+    lens = folder / "lenses" / "attribution" / "manifest.json"
+    manifest = json.loads(lens.read_text())
+    manifest["inputs"]["link"] = "0" * 64
+    lens.write_text(json.dumps(manifest))
+    assert "gradient_effect" not in Run.open(folder).graph.links

@@ -3,7 +3,7 @@
 // in the shards of the sites it has pairs with; each shard is indexed by source once.
 //
 // A link: { source, target, relation, rank, cosine, strength, q, pearson, jaccard, margin, mutual,
-// success, change, trials }
+// success, change, trials, effect }
 // with feature keys, NaN where nothing was measured; strength = (cosine - null median) / (1 - null
 // median) of its pair.
 
@@ -103,6 +103,7 @@ export class Flow {
       success: c.causal_success[i] === 255 ? NaN : c.causal_success[i] / 200,
       change: c.causal_change[i],
       trials: c.causal_n[i],
+      effect: c.gradient_effect?.[i] ?? NaN,
     };
   }
 }

@@ -90,10 +90,11 @@ function linkTable(atlas, links, end, labels, name) {
     ["strength", "(cosine − median of chance) / (1 − median of chance)"],
     ["q", "share of false links expected at this strength"],
     ["Pearson", "of activations on held-out tokens"], ["Jaccard", "of activity on held-out tokens"],
-    ["mutual"], ["silenced", "share of trials in which removing the source silenced the target"]];
+    ["mutual"], ["gradient", "mean part of the target's pre-activation that the source gives, by "
+      + "gradient, where both are active"], ["silenced", "share of trials in which removing the source silenced the target"]];
   const values = (item) => [RELATION_NAMES[item.relation], fixed(item.cosine), fixed(item.strength),
     qValue(item.q), fixed(item.pearson), fixed(item.jaccard), item.mutual ? "yes" : "–",
-    Number.isFinite(item.success) ? `${percent(item.success)} of ${item.trials}` : "–"];
+    fixed(item.effect), Number.isFinite(item.success) ? `${percent(item.success)} of ${item.trials}` : "–"];
   const rows = () =>
     ({ head: heads.map(([text]) => text), rows: links.map((item) => [atlas.id(item[end]),
     labels.get(item[end]) ?? "", ...values(item)]) });
