@@ -39,7 +39,7 @@ from featureflow.settings import Settings
 from pipeline.artifact import SCHEMAS, Artifact, Draft
 from pipeline.context import RunContext
 from pipeline.findings import write_finding
-from pipeline.lenses.steering.examples import Example, make_examples
+from pipeline.lenses.steering.examples import Example, Writing, make_examples
 from pipeline.lenses.steering.figures import effects_at, tradeoff
 from pipeline.lenses.steering.report import write_steer_report
 from pipeline.lenses.steering.screening import (
@@ -122,7 +122,7 @@ class Config(Settings):
         int,
         Ge(0),
         Doc("tokens of the three examples (two designed pushes, one removal); 0 leaves them out"),
-    ] = 60
+    ] = 80
     n_neutral_texts: Annotated[int, Ge(1), Doc("neutral texts that doses are measured on")] = 8
     batch_size: Annotated[int, Ge(1), Doc("samples generated at once")] = 72
     seed: Annotated[int, Ge(0), Doc("of sampling, random controls and intervals")] = 0
@@ -160,7 +160,9 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
         chosen, remarks = choose_features(job.steering, _selection(job, opened))
         dosed = [(each, _arm_doses(job, each)) for each in chosen]
         doses = _dose_trials(job, dosed)
+        writing = _example_writing(job) if config.n_example_tokens else None
         record = choice_record(job.split, job.limits, doses, seed=config.seed)
+        record["example_limits"] = writing and dataclasses.asdict(writing.limits)
         _write_json(draft.path / "choice.json", record)
         trials = run_trials(
             job.steering,
@@ -173,7 +175,7 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
             batch_size=config.batch_size,
             progress=context.progress,
         )
-        examples, more = _examples(job, opened, chosen_dose(doses))
+        examples, more = _examples(job, opened, writing)
         labels = labels_of(opened, chosen)
         _write(job, draft, chosen, trials, chosen_dose(doses), [*remarks, *more], labels, examples)
     return Artifact.open(out, kind=KIND, schema=SCHEMA)
@@ -269,16 +271,20 @@ def _dose_trials(job: _Job, dosed: list[tuple[Chosen, list[ArmDose]]]) -> list[D
     )
 
 
-def _examples(job: _Job, run: Run, dose: float) -> tuple[list[Example], list[str]]:
-    """Two designed pushes at the headline's dose and one removal, on the report's prompts."""
-    config = job.config
-    if not config.n_example_tokens:
+def _examples(job: _Job, run: Run, writing: Writing | None) -> tuple[list[Example], list[str]]:
+    """Two designed pushes and one removal on the report's prompts, doses chosen on others."""
+    split = job.split
+    if writing is None:
         return [], []
+    return make_examples(run, split.report, (*split.screening, *split.dose), writing)
+
+
+def _example_writing(job: _Job) -> Writing:
+    """How examples are written, and what is coherent at their length."""
+    config = job.config
     sampling = Sampling(n_tokens=config.n_example_tokens, temperature=config.temperature)
     limits = _limits(config, job.steering, job.split, sampling)
-    return make_examples(
-        run, job.split.report, limits, dose=dose, sampling=sampling, seed=config.seed
-    )
+    return Writing(sampling=sampling, limits=limits, seed=config.seed)
 
 
 def _write(

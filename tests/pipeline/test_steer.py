@@ -19,12 +19,15 @@ from pipeline.context import RunContext
 from pipeline.describe.chat import ChatModel
 from pipeline.lenses.steering import tables as steer_tables
 from pipeline.lenses.steering.blind_pairs import judge_artifact, verdict_lines
+from pipeline.lenses.steering.examples import DOSES, TOLERATED, largest_coherent
 from pipeline.lenses.steering.judge import SAE_TS, Judge, Judged
 from pipeline.run import Run
 from pipeline.serve.endpoint import Endpoint, make_server
 from pipeline.stages import steer
 from pipeline.stages.atlas import steering_document
+from steering.generation import Sampling, generate
 from steering.plan_files import read_plan
+from steering.reading import CoherenceLimits, is_coherent, read_back
 
 CONFIG = steer.Config(
     n_features=2,
@@ -32,8 +35,8 @@ CONFIG = steer.Config(
     arms=("single", "single_budget", "copied", "flow", "flow_closed_loop", "random_flow"),
     n_prompts=2,
     n_samples=1,
-    n_new_tokens=6,
-    n_example_tokens=6,
+    n_new_tokens=12,
+    n_example_tokens=24,
     n_neutral_texts=2,
     n_rows=2048,
     min_persistence=2,
@@ -83,9 +86,37 @@ def test_examples_are_two_designed_pushes_and_a_removal_or_a_remark(finished):
         assert plan.dose == example["dose"]
         assert all(node.weight > 0 for node in plan.nodes)
         assert example["n"] == CONFIG.n_prompts
+        coherent = {each["dose"]: each["coherent"] for each in example["doses_tried"]}
+        kept = [d for d, (was, now) in coherent.items() if now >= was - TOLERATED]
+        if "push" in example["title"]:
+            assert plan.dose == pytest.approx(max(kept, default=min(coherent)), rel=0.06)
         assert 0 <= example["coherent"][1] <= 1
         assert example["title"] in page
         assert 1 <= len(example["samples"]) <= 2
+
+
+def test_each_length_of_text_has_limits_of_its_own(finished, inputs):
+    """Nine in ten unsteered continuations are coherent by the limits of their length; longer text
+    repeats more and compresses better."""
+    choice = json.loads(finished.file("choice.json").read_text())
+    model = Run.open(inputs.collect.path.parent).model
+    for name, n_tokens in (("coherence_limits", 12), ("example_limits", 24)):
+        limits = CoherenceLimits(**choice[name])
+        prompts, sampling = choice["prompts"]["ordinary"], Sampling(n_tokens=n_tokens)
+        written = generate(
+            model, {}, prompts, [None], n_samples=2, seed=CONFIG.seed + 1, sampling=sampling
+        )
+        read = read_back(model, {}, written.samples, [])
+        assert 0.9 <= sum(is_coherent(each, limits) for each in read) / len(read) < 1, name
+
+
+@pytest.mark.parametrize("bearable", [0.0, 0.05, 0.12, 0.2, 1.0])
+def test_the_largest_dose_that_is_coherent_is_found_in_three_tries(bearable):
+    tried: list[float] = []
+    found = largest_coherent(lambda dose: not tried.append(dose) and dose <= bearable)
+    assert found == max((dose for dose in DOSES if dose <= bearable), default=min(DOSES))
+    assert found in tried
+    assert len(tried) <= 3
 
 
 def test_calibrated_doses_are_what_was_asked_or_said_not_to_be(finished):

@@ -13,10 +13,13 @@ from steering.design import (
     as_plan,
     candidates_of,
     dense,
+    fitted,
     gradient_of,
+    learned,
     likelihood,
     margin,
     select,
+    shifts_of,
     sketch_of,
     words,
 )
@@ -174,3 +177,52 @@ def test_what_cannot_be_designed_is_said(net, text, saes):
         candidates_of(gradient, sketch, saes, allowed=lambda _: False)
     with pytest.raises(UserError, match="classifier's site"):
         gradient_of(net, text.batch, SITES, margin(Site(9, "resid_post"), torch.zeros(WIDTH)))
+
+
+def directions_of(saes: dict) -> list:
+    return [(site, saes[site].W_dec[k]) for site, k in zip(SITES, (0, 3, 5), strict=True)]
+
+
+def best_by_the_exact_fisher_matrix(net, text, directions, site, weight) -> np.ndarray:
+    """F⁻¹g of pushes along these directions, with nothing estimated."""
+    exact = np.array(
+        [[float(u @ fisher(net, text, a, b) @ v) for b, v in directions] for a, u in directions]
+    )
+    carried = {s: jacobian(net, s) @ torch.linalg.pinv(jacobian(net, site)) for s in SITES}
+    effect = [float(u @ carried[s] @ weight) for s, u in directions]
+    return np.linalg.solve(exact, np.array(effect))
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_fitted_pushes_are_the_best_of_the_exact_fisher_matrix(net, text, saes):
+    site, weight = SITES[-1], torch.randn(WIDTH, generator=torch.Generator().manual_seed(3))
+    directions = directions_of(saes)
+    gradient = gradient_of(net, text.batch, SITES, margin(site, weight))
+    sketch = sketch_of(net, text.batch, SITES, n_samples=1500)
+    found = fitted(gradient, sketch, directions, shrinkage=0.0)
+    exact = best_by_the_exact_fisher_matrix(net, text, directions, site, weight)
+    assert cosine(found, exact) > 0.98
+    assert min(found) < 0, "of either sign"
+    assert sketch.kl(shifts_of(directions, found)) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_learned_pushes_reach_the_best_from_equal_ones(net, text, saes):
+    """At a small dose the best is known; steps with real passes find it from a poor start."""
+    site, weight = SITES[-1], torch.randn(WIDTH, generator=torch.Generator().manual_seed(3))
+    directions = directions_of(saes)
+    exact = best_by_the_exact_fisher_matrix(net, text, directions, site, weight)
+    start = 0.1 * np.ones(3)
+    found = learned(net, text.batch, directions, margin(site, weight), start, dose=0.01, n_steps=40)
+    assert cosine(start, exact) < 0.9
+    assert cosine(found, exact) > 0.98
+    plan = Plan(
+        nodes=tuple(
+            Node(at=site.short, vector=site.short, scale=float(shift.norm()))
+            for site, shift in shifts_of(directions, found).items()
+        ),
+        vectors={site.short: shift for site, shift in shifts_of(directions, found).items()},
+    )
+    assert measure(net, saes, plan, text).kl == pytest.approx(0.01, rel=0.1)

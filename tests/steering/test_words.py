@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks.steering_words import summary_of, tilted
+from benchmarks.steering_words import changes, summary_of, tilted
+from steering.dose import NeutralText
 from steering.generation import Sampling
 from steering.teacher_forced import expected_share
 
@@ -38,10 +39,29 @@ def test_the_expected_share_is_that_of_the_sampling_rule():
 
 def test_a_tilt_of_logits_has_the_dose_and_raises_only_its_words():
     log_probs = torch.randn(30, 40, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
-    gain, kl = tilted(log_probs, (1, 5), (1, 5), 0.2)
+    text = NeutralText(batch=None, log_probs=log_probs, next_ids=torch.full((30,), 1))  # type: ignore[arg-type]
+    gain, kl, rise = tilted(text, (1, 5), 0.2)
     assert kl == pytest.approx(0.2, rel=1e-3)
     assert gain > 0
-    assert tilted(log_probs, (1, 5), (2, 6), 0.2)[0] < 0, "what others lose"
+    assert rise < 0, "every next token is one of the words"
+    elsewhere = NeutralText(batch=None, log_probs=log_probs, next_ids=torch.full((30,), 2))  # type: ignore[arg-type]
+    assert tilted(elsewhere, (1, 5), 0.2)[2] > 0
+
+
+def test_kl_words_and_loss_are_those_of_plain_sums():
+    before, after = torch.randn(2, 300, 20, generator=torch.Generator().manual_seed(2)).log_softmax(
+        -1
+    )
+    following = torch.arange(300) % 20
+    following[::7] = -1
+    text = NeutralText(batch=None, log_probs=before, next_ids=following)  # type: ignore[arg-type]
+    kl, said, rise = changes(text, after, (3, 4))
+    p, q = after.double().numpy(), before.double().numpy()
+    assert kl == pytest.approx(float((np.exp(p) * (p - q)).sum(1).mean()), rel=1e-4)
+    shares = [slow_share(row, {3, 4}, Sampling()) for row in p.tolist()]
+    assert said == pytest.approx(100 * float(np.mean(shares)), rel=1e-4)
+    known = [k for k in range(300) if k % 7]
+    assert rise == pytest.approx(float(np.mean([q[k, k % 20] - p[k, k % 20] for k in known])))
 
 
 def test_differences_are_paired_by_topic():
@@ -53,8 +73,6 @@ def test_differences_are_paired_by_topic():
         for arm, add in (("single", 0.0), ("copied", 1.5), ("flow", 1.0))
     ]
     found = summary_of(pd.DataFrame(rows)).set_index("arm")
-    assert found.loc["flow", "single"] == "+1.000 [+1.000, +1.000]"
-    assert found.loc["flow", "copied"] == "-0.500 [-0.500, -0.500]"
-    assert found.loc["flow", "ahead of single"] == "3/3"
-    assert found.loc["flow", "ahead of copied"] == "0/3"
+    assert found.loc["flow", "single"] == "+1.000 [+1.000, +1.000] 3/3"
+    assert found.loc["flow", "copied"] == "-0.500 [-0.500, -0.500] 0/3"
     assert found.loc["flow", "gain"] == pytest.approx(11.0)

@@ -2,20 +2,23 @@
 continuations beside unsteered ones from the same random numbers.
 
 1. Two of the bundled topics are drawn; a plan is designed for the words of each
-   (pipeline/lenses/steering/designs.py) and calibrated to a dose.
+   (pipeline/lenses/steering/designs.py). Its dose is the largest of `DOSES` that leaves the text
+   coherent, tried on other prompts than those shown: the coherent share lies at most 10 points
+   below that of unsteered text.
 2. One living feature is drawn whose flow reaches some layers on, and removed along it. Its prompts
    are beginnings of held-out text up to a token on which it is active.
 3. Prompts are continued with and without the plan. Counted over all of them: words of 100 that are
    the topic's (or the feature's top tokens), and the share that stays coherent.
 
 What cannot be made (no topic's words are tokens of the model, no flow is long enough) is a remark.
-Cost: a small sketch, one backward pass and four short passes a plan, generation.
+Cost: a small sketch, one backward pass and four short passes a plan; up to 32 samples for each of
+three doses a push; the examples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -31,16 +34,37 @@ from pipeline.lenses.steering.removal_trial import Held, flow_of
 from pipeline.run import Run
 from steering.design import Sketch, sketch_of
 from steering.dose import NeutralText
-from steering.generation import Sampling, generate
+from steering.generation import Sample, Sampling, generate
 from steering.plan import Plan
 from steering.reading import CoherenceLimits, Target, is_coherent, read_back
 
+DOSES = (0.05, 0.1, 0.15, 0.2, 0.3)
+TOLERATED = 0.1
+"""How far the coherent share may lie below that of unsteered text."""
 N_PUSHES, N_SHOWN = 2, 2
+N_TRIED = 2
 _N_TEXTS, _N_TOKENS, _N_SAMPLES = 12, 24, 8
 _DEPTH, _REACH, _PROMPT_TOKENS, _MOST_READ = 1 / 3, 6, 24, 8
 
 
-_Made = tuple[str, Plan, Target, list[str]]
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How text is drawn, and what counts as coherent at its length."""
+
+    sampling: Sampling
+    limits: CoherenceLimits
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """What an example is of. `tried`: what each dose did that was tried."""
+
+    title: str
+    plan: Plan
+    target: Target
+    prompts: Sequence[str]
+    tried: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +77,7 @@ class Example:
     words: tuple[float, float]
     coherent: tuple[float, float]
     samples: tuple[dict[str, str], ...]
+    tried: tuple[dict[str, Any], ...]
 
     def as_record(self) -> dict[str, Any]:
         """For examples.json and the page; pairs are (unsteered, steered)."""
@@ -64,44 +89,39 @@ class Example:
             "words_of_100": self.words,
             "coherent": self.coherent,
             "samples": list(self.samples),
+            "doses_tried": list(self.tried),
         }
 
 
 def make_examples(
-    run: Run,
-    prompts: Sequence[str],
-    limits: CoherenceLimits,
-    *,
-    dose: float,
-    sampling: Sampling,
-    seed: int,
+    run: Run, prompts: Sequence[str], trial_prompts: Sequence[str], writing: Writing
 ) -> tuple[list[Example], list[str]]:
-    """(examples, remarks)."""
-    sketch = _small_sketch(run, seed)
+    """(examples, remarks). Doses are chosen on `trial_prompts`."""
+    sketch = _small_sketch(run, writing.seed)
     makers: list[Callable[[], _Made]] = [
-        *(partial(_push, run, sketch, topic, dose) for topic in _topics(seed)),
-        partial(_removal, run, len(prompts), seed),
+        *(
+            partial(_push, run, sketch, topic, prompts, trial_prompts, writing)
+            for topic in _topics(writing.seed)
+        ),
+        partial(_removal, run, len(prompts), writing.seed),
     ]
     found, remarks = [], []
     for make in makers:
         try:
-            title, plan, target, own_prompts = make()
+            found.append(_example(run, make(), writing))
         except UserError as error:
             remarks.append(f"no example: {error.what}")
-            continue
-        found.append(
-            _example(
-                run,
-                title,
-                plan,
-                target,
-                own_prompts or prompts,
-                limits,
-                sampling=sampling,
-                seed=seed,
-            )
-        )
     return found, remarks
+
+
+def largest_coherent(tried_at: Callable[[float], bool]) -> float:
+    """The largest dose at which text stays coherent, the smallest where none does; larger doses
+    are taken to do more harm, so that three are tried."""
+    low, high = 0, len(DOSES)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if tried_at(DOSES[middle]) else (low, middle)
+    return DOSES[max(low - 1, 0)]
 
 
 def _topics(seed: int) -> list[str]:
@@ -118,13 +138,38 @@ def _small_sketch(run: Run, seed: int) -> Sketch:
     return sketch_of(model, batch, sites, n_samples=_N_SAMPLES, seed=seed)
 
 
-def _push(run: Run, sketch: Sketch, topic: str, dose: float) -> _Made:
+def _push(
+    run: Run,
+    sketch: Sketch,
+    topic: str,
+    prompts: Sequence[str],
+    trial_prompts: Sequence[str],
+    writing: Writing,
+) -> _Made:
     aim = aim_of_words(run, sketch, sorted(read_topics()[topic].lexicon))
-    plan, strongest = designed_plan(run, sketch, aim, DesignOptions(dose=dose))
+    first, strongest = designed_plan(run, sketch, aim, DesignOptions(dose=DOSES[len(DOSES) // 2]))
     if strongest is None:
         raise UserError(f"nothing was designed for {topic}")
     target = Target(feature=strongest, scale=1.0, top_tokens=frozenset(aim.tokens))
-    return f"push towards {topic}", plan, target, []
+    other = replace(writing, seed=writing.seed + 4)
+    plans: dict[float, Plan] = {}
+    tried: list[dict[str, Any]] = []
+
+    def stays_coherent(dose: float) -> bool:
+        plans[dose] = run.steering.calibrated(first, dose)
+        sides = _written(run, trial_prompts, plans[dose], n_samples=N_TRIED, writing=other)
+        words, coherent = _judged(run, sides, target, other)
+        tried.append({"dose": dose, "words_of_100": words, "coherent": coherent})
+        return coherent[1] >= coherent[0] - TOLERATED
+
+    dose = largest_coherent(stays_coherent)
+    return _Made(
+        title=f"push towards {topic}",
+        plan=plans[dose],
+        target=target,
+        prompts=prompts,
+        tried=tuple(sorted(tried, key=lambda each: each["dose"])),
+    )
 
 
 def _removal(run: Run, n_prompts: int, seed: int) -> _Made:
@@ -135,7 +180,8 @@ def _removal(run: Run, n_prompts: int, seed: int) -> _Made:
         top = run.steering.profiles([feature], 8192)[feature].top_tokens
         if prompts and top:
             target = Target(feature=feature, scale=1.0, top_tokens=frozenset(top))
-            return f"removal of {feature}", run.remove(feature), target, prompts
+            plan = run.remove(feature)
+            return _Made(title=f"removal of {feature}", plan=plan, target=target, prompts=prompts)
     raise UserError("no random feature has a flow that is long enough, and top tokens")
 
 
@@ -165,44 +211,54 @@ def _beginnings(run: Run, held: Held, feature: FeatureId, n: int) -> list[str]:
     return [text for text in found if text.strip()]
 
 
-def _example(
-    run: Run,
-    title: str,
-    plan: Plan,
-    target: Target,
-    prompts: Sequence[str],
-    limits: CoherenceLimits,
-    *,
-    sampling: Sampling,
-    seed: int,
-) -> Example:
-    steering = run.steering
-    made = generate(
-        steering.model,
-        steering.saes,
-        list(prompts),
-        [None, plan],
-        seed=seed,
-        sampling=sampling,
-        batch_size=2 * len(prompts),
-    )
-    sides = [made.of_plan(number) for number in (0, 1)]
-    read = [read_back(steering.model, steering.saes, side, [target]) for side in sides]
-    shown = np.random.default_rng(seed).permutation(len(prompts))[:N_SHOWN]
+def _example(run: Run, made: _Made, writing: Writing) -> Example:
+    sides = _written(run, made.prompts, made.plan, n_samples=1, writing=writing)
+    words, coherent = _judged(run, sides, made.target, writing)
+    shown = np.random.default_rng(writing.seed).permutation(len(made.prompts))[:N_SHOWN]
     return Example(
-        title=title,
-        plan=plan,
-        n=len(prompts),
-        words=_pair([float(np.mean([r.top_tokens[0] for r in side])) for side in read]),
-        coherent=_pair([float(np.mean([is_coherent(r, limits) for r in s])) for s in read]),
+        title=made.title,
+        plan=made.plan,
+        n=len(made.prompts),
+        words=words,
+        coherent=coherent,
         samples=tuple(
             {
-                "prompt": prompts[place],
+                "prompt": made.prompts[place],
                 "unsteered": sides[0][place].text,
                 "steered": sides[1][place].text,
             }
             for place in sorted(map(int, shown))
         ),
+        tried=made.tried,
+    )
+
+
+def _written(
+    run: Run, prompts: Sequence[str], plan: Plan, *, n_samples: int, writing: Writing
+) -> list[tuple[Sample, ...]]:
+    """Unsteered and steered continuations from the same random numbers."""
+    made = generate(
+        run.steering.model,
+        run.steering.saes,
+        list(prompts),
+        [None, plan],
+        n_samples=n_samples,
+        seed=writing.seed,
+        sampling=writing.sampling,
+        batch_size=2 * len(prompts) * n_samples,
+    )
+    return [made.of_plan(number) for number in (0, 1)]
+
+
+def _judged(
+    run: Run, sides: Sequence[Sequence[Sample]], target: Target, writing: Writing
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(words of 100, coherent share), each unsteered and steered."""
+    steering, limits = run.steering, writing.limits
+    read = [read_back(steering.model, steering.saes, side, [target]) for side in sides]
+    return (
+        _pair([float(np.mean([r.top_tokens[0] for r in side])) for side in read]),
+        _pair([float(np.mean([is_coherent(r, limits) for r in side])) for side in read]),
     )
 
 
