@@ -6,6 +6,7 @@ special about it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -23,19 +24,31 @@ FLAG_SPECIAL = 2
 FLAG_SINK = 4
 FLAG_PADDING = 8
 FLAG_NON_FINITE = 16
+MOST_IMAGE_CHARACTERS = 16_384
+_INLINE_IMAGE = re.compile(
+    rf"(?=.{{1,{MOST_IMAGE_CHARACTERS}}}\Z)data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/]+=*"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentRow:
     """One document of the corpus: where it comes from, what it is called, its label (empty when it
     has none). What UTF-8 cannot hold (halves of surrogate pairs, bytes of odd file names) becomes a
-    question mark."""
+    question mark. A document that is an image has a small `image` as inline data."""
 
     source: str = ""
     title: str = ""
     label: str = ""
+    image: str = ""
 
     def __post_init__(self) -> None:
+        if self.image and not _INLINE_IMAGE.fullmatch(self.image):
+            raise UserError(
+                "not a small picture as inline data",
+                where=f"image of {self.title or 'a document'}",
+                expected=f"data:image/png;base64,…, at most {MOST_IMAGE_CHARACTERS:,} characters",
+                found=f"{self.image[:40]}… ({len(self.image):,} characters)",
+            )
         for name in ("source", "title", "label"):
             text = getattr(self, name).encode("utf-8", "replace").decode()
             object.__setattr__(self, name, text)

@@ -21,7 +21,7 @@ from featureflow.lazy import lazy_names
 
 if TYPE_CHECKING:
     from data.model.language_model import LanguageModel
-    from data.store import ActivationStore
+    from data.store import ActivationStore, DocumentRow, store_modules
     from featureflow.errors import UserError
     from featureflow.sites import FeatureId, Site, parse_feature, parse_site
     from pipeline.artifact import Artifact

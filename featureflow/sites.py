@@ -6,6 +6,9 @@ pages it is short: `L12` (residual stream after block 12), `L12.mlp` (MLP output
 (attention output), `L12.mlp_in` (what the MLP reads, after its norm), `L12.mlp_normalized` (the
 same before the norm's gain), `L12.z` (the heads' outputs before the output projection, one after
 another). A feature is `L12/402`, `L12.mlp/7`.
+
+A module that is no language model has named sites: a name and its place in the order of
+computation, `M0.conv1`, `M3.blocks.3.mlp`. They make one chain, so their kind is that of a stream.
 """
 
 from __future__ import annotations
@@ -42,16 +45,19 @@ _KIND_OF_SHORT = {short: kind for kind, short in _SHORT.items()}
 _KIND_OF_HOOK = {_INSIDE.get(kind, f"hook_{kind}"): kind for kind in _SHORT}
 _LONG_PATTERN = re.compile(r"blocks\.(\d+)\.([\w.]+)")
 _SHORT_PATTERN = re.compile(r"L(\d+)((?:\.\w+)?)")
+_NAMED_PATTERN = re.compile(r"M(\d+)\.(\w[\w.+-]*)")
 
 
 @total_ordering
 @dataclass(frozen=True)
 class Site:
-    """A place in the model: `layer` counts blocks from 0, `kind` is the hook there. `str(site)` is
-    the long name; sites sort in the order of computation."""
+    """A place in the model: `layer` counts blocks from 0, `kind` is the hook there; `called` is the
+    name of a site that is no transformer's. `str(site)` is the long name; sites sort in the order
+    of computation."""
 
     layer: int
     kind: SiteKind
+    called: str = ""
 
     def __lt__(self, other: Site) -> bool:
         return self._place < other._place
@@ -62,10 +68,14 @@ class Site:
 
     @property
     def name(self) -> str:
+        if self.called:
+            return self.short
         return f"blocks.{self.layer}.{_INSIDE.get(self.kind, f'hook_{self.kind}')}"
 
     @property
     def short(self) -> str:
+        if self.called:
+            return f"M{self.layer}.{self.called}"
         return f"L{self.layer}{_SHORT[self.kind]}"
 
     def __str__(self) -> str:
@@ -83,16 +93,24 @@ class FeatureId:
         return f"{self.site.short}/{self.latent}"
 
 
+def named_site(place: int, name: str) -> Site:
+    """The site `name` of any module, `place` counted from 0 in the order of computation."""
+    return Site(place, "resid_post", name)
+
+
 def parse_site(text: str) -> Site:
-    """Read `blocks.12.hook_resid_post` or `L12`, `L12.mlp`. Raises UserError with the accepted
-    forms."""
+    """Read `blocks.12.hook_resid_post` or `L12`, `L12.mlp`, `M0.conv1`. Raises UserError with the
+    accepted forms."""
+    if match := _NAMED_PATTERN.fullmatch(text):
+        return named_site(int(match[1]), match[2])
     for pattern, kinds in ((_LONG_PATTERN, _KIND_OF_HOOK), (_SHORT_PATTERN, _KIND_OF_SHORT)):
         if (match := pattern.fullmatch(text)) and match[2] in kinds:
             return Site(int(match[1]), kinds[match[2]])
     raise UserError(
         f"{text!r} is not a site",
         expected=f"blocks.<layer>.<{'|'.join(_KIND_OF_HOOK)}>, or "
-        + ", ".join(f"L12{short}" for short in _SHORT.values()),
+        + ", ".join(f"L12{short}" for short in _SHORT.values())
+        + "; M0.conv1 for a named site of any module",
     )
 
 

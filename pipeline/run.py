@@ -142,6 +142,7 @@ class Run:
         """The model that the activations were collected from. Raises UserError if its weights are
         others now."""
         collect = self.artifact("collect")
+        self.store.check_language_model()
         if "model" not in collect.config:
             raise UserError(
                 "the activations do not say which model they are from",

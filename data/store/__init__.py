@@ -2,6 +2,7 @@
 wrong."""
 
 from data.store.layout import SiteLayout, StoreLayout
+from data.store.modules import store_modules
 from data.store.statistics import SiteStatistics
 from data.store.store import ActivationStore
 from data.store.writer import StoreWriter, write_activations
@@ -30,5 +31,6 @@ __all__ = [
     "StoreLayout",
     "StoreWriter",
     "TokenTable",
+    "store_modules",
     "write_activations",
 ]

@@ -53,8 +53,10 @@ def _iter_sites(pattern: str, available: Sequence[Site]) -> Iterator[Site]:
     elif not colon:
         yield from (site for site in available if site.kind == kind)
     else:
+        there = {site.layer: site for site in available if site.kind == kind}
         for part in layers.split(","):
-            yield from (Site(layer, kind) for layer in _layers(part.strip(), pattern))
+            named = _layers(part.strip(), pattern)
+            yield from (there.get(layer, Site(layer, kind)) for layer in named)
 
 
 def _single(pattern: str, kinds: set[str]) -> Site:

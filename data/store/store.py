@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, reduce
+from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,7 +47,7 @@ from data.store.shards import (
 from data.store.statistics import N_BINS, Moments, SiteStatistics
 from data.tokens import DocumentRow, RowFilters, TokenTable
 from featureflow.errors import Command, Problem, UserError
-from featureflow.sites import Site, parse_site
+from featureflow.sites import Site, named_site, parse_site
 
 if TYPE_CHECKING:
     import dask.array
@@ -107,14 +109,33 @@ class ActivationStore:
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """The sites of a transformer; names of another form are left out (see `names`)."""
+        """The sites of a transformer; names of another form are left out (see `names`). Where no
+        name is a transformer's, all of them as named sites in the order of the store."""
         found = []
         for name in self.names:
-            try:
+            with suppress(UserError):
                 found.append(parse_site(name))
-            except UserError:
-                continue
-        return tuple(found)
+        return tuple(found or starmap(named_site, enumerate(self.names)))
+
+    @cached_property
+    def _by_any_name(self) -> dict[str, SiteLayout]:
+        named = (site for site in self.sites if site.called in self._by_name)
+        return self._by_name | {site.name: self._by_name[site.called] for site in named}
+
+    @property
+    def is_of_any_module(self) -> bool:
+        """Whether the sites are named, so that there is no language model behind them."""
+        return any(site.called for site in self.sites)
+
+    def check_language_model(self) -> None:
+        """Raises UserError where there is none."""
+        if self.is_of_any_module:
+            raise UserError(
+                "this needs a language model, and the activations are of another kind of module",
+                where=self.url,
+                found=", ".join(site.short for site in self.sites),
+                fix="look with a lens that reads only activations, SAEs and the graph",
+            )
 
     @property
     def n_rows(self) -> int:
@@ -148,7 +169,7 @@ class ActivationStore:
     def site_layout(self, site: Site | str) -> SiteLayout:
         """The layout of a site. Raises UserError naming the sites there are."""
         try:
-            return self._by_name[str(site)]
+            return self._by_any_name[str(site)]
         except KeyError:
             raise UserError(
                 f"the store has no site {site}",

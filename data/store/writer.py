@@ -300,9 +300,8 @@ def _record_of(
 
 
 def _documents_parquet(documents: Sequence[DocumentRow]) -> bytes:
-    columns = {
-        name: [getattr(each, name) for each in documents] for name in ("source", "title", "label")
-    }
+    names = ["source", "title", "label"] + ["image"] * any(each.image for each in documents)
+    columns = {name: [getattr(each, name) for each in documents] for name in names}
     table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
@@ -315,23 +314,35 @@ def write_activations(
     *,
     layout: StoreLayout,
     documents: Sequence[DocumentRow] = (),
+    validation_fraction: float | None = None,
     allow_non_finite: bool = False,
 ) -> None:
     """Store activations of any model: batches of rows at named sites, each with a token table or
     None.
 
     Without a table a row is its own document-less token: id 0, document 0, position 0, no flags.
-    `layout.n_rows` may be None. Memory: one shard of every site."""
+    `layout.n_rows` may be None. `validation_fraction` sets the last documents apart; None: as the
+    layout says. Memory: one shard of every site."""
     writer = StoreWriter.create(url, layout, allow_non_finite=allow_non_finite)
     shard_rows = writer.layout.shard_rows
-    n_rows = 0
+    n_rows, of_rows = 0, []
     for shard, (tokens, parts) in enumerate(_iter_shards(batches, shard_rows)):
         n_rows += len(tokens)
+        of_rows.append(tokens.document)
         writer.extend_to(n_rows)
         writer.write_shard(shard, tokens, parts)
     if n_rows == 0:
         raise UserError("there are no activations to store", where=writer.place.url)
-    writer.finish(documents)
+    writer.finish(documents, validation_start=_start_of_last(of_rows, validation_fraction))
+
+
+def _start_of_last(of_rows: Sequence[np.ndarray], fraction: float | None) -> int | None:
+    """The first row of the last `fraction` of the documents, which are in order."""
+    if fraction is None:
+        return None
+    document = np.concatenate(of_rows)
+    n = int(document[-1]) + 1
+    return int(np.searchsorted(document, n - round(fraction * n)))
 
 
 def _iter_shards(

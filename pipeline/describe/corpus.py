@@ -61,7 +61,7 @@ _LARGEST_LABELS, _LARGEST_SOURCES = 64, 32
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
     """Per row: token, document, position, kept, and which of PARTS its document is of. Per
-    document: title, source, label (index or −1)."""
+    document: title, source, label (index or −1), image where they are images."""
 
     token: Int32[np.ndarray, "row"]
     document: Int32[np.ndarray, "row"]
@@ -74,6 +74,7 @@ class Corpus:
     sources: tuple[str, ...]
     labels: tuple[str, ...]
     vocabulary: Vocabulary
+    images: tuple[str, ...] = ()
 
     _attributes: dict[str, Int32[np.ndarray, "row"]] = field(
         default_factory=dict, init=False, repr=False
@@ -134,7 +135,10 @@ class Corpus:
 
     @cached_property
     def digest(self) -> UInt64[np.ndarray, "row"]:
-        """A hash of the tokens within 8 rows in the same run: equal text, equal digest."""
+        """A hash of the tokens within 8 rows in the same run: equal text, equal digest. Of rows of
+        images the image's."""
+        if self.images:
+            return mix(self.document.astype(np.uint64))
         total = np.zeros(len(self), dtype=np.uint64)
         with np.errstate(over="ignore"):
             for offset in range(-DIGEST_REACH, DIGEST_REACH + 1):
@@ -297,6 +301,7 @@ def corpus_of(
         sources=sources,
         labels=labels,
         vocabulary=vocabulary,
+        images=tuple(r.image for r in rows) if any(r.image for r in rows) else (),
     )
 
 

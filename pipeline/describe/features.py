@@ -109,6 +109,7 @@ class Features:
             sources=names["sources"],
             labels=names["labels"],
             vocabulary=self.vocabulary,
+            images=tuple(documents["image"]) if "image" in documents else (),
         )
 
     @cached_property

@@ -240,6 +240,7 @@ def _write_corpus(folder: Path, corpus: Corpus) -> None:
             "title": list(corpus.titles),
             "source": np.array(corpus.sources)[corpus.document_source],
             "label": np.array([*corpus.labels, ""])[corpus.document_label],
+            **({"image": list(corpus.images)} if corpus.images else {}),
         },
         "vocabulary": {
             "token": np.arange(len(vocabulary), dtype=np.int32),

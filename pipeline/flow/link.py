@@ -3,8 +3,8 @@ pair of dictionaries.
 
 For each pair that `pairing.py` finds, in order of depth:
 
-1. match      cosine of unit decoder rows, exact top-k both ways
-   match.py
+1. match      cosine of unit decoder rows, exact top-k both ways; between sites of different width
+   the source's rows go through a linear map first   match.py
 2. chance     the best cosines that a null model gives; for dictionaries of one start also what
    inertia leaves   null.py
 3. firing     correlation and overlap of firing on held-out tokens, with chance pairs beside
@@ -177,11 +177,12 @@ def _cut(whole: Stretch, n: int) -> list[Stretch]:
 def _link_pair(pair: Pair, cache: SaeCache, stretch: Stretch) -> PairLinks:
     options = stretch.options
     source, target = cache.at(pair.source), cache.at(pair.target)
+    carried = cache.carried(pair)
     start = start_relation(stretch.facts[pair.source], stretch.facts[pair.target])
-    found = match(source.directions, target.directions, k=max(options.top_k, 2), tile=options.tile)
+    found = match(carried, target.directions, k=max(options.top_k, 2), tile=options.tile)
     if options.matcher != COSINE:
         chosen = _chosen(pair, stretch)
-        found = led_by(found, chosen, source.directions, target.directions)
+        found = led_by(found, chosen, carried, target.directions)
     columns = edges_of(found, top_k=options.top_k)
     nulls = _null_samples(pair, cache, stretch, start)
     cofiring = None
@@ -193,9 +194,7 @@ def _link_pair(pair: Pair, cache: SaeCache, stretch: Stretch) -> PairLinks:
         )
     few = None if target.codes is None else target.codes.n_fired < FEW_FIRINGS
     fdr = options.thresholds.fdr if isinstance(options.thresholds, Calibrated) else Calibrated().fdr
-    shared, rivals = shared_and_rivals(
-        source.directions, target.directions, columns, tile=options.tile
-    )
+    shared, rivals = shared_and_rivals(carried, target.directions, columns, tile=options.tile)
     evidence = judge(
         columns,
         nulls,
@@ -290,9 +289,7 @@ def _drawn(choice: DirectionNull, pair: Pair, cache: SaeCache, options: LinkOpti
     entropy = np.random.SeedSequence([options.seed, *_numbers(pair)])
     generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
     sampler = NullSampler(choice=choice, n=options.n_null, tile=options.tile)
-    return sampler.sample(
-        cache.at(pair.source).directions, cache.at(pair.target).directions, generator
-    )
+    return sampler.sample(cache.carried(pair), cache.at(pair.target).directions, generator)
 
 
 def _far_sample(

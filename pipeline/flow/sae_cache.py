@@ -14,13 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from featureflow.errors import UserError
 from featureflow.sites import Site
 from pipeline.flow.directions import Directions, sae_directions
 from pipeline.flow.functional import Codes, encode_tokens
 from pipeline.flow.nodes import Side
-from pipeline.flow.pairing import MODULES
+from pipeline.flow.pairing import MODULES, Pair
 from sae import Sae
 
+_RIDGE = 1e-3
+"""Of the mean variance of a coordinate, in the map between sites of different width."""
 HeldOut = Callable[[Site], Iterable[Float[Tensor, "token d_in"]]]
 """Batches of held-out activations at a site; every site must give the same tokens in the same
 order."""
@@ -55,6 +58,28 @@ class SaeCache:
             self._recent.pop(next(iter(self._recent)))
         self._recent[site] = entry
         return entry
+
+    def carried(self, pair: Pair) -> Directions:
+        """The source's directions in the target's space. Where two named sites differ in width they
+        go through the linear map that best predicts the target's held-out activations. Raises
+        UserError without held-out tokens."""
+        source, target = self.at(pair.source).directions, self.at(pair.target).directions
+        if source.d_model == target.d_model or not pair.source.called:
+            return source
+        if self.held_out is None:
+            raise UserError(
+                f"{pair}: sites of different width are linked through held-out activations",
+                where="link.functional_tokens",
+                expected="above 0",
+            )
+        x, y = (torch.cat(list(self.held_out(site))) for site in (pair.source, pair.target))
+        x, y = x - x.mean(0), y - y.mean(0)
+        moment = x.T @ x
+        moment.diagonal().add_(_RIDGE * moment.diagonal().mean())
+        sae, projection = self.dictionaries[pair.source], torch.linalg.solve(moment, x.T @ y)
+        name = pair.source.short
+        whole = sae_directions(sae, name=name, projection=projection, device=self.device)
+        return whole.restricted(source.usable)
 
     def _read(self, site: Site) -> Entry:
         sae = self.dictionaries[site]

@@ -87,11 +87,19 @@ def _pairs(run: Run, config: Config) -> list[tuple[str, str, tuple[Site, Sae], t
     if not config.other:
         stream = spread([s for s in run.saes if s.kind == "resid_post"], config.n_sites)
         saes = {site: run.saes[site] for site in stream}
-        return [
+        found = [
             (a.short, b.short, (a, saes[a]), (b, saes[b]))
             for i, a in enumerate(stream)
             for b in stream[i + 1 :]
+            if saes[a].d_out == saes[b].d_out
         ]
+        if not found:
+            raise UserError(
+                "no two sites have one width",
+                where=str(run.root),
+                found=", ".join(f"{site.short}: {sae.d_out}" for site, sae in saes.items()),
+            )
+        return found
     other = Run.open(config.other, context=run.context)
     common = [site for site in run.saes if site in other.saes]
     if not common:

@@ -112,8 +112,8 @@ class Start:
 
 def look(run: Run, config: Config) -> Finding:
     """One row a start and matcher: share above the null, functional agreement, deactivation."""
-    starts = [_trained(run, name, plan, config) for name, plan in _plans(run, config).items()]
     contexts = contexts_of(run, config.n_contexts)
+    starts = [_trained(run, name, plan, config) for name, plan in _plans(run, config).items()]
     held_out = rows_after_contexts(run, config.n_tokens, config.n_contexts)
     tables, trials = [], []
     for start in starts:

@@ -73,9 +73,9 @@ def write_corpus(site: Path, corpus: Corpus) -> int:
         "source": corpus.document_source.astype(np.uint8),
         "label": np.where(corpus.document_label < 0, 255, corpus.document_label).astype(np.uint8),
     }
-    write_shard(
-        site, "corpus/documents", Shard(json={"titles": list(corpus.titles)}, columns=columns)
-    )
+    names = {"titles": list(corpus.titles)}
+    names |= {"images": list(corpus.images)} if corpus.images else {}
+    write_shard(site, "corpus/documents", Shard(json=names, columns=columns))
     return len(starts)
 
 

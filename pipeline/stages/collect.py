@@ -245,7 +245,7 @@ def _use_imported(config: Config, url: str, out: Path) -> Artifact:
         draft.externally_checked = (STORE,)
         write_pointer(draft.path / STORE, url if "://" in url else Path(url).resolve().as_uri())
         _describe(draft, store, 0, 0.0)
-        if "model_fingerprint" not in store.provenance:
+        if "model_fingerprint" not in store.provenance and not store.is_of_any_module:
             note = f"the store does not say its model; taken for {name_of(config.model)} (model)"
             (draft.path / "warnings.json").write_text(json.dumps([note]), encoding="utf-8")
     return Artifact.open(out, kind=KIND, schema=SCHEMA)

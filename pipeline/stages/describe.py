@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 
 from data.model.language_model import LanguageModel
+from featureflow.errors import UserError
 from featureflow.figures import save
 from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.context import RunContext
@@ -72,7 +73,8 @@ def run(config: Config, inputs: Inputs, out: Path, context: RunContext) -> Artif
     sites that this one finished."""
     digests = {name: artifact.digest for name, artifact in vars(inputs).items()}
     with Artifact.create(out, kind=KIND, schema=SCHEMA, config=config, inputs=digests) as draft:
-        model = Run.of(vars(inputs), context=context).model
+        opened = Run.of(vars(inputs), context=context)
+        model = None if opened.store.is_of_any_module else opened.model
         job = job_of(config, inputs, draft.path / ".work")
         prepare(job, model)
         sites = [site.short for site in saes_for(job)]
@@ -103,9 +105,17 @@ def job_of(config: Config, inputs: Inputs, work: Path) -> Job:
     )
 
 
-def prepare(job: Job, model: LanguageModel) -> None:
-    """Leave in the work folder what every process needs of the model."""
+def prepare(job: Job, model: LanguageModel | None) -> None:
+    """Leave in the work folder what every process needs of the model; of a module that is no
+    language model, the names of its items."""
     job.work.mkdir(parents=True, exist_ok=True)
+    if model is None:
+        store = store_for(job)
+        names = item_names(store.provenance.get("vocabulary"), store.tokens().id, store.url)
+        Vocabulary(tokens=[name.encode() for name in names], special=frozenset()).save(
+            job.work / VOCABULARY
+        )
+        return
     tokenizer = model.tokenizer
     vocabulary = Vocabulary(
         tokens=[tokenizer.token_bytes(i) for i in range(max(tokenizer.n_tokens, 1))],
@@ -122,6 +132,24 @@ def prepare(job: Job, model: LanguageModel) -> None:
     )
 
 
+def item_names(given: Any, ids: np.ndarray, where: str) -> list[str]:
+    """What the ids of the token table mean: the `vocabulary` of the store's provenance, or numbers.
+    Raises UserError for one that is too short."""
+    n = int(ids.max()) + 1
+    if given is None:
+        return [f"item {number}" for number in range(n)]
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise UserError("the vocabulary is no list of names", where=where, found=repr(given)[:40])
+    if len(given) < n:
+        raise UserError(
+            "ids of the token table have no name",
+            where=f"{where}: provenance.vocabulary",
+            expected=f"{n} names, for ids from 0 to {n - 1}",
+            found=f"{len(given)} names",
+        )
+    return given
+
+
 def finish(job: Job, sites: list[str], out: Path) -> None:
     """Join what the sites left."""
     (out / SITES).mkdir(parents=True, exist_ok=True)
@@ -130,17 +158,17 @@ def finish(job: Job, sites: list[str], out: Path) -> None:
     write_tables(out / "tables", [job.work / short for short in sites], corpus_for(job))
 
 
-def write_about(job: Job, model: LanguageModel, out: Path) -> None:
+def write_about(job: Job, model: LanguageModel | None, out: Path) -> None:
     """Keep what the features are of."""
-    corpus = corpus_for(job)
+    corpus, store = corpus_for(job), store_for(job)
     about = {
         "model": {
-            "name": model.name,
-            "fingerprint": store_for(job).provenance.get("model_fingerprint", ""),
-            "n_layers": model.n_layers,
-            "d_model": model.d_model,
-            "d_vocab": model.d_vocab,
-            "n_context": store_for(job).n_context,
+            "name": store.provenance.get("model", "a module") if model is None else model.name,
+            "fingerprint": store.provenance.get("model_fingerprint", ""),
+            "n_layers": len(store.sites) if model is None else model.n_layers,
+            "d_model": max(map(store.width, store.sites)) if model is None else model.d_model,
+            "d_vocab": len(corpus.vocabulary) if model is None else model.d_vocab,
+            "n_context": store.n_context,
         },
         "sources": list(corpus.sources),
         "labels": list(corpus.labels),

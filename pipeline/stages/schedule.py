@@ -70,6 +70,8 @@ def run_recipe(
     road = _Road(root=root, context=context, events=events or Events(), shared=shared)
     results: list[StageResult] = []
     for stage in stages_above(to):
+        if stage == "steer" != to and Run.of(road.available).store.is_of_any_module:
+            continue  # nothing to steer: the module writes no text
         if stage not in force:
             road.share(stage, recipe.configs[stage])
         results += road.run(stage, recipe.configs[stage], force=stage in force)

@@ -31,6 +31,7 @@ from data.store import ActivationStore
 from data.store.cluster import connected, threads_of_worker
 from data.store.patterns import parse_sites
 from data.tokens import RowFilters
+from featureflow.errors import UserError
 from featureflow.figures import save
 from featureflow.files import write_text_atomically
 from featureflow.progress import Metrics
@@ -209,8 +210,18 @@ def _sites(config: Config, store: ActivationStore) -> tuple[Site, ...]:
 
 def jobs_of(config: Config, store: ActivationStore) -> tuple[SiteJob, ...]:
     """The plan of a run. Raises UserError with every impossible choice."""
+    sites = _sites(config, store)
+    widths = {site.short: store.width(site) for site in sites}
+    starts_alike = not isinstance(config.initialisation, Independent)
+    if store.is_of_any_module and starts_alike and len(set(widths.values())) > 1:
+        raise UserError(
+            "sites of different width cannot start alike",
+            where="train.initialisation",
+            found=", ".join(f"{site}: {width}" for site, width in widths.items()),
+            fix='train.initialisation = {kind = "independent"}',
+        )
     return plan_jobs(
-        _sites(config, store),
+        sites,
         architecture=config.architecture,
         n_latents=config.n_latents,
         steps=config.steps,

@@ -90,6 +90,7 @@ def choose_contexts(
 ) -> Contexts:
     """Held-out contexts with about `n_tokens` counted positions. Raises UserError if the store
     holds no contexts."""
+    store.check_language_model()
     tokens, width = store.tokens(), store.n_context
     first, last = -(-store.validation_start // width), store.n_rows // width
     shape = (last - first, width)

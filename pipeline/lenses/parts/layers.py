@@ -133,13 +133,17 @@ def spread(items: list[Item], n: int) -> list[Item]:
 
 
 def residual_pairs(run: Run) -> list[tuple[Site, Site]]:
-    """Every pair of linked neighbours in the residual stream, in order of depth."""
+    """Every pair of linked neighbours in the residual stream of one width, in order of depth."""
     linked = [layer for layer in layers_of(run) if "residual" in layer.links]
-    if not linked:
+    pairs = [(layer.links["residual"].source, layer.target) for layer in linked]
+    width = run.store.width
+    if not (found := [(a, b) for a, b in pairs if width(a) == width(b)]):
         raise UserError(
-            "there are no neighbouring residual dictionaries", fix="set collect.sites to resid_post"
+            "there are no neighbouring residual dictionaries of one width",
+            found=", ".join(f"{site.short}: {width(site)}" for pair in pairs for site in pair),
+            fix="set collect.sites to resid_post",
         )
-    return [(layer.links["residual"].source, layer.target) for layer in linked]
+    return found
 
 
 def iter_activities(run: Run, held_out: HeldOutRows) -> Iterator[tuple[Layer, Activity]]:

@@ -85,7 +85,7 @@ def test_npy_files_of_any_model_come_in_under_their_own_names(tmp_path):
     np.save(tmp_path / "in" / "patches_1.npy", second[100:])
     store = imported(tmp_path / "in", tmp_path / "store.zarr")
     assert store.names == ("mid_block", "patches")
-    assert store.sites == ()
+    assert [site.short for site in store.sites] == ["M0.mid_block", "M1.patches"]
     assert np.array_equal(store.read("mid_block", 0, 600), first.reshape(600, 12))
     assert np.array_equal(store.read("patches", 90, 110), second[90:110])
     batch = next(iter(store.batches(["patches"], batch_size=32, seed=0)))

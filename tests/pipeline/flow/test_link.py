@@ -11,7 +11,7 @@ import torch
 from data.model.spec import Random
 from data.text.corpus import BundledText
 from featureflow.errors import UserError
-from featureflow.sites import Site
+from featureflow.sites import Site, named_site
 from pipeline.context import RunContext
 from pipeline.flow.graph import FlowGraph
 from pipeline.flow.link import link_dictionaries
@@ -233,3 +233,26 @@ def test_the_stage_writes_a_graph_that_opens(made, tmp_path):
     assert (tmp_path / "again" / "edges.parquet").read_bytes() == (
         artifact.path / "edges.parquet"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("widths", [(12, 20), (20, 12)])
+def test_sites_of_different_width_are_linked_through_held_out_activations(dictionary, widths):
+    """The target holds the source's directions carried by a matrix that nobody is told, in another
+    order; without activations there is nothing to carry them with."""
+    generator = torch.Generator().manual_seed(3)
+    first = torch.nn.functional.normalize(rows(64, d=widths[0]), dim=1)
+    through = torch.randn(*widths, generator=generator)
+    order = torch.randperm(64, generator=generator)
+    a, b = named_site(0, "stem"), named_site(1, "head")
+    saes = {a: dictionary(first), b: dictionary((first @ through)[order])}
+    active = torch.rand(4000, 64, generator=generator) * (
+        torch.rand(4000, 64, generator=generator) < 0.04
+    )
+    x = active @ first
+    held_out = {a: [x], b: [x @ through + 0.01 * rows(4000, d=widths[1])]}
+    links = link_dictionaries(saes, options=QUICK, held_out=lambda site: held_out[site])
+    best = links.edges[links.edges["rank"] == 0]
+    assert (best["source_latent"] == order.numpy()[best["target_latent"]]).all()
+    assert best["cosine"].min() > 0.99
+    with pytest.raises(UserError, match="through held-out activations"):
+        link_dictionaries(saes, options=QUICK)

@@ -163,6 +163,7 @@ export class Atlas {
       position: columns.run_position[run] + row - columns.run_row[run],
       document,
       title: json.titles?.[document] ?? "",
+      image: json.images?.[document] ?? "",
       source: this.manifest.corpus.sources?.[source]?.name ?? "",
       label: label === 255 ? "" : (this.manifest.corpus.labels?.[label]?.name ?? ""),
     };

@@ -37,6 +37,8 @@ export function exampleItem(example, read, { card, width, newlines, compact = fa
     "li",
     { class: "example" },
     h("span", { class: "example-value number", title }, short(example.value)),
+    read.place.image
+      ? h("img", { class: "thumbnail", src: read.place.image, alt: read.place.title }) : null,
     exampleText(read, { max: card.max, width, newlines }),
     !compact && h("span", { class: "example-place quiet" }, placeText(read.place)),
   );
