@@ -38,7 +38,7 @@ from jaxtyping import Int64
 
 from benchmarks.__main__ import head
 from data.store import ActivationStore, RowFilters
-from featureflow.sites import Site
+from featureflow.sites import Site, residual_sites
 from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.context import RunContext
 from pipeline.describe.examples import PROFILES
@@ -138,7 +138,7 @@ def make(options: argparse.Namespace, folder: Path) -> None:
 
 def spread_sites(store: ActivationStore, n: int) -> list[Site]:
     """`n` of the store's residual sites, evenly spread."""
-    sites = [site for site in store.sites if site.kind == "resid_post"]
+    sites = residual_sites(store.sites)
     if n > len(sites):
         raise SystemExit(f"the store has {len(sites)} layers")
     return [sites[i] for i in np.linspace(0, len(sites) - 1, n).round().astype(int)]

@@ -14,6 +14,7 @@ computation, `M0.conv1`, `M3.blocks.3.mlp`. They make one chain, so their kind i
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import total_ordering
 from typing import Literal, get_args
@@ -80,6 +81,11 @@ class Site:
 
     def __str__(self) -> str:
         return self.name
+
+
+def residual_sites(sites: Iterable[Site]) -> list[Site]:
+    """Those of the residual stream after a block."""
+    return [site for site in sites if site.kind == "resid_post"]
 
 
 @dataclass(frozen=True, order=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy
@@ -97,6 +98,15 @@ def mean_over(
 def named(name: str, interval: Interval) -> dict[str, float]:
     """An interval as three columns of a table: `name`, `name_low`, `name_high`."""
     return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def ranged(row: Any, name: str, form: str = ".2f") -> str:
+    """Those three columns of a row in words: `0.62 [0.48, 0.79]`."""
+    value, low, high = (
+        format(getattr(row, column) if isinstance(row, tuple) else row[column], form)
+        for column in (name, f"{name}_low", f"{name}_high")
+    )
+    return f"{value} [{low}, {high}]"
 
 
 def bootstrap_mean(

@@ -15,11 +15,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import TypeAdapter
@@ -30,7 +30,7 @@ from data.model.spec import ModelSpec
 from data.store import ActivationStore
 from data.tokens import TokenTable
 from featureflow.errors import Command, Fix, Problem, UserError
-from featureflow.sites import FeatureId
+from featureflow.sites import FeatureId, Site
 from pipeline.artifact import SCHEMAS, Artifact
 from pipeline.context import RunContext
 from pipeline.describe.features import Features
@@ -46,6 +46,7 @@ from pipeline.trace.trace import Trace
 from steering.generation import Sample
 from steering.plan import Plan
 
+Item = TypeVar("Item")
 STORE = "store.zarr"
 """The store in a collect artifact: a folder, or a small file that points to one elsewhere."""
 
@@ -83,6 +84,14 @@ class Run:
         """These artifacts by stage, wherever they lie: what the schedule hands to a stage."""
         root = next(iter(artifacts.values())).path.parent
         return cls(root, context=context or RunContext(), given=artifacts)
+
+    def each(self, label: str, items: Collection[Item]) -> Iterator[Item]:
+        """The items one after another, reported as progress under the label and a site's name."""
+        for done, item in enumerate(items):
+            at = f" {item.short}" if isinstance(item, Site) else ""
+            self.context.progress(label + at, done, len(items))
+            yield item
+        self.context.progress(label, len(items), len(items))
 
     def artifact(self, stage: str) -> Artifact:
         """What a stage left. Raises UserError that names the command when it is missing, damaged or

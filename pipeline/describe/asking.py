@@ -19,7 +19,7 @@ import torch
 
 from data.model.language_model import LanguageModel
 from featureflow.errors import UserError
-from featureflow.sites import FeatureId, Site
+from featureflow.sites import FeatureId, Site, residual_sites
 from pipeline.describe.features import Features
 from sae import Sae
 
@@ -131,7 +131,7 @@ def read_text(
 
 def middle_site(sites: Sequence[Site]) -> Site:
     """The residual site in the middle; where there is none, the middle one of all."""
-    residual = [site for site in sites if site.kind == "resid_post"] or list(sites)
+    residual = residual_sites(sites) or list(sites)
     return residual[len(residual) // 2]
 
 

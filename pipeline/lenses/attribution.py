@@ -31,11 +31,10 @@ from torch import Tensor
 from typing_extensions import Doc
 
 from data.model.partial_forward import continued_from
-from data.tokens import RowFilters
-from featureflow.sites import Site
-from featureflow.statistics import mean_over, named
+from featureflow.sites import Site, residual_sites
+from featureflow.statistics import mean_over, named, ranged
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.gradients import gradients_between
 from pipeline.lenses.parts.held_out import Contexts, choose_contexts
@@ -50,7 +49,7 @@ _BATCH = 8
 _AXES = {"spearman": "rank correlation with removal"}
 
 
-class Config(LensConfig):
+class Config(Sampled):
     """How many pairs of layers, on how much text, and how much is checked."""
 
     n_pairs: Annotated[int | None, Ge(1), Doc("pairs of neighbours; none for all")] = 6
@@ -59,13 +58,11 @@ class Config(LensConfig):
     n_rounds: Annotated[int, Ge(1), Doc("targets drawn on every token")] = 4
     n_checked: Annotated[int, Ge(0), Doc("targets a pair whose sources are removed")] = 16
     n_sources: Annotated[int, Ge(3), Doc("active sources removed for each of them")] = 8
-    filters: Annotated[RowFilters, Doc("which rows count")] = RowFilters()
-    seed: Annotated[int, Ge(0), Doc("of contexts, targets, signs and sources")] = 0
 
 
 def look(run: Run, config: Config) -> Finding:
     """Effects of links, and how well gradient, cosine and activation agree with removal."""
-    contexts = choose_contexts(run.store, config.n_tokens, filters=config.filters, seed=config.seed)
+    contexts = choose_contexts(run, config, config.n_tokens)
     linked = {
         (layer.links["residual"].source, layer.target): layer.links["residual"].best
         for layer in layers_of(run)
@@ -73,9 +70,8 @@ def look(run: Run, config: Config) -> Finding:
     }
     pairs = spread(list(linked), config.n_pairs or len(linked))
     edges, checks = [], []
-    stream = [site for site in run.saes if site.kind == "resid_post"]
-    for done, (source, target) in enumerate(pairs):
-        run.context.progress(f"attribute {target.short}", done, len(pairs))
+    stream = residual_sites(run.saes)
+    for source, _ in run.each("attribute", pairs):
         for gap in config.gaps:
             place = stream.index(source) + gap
             if place >= len(stream):
@@ -85,7 +81,6 @@ def look(run: Run, config: Config) -> Finding:
             if (source, end) in linked:
                 edges.append(pair.links(linked[source, end]))
             checks.append(pair.checked().assign(gap=gap))
-    run.context.progress("attribute", len(pairs), len(pairs))
     effects = pd.concat(edges, ignore_index=True) if edges else pd.DataFrame()
     trials = pd.concat(checks, ignore_index=True)
     summary = _summary(trials, config.seed)
@@ -279,8 +274,8 @@ def _summary(trials: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 def _text(summary: pd.DataFrame, effects: pd.DataFrame) -> str:
     said = [
-        f"  {row.gap} layers, {row.way}: {row.spearman:.3f} [{row.spearman_low:.3f}, "
-        f"{row.spearman_high:.3f}], strongest found {row.strongest:.2f}"
+        f"  {row.gap} layers, {row.way}: {ranged(row, 'spearman', '.3f')}, "
+        f"strongest found {row.strongest:.2f}"
         for row in summary.itertuples()
     ]
     share = f"{effects['share'].median():.2f}" if len(effects) else "unknown"

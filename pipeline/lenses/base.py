@@ -27,8 +27,12 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge
+from typing_extensions import Doc
+
+from data.tokens import RowFilters
 from featureflow.errors import Command, UserError
 from featureflow.files import write_text_atomically
 from featureflow.plugins import loaders
@@ -53,6 +57,18 @@ _kept_in: ContextVar[Path | None] = ContextVar("kept_in", default=None)
 
 class LensConfig(Settings):
     """The options of a lens: `name: Annotated[type, bounds, Doc("one line")] = default`."""
+
+
+class Seeded(LensConfig):
+    """Of a lens that draws something, or makes intervals."""
+
+    seed: Annotated[int, Ge(0), Doc("of all that is drawn, and of intervals")] = 0
+
+
+class Sampled(Seeded):
+    """Of a lens that reads a part of the store's rows."""
+
+    filters: Annotated[RowFilters, Doc("which rows count as ordinary")] = RowFilters()
 
 
 def add_folder(folder: str | Path) -> None:

@@ -30,17 +30,16 @@ from torch import Tensor
 from data.model.partial_forward import continued_from
 from featureflow.errors import Command, UserError
 from featureflow.sites import Site
-from featureflow.statistics import bootstrap_ratio
+from featureflow.statistics import mean_over, named, ranged
 from pipeline.findings import Finding
 from pipeline.flow.causal import Contexts, record_clean
 from pipeline.flow.pairing import MODULES
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Seeded
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.layers import (
     NContexts,
     NPairs,
     NTargets,
-    Seed,
     contexts_of,
     per_context,
     spread,
@@ -54,13 +53,12 @@ ARMS = ("own", "other", "direct")
 BATCH = 32
 
 
-class Config(LensConfig):
+class Config(Seeded):
     """How much is tested."""
 
     n_pairs: NPairs = 4
     n_targets: NTargets = 200
     n_contexts: NContexts = 48
-    seed: Seed = 0
 
 
 def look(run: Run, config: Config) -> Finding:
@@ -271,19 +269,15 @@ def _summary(trials: pd.DataFrame, seed: int) -> pd.DataFrame:
             values = wide.loc[paired, (measure, left)]
             if right is not None:
                 values = values - wide.loc[paired, (measure, right)]
-            by_document = values.groupby("document").agg(["sum", "size"])
-            found = bootstrap_ratio(
-                by_document["sum"].to_numpy(), by_document["size"].to_numpy(float), seed=seed
-            )
-            row |= {measure: found.mean, f"{measure}_low": found.low, f"{measure}_high": found.high}
+            document = values.index.get_level_values("document").to_numpy()
+            row |= named(measure, mean_over(values.to_numpy(), document, seed=seed))
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def _text(table: pd.DataFrame, targets: list[Site]) -> str:
     def told(arm: str, measure: str) -> str:
-        row = table.loc[arm]
-        return f"{row[measure]:.3f} [{row[f'{measure}_low']:.3f}, {row[f'{measure}_high']:.3f}]"
+        return ranged(table.loc[arm], measure, ".3f")
 
     return (
         f"At {', '.join(site.short for site in targets)} ({int(table['n'].iloc[0])} targets) "

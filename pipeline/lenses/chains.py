@@ -20,6 +20,7 @@ import pandas as pd
 
 from featureflow.errors import UserError
 from featureflow.sites import Site
+from featureflow.statistics import ranged
 from pipeline.findings import Finding
 from pipeline.flow.causal import record_clean
 from pipeline.flow.mediation import Chains, measure_mediation, summarise_mediation
@@ -120,17 +121,14 @@ def _finding(trials: pd.DataFrame, config: Config) -> Finding:
 
 
 def _text(summary: pd.DataFrame, n_layers: int) -> str:
-    def with_interval(row: Mapping[str, float], name: str) -> str:
-        return f"{row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
-
     lines = [
         f"  {row['steps']} links up (n {row['n']}, {row['active_share']:.0%} of all active targets "
-        f"with a chain): change {with_interval(row, 'change')}, without the model "
-        f"{row['change_no_model']:.2f}, by the model {with_interval(row, 'change_by_model')};\n"
-        f"    by the blocks alone {with_interval(row, 'blocks')}, beyond the strongest other "
-        f"{with_interval(row, 'blocks_by_link')};\n"
+        f"with a chain): change {ranged(row, 'change')}, without the model "
+        f"{row['change_no_model']:.2f}, by the model {ranged(row, 'change_by_model')};\n"
+        f"    by the blocks alone {ranged(row, 'blocks')}, beyond the strongest other "
+        f"{ranged(row, 'blocks_by_link')};\n"
         f"    the chain removed too {row['copies_removed']:.2f}, by the model "
-        f"{with_interval(row, 'copies_removed_by_model')};\n"
+        f"{ranged(row, 'copies_removed_by_model')};\n"
         f"    through the chain {row['through_chain']:.2f}, without the model "
         f"{row['through_chain_no_model']:.2f}; through the strongest others "
         f"{row['through_strongest']:.2f}"

@@ -25,9 +25,10 @@ from annotated_types import Ge
 from jaxtyping import Float
 from typing_extensions import Doc
 
-from featureflow.statistics import bootstrap_ratio, named
+from featureflow.sites import residual_sites
+from featureflow.statistics import bootstrap_ratio, named, ranged
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Seeded
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.layers import spread
 from pipeline.lenses.parts.read_out import embeddings
@@ -55,17 +56,16 @@ SETS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-class Config(LensConfig):
+class Config(Seeded):
     """Where latents are looked at."""
 
     n_sites: Annotated[int, Ge(1), Doc("sites whose latents are split")] = 4
-    seed: Annotated[int, Ge(0), Doc("of intervals and permuted cells")] = 0
 
 
 def look(run: Run, config: Config) -> Finding:
     """Additive shares by layer and set, and the latents that bind."""
-    stream = [site for site in run.store.sites if site.kind == "resid_post"]
-    coded = spread([site for site in run.saes if site.kind == "resid_post"], config.n_sites)
+    stream = residual_sites(run.store.sites)
+    coded = spread(residual_sites(run.saes), config.n_sites)
     e, rows, binding = embeddings(run), [], []
     rng = np.random.default_rng(config.seed)
     for name, (frame, first, second) in SETS.items():
@@ -155,7 +155,7 @@ def _bound(z: Float[np.ndarray, "first second latent"], site: str, name: str) ->
 def _text(table: pd.DataFrame, latents: pd.DataFrame) -> str:
     said = [
         f"  {row.set}, {'embedding sum' if row.layer < 0 else f'L{row.layer}'}: additive "
-        f"{row.additive:.2f} [{row.additive_low:.2f}, {row.additive_high:.2f}] (permuted "
+        f"{ranged(row, 'additive')} (permuted "
         f"{row.null:.2f}), left-out cells found {row.found:.2f} (permuted {row.found_null:.2f})"
         for row in table.itertuples()
     ]

@@ -17,19 +17,17 @@ memory.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import scipy.stats
-from annotated_types import Ge
 from jaxtyping import Float, Int
 from sklearn.metrics import silhouette_score
-from typing_extensions import Doc
 
-from featureflow.statistics import bootstrap, mean_over, named
+from featureflow.statistics import bootstrap, mean_over, named, ranged
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Seeded
 from pipeline.lenses.concept_states import FIT, REPORT
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.probes import best_columns, right, scores
@@ -41,10 +39,8 @@ NEEDS = ("collect", "train", "link", "concept-states")
 JUMP, STILL = 1.1, 0.03
 
 
-class Config(LensConfig):
+class Config(Seeded):
     """Seeds."""
-
-    seed: Annotated[int, Ge(0), Doc("of permutations and intervals")] = 0
 
 
 def look(run: Run, config: Config) -> Finding:
@@ -54,15 +50,13 @@ def look(run: Run, config: Config) -> Finding:
     names = [name for name in arrays if name.endswith((".mean", ".last"))]
     names.sort(key=lambda n: (-1 if n.startswith(EMBEDDING) else int(n[1 : n.index(".")]), n))
     rows, known = [], {}
-    for done, name in enumerate(names):
-        run.context.progress(f"probe {name}", done, len(names))
+    for name in run.each("probe", names):
         x = arrays[name].astype(np.float32)
         where, _, pooled = name.rpartition(".")
         row, known[name] = at_layer(x, texts, config.seed)
         layer = -1 if where == EMBEDDING else int(where[1:])
         site = None if layer < 0 else where
         rows.append({"from": where, "site": site, "layer": layer, "read": pooled} | row)
-    run.context.progress("probe", len(names), len(names))
     table = pd.DataFrame(rows)
     depth = _depths(table)
     topics = _overlay(run, arrays, texts, known)
@@ -188,9 +182,9 @@ def _text(
     table: pd.DataFrame, depth: pd.DataFrame, topics: pd.DataFrame, together: dict[str, float]
 ) -> str:
     said = [
-        f"  {row['from']}, {row['read']}: {row['accuracy']:.2f} [{row['accuracy_low']:.2f}, "
-        f"{row['accuracy_high']:.2f}] (permuted {row['null']:.2f}), silhouette "
-        f"{row['silhouette']:.2f} (permuted {row['silhouette_null']:.2f})"
+        f"  {row['from']}, {row['read']}: {ranged(row, 'accuracy')} (permuted "
+        f"{row['null']:.2f}), silhouette {row['silhouette']:.2f} "
+        f"(permuted {row['silhouette_null']:.2f})"
         for row in table.to_dict("records")
     ]
     deep = [
@@ -206,7 +200,7 @@ def _text(
         + "\n"
         + "\n".join(deep)
         + "\nBirth of a topic's best feature against the layer at which it can be read: rank "
-        f"correlation {together['spearman']:.2f} [{together['spearman_low']:.2f}, "
-        f"{together['spearman_high']:.2f}] over {len(topics)} topics.\nThe topic of a definition "
+        f"correlation {ranged(together, 'spearman')} over {len(topics)} topics.\n"
+        "The topic of a definition "
         "is mostly in its words: read the curves against the embedding."
     )

@@ -22,6 +22,7 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from data.concepts.topics import read_topics
+from featureflow.sites import residual_sites
 from pipeline.findings import Finding
 from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.layers import spread
@@ -44,8 +45,8 @@ class Config(LensConfig):
 def look(run: Run, config: Config) -> Finding:
     """Means and last tokens of every text at every site."""
     texts = _texts(config.n_texts)
-    stream = [site for site in run.store.sites if site.kind == "resid_post"]
-    coded = spread([site for site in run.saes if site.kind == "resid_post"], config.n_sae_sites)
+    stream = residual_sites(run.store.sites)
+    coded = spread(residual_sites(run.saes), config.n_sae_sites)
     width = run.model.d_model
     arrays = {EMBEDDING + ".mean": np.zeros((len(texts), width), np.float16)}
     for site in stream:

@@ -30,12 +30,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Doc
 
-from data.tokens import RowFilters
 from featureflow.errors import UserError
-from featureflow.sites import Site
-from featureflow.statistics import mean_over, named
+from featureflow.sites import Site, residual_sites
+from featureflow.statistics import mean_over, named, ranged
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.layers import spread
 from pipeline.run import Run
@@ -48,7 +47,7 @@ BADGES = ((1, "one token"), (4, "phrase"), (16, "sentence"))
 """What a reach of at most so many tokens is called; beyond them, `document`."""
 
 
-class Config(LensConfig):
+class Config(Sampled):
     """On how many rows, and how short the contexts are."""
 
     n_rows: Annotated[int, Ge(4), Doc("held-out rows that are read again")] = 1000
@@ -63,8 +62,6 @@ class Config(LensConfig):
     )
     least: Annotated[float, Gt(0), Le(1), Doc("share of activations that reach must keep")] = 0.8
     few: Annotated[int, Ge(1), Doc("activations a feature needs to be given a reach")] = 8
-    filters: Annotated[RowFilters, Doc("which rows count")] = RowFilters()
-    seed: Annotated[int, Ge(0), Doc("of rows and intervals")] = 0
 
 
 def look(run: Run, config: Config) -> Finding:
@@ -73,7 +70,7 @@ def look(run: Run, config: Config) -> Finding:
     config = config.replace(lengths=fitting or config.lengths)
     rows = deep_rows(run, config)
     sites = list(run.saes)
-    stream = [site for site in sites if site.kind == "resid_post"]
+    stream = residual_sites(sites)
     full = {site: _read(run, site, rows) for site in sites}
     codes = {site: run.saes[site].encode(x) > 0 for site, x in full.items()}
     document = run.tokens.document[rows].astype(np.int64)
@@ -223,10 +220,7 @@ def _text(
         for row in by_layer.itertuples()
     ]
     first = table[(table["k"] == min(config.lengths)) & (table["kind"] == "own")]
-    apart = [
-        f"  {row.site}: {row.distance:.2f} [{row.distance_low:.2f}, {row.distance_high:.2f}]"
-        for row in first.itertuples()
-    ]
+    apart = [f"  {row.site}: {ranged(row, 'distance')}" for row in first.itertuples()]
     names = features["reads"].value_counts()
     reads = ", ".join(f"{name} {count}" for name, count in names.items())
     return (

@@ -30,11 +30,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Doc
 
-from data.tokens import RowFilters
 from featureflow.files import digest_of_file
 from featureflow.sites import Site
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.held_out import choose_rows, iter_rows
 from pipeline.run import Run
@@ -54,7 +53,7 @@ Rows = list[Int[np.ndarray, "row"]]
 Latents = list[Int[Tensor, "chosen"]]
 
 
-class Config(LensConfig):
+class Config(Sampled):
     """Which dictionary, and how much of it."""
 
     folder: Annotated[str, Doc("folder of the dictionary; empty for the run's own")] = ""
@@ -65,8 +64,6 @@ class Config(LensConfig):
     n_latents: Annotated[int, Ge(1), Doc("latents of each layer in the graph")] = 64
     n_edges: Annotated[int, Ge(1), Doc("edges that are listed")] = 2000
     n_resamples: Annotated[int, Ge(10), Doc("bootstrap resamples of documents")] = 1000
-    filters: Annotated[RowFilters, Doc("which rows count")] = RowFilters()
-    seed: Annotated[int, Ge(0), Doc("of the rows drawn and of the bootstrap")] = 0
 
 
 def outside_digests(config: Config) -> dict[str, str]:
@@ -91,14 +88,7 @@ def look(run: Run, config: Config) -> Finding:
     whole = read_cross_layer(config.folder or own)
     check_cross_layer(whole, run.store, config.model or None)
     sites = tuple(dict.fromkeys((*whole.reads, *whole.writes)))
-    rows = choose_rows(
-        run.store,
-        "validation",
-        config.n_tokens,
-        filters=config.filters,
-        seed=config.seed,
-        sites=sites,
-    )
+    rows = choose_rows(run, config, config.n_tokens, sites=sites)
     layers, added = _measured(run, whole, rows, config)
     chosen = [each.topk(min(config.n_latents, len(each))).indices.sort().values for each in added]
     edges = _edges(run, whole, rows, chosen).head(config.n_edges)

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from featureflow.sites import Site
+from featureflow.statistics import ranged
 from pipeline.findings import Finding
 from pipeline.flow.activity import GROUPS
 from pipeline.flow.causal import Contexts, summarise_deactivation
@@ -138,9 +139,8 @@ def _with_paper(table: pd.DataFrame) -> pd.DataFrame:
 
 def _text(table: pd.DataFrame, n_layers: int) -> str:
     lines = [
-        f"  {row.strategy}: success {row.success:.2f} [{row.success_low:.2f}, "
-        f"{row.success_high:.2f}], "
-        f"change {row.change:.2f} [{row.change_low:.2f}, {row.change_high:.2f}], n {row.n}"
+        f"  {row.strategy}: success {ranged(row, 'success')}, "
+        f"change {ranged(row, 'change')}, n {row.n}"
         for row in table.itertuples()
     ]
     return (

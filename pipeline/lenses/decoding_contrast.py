@@ -24,10 +24,10 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Doc
 
-from data.tokens import RowFilters
-from featureflow.statistics import mean_over, named
+from featureflow.sites import residual_sites
+from featureflow.statistics import mean_over, named, ranged
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.held_out import choose_rows
 from pipeline.lenses.parts.layers import spread
@@ -45,7 +45,7 @@ TITLE = "whether contrast with an early layer improves the next token (autocontr
 NEEDS = ("collect", "translators")
 
 
-class Config(LensConfig):
+class Config(Sampled):
     """On how many rows, with which layers."""
 
     n_rows: Annotated[int, Ge(8), Doc("held-out rows")] = 400
@@ -53,17 +53,13 @@ class Config(LensConfig):
     alpha: Annotated[float, Gt(0), Le(1), Doc("a token takes part from this share of the top")] = (
         0.1
     )
-    filters: Annotated[RowFilters, Doc("which rows count")] = RowFilters()
-    seed: Annotated[int, Ge(0), Doc("of rows and intervals")] = 0
 
 
 def look(run: Run, config: Config) -> Finding:
     """Accuracy and loss of the model, and with every contrast."""
     maps = run.lens("translators").arrays
-    stream = [site for site in run.store.sites if site.kind == "resid_post"]
-    blocks = choose_rows(
-        run.store, "validation", config.n_rows, filters=config.filters, seed=config.seed
-    )
+    stream = residual_sites(run.store.sites)
+    blocks = choose_rows(run, config, config.n_rows)
     following = later(run, np.concatenate(blocks), 1)
     known = torch.from_numpy(following >= 0)
     target = torch.from_numpy(run.tokens.id[following].astype(np.int64))[known]
@@ -77,13 +73,11 @@ def look(run: Run, config: Config) -> Finding:
         value = carried(rows_at(run, site, blocks), maps, site.short)
         low[f"contrast with {site.short}"] = value[known]
     rows = []
-    for done, (name, x) in enumerate(low.items()):
-        run.context.progress(name, done, len(low))
+    for name, x in run.each("contrast", low.items()):
         right, loss = _judged(run, last, x, target, config.alpha)
         row: dict[str, Any] = {"decoding": name, "n_rows": len(right)}
         row |= named("accuracy", mean_over(right, document, seed=config.seed))
         rows.append(row | named("loss", mean_over(loss, document, seed=config.seed)))
-    run.context.progress("contrast", len(low), len(low))
     table = pd.DataFrame(rows)
     return Finding(
         tables={"decoding": table},
@@ -125,9 +119,8 @@ def _judged(
 
 def _text(table: pd.DataFrame) -> str:
     said = [
-        f"  {row.decoding}: accuracy {row.accuracy:.3f} [{row.accuracy_low:.3f}, "
-        f"{row.accuracy_high:.3f}], cross-entropy {row.loss:.2f} [{row.loss_low:.2f}, "
-        f"{row.loss_high:.2f}]"
+        f"  {row.decoding}: accuracy {ranged(row, 'accuracy', '.3f')}, "
+        f"cross-entropy {ranged(row, 'loss')}"
         for row in table.itertuples()
     ]
     return (

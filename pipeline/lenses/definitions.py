@@ -25,9 +25,10 @@ from torch import Tensor
 from typing_extensions import Doc
 
 from data.concepts.topics import read_topics
-from featureflow.statistics import mean_over, named
+from featureflow.sites import residual_sites
+from featureflow.statistics import mean_over, named, ranged
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Seeded
 from pipeline.lenses.concept_states import REPORT
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.read_out import carried, iter_log_p
@@ -39,17 +40,16 @@ NEEDS = ("collect", "translators")
 N_BEST = 10
 
 
-class Config(LensConfig):
+class Config(Seeded):
     """How many definitions are read."""
 
     n_texts: Annotated[int, Ge(2), Doc("definitions a topic")] = 15
-    seed: Annotated[int, Ge(0), Doc("of other headwords and intervals")] = 0
 
 
 def look(run: Run, config: Config) -> Finding:
     """Ranks of headwords by layer."""
     maps = run.lens("translators").arrays
-    sites = [site for site in run.store.sites if site.kind == "resid_post"]
+    sites = residual_sites(run.store.sites)
     rng = np.random.default_rng(config.seed)
     prompts, words, others = [], [], []
     for topic in read_topics().values():
@@ -66,8 +66,7 @@ def look(run: Run, config: Config) -> Finding:
         for site, x in found.items():
             last[site][places] = x[:, -1]
     rows = []
-    for done, site in enumerate(sites):
-        run.context.progress(f"read out {site.short}", done, len(sites))
+    for site in run.each("read out", sites):
         ways = {"as it is": last[site]}
         if site.short in maps:
             ways["carried"] = carried(last[site], maps, site.short)
@@ -75,7 +74,6 @@ def look(run: Run, config: Config) -> Finding:
             own_rank, null_rank = ranks(run, x, target, other)
             where = {"site": site.short, "layer": site.layer, "read": read}
             rows.append(where | _summary(own_rank, null_rank, config.seed))
-    run.context.progress("read out", len(sites), len(sites))
     table = pd.DataFrame(rows)
     end = table.iloc[-1]
     return Finding(
@@ -118,8 +116,7 @@ def _summary(own: np.ndarray, null: np.ndarray, seed: int) -> dict[str, Any]:
 def _text(table: pd.DataFrame, n: int) -> str:
     said = [
         f"  {row.site}, {row.read}: median rank {row.rank:.0f} (another headword "
-        f"{row.null_rank:.0f}), among ten {row.among_ten:.2f} [{row.among_ten_low:.2f}, "
-        f"{row.among_ten_high:.2f}]"
+        f"{row.null_rank:.0f}), among ten {ranged(row, 'among_ten')}"
         for row in table.itertuples()
     ]
     return (

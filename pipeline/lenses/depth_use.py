@@ -27,11 +27,10 @@ from torch import Tensor
 from typing_extensions import Doc
 
 from data.model.partial_forward import continued_from, passed_over
-from data.tokens import RowFilters
 from featureflow.sites import Site
-from featureflow.statistics import mean_over, named
+from featureflow.statistics import mean_over, named, ranged
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.held_out import Contexts, choose_contexts
 from pipeline.run import Run
@@ -42,20 +41,18 @@ WAYS = ("all rows", "ordinary rows", "sink rows")
 _BATCH = 4
 
 
-class Config(LensConfig):
+class Config(Sampled):
     """On how much text, and how much is pruned."""
 
     n_tokens: Annotated[int, Ge(16), Doc("held-out tokens")] = 2048
     n_spans: Annotated[int, Ge(0), Doc("spans around the middle: 2, 4, 6 … blocks")] = 5
     n_candidates: Annotated[int, Ge(1), Doc("blocks that greedy pruning chooses from")] = 8
     n_pruned: Annotated[int, Ge(0), Doc("blocks that greedy pruning removes")] = 4
-    filters: Annotated[RowFilters, Doc("which rows count as ordinary")] = RowFilters()
-    seed: Annotated[int, Ge(0), Doc("of contexts and intervals")] = 0
 
 
 def look(run: Run, config: Config) -> Finding:
     """Cost of every block, of spans, of greedy pruning."""
-    contexts = choose_contexts(run.store, config.n_tokens, filters=config.filters, seed=config.seed)
+    contexts = choose_contexts(run, config, config.n_tokens)
     n = run.model.n_layers
     before = Site(0, "resid_pre")
     posts = [Site(layer, "resid_post") for layer in range(n)]
@@ -64,8 +61,7 @@ def look(run: Run, config: Config) -> Finding:
     document = contexts.documents[contexts.counted].numpy()
     plain = losses(run, h[n], n - 1, contexts)
     rows, rises = [], {}
-    for layer in range(n):
-        run.context.progress("pass over a block", layer, n)
+    for layer in run.each("pass over a block", range(n)):
         influence = 1 - torch.cosine_similarity(h[layer].float(), h[layer + 1].float(), dim=-1)
         for way in WAYS:
             mixed = mix(h[layer], h[layer + 1], contexts.spliced, way)
@@ -75,7 +71,6 @@ def look(run: Run, config: Config) -> Finding:
             rows.append(row | {"influence": float(influence[contexts.spliced].mean())})
             if way == WAYS[0]:
                 rises[layer] = rise
-    run.context.progress("pass over a block", n, n)
     table = pd.DataFrame(rows)
     saved = [*_spans(run, h, plain, document, contexts, config)]
     saved += _greedy(run, table, plain, document, contexts, config)
@@ -205,16 +200,15 @@ def _agreement(table: pd.DataFrame) -> float:
 def _text(table: pd.DataFrame, savings: pd.DataFrame, choice: dict[str, Any], plain: float) -> str:
     wide = table.pivot(index="layer", columns="way", values="cost")
     influence = table.groupby("layer")["influence"].first()
-    low = table.pivot(index="layer", columns="way", values="cost_low")[WAYS[0]]
-    high = table.pivot(index="layer", columns="way", values="cost_high")[WAYS[0]]
+    whole = _of(table, WAYS[0]).set_index("layer")
     said = [
-        f"  L{layer}: {row[WAYS[0]]:.2f} [{low[layer]:.2f}, {high[layer]:.2f}], ordinary rows only "
+        f"  L{layer}: {ranged(whole.loc[layer], 'cost')}, ordinary rows only "
         f"{row[WAYS[1]]:.2f}, sink rows only {row[WAYS[2]]:.2f}, influence {influence[layer]:.3f}"
         for layer, row in wide.iterrows()
     ]
     gone = [
-        f"  {row.what} {row.layers}: {row.saved:.0%} of the blocks saved for {row.cost:.2f} nats "
-        f"[{row.cost_low:.2f}, {row.cost_high:.2f}]"
+        f"  {row.what} {row.layers}: {row.saved:.0%} of the blocks saved for "
+        f"{ranged(row, 'cost')} nats"
         for row in savings.itertuples()
     ]
     return (

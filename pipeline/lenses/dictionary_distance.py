@@ -30,10 +30,10 @@ from torch import Tensor
 from typing_extensions import Doc
 
 from featureflow.errors import UserError
-from featureflow.sites import Site
+from featureflow.sites import Site, residual_sites
 from pipeline.artifact import Artifact
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Seeded
 from pipeline.lenses.layer_shape import cka
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.layers import spread
@@ -45,7 +45,7 @@ NEEDS = ("collect", "train")
 MEASURES = ("mmcs", "matched", "angle", "relative", "latents", "subspace")
 
 
-class Config(LensConfig):
+class Config(Seeded):
     """With whom, and on how much text."""
 
     other: Annotated[
@@ -54,7 +54,6 @@ class Config(LensConfig):
     n_tokens: Annotated[int, Ge(64), Doc("held-out tokens")] = 2048
     n_sites: Annotated[int, Ge(1), Doc("sites, spread over the depth")] = 4
     n_anchors: Annotated[int, Ge(2), Doc("anchor tokens of the relative representation")] = 300
-    seed: Annotated[int, Ge(0), Doc("of anchors, rotations and orders")] = 0
 
 
 def outside_digests(config: Config) -> dict[str, str]:
@@ -85,7 +84,7 @@ def look(run: Run, config: Config) -> Finding:
 
 def _pairs(run: Run, config: Config) -> list[tuple[str, str, tuple[Site, Sae], tuple[Site, Sae]]]:
     if not config.other:
-        stream = spread([s for s in run.saes if s.kind == "resid_post"], config.n_sites)
+        stream = spread(residual_sites(run.saes), config.n_sites)
         saes = {site: run.saes[site] for site in stream}
         found = [
             (a.short, b.short, (a, saes[a]), (b, saes[b]))

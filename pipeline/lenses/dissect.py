@@ -37,10 +37,10 @@ from data.concepts.topics import read_topics
 from data.tokens import FLAG_BOS, FLAG_PADDING, FLAG_SPECIAL, TokenTable
 from featureflow.errors import Problem, UserError
 from featureflow.files import digest_of_file
-from featureflow.statistics import bootstrap_ratio, named, p_values, q_values
+from featureflow.statistics import bootstrap_ratio, named, p_values, q_values, ranged
 from pipeline.findings import Finding
 from pipeline.flow.functional import encode_tokens
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Seeded
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.layers import spread
 from pipeline.run import Run
@@ -51,7 +51,7 @@ LEAST, F_SHARE = 0.04, 0.8
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
-class Config(LensConfig):
+class Config(Seeded):
     """Which concepts, where, and how strictly."""
 
     spans: Annotated[str, Doc("a JSONL file of your own labelled spans; empty for none")] = ""
@@ -61,7 +61,6 @@ class Config(LensConfig):
     n_rolls: Annotated[int, Ge(1), Doc("rolls of the masks that make the null")] = 4
     few: Annotated[int, Ge(1), Doc("tokens a concept needs")] = 20
     rate: Annotated[float, Gt(0), Lt(1), Doc("false-discovery rate of detectors")] = 0.05
-    seed: Annotated[int, Ge(0), Doc("of rolls, random directions, halves and intervals")] = 0
 
 
 def outside_digests(config: Config) -> dict[str, str]:
@@ -91,8 +90,7 @@ def look(run: Run, config: Config) -> Finding:
     document = tokens.document[rows].astype(np.int64)
     sites = spread(list(run.saes), config.n_sites)
     found, concepts = [], []
-    for done, site in enumerate(sites):
-        run.context.progress(f"dissect {site.short}", done, len(sites))
+    for site in run.each("dissect", sites):
         codes = encode_tokens(run.saes[site], held_out(site)).codes.tocsr()
         x = torch.cat([*held_out(site)])
         table = dissected(codes != 0, labels, names, config)
@@ -108,7 +106,6 @@ def look(run: Run, config: Config) -> Finding:
             row["detectors"] = int(own["detector"].sum())
             row["rotated"] = int(rotated[rotated["concept"] == name]["detector"].sum())
             concepts.append(row | set_iou(codes, labels[:, place], document, config.seed))
-    run.context.progress("dissect", len(sites), len(sites))
     features, table = pd.concat(found, ignore_index=True), pd.DataFrame(concepts)
     best = features[features["detector"]].sort_values("iou", ascending=False)
     best = best.drop_duplicates("feature")
@@ -338,8 +335,8 @@ def _text(table: pd.DataFrame, summary: pd.DataFrame, n: int) -> str:
     ]
     best = table.sort_values("iou").drop_duplicates("concept", keep="last")
     each = [
-        f"  {row.concept}: {row.feature}, IoU {row.iou:.2f} [{row.iou_low:.2f}, "
-        f"{row.iou_high:.2f}], all features {row.set_iou:.2f}, F80 {row.f80:.0f}"
+        f"  {row.concept}: {row.feature}, IoU {ranged(row, 'iou')}, "
+        f"all features {row.set_iou:.2f}, F80 {row.f80:.0f}"
         for row in best.itertuples()
     ]
     return (

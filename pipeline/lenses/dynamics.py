@@ -23,10 +23,10 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Doc
 
-from data.tokens import RowFilters
-from featureflow.statistics import Interval, bootstrap, named
+from featureflow.sites import residual_sites
+from featureflow.statistics import Interval, bootstrap, named, ranged
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.held_out import choose_contexts
 from pipeline.lenses.parts.layers import spread
@@ -40,20 +40,18 @@ TEXTS = ("shuffled", "from the vocabulary")
 _STEPS_SHOWN = (1, 2, 5, 10, 20)
 
 
-class Config(LensConfig):
+class Config(Sampled):
     """Where, on how much text, and how far."""
 
     n_sites: Annotated[int, Ge(1), Doc("residual sites, spread over the depth")] = 2
     n_tokens: Annotated[int, Ge(64), Doc("held-out tokens")] = 2048
     n_steps: Annotated[int, Ge(1), Doc("iterations of the trajectory")] = 10
-    filters: Annotated[RowFilters, Doc("which rows count")] = RowFilters()
-    seed: Annotated[int, Ge(0), Doc("of contexts, changed texts and intervals")] = 0
 
 
 def look(run: Run, config: Config) -> Finding:
     """AUROC of every score, and whether iterations settle."""
-    contexts = choose_contexts(run.store, config.n_tokens, filters=config.filters, seed=config.seed)
-    sites = spread([s for s in run.saes if s.kind == "resid_post"], config.n_sites)
+    contexts = choose_contexts(run, config, config.n_tokens)
+    sites = spread(residual_sites(run.saes), config.n_sites)
     rng = np.random.default_rng(config.seed)
     ids = contexts.ids
     order = torch.from_numpy(np.stack([1 + rng.permutation(ids.shape[1] - 1) for _ in ids]))
@@ -142,8 +140,7 @@ def auroc(own: np.ndarray, changed: np.ndarray, unit: np.ndarray, seed: int) -> 
 
 def _text(table: pd.DataFrame, settling: pd.DataFrame) -> str:
     said = [
-        f"  {row.site}, {row.text}, {row.score}: {row.auroc:.2f} [{row.auroc_low:.2f}, "
-        f"{row.auroc_high:.2f}]"
+        f"  {row.site}, {row.text}, {row.score}: {ranged(row, 'auroc')}"
         for row in table.itertuples()
     ]
     own = settling[settling["text"] == "own"]

@@ -27,11 +27,11 @@ from typing_extensions import Doc
 
 from featureflow.errors import UserError
 from featureflow.sites import FeatureId, Site
-from featureflow.statistics import bootstrap_mean
+from featureflow.statistics import bootstrap_mean, named, ranged
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Seeded
 from pipeline.lenses.parts.charts import lines
-from pipeline.lenses.parts.layers import NTokens, Seed, spread
+from pipeline.lenses.parts.layers import NTokens, spread
 from pipeline.run import Run
 
 TITLE = "how many layers ahead a flow announces a feature"
@@ -40,14 +40,13 @@ QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9)
 _FEW = 8
 
 
-class Config(LensConfig):
+class Config(Seeded):
     """Which features, how far ahead, and on how many tokens."""
 
     n_sites: Annotated[int, Ge(1), Doc("residual sites, spread over the later half")] = 3
     n_per_site: Annotated[int, Ge(1), Doc("features of each, drawn by the seed")] = 300
     distances: Annotated[tuple[int, ...], MinLen(1), Doc("layers up the flow")] = (1, 4, 8, 12)
     n_tokens: NTokens = 8192
-    seed: Seed = 0
 
 
 def look(run: Run, config: Config) -> Finding:
@@ -111,8 +110,7 @@ def _activations(
     for feature in sorted(wanted, key=str):
         by_site.setdefault(feature.site, []).append(feature.latent)
     found: dict[FeatureId, Float[np.ndarray, "token"]] = {}
-    for done, (site, latents) in enumerate(by_site.items()):
-        run.context.progress("read activations", done, len(by_site))
+    for site, latents in run.each("read activations", by_site.items()):
         sae = run.saes[site]
         parts = [sae.encode(block.float())[:, latents] for block in held_out(site)]
         values = torch.cat(parts).cpu().numpy()
@@ -160,7 +158,7 @@ def _summary(by_feature: pd.DataFrame, seed: int) -> pd.DataFrame:
         row = {"site": site, "ahead": ahead, "quantile": quantile, "n_features": len(group)}
         for name in ("recall", "precision"):
             found = bootstrap_mean(group[name].tolist(), seed=seed)
-            row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+            row |= named(name, found)
         for name in ("base_rate", "recall_random", "precision_random"):
             row[name] = float(group[name].mean())
         rows.append(row)
@@ -179,9 +177,9 @@ def _headline(summary: pd.DataFrame) -> dict[str, float]:
 
 def _text(summary: pd.DataFrame) -> str:
     said = [
-        f"  {row.site}, {row.ahead} layers ahead: recall {row.recall:.2f} [{row.recall_low:.2f}, "
-        f"{row.recall_high:.2f}], precision {row.precision:.2f} [{row.precision_low:.2f}, "
-        f"{row.precision_high:.2f}]; base rate {row.base_rate:.3f}, a random feature "
+        f"  {row.site}, {row.ahead} layers ahead: recall {ranged(row, 'recall')}, "
+        f"precision {ranged(row, 'precision')}; base rate {row.base_rate:.3f}, "
+        f"a random feature "
         f"{row.precision_random:.3f}; n {row.n_features}"
         for row in summary.itertuples()
     ]

@@ -11,6 +11,7 @@ from itertools import combinations
 
 import pandas as pd
 
+from featureflow.statistics import ranged
 from pipeline.findings import Finding
 from pipeline.flow.activity import GROUPS, MEMBERS
 from pipeline.flow.causal import summarise_deactivation
@@ -68,4 +69,4 @@ def _success(summary: pd.DataFrame, removed: str) -> str:
     if not len(rows):
         return "no"
     row = rows.iloc[0]
-    return f"{row['success']:.2f} [{row['success_low']:.2f}, {row['success_high']:.2f}]"
+    return f"{ranged(row, 'success')}"

@@ -37,9 +37,8 @@ from pipeline.describe.encoder import Encoder
 from pipeline.describe.rules import METHOD_RULES, values_of
 from pipeline.describe.survey import CHUNK_ROWS, strong_from
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Seeded
 from pipeline.lenses.parts.charts import lines
-from pipeline.lenses.parts.layers import Seed
 from pipeline.run import Run
 
 TITLE = "labels that hold on documents that chose nothing, by kind"
@@ -48,11 +47,10 @@ BEST, ALL = "best label", "about all activations"
 EVERY = "all"
 
 
-class Config(LensConfig):
+class Config(Seeded):
     """How the intervals are made."""
 
     n_resamples: Annotated[int, Ge(10), Doc("bootstrap resamples of documents")] = 400
-    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +117,7 @@ def _scored(run: Run, seed: int) -> Iterator[Scores]:
     alive = run.features.table.groupby("site")["alive"].sum()
     accepted = labels[labels["accepted"] & labels["rule"].notna()]
     corpus, precision = run.features.corpus, run.artifact("describe").config["precision"]
-    for done, site in enumerate(run.features.sites):
-        run.context.progress("score labels", done, len(run.features.sites))
+    for site in run.each("score labels", run.features.sites):
         rules = _rules_of(accepted[accepted["site"] == site.short], seed)
         encoder = Encoder.of(run.saes[site], precision)
         hits, either = _counted(run, site, encoder, rules, corpus)

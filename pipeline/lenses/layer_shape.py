@@ -32,10 +32,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Doc
 
-from data.tokens import RowFilters
+from featureflow.sites import residual_sites
 from featureflow.statistics import mean_over, named
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.held_out import choose_rows
 from pipeline.lenses.parts.read_out import document_of, rows_at
@@ -47,26 +47,21 @@ OUTLIER = 3.0
 _NEAR = 1500
 
 
-class Config(LensConfig):
+class Config(Sampled):
     """On how many rows."""
 
     n_rows: Annotated[int, Ge(64), Doc("held-out rows read at every layer")] = 6144
-    filters: Annotated[RowFilters, Doc("which rows count")] = RowFilters()
-    seed: Annotated[int, Ge(0), Doc("of rows, permutations and intervals")] = 0
 
 
 def look(run: Run, config: Config) -> Finding:
     """One row a layer, and the similarity of every two layers."""
-    sites = [site for site in run.store.sites if site.kind == "resid_post"]
-    blocks = choose_rows(
-        run.store, "validation", config.n_rows, filters=config.filters, seed=config.seed
-    )
+    sites = residual_sites(run.store.sites)
+    blocks = choose_rows(run, config, config.n_rows)
     where = np.concatenate(blocks)
     document, position = document_of(run, blocks), run.tokens.position[where].astype(np.int64)
     run_of = np.cumsum(np.diff(where, prepend=where[0]) != 1)
     rows, grams, outlying = [], {}, []
-    for done, site in enumerate(sites):
-        run.context.progress(f"shape of {site.short}", done, len(sites))
+    for site in run.each("shape of", sites):
         x = rows_at(run, site, blocks)
         row: dict[str, Any] = {"site": site.short, "layer": site.layer}
         row |= ranks(x, run_of, config.seed) | bends(x, run_of, document, config.seed)
@@ -76,7 +71,6 @@ def look(run: Run, config: Config) -> Finding:
         outlying += [{"site": site.short, "dimension": int(i), "z": float(z)} for i, z in dims]
         rows.append(row)
         grams[site.short] = _gram_of(x[:_NEAR])
-    run.context.progress("shape", len(sites), len(sites))
     table = pd.DataFrame(rows)
     similar = pd.DataFrame(
         [

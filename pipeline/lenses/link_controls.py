@@ -47,9 +47,9 @@ from pipeline.flow.lives import agreement
 from pipeline.flow.options import Calibrated, LinkOptions
 from pipeline.flow.pairing import MODULES, RELATIONS
 from pipeline.flow.sae_cache import HeldOut
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Seeded
 from pipeline.lenses.parts.charts import bars
-from pipeline.lenses.parts.layers import NPairs, NTokens, Seed, spread
+from pipeline.lenses.parts.layers import NPairs, NTokens, spread
 from pipeline.run import Run
 from sae import Sae, TopKActivation
 
@@ -61,13 +61,12 @@ BEFORE, AFTER = Site(0, "resid_post"), Site(1, "resid_post")
 Saes = Mapping[Site, Sae]
 
 
-class Config(LensConfig):
+class Config(Seeded):
     """How much is tried."""
 
     n_pairs: NPairs = 3
     n_tokens: NTokens = 8192
     fdr: Annotated[float, Gt(0), Lt(1), Doc("false-discovery rate of the links")] = 0.05
-    seed: Seed = 0
 
 
 def look(run: Run, config: Config) -> Finding:

@@ -33,13 +33,12 @@ from typing_extensions import Doc
 
 from data.model.language_model import LanguageModel
 from data.model.partial_forward import continued_from
-from data.tokens import RowFilters
 from featureflow.errors import UserError
 from featureflow.progress import Progress, silent
-from featureflow.sites import Site, parse_site
+from featureflow.sites import Site, parse_site, residual_sites
 from featureflow.statistics import bootstrap_ratio
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.candidates import Others, digests_of_others, find_candidates, used_later
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.held_out import Contexts, choose_contexts
@@ -53,7 +52,7 @@ _LOGIT_BYTES = 256 << 20
 ORIGINAL, ABLATIONS = "original", ("zero", "mean")
 
 
-class Config(LensConfig):
+class Config(Sampled):
     """On how much, and where, the model is run."""
 
     n_tokens: Annotated[int, Ge(1), Doc("held-out tokens run through the model")] = 2048
@@ -66,9 +65,7 @@ class Config(LensConfig):
         Doc("residual sites where the model is run, spread over the depth, when none are named"),
     ] = 6
     n_resamples: Annotated[int, Ge(10), Doc("bootstrap resamples of documents")] = 1000
-    filters: Annotated[RowFilters, Doc("which rows count")] = RowFilters()
     others: Others = ()
-    seed: Annotated[int, Ge(0), Doc("of the contexts drawn and of the bootstrap")] = 0
 
 
 def outside_digests(config: Config) -> dict[str, str]:
@@ -105,7 +102,7 @@ def look(run: Run, config: Config) -> Finding:
             )
             for candidate in chosen
         ],
-        choose_contexts(run.store, config.n_tokens, filters=config.filters, seed=config.seed),
+        choose_contexts(run, config, config.n_tokens),
         n_resamples=config.n_resamples,
         seed=config.seed,
         progress=run.context.progress,
@@ -145,7 +142,7 @@ def _chosen_sites(config: Config, available: list[Site]) -> set[Site]:
                 expected=", ".join(site.short for site in available),
             )
         return wanted
-    stream = [site for site in available if site.kind == "resid_post"] or available
+    stream = residual_sites(available) or available
     spread = np.linspace(0, len(stream) - 1, min(config.n_sites, len(stream)))
     return {stream[round(index)] for index in spread}
 

@@ -26,10 +26,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Doc
 
-from data.tokens import RowFilters
-from featureflow.statistics import mean_over, named
+from featureflow.statistics import mean_over, named, ranged
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.held_out import choose_contexts
 from pipeline.lenses.parts.layers import spread
@@ -43,19 +42,17 @@ N_TRIGGERS, STRONGEST = 25, 0.1
 SIGNS = ((1, "positive"), (-1, "negative"))
 
 
-class Config(LensConfig):
+class Config(Sampled):
     """Which layers, on how much text."""
 
     n_layers: Annotated[int, Ge(1), Doc("layers, spread over the depth")] = 8
     n_tokens: Annotated[int, Ge(64), Doc("held-out tokens")] = 8192
     n_composed: Annotated[int, Ge(1), Doc("tokens on which composition is looked at")] = 200
-    filters: Annotated[RowFilters, Doc("which rows count")] = RowFilters()
-    seed: Annotated[int, Ge(0), Doc("of contexts, permutations and intervals")] = 0
 
 
 def look(run: Run, config: Config) -> Finding:
     """Agreement and composition by layer, and every neuron's triggers and tokens."""
-    contexts = choose_contexts(run.store, config.n_tokens, filters=config.filters, seed=config.seed)
+    contexts = choose_contexts(run, config, config.n_tokens)
     layers = spread(list(range(run.model.n_layers)), config.n_layers)
     recorded = record_neurons(run.model, contexts.ids, layers, progress=run.context.progress)
     following = torch.roll(contexts.ids, -1, 1)
@@ -150,8 +147,7 @@ def composed(
 
 def _text(table: pd.DataFrame) -> str:
     said = [
-        f"  L{row.layer}, {row.sign}: agreement@1 {row.agreement_one:.2%} "
-        f"[{row.agreement_one_low:.2%}, {row.agreement_one_high:.2%}] (permuted "
+        f"  L{row.layer}, {row.sign}: agreement@1 {ranged(row, 'agreement_one', '.2%')} (permuted "
         f"{row.null_one:.2%}), @10 {row.agreement_ten:.2%} (permuted {row.null_ten:.2%}); the "
         f"layer's token is no strong neuron's own on {row.composed:.0%} of tokens"
         for row in table.itertuples()

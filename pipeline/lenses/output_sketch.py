@@ -25,9 +25,8 @@ from typing_extensions import Doc
 from data.concepts.prompts import read_prompts
 from featureflow.sites import FeatureId, Site
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Seeded
 from pipeline.lenses.parts.charts import lines
-from pipeline.lenses.parts.layers import Seed
 from pipeline.run import Run
 from steering.design import Sketch, sketch_of
 from steering.dose import NeutralText, measure
@@ -38,7 +37,7 @@ NEEDS = ("collect", "train")
 _PUSH = 0.1
 
 
-class Config(LensConfig):
+class Config(Seeded):
     """On how much text, with how many samples, and from which depth on."""
 
     n_texts: Annotated[int, Ge(2), Doc("neutral texts")] = 24
@@ -49,7 +48,6 @@ class Config(LensConfig):
     ] = 1 / 3
     n_checks: Annotated[int, Ge(0), Doc("features a site whose predicted KL is checked")] = 1
     check_dose: Annotated[float, Gt(0), Doc("nats that a checked push should cost")] = 0.1
-    seed: Seed = 0
 
 
 def look(run: Run, config: Config) -> Finding:

@@ -31,12 +31,11 @@ from torch import Tensor
 from typing_extensions import Doc
 
 from data.model.partial_forward import continued_from
-from data.tokens import RowFilters
 from featureflow.errors import UserError
 from featureflow.sites import Site
-from featureflow.statistics import bootstrap_mean, named
+from featureflow.statistics import bootstrap_mean, named, ranged
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.gradients import gradients
 from pipeline.lenses.parts.held_out import Contexts, choose_contexts
@@ -52,7 +51,7 @@ N_RAISED = 50
 _BATCH = 4
 
 
-class Config(LensConfig):
+class Config(Sampled):
     """How many features are pushed, how strongly, and on how much text."""
 
     n_layers: Annotated[int, Ge(1), Doc("sites, spread over the depth")] = 3
@@ -60,8 +59,6 @@ class Config(LensConfig):
     n_contexts: Annotated[int, Ge(1), Doc("held-out contexts that they are pushed in")] = 4
     strength: Annotated[float, Gt(0), Doc("of the push, in median norms of the site")] = 0.3
     n_jacobian_tokens: Annotated[int, Ge(64), Doc("tokens that the Jacobian is read on")] = 8192
-    filters: Annotated[RowFilters, Doc("which rows count")] = RowFilters()
-    seed: Annotated[int, Ge(0), Doc("of features, contexts and random directions")] = 0
 
 
 def look(run: Run, config: Config) -> Finding:
@@ -72,9 +69,7 @@ def look(run: Run, config: Config) -> Finding:
         raise UserError("no SAE lies before the last layer", where=str(run.root))
     sites = spread(sites, config.n_layers)
     jacobian = jacobians(run, sites, config)
-    contexts = choose_contexts(
-        run.store, config.n_contexts * run.store.n_context, filters=config.filters, seed=config.seed
-    )
+    contexts = choose_contexts(run, config, config.n_contexts * run.store.n_context)
     rows = []
     for site in sites:
         rows += _at_site(run, site, maps[site.short], jacobian[site], contexts, config)
@@ -120,7 +115,6 @@ def jacobians(
         read.append(r[:, 1:].flatten(0, 1))
         for site in sites:
             seen[site].append(found[site][:, 1:].flatten(0, 1))
-    run.context.progress("read the Jacobian", len(ids), len(ids))
     fitted = fit(lambda: iter(read), *((lambda site=site: iter(seen[site])) for site in sites))
     return {site: A.T.float() for site, (A, _) in zip(sites, fitted, strict=True)}
 
@@ -147,8 +141,7 @@ def _at_site(
     norm = h[spliced].norm(dim=-1).median()
     clean = _mean_log_p(model, site, h, spliced, vocabulary.seen)
     rows = []
-    for number, latent in enumerate(living):
-        run.context.progress(f"push {site.short}", number, len(living))
+    for number, latent in run.each(f"push {site.short}", list(enumerate(living))):
         moved = h + config.strength * norm * d[number] * spliced[..., None]
         change = _mean_log_p(model, site, moved, spliced, vocabulary.seen) - clean
         raised = vocabulary.seen[change.topk(min(N_RAISED, len(change))).indices.numpy()]
@@ -164,7 +157,6 @@ def _at_site(
                     "spearman": float(scipy.stats.spearmanr(scores, change).statistic),
                 }
             )
-    run.context.progress(f"push {site.short}", len(living), len(living))
     return rows
 
 
@@ -194,8 +186,7 @@ def _summary(table: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 def _text(summary: pd.DataFrame, config: Config) -> str:
     said = [
-        f"  {row.site}, {row.way}: {row.raised:.2f} [{row.raised_low:.2f}, {row.raised_high:.2f}], "
-        f"rank correlation {row.spearman:.2f}"
+        f"  {row.site}, {row.way}: {ranged(row, 'raised')}, rank correlation {row.spearman:.2f}"
         for row in summary.itertuples()
     ]
     return (

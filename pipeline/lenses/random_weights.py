@@ -30,15 +30,15 @@ from typing_extensions import Doc
 from data.model.sources import write_random_like
 from data.model.spec import Folder, ModelSpec, Random
 from featureflow.errors import UserError
-from featureflow.sites import Site
+from featureflow.sites import Site, residual_sites
 from pipeline.artifact import Artifact, digest_of
 from pipeline.describe.rules import wilson
 from pipeline.findings import Finding
 from pipeline.flow.validation import TOP_1, Validation
 from pipeline.lenses import births, labels
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Seeded
 from pipeline.lenses.parts.charts import bars
-from pipeline.lenses.parts.layers import NTargets, Seed
+from pipeline.lenses.parts.layers import NTargets
 from pipeline.run import Run
 from pipeline.stages import collect, describe, link, train
 from pipeline.training.plan import Independent
@@ -51,7 +51,7 @@ SHOWN = ("variance explained", "best cosine of links", "correlation of links")
 Nor of removals as they are, only of what the model adds to them."""
 
 
-class Config(LensConfig):
+class Config(Seeded):
     """How small the two runs are."""
 
     n_layers: Annotated[int, Ge(2), Doc("neighbouring residual layers, in the middle")] = 5
@@ -59,7 +59,6 @@ class Config(LensConfig):
     steps: Annotated[int, Ge(1), Doc("optimizer steps of each SAE")] = 300
     n_targets: NTargets = 150
     margin: Annotated[float, Ge(0), Doc("by which a claim must stand above random weights")] = 0.02
-    seed: Seed = 0
 
 
 def look(run: Run, config: Config) -> Finding:
@@ -155,7 +154,7 @@ def _sites(run: Run, n_layers: int) -> tuple[str, ...]:
 
 def _measured(small: Run, config: Config) -> Iterator[dict[str, Any]]:
     """The headline numbers of one arm."""
-    residual = [site for site in small.saes if site.kind == "resid_post"]
+    residual = residual_sites(small.saes)
     facts = [small.saes.description(site)["metadata"] for site in residual]
     yield _row("variance explained", 1 - np.median([f["held_out_fvu"] for f in facts]))
     pairs = small.graph.pairs

@@ -24,10 +24,10 @@ from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import Doc
 
-from data.tokens import RowFilters
-from featureflow.statistics import mean_over, named
+from featureflow.sites import residual_sites
+from featureflow.statistics import mean_over, named, ranged
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.held_out import choose_rows
 from pipeline.lenses.parts.read_out import carried, document_of, first_tokens, iter_log_p, rows_at
@@ -40,7 +40,7 @@ WAYS = ("as it is", "carried")
 ONSETS = (1, 5)
 
 
-class Config(LensConfig):
+class Config(Sampled):
     """On which prompts and rows."""
 
     prompts: Annotated[tuple[str, ...], Doc("texts whose next token is followed")] = (
@@ -50,17 +50,13 @@ class Config(LensConfig):
         "Water is made of hydrogen and",
     )
     n_rows: Annotated[int, Ge(8), Doc("held-out rows")] = 300
-    filters: Annotated[RowFilters, Doc("which rows count")] = RowFilters()
-    seed: Annotated[int, Ge(0), Doc("of rows and intervals")] = 0
 
 
 def look(run: Run, config: Config) -> Finding:
     """Ranks of the answer by layer; onsets; and the prompts, layer by layer."""
     maps = run.lens("translators").arrays
-    sites = [site for site in run.store.sites if site.kind == "resid_post"]
-    blocks = choose_rows(
-        run.store, "validation", config.n_rows, filters=config.filters, seed=config.seed
-    )
+    sites = residual_sites(run.store.sites)
+    blocks = choose_rows(run, config, config.n_rows)
     document = document_of(run, blocks)
     said = {site: torch.zeros(len(config.prompts), run.model.d_model) for site in sites}
     for places, _, found in iter_texts(run, list(config.prompts), sites):
@@ -71,8 +67,7 @@ def look(run: Run, config: Config) -> Finding:
     text = run.model.tokenizer.token_text
     ranks: dict[str, list[np.ndarray]] = {way: [] for way in WAYS}
     rows, prompts = [], []
-    for done, site in enumerate(sites):
-        run.context.progress(f"ranks at {site.short}", done, len(sites))
+    for site in run.each("ranks at", sites):
         for way in WAYS if site.short in maps else WAYS[:1]:
             x, y = rows_at(run, site, blocks), said[site]
             if way == WAYS[1]:
@@ -106,7 +101,6 @@ def look(run: Run, config: Config) -> Finding:
                 }
                 for i in range(len(config.prompts))
             ]
-    run.context.progress("ranks", len(sites), len(sites))
     if len(ranks[WAYS[1]]) < len(ranks[WAYS[0]]):  # the last layer needs no map
         ranks[WAYS[1]].append(ranks[WAYS[0]][-1])
     onsets = pd.DataFrame(
@@ -158,8 +152,7 @@ def onset(rank: Int[np.ndarray, "layer row"], k: int) -> np.ndarray:
 
 def _text(onsets: pd.DataFrame, prompts: pd.DataFrame) -> str:
     said = [
-        f"  {row.read}, among the first {row.k}: at {row.onset:.2f} [{row.onset_low:.2f}, "
-        f"{row.onset_high:.2f}] of the depth"
+        f"  {row.read}, among the first {row.k}: at {ranged(row, 'onset')} of the depth"
         for row in onsets.itertuples()
     ]
     shown = []

@@ -28,12 +28,11 @@ from typing_extensions import Doc
 
 from data.store import ActivationStore
 from data.store.store import Split
-from data.tokens import RowFilters
 from featureflow.errors import Problem, UserError
 from featureflow.figures import KINDS
 from featureflow.sites import Site
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig, kept
+from pipeline.lenses.base import Sampled, kept
 from pipeline.lenses.parts.candidates import (
     Candidate,
     Others,
@@ -61,7 +60,7 @@ N_ROWS = 2048
 """Train rows that make the dictionary without training, and held-out rows it is measured on."""
 
 
-class Config(LensConfig):
+class Config(Sampled):
     """On how much SAEs are measured."""
 
     n_tokens: Annotated[int, Ge(2), Doc("held-out tokens on which reconstruction is measured")] = (
@@ -71,9 +70,7 @@ class Config(LensConfig):
         int, Ge(0), Doc("train tokens the PCA baseline is fitted on; 0 leaves it out")
     ] = 8192
     n_resamples: Annotated[int, Ge(10), Doc("bootstrap resamples of documents")] = 1000
-    filters: Annotated[RowFilters, Doc("which rows count")] = RowFilters()
     others: Others = ()
-    seed: Annotated[int, Ge(0), Doc("of the rows drawn and of the bootstrap")] = 0
 
 
 def outside_digests(config: Config) -> dict[str, str]:
@@ -86,16 +83,11 @@ def look(run: Run, config: Config) -> Finding:
     candidates = find_candidates(run, config.others)
     sites = list(dict.fromkeys(candidate.site for candidate in candidates))
     rows = {
-        split: choose_rows(
-            run.store, split, n, filters=config.filters, seed=config.seed, sites=sites
-        )
-        if n
-        else []
+        split: choose_rows(run, config, n, split=split, sites=sites) if n else []
         for split, n in _amounts(config).items()
     }
     metrics, curves = [], []
-    for done, site in enumerate(sites):
-        run.context.progress(f"reconstruct {site.short}", done, len(sites))
+    for site in run.each("reconstruct", sites):
         here = [candidate for candidate in candidates if candidate.site == site]
         found = kept(
             site.short, lambda site=site, here=here: _of_site(run, site, here, rows, config)
@@ -104,7 +96,6 @@ def look(run: Run, config: Config) -> Finding:
         curves += [(site.short, k, fvu) for k, fvu in enumerate(found["pca"])]
         for row in found["rows"]:
             run.context.metrics({n: row[n] for n in ("site", "source", "fvu", "l0", "cosine")})
-    run.context.progress("reconstruct", len(sites), len(sites))
     table = pd.DataFrame(metrics).astype({"pca_fvu": float, "rows_fvu": float})
     used = used_later(table)
     headline = _headline(table, used)

@@ -32,8 +32,8 @@ from featureflow.sites import FeatureId, Site
 from featureflow.statistics import bootstrap_mean
 from pipeline.findings import Finding
 from pipeline.flow.start_null import Recipe
-from pipeline.lenses.base import LensConfig
-from pipeline.lenses.parts.layers import Seed, spread
+from pipeline.lenses.base import Seeded
+from pipeline.lenses.parts.layers import spread
 from pipeline.lenses.seed_ceiling import trained_again
 from pipeline.lenses.steering.removal_trial import (
     LEAST_AUROC,
@@ -55,7 +55,7 @@ _DRAWN_PER_WANTED = 3
 """Not every feature that is alive in the store is active in the smaller held-out part."""
 
 
-class Config(LensConfig):
+class Config(Seeded):
     """How many features, and on how much text."""
 
     n_features: Annotated[int, Ge(1), Doc("features removed, drawn by the seed")] = 104
@@ -77,7 +77,6 @@ class Config(LensConfig):
     least_auroc: Annotated[
         float, Ge(0), Le(1), Doc("a reader below this does not count for a feature")
     ] = LEAST_AUROC
-    seed: Seed = 0
 
 
 def look(run: Run, config: Config) -> Finding:

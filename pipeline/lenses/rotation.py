@@ -27,7 +27,7 @@ from featureflow.errors import UserError
 from featureflow.sites import Site, parse_site
 from pipeline.findings import Finding
 from pipeline.flow.functional import encode_tokens
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Seeded
 from pipeline.lenses.parts.charts import lines
 from pipeline.run import Run
 from sae.trainer import random_start
@@ -36,11 +36,10 @@ TITLE = "how far training turned each decoder row from its start"
 NEEDS = ("collect", "train", "link")
 
 
-class Config(LensConfig):
+class Config(Seeded):
     """On how much text activity is looked at."""
 
     n_tokens: Annotated[int, Ge(16), Doc("held-out tokens")] = 4096
-    seed: Annotated[int, Ge(0), Doc("of other rows")] = 0
 
 
 def look(run: Run, config: Config) -> Finding:
@@ -48,8 +47,7 @@ def look(run: Run, config: Config) -> Finding:
     held_out = run.held_out(config.n_tokens)
     edges = run.graph.edges[run.graph.edges["rank"] == 0]
     rows, features = [], []
-    for done, site in enumerate(run.saes):
-        run.context.progress(f"turns {site.short}", done, len(run.saes))
+    for site in run.each("turns", run.saes):
         start = start_of(run, site)
         if start is None:
             continue
@@ -75,7 +73,6 @@ def look(run: Run, config: Config) -> Finding:
                 {"feature": [f"{site.short}/{i}" for i in range(len(n))], "start_cosine": turned}
             )
         )
-    run.context.progress("turns", len(run.saes), len(run.saes))
     if not rows:
         raise UserError(
             "none of these SAEs says how it started",

@@ -40,8 +40,8 @@ from pipeline.flow.options import LEAST_AGREEMENT
 from pipeline.flow.pairing import MODULES
 from pipeline.flow.partner import shared_and_rivals
 from pipeline.flow.start_null import Recipe
-from pipeline.lenses.base import LensConfig
-from pipeline.lenses.parts.layers import NTokens, Seed, spread
+from pipeline.lenses.base import Seeded
+from pipeline.lenses.parts.layers import NTokens, spread
 from pipeline.run import Run
 from pipeline.training.reading import normalisation_at, read_rows
 from sae import Sae
@@ -55,7 +55,7 @@ MOST_ROWS = 262_144
 """Activations that the second SAE is trained on, at most; they are held in memory."""
 
 
-class Config(LensConfig):
+class Config(Seeded):
     """Where, on how many tokens, and from when on a feature counts as found twice."""
 
     n_sites: Annotated[int, Ge(1), Doc("residual sites, spread over the depth")] = 3
@@ -67,7 +67,6 @@ class Config(LensConfig):
     least: Annotated[
         float, Ge(0), Le(1), Doc("smallest correlation for which a feature replicates")
     ] = LEAST_AGREEMENT
-    seed: Seed = 0
 
 
 def look(run: Run, config: Config) -> Finding:

@@ -31,12 +31,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Doc
 
-from data.tokens import RowFilters
 from featureflow.errors import UserError
-from featureflow.sites import Site, parse_site
-from featureflow.statistics import mean_over, named
+from featureflow.sites import Site, parse_site, residual_sites
+from featureflow.statistics import mean_over, named, ranged
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.held_out import choose_rows
 from pipeline.lenses.parts.read_out import (
@@ -59,7 +58,7 @@ CLAIMS = ("n_announcing_permuted",)
 WAYS = ("direct", "carried", "permuted")
 
 
-class Config(LensConfig):
+class Config(Sampled):
     """On how much text the read-outs are compared."""
 
     n_rows: Annotated[int, Ge(8), Doc("held-out rows read out at every layer")] = 1000
@@ -68,15 +67,13 @@ class Config(LensConfig):
         float, Gt(0), Lt(1), Doc("agreement with the whole model that λ is chosen for")
     ] = 0.95
     rate: Annotated[float, Gt(0), Lt(1), Doc("false-discovery rate of announcing features")] = 0.05
-    filters: Annotated[RowFilters, Doc("which rows count")] = RowFilters()
-    seed: Annotated[int, Ge(0), Doc("of rows, documents, other features and intervals")] = 0
 
 
 def look(run: Run, config: Config) -> Finding:
     """Precision by layer, early exit, and the vocabulary of every feature. Raises UserError when
     the last layer is not stored."""
     maps = run.lens("translators").arrays
-    sites = [site for site in run.store.sites if site.kind == "resid_post"]
+    sites = residual_sites(run.store.sites)
     if sites[-1].layer != run.model.n_layers - 1:
         raise UserError(
             "the last layer is not stored, so there is nothing to compare with",
@@ -112,17 +109,14 @@ def _layers(
     run: Run, sites: list[Site], maps: Mapping[str, np.ndarray], config: Config
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The read-outs of every layer; and early exit."""
-    blocks = choose_rows(
-        run.store, "validation", config.n_rows, filters=config.filters, seed=config.seed
-    )
+    blocks = choose_rows(run, config, config.n_rows)
     document = document_of(run, blocks)
     truth = torch.cat([p.argmax(-1) for p in iter_log_p(run, rows_at(run, sites[-1], blocks))])
     rows, best, gaps = [], [], []
-    for done, site in enumerate(sites[:-1]):
-        run.context.progress(f"read out {site.short}", done, len(sites))
+    for site in run.each("read out", sites[:-1]):
         values = rows_at(run, site, blocks)
         ways = {"as it is": values, "carried": carried(values, maps, site.short)}
-        if not done:
+        if site == sites[0]:
             ways["carried from the embedding"] = carried(
                 rows_at(run, None, blocks), maps, EMBEDDING
             )
@@ -133,7 +127,6 @@ def _layers(
             if name == "carried":
                 best.append(first)
                 gaps.append(gap)
-    run.context.progress("read out", len(sites), len(sites))
     table = pd.DataFrame(rows)
     baseline = table[table["read"] == "carried from the embedding"]
     flat = [baseline.assign(site=site.short, layer=site.layer) for site in sites[1:-1]]
@@ -201,9 +194,7 @@ def _early_exit(
 def of_features(run: Run, site: Site, A: np.ndarray | None, config: Config) -> pd.DataFrame:
     """The ten tokens of every feature, direct and carried, and how often one of them comes next."""
     sae, vocabulary = run.saes[site], vocabulary_of(run)
-    blocks = choose_rows(
-        run.store, "validation", config.n_tokens, filters=config.filters, seed=config.seed
-    )
+    blocks = choose_rows(run, config, config.n_tokens)
     following = later(run, np.concatenate(blocks), 1)
     next_id = run.tokens.id[following].astype(np.int64)
     active = torch.cat([sae.encode(x) > 0 for x in iter_at(run, site, blocks)]).numpy()
@@ -249,8 +240,8 @@ def _headline(
 
 def _text(layers: pd.DataFrame, exits: pd.DataFrame, announcing: pd.DataFrame) -> str:
     said = [
-        f"  {row.site}, {row.read}: precision@1 {row.precision_1:.2f} [{row.precision_1_low:.2f}, "
-        f"{row.precision_1_high:.2f}], @10 {row.precision_10:.2f}, surprisal {row.surprisal:.1f}"
+        f"  {row.site}, {row.read}: precision@1 {ranged(row, 'precision_1')}, "
+        f"@10 {row.precision_10:.2f}, surprisal {row.surprisal:.1f}"
         for row in layers.itertuples()
     ]
     exit_ = exits.iloc[0]

@@ -27,11 +27,10 @@ from torch import Tensor
 from typing_extensions import Doc
 
 from data.model.partial_forward import continued_from
-from data.tokens import RowFilters
 from featureflow.figures import COLOURS, panels
-from featureflow.sites import Site
+from featureflow.sites import Site, residual_sites
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.gradients import gradients
 from pipeline.lenses.parts.held_out import Contexts, choose_contexts
 from pipeline.run import Run
@@ -44,23 +43,20 @@ _DRAWS = 200
 FEW = 5
 
 
-class Config(LensConfig):
+class Config(Sampled):
     """On how much text use is measured, and how much is checked."""
 
     n_tokens: Annotated[int, Ge(16), Doc("held-out tokens")] = 4096
     n_checked: Annotated[int, Ge(0), Doc("features of a middle site that are removed")] = 40
-    filters: Annotated[RowFilters, Doc("which rows count")] = RowFilters()
-    seed: Annotated[int, Ge(0), Doc("of contexts, the random direction and intervals")] = 0
 
 
 def look(run: Run, config: Config) -> Finding:
     """Size and use of every feature, and their correlation by site."""
-    contexts = choose_contexts(run.store, config.n_tokens, filters=config.filters, seed=config.seed)
+    contexts = choose_contexts(run, config, config.n_tokens)
     sites = [site for site in run.saes if site.kind in ("resid_post", "mlp_out", "attn_out")]
     seen, found = _passes(run, sites, contexts)
     frames, rows = [], []
-    for done, site in enumerate(sites):
-        run.context.progress(f"size and use {site.short}", done, len(sites))
+    for site in run.each("size and use", sites):
         table = used(
             run.saes[site],
             seen[site],
@@ -72,7 +68,6 @@ def look(run: Run, config: Config) -> Finding:
         table.insert(0, "feature", [f"{site.short}/{i}" for i in table.pop("latent")])
         frames.append(table)
         rows.append({"site": site.short, "layer": site.layer, "kind": site.kind} | _of(table))
-    run.context.progress("size and use", len(sites), len(sites))
     features, layers = pd.concat(frames, ignore_index=True), pd.DataFrame(rows)
     checked = _checked(run, sites, contexts, seen, features, config)
     agreement = (
@@ -189,7 +184,7 @@ def _checked(
 ) -> pd.DataFrame:
     """The same contexts with one feature taken off wherever it is active: rise of the loss per
     activation."""
-    stream = [site for site in sites if site.kind == "resid_post"]
+    stream = residual_sites(sites)
     if not stream or not config.n_checked:
         return pd.DataFrame(columns=["feature", "use", "removal"])
     site = stream[len(stream) // 2]
@@ -199,8 +194,7 @@ def _checked(
     few = features[features["feature"].str.rpartition("/")[0] == site.short]
     few = few.sample(min(config.n_checked, len(few)), random_state=config.seed)
     rows = []
-    for done, row in enumerate(few.itertuples()):
-        run.context.progress(f"remove features of {site.short}", done, len(few))
+    for row in run.each(f"remove features of {site.short}", list(few.itertuples())):
         latent = int(row.feature.rpartition("/")[2])
         touched = full[..., latent].gt(0).any(1).nonzero().squeeze(1)[: 2 * _BATCH]
         ids, counted = contexts.ids[touched], contexts.counted[touched]
@@ -212,7 +206,6 @@ def _checked(
         )
         n = int(full[touched][..., latent].gt(0).sum())
         rows.append({"feature": row.feature, "use": row.use, "removal": rise / n, "n": n})
-    run.context.progress(f"remove features of {site.short}", len(few), len(few))
     return pd.DataFrame(rows)
 
 

@@ -23,9 +23,9 @@ from annotated_types import Ge
 from sklearn.feature_extraction.text import TfidfVectorizer
 from typing_extensions import Doc
 
-from featureflow.statistics import bootstrap_mean, named
+from featureflow.statistics import bootstrap_mean, named, ranged
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Seeded
 from pipeline.lenses.concept_states import FIT, REPORT
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.probes import best_columns, judged, scores
@@ -42,12 +42,11 @@ LATENTS, COORDINATES, ROTATION, NULL, WORDS = (
 )
 
 
-class Config(LensConfig):
+class Config(Seeded):
     """How many columns probes read."""
 
     sizes: Annotated[tuple[int, ...], Doc("columns k of a probe")] = (1, 4, 16, 64)
     n_shown: Annotated[int, Ge(1), Doc("latents a concept named in the table")] = 5
-    seed: Annotated[int, Ge(0), Doc("of the rotation, permutations and intervals")] = 0
 
 
 def look(run: Run, config: Config) -> Finding:
@@ -58,13 +57,11 @@ def look(run: Run, config: Config) -> Finding:
     sites = sorted(sites, key=lambda s: int(s[1:]))
     rows = [*_words(texts, config)]
     named_latents: list[dict[str, Any]] = []
-    for done, site in enumerate(sites):
-        run.context.progress(f"probe {site}", done, len(sites))
+    for site in run.each("probe", sites):
         bases = _bases(arrays, site, config.seed)
         for topic in texts["topic"].unique():
             rows += probed(bases, texts, topic, config, site=site)
             named_latents += _named(bases[LATENTS], texts, topic, site, config.n_shown)
-    run.context.progress("probe", len(sites), len(sites))
     table, latents = pd.DataFrame(rows), pd.DataFrame(named_latents)
     summary = _summary(table, config.seed)
     best = latents.sort_values("f1", ascending=False).drop_duplicates("feature")
@@ -160,7 +157,7 @@ def _summary(table: pd.DataFrame, seed: int) -> pd.DataFrame:
 def _text(summary: pd.DataFrame) -> str:
     said = [
         f"  {row.basis}{'' if pd.isna(row.site) else ' of ' + row.site}, k = {row.k}: F1 "
-        f"{row.f1:.2f} [{row.f1_low:.2f}, {row.f1_high:.2f}], AUROC {row.auc:.2f}"
+        f"{ranged(row, 'f1')}, AUROC {row.auc:.2f}"
         for row in summary.itertuples()
     ]
     return (

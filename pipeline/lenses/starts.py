@@ -31,7 +31,7 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from featureflow.errors import UserError
-from featureflow.statistics import p_values, q_values
+from featureflow.statistics import p_values, q_values, ranged
 from pipeline.artifact import Artifact, digest_of
 from pipeline.findings import Finding
 from pipeline.flow.causal import Contexts, summarise_deactivation
@@ -55,13 +55,12 @@ from pipeline.flow.null import NullSample, NullSampler, Siblings
 from pipeline.flow.pairing import Pair, pair_sites, start_relation
 from pipeline.flow.partner import shared_and_rivals
 from pipeline.flow.sources import HeldOutRows
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Seeded
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.layers import (
     NContexts,
     NTargets,
     NTokens,
-    Seed,
     contexts_of,
     pair_data,
     remove_predecessors,
@@ -89,7 +88,7 @@ N_NULL = 8192
 _KEYS = ["start", "matcher"]
 
 
-class Config(LensConfig):
+class Config(Seeded):
     """How much is trained and tested."""
 
     n_layers: Annotated[int, Ge(2), Doc("neighbouring layers, in the middle of the model")] = 6
@@ -97,7 +96,6 @@ class Config(LensConfig):
     n_tokens: NTokens = 8192
     n_targets: NTargets = 150
     n_contexts: NContexts = 32
-    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,9 +324,8 @@ def _text(summary: pd.DataFrame, by_pair: pd.DataFrame) -> str:
     lines = []
     for row in summary.itertuples():
         removal = (
-            f"success {row.success:.2f} [{row.success_low:.2f}, {row.success_high:.2f}], change "
-            f"{row.change:.2f}"
-            f" [{row.change_low:.2f}, {row.change_high:.2f}], active {row.active_share:.2f}"
+            f"success {ranged(row, 'success')}, change "
+            f"{ranged(row, 'change')}, active {row.active_share:.2f}"
         )
         firing = (
             f"above null {row.above_null:.2f}, Pearson {row.pearson_median:.2f} (best "

@@ -38,7 +38,7 @@ from featureflow.figures import legend, panels
 from featureflow.sites import FeatureId
 from featureflow.statistics import Interval, bootstrap_mean
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Seeded
 from pipeline.lenses.steering.figures import draw_lines
 from pipeline.lenses.steering.topic_samples import SampleSizes, TopicSampler
 from pipeline.lenses.steering.topics import TopicSetup, set_up_topic
@@ -58,7 +58,7 @@ NEEDS = ("collect", "train", "link")
 _LEAST_COSINE = 0.5
 
 
-class Config(LensConfig):
+class Config(Seeded):
     """Grids and sizes."""
 
     n_topics: Annotated[int, Ge(1), Doc("topics of the study, in its order")] = 8
@@ -73,7 +73,6 @@ class Config(LensConfig):
     strengths: Annotated[tuple[float, ...], MinLen(1), Doc("the paper's s, in median norms")] = (
         *(0.01, 0.02, 0.04, 0.08, 0.16),
     )
-    seed: Annotated[int, Ge(0), Doc("of sampling, random controls and intervals")] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +89,7 @@ def look(run: Run, config: Config) -> Finding:
     """Both experiments on every topic."""
     paper, off, on = paper_of(run.steering, config), [], []
     topics = list(read_topics())[: config.n_topics]
-    for done, topic in enumerate(topics):
-        run.context.progress("topics", done, len(topics))
+    for topic in run.each("topics", topics):
         setup = set_up_topic(run.steering, topic, seed=config.seed)
         off.append(deactivation(paper, setup, seeds_of(run.steering, setup, config.n_seeds)))
         on.append(activation(paper, setup))

@@ -31,12 +31,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Doc
 
-from data.tokens import RowFilters
 from featureflow.errors import UserError
-from featureflow.sites import Site
-from featureflow.statistics import mean_over, named
+from featureflow.sites import Site, residual_sites
+from featureflow.statistics import mean_over, named, ranged
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.held_out import choose_rows
 from pipeline.lenses.parts.layers import spread
@@ -61,7 +60,7 @@ _BLOCK = 2048
 Map = tuple[Tensor, Tensor]
 
 
-class Config(LensConfig):
+class Config(Sampled):
     """How far is looked, and on how much text."""
 
     n_tokens: Annotated[int, Ge(64), Doc("train tokens that maps are fitted on")] = 32768
@@ -74,14 +73,12 @@ class Config(LensConfig):
     offsets: Annotated[tuple[int, ...], Doc("steps N beyond the next token")] = (0, 1, 2, 3)
     back: Annotated[tuple[int, ...], Doc("how many tokens back")] = (0, 1, 2, 4)
     rate: Annotated[float, Gt(0), Lt(1), Doc("false-discovery rate of announcing features")] = 0.05
-    filters: Annotated[RowFilters, Doc("which rows count")] = RowFilters()
-    seed: Annotated[int, Ge(0), Doc("of rows, other features and intervals")] = 0
 
 
 def look(run: Run, config: Config) -> Finding:
     """Precision by layer and distance, and the tokens that features announce. Raises UserError
     when the last layer is not stored."""
-    sites = [site for site in run.store.sites if site.kind == "resid_post"]
+    sites = residual_sites(run.store.sites)
     if sites[-1].layer != run.model.n_layers - 1:
         raise UserError(
             "the last layer is not stored",
@@ -97,16 +94,13 @@ def look(run: Run, config: Config) -> Finding:
     past = Targets.of(run, None, tuple(-n for n in config.back), config)
     announced: list[pd.DataFrame] = []
     wanted = [None, *sorted({*shown, *tested})]
-    for done, site in enumerate(wanted):
-        name = EMBEDDING if site is None else site.short
-        run.context.progress(f"look ahead from {name}", done, len(wanted))
+    for site in run.each("look ahead from", wanted):
         maps = future.maps(run, site)
         if site is None or site in shown:
             rows += _future(run, site, sites[-1], maps, config)
             rows += _past(run, site, past.maps(run, site), config)
         if site in tested and site is not None:
             announced.append(announcing(run, site, maps, config))
-    run.context.progress("look ahead", len(wanted), len(wanted))
     table = pd.DataFrame(rows)
     features = pd.concat(announced, ignore_index=True) if announced else pd.DataFrame()
     counts = _counted(features, config.rate)
@@ -159,9 +153,7 @@ class Targets:
 
     @classmethod
     def of(cls, run: Run, site: Site | None, steps: tuple[int, ...], config: Config) -> Targets:
-        rows = choose_rows(
-            run.store, "train", config.n_tokens, filters=config.filters, seed=config.seed
-        )
+        rows = choose_rows(run, config, config.n_tokens, split="train")
         here, there = _pairs(run, rows, *steps)
         values = tuple(tuple(iter_at(run, site, blocks)) for blocks in there)
         return cls(here=here, steps=steps, values=values)
@@ -173,9 +165,7 @@ class Targets:
 
 
 def _judging(run: Run, n: int, config: Config) -> tuple[Blocks, Blocks]:
-    blocks = choose_rows(
-        run.store, "validation", config.n_rows, filters=config.filters, seed=config.seed
-    )
+    blocks = choose_rows(run, config, config.n_rows)
     here, [there] = _pairs(run, blocks, n)
     return here, there
 
@@ -205,9 +195,7 @@ def _past(
 
 def _counts(run: Run, last: Site, config: Config) -> Iterator[dict[str, Any]]:
     """What counting pairs of tokens with a gap gets right."""
-    train = choose_rows(
-        run.store, "train", run.store.n_rows, filters=config.filters, seed=config.seed
-    )
+    train = choose_rows(run, config, run.store.n_rows, split="train")
     for n in config.offsets:
         here, [there] = _pairs(run, train, n + 1)
         ids = run.tokens.id
@@ -245,9 +233,7 @@ def announcing(run: Run, site: Site, maps: dict[int, Map], config: Config) -> pd
     """Per feature and N: its ten tokens, how much more often one comes at t + N + 1, and q; and
     the same with another feature's tokens."""
     sae, vocabulary = run.saes[site], vocabulary_of(run)
-    blocks = choose_rows(
-        run.store, "validation", config.n_tested, filters=config.filters, seed=config.seed
-    )
+    blocks = choose_rows(run, config, config.n_tested)
     active = torch.cat([sae.encode(x) > 0 for x in iter_at(run, site, blocks)]).numpy()
     d: Float[Tensor, "latent d_model"] = sae.W_dec.detach().float().cpu()
     order = np.random.default_rng(config.seed).permutation(len(d))
@@ -299,8 +285,7 @@ def _columns(features: pd.DataFrame, rate: float) -> pd.DataFrame | None:
 
 def _text(table: pd.DataFrame, counts: pd.DataFrame) -> str:
     said = [
-        f"  {row['what']}, from {row['from']}, N = {row['n']}: {row['precision']:.2f} "
-        f"[{row['precision_low']:.2f}, {row['precision_high']:.2f}]"
+        f"  {row['what']}, from {row['from']}, N = {row['n']}: {ranged(row, 'precision')}"
         for row in table.to_dict("records")
     ]
     found = [

@@ -35,9 +35,9 @@ from pipeline.flow.transformations import (
     mixtures_of,
     transformations_of,
 )
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Seeded
 from pipeline.lenses.parts.charts import bars
-from pipeline.lenses.parts.layers import NPairs, NTokens, Seed, residual_pairs, spread
+from pipeline.lenses.parts.layers import NPairs, NTokens, residual_pairs, spread
 from pipeline.run import Run
 
 TITLE = "features that are mixtures of several of the layer before: merges, splits, recombinations"
@@ -46,14 +46,13 @@ KINDS = (MERGE, SPLIT, RECOMBINED)
 CLAIMS = ("control_share",)
 
 
-class Config(LensConfig):
+class Config(Seeded):
     """How much is looked at."""
 
     n_pairs: NPairs = 8
     n_tokens: NTokens = 8192
     most: Annotated[int, Ge(2), Doc("parts of a mixture, at most")] = MOST
     fdr: Annotated[float, Gt(0), Lt(1), Doc("false-discovery rate of the parts")] = 0.05
-    seed: Seed = 0
 
 
 def look(run: Run, config: Config) -> Finding:

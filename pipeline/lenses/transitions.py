@@ -63,10 +63,8 @@ def look(run: Run, config: Config) -> Finding:
     held_out = rows_after_contexts(run, config.n_tokens, config.n_contexts)
     pairs, saes = spread(residual_pairs(run), config.n_pairs), run.saes.keeping(2)
     rows = []
-    for done, (source, target) in enumerate(pairs):
-        run.context.progress("carry latents", done, len(pairs))
+    for source, target in run.each("carry latents", pairs):
         rows += _operators_of(pair_data(saes, held_out, source, target), source, target)
-    run.context.progress("carry latents", len(pairs), len(pairs))
     table = pd.DataFrame(rows)
     summary = table.groupby(["operator", "inference"], as_index=False, sort=False).agg(
         ev=("ev", "mean"),

@@ -27,12 +27,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Doc
 
-from data.tokens import RowFilters
 from featureflow.errors import UserError
-from featureflow.sites import Site
-from featureflow.statistics import bootstrap_ratio
+from featureflow.sites import Site, residual_sites
+from featureflow.statistics import bootstrap_ratio, ranged
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.held_out import choose_rows
 from pipeline.lenses.parts.read_out import EMBEDDING, document_of, iter_at
@@ -44,18 +43,16 @@ RIDGE = 1e-4
 Batches = Callable[[], Iterator[Float[Tensor, "token d_model"]]]
 
 
-class Config(LensConfig):
+class Config(Sampled):
     """On how much text maps are fitted and judged."""
 
     n_tokens: Annotated[int, Ge(2), Doc("train tokens that the maps are fitted on")] = 65536
     n_held_out: Annotated[int, Ge(2), Doc("held-out tokens that they are judged on")] = 8192
-    filters: Annotated[RowFilters, Doc("which rows count")] = RowFilters()
-    seed: Annotated[int, Ge(0), Doc("of the rows drawn, of the random pairs, of intervals")] = 0
 
 
 def look(run: Run, config: Config) -> Finding:
     """A map and its r² for every layer. Raises UserError when fewer than two layers are stored."""
-    sites = [site for site in run.store.sites if site.kind == "resid_post"]
+    sites = residual_sites(run.store.sites)
     if len(sites) < 2:
         raise UserError(
             "a map between layers needs two of them",
@@ -64,18 +61,14 @@ def look(run: Run, config: Config) -> Finding:
             fix="set collect.sites to resid_post",
         )
     last = sites[-1]
-    store = run.store
-    train = choose_rows(store, "train", config.n_tokens, filters=config.filters, seed=config.seed)
-    held_out = choose_rows(
-        store, "validation", config.n_held_out, filters=config.filters, seed=config.seed
-    )
+    train = choose_rows(run, config, config.n_tokens, split="train")
+    held_out = choose_rows(run, config, config.n_held_out)
     document = document_of(run, held_out)
     target, judged = partial(iter_at, run, last, train), partial(iter_at, run, last, held_out)
     maps: dict[str, np.ndarray] = {}
     rows: list[dict[str, Any]] = []
-    for done, site in enumerate([None, *sites[:-1]]):
+    for site in run.each(f"carry to {last.short} from", [None, *sites[:-1]]):
         name = EMBEDDING if site is None else site.short
-        run.context.progress(f"carry {name} to {last.short}", done, len(sites))
         x, y = (partial(iter_at, run, site, part) for part in (train, held_out))
         rng = np.random.default_rng(config.seed)
         shuffled = partial(_shuffled, target, rng)
@@ -87,7 +80,6 @@ def look(run: Run, config: Config) -> Finding:
             row |= _judged(column, each, y, judged, document, config.seed)
         rows.append(row)
         maps |= {name: fitted[0].float().numpy(), f"{name}.offset": fitted[1].float().numpy()}
-    run.context.progress(f"carry to {last.short}", len(sites), len(sites))
     table = pd.DataFrame(rows)
     middle = table.iloc[len(table) // 2]
     return Finding(
@@ -164,7 +156,7 @@ def _judged(
 
 def _text(table: pd.DataFrame, last: Site) -> str:
     said = [
-        f"  from {row['from']}: {row['r2']:.2f} [{row['r2_low']:.2f}, {row['r2_high']:.2f}], as it "
+        f"  from {row['from']}: {ranged(row, 'r2')}, as it "
         f"is {row['as_is']:.2f}, paired at random {row['null']:.2f}"
         for row in table.to_dict("records")
     ]

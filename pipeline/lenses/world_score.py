@@ -38,10 +38,10 @@ from data.worlds import Superposed, check_names
 from featureflow.sites import Site
 from pipeline.findings import Finding
 from pipeline.flow.pairing import MODULES
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Seeded
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.facts import Fact, Latents, Truth, f1_and_mcc, world_of
-from pipeline.lenses.parts.layers import NTokens, Seed
+from pipeline.lenses.parts.layers import NTokens
 from pipeline.lenses.parts.world_edits import edit_scores, steering_scores
 from pipeline.run import Run
 
@@ -53,14 +53,13 @@ READS = 0.9
 """Accuracy above the largest class from which a probe reads a variable."""
 
 
-class Config(LensConfig):
+class Config(Seeded):
     """How much is scored."""
 
     n_tokens: NTokens = 8192
     variables: Annotated[tuple[str, ...], Doc("variables to score; empty for all")] = ()
     n_set: Annotated[int, Ge(1), Doc("latents of a set at most")] = 4
     n_cases: Annotated[int, Ge(0), Doc("edits of each kind; 0 leaves the causes out")] = 64
-    seed: Seed = 0
 
 
 def look(run: Run, config: Config) -> Finding:

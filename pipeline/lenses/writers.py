@@ -28,12 +28,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Doc
 
-from data.tokens import RowFilters
 from featureflow.errors import UserError
 from featureflow.sites import Site
-from featureflow.statistics import mean_over, named
+from featureflow.statistics import mean_over, named, ranged
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.held_out import Contexts, choose_contexts
 from pipeline.lenses.parts.neurons import record_neurons, values, written_by
@@ -47,14 +46,12 @@ FEW, MOST = 5, 0.9
 _ROWS = 64
 
 
-class Config(LensConfig):
+class Config(Sampled):
     """On how much text, how many writers are named, how many features are tested."""
 
     n_tokens: Annotated[int, Ge(64), Doc("held-out tokens")] = 6144
     n_named: Annotated[int, Ge(1), Doc("writers named a feature")] = 5
     n_tested: Annotated[int, Ge(1), Doc("features a site whose writers are removed")] = 60
-    filters: Annotated[RowFilters, Doc("which rows count")] = RowFilters()
-    seed: Annotated[int, Ge(0), Doc("of contexts, other features and controls")] = 0
 
 
 def look(run: Run, config: Config) -> Finding:
@@ -67,11 +64,10 @@ def look(run: Run, config: Config) -> Finding:
             where=str(run.root),
             fix="add mlp_out or attn_out to collect.sites",
         )
-    contexts = choose_contexts(run.store, config.n_tokens, filters=config.filters, seed=config.seed)
+    contexts = choose_contexts(run, config, config.n_tokens)
     document = contexts.documents[contexts.spliced].numpy()
     writers, rows, cards = [], [], []
-    for done, site in enumerate(sites):
-        run.context.progress(f"writers {site.short}", done, len(sites))
+    for site in run.each("writers", sites):
         inputs, written, out = recorded(run, site, contexts)
         if not torch.allclose(
             inputs @ written + (out - inputs @ written).mean(0),
@@ -89,7 +85,6 @@ def look(run: Run, config: Config) -> Finding:
         writers.append(table)
         rows.append({"site": site.short, "layer": site.layer, "kind": site.kind} | removed)
         cards.append(_card(table))
-    run.context.progress("writers", len(sites), len(sites))
     table, layers = pd.concat(writers, ignore_index=True), pd.DataFrame(rows)
     return Finding(
         tables={"layers": layers, "writers": table},
@@ -239,9 +234,8 @@ def _text(layers: pd.DataFrame) -> str:
     said = [
         f"  {row.site}: {row.n_features} features; 90 % of the positive part by {row.k90:.0f} "
         f"writers (median); the first gives {row.share_first:.0%} ({row.elsewhere_first:.0%} at "
-        f"another feature's tokens); silenced without them {row.silenced:.2f} "
-        f"[{row.silenced_low:.2f}, {row.silenced_high:.2f}], without as many others "
-        f"{row.control:.2f} [{row.control_low:.2f}, {row.control_high:.2f}]"
+        f"another feature's tokens); silenced without them {ranged(row, 'silenced')}, "
+        f"without as many others {ranged(row, 'control')}"
         for row in layers.itertuples()
     ]
     return (

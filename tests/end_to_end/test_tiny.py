@@ -20,12 +20,14 @@ import pytest
 import torch
 
 from data.model.language_model import LanguageModel
-from data.store import ActivationStore, RowFilters
+from data.store import ActivationStore
 from featureflow.sites import parse_site
 from pipeline.artifact import Artifact
 from pipeline.cli import run_command
 from pipeline.findings import open_finding, read_finding
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.held_out import choose_rows
+from pipeline.run import Run
 from pipeline.saes import FOLDER, Saes
 from pipeline.stages import STAGES, StageName
 from pipeline.stages.recipe import read_recipe
@@ -95,7 +97,7 @@ def test_evaluation_is_what_a_slow_recount_gives(artifacts: Path) -> None:
     table = measured(artifacts).set_index("site")
     store = ActivationStore.open(artifacts / "collect" / "store.zarr")
     dictionaries = Saes(opened(artifacts, "train").path / FOLDER)
-    drawn = choose_rows(store, "validation", 1024, filters=RowFilters(), seed=0, sites=store.sites)
+    drawn = choose_rows(Run.open(artifacts), Sampled(), 1024, sites=store.sites)
     rows = np.concatenate(drawn)
     for site, sae in dictionaries.items():
         x = torch.from_numpy(store.read(site, 0, store.n_rows)[rows]).double()

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from data.store import ActivationStore
 from data.store.store import Split
-from data.tokens import FLAG_BOS, FLAG_PADDING, FLAG_SPECIAL, RowFilters
+from data.tokens import FLAG_BOS, FLAG_PADDING, FLAG_SPECIAL
 from featureflow.errors import UserError
 from featureflow.sites import Site
+from pipeline.lenses.base import Sampled
+from pipeline.run import Run
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,17 +42,17 @@ class Contexts:
 
 
 def choose_rows(
-    store: ActivationStore,
-    split: Split,
+    run: Run,
+    config: Sampled,
     n_tokens: int,
     *,
-    filters: RowFilters,
-    seed: int,
+    split: Split = "validation",
     sites: Sequence[Site] = (),
 ) -> list[Int[np.ndarray, "row"]]:
     """Ascending blocks of kept rows, about `n_tokens` in all, fewer when the split has no more.
     `max_norm_ratio` of the filters looks at the norms of `sites`."""
-    kept = store.kept_rows(split, filters, sites=sites)
+    store = run.store
+    kept = store.kept_rows(split, config.filters, sites=sites)
     if not len(kept):
         raise UserError(
             f"the store has no {split} rows that pass the filters",
@@ -61,7 +63,7 @@ def choose_rows(
     blocks = np.split(kept, np.flatnonzero(np.diff(kept // block)) + 1)
     chosen: list[int] = []
     n = 0
-    for index in np.random.default_rng(seed).permutation(len(blocks)):
+    for index in np.random.default_rng(config.seed).permutation(len(blocks)):
         if n >= n_tokens:
             break
         chosen.append(int(index))
@@ -85,11 +87,10 @@ def iter_rows(
         yield torch.from_numpy(values), torch.from_numpy(documents[rows].astype(np.int64))
 
 
-def choose_contexts(
-    store: ActivationStore, n_tokens: int, *, filters: RowFilters, seed: int
-) -> Contexts:
+def choose_contexts(run: Run, config: Sampled, n_tokens: int) -> Contexts:
     """Held-out contexts with about `n_tokens` counted positions. Raises UserError if the store
     holds no contexts."""
+    store = run.store
     store.check_language_model()
     tokens, width = store.tokens(), store.n_context
     first, last = -(-store.validation_start // width), store.n_rows // width
@@ -102,11 +103,11 @@ def choose_contexts(
             fix="collect with a validation_fraction above 0",
         )
     flags = tokens.flags[rows].reshape(shape)
-    spliced = filters.keeps(tokens)[rows].reshape(shape)
+    spliced = config.filters.keeps(tokens)[rows].reshape(shape)
     ordinary = (flags & (FLAG_BOS | FLAG_SPECIAL | FLAG_PADDING)) == 0
     counted = np.zeros(shape, dtype=bool)
     counted[:, :-1] = spliced[:, :-1] & ordinary[:, 1:]
-    order = np.random.default_rng(seed).permutation(shape[0])
+    order = np.random.default_rng(config.seed).permutation(shape[0])
     needed = int(np.searchsorted(np.cumsum(counted[order].sum(1)), n_tokens)) + 1
     chosen = np.sort(order[:needed])
     return Contexts(

@@ -150,14 +150,12 @@ def iter_activities(run: Run, held_out: HeldOutRows) -> Iterator[tuple[Layer, Ac
     """The activity groups of every layer on the held-out rows."""
     saes, layers = run.saes.keeping(0), layers_of(run)
     codes = lru_cache(maxsize=5)(lambda site: encode_tokens(saes[site], held_out(site)))
-    for done, layer in enumerate(layers):
-        run.context.progress("group activations", done, len(layers))
+    for layer in run.each("group activations", layers):
         before = {
             relation: Predecessors(codes=codes(link.source), best=link.best)
             for relation, link in layer.links.items()
         }
         yield layer, activity_groups(codes(layer.target), before)
-    run.context.progress("group activations", len(layers), len(layers))
 
 
 def pair_data(

@@ -119,8 +119,7 @@ def trials(
     }
     left: list[dict[str, Any]] = []
     effects: list[dict[str, Any]] = []
-    for done, feature in enumerate(features):
-        run.context.progress("remove features", done, len(features))
+    for feature in run.each("remove features", features):
         one = partial(
             _removed,
             held,
@@ -133,7 +132,6 @@ def trials(
         found = kept(f"removed-{feature.site.short}-{feature.latent}", one)
         left += found[0]
         effects += found[1]
-    run.context.progress("remove features", len(features), len(features))
     return pd.DataFrame(left), pd.DataFrame(effects)
 
 
@@ -213,8 +211,7 @@ def _readers(
         for label, site in reading_sites(run, feature, ahead).items():
             wanted.setdefault(site, []).append((label, feature))
     found: dict[FeatureId, list[Reader]] = {feature: [] for feature in features}
-    for done, (site, asked) in enumerate(sorted(wanted.items())):
-        run.context.progress("fit readers", done, len(wanted))
+    for site, asked in run.each("fit readers", sorted(wanted.items())):
         x = read_rows(run.store, site, rows)
         a = torch.stack([activity[feature] for _, feature in asked], dim=1)
         readings = [*_linear_readers(x, a), *_latent_readers(run, site, asked, x, a, seconds)]

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from data.model.language_model import LanguageModel
-from data.tokens import RowFilters
 from featureflow.sites import parse_site
 from pipeline.cli import run_command
 from pipeline.lenses import attribution, size_vs_use
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.held_out import choose_contexts
 from pipeline.run import Run
 
@@ -33,7 +33,7 @@ def test_without_blocks_every_score_is_the_inner_product(
                 for weight in part.parameters():
                     weight.zero_()
     monkeypatch.setitem(run.__dict__, "exact_model", model)
-    contexts = choose_contexts(run.store, 100, filters=RowFilters(), seed=0)
+    contexts = choose_contexts(run, Sampled(), 100)
     config = attribution.Config(n_rounds=1, n_checked=4)
     pair = attribution.Pair.of(run, L1, L2, contexts, config)
     latent, g = pair.drawn[0]
@@ -65,7 +65,7 @@ def test_use_is_what_removal_costs_and_size_a_share_of_variance(run: Run) -> Non
     finding = size_vs_use.look(run, size_vs_use.Config(n_tokens=300, n_checked=20))
     assert finding.headline["spearman use and removal"] > 0.8
     site = parse_site("L1.mlp")
-    contexts = choose_contexts(run.store, 300, filters=RowFilters(), seed=0)
+    contexts = choose_contexts(run, Sampled(), 300)
     with torch.no_grad():
         x = run.exact_model.activations(contexts.ids, [site])[site][contexts.spliced]
     z = run.saes[site].encode(x).numpy()

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from featureflow.errors import UserError
-from featureflow.progress import silent
 from featureflow.sites import FeatureId, Site
 from pipeline.flow.queries import ChainStep
 from pipeline.lenses.early_detection import Config, look
@@ -50,7 +49,7 @@ def planted_run(length: int = 4) -> SimpleNamespace:
         saes=saes,
         held_out=held_out,
         tokens=SimpleNamespace(document=np.repeat([0, 1], 500)),
-        context=SimpleNamespace(progress=silent),
+        each=lambda label, items: items,
         artifact=lambda stage: SimpleNamespace(path=stage),
     )
 

@@ -18,7 +18,7 @@ from featureflow.sites import Site, parse_site
 from pipeline.artifact import Artifact
 from pipeline.context import RunContext
 from pipeline.lenses import loss_recovered, reconstruction
-from pipeline.lenses.base import LensConfig, find_lens, run_lens
+from pipeline.lenses.base import LensConfig, Sampled, find_lens, run_lens
 from pipeline.lenses.loss_recovered import Spliced, measure_recovery
 from pipeline.lenses.parts.held_out import choose_contexts, choose_rows
 from pipeline.run import Run
@@ -128,7 +128,7 @@ def test_the_pca_baseline_is_that_of_the_rows_used(collected, tmp_path):
     store = ActivationStore.open(collected.path / "store.zarr")
 
     def rows_of(split):
-        blocks = choose_rows(store, split, 600, filters=RowFilters(), seed=0)
+        blocks = choose_rows(Run.of({"collect": collected}), Sampled(), 600, split=split)
         return np.concatenate(
             [store.read(Site(1, "resid_post"), 0, store.n_rows)[b] for b in blocks]
         ).astype(np.float64)
@@ -145,19 +145,19 @@ def test_the_pca_baseline_is_that_of_the_rows_used(collected, tmp_path):
 def test_rows_come_from_held_out_documents_only_and_as_many_as_asked(collected):
     store = ActivationStore.open(collected.path / "store.zarr")
     for split, n in (("validation", 333), ("train", 500)):
-        rows = np.concatenate(choose_rows(store, split, n, filters=RowFilters(), seed=3))
+        rows = np.concatenate(
+            choose_rows(Run.of({"collect": collected}), Sampled(seed=3), n, split=split)
+        )
         assert len(rows) == n == len(set(rows.tolist()))
         assert ((rows >= store.validation_start) == (split == "validation")).all()
         assert (store.tokens().flags[rows] == 0).all()
-    everything = np.concatenate(
-        choose_rows(store, "validation", 10**9, filters=RowFilters(), seed=3)
-    )
+    everything = np.concatenate(choose_rows(Run.of({"collect": collected}), Sampled(seed=3), 10**9))
     assert (everything == store.kept_rows("validation")).all()
 
 
 def test_loss_is_counted_where_an_ordinary_token_follows_a_spliced_one(collected, model):
     store = ActivationStore.open(collected.path / "store.zarr")
-    contexts = choose_contexts(store, 10**9, filters=RowFilters(), seed=0)
+    contexts = choose_contexts(Run.of({"collect": collected}), Sampled(), 10**9)
     special = torch.tensor(sorted(model.tokenizer.special_ids))
     before, following = contexts.spliced[:, :-1], torch.isin(contexts.ids[:, 1:], special)
     assert (before & following).any()
@@ -172,7 +172,7 @@ def test_recovery_equals_a_plain_loop_over_whole_forward_passes(collected, model
     """The oracle edits the running model from the first block on, one context at a time, and counts
     by hand."""
     store = ActivationStore.open(collected.path / "store.zarr")
-    contexts = choose_contexts(store, 90, filters=RowFilters(), seed=1)
+    contexts = choose_contexts(Run.of({"collect": collected}), Sampled(seed=1), 90)
     place, sae, mean = parse_site(site), rough(5), torch.randn(D)
     found = measure_recovery(
         model, [Spliced(name="x", site=place, sae=sae, mean=mean)], contexts, n_resamples=20, seed=0
@@ -266,11 +266,11 @@ def test_a_limit_on_norms_holds_for_the_rows_measured_too(collected):
     store = ActivationStore.open(collected.path / "store.zarr")
     site, filters = Site(2, "resid_post"), RowFilters(max_norm_ratio=1.0)
     rows = np.concatenate(
-        choose_rows(store, "validation", 10**9, filters=filters, seed=0, sites=[site])
+        choose_rows(Run.of({"collect": collected}), Sampled(filters=filters), 10**9, sites=[site])
     )
     norms = np.linalg.norm(store.read(site, 0, store.n_rows).astype(np.float64), axis=1)
     median = np.median(norms[store.tokens().flags == 0])
-    ordinary = np.concatenate(choose_rows(store, "validation", 10**9, filters=RowFilters(), seed=0))
+    ordinary = np.concatenate(choose_rows(Run.of({"collect": collected}), Sampled(), 10**9))
     assert set(rows) == set(ordinary[norms[ordinary] <= median * 1.0001]) != set(ordinary)
 
 

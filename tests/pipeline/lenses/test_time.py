@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 import torch
 
-from data.tokens import FLAG_BOS, RowFilters
+from data.tokens import FLAG_BOS
 from featureflow.sites import parse_site
 from pipeline.lenses import time
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.held_out import choose_rows
 from pipeline.lenses.parts.read_out import Vocabulary, later
 from pipeline.lenses.translators import fit
@@ -74,7 +75,7 @@ def test_lifts_are_those_of_a_plain_count(run: Run) -> None:
     text = run.model.tokenizer.token_text
     assert text(frequent).strip() in words
     assert row["at"] == 2
-    chosen = np.concatenate(choose_rows(store, "validation", 1500, filters=RowFilters(), seed=0))
+    chosen = np.concatenate(choose_rows(run, Sampled(), 1500))
     there = later(run, chosen, 2)
     known = there >= 0
     ten = Vocabulary(run).promoted(sae.W_dec[latent : latent + 1].detach() @ A.float())[0]
