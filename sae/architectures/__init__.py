@@ -1,5 +1,4 @@
-"""The ways to train a dictionary. Each is one file with the few choices it owns; `base` is what
-they share.
+"""The ways to train a dictionary. Each owns its few choices; `base` is what they share.
 
 A new architecture is one new file with a frozen model that satisfies `base.Architecture`: here with
 a line below, or in any package under the entry point group `featureflow.architectures`.
@@ -11,13 +10,12 @@ from typing import Annotated
 
 from featureflow.settings import ByKind
 from sae.architectures.base import Architecture
-from sae.architectures.batch_topk import BatchTopK
 from sae.architectures.codebook import Codebook
 from sae.architectures.gated import GatedL1
 from sae.architectures.jump_relu import JumpRelu
 from sae.architectures.matryoshka import MatryoshkaBatchTopK
 from sae.architectures.relu_l1 import ReluL1
-from sae.architectures.topk import TopK
+from sae.architectures.topk import BatchTopK, TopK
 
 AnyArchitecture = Annotated[
     TopK | BatchTopK | MatryoshkaBatchTopK | JumpRelu | ReluL1 | GatedL1 | Codebook,

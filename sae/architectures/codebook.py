@@ -23,7 +23,7 @@ from torch import Tensor
 from typing_extensions import Doc
 
 from sae.activations import Activation
-from sae.architectures.dense import Forward, differentiated
+from sae.architectures.dense import Differentiated, Forward
 from sae.architectures.topk import KLargest
 from sae.step import Pass, Situation, Weights
 
@@ -45,7 +45,7 @@ class Codes(Activation):
         return replace(self, size=self.size * gain)
 
 
-class Codebook(KLargest):
+class Codebook(Differentiated, KLargest):
     """k codes per token, on or off, and one scale for the site."""
 
     k: Annotated[int, Gt(0), Doc("codes per token")] = 8
@@ -59,25 +59,21 @@ class Codebook(KLargest):
     def prepared(self, weights: Weights) -> Weights:
         return weights
 
-    def gradients(
-        self,
-        weights: Weights,
-        x: Float[Tensor, "token d_in"],
-        y: Float[Tensor, "token d_out"] | None,
-        now: Situation,
-    ) -> Pass:
-        def forward(leaves: Weights, pre: Tensor, target: Tensor, base: Tensor) -> Forward:
-            scale = self._scale(leaves)
-            z = _straight_through(pre, scale, self.k)
-            error = z @ leaves["W_dec"] + base - target
-            penalties = {}
-            if self.auxk_weight and bool(now.dead.any()):
-                penalties["auxiliary"] = self.auxk_weight * self._auxiliary(
-                    leaves, pre[:, now.dead], now.dead, -error.detach(), scale
-                )
-            return Forward(latents=z, error=error, penalties=penalties)
+    def forward(
+        self, leaves: Weights, pre: Tensor, target: Tensor, base: Tensor, now: Situation
+    ) -> Forward:
+        scale = self._scale(leaves)
+        z = _straight_through(pre, scale, self.k)
+        error = z @ leaves["W_dec"] + base - target
+        penalties = {}
+        if self.auxk_weight and bool(now.dead.any()):
+            penalties["auxiliary"] = self.auxk_weight * self._auxiliary(
+                leaves, pre[:, now.dead], now.dead, -error.detach(), scale
+            )
+        return Forward(latents=z, error=error, penalties=penalties)
 
-        found = differentiated(weights, x, y, forward)
+    def gradients(self, weights: Weights, x: Tensor, y: Tensor | None, now: Situation) -> Pass:
+        found = Differentiated.gradients(self, weights, x, y, now)
         found.gradients["b_enc"].zero_()  # codes are chosen by the inner product alone
         return found
 

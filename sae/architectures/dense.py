@@ -7,7 +7,6 @@ takes what is left to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -31,39 +30,53 @@ class Forward:
     penalties: dict[str, Tensor]
 
 
-def differentiated(
-    weights: Weights,
-    x: Float[Tensor, "token d_in"],
-    y: Float[Tensor, "token d_out"] | None,
-    forward: Callable[[Weights, Float[Tensor, "token latent"], Tensor, Tensor], Forward],
-) -> Pass:
-    """Run `forward(weights, pre_activations, target, base)` and differentiate the sum of its
-    losses. `base` is what a reconstruction adds to `z W_dec`: the bias, and the linear part of a
-    skip transcoder."""
-    leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-    target = x if y is None else y
-    with torch.enable_grad():
-        centred = x - leaves["b_dec"] if y is None else x
-        base = (
-            leaves["b_dec"]
-            if "W_skip" not in leaves
-            else leaves["b_dec"] + F.linear(x, leaves["W_skip"])
+class Differentiated(Settings):
+    """What `forward` makes of the pre-activations is differentiated by PyTorch."""
+
+    def forward(
+        self,
+        leaves: Weights,
+        pre: Float[Tensor, "token latent"],
+        target: Float[Tensor, "token d_out"],
+        base: Float[Tensor, "*token d_out"],
+        now: Situation,
+    ) -> Forward:
+        """`base` is what a reconstruction adds to `z W_dec`: the bias, and the linear part of a
+        skip transcoder."""
+        raise NotImplementedError
+
+    def gradients(
+        self,
+        weights: Weights,
+        x: Float[Tensor, "token d_in"],
+        y: Float[Tensor, "token d_out"] | None,
+        now: Situation,
+    ) -> Pass:
+        leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        target = x if y is None else y
+        with torch.enable_grad():
+            centred = x - leaves["b_dec"] if y is None else x
+            base = (
+                leaves["b_dec"]
+                if "W_skip" not in leaves
+                else leaves["b_dec"] + F.linear(x, leaves["W_skip"])
+            )
+            pre = F.linear(centred, leaves["W_enc"], leaves["b_enc"])
+            out = self.forward(leaves, pre, target, base, now)
+            losses = {"reconstruction": out.error.square().mean()} | out.penalties
+            total = torch.stack(list(losses.values())).sum()
+            found = torch.autograd.grad(
+                total, list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
+        active = out.latents.detach() > 0
+        return Pass(
+            losses={name: loss.detach() for name, loss in losses.items()},
+            gradients=dict(zip(leaves, found, strict=True)),
+            fired=active.any(0),
+            n_active=active.sum(),
+            squared_error=out.error.detach().square().sum(),
+            squared_target=target.square().sum(),
         )
-        out = forward(leaves, F.linear(centred, leaves["W_enc"], leaves["b_enc"]), target, base)
-        losses = {"reconstruction": out.error.square().mean()} | out.penalties
-        total = torch.stack(list(losses.values())).sum()
-        found = torch.autograd.grad(
-            total, list(leaves.values()), allow_unused=True, materialize_grads=True
-        )
-    active = out.latents.detach() > 0
-    return Pass(
-        losses={name: loss.detach() for name, loss in losses.items()},
-        gradients=dict(zip(leaves, found, strict=True)),
-        fired=active.any(0),
-        n_active=active.sum(),
-        squared_error=out.error.detach().square().sum(),
-        squared_target=target.square().sum(),
-    )
 
 
 def too_many(target_l0: float, n_latents: int) -> list[str]:
@@ -71,7 +84,7 @@ def too_many(target_l0: float, n_latents: int) -> list[str]:
     return [f"target_l0 = {target_l0} of {n_latents} latents"] if target_l0 > n_latents else []
 
 
-class Penalised(Settings):
+class Penalised(Differentiated):
     """An L1 penalty that is steered to a target."""
 
     target_l0: Annotated[

@@ -16,12 +16,11 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sae.activations import Activation, Gated
-from sae.architectures.dense import Forward, Penalised, differentiated
-from sae.step import Pass, Situation, Weights
+from sae.architectures.dense import Forward, Penalised
+from sae.step import Situation, Weights
 
 
 class GatedL1(Penalised):
@@ -34,29 +33,18 @@ class GatedL1(Penalised):
     def extra_parameters(self, n_latents: int) -> Weights:
         return {"log_gain": torch.zeros(n_latents), "magnitude_bias": torch.zeros(n_latents)}
 
-    def gradients(
-        self,
-        weights: Weights,
-        x: Float[Tensor, "token d_in"],
-        y: Float[Tensor, "token d_out"] | None,
-        now: Situation,
-    ) -> Pass:
-        coefficient = self.coefficient(now)
-
-        def forward(leaves: Weights, pre: Tensor, target: Tensor, base: Tensor) -> Forward:
-            gate = pre.relu()
-            magnitude = (leaves["log_gain"].exp() * pre + leaves["magnitude_bias"]).relu()
-            z = torch.where(pre > 0, magnitude, 0.0)
-            by_gate = gate @ leaves["W_dec"].detach() + base.detach() - target
-            penalties = {
-                "sparsity": coefficient * gate.sum(1).mean() / target.shape[1],
-                "gate": by_gate.square().mean(),
-            }
-            return Forward(
-                latents=z, error=z @ leaves["W_dec"] + base - target, penalties=penalties
-            )
-
-        return differentiated(weights, x, y, forward)
+    def forward(
+        self, leaves: Weights, pre: Tensor, target: Tensor, base: Tensor, now: Situation
+    ) -> Forward:
+        gate = pre.relu()
+        magnitude = (leaves["log_gain"].exp() * pre + leaves["magnitude_bias"]).relu()
+        z = torch.where(pre > 0, magnitude, 0.0)
+        by_gate = gate @ leaves["W_dec"].detach() + base.detach() - target
+        penalties = {
+            "sparsity": self.coefficient(now) * gate.sum(1).mean() / target.shape[1],
+            "gate": by_gate.square().mean(),
+        }
+        return Forward(latents=z, error=z @ leaves["W_dec"] + base - target, penalties=penalties)
 
     def activation(self, weights: Weights, threshold: float) -> Activation:
         return Gated(gain=weights["log_gain"].exp(), offset=weights["magnitude_bias"])

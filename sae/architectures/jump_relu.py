@@ -20,19 +20,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Gt
-from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Doc
 
-from featureflow.settings import Settings
 from sae.activations import Activation, Threshold
-from sae.architectures.dense import Forward, differentiated, too_many
-from sae.step import Pass, Situation, Weights
+from sae.architectures.dense import Differentiated, Forward, too_many
+from sae.step import Situation, Weights
 
 _TANH_SLOPE = 4.0
 
 
-class JumpRelu(Settings):
+class JumpRelu(Differentiated):
     """A threshold per latent, trained with the rest."""
 
     target_l0: Annotated[float, Gt(0), Doc("latents per token, on average")] = 32.0
@@ -69,25 +67,18 @@ class JumpRelu(Settings):
     def prepared(self, weights: Weights) -> Weights:
         return weights
 
-    def gradients(
-        self,
-        weights: Weights,
-        x: Float[Tensor, "token d_in"],
-        y: Float[Tensor, "token d_out"] | None,
-        now: Situation,
-    ) -> Pass:
-        def forward(leaves: Weights, pre: Tensor, target: Tensor, base: Tensor) -> Forward:
-            fires = _Step.apply(pre, leaves["theta"], self.bandwidth)
-            z = pre * fires
-            penalties = {"sparsity": self._sparsity(z, fires, leaves["W_dec"], now)}
-            if bool(now.dead.any()):
-                short = (leaves["theta"] - pre)[:, now.dead].relu()
-                penalties["dead"] = self.dead_penalty * short.mean()
-            return Forward(
-                latents=z.detach(), error=z @ leaves["W_dec"] + base - target, penalties=penalties
-            )
-
-        return differentiated(weights, x, y, forward)
+    def forward(
+        self, leaves: Weights, pre: Tensor, target: Tensor, base: Tensor, now: Situation
+    ) -> Forward:
+        on = _Step.apply(pre, leaves["theta"], self.bandwidth)
+        z = pre * on
+        penalties = {"sparsity": self._sparsity(z, on, leaves["W_dec"], now)}
+        if bool(now.dead.any()):
+            short = (leaves["theta"] - pre)[:, now.dead].relu()
+            penalties["dead"] = self.dead_penalty * short.mean()
+        return Forward(
+            latents=z.detach(), error=z @ leaves["W_dec"] + base - target, penalties=penalties
+        )
 
     def activation(self, weights: Weights, threshold: float) -> Activation:
         return Threshold(theta=weights["theta"])
@@ -98,9 +89,9 @@ class JumpRelu(Settings):
     def raised(self, weights: Weights, by: float) -> Weights:
         return weights | {"theta": (weights["theta"] + by).clamp_min(0)}
 
-    def _sparsity(self, z: Tensor, fires: Tensor, W_dec: Tensor, now: Situation) -> Tensor:
+    def _sparsity(self, z: Tensor, on: Tensor, W_dec: Tensor, now: Situation) -> Tensor:
         if self.sparsity == "quadratic":
-            return self.penalty * (fires.sum(1).mean() / self.target_l0 - 1).square()
+            return self.penalty * (on.sum(1).mean() / self.target_l0 - 1).square()
         soft = torch.tanh(_TANH_SLOPE * z * W_dec.norm(dim=1))
         return 0.1 * self.penalty * now.pressure * soft.sum(1).mean() / W_dec.shape[1]
 

@@ -16,13 +16,10 @@ from pydantic import model_validator
 from torch import Tensor
 from typing_extensions import Doc
 
-from sae.activations import Activation, Threshold
-from sae.architectures.topk import KLargest
-from sae.kernels.select import Selection, WholeBatch
-from sae.step import Weights
+from sae.architectures.topk import LargestOfBatch
 
 
-class MatryoshkaBatchTopK(KLargest):
+class MatryoshkaBatchTopK(LargestOfBatch):
     """Nested dictionaries: `fractions` of the latents, each prefix holding the ones before it."""
 
     fractions: Annotated[
@@ -38,10 +35,6 @@ class MatryoshkaBatchTopK(KLargest):
             )
         return self
 
-    @property
-    def selection(self) -> Selection:
-        return WholeBatch(k=self.k)
-
     def group_ends(self, n_latents: int) -> tuple[int, ...]:
         """Widths of the prefixes; the last is `n_latents`."""
         ends = [round(end * n_latents) for end in itertools.accumulate(self.fractions)]
@@ -56,6 +49,3 @@ class MatryoshkaBatchTopK(KLargest):
 
     def prefixes(self, n_latents: int) -> Int[Tensor, "group"]:
         return torch.tensor(self.group_ends(n_latents))
-
-    def activation(self, weights: Weights, threshold: float) -> Activation:
-        return Threshold(theta=torch.full_like(weights["b_enc"], threshold))

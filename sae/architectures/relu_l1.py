@@ -12,12 +12,11 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sae.activations import Activation, Relu
-from sae.architectures.dense import Forward, Penalised, differentiated
-from sae.step import Pass, Situation, Weights
+from sae.architectures.dense import Forward, Penalised
+from sae.step import Situation, Weights
 
 
 class ReluL1(Penalised):
@@ -30,26 +29,15 @@ class ReluL1(Penalised):
     def extra_parameters(self, n_latents: int) -> Weights:
         return {}
 
-    def gradients(
-        self,
-        weights: Weights,
-        x: Float[Tensor, "token d_in"],
-        y: Float[Tensor, "token d_out"] | None,
-        now: Situation,
-    ) -> Pass:
-        coefficient = self.coefficient(now)
-
-        def forward(leaves: Weights, pre: Tensor, target: Tensor, base: Tensor) -> Forward:
-            z = pre.relu()
-            length = z * leaves["W_dec"].norm(dim=1)
-            penalty = coefficient * length.sum(1).mean() / target.shape[1]
-            return Forward(
-                latents=z,
-                error=z @ leaves["W_dec"] + base - target,
-                penalties={"sparsity": penalty},
-            )
-
-        return differentiated(weights, x, y, forward)
+    def forward(
+        self, leaves: Weights, pre: Tensor, target: Tensor, base: Tensor, now: Situation
+    ) -> Forward:
+        z = pre.relu()
+        length = z * leaves["W_dec"].norm(dim=1)
+        penalty = self.coefficient(now) * length.sum(1).mean() / target.shape[1]
+        return Forward(
+            latents=z, error=z @ leaves["W_dec"] + base - target, penalties={"sparsity": penalty}
+        )
 
     def activation(self, weights: Weights, threshold: float) -> Activation:
         return Relu()

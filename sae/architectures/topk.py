@@ -1,7 +1,9 @@
 """TopK: the k largest pre-activations of each token (Gao et al. 2024, arXiv 2406.04093). L0 is k by
-construction.
+construction. BatchTopK: the k × tokens largest of a whole batch (Bussmann et al. 2024, arXiv
+2412.06410); tokens may use more or fewer than k, and inference has one threshold for all latents,
+set at the end so that held-out activations have k active latents on average.
 
-`KLargest` is what TopK has in common with BatchTopK and Matryoshka. A random start is scaled so
+`KLargest` is what both have in common with Matryoshka. A random start is scaled so
 that its reconstruction is not longer than what it reconstructs: with many active latents for the
 width (k near d), a tied random dictionary adds up to far more than its input, and the first steps
 are spent shrinking.
@@ -18,9 +20,9 @@ from torch import Tensor
 from typing_extensions import Doc
 
 from featureflow.settings import Settings
-from sae.activations import Activation, TopKActivation
+from sae.activations import Activation, Threshold, TopKActivation
 from sae.kernels.codes import decode
-from sae.kernels.select import PerRow, Selection, encode
+from sae.kernels.select import PerRow, Selection, WholeBatch, encode
 from sae.kernels.sparse_step import AuxK, sparse_step
 from sae.step import Pass, Situation, Weights
 
@@ -78,6 +80,23 @@ class KLargest(Settings):
 
     def raised(self, weights: Weights, by: float) -> Weights:
         return weights
+
+
+class LargestOfBatch(KLargest):
+    """The k × tokens largest of a batch; one threshold for all latents in inference."""
+
+    @property
+    def selection(self) -> Selection:
+        return WholeBatch(k=self.k)
+
+    def activation(self, weights: Weights, threshold: float) -> Activation:
+        return Threshold(theta=torch.full_like(weights["b_enc"], threshold))
+
+
+class BatchTopK(LargestOfBatch):
+    """k latents per token on average over a batch; a threshold in inference."""
+
+    kind: Literal["batch_topk"] = "batch_topk"
 
 
 class TopK(KLargest):
