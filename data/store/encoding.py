@@ -42,11 +42,16 @@ def encode(rows: Tensor | np.ndarray, dtype: StoredDtype) -> np.ndarray:
     return rows.view(torch.uint16).numpy() if dtype == "bfloat16" else rows.numpy()
 
 
-def decode(stored: np.ndarray, dtype: StoredDtype) -> Float[np.ndarray, "row d_model"]:
-    """float32 values of stored rows (not int8)."""
+def decode(
+    stored: np.ndarray, dtype: StoredDtype, *, out: Float[np.ndarray, "row d_model"] | None = None
+) -> Float[np.ndarray, "row d_model"]:
+    """float32 values of stored rows (not int8), in `out` if it is given."""
+    out = np.empty(stored.shape, np.float32) if out is None else out
     if dtype == "bfloat16":
-        return np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
-    return stored.astype(np.float32)
+        np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        out[...] = stored
+    return out
 
 
 MOST_LOST = 1e-3

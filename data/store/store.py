@@ -202,8 +202,14 @@ class ActivationStore:
                 ((last - first) * chunk, layout.width), dtype=self.layout.rows_array(layout).dtype
             )
             self.read_stored(layout, first, stored)
-            values = self.decoded(layout, stored, first * chunk)
-            out[row - start : end - start] = values[row - first * chunk : end - first * chunk]
+            here, wanted = (
+                slice(row - start, end - start),
+                slice(row - first * chunk, end - first * chunk),
+            )
+            if self.layout.dtype == "int8":
+                out[here] = self.decoded(layout, stored, first * chunk)[wanted]
+            else:
+                decode(stored[wanted], self.layout.dtype, out=out[here])
             row = end
         return out
 

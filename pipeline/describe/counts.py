@@ -16,11 +16,10 @@ A rule is about all activations or about strong ones (`Counts.about`); then five
 activations on each part of the documents, Σa held out, and the negatives that are hardest to tell:
 near-misses, or activations that are not strong.
 
-`Counts` is sparse: sorted unique keys `latent · n_values + value`. To count entries, each one
-becomes a single 64-bit number `key | code | Σa`, and these are sorted: one sort of plain numbers is
-several times faster than sorting an index and gathering nine columns by it. Tables merge by sums,
-so chunks, workers and machines may be joined in any order; since merging costs more than counting,
-entries are collected (`Entries.joined`) until there are many.
+`Counts` is sparse: sorted unique keys `latent · n_values + value`. Entries are counted latent by
+latent into one small table (pipeline/describe/loops.py). Tables merge by sums, so chunks, workers
+and machines may be joined in any order; since merging costs more than counting, entries are
+collected (`Entries.joined`) until there are many.
 """
 
 from __future__ import annotations
@@ -33,8 +32,9 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float32, Float64, Int32, Int64, UInt8, UInt32
 
-from pipeline.describe.corpus import CHOOSING, HELD_OUT, PROPOSING
+from pipeline.describe.corpus import HELD_OUT
 from pipeline.describe.encoder import Activations
+from pipeline.describe.loops import by_latent, count_values
 
 COLUMNS = (
     "n_propose",
@@ -49,8 +49,7 @@ COLUMNS = (
 )
 PROPOSE, CHOOSE, HELD, MASS, NEGATIVE = range(5)
 Target = Literal["all", "strong"]
-_NEAR, _N_CODES = 6, 7
-_CODE_BITS, _MASS_BITS = 3, 32
+_NEAR = 6
 _AT_ONCE = 1 << 20
 _DENSE = 1 << 21
 
@@ -207,6 +206,15 @@ class Entries:
             latent=self.latent[here], row=self.row[here], mass=self.mass[here], code=self.code[here]
         )
 
+    def taken(self, order: Int64[np.ndarray, "entry"]) -> Entries:
+        """Some of the entries, in this order."""
+        return Entries(
+            latent=self.latent[order],
+            row=self.row[order],
+            mass=self.mass[order],
+            code=self.code[order],
+        )
+
     @classmethod
     def joined(cls, parts: Sequence[Entries]) -> Entries:
         """All entries of at least one part, one part after the other."""
@@ -232,108 +240,36 @@ def count(
     everything stays in the processor's cache and in memory already at hand: fresh memory for large
     arrays costs as much as the counting."""
     pieces: dict[str, list[Counts]] = {name: [] for name in attributes}
-    most_values = max(attribute.n_values for attribute in attributes.values())
-    for low, high in _latent_ranges(sum(map(len, parts)), n_latents, most_values):
+    slots = {name: np.full(each.n_values, -1, np.int32) for name, each in attributes.items()}
+    for low, high in _latent_ranges(sum(map(len, parts)), n_latents):
         entries = Entries.joined([part.between(low, high) for part in parts])
+        start, order = np.zeros(high - low + 1, np.int64), np.empty(len(entries), np.int64)
+        by_latent(entries.latent - np.int32(low), start, order)
+        entries = entries.taken(order)
         for name, attribute in attributes.items():
-            pieces[name].append(
-                _count_range(entries, attribute.of_row[entries.row], low, high, attribute.n_values)
-            )
+            pieces[name].append(_count_range(entries, start, attribute.of_row, slots[name]))
     return {name: _joined(found, n_latents) for name, found in pieces.items()}
 
 
-def _latent_ranges(n_entries: int, n_latents: int, n_values: int) -> Iterator[tuple[int, int]]:
-    """Ranges of latents with about _AT_ONCE entries each, and keys that fit beside code and Σa."""
-    most = (1 << (64 - _CODE_BITS - _MASS_BITS)) // n_values
-    size = max(1, min(most, n_latents * _AT_ONCE // max(n_entries, 1)))
+def _latent_ranges(n_entries: int, n_latents: int) -> Iterator[tuple[int, int]]:
+    """Ranges of latents with about _AT_ONCE entries each."""
+    size = max(1, n_latents * _AT_ONCE // max(n_entries, 1))
     return ((low, min(low + size, n_latents)) for low in range(0, n_latents, size))
 
 
-def _count_range(entries: Entries, value: np.ndarray, low: int, high: int, n_values: int) -> Counts:
-    """The pairs of latents `low` to below `high`, numbered from 0."""
-    keep = slice(None) if value.min(initial=0) >= 0 else value >= 0
-    latent, value = entries.latent[keep] - np.int32(low), value[keep]
-    mass, code = entries.mass[keep], entries.code[keep]
-    n_latents = high - low
-    key, n, total = (
-        _by_counting(latent, value, mass, code, n_latents, n_values)
-        if n_latents * n_values <= _DENSE
-        else _by_sorting(latent, value, mass, code, n_values)
-    )
-    return Counts(n_latents=n_latents, n_values=n_values, key=key, columns=_columns_of(n, total))
-
-
-def _by_counting(
-    latent: np.ndarray,
-    value: np.ndarray,
-    mass: np.ndarray,
-    code: np.ndarray,
-    n_latents: int,
-    n_values: int,
-) -> tuple[
-    Int64[np.ndarray, "pair"], Float64[np.ndarray, "code pair"], Float64[np.ndarray, "code pair"]
-]:
-    """Few possible pairs: count into arrays of all of them, no sort."""
-    size = n_latents * n_values
-    place = code.astype(np.int64) * size + latent.astype(np.int64) * n_values + value
-    n = np.bincount(place, minlength=_N_CODES * size).reshape(_N_CODES, size)
-    total = np.bincount(place, weights=mass, minlength=_N_CODES * size).reshape(_N_CODES, size)
-    pairs = np.flatnonzero(n.any(axis=0))
-    return pairs, n[:, pairs].astype(np.float64), total[:, pairs]
-
-
-def _by_sorting(
-    latent: np.ndarray, value: np.ndarray, mass: np.ndarray, code: np.ndarray, n_values: int
-) -> tuple[
-    Int64[np.ndarray, "pair"], Float64[np.ndarray, "code pair"], Float64[np.ndarray, "code pair"]
-]:
-    """Every entry as one number `key | code | Σa`, sorted."""
-    packed = latent.astype(np.uint64) * np.uint64(n_values)
-    packed += value.astype(np.uint64)
-    packed <<= np.uint64(_CODE_BITS)
-    packed |= code
-    packed <<= np.uint64(_MASS_BITS)
-    packed |= mass.view(np.uint32)
-    packed.sort()
-    if not len(packed):
-        return np.zeros(0, np.int64), np.zeros((_N_CODES, 0)), np.zeros((_N_CODES, 0))
-    group = (packed >> np.uint64(_MASS_BITS)).astype(np.uint32)
-    starts = np.flatnonzero(np.concatenate([[True], group[1:] != group[:-1]]))
-    key, code = (
-        group[starts] >> np.uint32(_CODE_BITS),
-        group[starts] & np.uint32((1 << _CODE_BITS) - 1),
-    )
-    new = np.concatenate([[True], key[1:] != key[:-1]])
-    n, total = np.zeros((2, _N_CODES, int(new.sum())))
-    place = (
-        code.astype(np.int64) * n.shape[1] + np.cumsum(new) - 1
-    )  # a pair has at most one group of each code
-    n.ravel()[place] = np.diff(starts, append=len(group))
-    total.ravel()[place] = np.add.reduceat(
-        packed.astype(np.uint32).view(np.float32).astype(np.float64), starts
-    )
-    return key[new].astype(np.int64), n, total
-
-
-def _columns_of(
-    n: Float64[np.ndarray, "code pair"], mass: Float64[np.ndarray, "code pair"]
-) -> tuple[Float64[np.ndarray, "pair"], ...]:
-    """COLUMNS from numbers by code."""
-    propose, choose, held = (
-        2 * PROPOSING,
-        2 * CHOOSING,
-        2 * HELD_OUT,
-    )  # the weaker activations; the strong ones come after
-    return (
-        n[propose] + n[propose + 1],
-        n[propose + 1],
-        n[choose] + n[choose + 1],
-        n[choose + 1],
-        n[held] + n[held + 1],
-        n[held + 1],
-        mass[held] + mass[held + 1],
-        n[_NEAR],
-        mass[propose] + mass[propose + 1] + mass[choose] + mass[choose + 1],
+def _count_range(
+    entries: Entries,
+    start: Int64[np.ndarray, "latent_and_one"],
+    of_row: Int32[np.ndarray, "row"],
+    slot: Int32[np.ndarray, "value"],
+) -> Counts:
+    """The pairs of some latents, numbered from 0, from their entries in order of latents."""
+    n_latents, n_values = len(start) - 1, len(slot)
+    most = min(len(entries), n_latents * n_values)
+    key, columns = np.empty(most, np.int64), np.empty((len(COLUMNS), most))
+    n = count_values(start, entries.row, entries.code, entries.mass, of_row, slot, key, columns)
+    return Counts(
+        n_latents=n_latents, n_values=n_values, key=key[:n], columns=tuple(columns[:, :n])
     )
 
 

@@ -4,8 +4,8 @@ that was nearly active.
 1. pre-activations of a block of rows: `(x − b_in) W_encᵀ + b_enc`; the product may run in bfloat16
    (four times faster on
    CPUs that have it; activations are then exact to about 0.4 %), the rest in float32;
-2. TopK: a bound from the maxima of groups of latents leaves few candidates, and one sort of these
-   gives the k largest and the few below them, which are the near-misses.
+2. TopK: the k largest of a row (sae/kernels/select.py) and the few below them, which are the
+   near-misses.
    Thresholds: everything above `theta` is active, what lies within `_NEAR` of it nearly. ReLU and
    gated dictionaries have no near-misses, since they are active at the smallest excess;
 3. the entries are sorted by latent, then row.
@@ -26,14 +26,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
+from pipeline.describe.loops import by_latent, split_by_rank
 from sae import Sae
 from sae.activations import Threshold, TopKActivation
+from sae.kernels.select import largest_of_rows
 
 Precision = Literal["float32", "bfloat16"]
 _NEAR = 0.25
 _NEAR_PER_ROW = 8
 _BLOCK = 1024  # rows whose activations stay in the cache between the product and the search
-_LATENT_BITS = 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -133,40 +134,16 @@ def _top_k(
 ) -> tuple[_Entries, _Entries]:
     """The k largest are active where positive; of the next `_NEAR_PER_ROW`, the positive ones
     nearly are. The last active one says what being active took. Of equals the first wins."""
-    n = pre.shape[1]
-    wide = min(n, k + _NEAR_PER_ROW)
-    values = pre.numpy()
-    candidate = np.flatnonzero(values >= _below_the_largest(pre, wide)[:, None])
-    value = values.ravel()[candidate]
-    candidate, value = candidate[value > 0], value[value > 0]
-    row, latent = np.divmod(candidate.astype(np.uint32), np.uint32(n))
-    # one number per candidate that sorts by row, then falling value, then latent: sorting it
-    # replaces three gathers
-    packed = (row.astype(np.uint64) << np.uint64(32 + _LATENT_BITS)) | latent
-    packed |= (~value.view(np.uint32)).astype(np.uint64) << np.uint64(_LATENT_BITS)
-    packed.sort()
-    start = np.searchsorted(row, np.arange(len(pre) + 1))
-    place = np.arange(len(row)) - start[row]  # sorting stays inside rows
-    latent = (packed & np.uint64((1 << _LATENT_BITS) - 1)).astype(np.int64)
-    value = (~(packed >> np.uint64(_LATENT_BITS)).astype(np.uint32)).view(np.float32)
-    is_active = place < k
-    near = (place >= k) & (place < wide)
-    edge = value[start[row[near]] + k - 1]
+    wide = min(pre.shape[1], k + _NEAR_PER_ROW)
+    value, latent = (part.numpy() for part in largest_of_rows(pre, wide))
+    rank, gap = np.empty(value.shape, np.int8), np.empty_like(value)
+    split_by_rank(value, k, rank, gap)
+    row = np.repeat(rows, wide).reshape(rank.shape)
+    active, near = rank == 1, rank == 2
     return (
-        _Entries(rows[row[is_active]], latent[is_active], value[is_active]),
-        _Entries(rows[row[near]], latent[near], value[near], (edge - value[near]) / edge),
+        _Entries(row[active], latent[active], value[active]),
+        _Entries(row[near], latent[near], value[near], gap[near]),
     )
-
-
-def _below_the_largest(pre: Float[Tensor, "row latent"], n: int) -> Float32[np.ndarray, "row"]:
-    """A number per row that its n largest entries reach and few others: latents are dealt into
-    groups, and of the groups' maxima the n-th largest is at most the n-th largest entry."""
-    n_groups = 1 << max(7, (3 * n).bit_length())
-    whole = pre.shape[1] // n_groups * n_groups
-    if whole < 2 * n_groups:
-        return np.zeros(len(pre), np.float32)
-    maxima = pre[:, :whole].view(len(pre), -1, n_groups).amax(dim=1).numpy()
-    return np.partition(maxima, n_groups - n, axis=1)[:, n_groups - n]
 
 
 def _above(
@@ -190,16 +167,14 @@ def _sorted(parts: list[_Entries], n_latents: int) -> Activations:
     if not parts:
         return Activations.none(n_latents)
     latent = np.concatenate([p.latent for p in parts])
-    narrow = latent.astype(np.uint16) if n_latents <= 0x10000 else latent
-    order = np.argsort(
-        narrow, kind="stable"
-    )  # rows are ascending already; 16-bit keys take the radix sort
+    start, order = np.zeros(n_latents + 1, np.int64), np.empty(len(latent), np.int64)
+    by_latent(latent, start, order)  # rows are ascending already
     gap = [np.full(len(p.row), np.nan, np.float32) if p.gap is None else p.gap for p in parts]
     return Activations(
-        latent=latent[order].astype(np.int32),
-        row=np.concatenate([p.row for p in parts])[order].astype(np.int64),
-        value=np.concatenate([p.value for p in parts])[order].astype(np.float32),
-        gap=np.concatenate(gap)[order].astype(np.float32),
+        latent=np.repeat(np.arange(n_latents, dtype=np.int32), np.diff(start)),
+        row=np.concatenate([p.row for p in parts])[order].astype(np.int64, copy=False),
+        value=np.concatenate([p.value for p in parts])[order].astype(np.float32, copy=False),
+        gap=np.concatenate(gap)[order].astype(np.float32, copy=False),
         n_latents=n_latents,
     )
 

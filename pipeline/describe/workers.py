@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import as_completed as completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from distributed import Client, as_completed
 
 from pipeline.context import RunContext
+from sae.kernels.memory import kept_memory
 
 Job = Callable[[str], Any]
 """What is done for one site, by short name; it and its result travel to other processes."""
@@ -57,10 +58,7 @@ def _runner(
         yield lambda job, sites: map(job, sites)
         return
     pool = ProcessPoolExecutor(
-        n_processes,
-        mp_context=get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(1,),
+        n_processes, mp_context=get_context("spawn"), initializer=_begin_worker
     )
     try:
         yield lambda job, sites: (
@@ -72,3 +70,12 @@ def _runner(
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
+
+
+def _begin_worker() -> None:
+    """One thread; freed memory stays with the process until it ends."""
+    torch.set_num_threads(1)
+    _memory.enter_context(kept_memory())
+
+
+_memory = ExitStack()

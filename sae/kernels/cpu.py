@@ -33,16 +33,16 @@ _NUMBERS_PER_THREAD = 1 << 15
 _SUMS = {"reassoc", "contract", "nsz", "arcp"}
 
 
-def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Numba's compiler without the lock; without a cache where no folder can be written."""
 
-    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return njit(nogil=True, cache=True, error_model="numpy", **options)(function)
         except RuntimeError:
             return njit(nogil=True, error_model="numpy", **options)(function)
 
-    return compiled
+    return wrapped
 
 
 def in_parts(n: int, numbers: int, work: Callable[[int, int], None]) -> None:
@@ -61,7 +61,7 @@ def _pool(n_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_threads, thread_name_prefix="kernel")
 
 
-@_compiled()
+@compiled()
 def largest_of_rows(
     bits: np.ndarray,
     k: int,
@@ -120,7 +120,7 @@ def largest_of_rows(
                 n_equal -= equal
 
 
-@_compiled()
+@compiled()
 def _kth_largest(key: np.ndarray, n: int, k: int, low: Any, high: Any) -> Any:
     """The k-th largest of the first `n` keys, which lies between `low` and `high`."""
     while low < high:
@@ -135,7 +135,7 @@ def _kth_largest(key: np.ndarray, n: int, k: int, low: Any, high: Any) -> Any:
     return low
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=_SUMS)
 def products_at(
     start: np.ndarray,
     latent: np.ndarray,
@@ -155,7 +155,7 @@ def products_at(
             out[e] = total
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=_SUMS)
 def residual_and_slope(
     start: np.ndarray,
     latent: np.ndarray,
@@ -189,7 +189,7 @@ def residual_and_slope(
             at_z[e] = scale * total
 
 
-@_compiled()
+@compiled()
 def order_by_latent(
     start: np.ndarray, latent: np.ndarray, order: np.ndarray, row: np.ndarray, ends: np.ndarray
 ) -> None:
@@ -207,7 +207,7 @@ def order_by_latent(
             order[place], row[place] = e, r
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=_SUMS)
 def summed_by_latent(
     start: np.ndarray,
     row: np.ndarray,
@@ -233,7 +233,7 @@ def summed_by_latent(
                 total[j] += u * a[j]
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=_SUMS)
 def row_products(
     a: np.ndarray, b: np.ndarray, square: np.ndarray, product: np.ndarray, first: int, last: int
 ) -> None:
@@ -247,7 +247,7 @@ def row_products(
         square[r], product[r] = own, across
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=_SUMS)
 def adam_rows(
     weight: np.ndarray,
     gradient: np.ndarray,
