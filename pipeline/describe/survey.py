@@ -227,7 +227,7 @@ def add_rows(
 def strong_from(rows: Rows, encoder: Encoder, corpus: Corpus) -> Float32[np.ndarray, "latent"]:
     """From where on an activation is among its latent's strongest tenth, estimated on PILOT_ROWS
     rows spread over the corpus before the pass; 0, so that every activation counts, for a latent
-    that did not fire there."""
+    that was not active there."""
     n_parts = 8
     parts = []
     for part in range(n_parts):

@@ -1,15 +1,15 @@
-"""Codes of a layer and of its predecessors → which predecessors fire with each firing feature:
-eight activity groups.
+"""Codes of a layer and of its predecessors → which predecessors are active with each active
+feature: eight activity groups.
 
-1. For every firing of a target feature, look whether its best residual, MLP and attention
-   predecessors fire on the same token. The three answers give one of eight groups, from `nowhere`
-   to `RES&MLP&ATT`.
-2. A group belongs to a firing, not to a feature, so a feature has a distribution over groups
+1. For every activation of a target feature, look whether its best residual, MLP and attention
+   predecessors are active on the same token. The three answers give one of eight groups, from
+   `nowhere` to `RES&MLP&ATT`.
+2. A group belongs to an activation, not to a feature, so a feature has a distribution over groups
    (`distributions`); a layer has shares (`shares`), and two groups share features (`cooccurrence`).
 3. `separation` asks whether a score of the feature's links, such as s(R), differs between two
    groups (Mann–Whitney).
 
-Cost: one look-up per firing. Source: Feature Flow (arXiv 2502.03032) §5.1, Fig. 4, 5, 13 and 14.
+Cost: one look-up an activation. Source: Feature Flow (arXiv 2502.03032) §5.1, Fig. 4, 5, 13 and 14.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ class Predecessors:
 
 @dataclass(frozen=True, kw_only=True)
 class Activity:
-    """Every firing of a layer's features: its latent, its token and its group (a place in
-    `GROUPS`). `looked_at` says which predecessors there were; a firing cannot come from one that
-    was not looked at."""
+    """Every activation of a layer's features: its latent, its token and its group (a place in
+    `GROUPS`). `looked_at` says which predecessors there were; an activation cannot come from one
+    that was not looked at."""
 
-    latent: Int64[np.ndarray, "firing"]
-    token: Int64[np.ndarray, "firing"]
-    group: Int64[np.ndarray, "firing"]
+    latent: Int64[np.ndarray, "activation"]
+    token: Int64[np.ndarray, "activation"]
+    group: Int64[np.ndarray, "activation"]
     n_latents: int
     looked_at: tuple[Relation, ...]
 
@@ -75,12 +75,12 @@ class Activity:
         return np.array([set(MEMBERS[group]) <= set(self.looked_at) for group in GROUPS])
 
     def on_tokens(self, tokens: Int64[np.ndarray, "token"]) -> Activity:
-        """Only the firings on some tokens."""
+        """Only the activations on some tokens."""
         return self._only(np.isin(self.token, tokens))
 
     def one_per_feature(self, rng: np.random.Generator) -> Activity:
-        """One firing, drawn at random, of each feature in each group: samples that do not repeat a
-        feature."""
+        """One activation, drawn at random, of each feature in each group: samples that do not
+        repeat a feature."""
         order = rng.permutation(len(self.latent))
         key = self.latent[order] * len(GROUPS) + self.group[order]
         _, first = np.unique(key, return_index=True)
@@ -88,7 +88,7 @@ class Activity:
         keep[order[first]] = True
         return self._only(keep)
 
-    def _only(self, keep: Bool[np.ndarray, "firing"]) -> Activity:
+    def _only(self, keep: Bool[np.ndarray, "activation"]) -> Activity:
         return Activity(
             latent=self.latent[keep],
             token=self.token[keep],
@@ -99,7 +99,7 @@ class Activity:
 
 
 def activity_groups(target: Codes, predecessors: Mapping[Relation, Predecessors]) -> Activity:
-    """The group of every firing of `target`. All codes must be of the same tokens. Raises
+    """The group of every activation of `target`. All codes must be of the same tokens. Raises
     UserError."""
     _check(target, predecessors)
     n_latents = target.codes.shape[1]
@@ -109,7 +109,7 @@ def activity_groups(target: Codes, predecessors: Mapping[Relation, Predecessors]
     for relation, before in predecessors.items():
         best = before.best[latent]
         bits |= np.where(
-            (best >= 0) & fires_at(before.codes, np.maximum(best, 0), token), _BIT[relation], 0
+            (best >= 0) & active_at(before.codes, np.maximum(best, 0), token), _BIT[relation], 0
         )
     return Activity(
         latent=latent,
@@ -120,27 +120,27 @@ def activity_groups(target: Codes, predecessors: Mapping[Relation, Predecessors]
     )
 
 
-def fires_at(
+def active_at(
     codes: Codes, latent: Int64[np.ndarray, "place"], token: Int64[np.ndarray, "place"]
 ) -> Bool[np.ndarray, "place"]:
-    """Whether each latent fires on its token."""
+    """Whether each latent is active on its token."""
     n_tokens, n_latents = codes.codes.shape
     columns = np.repeat(np.arange(n_latents, dtype=np.int64), np.diff(codes.codes.indptr))
-    fired = np.sort(columns * n_tokens + codes.codes.indices)
+    active = np.sort(columns * n_tokens + codes.codes.indices)
     wanted = latent * n_tokens + token
-    place = np.minimum(np.searchsorted(fired, wanted), max(len(fired) - 1, 0))
-    return fired[place] == wanted if len(fired) else np.zeros(len(wanted), dtype=bool)
+    place = np.minimum(np.searchsorted(active, wanted), max(len(active) - 1, 0))
+    return active[place] == wanted if len(active) else np.zeros(len(wanted), dtype=bool)
 
 
 def counts(activity: Activity) -> Int64[np.ndarray, "latent group"]:
-    """How often each feature fired in each group."""
+    """How often each feature was active in each group."""
     found = np.zeros((activity.n_latents, len(GROUPS)), dtype=np.int64)
     np.add.at(found, (activity.latent, activity.group), 1)
     return found
 
 
 def shares(activity: Activity) -> Float[np.ndarray, "group"]:
-    """The share of each group among all firings; nan when nothing fired."""
+    """The share of each group among all activations; nan when nothing was active."""
     n = np.bincount(activity.group, minlength=len(GROUPS))
     return n / n.sum() if n.sum() else np.full(len(GROUPS), np.nan)
 
@@ -154,12 +154,12 @@ def cooccurrence(found: Int64[np.ndarray, "latent group"]) -> Float[np.ndarray, 
 
 
 def stability(
-    found: Int64[np.ndarray, "latent group"], min_firings: int
+    found: Int64[np.ndarray, "latent group"], min_activations: int
 ) -> Float[np.ndarray, "latent"]:
-    """How much of a feature's firings its most frequent group holds, for features with enough
-    firings; nan else."""
+    """How much of a feature's activations its most frequent group holds, for features with enough
+    activations; nan else."""
     total = found.sum(axis=1)
-    enough = total >= max(min_firings, 1)
+    enough = total >= max(min_activations, 1)
     return np.divide(found.max(axis=1), total, out=np.full(len(found), np.nan), where=enough)
 
 
@@ -167,19 +167,19 @@ def separation(
     activity: Activity,
     scores: Mapping[Relation, Float[np.ndarray, "latent"]],
     *,
-    min_firings: int = 8,
+    min_activations: int = 8,
 ) -> pd.DataFrame:
-    """Mann–Whitney tests of every score between every two groups, over firings.
+    """Mann–Whitney tests of every score between every two groups, over activations.
 
     One row a test: `score, group_a, group_b, n_a, n_b, auc, p_value`; `auc` is P(score in a > score
-    in b), ties half. Pairs of groups with fewer than `min_firings` on a side are left out."""
+    in b), ties half. Pairs of groups with fewer than `min_activations` on a side are left out."""
     rows = []
     for relation, score in scores.items():
-        of_firing = score[activity.latent]
-        known = np.isfinite(of_firing)
-        samples = [of_firing[known & (activity.group == place)] for place in range(len(GROUPS))]
+        of_activation = score[activity.latent]
+        known = np.isfinite(of_activation)
+        samples = [of_activation[known & (activity.group == place)] for place in range(len(GROUPS))]
         for a, b in combinations(range(len(GROUPS)), 2):
-            if min(len(samples[a]), len(samples[b])) < min_firings:
+            if min(len(samples[a]), len(samples[b])) < min_activations:
                 continue
             test = mannwhitneyu(samples[a], samples[b], method="asymptotic")
             rows.append(
@@ -199,8 +199,8 @@ def separation(
 
 def separation_shares(tests: pd.DataFrame, *, alpha: float = 1e-3) -> pd.DataFrame:
     """Over layers: per score and pair of groups the share of tests with p < alpha, how many there
-    were, and whether the score's predecessor fires in exactly one of the two groups (the paper's
-    pattern)."""
+    were, and whether the score's predecessor is active in exactly one of the two groups (the
+    paper's pattern)."""
     grouped = tests.assign(different=tests["p_value"] < alpha).groupby(
         ["score", "group_a", "group_b"], as_index=False
     )

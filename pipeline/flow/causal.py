@@ -4,10 +4,11 @@
 For a pair of sites, a predecessor site P and a residual site R at or after it:
 
 1. run contexts of held-out documents once, and encode P and R;
-2. draw targets: a token and a latent of R that fires there, a few per context, spread over tokens;
-3. a strategy names, for each target, latents of P (`Predecessors`); those that fire on that token
-   are removed there and only there: `h ← h + (r − 1) Σ a_i d_i`, r = 0 by default. It edits the
-   stream; the dictionary's error stays;
+2. draw targets: a token and a latent of R that is active there, a few per context, spread over
+   tokens;
+3. a strategy names, for each target, latents of P (`Predecessors`); those that are active on that
+   token are removed there and only there: `h ← h + (r − 1) Σ a_i d_i`, r = 0 by default. It edits
+   the stream; the dictionary's error stays;
 4. the model goes on from P, the target is read again: activation change = 1 − new / old, success =
    target silent;
 5. the arm without the model hands the edited vector straight to R's encoder, as if every block
@@ -15,7 +16,7 @@ For a pair of sites, a predecessor site P and a residual site R at or after it:
    encoder row; only the difference of the two arms is what the model does.
 
 Controls use the same targets: a latent that is active on the token and no strategy names, drawn at
-random or the strongest. Exhaustive search tries every latent that fires and keeps the best, an
+random or the strongest. Exhaustive search tries every latent that is active and keeps the best, an
 upper bound for one-predecessor explanations.
 
 Cost: one row of the context per edit, through the blocks from P to R only
@@ -91,8 +92,8 @@ def measure_deactivation(
     progress: Progress = silent,
 ) -> pd.DataFrame:
     """One row per target and strategy: `source, target, strategy, document, context, position,
-    target_latent, predecessor` (the first removed, −1 if none fired), `n_removed, before, after,
-    change, success`, and `change_no_model, success_no_model` of the arm without the model.
+    target_latent, predecessor` (the first removed, −1 if none was active), `n_removed, before,
+    after, change, success`, and `change_no_model, success_no_model` of the arm without the model.
 
     `predecessors[strategy][target_latent]` lists candidate latents of `source`, −1 for none. A row
     with `n_removed` 0 is a target whose candidates were silent; it was not run again. `recorded` is
@@ -181,7 +182,7 @@ def _draw_targets(
     options: DeactivationOptions,
     generator: np.random.Generator,
 ) -> _Targets:
-    """Firing (token, latent) pairs: at most one latent a token, at most so many tokens a context,
+    """Active (token, latent) pairs: at most one latent a token, at most so many tokens a context,
     in random order."""
     value, index = codes.value.cpu().numpy(), codes.index.cpu().numpy()
     context, position = np.nonzero(contexts.usable & (value > 0).any(-1))
@@ -205,7 +206,7 @@ def _strategy_edits(
     codes: SparseCodes,
     predecessors: Mapping[str, Int64[np.ndarray, "latent candidate"]],
 ) -> Iterator[_Edit]:
-    for target, (latents, values) in enumerate(_firing(targets, codes)):
+    for target, (latents, values) in enumerate(_active_at(targets, codes)):
         for strategy, candidates in predecessors.items():
             wanted = np.isin(latents, candidates[targets.latent[target]])
             yield _Edit(
@@ -220,7 +221,7 @@ def _control_edits(
     options: DeactivationOptions,
     generator: np.random.Generator,
 ) -> Iterator[_Edit]:
-    for target, (latents, values) in enumerate(_firing(targets, codes)):
+    for target, (latents, values) in enumerate(_active_at(targets, codes)):
         named = [candidates[targets.latent[target]] for candidates in predecessors.values()]
         others = np.flatnonzero(~np.isin(latents, np.concatenate([np.zeros(0, int), *named])))
         if len(others):
@@ -240,12 +241,12 @@ def _control_edits(
                 )
 
 
-def _firing(targets: _Targets, codes: SparseCodes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each target, the latents of the source that fire on its token, and how strongly."""
+def _active_at(targets: _Targets, codes: SparseCodes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each target, the latents of the source that are active on its token, and how strongly."""
     index, value = codes.index.cpu().numpy(), codes.value.cpu().numpy()
     for context, position in zip(targets.context, targets.position, strict=True):
-        fires = value[context, position] > 0
-        yield index[context, position][fires], value[context, position][fires]
+        active = value[context, position] > 0
+        yield index[context, position][active], value[context, position][active]
 
 
 def _read_after(

@@ -60,7 +60,7 @@ def _head(name: str, node: pd.Series, chain: list[ChainStep], label_of: Labels |
     if not node["alive"]:
         parts = ["dead"]
     if not pd.isna(node["density"]):
-        parts.append(f"fires on {100 * node['density']:.2g} % of tokens")
+        parts.append(f"active on {100 * node['density']:.2g} % of tokens")
     first, last = chain[0].feature.site.short, chain[-1].feature.site.short
     parts.append(f"lives {first} … {last}" if first != last else f"lives at {first} only")
     label = f"   “{label_of(name)}”" if label_of else ""

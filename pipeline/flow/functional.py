@@ -1,17 +1,17 @@
-"""Do linked latents fire together? Held-out activations → correlation and overlap of firing for
-links and for chance.
+"""Are linked latents active together? Held-out activations → correlation and overlap of activity
+for links and for chance.
 
 1. Every dictionary encodes the same held-out tokens once; the codes are kept sparse (`Codes`).
-2. For a pair, Σ z_source·z_target and the number of common firings come from sparse products, in
-   blocks of targets, so only latents that ever fire together cost anything.
+2. For a pair, Σ z_source·z_target and the number of common activations come from sparse products,
+   in blocks of targets, so only latents that are ever active together cost anything.
 3. Pearson correlation and Jaccard overlap follow for the links; per target also the best partner by
    correlation.
 4. Chance: each link's source is replaced by a source of similar density; the correlations of those
    pairs are the null. A stronger null is the rival: the best correlation of the target with any
    source but the link's own.
 
-Memory: the codes (8 bytes a firing) and one block of the co-firing matrix. Source: Feature Flow
-appendix C.4 (Pearson); Balcells et al., arXiv 2410.08869 (Jaccard).
+Memory: the codes (8 bytes an activation) and one block of the matrix of joint activity. Source:
+Feature Flow appendix C.4 (Pearson); Balcells et al., arXiv 2410.08869 (Jaccard).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from torch import Tensor
 from sae import Sae
 
 FEW_FIRINGS = 10
-"""Latents that fired less often take no part in medians: their correlations are mostly noise."""
+"""Latents that were active less often take no part in medians: their correlations are mostly
+noise."""
 _BLOCK = 2048
 
 
@@ -51,7 +52,7 @@ class Codes:
 
 @dataclass(frozen=True, kw_only=True)
 class Firing:
-    """How each of some (source, target) pairs fires together."""
+    """How each of some (source, target) pairs is active together."""
 
     pearson: Float[np.ndarray, "link"]
     jaccard: Float[np.ndarray, "link"]
@@ -59,7 +60,7 @@ class Firing:
 
 @dataclass(frozen=True, kw_only=True)
 class BestByFiring:
-    """Per target, the source that correlates best: its index (-1: none fires with it), its
+    """Per target, the source that correlates best: its index (-1: none is active with it), its
     correlation, and that of the runner-up (0 for none)."""
 
     index: Int64[np.ndarray, "target"]
@@ -118,7 +119,7 @@ def codes_from(matrix: sparse.spmatrix) -> Codes:
     )
 
 
-def compare_firing(
+def compare_active_at(
     source: Codes,
     target: Codes,
     links: tuple[Int64[np.ndarray, "link"], Int64[np.ndarray, "link"]],
@@ -181,9 +182,9 @@ def _products(
     source: Codes, target: Codes, block: np.ndarray
 ) -> tuple[sparse.csc_matrix, sparse.csc_matrix]:
     right = target.codes[:, block]
-    fired_left, fired_right = source.codes.astype(bool), right.astype(bool)
+    on_left, on_right = source.codes.astype(bool), right.astype(bool)
     products = (source.codes.T @ right).tocsc()
-    common = (fired_left.astype(np.float32).T @ fired_right.astype(np.float32)).tocsc()
+    common = (on_left.astype(np.float32).T @ on_right.astype(np.float32)).tocsc()
     return products, common
 
 

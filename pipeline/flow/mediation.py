@@ -213,8 +213,8 @@ def _draw(
     context, position, slot = np.nonzero((value > 0) & contexts.usable[..., None])
     chain = chains.latent[:, index[context, position, slot]]
     whole = np.flatnonzero((chain >= 0).all(0))
-    fires = _values_at(codes[0], context[whole], position[whole], chain[0, whole]) > 0
-    order = rng.permutation(whole[fires])
+    active = _values_at(codes[0], context[whole], position[whole], chain[0, whole]) > 0
+    order = rng.permutation(whole[active])
     token = context[order] * contexts.ids.shape[1] + position[order]
     order = order[np.sort(np.unique(token, return_index=True)[1])]
     rank = pd.Series(context[order]).groupby(context[order]).cumcount().to_numpy()
@@ -231,7 +231,7 @@ def _draw(
             ]
         ),
         others=_others(codes[:-1], context, position, chain[:-1], rng),
-        active_share=float(fires.mean()) if len(fires) else np.nan,
+        active_share=float(active.mean()) if len(active) else np.nan,
     )
 
 

@@ -17,7 +17,7 @@ from pipeline.flow.null import FarLayers, Isotropic, Rotation, Shuffled, Sibling
 class Automatic(Settings):
     """Each pair is judged by the strictest null that applies to it: siblings always; for
     dictionaries of one start also dictionaries that left that start for unrelated data (trained
-    here, or else far layers), and the firing itself."""
+    here, or else far layers), and the activation itself."""
 
     trained_pairs: Annotated[
         int,

@@ -128,7 +128,7 @@ def hubness(index: np.ndarray, n_possible: int) -> tuple[float, int]:
 def _activity(
     columns: EdgeColumns, cofiring: Cofiring | None, kept: np.ndarray, few: np.ndarray | None
 ) -> dict[str, Any]:
-    """Medians over top-1 links of targets that fired often enough, kept links apart from the
+    """Medians over top-1 links of targets that were active often enough, kept links apart from the
     rest."""
     names = (
         "pearson_median",

@@ -204,7 +204,7 @@ def _trained(
     progress: Progress,
     label: str,
 ) -> tuple[Float[Tensor, "latent d_model"], Tensor]:
-    """Decoder rows after training, and which latents fired lately."""
+    """Decoder rows after training, and which latents were active lately."""
     batch_size = min(recipe.batch_size, len(rows))
     trainer = Trainer(
         architecture=recipe.architecture,

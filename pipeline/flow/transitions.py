@@ -5,13 +5,13 @@ does.
    product of decoder and encoder rows, positive only, weight 1 (the paper's indicator) or the inner
    product itself. `Permutation`: SAE Match's one-to-one assignment.
 2. Folding scales activations by the ratio of the two latents' scales: JumpReLU thresholds, or where
-   there are none the mean activation while firing. z_target = (z_source / scale_source) T ·
+   there are none the mean activation where it is active. z_target = (z_source / scale_source) T ·
    scale_target.
 3. Encode – carry – decode: source latents, the operator, the target's decoder. Because all three
    after the encoder are linear, they are one dictionary with the source's encoder (`skipping`).
 4. Measures: explained variance of the target's activations; cross-entropy when the model goes on
-   with them, so that the layers between are skipped; matching score, the share of firings whose
-   partner fires too.
+   with them, so that the layers between are skipped; matching score, the share of activations whose
+   partner is active too.
 
 Cost: one product of latent × latent to find partners, then that of encoding. Sources: Feature Flow
 (arXiv 2502.03032) §3.2 and App. F; SAE Match (arXiv 2410.07656) §4, whose printed formula of
@@ -94,7 +94,7 @@ def operator(source: Sae, target: Sae, choice: Choice) -> sparse.csr_matrix:
 
 def scale_of(sae: Sae, codes: Codes | None = None) -> Float[np.ndarray, "latent"]:
     """The typical size of each latent: its threshold, else its mean activation on the tokens where
-    it fired, else 1."""
+    it was active, else 1."""
     if isinstance(sae.activation, Threshold):
         scale = sae.activation.theta.detach().cpu().double().numpy()
     elif codes is not None:
@@ -151,37 +151,36 @@ def explained_variance(
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingScore:
-    """How often a carried latent finds its partner firing: over all firings, and as a mean over
-    latents that fired."""
+    """How often a carried latent finds its partner active: over all activations, and as a mean over
+    latents that were active."""
 
-    of_firings: float
+    of_activations: float
     of_latents: float
-    n_firings: int
+    n_activations: int
 
 
 def matching_score(matrix: sparse.csr_matrix, source: Codes, target: Codes) -> MatchingScore:
-    """Probability that a partner fires where a source latent does, on the same tokens (SAE Match's
-    matching score). With several partners, one of them is enough. Latents without a partner do not
-    count."""
+    """Probability that a partner is active where a source latent is, on the same tokens (SAE
+    Match's matching score). With several partners, one of them is enough. Latents without a partner
+    do not count."""
     partners = (matrix != 0).astype(np.int32).tocsr()
     carried = np.asarray(partners.sum(axis=1)).ravel() > 0
-    fired_source, fired_target = (
-        source.codes.astype(bool).tocsc(),
-        target.codes.astype(bool).tocsc(),
-    )
+    on_source, on_target = (source.codes.astype(bool).tocsc(), target.codes.astype(bool).tocsc())
     hits = np.zeros(len(carried))
     for start in range(0, len(carried), _BLOCK_ROWS):
         block = slice(start, start + _BLOCK_ROWS)
-        reached = (fired_target.astype(np.int32) @ partners[block].T).astype(bool)
-        together = fired_source[:, block].multiply(reached)
+        reached = (on_target.astype(np.int32) @ partners[block].T).astype(bool)
+        together = on_source[:, block].multiply(reached)
         hits[block] = np.asarray(together.sum(axis=0)).ravel()
     counted = carried & (source.n_fired > 0)
     n = int(source.n_fired[counted].sum())
     if not n:
-        return MatchingScore(of_firings=float("nan"), of_latents=float("nan"), n_firings=0)
+        return MatchingScore(of_activations=float("nan"), of_latents=float("nan"), n_activations=0)
     share = hits[counted] / source.n_fired[counted]
     return MatchingScore(
-        of_firings=float(hits[counted].sum() / n), of_latents=float(share.mean()), n_firings=n
+        of_activations=float(hits[counted].sum() / n),
+        of_latents=float(share.mean()),
+        n_activations=n,
     )
 
 

@@ -51,7 +51,7 @@ class Validation(Settings):
     n_module_pairs: Annotated[
         int, Ge(0), Doc("MLP → residual and attention → residual pairs, spread likewise")
     ] = 4
-    n_targets: Annotated[int, Ge(1), Doc("firing features tested per pair")] = 150
+    n_targets: Annotated[int, Ge(1), Doc("active features tested per pair")] = 150
     n_targets_per_context: Annotated[
         int, Ge(1), Doc("of these, at most so many from one context")
     ] = 5

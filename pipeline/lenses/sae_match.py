@@ -184,7 +184,7 @@ def _compositions(
                     "target_site": target.short,
                     "steps": steps,
                     "way": way,
-                    "score": score.of_firings,
+                    "score": score.of_activations,
                     "cosine": float((left * right).sum(1).mean()),
                     "same": float(np.mean(composed.target_of == at_once.target_of)),
                 }

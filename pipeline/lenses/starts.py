@@ -37,7 +37,7 @@ from pipeline.findings import Finding
 from pipeline.flow.causal import Contexts, summarise_deactivation
 from pipeline.flow.directions import Directions, directions_of
 from pipeline.flow.edges import EdgeColumns
-from pipeline.flow.functional import FEW_FIRINGS, compare_firing
+from pipeline.flow.functional import FEW_FIRINGS
 from pipeline.flow.judge import judge
 from pipeline.flow.matchers import (
     NOBODY,
@@ -214,7 +214,7 @@ def _judged(
     target = judged[best[judged] != NOBODY]
     source = best[target]
     rng = np.random.default_rng([config.seed, pair.target.layer])
-    cofiring = compare_firing(
+    cofiring = compare_active_at(
         other.source_codes, other.target_codes, (source, target), rng=rng, n_chance=N_NULL
     )
     directions = _source_directions(name, fitted)

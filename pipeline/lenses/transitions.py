@@ -122,7 +122,12 @@ def _operators_of(pair: PairData, source: Site, target: Site) -> list[dict[str, 
             ev = explained_variance(_decoding(skipping(pair.source, pair.target, matrix)), batches)
             rows.append(
                 where
-                | {"operator": name, "inference": inference, "ev": ev, "score": score.of_firings}
+                | {
+                    "operator": name,
+                    "inference": inference,
+                    "ev": ev,
+                    "score": score.of_activations,
+                }
             )
     own = ((right, right) for _, right in pair.rows())
     references = {

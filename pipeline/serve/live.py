@@ -1,5 +1,5 @@
-"""A language model beside the atlas: which features fire on a typed text, which links were live,
-and steering.
+"""A language model beside the atlas: which features are active on a typed text, which links were
+live, and steering.
 
     live = LiveAtlas(Run.open("artifacts/laptop"))           all of a run up to the atlas
     for record in live.read_text("The capital of France"): …
@@ -7,7 +7,7 @@ and steering.
 
 1. one forward pass records every site; every dictionary encodes its own site, so the first records
    come early;
-2. a link is live on a token when both its ends fire there; all kept links are looked at, by a
+2. a link is live on a token when both its ends are active there; all kept links are looked at, by a
    sorted search;
 3. a trace is sent as it grows (pipeline/trace/trace.py), and a supernode can be changed;
 4. steering adds the features' directions, scaled so that the push costs `dose` nats a token on
@@ -80,14 +80,14 @@ class LiveAtlas:
             )
         yield {"tokens": ids, "pieces": [tokenizer.token_text(i) for i in ids]}
         activations = self.model.activations(torch.tensor([ids]), tuple(self.saes))
-        fired = []
+        active = []
         for index, (site, sae) in enumerate(self.saes.items()):
             if self.stopped.is_set():
                 return
             record, keys = self._site_record(index, sae, activations[site][0])
-            fired.append(keys)
+            active.append(keys)
             yield record
-        links = self._live_links(np.sort(np.concatenate(fired)), len(ids))
+        links = self._live_links(np.sort(np.concatenate(active)), len(ids))
         yield {"links": links[:MAX_LINKS], "cut": len(links) > MAX_LINKS}
         yield {"done": True}
 
@@ -199,7 +199,7 @@ class LiveAtlas:
             raise _Stopped
 
     def _site_record(self, index: int, sae: Sae, x: torch.Tensor) -> tuple[Record, np.ndarray]:
-        """What fires at one site, and its firings as sorted numbers (site, latent, position). The
+        """What is active at one site, as sorted numbers (site, latent, position). The
         BOS is left out."""
         codes = sae.encode_sparse(x[1:].float())
         at, slot = np.nonzero(codes.value.numpy() > 0)

@@ -20,9 +20,8 @@ from pipeline.describe.features import Features
 from pipeline.describe.workers import site_workers
 from pipeline.flow.graph import FlowGraph
 from pipeline.site import site_folder
-from pipeline.site.lens_pages import write_lenses
+from pipeline.site.lens_pages import write_lenses, write_traces
 from pipeline.site.pages import Job, write_site
-from pipeline.site.trace_pages import write_traces
 
 _SHARED = ("count", "token", "token_share", "promotes")
 

@@ -21,6 +21,8 @@ from featureflow.sites import Site, parse_feature
 from pipeline.artifact import Artifact
 from pipeline.findings import Finding, read_finding
 from pipeline.site.shards import Shard, write_shard
+from pipeline.trace.document import headline_of
+from pipeline.trace.kept import read_document
 
 MOST_ROWS = 5_000
 """Rows of a table that a page shows; the rest is in the artifact's Parquet file."""
@@ -115,3 +117,14 @@ def _columns_shard(found: list[dict[str, Any]]) -> Shard:
         texts.append(each["entry"] | ({} if each["numeric"] else {"texts": each["values"]}))
     columns = {name: values.astype(np.float32) for name, values in numbers.items()}
     return Shard(json={"columns": texts}, columns=columns)
+
+
+def write_traces(site: Path, traces: Mapping[str, Artifact]) -> list[dict[str, str]]:
+    """Kept traces → `traces/<name>`, a page each; returns their entries in the manifest."""
+    entries = []
+    for name, artifact in traces.items():
+        document = read_document(artifact)
+        write_shard(site, f"traces/{name}", Shard(json=document))
+        headline = headline_of(document)
+        entries.append({"name": name, "prompt": document["prompt"], "headline": headline})
+    return entries

@@ -211,9 +211,9 @@ def fixed_manifest() -> dict[str, Any]:
 
 def _search_entries(index: int, c: Columns) -> tuple[np.ndarray, ...]:
     """token, site, latent, kind, weight of one site's entries."""
-    fires = (c["token"] != PAD) & (c["token_share"] >= _SEARCH_SHARE)
-    fires[:, _SEARCH_TOKENS:] = False
-    latent, place = np.nonzero(fires)
+    shown = (c["token"] != PAD) & (c["token_share"] >= _SEARCH_SHARE)
+    shown[:, _SEARCH_TOKENS:] = False
+    latent, place = np.nonzero(shown)
     promotes = c["promotes"][:, :_SEARCH_PROMOTES]
     up, up_place = np.nonzero((promotes != PAD) & (c["count"] > 0)[:, None])
     token = np.concatenate([c["token"][latent, place], promotes[up, up_place]]).astype(np.int64)

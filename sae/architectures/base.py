@@ -4,7 +4,7 @@ An architecture is a frozen dataclass with the few choices it owns. It sees acti
 centred and scaled to unit mean square, and turns the weights and a batch into gradients:
 
     extra_parameters   tensors that it needs besides W_enc, b_enc, W_dec, b_dec (thresholds, gates)
-    gradients          one pass: losses by part, gradients by weight, what fired
+    gradients          one pass: losses by part, gradients by weight, what was active
     activation         the inference form's activation, from the trained weights
 """
 
@@ -74,10 +74,10 @@ class Architecture(Protocol):
         ...
 
     def edges(self, weights: Weights) -> Float[Tensor, "latent"] | None:
-        """The pre-activation above which each latent fires; None where `threshold` or other latents
-        decide."""
+        """The pre-activation above which each latent is active; None where `threshold` or other
+        latents decide."""
         ...
 
     def raised(self, weights: Weights, by: float) -> Weights:
-        """Weights whose latents all need a pre-activation larger by `by` to fire."""
+        """Weights whose latents all need a pre-activation larger by `by` to be active."""
         ...

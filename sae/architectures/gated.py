@@ -1,5 +1,5 @@
-"""Gated SAE (Rajamanoharan et al. 2024, arXiv 2404.16014): one half decides what fires, the other
-how strongly.
+"""Gated SAE (Rajamanoharan et al. 2024, arXiv 2404.16014): one half decides what is active, the
+other how strongly.
 
 With one encoder product π = W_enc (x − b_dec) + b_enc (the gate's) and z = 1[π > 0] · max(e^r π +
 b, 0), the loss is

@@ -1,5 +1,5 @@
-"""Which latents fire: the encoder's one dense product, and the k largest entries of each row or of
-the whole batch.
+"""Which latents are active: the encoder's one dense product, and the k largest entries of each row
+or of the whole batch.
 
     1. pre = x W_encᵀ + b_enc, a usual batch at once and a large one in blocks (measured on two
        threads, d = 768, N = 12,288: 261 ms for 2,048 tokens at once, 475 ms in blocks that fit the

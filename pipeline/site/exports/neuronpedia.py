@@ -6,7 +6,7 @@ its own export buckets hold them.
 
 Numbers come from the numbers of the survey, never from formatted text, so rare features keep their
 density. The groups of activations are the top examples (bin −1, as Neuronpedia writes it) and the
-ten deciles; a decile holds firings only.
+ten deciles; a decile holds activations only.
 """
 
 from __future__ import annotations

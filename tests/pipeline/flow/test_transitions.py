@@ -88,7 +88,7 @@ def test_folding_is_rescaling_of_latents() -> None:
     np.testing.assert_array_equal(found.argmax(1), folded_rows.numpy().argmax(1))
 
 
-def test_scale_without_thresholds_is_the_mean_while_firing() -> None:
+def test_scale_without_thresholds_is_the_mean_while_active_at() -> None:
     sae = random_sae(6)
     wide = codes_from(sparse.csr_matrix(np.array([[2.0, 0, 0, 0, 0, 0], [4.0, 1.0, 0, 0, 0, 0]])))
     np.testing.assert_allclose(scale_of(sae, wide), [3.0, 1.0, 1.0, 1.0, 1.0, 1.0])
@@ -125,7 +125,7 @@ def test_matching_score_by_hand() -> None:
     target = codes_from(sparse.csr_matrix(np.array([[0, 1.0], [5.0, 0], [1.0, 0], [1.0, 1]])))
     matrix = sparse.csr_matrix(np.array([[1.0, 0], [1.0, 1], [0, 0]]))
     score = matching_score(matrix, source, target)
-    assert (score.n_firings, score.of_firings) == (5, pytest.approx(4 / 5))
+    assert (score.n_activations, score.of_activations) == (5, pytest.approx(4 / 5))
     assert score.of_latents == pytest.approx((2 / 3 + 1) / 2)
 
 
