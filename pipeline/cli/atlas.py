@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from featureflow.sites import parse_site
-from pipeline.cli.options import device_option, of_a_run
+from pipeline.cli.options import PATH, THERE, device_option, of_a_run
 from pipeline.cli.serving import serve_atlas
 from pipeline.cli.stage_commands import stage_command
 from pipeline.console import say, show_number, table
@@ -97,7 +97,7 @@ def read(text: str, n: int, short: str | None, device: str, folder: Path) -> Non
 
 @click.command()
 @of_a_run
-@click.argument("atlas_folder", metavar="[FOLDER]", type=click.Path(path_type=Path), required=False)
+@click.argument("atlas_folder", metavar="[FOLDER]", type=PATH, required=False)
 def validate(atlas_folder: Path | None, folder: Path) -> None:
     """Check every file of an atlas (FOLDER, or that of the run) against its schemas and
     checksums."""
@@ -110,7 +110,7 @@ def validate(atlas_folder: Path | None, folder: Path) -> None:
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=PATH)
 @click.option(
     "--to",
     required=True,
@@ -128,8 +128,8 @@ def export(out: Path, to: str, feature: str | None, site: str | None, folder: Pa
 
 
 @click.command("import-labels")
-@click.argument("notes", type=click.Path(path_type=Path, exists=True))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("notes", type=THERE)
+@click.argument("out", type=PATH)
 @click.option("--site", "short", help="NOTES are Neuronpedia explanations of this site")
 @of_a_run
 def import_labels(notes: Path, out: Path, short: str | None, folder: Path) -> None:
@@ -143,8 +143,8 @@ def import_labels(notes: Path, out: Path, short: str | None, folder: Path) -> No
 
 
 @click.command("import-examples")
-@click.argument("activations", type=click.Path(path_type=Path, exists=True))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("activations", type=THERE)
+@click.argument("out", type=PATH)
 @click.option(
     "--site", "short", required=True, help="ACTIVATIONS are Neuronpedia's examples of this site"
 )
@@ -159,9 +159,9 @@ def import_examples(activations: Path, out: Path, short: str) -> None:
 
 
 @click.command()
-@click.argument("before", type=click.Path(path_type=Path, exists=True))
-@click.argument("after", type=click.Path(path_type=Path, exists=True))
-@click.option("--out", type=click.Path(path_type=Path), help="Parquet file for the whole table")
+@click.argument("before", type=THERE)
+@click.argument("after", type=THERE)
+@click.option("--out", type=PATH, help="Parquet file for the whole table")
 def diff(before: Path, after: Path, out: Path | None) -> None:
     """Compare the atlases of two runs (folders such as artifacts/laptop): features kept, gone and
     new."""

@@ -13,6 +13,7 @@ from data.model.spec import Folder, Gguf, HuggingFace, Packaged
 from data.text.corpus import TextFiles
 from featureflow.errors import UserError
 from featureflow.sites import parse_site
+from pipeline.cli.options import PATH
 from pipeline.console import say, show_number, table
 from pipeline.run import Run
 from pipeline.training.checking import check_dictionary
@@ -63,13 +64,13 @@ def _with_conventions(command: Any) -> Any:
 
 
 @sae_commands.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PATH)
 @_with_conventions
 @click.option("--model", help="a model: a folder, a .gguf file, smollm2-135m, or a name on the Hub")
-@click.option("--run", "run", type=click.Path(path_type=Path), help="or a run, whose model is used")
+@click.option("--run", "run", type=PATH, help="or a run, whose model is used")
 @click.option("--site", help="where it is used, if its files do not say it: L12, L12.mlp")
 @click.option("--reads", help="what a transcoder reads, if its files do not say it: L12.mlp_in")
-@click.option("--text", type=click.Path(path_type=Path), help="a text file  [default: bundled]")
+@click.option("--text", type=PATH, help="a text file  [default: bundled]")
 @click.option("--tokens", default=4096, help="tokens to run the model over")
 def check(
     path: Path,
@@ -122,8 +123,8 @@ def _model(name: str | None, run: Path | None) -> Any:
 
 
 @sae_commands.command()
-@click.argument("sources", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("sources", type=PATH, nargs=-1, required=True)
+@click.argument("out", type=PATH)
 @click.option(
     "--to",
     type=click.Choice(["native", "saelens", "sparsify", "circuit_tracer"]),
@@ -132,7 +133,7 @@ def _model(name: str | None, run: Path | None) -> Any:
 )
 @click.option(
     "--run",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="run whose stored activations give a TopK set of circuit_tracer its thresholds",
 )
 @_with_conventions

@@ -9,7 +9,7 @@ import click
 
 from featureflow.errors import UserError
 from featureflow.figures import save
-from pipeline.cli.options import of_a_run
+from pipeline.cli.options import PATH, of_a_run
 from pipeline.console import complain, say, show_number, table
 from pipeline.flow.describe import describe_flow
 from pipeline.flow.exports import export_graph
@@ -36,12 +36,7 @@ def show(feature: str, folder: Path) -> None:
 
 @flow_commands.command()
 @click.argument("feature")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="picture to write: .png, .svg or .pdf",
-)
+@click.option("--out", type=PATH, required=True, help="picture to write: .png, .svg or .pdf")
 @click.option("--hops", default=3, help="links away from the feature that are shown")
 @of_a_run
 def figure(feature: str, out: Path, hops: int, folder: Path) -> None:
@@ -74,7 +69,7 @@ def trunks(n: int, folder: Path) -> None:
 
 
 @flow_commands.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=PATH)
 @click.option("--around", default=None, help="only the flow through this feature")
 @click.option("--hops", default=None, type=int, help="only so many links away from it")
 @of_a_run

@@ -14,7 +14,7 @@ import torch
 from pipeline.cli.given import remember
 from pipeline.context import RunContext
 
-_IN_FOLDERS = click.Path(path_type=Path)
+PATH, THERE = click.Path(path_type=Path), click.Path(path_type=Path, exists=True)
 _RUN_OPTIONS = (
     click.option(
         "--recipe",
@@ -32,7 +32,7 @@ _RUN_OPTIONS = (
     ),
     click.option(
         "--artifacts",
-        type=_IN_FOLDERS,
+        type=PATH,
         default=Path("artifacts"),
         callback=remember,
         help="folder that holds one folder of artifacts per run",

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import device_option, of_a_run
+from pipeline.cli.options import PATH, device_option, of_a_run
 from pipeline.console import say
 from pipeline.context import RunContext
 from pipeline.run import Run
@@ -34,11 +34,7 @@ def serve_atlas(host: str, port: int, device: str, folder: Path) -> None:
 
 @click.command()
 @click.option(
-    "--plan",
-    "plan_paths",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="plan to offer by its file name",
+    "--plan", "plan_paths", multiple=True, type=PATH, help="plan to offer by its file name"
 )
 @click.option("--host", default="127.0.0.1", help="address to listen on")
 @click.option("--port", default=8089, help="port; 0 takes a free one")

@@ -11,7 +11,7 @@ import click
 
 from featureflow.sites import parse_site
 from pipeline.cli.lens import lens_commands
-from pipeline.cli.options import device_option, of_a_run
+from pipeline.cli.options import PATH, THERE, device_option, of_a_run
 from pipeline.cli.stage_commands import stage_command
 from pipeline.cli.steer_plans import calibrate, contrast, design, plan, remove
 from pipeline.console import progress_bars, say
@@ -26,7 +26,7 @@ from steering.generation import generate as generated
 
 
 @click.command()
-@click.argument("plan_path", type=click.Path(path_type=Path))
+@click.argument("plan_path", type=PATH)
 @click.option("--prompt", default="I think", help="text to continue")
 @click.option("-n", "n_samples", default=3, help="samples, each steered and unsteered")
 @click.option("--tokens", default=40, help="new tokens a sample")
@@ -111,11 +111,7 @@ def _tell_touched(reports: Any) -> None:
     help="address of a chat endpoint up to /v1, such as http://127.0.0.1:8089/v1",
 )
 @click.option("--model", required=True, help="name of the judging model there")
-@click.option(
-    "--key-file",
-    type=click.Path(path_type=Path, exists=True),
-    help="file with the key that it asks for",
-)
+@click.option("--key-file", type=THERE, help="file with the key that it asks for")
 @click.option("--rubric", type=click.Choice(["axbench", "sae-ts"]), default="axbench")
 @click.option("-n", "n_texts", default=24, help="pairs of texts, drawn by the seed")
 @click.option("--arm", default="flow", help="way of steering whose texts are judged")
@@ -126,12 +122,7 @@ def _tell_touched(reports: Any) -> None:
     type=click.IntRange(1),
     help="of an answer; more for a model that reasons first",
 )
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="table of verdicts to write, .parquet",
-)
+@click.option("--out", type=PATH, required=True, help="table of verdicts to write, .parquet")
 @of_a_run
 def judge(
     url: str,
@@ -166,8 +157,8 @@ def judge(
 
 
 @click.command()
-@click.argument("plan_path", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("plan_path", type=PATH)
+@click.argument("out", type=PATH)
 @click.option("--model-id", help="for .json: what Neuronpedia calls the model")
 @click.option(
     "--source",

@@ -11,7 +11,7 @@ from typing import Literal
 import click
 
 from pipeline.cli.flow import labels_beside
-from pipeline.cli.options import device_option, of_a_run
+from pipeline.cli.options import PATH, device_option, of_a_run
 from pipeline.console import say, show_number
 from pipeline.context import RunContext
 from pipeline.lenses.base import run_lens
@@ -124,8 +124,8 @@ def remove(
 
 
 @click.command()
-@click.argument("topical", type=click.Path(path_type=Path))
-@click.argument("other", type=click.Path(path_type=Path))
+@click.argument("topical", type=PATH)
+@click.argument("other", type=PATH)
 @click.option(
     "--by",
     type=click.Choice(["auroc", "d-prime", "difference"]),
@@ -189,10 +189,8 @@ def contrast(
 
 
 @click.command()
-@click.option("--texts", type=click.Path(path_type=Path), help="texts of the topic, one a line")
-@click.option(
-    "--against", type=click.Path(path_type=Path), help="texts of the same kind without it"
-)
+@click.option("--texts", type=PATH, help="texts of the topic, one a line")
+@click.option("--against", type=PATH, help="texts of the same kind without it")
 @click.option("--words", help="words instead of texts, such as cat,dog,horse")
 @click.option(
     "--feature", "features", multiple=True, help="a feature instead; several for a supernode"
@@ -254,7 +252,7 @@ def _span(text: str | None) -> tuple[int, int] | None:
 
 
 @click.command()
-@click.argument("plan_path", type=click.Path(path_type=Path))
+@click.argument("plan_path", type=PATH)
 @_dose
 @_out
 @device_option

@@ -10,7 +10,7 @@ import click
 
 from data.store.checks import describe_store, recount_store, verify_store
 from data.store.importing import import_activations
-from pipeline.cli.options import machine_options, quiet_option, run_context
+from pipeline.cli.options import THERE, machine_options, quiet_option, run_context
 from pipeline.console import complain, progress_bars, say, show_number, table
 
 
@@ -116,7 +116,7 @@ def statistics(ctx: click.Context, url: str, as_json: bool, quiet: bool, **machi
 
 
 @store_commands.command("import")
-@click.argument("source", type=click.Path(path_type=Path, exists=True))
+@click.argument("source", type=THERE)
 @click.argument("url")
 @click.option(
     "--rename",

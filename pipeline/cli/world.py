@@ -12,7 +12,7 @@ from data.worlds.training import legal_share, train
 from data.worlds.weights import save_weights
 from featureflow.errors import Problem, UserError
 from pipeline.cli.lens import lens_commands
-from pipeline.cli.options import quiet_option
+from pipeline.cli.options import PATH, quiet_option
 from pipeline.console import progress_bars, say
 from pipeline.stages.recipe import value_of
 
@@ -38,7 +38,7 @@ def world_commands() -> None:
 
 @world_commands.command("train")
 @click.argument("name")
-@click.option("--out", type=click.Path(path_type=Path), help="[default: NAME.safetensors]")
+@click.option("--out", type=PATH, help="[default: NAME.safetensors]")
 @click.option("--steps", default=1500, help="batches of 128 contexts")
 @quiet_option
 def train_world(name: str, out: Path | None, steps: int, quiet: bool) -> None:

@@ -51,7 +51,7 @@ Weigh = Callable[[AttributeTable, Int64[np.ndarray, "usable"]], Float64[np.ndarr
 """How typical each usable (latent, token) pair is."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Method:
     """A way of making labels. `kind`: rule | tokens | output | flow | none | model | human."""
 
@@ -63,40 +63,26 @@ class Method:
 METHODS: tuple[Method, ...] = (
     *(
         Method(
-            name=name,
-            kind="rule",
-            about=r.about.replace("active", "strongly active") if name != r.name else r.about,
+            name,
+            "rule",
+            r.about.replace("active", "strongly active" if name != r.name else "active"),
         )
         for name, r in METHOD_RULES.items()
     ),
     Method(
-        name="log_odds",
-        kind="tokens",
-        about="tokens typical of its strong activations by log-odds, Dirichlet prior",
+        "log_odds",
+        "tokens",
+        "tokens typical of its strong activations by log-odds, Dirichlet prior",
     ),
+    Method("ctfidf", "tokens", "tokens typical of its strong activations by class-TF-IDF"),
     Method(
-        name="ctfidf",
-        kind="tokens",
-        about="tokens typical of its strong activations by class-TF-IDF",
+        "promotes", "output", "tokens its decoder direction promotes; scored as: active before them"
     ),
-    Method(
-        name="promotes",
-        kind="output",
-        about="tokens its decoder direction promotes; scored as: active before them",
-    ),
-    Method(
-        name="inherited",
-        kind="flow",
-        about="the rule of its best predecessor, scored on this feature",
-    ),
-    Method(
-        name="none",
-        kind="none",
-        about="no rule reached the threshold; the score is that of the best one",
-    ),
-    Method(name="model", kind="model", about="written by a language model"),
-    Method(name="human", kind="human", about="written by a person"),
-    Method(name="imported", kind="human", about="imported from another atlas or site"),
+    Method("inherited", "flow", "the rule of its best predecessor, scored on this feature"),
+    Method("none", "none", "no rule reached the threshold; the score is that of the best one"),
+    Method("model", "model", "written by a language model"),
+    Method("human", "human", "written by a person"),
+    Method("imported", "human", "imported from another atlas or site"),
 )
 RULE_METHODS = tuple(METHOD_RULES)
 METHOD_INDEX = {method.name: i for i, method in enumerate(METHODS)}

@@ -38,7 +38,7 @@ from pipeline.describe.counts import CHOOSE, HELD, MASS, NEGATIVE, PROPOSE, Coun
 from pipeline.describe.vocabulary import CLASSES, Vocabulary
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class AttributeRule:
     """A kind of rule: the table it is read from, how many values a rule may name, and how it
     reads."""
@@ -50,20 +50,14 @@ class AttributeRule:
 
 
 ATTRIBUTE_RULES: tuple[AttributeRule, ...] = (
-    AttributeRule(name="token", table="token", most=12, about="active on these tokens"),
-    AttributeRule(name="family", table="token", most=8, about="active on forms of these words"),
-    AttributeRule(
-        name="class", table="token", most=2, about="active on tokens of these characters"
-    ),
-    AttributeRule(name="previous", table="previous", most=12, about="active after these tokens"),
-    AttributeRule(name="next", table="next", most=12, about="active before these tokens"),
-    AttributeRule(
-        name="position", table="position", most=3, about="active at these positions of the context"
-    ),
-    AttributeRule(name="source", table="source", most=2, about="active in text from these sources"),
-    AttributeRule(
-        name="topic", table="topic", most=2, about="active in documents about these topics"
-    ),
+    AttributeRule("token", "token", 12, "active on these tokens"),
+    AttributeRule("family", "token", 8, "active on forms of these words"),
+    AttributeRule("class", "token", 2, "active on tokens of these characters"),
+    AttributeRule("previous", "previous", 12, "active after these tokens"),
+    AttributeRule("next", "next", 12, "active before these tokens"),
+    AttributeRule("position", "position", 3, "active at these positions of the context"),
+    AttributeRule("source", "source", 2, "active in text from these sources"),
+    AttributeRule("topic", "topic", 2, "active in documents about these topics"),
 )
 TARGETS: tuple[Target, ...] = ("all", "strong")
 _Z = 1.959963984540054

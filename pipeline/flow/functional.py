@@ -119,7 +119,7 @@ def codes_from(matrix: sparse.spmatrix) -> Codes:
     )
 
 
-def compare_active_at(
+def compare_firing(
     source: Codes,
     target: Codes,
     links: tuple[Int64[np.ndarray, "link"], Int64[np.ndarray, "link"]],

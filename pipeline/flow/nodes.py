@@ -7,7 +7,7 @@
    Null where it cannot be said: dead latents, modules, and
    the first residual site. `class_fixed` is the same by the paper's fixed cosines.
 3. Birth, death and persistence: how far the feature agrees directly with its path (lives.py).
-4. Communities over all kept links.
+4. Communities over all kept links, by label propagation.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float, Int64
 
 from featureflow.sites import Site
-from pipeline.flow.communities import communities_of
 from pipeline.flow.functional import Codes
 from pipeline.flow.lives import lives_of
 from pipeline.flow.options import Fixed
@@ -36,6 +35,7 @@ LIFE = (
     "death_agreement",
     "ends_agreement",
 )
+_MOST_ROUNDS = 60
 _SCORES = {"residual": "s_residual", "mlp": "s_mlp", "attention": "s_attention"}
 
 
@@ -203,3 +203,62 @@ def _groups_by_target(edges: pd.DataFrame, chosen: np.ndarray) -> list[np.ndarra
     rows = np.flatnonzero(chosen)
     codes, names = pd.factorize(edges["target_site"].iloc[rows])
     return [rows[codes == code] for code in range(len(names))]
+
+
+def communities_of(
+    n_nodes: int,
+    source: Int64[np.ndarray, "link"],
+    target: Int64[np.ndarray, "link"],
+    weight: Float[np.ndarray, "link"],
+    *,
+    seed: int,
+    start: Int64[np.ndarray, "node"] | None = None,
+) -> Int64[np.ndarray, "node"]:
+    """The community of each node by label propagation (Raghavan et al. 2007, arXiv 0709.2938); -1
+    for a node without links. `start` gives nodes that belong together one label: on bare chains
+    propagation alone stops at pairs.
+
+    1. In each round half of the nodes, drawn at random, take the label with the largest summed
+       weight among their neighbours (both directions); ties go to the smallest label. Half at a
+       time: all at once oscillates on chains.
+    2. Stops when nobody changes. Labels are then numbered by size, largest first.
+
+    Cost O(rounds · links · log links), vectorised: a graph of 60,000 nodes takes seconds."""
+    node = np.concatenate([source, target])
+    neighbour = np.concatenate([target, source])
+    both = np.concatenate([weight, weight])
+    rng = np.random.default_rng(seed)
+    label = np.arange(n_nodes) if start is None else start
+    for _ in range(_MOST_ROUNDS):
+        wanted = _strongest_label(label, node, neighbour, both)
+        differs = wanted != label
+        if not differs.any():
+            break
+        moving = differs & (rng.random(n_nodes) < 0.5)
+        label = np.where(moving, wanted, label)
+    return _numbered(label, np.unique(node))
+
+
+def _strongest_label(
+    label: np.ndarray, node: np.ndarray, neighbour: np.ndarray, weight: np.ndarray
+) -> np.ndarray:
+    """For each node the label its neighbours carry most; its own label counts a little, so that
+    ties do not flip."""
+    n = len(label)
+    key = np.concatenate([node * n + label[neighbour], np.arange(n) * n + label])
+    strength = np.concatenate([weight, np.full(n, 1e-6)])
+    groups, place = np.unique(key, return_inverse=True)
+    total = np.bincount(place, weights=strength)
+    owner = groups // n
+    order = np.lexsort((groups % n, -total, owner))
+    first = order[np.unique(owner[order], return_index=True)[1]]
+    return groups[first] % n
+
+
+def _numbered(label: np.ndarray, linked: np.ndarray) -> np.ndarray:
+    values, place, counts = np.unique(label[linked], return_inverse=True, return_counts=True)
+    number = np.empty(len(values), dtype=np.int64)
+    number[np.lexsort((values, -counts))] = np.arange(len(values))
+    community = np.full(len(label), -1, dtype=np.int64)
+    community[linked] = number[place]
+    return community

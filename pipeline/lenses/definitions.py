@@ -20,8 +20,6 @@ import numpy as np
 import pandas as pd
 import torch
 from annotated_types import Ge
-from jaxtyping import Int
-from torch import Tensor
 from typing_extensions import Doc
 
 from data.concepts.topics import read_topics
@@ -31,7 +29,7 @@ from pipeline.findings import Finding
 from pipeline.lenses.base import Seeded
 from pipeline.lenses.concept_states import REPORT
 from pipeline.lenses.parts.charts import lines
-from pipeline.lenses.parts.read_out import carried, iter_log_p
+from pipeline.lenses.parts.read_out import carried, ranked
 from pipeline.lenses.parts.texts import iter_texts
 from pipeline.run import Run
 
@@ -71,7 +69,7 @@ def look(run: Run, config: Config) -> Finding:
         if site.short in maps:
             ways["carried"] = carried(last[site], maps, site.short)
         for read, x in ways.items():
-            own_rank, null_rank = ranks(run, x, target, other)
+            _, (own_rank, _), (null_rank, _) = ranked(run, x, target, other)
             where = {"site": site.short, "layer": site.layer, "read": read}
             rows.append(where | _summary(own_rank, null_rank, config.seed))
     table = pd.DataFrame(rows)
@@ -90,20 +88,6 @@ def look(run: Run, config: Config) -> Finding:
             "another headword": round(float(end["null"]), 4),
         },
     )
-
-
-def ranks(
-    run: Run, x: Tensor, target: Int[Tensor, "text"], other: Int[Tensor, "text"]
-) -> tuple[Int[np.ndarray, "text"], Int[np.ndarray, "text"]]:
-    """The rank (1 is first) of the targets, and of the others, in each row's read-out."""
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
-    start = 0
-    for log_p in iter_log_p(run, x):
-        for into, ids in zip(found, (target, other), strict=True):
-            own = log_p.gather(1, ids[start : start + len(log_p), None])
-            into.append((log_p > own).sum(1) + 1)
-        start += len(log_p)
-    return torch.cat(found[0]).numpy(), torch.cat(found[1]).numpy()
 
 
 def _summary(own: np.ndarray, null: np.ndarray, seed: int) -> dict[str, Any]:

@@ -21,7 +21,6 @@ import pandas as pd
 import torch
 from annotated_types import Ge
 from jaxtyping import Int
-from torch import Tensor
 from typing_extensions import Doc
 
 from featureflow.sites import residual_sites
@@ -30,7 +29,7 @@ from pipeline.findings import Finding
 from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.held_out import choose_rows
-from pipeline.lenses.parts.read_out import carried, document_of, first_tokens, iter_log_p, rows_at
+from pipeline.lenses.parts.read_out import carried, document_of, first_tokens, ranked, rows_at
 from pipeline.lenses.parts.texts import iter_texts
 from pipeline.run import Run
 
@@ -72,9 +71,8 @@ def look(run: Run, config: Config) -> Finding:
             x, y = rows_at(run, site, blocks), said[site]
             if way == WAYS[1]:
                 x, y = carried(x, maps, site.short), carried(y, maps, site.short)
-            rank, log_p, _ = ranked(run, x, answer)
-            null = ranked(run, x, answer.roll(len(answer) // 2))[0]
-            copied = ranked(run, x, answer.roll(1))[0]
+            others = answer.roll(len(answer) // 2), answer.roll(1)
+            _, (rank, log_p), (null, _), (copied, _) = ranked(run, x, answer, *others)
             ranks[way].append(rank)
             row: dict[str, Any] = {"site": site.short, "layer": site.layer, "read": way}
             row |= named("first", mean_over((rank == 1) * 1.0, document, seed=config.seed))
@@ -87,7 +85,7 @@ def look(run: Run, config: Config) -> Finding:
                     "before_rank": float(np.median(copied)),
                 }
             )
-            rank, log_p, top = ranked(run, y, own_answer)
+            top, (rank, log_p) = ranked(run, y, own_answer)
             prompts += [
                 {
                     "prompt": config.prompts[i],
@@ -126,21 +124,6 @@ def look(run: Run, config: Config) -> Finding:
             for row in onsets.itertuples()
         },
     )
-
-
-def ranked(
-    run: Run, x: Tensor, target: Int[Tensor, "row"]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rank (1 is first) and log-probability of each row's target, and the row's first token."""
-    rank, own, top, start = [], [], [], 0
-    for log_p in iter_log_p(run, x):
-        ids = target[start : start + len(log_p), None]
-        mine = log_p.gather(1, ids)
-        rank.append((log_p > mine).sum(1) + 1)
-        own.append(mine[:, 0])
-        top.append(log_p.argmax(1))
-        start += len(log_p)
-    return tuple(torch.cat(each).numpy() for each in (rank, own, top))  # type: ignore[return-value]
 
 
 def onset(rank: Int[np.ndarray, "layer row"], k: int) -> np.ndarray:

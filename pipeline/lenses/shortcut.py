@@ -31,8 +31,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Doc
 
-from featureflow.errors import UserError
-from featureflow.sites import Site, parse_site, residual_sites
+from featureflow.sites import Site, parse_site
 from featureflow.statistics import mean_over, named, ranged
 from pipeline.findings import Finding
 from pipeline.lenses.base import Sampled
@@ -49,6 +48,7 @@ from pipeline.lenses.parts.read_out import (
     later,
     rows_at,
     vocabulary_of,
+    whole_stream,
 )
 from pipeline.run import Run
 
@@ -73,15 +73,7 @@ def look(run: Run, config: Config) -> Finding:
     """Precision by layer, early exit, and the vocabulary of every feature. Raises UserError when
     the last layer is not stored."""
     maps = run.lens("translators").arrays
-    sites = residual_sites(run.store.sites)
-    if sites[-1].layer != run.model.n_layers - 1:
-        raise UserError(
-            "the last layer is not stored, so there is nothing to compare with",
-            where=run.store.url,
-            expected=f"L{run.model.n_layers - 1}",
-            found=sites[-1].short,
-            fix=f"add resid_post:{run.model.n_layers - 1} to collect.sites",
-        )
+    sites = whole_stream(run)
     layers, exits = _layers(run, sites, maps, config)
     vocabulary = [
         of_features(run, site, maps.get(site.short), config)

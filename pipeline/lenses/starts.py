@@ -214,7 +214,7 @@ def _judged(
     target = judged[best[judged] != NOBODY]
     source = best[target]
     rng = np.random.default_rng([config.seed, pair.target.layer])
-    cofiring = compare_active_at(
+    cofiring = compare_firing(
         other.source_codes, other.target_codes, (source, target), rng=rng, n_chance=N_NULL
     )
     directions = _source_directions(name, fitted)

@@ -31,8 +31,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Doc
 
-from featureflow.errors import UserError
-from featureflow.sites import Site, residual_sites
+from featureflow.sites import Site
 from featureflow.statistics import mean_over, named, ranged
 from pipeline.findings import Finding
 from pipeline.lenses.base import Sampled
@@ -50,6 +49,7 @@ from pipeline.lenses.parts.read_out import (
     later,
     rows_at,
     vocabulary_of,
+    whole_stream,
 )
 from pipeline.lenses.translators import fit
 from pipeline.run import Run
@@ -78,14 +78,7 @@ class Config(Sampled):
 def look(run: Run, config: Config) -> Finding:
     """Precision by layer and distance, and the tokens that features announce. Raises UserError
     when the last layer is not stored."""
-    sites = residual_sites(run.store.sites)
-    if sites[-1].layer != run.model.n_layers - 1:
-        raise UserError(
-            "the last layer is not stored",
-            where=run.store.url,
-            expected=f"L{run.model.n_layers - 1}",
-            found=sites[-1].short,
-        )
+    sites = whole_stream(run)
     shown = set(spread(sites, config.n_layers))
     tested = [site for site in sites[:-1] if site in run.saes]
     tested = spread(tested, config.n_sites or len(tested))

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from data.model.partial_forward import continued_from
 from data.tokens import FLAG_BOS, FLAG_PADDING, FLAG_SPECIAL
-from featureflow.sites import Site
+from featureflow.errors import UserError
+from featureflow.sites import Site, residual_sites
 from featureflow.statistics import q_values
 from pipeline.lenses.parts.held_out import iter_rows
 from pipeline.run import Run
@@ -77,6 +78,20 @@ def carried(
     return x @ torch.from_numpy(maps[name]) + torch.from_numpy(maps[f"{name}.offset"])
 
 
+def whole_stream(run: Run) -> list[Site]:
+    """The stored sites of the residual stream. Raises UserError when the last layer is not one."""
+    sites, last = residual_sites(run.store.sites), run.model.n_layers - 1
+    if sites[-1].layer != last:
+        raise UserError(
+            "the last layer is not stored, so there is nothing to compare with",
+            where=run.store.url,
+            expected=f"L{last}",
+            found=sites[-1].short,
+            fix=f"add resid_post:{last} to collect.sites",
+        )
+    return sites
+
+
 @torch.no_grad()
 def iter_log_p(run: Run, x: Float[Tensor, "row d_model"]) -> Iterator[Float[Tensor, "row vocab"]]:
     """The model's log-probabilities when its last layer leaves these rows, 256 rows a time."""
@@ -90,6 +105,22 @@ def iter_log_p(run: Run, x: Float[Tensor, "row d_model"]) -> Iterator[Float[Tens
 def first_tokens(run: Run, x: Float[Tensor, "row d_model"]) -> Int[np.ndarray, "row"]:
     """The likeliest token of every row's read-out."""
     return torch.cat([log_p.argmax(-1) for log_p in iter_log_p(run, x)]).numpy()
+
+
+def ranked(
+    run: Run, x: Float[Tensor, "row d_model"], *targets: Int[Tensor, "row"]
+) -> tuple[Any, ...]:
+    """The first token of every row's read-out; then for each of `targets` the rank (1 is first) and
+    the log-probability of every row's token."""
+    top: list[Tensor] = []
+    found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in targets]
+    for log_p, *own in zip(iter_log_p(run, x), *(t.split(_ROWS) for t in targets), strict=True):
+        top.append(log_p.argmax(1))
+        for (rank, value), ids in zip(found, own, strict=True):
+            value.append(log_p.gather(1, ids[:, None]))
+            rank.append((log_p > value[-1]).sum(1) + 1)
+    joined = [tuple(torch.cat(each).flatten().numpy() for each in pair) for pair in found]
+    return torch.cat(top).numpy(), *joined
 
 
 class Vocabulary:

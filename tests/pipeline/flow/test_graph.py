@@ -23,12 +23,11 @@ from featureflow.errors import UserError
 from featureflow.sites import Site
 from pipeline.artifact import Artifact
 from pipeline.flow.attribution import cantor
-from pipeline.flow.communities import communities_of
 from pipeline.flow.describe import describe_flow
 from pipeline.flow.exports import attribution_document, export_graph, to_networkx
 from pipeline.flow.figures import draw_flow
 from pipeline.flow.graph import FlowGraph
-from pipeline.flow.nodes import Side, node_table
+from pipeline.flow.nodes import Side, communities_of, node_table
 from pipeline.flow.options import Calibrated, Fixed
 from pipeline.flow.tables import EDGES, KIND, PAIRS, SCHEMA, FlowTables, read_tables, write_tables
 

@@ -88,7 +88,7 @@ def test_folding_is_rescaling_of_latents() -> None:
     np.testing.assert_array_equal(found.argmax(1), folded_rows.numpy().argmax(1))
 
 
-def test_scale_without_thresholds_is_the_mean_while_active_at() -> None:
+def test_scale_without_thresholds_is_the_mean_while_active() -> None:
     sae = random_sae(6)
     wide = codes_from(sparse.csr_matrix(np.array([[2.0, 0, 0, 0, 0, 0], [4.0, 1.0, 0, 0, 0, 0]])))
     np.testing.assert_allclose(scale_of(sae, wide), [3.0, 1.0, 1.0, 1.0, 1.0, 1.0])

@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 import torch
 
-from pipeline.lenses import concept_depth, concept_states, definitions, sparse_probe
+from pipeline.lenses import concept_depth, concept_states, sparse_probe
 from pipeline.lenses.base import run_lens
 from pipeline.lenses.parts.probes import best_columns, scores
+from pipeline.lenses.parts.read_out import ranked
 from pipeline.run import Run
 
 
@@ -94,7 +95,7 @@ def test_states_are_those_of_each_text_alone(run: Run) -> None:
 def test_ranks_count_the_tokens_that_are_likelier(run: Run) -> None:
     x = torch.randn(3, run.model.d_model, generator=torch.Generator().manual_seed(0))
     target, other = torch.tensor([4, 5, 6]), torch.tensor([1, 2, 3])
-    own, null = definitions.ranks(run, x, target, other)
+    _, (own, _), (null, _) = ranked(run, x, target, other)
     W_U, gain = run.model.unembedding()
     scale = x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
     logits = (x * scale * gain) @ W_U.T

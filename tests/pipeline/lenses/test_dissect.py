@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 from data.tokens import DocumentRow, TokenTable
 from featureflow.errors import UserError
 from pipeline.lenses import dissect, dynamics, ranks
+from pipeline.lenses.parts.read_out import ranked
 from pipeline.run import Run
 from sae import Sae
 from sae.activations import Relu
@@ -101,8 +102,8 @@ def test_onset_is_the_layer_from_which_the_rank_stays() -> None:
 
 def test_the_last_layer_says_the_answer_and_another_rows_answer_ranks_low(run: Run) -> None:
     x = torch.randn(6, run.model.d_model, generator=torch.Generator().manual_seed(0))
-    _, _, top = ranks.ranked(run, x, torch.zeros(6, dtype=torch.int64))
-    rank, log_p, again = ranks.ranked(run, x, torch.from_numpy(top))
+    top, _ = ranked(run, x, torch.zeros(6, dtype=torch.int64))
+    again, (rank, log_p) = ranked(run, x, torch.from_numpy(top))
     assert (rank == 1).all()
     assert (again == top).all()
     assert (log_p < 0).all()
