@@ -43,6 +43,7 @@ from pipeline.trace.document import Document
 from pipeline.trace.kept import open_trace, read_document
 from pipeline.trace.prompt import trace_prompt
 from pipeline.trace.trace import Trace
+from pipeline.training.batch_jobs import TRANSCODERS
 from steering.generation import Sample
 from steering.plan import Plan
 
@@ -145,6 +146,15 @@ class Run:
     def saes(self) -> Saes:
         """The SAEs that later stages use, by site; each is kept once it is read."""
         return Saes(self.artifact("train").path / FOLDER, device=self.context.device)
+
+    @cached_property
+    def transcoders(self) -> Saes:
+        """The transcoders, by the site that they write. Raises UserError when there are none."""
+        folder = self.artifact("train").path / TRANSCODERS
+        if not folder.is_dir():
+            fix = "train.transcoders in the recipe, with resid_mid and mlp_out in collect.sites"
+            raise UserError("this run has no transcoders", where=str(self.root), fix=fix)
+        return Saes(folder, device=self.context.device)
 
     @cached_property
     def model(self) -> LanguageModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -25,6 +25,12 @@ from pipeline.trace.trace import TraceOptions
 @click.option("--foil", help="token that it is compared with; default: the next likeliest")
 @click.option("--feature", help="explain a feature on a token instead, such as L20/316@5")
 @click.option("--cuts", help="sites to cut at, such as L2,L5,L8; default: every third layer")
+@click.option(
+    "--through",
+    type=click.Choice(["saes", "transcoders"]),
+    default="saes",
+    help="the stream's SAEs, or the transcoders of every layer with patterns and scales held",
+)
 @click.option("--chat", is_flag=True, help="put the prompt into the model's chat template")
 @click.option(
     "--prompts",
@@ -50,6 +56,7 @@ def trace(
     foil: str | None,
     feature: str | None,
     cuts: str | None,
+    through: Literal["saes", "transcoders"],
     chat: bool,
     prompts: Path | None,
     graph: Path | None,
@@ -72,7 +79,7 @@ def trace(
         return
     given: dict[str, Any] = {"answer": answer, "foil": foil, "feature": feature, "chat": chat}
     asked = [{"prompt": prompt}] if prompts is None else read_prompts(prompts)
-    options = TraceOptions(share=share, n_removed=removed, n_shown=shown)
+    options = TraceOptions(through=through, share=share, n_removed=removed, n_shown=shown)
     documents = []
     with progress_bars(quiet=quiet) as progress:
         context = RunContext(device=device, progress=progress)

@@ -6,6 +6,8 @@ completeness    integrated gradients (5 steps) against really removing the middl
 keep            at the middle cut, only the features that hold 80 % of Σ|score|: share of the effect
                 that stays (F), against the largest activations and random ones, equally many
 without         at the middle cut, without the 20 strongest features: the same comparison
+replacement, completeness score    in place of the three before, through transcoders
+                (pipeline/trace/transcoders.py)
 supernodes      prediction against removal: rank correlation and Σ|error| / Σ|real|
 control         mean |effect| of the removed supernodes against equally many random active features
 """
@@ -22,6 +24,7 @@ from featureflow.progress import Progress, silent
 from featureflow.sites import Site
 from pipeline.trace.stream import FEATURE, Edited, Traced, edited, run_model
 from pipeline.trace.supernodes import strongest
+from pipeline.trace.transcoders import direct_effects
 
 _IG_STEPS, _KEPT, _N_WITHOUT = 5, 0.8, 20
 
@@ -31,12 +34,12 @@ def checks_of(
 ) -> pd.DataFrame:
     """One row a check: `check`, `value`, `note`."""
     middle = found.cuts[len(found.cuts) // 2]
-    rows = [
-        *_identity(found, gone),
-        completeness(found, middle),
-        *_keep_and_without(found, middle, np.random.default_rng(seed), progress),
-        *_predictions(supernodes),
-    ]
+    rows = [*_identity(found, gone), *_predictions(supernodes)]
+    if found.is_linear:
+        rows[2:2] = _graph_scores(found)
+    else:
+        kept = _keep_and_without(found, middle, np.random.default_rng(seed), progress)
+        rows[2:2] = [completeness(found, middle), *kept]
     return pd.DataFrame(rows, columns=["check", "value", "note"])
 
 
@@ -53,6 +56,13 @@ def _sum_error(found: Traced, site: Site) -> float:
     whole = float((found.gradient[site] * found.stream[site]).sum())
     size = max(float(nodes["score"].abs().sum()), 1e-12)
     return abs(float(nodes["score"].sum()) - whole) / size
+
+
+def _graph_scores(found: Traced) -> Iterator[tuple[str, float, str]]:
+    graph = direct_effects(found)
+    note = f"graph of the {len(graph.features)} features of the largest score, as circuit-tracer's"
+    yield "replacement score", graph.replacement, f"of the tokens' influence, errors apart; {note}"
+    yield "completeness score", graph.completeness, f"of the nodes' inputs, no error; {note}"
 
 
 def completeness(found: Traced, site: Site) -> tuple[str, float, str]:

@@ -147,11 +147,11 @@ class _Names:
     """Accepted labels with their scores, tokens that features are active on, and promoted ones."""
 
     def __init__(self, run: Run, found: Trace) -> None:
-        self._run = run
+        self._run, self._saes = run, found.traced.saes
         self._late = _LATE * (max(site.layer for site in run.saes) + 1)
         self._labels: dict[str, tuple[str, float]] = {}
         self._tokens: dict[str, list[str]] = {}
-        if run.has("describe"):
+        if run.has("describe") and not found.traced.is_linear:
             frame = run.features.table
             shown = {name for names in found.supernodes["features"] for name in names.split(" ")}
             frame = frame[frame["feature"].isin(shown)]
@@ -168,7 +168,7 @@ class _Names:
     def promoted(self, feature: FeatureId) -> list[str]:
         model = self._run.exact_model
         weight, gain = model.unembedding()
-        direction = self._run.saes[feature.site].W_dec[feature.latent].float()
+        direction = self._saes[feature.site].W_dec[feature.latent].float()
         best = (weight @ (gain * direction)).topk(min(_N_PROMOTED, len(weight))).indices.tolist()
         return [model.tokenizer.token_text(i).strip() for i in best]
 

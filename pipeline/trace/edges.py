@@ -3,7 +3,8 @@
 `edges_between`: supernode A → supernode B where A begins before B's peak on the same or an earlier
 token. `removed` is the change of B's strength when A is removed (it comes with the removals);
 `predicted` is that by the gradient of B's strength at the cut before (NaN where A has no member
-there). `drawn` are the strong ones that no third supernode explains.
+there); through transcoders it is the direct effect alone, past all MLPs between. `drawn` are the
+strong ones that no third supernode explains.
 
 `node_edges`: feature → feature from one cut to the next, E(i→j) = z_i d_i · ∂pre_j/∂h, with nothing
 frozen. Cost: one backward pass through the layers between the two cuts a target.
@@ -21,16 +22,18 @@ from torch import Tensor
 
 from featureflow.sites import Site, parse_site
 from pipeline.trace.stream import (
+    EMBEDDING,
     FEATURE,
     Edited,
     Reading,
-    Stream,
     Traced,
+    input_of,
+    kept_stream,
     pre_activations,
     run_model,
 )
 
-Gradient = tuple[Site, Float[Tensor, "token d_model"]]
+Gradients = dict[Site, Float[Tensor, "token d_model"]]
 
 
 def edges_between(
@@ -73,44 +76,41 @@ def node_edges(found: Traced, targets: pd.DataFrame) -> pd.DataFrame:
     ]
     parts = []
     for target, gradient in zip(targets.index, gradients_of(found, readings), strict=True):
-        if gradient is None:
-            continue
-        site, g = gradient
-        nodes = found.nodes[(found.nodes["cut"] == site.short) & (found.nodes["kind"] == FEATURE)]
-        effect = _effects(found, nodes, g).cpu().numpy()
-        parts.append(pd.DataFrame({"source": nodes.index, "target": target, "predicted": effect}))
+        for site in found.cuts:
+            if site in gradient:
+                here = (found.nodes["cut"] == site.short) & (found.nodes["kind"] == FEATURE)
+                nodes = found.nodes[here]
+                effect = _effects(found, nodes, gradient[site]).cpu().numpy()
+                ends = {"source": nodes.index, "target": target, "predicted": effect}
+                parts.append(pd.DataFrame(ends))
     columns = ["source", "target", "predicted"]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 
-def gradients_of(found: Traced, readings: Sequence[Reading]) -> Iterator[Gradient | None]:
-    """Of every reading its gradient at the cut before it; None at the first cut."""
-    stream: Stream = {}
-
-    def keep(site: Site, h: Tensor) -> Tensor:
-        stream[site] = h.detach().requires_grad_() if site == found.cuts[0] else h.view_as(h)
-        return stream[site]
-
-    with torch.enable_grad():
-        edits = {site: (lambda h, site=site: keep(site, h)) for site in found.cuts}
-        run_model(found.model, [found.ids], edits)
-        for site, token, latents, weights in readings:
-            place = found.cuts.index(site)
-            if place == 0:
-                yield None
-                continue
-            pre = pre_activations(found.saes[site], stream[site][0, token], latents)
-            before = found.cuts[place - 1]
-            (g,) = torch.autograd.grad(pre @ weights.to(pre), stream[before], retain_graph=True)
-            yield before, g[0]
+def gradients_of(found: Traced, readings: Sequence[Reading | None]) -> Iterator[Gradients]:
+    """Of every reading (None: of y) its gradient at the cut before it; through transcoders at every
+    cut before it and at the embedding, by paths past the MLPs between."""
+    with kept_stream(found.model, found.saes, found.cuts, features=False) as (stream, edits):
+        logits = run_model(found.model, [found.ids], edits)
+        for reading in readings:
+            if reading is None:
+                value, before = found.target.value(logits, stream, found.saes)[0], found.cuts
+            else:
+                site, token, latents, weights = reading
+                source = input_of(found.saes[site], site)
+                pre = pre_activations(found.saes[site], stream[source][0, token], latents)
+                value, before = pre @ weights.to(pre), tuple(c for c in found.cuts if c < source)
+            at = [EMBEDDING, *before] if found.is_linear else before[-1:]
+            given = [stream[cut] for cut in at]
+            gradients = torch.autograd.grad(value, given, retain_graph=True) if at else ()
+            yield {cut: g[0] for cut, g in zip(at, gradients, strict=True)}
 
 
-def _predicted(found: Traced, members: pd.DataFrame, gradient: Gradient | None) -> float:
-    if gradient is None:
-        return float("nan")
-    site, g = gradient
-    here = members[members["cut"] == site.short]
-    return float(_effects(found, here, g).sum()) if len(here) else float("nan")
+def _predicted(found: Traced, members: pd.DataFrame, gradients: Gradients) -> float:
+    cuts = members["cut"].map(parse_site)
+    parts = [_effects(found, members[cuts == cut], g) for cut, g in gradients.items()]
+    parts = [each for each in parts if len(each)]
+    return float(torch.cat(parts).sum()) if parts else float("nan")
 
 
 def _effects(

@@ -8,7 +8,7 @@ is refused, with how it is split. Nothing is run before all of it is known to be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -16,10 +16,11 @@ import torch
 
 from featureflow.errors import UserError
 from featureflow.progress import Progress
-from featureflow.sites import parse_feature, parse_site
+from featureflow.sites import Site, parse_feature, parse_site
 from pipeline.trace.stream import BLOCK_TOKENS, Target, run_model
 from pipeline.trace.supernodes import flows_of
 from pipeline.trace.trace import DEFAULT, Trace, TraceOptions, every_third, iter_trace
+from sae import Sae
 
 if TYPE_CHECKING:
     from pipeline.run import Run
@@ -50,28 +51,31 @@ def iter_prompt(
     """The trace as it grows. `feature` (`L20/316@5`) explains a feature on a token in place of the
     answer against the foil; `chat` puts the prompt into the model's template; `memory_gb` is what
     may be used, by default what is free. Raises UserError."""
-    model = run.exact_model
+    model, direct = run.exact_model, options.through == "transcoders"
+    saes = _transcoders(run) if direct else run.saes
     ids = ids_of(model, prompt, chat)
     _refuse_too_large(model, len(ids), memory_gb)
-    sites = [parse_site(cut) for cut in cuts] or every_third(list(run.saes))
-    if unknown := [site.short for site in sites if site not in run.saes]:
-        known = ", ".join(site.short for site in run.saes)
+    if direct and cuts:
+        raise UserError("transcoders cut at every layer", fix="leave out the cuts")
+    sites = [parse_site(cut) for cut in cuts] or (list(saes) if direct else every_third(list(saes)))
+    if unknown := [site.short for site in sites if site not in saes]:
+        known = ", ".join(site.short for site in saes)
         raise UserError("no SAE at these cuts", found=", ".join(unknown), expected=known)
     if feature is None:
         target = _target(model, ids, answer, foil)
     else:
-        target = _feature_target(run, ids, feature)
+        target = _feature_target(saes, ids, feature)
         assert target.feature is not None
         sites = [site for site in sites if site < target.feature.site]
         if not sites:
             raise UserError("no cut lies before this feature", where=feature)
     yield from iter_trace(
         model,
-        run.saes,
+        saes,
         ids,
         target=target,
         cuts=sorted(sites),
-        flows=flows_of(run.graph, tuple(sorted(sites))) if run.has("link") else {},
+        flows=flows_of(run.graph, tuple(sorted(sites))) if run.has("link") and not direct else {},
         options=options,
         progress=progress or run.context.progress,
     )
@@ -125,7 +129,16 @@ def _token(model: Any, text: str, name: str) -> int:
     return int(ids[0])
 
 
-def _feature_target(run: Run, ids: Sequence[int], text: str) -> Target:
+def _transcoders(run: Run) -> Mapping[Site, Sae]:
+    """Those of every layer. Raises UserError when one is missing."""
+    n_layers, saes = run.exact_model.n_layers, run.transcoders
+    missing = [f"L{i}.mlp" for i in range(n_layers) if Site(i, "mlp_out") not in saes]
+    if missing:
+        raise UserError("a layer has no transcoder", where=str(run.root), found=", ".join(missing))
+    return saes
+
+
+def _feature_target(saes: Mapping[Site, Sae], ids: Sequence[int], text: str) -> Target:
     name, at, place = text.partition("@")
     feature = parse_feature(name)
     if not at or not place.isdecimal() or not 0 < int(place) < len(ids):
@@ -134,7 +147,7 @@ def _feature_target(run: Run, ids: Sequence[int], text: str) -> Target:
             where=text,
             expected=f"{name}@<token>, 1 … {len(ids) - 1} (0 is the start token)",
         )
-    if feature.site not in run.saes or feature.latent >= run.saes[feature.site].n_latents:
+    if feature.site not in saes or feature.latent >= saes[feature.site].n_latents:
         raise UserError(f"the run has no feature {name}")
     return Target(feature=feature, token=int(place))
 

@@ -8,7 +8,11 @@ gradient of one number at every cut.
    is one node.
 3. A node's score is its part of the stream times g: s = z_i g·d_i, g·error, g·b_dec, g·h. Scores of
    different cuts are the same effect seen at different depths; they are never added over cuts.
-4. `edited` runs the model with features set to 0, or to the value in the column `to`, one set a
+4. Through transcoders a cut is the output of an MLP, which the transcoder reads its features of at
+   another site (`input_of`). Its bias node holds the skip map too. g is the gradient of the linear
+   replacement model: attention patterns and norm scales are held, and an MLP is its transcoder's
+   skip map and active features.
+5. `edited` runs the model with features set to 0, or to the value in the column `to`, one set a
    row. What is taken off is the running value, z_i relu(pre_i) / pre_i: after an earlier removal
    the stored value would be subtracted twice, and a factor on it would compound from cut to cut.
    Features that only the edit wakes are left alone.
@@ -19,7 +23,8 @@ so memory is that of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,17 +32,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from featureflow.errors import UserError
 from featureflow.progress import Progress, silent
 from featureflow.sites import FeatureId, Site, parse_site
+from pipeline.trace.frozen import frozen
 from sae import Sae
 from steering.sequences import device_of, forward_arguments
 
 Stream = dict[Site, Float[Tensor, "row token d_model"]]
 FEATURE, ERROR, BIAS, SINK = "feature", "error", "bias", "sink"
+EMBEDDING = Site(0, "resid_pre")
 BLOCK_TOKENS, _SINK = 2048, 10.0
 
 
@@ -57,7 +64,8 @@ class Target:
         if self.feature is None:
             return logits[:, self.answer] - logits[:, self.foil]
         site, latent = self.feature.site, self.feature.latent
-        return pre_activations(saes[site], stream[site][:, self.token], [latent])[:, 0]
+        seen = stream[input_of(saes[site], site)]
+        return pre_activations(saes[site], seen[:, self.token], [latent])[:, 0]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,6 +84,11 @@ class Traced:
     gradient: Stream
     nodes: pd.DataFrame
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether it goes through transcoders."""
+        return input_of(self.saes[self.cuts[0]], self.cuts[0]) != self.cuts[0]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Edited:
@@ -84,6 +97,12 @@ class Edited:
     y: Float[Tensor, "row"]
     logits: Float[Tensor, "row vocab"]
     read: Float[Tensor, "row reading"]
+
+
+def input_of(sae: Sae, site: Site) -> Site:
+    """What a dictionary at a site encodes: the site, or what a transcoder reads."""
+    reads = sae.metadata.get("reads")
+    return parse_site(reads) if reads else site
 
 
 def pre_activations(
@@ -99,15 +118,8 @@ def traced(
 ) -> Traced:
     """Run the prompt and score every node. `cuts` lie before the target. Raises UserError for a
     model through which no gradient flows."""
-    stream: Stream = {}
-    wanted = sorted({*cuts, *([] if target.feature is None else [target.feature.site])})
-
-    def keep(site: Site, h: Tensor) -> Tensor:
-        stream[site] = h.detach().requires_grad_() if site == wanted[0] else h.view_as(h)
-        return stream[site]
-
-    edits = {site: partial(keep, site) for site in wanted}
-    with torch.enable_grad():
+    seen = {*cuts, *([] if target.feature is None else [target.feature.site])}
+    with kept_stream(model, saes, seen, features=True) as (stream, edits):
         logits = run_model(model, [ids], edits)
         y = target.value(logits, stream, saes)
         if not y.requires_grad:
@@ -122,7 +134,10 @@ def traced(
         for site, g in zip(cuts, found, strict=True)
     }
     kept = {site: h.detach() for site, h in stream.items()}
-    nodes = [nodes_at(saes[site], site, kept[site][0], gradient[site][0]) for site in cuts]
+    nodes = [
+        nodes_at(saes[at], at, kept[input_of(saes[at], at)][0], kept[at][0], gradient[at][0])
+        for at in cuts
+    ]
     return Traced(
         model=model,
         saes=saes,
@@ -135,6 +150,51 @@ def traced(
         gradient=gradient,
         nodes=pd.concat(nodes, ignore_index=True),
     )
+
+
+@contextmanager
+def kept_stream(
+    model: Any, saes: Mapping[Site, Sae], sites: Iterable[Site], *, features: bool
+) -> Iterator[tuple[Stream, dict[Site, Callable[[Tensor], Tensor]]]]:
+    """Inside, edits that keep what passes at the sites and what their dictionaries read, from the
+    first on with gradients. For transcoders the model is linear inside, from the embedding on, with
+    their `features` or, without, the skip maps alone."""
+    reads = {site: input_of(saes[site], site) for site in sites}
+    linear = any(a != b for a, b in reads.items())
+    wanted = sorted({*reads, *reads.values(), *([EMBEDDING] if linear else [])})
+    stream: Stream = {}
+
+    def keep(site: Site, h: Tensor) -> Tensor:
+        if site == wanted[0]:
+            stream[site] = h.detach().requires_grad_()
+        elif reads.get(site, site) != site:
+            part = _linear_part(saes[site], stream[reads[site]], features)
+            stream[site] = h.detach().requires_grad_() + part - part.detach()
+        else:
+            stream[site] = h.view_as(h)
+        return stream[site]
+
+    with torch.enable_grad(), frozen(model) if linear else nullcontext():
+        yield stream, {site: partial(keep, site) for site in wanted}
+
+
+def _linear_part(sae: Sae, x: Float[Tensor, "row token d_in"], features: bool) -> Tensor:
+    """What of a transcoder's output its input moves: the skip map and the active features."""
+    part = x.new_zeros(*x.shape[:-1], sae.d_out)
+    if sae.W_skip is not None:
+        part = part + x @ sae.W_skip.T
+    if features:
+        active = (sae.encode(x.detach()) != 0) & ~sinks(x.detach())[..., None]
+        part = part + (sae.pre_activations(x) * active) @ sae.W_dec
+    return part
+
+
+def sinks(x: Float[Tensor, "*row token d_model"]) -> Bool[Tensor, "*row token"]:
+    """Tokens whose row is one node."""
+    norm = x.norm(dim=-1)
+    found = norm > _SINK * norm[..., x.shape[-2] > 1 :].median(-1, keepdim=True).values
+    found[..., 0] = True
+    return found
 
 
 def run_model(
@@ -162,21 +222,24 @@ def run_whole(
 
 @torch.no_grad()
 def nodes_at(
-    sae: Sae, site: Site, h: Float[Tensor, "token d_model"], g: Float[Tensor, "token d_model"]
+    sae: Sae,
+    site: Site,
+    x: Float[Tensor, "token d_in"],
+    h: Float[Tensor, "token d_model"],
+    g: Float[Tensor, "token d_model"],
 ) -> pd.DataFrame:
-    """Every node of one cut with its score."""
-    norm = h.norm(dim=-1)
-    sink = norm > _SINK * norm[len(norm) > 1 :].median()
-    sink[0] = True
-    z, pre = sae.encode(h), sae.pre_activations(h)
+    """Every node of one cut with its score; `x` is what the dictionary reads, `h` what it gives."""
+    norm, sink = h.norm(dim=-1), sinks(x)
+    z, pre = sae.encode(x), sae.pre_activations(x)
     z[sink] = 0
     token, latent = (z != 0).nonzero(as_tuple=True)
-    value, error = z[token, latent], h - sae.decode(z)
+    bias = sae.b_dec if sae.W_skip is None else sae.b_dec + x @ sae.W_skip.T
+    value, error = z[token, latent], h - z @ sae.W_dec - bias
     rest, at = (~sink).nonzero().squeeze(1), sink.nonzero().squeeze(1)
     rows = (
         (FEATURE, token, latent, value, value * (g @ sae.W_dec.T)[token, latent]),
         (ERROR, rest, rest * 0 - 1, error[rest].norm(dim=-1), (g * error).sum(-1)[rest]),
-        (BIAS, rest, rest * 0 - 1, rest * 0.0, (g @ sae.b_dec)[rest]),
+        (BIAS, rest, rest * 0 - 1, rest * 0.0, (g * bias).sum(-1)[rest]),
         (SINK, at, at * 0 - 1, norm[at], (g * h).sum(-1)[at]),
     )
     frames = [
@@ -229,13 +292,14 @@ def _block(
 
     def edit(site: Site, h: Tensor) -> Tensor:
         for number, (cut, token, latents, weights) in enumerate(readings):
-            if cut == site:
-                read[:, number] = pre_activations(traced.saes[site], h[:, token], latents) @ weights
+            if input_of(traced.saes[cut], cut) == site:
+                read[:, number] = pre_activations(traced.saes[cut], h[:, token], latents) @ weights
         stream[site] = edits[site](h) if site in edits else h
         return stream[site]
 
     sites = {*traced.cuts, *(cut for cut, *_ in readings)}
     sites |= set() if traced.target.feature is None else {traced.target.feature.site}
+    sites |= {input_of(traced.saes[site], site) for site in sites}
     rows = [traced.ids] * len(sets)
     logits = run_model(traced.model, rows, {site: partial(edit, site) for site in sorted(sites)})
     return traced.target.value(logits, stream, traced.saes), logits, read
@@ -249,16 +313,28 @@ def edits_of(
     frame = pd.concat([each.assign(row=row) for row, each in enumerate(sets)])
     frame = frame.assign(to=frame["to"].fillna(0.0) if "to" in frame else 0.0)
     by_cut = {parse_site(cut): here for cut, here in frame.groupby("cut", sort=False)}
-    return {site: partial(_set_to, saes[site], here) for site, here in by_cut.items()}
+    edits: dict[Site, Callable[[Tensor], Tensor]] = {}
+    for site, here in by_cut.items():
+        source, seen = input_of(saes[site], site), dict[Site, Tensor]()
+        if source != site:
+            edits[source] = partial(_seen, seen, source)
+        edits[site] = partial(_set_to, saes[site], here, seen, source)
+    return edits
+
+
+def _seen(seen: Stream, site: Site, x: Tensor) -> Tensor:
+    seen[site] = x
+    return x
 
 
 def _set_to(
-    sae: Sae, nodes: pd.DataFrame, h: Float[Tensor, "row token d_model"]
+    sae: Sae, nodes: pd.DataFrame, seen: Stream, source: Site, h: Float[Tensor, "row token d_model"]
 ) -> Float[Tensor, "row token d_model"]:
     names = ("row", "token", "latent", "z", "pre", "to")
     row, token, latent, z, first, to = (
         torch.tensor(nodes[name].tolist(), device=h.device) for name in names
     )
-    pre = (h[row, token] - sae.b_in).mul(sae.W_enc[latent]).sum(-1) + sae.b_enc[latent]
+    x = seen.get(source, h)
+    pre = (x[row, token] - sae.b_in).mul(sae.W_enc[latent]).sum(-1) + sae.b_enc[latent]
     change = to - z * pre.relu() / first
     return h.index_put((row, token), change[:, None] * sae.W_dec[latent], accumulate=True)

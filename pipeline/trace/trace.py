@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -46,8 +46,10 @@ DOSES = (0.5, 2.0)
 @dataclass(frozen=True, kw_only=True)
 class TraceOptions:
     """`share` of Σ|score| kept per cut, how many supernodes are removed and how many are shown, and
-    from what share of |y| on an edge is shown."""
+    from what share of |y| on an edge is shown. `through` names the dictionaries: the SAEs of the
+    stream, or the transcoders of every layer's MLP."""
 
+    through: Literal["saes", "transcoders"] = "saes"
     share: float = 0.8
     n_removed: int = 24
     n_shown: int = 12

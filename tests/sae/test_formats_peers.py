@@ -6,9 +6,6 @@ FEATUREFLOW_PEERS.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -19,32 +16,10 @@ from featureflow.sites import Site
 from sae import Gated, Relu, Sae, Threshold, TopKActivation
 from sae.calibration import with_threshold
 from sae.formats import read, read_cross_layer, write_circuit_tracer, write_saelens, write_sparsify
+from tests.sae.peers import run_peer
 
 pytestmark = pytest.mark.slow
-SCRIPTS = Path(__file__).parents[2] / "benchmarks" / "peers"
 D, N, TOKENS = 24, 96, 200
-
-
-def run_peer(peer: str, *arguments: str) -> list[dict]:
-    root = os.environ.get("FEATUREFLOW_PEERS")
-    python = Path(root or "") / peer / "bin" / "python"
-    if root is None or not python.is_file():
-        pytest.skip(
-            f"no environment for {peer}: bash benchmarks/peers/make_environments.sh, then "
-            "FEATUREFLOW_PEERS"
-        )
-    command = [str(python), str(SCRIPTS / f"check_{peer}.py"), *arguments]
-    environment = {
-        "PATH": os.environ["PATH"],
-        "HOME": os.environ.get("HOME", "/"),
-        "OMP_NUM_THREADS": "1",
-    }
-    environment |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=280, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def check_ours_reads(folder: Path) -> None:

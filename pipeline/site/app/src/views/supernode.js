@@ -14,6 +14,7 @@ import { featureLink, labelText } from "../ui/parts.js";
 import { tokenChip, visible } from "../ui/tokens.js";
 
 export async function supernodePanel({ atlas, live, trace, node }) {
+  const ours = !trace.foreign && trace.options.through !== "transcoders";
   return [
     h("h2", {}, `S${node.id} `, labelText(node.name, 140)),
     h("p", { class: "quiet" }, `on token ${node.token} ${visible(trace.pieces[node.token])}, ` +
@@ -22,10 +23,10 @@ export async function supernodePanel({ atlas, live, trace, node }) {
     node.promotes.length > 0 && h("p", { class: "chips" }, h("span", { class: "quiet" },
       "Promotes "), node.promotes.map((token) => tokenChip(token))),
     effects(trace, node),
-    live?.tracing && !trace.foreign && changeBox(trace, node),
+    live?.tracing && ours && changeBox(trace, node),
     h("h3", {}, "Members"),
-    members(atlas, node),
-    await examples(atlas, node),
+    members(ours && atlas, node),
+    ours && await examples(atlas, node),
     heads(trace, node),
     neighbours(trace, node),
   ];
@@ -72,7 +73,7 @@ function doseChart(trace, node) {
 function members(atlas, node) {
   const name = (id) => {
     const feature = parseFeature(id);
-    return feature && atlas.key(feature) !== null ? featureLink(id) : visible(id);
+    return atlas && feature && atlas.key(feature) !== null ? featureLink(id) : visible(id);
   };
   return h("ul", { class: "link-lines" }, node.members.map(({ feature, z, score }) => h("li", {},
     name(feature), h("span", { class: "quiet" }, [z !== null && ` active at ${short(z)}`,
