@@ -34,6 +34,7 @@ from pipeline.trace.stream import (
 )
 
 Gradients = dict[Site, Float[Tensor, "token d_model"]]
+Written = dict[Site, tuple[list[int], Float[Tensor, "feature d_model"]]]
 
 
 def edges_between(
@@ -49,12 +50,12 @@ def edges_between(
     as it is, row 1 + A without A. Drawn are edges of `shown` supernodes of at least `limit`."""
     change = (gone.read[0] - gone.read[1 : 1 + len(members)]).numpy()
     gradients = list(gradients_of(found, readings))
+    written, at = [_written(found, each) for each in members], [reading[1] for reading in readings]
     rows = []
-    for b, (site, token, *_) in enumerate(readings):
-        for a, each in enumerate(members):
-            first = min(parse_site(cut) for cut in each["cut"])
-            if a != b and first < site and int(each["token"].iloc[0]) <= token:
-                guess = _predicted(found, each, gradients[b])
+    for b, (site, *_) in enumerate(readings):
+        for a, by_cut in enumerate(written):
+            if a != b and min(by_cut) < site and at[a] <= at[b]:
+                guess = _predicted(by_cut, gradients[b])
                 rows.append({"source": a, "target": b, "predicted": guess, "removed": change[a, b]})
     frame = pd.DataFrame(rows, columns=["source", "target", "predicted", "removed"])
     strong = np.zeros((len(members), len(members)), dtype=bool)
@@ -80,9 +81,10 @@ def node_edges(found: Traced, targets: pd.DataFrame) -> pd.DataFrame:
             if site in gradient:
                 here = (found.nodes["cut"] == site.short) & (found.nodes["kind"] == FEATURE)
                 nodes = found.nodes[here]
-                effect = _effects(found, nodes, gradient[site]).cpu().numpy()
-                ends = {"source": nodes.index, "target": target, "predicted": effect}
-                parts.append(pd.DataFrame(ends))
+                for tokens, vectors in _written(found, nodes).values():
+                    effect = (vectors * gradient[site][tokens]).sum(-1).cpu().numpy()
+                    ends = {"source": nodes.index, "target": target, "predicted": effect}
+                    parts.append(pd.DataFrame(ends))
     columns = ["source", "target", "predicted"]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
@@ -106,20 +108,20 @@ def gradients_of(found: Traced, readings: Sequence[Reading | None]) -> Iterator[
             yield {cut: g[0] for cut, g in zip(at, gradients, strict=True)}
 
 
-def _predicted(found: Traced, members: pd.DataFrame, gradients: Gradients) -> float:
-    cuts = members["cut"].map(parse_site)
-    parts = [_effects(found, members[cuts == cut], g) for cut, g in gradients.items()]
-    parts = [each for each in parts if len(each)]
-    return float(torch.cat(parts).sum()) if parts else float("nan")
+def _written(found: Traced, nodes: pd.DataFrame) -> Written:
+    """What features add to the stream, by cut: their tokens, and `z_i d_i`."""
+    written: Written = {}
+    for cut, here in nodes.groupby("cut", sort=False):
+        site = parse_site(str(cut))
+        z = torch.tensor(here["z"].tolist(), device=found.logits.device)[:, None]
+        written[site] = here["token"].tolist(), z * found.saes[site].W_dec[here["latent"].tolist()]
+    return written
 
 
-def _effects(
-    found: Traced, nodes: pd.DataFrame, g: Float[Tensor, "token d_model"]
-) -> Float[Tensor, "node"]:
-    """`z_i d_i · g` of nodes of one cut."""
-    if nodes.empty:
-        return torch.zeros(0)
-    site = parse_site(nodes["cut"].iloc[0])
-    direction = found.saes[site].W_dec[nodes["latent"].tolist()]
-    z = torch.tensor(nodes["z"].tolist(), device=g.device)
-    return z * (direction * g[nodes["token"].tolist()]).sum(-1)
+def _predicted(written: Written, gradients: Gradients) -> float:
+    parts = [
+        float((vectors * gradients[cut][tokens]).sum())
+        for cut, (tokens, vectors) in written.items()
+        if cut in gradients
+    ]
+    return sum(parts) if parts else float("nan")
