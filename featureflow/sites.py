@@ -79,6 +79,12 @@ class Site:
             return f"M{self.layer}.{self.called}"
         return f"L{self.layer}{_SHORT[self.kind]}"
 
+    @property
+    def is_residual(self) -> bool:
+        """Whether it is a place of the residual stream itself. All other kinds are what a sublayer
+        reads, computes or adds."""
+        return self.kind.startswith("resid_")
+
     def __str__(self) -> str:
         return self.name
 

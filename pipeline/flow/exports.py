@@ -27,7 +27,7 @@ import pandas as pd
 
 from featureflow.errors import UserError
 from featureflow.files import written_atomically
-from featureflow.sites import FeatureId
+from featureflow.sites import IN_LAYER, FeatureId
 from pipeline.flow.attribution import cantor, graph_json, graph_node
 from pipeline.flow.graph import FlowGraph
 
@@ -37,8 +37,12 @@ PLACES = (
     "attention",
     "residual stream before the layer",
     "residual stream inside the layer",
+    "attention heads",
+    "MLP input before the gain",
+    "MLP input",
 )
-_PLACE_OF_KIND = {"resid_post": 0, "mlp_out": 1, "attn_out": 2, "resid_pre": 3, "resid_mid": 4}
+_KINDS = ("resid_post", "mlp_out", "attn_out", "resid_pre", "resid_mid")
+_PLACE_OF_KIND = {kind: i for i, kind in enumerate(dict.fromkeys((*_KINDS, *IN_LAYER)))}
 _N_USUAL = 3
 _NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _NODE_COLUMNS = (

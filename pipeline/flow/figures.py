@@ -109,10 +109,7 @@ def _shown(
     counts: dict[str, int] = {}
     for found in sorted(reached, key=lambda item: -item.strength):
         site = found.feature.site.short
-        if counts.get(site, 0) < n_per_site and found.feature.site.kind not in (
-            "mlp_out",
-            "attn_out",
-        ):
+        if counts.get(site, 0) < n_per_site and found.feature.site.is_residual:
             counts[site] = counts.get(site, 0) + 1
             shown.add(graph.number(found.feature))
     return shown
@@ -129,8 +126,8 @@ def _places(graph: FlowGraph, shown: set[int], chain: set[int]) -> dict[int, tup
             places[number] = (site.layer, 0.0)
             continue
         taken[site.short] = taken.get(site.short, 0) + 1
-        module = site.kind in ("mlp_out", "attn_out")
-        below = -(0.6 if site.kind == "mlp_out" else 1.3) - 0.3 * taken[site.short]
+        module = not site.is_residual
+        below = -(0.6 if site.kind.startswith("mlp") else 1.3) - 0.3 * taken[site.short]
         height = below if module else 0.8 * taken[site.short]
         places[number] = (site.layer - (0.35 if module else 0.0), height)
     return places

@@ -63,7 +63,7 @@ from pipeline.flow.pairing import (
     start_relation,
 )
 from pipeline.flow.partner import shared_and_rivals
-from pipeline.flow.sae_cache import HeldOut, SaeCache
+from pipeline.flow.sae_cache import Decoders, HeldOut, SaeCache
 from pipeline.flow.sources import facts_of
 from sae import Sae
 
@@ -100,6 +100,7 @@ class Stretch:
     held_out: HeldOut | None
     start_nulls: Mapping[Relation, NullSample]
     projections: Mapping[Site, Tensor]
+    decoders: Decoders | None
     device: str
 
 
@@ -120,6 +121,7 @@ def link_dictionaries(
     held_out: HeldOut | None = None,
     start_nulls: Mapping[Relation, NullSample] | None = None,
     projections: Mapping[Site, Float[Tensor, "d_out d_model"]] | None = None,
+    decoders: Decoders | None = None,
     device: str = "cpu",
     progress: Progress = silent,
     machines: Machines | None = None,
@@ -141,6 +143,7 @@ def link_dictionaries(
         held_out=held_out,
         start_nulls=start_nulls or {},
         projections=projections or {},
+        decoders=decoders,
         device=device,
     )
     if machines is None or machines.scheduler is None:
@@ -156,6 +159,7 @@ def link_stretch(stretch: Stretch, progress: Progress = silent) -> StretchLinks:
         dictionaries=stretch.dictionaries,
         held_out=stretch.held_out,
         projections=stretch.projections,
+        decoders=stretch.decoders,
         device=stretch.device,
     )
     linked = []
@@ -299,7 +303,8 @@ def _far_sample(
     if far is None or not bool(cache.at(far).directions.usable.any()):
         return None
     target = cache.at(pair.target).directions
-    best = match(cache.at(far).directions, target, k=1).predecessors.cosine[target.usable, 0]
+    source = cache.carried(replace(pair, source=far))
+    best = match(source, target, k=1).predecessors.cosine[target.usable, 0]
     same = start_relation(stretch.facts[far], stretch.facts[pair.target]) == "same_start"
     return NullSample(
         name=f"far layers ({far.short})", best_cosine=mirrored(best.cpu().numpy()), of_start=same

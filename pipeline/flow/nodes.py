@@ -23,7 +23,6 @@ from featureflow.sites import Site
 from pipeline.flow.functional import Codes
 from pipeline.flow.lives import lives_of
 from pipeline.flow.options import Fixed
-from pipeline.flow.pairing import MODULES
 
 CLASSES = ("translated", "processed", "newborn", "unexplained")
 LIFE = (
@@ -168,7 +167,7 @@ def _classes(
 
 def _add_lives(nodes: pd.DataFrame, ordered: list[Side], edges: pd.DataFrame, least: float) -> None:
     """Adds the columns of `lives_of`; a module's latents live in their own layer."""
-    chain = [side.site for side in ordered if side.site.kind not in MODULES]
+    chain = [side.site for side in ordered if side.site.is_residual]
     widths = {side.site: len(side.alive) for side in ordered}
     codes = {side.site: side.codes for side in ordered if side.codes is not None}
     known = codes if set(chain) <= set(codes) else {}

@@ -2,8 +2,9 @@
 
 1. Sites of the residual stream form one chain in the order of computation; each is linked to the
    one before it (relation `residual`).
-2. The output of an MLP or an attention layer is linked to the first residual site of its own layer
-   that contains it (relations `mlp`, `attention`).
+2. The output of an MLP or an attention layer, and what its heads compute before W_O, is linked to
+   the first residual site of its own layer that contains it (relations `mlp`, `attention`). What
+   an MLP reads after its norm is not linked: it is the stream again, in other units.
 3. Missing layers do not stop the work: the link then spans a gap, which is recorded.
 
 Source: Feature Flow (arXiv 2502.03032) §3.3: one residual chain with one MLP leaf and one attention
@@ -23,7 +24,7 @@ from featureflow.sites import Site
 Relation = Literal["residual", "mlp", "attention"]
 RELATIONS: tuple[Relation, ...] = ("residual", "mlp", "attention")
 StartRelation = Literal["independent", "same_start", "unknown"]
-MODULES: dict[str, Relation] = {"mlp_out": "mlp", "attn_out": "attention"}
+MODULES: dict[str, Relation] = {"mlp_out": "mlp", "attn_out": "attention", "z": "attention"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class Pairing:
 def pair_sites(sites: Iterable[Site]) -> Pairing:
     """The pairs to link. Raises UserError when nothing can be linked."""
     ordered = sorted(set(sites))
-    chain = [site for site in ordered if site.kind not in MODULES]
+    chain = [site for site in ordered if site.is_residual]
     pairs = [Pair(source=a, target=b, relation="residual") for a, b in pairwise(chain)]
     warnings = [
         f"{pair}: {pair.gap} layer(s) have no dictionary; linked across them"
@@ -62,7 +63,13 @@ def pair_sites(sites: Iterable[Site]) -> Pairing:
         if pair.gap
     ]
     for site in ordered:
+        if site.is_residual:
+            continue
         if site.kind not in MODULES:
+            warnings.append(
+                f"{site.short}: what an MLP reads is the stream after a norm; its features are not "
+                "linked"
+            )
             continue
         target = next((r for r in chain if r.layer == site.layer and r > site), None)
         if target is None:

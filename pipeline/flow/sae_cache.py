@@ -16,14 +16,16 @@ from torch import Tensor
 
 from featureflow.errors import UserError
 from featureflow.sites import Site
-from pipeline.flow.directions import Directions, sae_directions
+from pipeline.flow.directions import Directions, directions_of, sae_directions
 from pipeline.flow.functional import Codes, encode_tokens
 from pipeline.flow.nodes import Side
-from pipeline.flow.pairing import MODULES, Pair
+from pipeline.flow.pairing import Pair
 from sae import Sae
 
 _RIDGE = 1e-3
 """Of the mean variance of a coordinate, in the map between sites of different width."""
+Decoders = Callable[[Site, Site], Float[Tensor, "latent d_out"] | None]
+"""What the latents of one site write into another (sae/formats/native_cross_layer.py)."""
 HeldOut = Callable[[Site], Iterable[Float[Tensor, "token d_in"]]]
 """Batches of held-out activations at a site; every site must give the same tokens in the same
 order."""
@@ -45,6 +47,7 @@ class SaeCache:
     dictionaries: Mapping[Site, Sae]
     held_out: HeldOut | None = None
     projections: Mapping[Site, Tensor] = field(default_factory=dict)
+    decoders: Decoders | None = None
     device: str = "cpu"
     n_kept: int = 5
     warnings: list[str] = field(default_factory=list)
@@ -60,9 +63,12 @@ class SaeCache:
         return entry
 
     def carried(self, pair: Pair) -> Directions:
-        """The source's directions in the target's space. Where two named sites differ in width they
-        go through the linear map that best predicts the target's held-out activations. Raises
-        UserError without held-out tokens."""
+        """The source's directions in the target's space: for a layer of a crosscoder its decoder
+        into the target's site. Where two named sites differ in width they go through the linear map
+        that best predicts the target's held-out activations. Raises UserError without held-out
+        tokens."""
+        if (written := self._written(pair)) is not None:
+            return written
         source, target = self.at(pair.source).directions, self.at(pair.target).directions
         if source.d_model == target.d_model or not pair.source.called:
             return source
@@ -80,6 +86,17 @@ class SaeCache:
         name = pair.source.short
         whole = sae_directions(sae, name=name, projection=projection, device=self.device)
         return whole.restricted(source.usable)
+
+    def _written(self, pair: Pair) -> Directions | None:
+        sae = self.dictionaries[pair.source]
+        if self.decoders is None or "cross_layer" not in sae.metadata:
+            return None
+        if (rows := self.decoders(pair.source, pair.target)) is None:
+            return None
+        found = directions_of(rows, name=str(pair), encoder=sae.W_enc, device=self.device)
+        self.warnings.extend(found.warnings)
+        codes = self.at(pair.source).codes
+        return found if codes is None else found.restricted(torch.from_numpy(codes.n_fired > 0))
 
     def _read(self, site: Site) -> Entry:
         sae = self.dictionaries[site]
@@ -105,7 +122,7 @@ class SaeCache:
             n_tokens=0 if codes is None else codes.n_tokens,
             mean_share=whole.mean_share,
             n_duplicates=whole.n_duplicates,
-            codes=None if site.kind in MODULES else codes,
+            codes=codes if site.is_residual else None,
         )
         self.warnings.extend(whole.warnings)
         if n_silent := int((whole.usable & ~living.usable).sum()):

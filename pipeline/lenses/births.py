@@ -33,7 +33,6 @@ from featureflow.sites import Site
 from featureflow.statistics import mean_over, named, ranged
 from pipeline.findings import Finding
 from pipeline.flow.causal import Contexts, record_clean
-from pipeline.flow.pairing import MODULES
 from pipeline.lenses.base import Seeded
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.layers import (
@@ -63,7 +62,7 @@ class Config(Seeded):
 
 def look(run: Run, config: Config) -> Finding:
     """Remove blocks and read the targets again. Raises UserError where nothing can be tested."""
-    chain = [site for site in run.saes if site.kind not in MODULES]
+    chain = [site for site in run.saes if site.is_residual]
     first = chain[0].layer if chain else 0
     deep = [site for site in chain if site.kind == "resid_post" and site.layer >= first + 2]
     if not deep:

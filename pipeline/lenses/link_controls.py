@@ -45,7 +45,7 @@ from pipeline.flow.functional import encode_tokens
 from pipeline.flow.link import link_dictionaries
 from pipeline.flow.lives import agreement
 from pipeline.flow.options import Calibrated, LinkOptions
-from pipeline.flow.pairing import MODULES, RELATIONS
+from pipeline.flow.pairing import RELATIONS
 from pipeline.flow.sae_cache import HeldOut
 from pipeline.lenses.base import Seeded
 from pipeline.lenses.parts.charts import bars
@@ -72,7 +72,7 @@ class Config(Seeded):
 def look(run: Run, config: Config) -> Finding:
     """Link pairs and their controls with the same judge. Raises UserError without two neighbouring
     residual sites."""
-    chain = [site for site in run.saes if site.kind not in MODULES]
+    chain = [site for site in run.saes if site.is_residual]
     if len(chain) < 2:
         raise UserError("there are no two residual sites", fix=Command("run", to="train"))
     rows = []

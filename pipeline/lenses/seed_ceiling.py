@@ -37,7 +37,6 @@ from pipeline.flow.judge import judge
 from pipeline.flow.match import match
 from pipeline.flow.null import NullSampler, Siblings
 from pipeline.flow.options import LEAST_AGREEMENT
-from pipeline.flow.pairing import MODULES
 from pipeline.flow.partner import shared_and_rivals
 from pipeline.flow.start_null import Recipe
 from pipeline.lenses.base import Seeded
@@ -71,7 +70,7 @@ class Config(Seeded):
 
 def look(run: Run, config: Config) -> Finding:
     """Train second seeds, link them with the first, and compare with the run's own links."""
-    sites = [site for site in run.saes if site.kind not in MODULES]
+    sites = [site for site in run.saes if site.is_residual]
     rows, columns = [], []
     for site in spread(sites, config.n_sites):
         recipe = Recipe.of(run.saes.description(site)["metadata"])

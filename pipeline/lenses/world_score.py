@@ -37,7 +37,6 @@ from typing_extensions import Doc
 from data.worlds import Superposed, check_names
 from featureflow.sites import Site
 from pipeline.findings import Finding
-from pipeline.flow.pairing import MODULES
 from pipeline.lenses.base import Seeded
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.facts import Fact, Latents, Truth, f1_and_mcc, world_of
@@ -70,7 +69,7 @@ def look(run: Run, config: Config) -> Finding:
         return Finding(tables={"dictionary": pd.DataFrame(columns=["site", "fact"])}, text=text)
     truth = Truth.of(run, world, config.n_tokens)
     check_names(config.variables, list(truth.variables.values()))
-    sites = [site for site in run.saes if site.kind not in MODULES]
+    sites = [site for site in run.saes if site.is_residual]
     latents = {site: Latents.of(run, truth, site) for site in sites}
     dictionary = _dictionary(truth, latents, config)
     chance = _dictionary(truth.permuted(config.seed), latents, config)

@@ -25,11 +25,13 @@ from typing import Annotated, Any
 import pandas as pd
 from annotated_types import Ge, Le
 from pydantic import field_validator
+from torch import Tensor
 from typing_extensions import Doc
 
 from data.store import ActivationStore
 from featureflow.figures import save
 from featureflow.settings import Settings
+from featureflow.sites import Site
 from pipeline.artifact import Artifact
 from pipeline.context import RunContext
 from pipeline.flow.figures import draw_class_shares, draw_link_strengths
@@ -54,9 +56,12 @@ from pipeline.flow.validation import (
     attach_evidence,
     validate_links,
 )
+from pipeline.lenses.parts.neurons import written_by
 from pipeline.run import Run
 from pipeline.saes import Saes
+from pipeline.training.imported import CROSS_LAYER
 from pipeline.training.reading import normalisation_at, read_rows
+from sae.formats.native_cross_layer import Decoders
 
 MOST_NULL_ROWS = 65_536
 """Activations that a null dictionary is trained on, at most; they are held in memory."""
@@ -148,15 +153,25 @@ def _linked(config: Config, opened: Run, saes: Saes) -> Links:
     names = ("matcher", "top_k", "null", "n_null", "thresholds", "least_agreement", "seed")
     options = LinkOptions(**{name: getattr(config, name) for name in names})
     n_tokens, context = config.functional_tokens, opened.context
+    whole = saes.folder.parent / CROSS_LAYER
     return link_dictionaries(
         saes,
         options=options,
         held_out=opened.held_out(n_tokens) if n_tokens else None,
         start_nulls=_start_nulls(config, opened, saes),
+        projections=_projections(opened, saes),
+        decoders=Decoders(whole) if whole.is_dir() else None,
         device=context.device,
         progress=context.progress,
         machines=context,
     )
+
+
+def _projections(opened: Run, saes: Saes) -> dict[Site, Tensor]:
+    """W_O of every site before one: heads are compared by what they write into the stream."""
+    sites = [site for site in saes if site.kind == "z"]
+    blocks = {site: opened.model.blocks[site.layer].z for site in sites}
+    return {s: written_by(at.module, opened.model.d_model) for s, at in blocks.items() if at}
 
 
 def _start_nulls(config: Config, opened: Run, saes: Saes) -> dict[Relation, NullSample]:
@@ -263,7 +278,7 @@ def _share(pairs: pd.DataFrame, count: str) -> float:
 
 
 def _median_persistence(nodes: pd.DataFrame) -> float | None:
-    living = nodes[nodes["alive"] & ~nodes["kind"].isin(["mlp_out", "attn_out"])]
+    living = nodes[nodes["alive"] & nodes["kind"].str.startswith("resid_")]
     return float(living["persistence"].median()) if len(living) else None
 
 

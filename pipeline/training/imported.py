@@ -38,7 +38,7 @@ from pipeline.training.batch_jobs import DICTIONARIES, TRANSCODERS
 from pipeline.training.releases import TRANSCODER, locate, patterns_of
 from sae import Sae, save_sae
 from sae.cross_layer import CrossLayer
-from sae.formats import Conventions, read, read_cross_layer, save_cross_layer
+from sae.formats import Conventions, layers_of, read, read_cross_layer, save_cross_layer
 from sae.formats.conventions import OPEN
 
 CROSS_LAYER = "cross_layer"
@@ -73,7 +73,7 @@ class Imported(Settings):
     ] = None
     cross_layer: Annotated[
         Path | None,
-        Doc("beside them: the folder of a cross-layer transcoder or crosscoder, kept whole"),
+        Doc("the folder of a cross-layer transcoder or crosscoder, kept whole, beside or alone"),
     ] = None
     folder: Annotated[
         Path | None, Doc("folder with copies of repositories; none: the Hub's cache, then the Hub")
@@ -101,6 +101,8 @@ class Imported(Settings):
 def find_imported(choice: Imported, sites: Sequence[Site]) -> Wanted:
     """The file or folder of every site whose kind has a pattern. Raises UserError with every site
     that has none or several, and every kind that no site has."""
+    if choice.release is None and not choice.paths and choice.cross_layer is not None:
+        return {}
     if (choice.release is None) == (not choice.paths):
         raise UserError(
             "say either paths or release",
@@ -205,6 +207,9 @@ def import_dictionaries(
             whole = read_cross_layer(choice.cross_layer)
             check_cross_layer(whole, store, choice.model)
             save_cross_layer(whole, root / CROSS_LAYER)
+            for site, sae in ({} if paths else layers_of(whole)).items():
+                save_sae(sae, root / DICTIONARIES / site.short)
+                described.setdefault(DICTIONARIES, {})[site] = sae.metadata
         except UserError as error:
             problems += [_at(choice.cross_layer, problem) for problem in error.problems]
     if problems:

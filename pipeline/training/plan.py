@@ -26,12 +26,13 @@ from typing_extensions import Doc
 
 from featureflow.errors import Problem, UserError
 from featureflow.settings import ByKind, Settings
-from featureflow.sites import Site
+from featureflow.sites import IN_LAYER, Site
 from sae.architectures import AnyArchitecture
 from sae.schedule import learning_rate_law
 
-_MODULES = ("mlp_out", "attn_out")
-_DEPTH = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+_STARTED_FROM_STREAM = ("mlp_out", "attn_out")
+_SEEDED = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+"""The kinds whose seeds count through the layers, as they did before there were others."""
 
 
 class Independent(Settings):
@@ -134,9 +135,9 @@ def plan_jobs(
 
 def _parents(sites: Sequence[Site], initialisation: Initialisation) -> dict[Site, Site | None]:
     """The site each site starts from, parents first."""
-    residual = sorted((site for site in sites if site.kind not in _MODULES), key=_depth)
+    residual = sorted(site for site in sites if site.is_residual)
     if not isinstance(initialisation, Chain) or not residual:
-        return dict.fromkeys(sorted(sites, key=_depth))
+        return dict.fromkeys(sorted(sites))
     first = _first_of_chain(residual, initialisation)
     parents: dict[Site, Site | None] = {residual[first]: None}
     for up, down in zip(
@@ -148,9 +149,11 @@ def _parents(sites: Sequence[Site], initialisation: Initialisation) -> dict[Site
             parents[residual[up]] = residual[up - 1]
         if down >= 0:
             parents[residual[down]] = residual[down + 1]
-    for site in sorted((site for site in sites if site.kind in _MODULES), key=_depth):
+    for site in sorted(site for site in sites if not site.is_residual):
         parents[site] = (
-            _residual_of(site, residual) if initialisation.modules == "residual" else None
+            _residual_of(site, residual)
+            if initialisation.modules == "residual" and site.kind in _STARTED_FROM_STREAM
+            else None
         )
     return parents
 
@@ -171,11 +174,11 @@ def _first_of_chain(residual: Sequence[Site], chain: Chain) -> int:
 
 def _residual_of(site: Site, residual: Sequence[Site]) -> Site:
     """The residual site a module writes to: the first one after it, else the last."""
-    return next((other for other in residual if _depth(other) > _depth(site)), residual[-1])
+    return next((other for other in residual if other > site), residual[-1])
 
 
 def _steps(site: Site, parent: Site | None, steps: int, initialisation: Initialisation) -> int:
-    if isinstance(initialisation, Chain) and site.kind in _MODULES:
+    if isinstance(initialisation, Chain) and not site.is_residual:
         return initialisation.module_steps
     return (
         initialisation.next_steps
@@ -189,8 +192,8 @@ def _seed_offset(site: Site, initialisation: Initialisation) -> int:
     have one each."""
     match initialisation:
         case Independent():
-            return 1 + _depth(site)
-        case Chain(modules="random") if site.kind in _MODULES:
+            return 1 + _place(site)
+        case Chain(modules="random") if not site.is_residual:
             return 1
         case _:
             return 0
@@ -224,8 +227,9 @@ def rate_at(site: Site, n_latents: int, steps: int) -> float:
 
 
 def _group(job: SiteJob) -> str:
-    """The name of the random start a job goes back to. The width and the seed make the start."""
-    return f"random-{job.seed}-{job.n_latents}"
+    """The name of the random start a job goes back to. The width and the seed make the start; one
+    in the heads' space is none in the stream."""
+    return f"random-{job.seed}-{job.n_latents}{'-z' if job.site.kind == 'z' else ''}"
 
 
 def _problems(jobs: Sequence[SiteJob]) -> list[Problem]:
@@ -250,5 +254,8 @@ def _problems(jobs: Sequence[SiteJob]) -> list[Problem]:
     return problems
 
 
-def _depth(site: Site) -> int:
-    return site.layer * len(_DEPTH) + _DEPTH.index(site.kind)
+def _place(site: Site) -> int:
+    """A number of the site's own."""
+    if site.kind in _SEEDED:
+        return site.layer * len(_SEEDED) + _SEEDED.index(site.kind)
+    return 1_000_000 + site.layer * len(IN_LAYER) + IN_LAYER.index(site.kind)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sae.formats.circuit_tracer import write_circuit_tracer
     from sae.formats.conventions import Conventions
-    from sae.formats.cross_layer import read_cross_layer
+    from sae.formats.cross_layer import layers_of, read_cross_layer
     from sae.formats.native import load_sae, save_sae
     from sae.formats.native_cross_layer import load_cross_layer, save_cross_layer
     from sae.formats.reading import FORMATS, find, read, recognise
@@ -24,6 +24,7 @@ __all__ = [
     "FORMATS",
     "Conventions",
     "find",
+    "layers_of",
     "load_cross_layer",
     "load_sae",
     "read",
@@ -41,7 +42,7 @@ _HOMES = {
     **dict.fromkeys(("FORMATS", "find", "read", "recognise"), "sae.formats.reading"),
     **dict.fromkeys(("load_cross_layer", "save_cross_layer"), "sae.formats.native_cross_layer"),
     "Conventions": "sae.formats.conventions",
-    "read_cross_layer": "sae.formats.cross_layer",
+    **dict.fromkeys(("layers_of", "read_cross_layer"), "sae.formats.cross_layer"),
     "write_circuit_tracer": "sae.formats.circuit_tracer",
     "write_saelens": "sae.formats.saelens",
     "write_sparsify": "sae.formats.sparsify",

@@ -14,7 +14,8 @@ n]`, `b_enc`, `threshold`, `w_dec [n, L, d]` into all layers, `b_dec`, optional
 for itself, in a crosscoder too.
 
 `read_cross_layer(folder)` reads all layers (sae/cross_layer.py), of the native form too
-(sae/formats/native_cross_layer.py); a missing one is an error.
+(sae/formats/native_cross_layer.py); a missing one is an error. `layers_of` gives the layers of a
+crosscoder one by one, each with its decoder into its own site.
 `read(file)` of `W_enc_{i}` or `params_layer_{i}` gives that layer alone, with its decoder into its
 own site: the dictionary that the flow graph links. Memory: all tensors.
 """  # one row of a table is one line
@@ -32,8 +33,9 @@ from featureflow.errors import Problem, UserError
 from featureflow.sites import Site
 from sae.activations import Activation, Relu, Threshold
 from sae.cross_layer import CrossLayer, CrossLayerPart
+from sae.dictionary import Sae
 from sae.formats.base import Format, config_beside, described, site_of_hook
-from sae.formats.folding import Foreign
+from sae.formats.folding import Foreign, fold
 from sae.formats.native_cross_layer import DESCRIPTION, load_cross_layer
 from sae.formats.tensors import Shape, checked, lowered, read_json, read_safetensors, read_yaml
 
@@ -90,6 +92,26 @@ def read_cross_layer(folder: str | Path) -> CrossLayer:
             "published": {"l0": config.get("l0")},
         },
     )
+
+
+def layers_of(whole: CrossLayer) -> dict[Site, Sae]:
+    """The layers of a crosscoder as dictionaries of their sites; `metadata["cross_layer"]` is the
+    number of the layer. None of a transcoder, whose latents are no parts of the site they read."""
+    if whole.reads != whole.writes:
+        return {}
+    found = {}
+    for layer, (site, part) in enumerate(zip(whole.reads, whole.parts, strict=True)):
+        foreign = Foreign(
+            W_enc=part.W_enc,
+            b_enc=part.b_enc,
+            W_dec=whole.rows(layer, layer),
+            b_dec=whole.b_dec[layer],
+            activation=part.activation,
+            W_skip=whole.W_skip[layer],
+            metadata={**whole.metadata, "site": site.name, "cross_layer": layer, "notes": [_NOTE]},
+        )
+        found[site] = fold(foreign)
+    return found
 
 
 def read_layer(file: Path, variant: str | None = None) -> Foreign:

@@ -11,10 +11,13 @@ and of every part `reads`, `writes`, `first` (the output that its first decoder 
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
 from torch import Tensor
 
 from featureflow.errors import UserError
@@ -87,6 +90,32 @@ def load_cross_layer(folder: str | Path) -> CrossLayer:
         W_skip=tuple(skip for _, (_, _, skip) in parts),
         metadata=metadata,
     )
+
+
+@dataclass(frozen=True)
+class Decoders:
+    """The decoder rows of a native folder from site to site, read when they are asked for; travels
+    between processes as a path."""
+
+    folder: Path
+
+    def __call__(self, source: Site, target: Site) -> Float[Tensor, "latent d_out"] | None:
+        """What the latents that read `source` write into `target`; None for other sites."""
+        ends = [_sites(part) for part in self._parts()]
+        reads, writes = [end[0] for end in ends], [end[1] for end in ends]
+        if source not in reads or target not in writes:
+            return None
+        layer = reads.index(source)
+        into = writes.index(target) - int(self._parts()[layer]["first"])
+        with safe_open(self.folder / f"part_{layer}.safetensors", "pt") as file:
+            rows = file.get_slice("W_dec")
+            n_latents, n_outputs, d_out = rows.get_shape()
+            if 0 <= into < n_outputs:
+                return rows[:, into].float()
+        return torch.zeros(n_latents, d_out)
+
+    def _parts(self) -> list[dict[str, Any]]:
+        return read_json(self.folder / DESCRIPTION)["parts"]
 
 
 def _sites(part: dict[str, Any]) -> tuple[Site, Site]:

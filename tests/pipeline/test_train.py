@@ -14,7 +14,7 @@ from data.model.spec import Random
 from data.store import ActivationStore, RowFilters
 from data.text.corpus import BundledText
 from featureflow.errors import UserError
-from featureflow.sites import parse_site
+from featureflow.sites import IN_LAYER, Site, parse_site
 from pipeline.artifact import Artifact
 from pipeline.context import RunContext
 from pipeline.saes import FOLDER, Saes
@@ -24,6 +24,7 @@ from pipeline.training.reading import held_out_rows
 from sae.architectures import BatchTopK, TopK
 from sae.schedule import learning_rate_law
 
+OLD_KINDS = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 COLLECT = collect.Config(
     model=Random(n_layers=3, d_model=16, n_heads=2, d_mlp=32),
     corpus=BundledText(),
@@ -221,6 +222,34 @@ def test_the_rows_that_set_thresholds_pass_the_filters_of_training(collected: Ar
     assert len(rows)
     assert rows.min() >= store.validation_start
     assert (norms[rows] <= np.median(norms[store.tokens().flags == 0]) * 1.01).all()
+
+
+@pytest.mark.parametrize(
+    "initialisation", [Independent(), Shared(), Chain(), Chain(modules="random")]
+)
+def test_every_kind_of_site_can_be_trained(initialisation) -> None:
+    """Seeds of the kinds that were there first stay as they were; all seeds differ where starts are
+    independent. Only what adds to the stream starts from it."""
+    sites = [Site(layer, kind) for layer in range(2) for kind in IN_LAYER]
+    jobs = plan_jobs(
+        sites,
+        architecture=TopK(k=4),
+        n_latents=64,
+        steps=100,
+        learning_rate=None,
+        initialisation=initialisation,
+        overrides=[],
+        seed=3,
+    )
+    by_site = {job.site: job for job in jobs}
+    assert set(by_site) == set(sites)
+    if isinstance(initialisation, Independent):
+        assert len({job.seed for job in jobs}) == len(jobs)
+        assert [by_site[Site(1, kind)].seed for kind in OLD_KINDS] == [9, 10, 11, 12, 13]
+    for job in jobs:
+        if job.site.kind in ("z", "mlp_in", "mlp_normalized"):
+            assert job.parent is None
+            assert job.group != by_site[Site(0, "resid_post")].group or job.site.kind != "z"
 
 
 def test_the_rate_follows_width_and_steps_and_a_follower_keeps_that_of_a_whole_run() -> None:

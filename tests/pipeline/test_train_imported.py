@@ -33,7 +33,7 @@ from pipeline.training.imported import (
 )
 from sae import Relu, load_sae
 from sae.cross_layer import CrossLayer, CrossLayerPart
-from sae.formats import read_cross_layer, save_cross_layer
+from sae.formats import layers_of, read_cross_layer, save_cross_layer
 
 SITES = (Site(0, "resid_post"), Site(1, "resid_mid"), Site(1, "mlp_out"), Site(1, "resid_post"))
 WEIGHTS = "sae_weights.safetensors"
@@ -120,6 +120,38 @@ def test_a_cross_layer_dictionary_is_kept_whole_beside_them(
     with pytest.raises(UserError, match="no such site"):
         wrong = choice.replace(cross_layer=tmp_path / "bad")
         import_dictionaries(wrong, store(), tmp_path / "out2", sites=RESIDUAL)
+
+
+def test_a_crosscoder_alone_becomes_the_dictionaries_of_its_layers(tmp_path: Path) -> None:
+    """What each layer encodes and adds to its own site, by hand; a transcoder stays whole only."""
+    g = torch.Generator().manual_seed(1)
+    E, D = torch.randn(2, 9, 6, generator=g), torch.randn(2, 9, 2, 6, generator=g)
+    parts = tuple(
+        CrossLayerPart(W_enc=E[i], b_enc=torch.zeros(9), W_dec=D[i], activation=Relu())
+        for i in range(2)
+    )
+    whole = CrossLayer(
+        reads=RESIDUAL,
+        writes=RESIDUAL,
+        parts=parts,
+        b_dec=(torch.ones(6), torch.zeros(6)),
+        W_skip=(None, None),
+        metadata={"model": "gpt2"},
+    )
+    save_cross_layer(whole, tmp_path / "cc")
+    choice = Imported(cross_layer=tmp_path / "cc")
+    described = import_dictionaries(choice, store(), tmp_path / "out")
+    assert list(described["dictionaries"]) == list(RESIDUAL)
+    x = torch.randn(5, 6, generator=g)
+    for i, site in enumerate(RESIDUAL):
+        sae = load_sae(tmp_path / "out" / "dictionaries" / site.short)
+        assert (sae.metadata["site"], sae.metadata["cross_layer"]) == (site.name, i)
+        expected = (x @ E[i].T).relu() @ D[i][:, i] + whole.b_dec[i]
+        torch.testing.assert_close(sae(x), expected, rtol=1e-4, atol=1e-4)
+    assert any("left out" in text for text in warnings_of(described))
+
+    clt = CrossLayer(**{**vars(whole), "writes": (Site(0, "mlp_out"), Site(1, "mlp_out"))})
+    assert layers_of(clt) == {}
 
 
 def test_imported_dictionaries_compute_what_their_files_say(

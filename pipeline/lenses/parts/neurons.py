@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from data.model.language_model import LanguageModel
 from featureflow.errors import UserError
@@ -47,9 +48,8 @@ def written_by(projection: nn.Module, d_model: int) -> Float[Tensor, "input d_mo
     """Rows of a projection's weight: what a unit of each input writes."""
     weight: Any = projection.weight
     weight = weight.detach().float().cpu()
-    # GPT-2's Conv1D keeps its weight the other way round
-    is_linear = isinstance(projection, nn.Linear) or weight.shape[0] == d_model
-    return weight.T if is_linear else weight
+    is_turned = isinstance(projection, Conv1D) or weight.shape[0] != d_model  # GPT-2's layout
+    return weight if is_turned and not isinstance(projection, nn.Linear) else weight.T
 
 
 def record_neurons(

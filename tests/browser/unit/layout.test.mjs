@@ -113,7 +113,8 @@ test("a container is read by its own header, and a cut one is refused", () => {
 });
 
 test("addresses go round, features are recognised, junk is not", () => {
-  assert.deepEqual(parseFeature("L12.mlp/7"), { site: "L12.mlp", latent: 7 });
+  for (const place of ["", ".pre", ".z", ".attn", ".mid", ".mlp_normalized", ".mlp_in", ".mlp"])
+    assert.deepEqual(parseFeature(`L12${place}/7`), { site: `L12${place}`, latent: 7 });
   for (const junk of ["L12", "L12/", "M1/2", "L1/2/3", "L1/-2", "__proto__/1"]) assert.equal(parseFeature(junk), null);
   const { view, feature, options } = parse(link("graph/L3/4", { x: "L1/2,L2/3", q: "a&b=c#d" }));
   assert.deepEqual([view, feature, options.get("x"), options.get("q")], ["graph", { site: "L3", latent: 4 }, "L1/2,L2/3", "a&b=c#d"]);

@@ -11,7 +11,7 @@ import torch
 from data.model.spec import Random
 from data.text.corpus import BundledText
 from featureflow.errors import UserError
-from featureflow.sites import Site, named_site
+from featureflow.sites import IN_LAYER, Site, named_site
 from pipeline.context import RunContext
 from pipeline.flow.graph import FlowGraph
 from pipeline.flow.link import link_dictionaries
@@ -19,7 +19,11 @@ from pipeline.flow.options import Automatic, FarLayers, LinkOptions, Rotation
 from pipeline.flow.pairing import Pair, far_site, pair_sites, start_relation
 from pipeline.stages import collect, link, train
 from pipeline.training.plan import Chain
+from sae.activations import Relu
 from sae.architectures import TopK
+from sae.cross_layer import CrossLayer, CrossLayerPart
+from sae.formats import layers_of, read_cross_layer, save_cross_layer
+from sae.formats.native_cross_layer import Decoders
 
 QUICK = LinkOptions(null=Rotation(), n_null=300)
 RESIDUAL = [Site(layer, "resid_post") for layer in range(6)]
@@ -55,6 +59,73 @@ def test_pairs_follow_the_computation_and_gaps_are_reported():
     }
     with pytest.raises(UserError, match="nothing to link"):
         pair_sites([RESIDUAL[2]])
+
+
+def test_what_an_mlp_reads_is_no_place_of_the_stream_and_heads_are_a_module():
+    """All kinds of one layer: the chain is the three places of the stream."""
+    pairing = pair_sites([Site(1, kind) for kind in IN_LAYER])
+    assert {(str(pair), pair.relation) for pair in pairing.pairs} == {
+        ("L1.pre → L1.mid", "residual"),
+        ("L1.mid → L1", "residual"),
+        ("L1.z → L1.mid", "attention"),
+        ("L1.attn → L1.mid", "attention"),
+        ("L1.mlp → L1", "mlp"),
+    }
+    assert {text.partition(":")[0] for text in pairing.warnings} == {
+        "L1.mlp_in",
+        "L1.mlp_normalized",
+    }
+
+
+def test_heads_are_linked_by_what_they_write_into_the_stream(dictionary):
+    """Latent i of the stream is what latent i of the heads becomes behind a projection of the same
+    width; compared without it they have nothing in common."""
+    heads, W_O = rows(40), rows(24, d=24, seed=5)
+    saes = {
+        Site(1, "z"): dictionary(heads, metadata=start("z")),
+        RESIDUAL[1]: dictionary(heads @ W_O, metadata=start("stream")),
+    }
+    edges = link_dictionaries(saes, options=QUICK, projections={Site(1, "z"): W_O}).edges
+    best = edges[edges["rank"] == 0]
+    assert (best["source_latent"] == best["target_latent"]).all()
+    assert best["cosine"].min() > 0.999
+
+
+def test_layers_of_a_crosscoder_are_linked_by_their_decoder_into_the_later_site(
+    tmp_path, dictionary
+):
+    """Latent i of layer 0 writes into layer 1 what latent 39 − i of layer 1 writes there; its rows
+    into its own layer are others. Folders of dictionaries that are not of it change nothing."""
+    own = [rows(40, seed=seed) for seed in range(2)]
+    whole = CrossLayer(
+        reads=tuple(RESIDUAL[:2]),
+        writes=tuple(RESIDUAL[:2]),
+        parts=(
+            part(rows(40, seed=7), torch.stack([own[0], own[1].flip(0)], 1)),
+            part(rows(40, seed=8), torch.stack([rows(40, seed=9), own[1]], 1)),
+        ),
+        b_dec=(torch.zeros(24),) * 2,
+        W_skip=(None, None),
+    )
+    save_cross_layer(whole, tmp_path)
+    decoders = Decoders(tmp_path)
+    saes = layers_of(read_cross_layer(tmp_path))
+    edges = link_dictionaries(saes, options=QUICK, decoders=decoders).edges
+    best = edges[edges["rank"] == 0]
+    assert (best["source_latent"] == 39 - best["target_latent"]).all()
+    assert best["cosine"].min() > 0.999
+    others = {site: dictionary(own[site.layer]) for site in saes}
+    plain = link_dictionaries(others, options=QUICK).edges
+    pd.testing.assert_frame_equal(
+        link_dictionaries(others, options=QUICK, decoders=decoders).edges, plain
+    )
+    assert decoders(RESIDUAL[0], RESIDUAL[2]) is None
+
+
+def part(encoder: torch.Tensor, decoder: torch.Tensor) -> CrossLayerPart:
+    return CrossLayerPart(
+        W_enc=encoder, b_enc=torch.zeros(len(encoder)), W_dec=decoder, activation=Relu()
+    )
 
 
 @pytest.mark.parametrize("common", [True, False])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from featureflow.sites import parse_site
 from pipeline.lenses import memories, writers
-from pipeline.lenses.parts.neurons import record_neurons, values
+from pipeline.lenses.parts.neurons import record_neurons, values, written_by
 from pipeline.run import Run
 from sae import Sae
 from sae.activations import Relu
@@ -19,6 +21,14 @@ def test_neurons_and_what_they_write_make_the_mlps_output(run: Run) -> None:
     a = record_neurons(run.model, ids, [1])[1]
     out = run.model.activations(ids, [site])[site]
     torch.testing.assert_close(a @ values(run.model, 1), out, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("module", [torch.nn.Linear(6, 6), Conv1D(6, 6), Conv1D(6, 9)])
+def test_what_an_input_of_a_projection_writes_is_what_its_module_does(module) -> None:
+    """GPT-2's Conv1D keeps its weight the other way round, which a square one does not show."""
+    n_in = 9 if getattr(module, "nx", 6) == 9 else 6
+    units = module(torch.eye(n_in)) - module(torch.zeros(1, n_in))
+    torch.testing.assert_close(written_by(module, 6), units.detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_agreement_is_that_of_the_planted_pairs() -> None:

@@ -44,7 +44,8 @@ export const plural = (n, one, many = `${one}s`) => `${count(n)} ${n === 1 ? one
 /** `residual` and friends in words for titles. */
 export const siteKinds = { resid_post: "residual stream", mlp_out: "MLP output",
   attn_out: "attention output", resid_pre: "residual stream before the block",
-  resid_mid: "residual stream between attention and MLP" };
+  resid_mid: "residual stream between attention and MLP", z: "attention heads",
+  mlp_in: "MLP input", mlp_normalized: "MLP input before the gain" };
 
 const LEAD = new RegExp(
   "^(?:(?:no simple rule|too rare to label) · )?" +

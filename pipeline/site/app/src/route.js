@@ -6,7 +6,7 @@
 
 const VIEWS = new Set(["overview", "flow", "community", "trunks", "site", "graph", "search",
   "compare", "lens", "notes", "about", "try", "trace"]);
-const FEATURE = /^(L\d+(?:\.(?:mlp|attn|pre|mid))?|M\d+\.\w[\w.+-]*)\/(\d+)$/;
+const FEATURE = /^(L\d+(?:\.(?:mlp|attn|pre|mid|z|mlp_in|mlp_normalized))?|M\d+\.\w[\w.+-]*)\/(\d+)$/;
 
 export function parse(hash) {
   const text = hash.replace(/^#\/?/, "");
