@@ -17,6 +17,8 @@ from pipeline.cli.steer_plans import calibrate, contrast, design, plan, remove
 from pipeline.console import progress_bars, say
 from pipeline.context import RunContext
 from pipeline.describe.chat import ChatModel
+from pipeline.lenses.axbench import Config as AxBenchConfig
+from pipeline.lenses.axbench import export as export_axbench
 from pipeline.lenses.steering.blind_pairs import judge_artifact, verdict_lines
 from pipeline.lenses.steering.judge import Judge
 from pipeline.run import Run
@@ -199,6 +201,22 @@ def export(
     say(str(out))
 
 
+@click.command()
+@click.argument("site")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--model-id", help="how the model is called in AxBench's files; its name otherwise")
+@device_option
+@of_a_run
+def axbench(site: str, out: Path, model_id: str | None, device: str, folder: Path) -> None:
+    """Write the SAE of SITE (such as L20) to the folder OUT as AxBench reads it: a latent for each
+    bundled topic, with training and evaluation data. The lens axbench detects the same topics
+    here."""
+    run = Run.open(folder, context=RunContext(device=device))
+    name = model_id or run.model.name
+    for path in export_axbench(run, parse_site(site), out, model_id=name, config=AxBenchConfig()):
+        say(str(path))
+
+
 def _sources(words: tuple[str, ...]) -> dict[Any, str]:
     pairs = [word.partition("=") for word in words]
     if bad := [
@@ -223,5 +241,5 @@ def paper(ctx: click.Context) -> None:
 
 
 steer = stage_command(
-    "steer", (plan, design, remove, contrast, calibrate, generate, judge, export, paper)
+    "steer", (plan, design, remove, contrast, calibrate, generate, judge, export, axbench, paper)
 )
