@@ -80,19 +80,14 @@ def bootstrap_ratio(
 
 
 def mean_over(
-    values: Float[np.ndarray, "row"],
-    unit: Int[np.ndarray, "row"],
-    *,
-    seed: int,
-    level: float = 0.95,
-    n: int = _DRAWS,
+    values: Float[np.ndarray, "row"], unit: Int[np.ndarray, "row"], *, seed: int
 ) -> Interval:
     """The mean of rows, with an interval over their units, such as documents. Rows with NaN are
     left out; `n` counts units."""
     kept = np.isfinite(values)
     _, place, count = np.unique(unit[kept], return_inverse=True, return_counts=True)
     total = np.bincount(place, values[kept].astype(np.float64), minlength=len(count))
-    return bootstrap_ratio(total, count.astype(np.float64), seed=seed, level=level, n=n)
+    return bootstrap_ratio(total, count.astype(np.float64), seed=seed)
 
 
 def named(name: str, interval: Interval) -> dict[str, float]:

@@ -40,6 +40,9 @@ EMPATH_CATEGORIES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+_LEAST_RATE = 0.06
+
+
 def installed() -> dict[str, bool]:
     """Which sources can be read here."""
     return {
@@ -58,17 +61,17 @@ def empath_lexicon(topic: str) -> frozenset[str]:
     return frozenset(word for word in words if word.isalpha() and len(word) > 2)
 
 
-def wiki_texts(topic: str, *, n: int = 200, min_rate: float = 0.06) -> list[str]:
-    """Wiki leads with at least `min_rate` of their words in the topic's lexicon and half in any
+def wiki_texts(topic: str, *, n: int = 200) -> list[str]:
+    """Wiki leads with at least 6 % of their words in the topic's lexicon and half in any
     other; best first."""
     topics = read_topics()
     if topic not in topics:
         raise UserError(f"there is no topic {topic!r}", expected=", ".join(topics))
-    return [text for _, _, text in _wiki_by_topic(min_rate)[topic][:n]]
+    return [text for _, _, text in _wiki_by_topic()[topic][:n]]
 
 
 @cache
-def _wiki_by_topic(min_rate: float) -> Mapping[str, list[tuple[float, str, str]]]:
+def _wiki_by_topic() -> Mapping[str, list[tuple[float, str, str]]]:
     """For every topic the leads that belong to it, best first, from one reading of them all:
     (−rate, title, text)."""
     topics = read_topics()
@@ -84,7 +87,7 @@ def _wiki_by_topic(min_rate: float) -> Mapping[str, list[tuple[float, str, str]]
         if not ranked:
             continue
         (best, rate), second = ranked[0], ranked[1][1] if len(ranked) > 1 else 0.0
-        if rate >= min_rate and rate >= 2 * second:
+        if rate >= _LEAST_RATE and rate >= 2 * second:
             found[best].append((-rate, document.title, document.text))
     return {name: sorted(texts) for name, texts in found.items()}
 

@@ -30,7 +30,7 @@ from pipeline.lenses.base import Seeded
 from pipeline.lenses.concept_states import REPORT
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.read_out import carried, ranked
-from pipeline.lenses.parts.texts import iter_texts
+from pipeline.lenses.parts.texts import last_tokens
 from pipeline.run import Run
 
 TITLE = "at which layer the headword of a definition appears (reverse dictionary)"
@@ -59,10 +59,7 @@ def look(run: Run, config: Config) -> Finding:
     target, other = (
         torch.tensor([encode(f" {word}")[0] for word in each]) for each in (words, others)
     )
-    last = {site: torch.zeros(len(prompts), run.model.d_model) for site in sites}
-    for places, _, found in iter_texts(run, prompts, sites):
-        for site, x in found.items():
-            last[site][places] = x[:, -1]
+    last = last_tokens(run, prompts, sites)
     rows = []
     for site in run.each("read out", sites):
         ways = {"as it is": last[site]}

@@ -14,6 +14,7 @@ logit lens alone is poor in early layers here, so both ways are shown.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import pandas as pd
 import torch
 from annotated_types import Ge
 from jaxtyping import Int
+from torch import Tensor
 from typing_extensions import Doc
 
 from featureflow.sites import residual_sites
@@ -30,7 +32,7 @@ from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.held_out import choose_rows
 from pipeline.lenses.parts.read_out import carried, document_of, first_tokens, ranked, rows_at
-from pipeline.lenses.parts.texts import iter_texts
+from pipeline.lenses.parts.texts import last_tokens
 from pipeline.run import Run
 
 TITLE = "at which layer the model's answer appears, and which rival it overtakes"
@@ -57,13 +59,9 @@ def look(run: Run, config: Config) -> Finding:
     sites = residual_sites(run.store.sites)
     blocks = choose_rows(run, config, config.n_rows)
     document = document_of(run, blocks)
-    said = {site: torch.zeros(len(config.prompts), run.model.d_model) for site in sites}
-    for places, _, found in iter_texts(run, list(config.prompts), sites):
-        for site, x in found.items():
-            said[site][places] = x[:, -1]
+    said = last_tokens(run, config.prompts, sites)
     answer = torch.from_numpy(first_tokens(run, rows_at(run, sites[-1], blocks)))
     own_answer = torch.from_numpy(first_tokens(run, said[sites[-1]]))
-    text = run.model.tokenizer.token_text
     ranks: dict[str, list[np.ndarray]] = {way: [] for way in WAYS}
     rows, prompts = [], []
     for site in run.each("ranks at", sites):
@@ -74,31 +72,12 @@ def look(run: Run, config: Config) -> Finding:
             others = answer.roll(len(answer) // 2), answer.roll(1)
             _, (rank, log_p), (null, _), (copied, _) = ranked(run, x, answer, *others)
             ranks[way].append(rank)
-            row: dict[str, Any] = {"site": site.short, "layer": site.layer, "read": way}
-            row |= named("first", mean_over((rank == 1) * 1.0, document, seed=config.seed))
-            rows.append(
-                row
-                | {
-                    "rank": float(np.median(rank)),
-                    "log_p": float(log_p.mean()),
-                    "null_rank": float(np.median(null)),
-                    "before_rank": float(np.median(copied)),
-                }
-            )
-            top, (rank, log_p) = ranked(run, y, own_answer)
-            prompts += [
-                {
-                    "prompt": config.prompts[i],
-                    "answer": text(int(own_answer[i])),
-                    "site": site.short,
-                    "layer": site.layer,
-                    "read": way,
-                    "rank": int(rank[i]),
-                    "log_p": float(log_p[i]),
-                    "first_token": text(int(top[i])),
-                }
-                for i in range(len(config.prompts))
-            ]
+            where: dict[str, Any] = {"site": site.short, "layer": site.layer, "read": way}
+            row = where | named("first", mean_over((rank == 1) * 1.0, document, seed=config.seed))
+            medians = zip(("rank", "null_rank", "before_rank"), (rank, null, copied), strict=True)
+            row |= {name: float(np.median(values)) for name, values in medians}
+            rows.append(row | {"log_p": float(log_p.mean())})
+            prompts += [where | each for each in _of_prompts(run, config, y, own_answer)]
     if len(ranks[WAYS[1]]) < len(ranks[WAYS[0]]):  # the last layer needs no map
         ranks[WAYS[1]].append(ranks[WAYS[0]][-1])
     onsets = pd.DataFrame(
@@ -124,6 +103,20 @@ def look(run: Run, config: Config) -> Finding:
             for row in onsets.itertuples()
         },
     )
+
+
+def _of_prompts(run: Run, config: Config, x: Tensor, answer: Tensor) -> Iterator[dict[str, Any]]:
+    """Rank of each prompt's answer, and what is said in its place."""
+    text = run.model.tokenizer.token_text
+    top, (rank, log_p) = ranked(run, x, answer)
+    for i, prompt in enumerate(config.prompts):
+        yield {
+            "prompt": prompt,
+            "answer": text(int(answer[i])),
+            "rank": int(rank[i]),
+            "log_p": float(log_p[i]),
+            "first_token": text(int(top[i])),
+        }
 
 
 def onset(rank: Int[np.ndarray, "layer row"], k: int) -> np.ndarray:

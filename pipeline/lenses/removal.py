@@ -29,7 +29,7 @@ from typing_extensions import Doc
 from featureflow.errors import UserError
 from featureflow.figures import COLOURS, panels
 from featureflow.sites import FeatureId, Site
-from featureflow.statistics import bootstrap_mean
+from featureflow.statistics import bootstrap_mean, named
 from pipeline.findings import Finding
 from pipeline.flow.start_null import Recipe
 from pipeline.lenses.base import Seeded
@@ -173,14 +173,10 @@ def left_summary(left: pd.DataFrame, config: Config) -> pd.DataFrame:
                 "arm": arm,
                 "reader": reader,
                 "place": place,
-                "left": found.mean,
-                "left_low": found.low,
-                "left_high": found.high,
+                **named("left", found),
                 "left_median": float(group["left"].median()),
                 "seen_before": float(group["seen_before"].mean()),
-                "seen": seen.mean,
-                "seen_low": seen.low,
-                "seen_high": seen.high,
+                **named("seen", seen),
                 "auroc": float(group["auroc"].mean()),
                 "n_features": len(group),
                 "n_activations": int(group["n"].sum()),
@@ -192,22 +188,10 @@ def left_summary(left: pd.DataFrame, config: Config) -> pd.DataFrame:
 def _effect_summary(effects: pd.DataFrame, seed: int) -> pd.DataFrame:
     rows = []
     for (arm, where), group in effects.groupby(["arm", "where"], sort=False):
-        kl = bootstrap_mean(group["kl"].tolist(), seed=seed)
-        rise = bootstrap_mean(group["rise"].tolist(), seed=seed)
-        rows.append(
-            {
-                "arm": arm,
-                "where": where,
-                "kl": kl.mean,
-                "kl_low": kl.low,
-                "kl_high": kl.high,
-                "rise": rise.mean,
-                "rise_low": rise.low,
-                "rise_high": rise.high,
-                "n_features": len(group),
-                "n_tokens": int(group["n"].sum()),
-            }
-        )
+        row: dict[str, Any] = {"arm": arm, "where": where}
+        for name in ("kl", "rise"):
+            row |= named(name, bootstrap_mean(group[name].tolist(), seed=seed))
+        rows.append(row | {"n_features": len(group), "n_tokens": int(group["n"].sum())})
     return pd.DataFrame(rows)
 
 

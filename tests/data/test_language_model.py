@@ -30,72 +30,13 @@ from data.model.sources import LoadedModel, attention_for, build_random
 from featureflow.errors import UserError
 from featureflow.sites import Site
 
+SMALL = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+WIDER = SMALL | {"intermediate_size": 64, "max_position_embeddings": 64}
+IDS_OF_SPECIAL = {"bos_token_id": 0, "eos_token_id": 0}
+
 
 def random_llama() -> LanguageModel:
     return LanguageModel.open(Random(n_layers=3, seed=1), dtype="float32")
-
-
-def random_gpt2() -> LanguageModel:
-    return _from_config(
-        GPT2LMHeadModel, GPT2Config(vocab_size=512, n_positions=64, n_embd=32, n_layer=3, n_head=4)
-    )
-
-
-def random_gemma2() -> LanguageModel:
-    config = Gemma2Config(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        query_pre_attn_scalar=8,
-        attn_logit_softcapping=0.5,  # low enough to matter with random weights
-        sliding_window=4,
-    )
-    return _from_config(Gemma2ForCausalLM, config)
-
-
-def random_pythia() -> LanguageModel:
-    config = GPTNeoXConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
-    return _from_config(GPTNeoXForCausalLM, config)
-
-
-def random_phi() -> LanguageModel:
-    """One dropout module serves both sublayers of a block: it is neither's output."""
-    config = PhiConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return _from_config(PhiForCausalLM, config)
-
-
-def random_falcon() -> LanguageModel:
-    """The attention's output is added into the MLP's in place."""
-    config = FalconConfig(
-        vocab_size=512,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return _from_config(FalconForCausalLM, config)
 
 
 def _from_config(model_class: Any, config: Any) -> LanguageModel:
@@ -112,11 +53,28 @@ def _from_config(model_class: Any, config: Any) -> LanguageModel:
 
 BUILDERS: dict[str, Callable[[], LanguageModel]] = {
     "llama": random_llama,
-    "gpt2": random_gpt2,
-    "gemma2": random_gemma2,
-    "pythia": random_pythia,
-    "phi": random_phi,
-    "falcon": random_falcon,
+    "gpt2": lambda: _from_config(
+        GPT2LMHeadModel, GPT2Config(vocab_size=512, n_positions=64, n_embd=32, n_layer=3, n_head=4)
+    ),
+    "gemma2": lambda: _from_config(
+        Gemma2ForCausalLM,
+        Gemma2Config(
+            **SMALL,
+            intermediate_size=64,
+            num_key_value_heads=2,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            attn_logit_softcapping=0.5,  # low enough to matter with random weights
+            sliding_window=4,
+        ),
+    ),
+    "pythia": lambda: _from_config(GPTNeoXForCausalLM, GPTNeoXConfig(**WIDER)),
+    # one dropout module serves both sublayers of a block: it is neither's output
+    "phi": lambda: _from_config(
+        PhiForCausalLM, PhiConfig(**WIDER, **IDS_OF_SPECIAL, pad_token_id=0)
+    ),
+    # the attention's output is added into the MLP's in place
+    "falcon": lambda: _from_config(FalconForCausalLM, FalconConfig(**SMALL, **IDS_OF_SPECIAL)),
 }
 
 
@@ -265,10 +223,10 @@ def test_sites_are_found_in_bfloat16_beside_a_massive_position(model: LanguageMo
 
 
 def test_parallel_blocks_have_no_middle() -> None:
-    kinds = {site.kind for site in random_pythia().sites()}
+    kinds = {site.kind for site in BUILDERS["pythia"]().sites()}
     inside = {"z", "mlp_normalized", "mlp_in"}
     assert kinds == {"resid_pre", "attn_out", "mlp_out", "resid_post"} | inside
-    shared = {site.kind for site in random_falcon().sites()}
+    shared = {site.kind for site in BUILDERS["falcon"]().sites()}
     assert shared == kinds - {"mlp_normalized"}  # one norm for attention and MLP
 
 

@@ -178,12 +178,10 @@ def run_changes(
     return after, loss
 
 
-def clean_losses(stage: Stage, batch_size: int = 8) -> Float[np.ndarray, "context"]:
+def clean_losses(stage: Stage) -> Float[np.ndarray, "context"]:
     """Mean next-token loss of every context, undisturbed."""
     ids = torch.from_numpy(stage.contexts.ids)
-    return np.concatenate(
-        [_mean_loss(stage.model.logits(part), part) for part in ids.split(batch_size)]
-    )
+    return np.concatenate([_mean_loss(stage.model.logits(part), part) for part in ids.split(8)])
 
 
 def changed_trials(

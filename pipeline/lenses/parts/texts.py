@@ -37,3 +37,14 @@ def iter_texts(
         yield places, ids, {site: value.float().cpu() for site, value in found.items()}
         done += len(places)
     run.context.progress(label, len(order), len(order))
+
+
+def last_tokens(
+    run: Run, texts: Sequence[str], sites: Sequence[Site]
+) -> dict[Site, Float[Tensor, "text d_model"]]:
+    """The activation of every text's last token."""
+    last = {site: torch.zeros(len(texts), run.model.d_model) for site in sites}
+    for places, _, found in iter_texts(run, texts, sites):
+        for site, x in found.items():
+            last[site][places] = x[:, -1]
+    return last
