@@ -11,11 +11,9 @@ from typing import Annotated
 from featureflow.settings import ByKind
 from sae.architectures.base import Architecture
 from sae.architectures.codebook import Codebook
-from sae.architectures.gated import GatedL1
+from sae.architectures.dense import GatedL1, ReluL1
 from sae.architectures.jump_relu import JumpRelu
-from sae.architectures.matryoshka import MatryoshkaBatchTopK
-from sae.architectures.relu_l1 import ReluL1
-from sae.architectures.topk import BatchTopK, TopK
+from sae.architectures.topk import BatchTopK, MatryoshkaBatchTopK, TopK
 
 AnyArchitecture = Annotated[
     TopK | BatchTopK | MatryoshkaBatchTopK | JumpRelu | ReluL1 | GatedL1 | Codebook,

@@ -8,7 +8,7 @@ takes what is left to it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 from typing_extensions import Doc
 
 from featureflow.settings import Settings
+from sae.activations import Activation, Gated, Relu
 from sae.step import Pass, Situation, Weights
 
 
@@ -111,3 +112,70 @@ class Penalised(Differentiated):
 
     def raised(self, weights: Weights, by: float) -> Weights:
         return weights | {"b_enc": weights["b_enc"] - by}
+
+
+class ReluL1(Penalised):
+    """ReLU with an L1 penalty weighted by decoder norms (Anthropic, "Update on how we train SAEs",
+    April 2024): (‖e‖² + λ Σ_i z_i ‖W_dec[i]‖) / d with free decoder norms, folded to unit rows at
+    the end."""
+
+    kind: Literal["relu_l1"] = "relu_l1"
+
+    unit_decoder: ClassVar[bool] = False
+
+    def extra_parameters(self, n_latents: int) -> Weights:
+        return {}
+
+    def forward(
+        self, leaves: Weights, pre: Tensor, target: Tensor, base: Tensor, now: Situation
+    ) -> Forward:
+        z = pre.relu()
+        length = z * leaves["W_dec"].norm(dim=1)
+        penalty = self.coefficient(now) * length.sum(1).mean() / target.shape[1]
+        return Forward(
+            latents=z, error=z @ leaves["W_dec"] + base - target, penalties={"sparsity": penalty}
+        )
+
+    def activation(self, weights: Weights, threshold: float) -> Activation:
+        return Relu()
+
+    def edges(self, weights: Weights) -> Tensor:
+        return torch.zeros_like(weights["b_enc"])
+
+
+class GatedL1(Penalised):
+    """Gated SAE (Rajamanoharan et al. 2024, arXiv 2404.16014): one half decides what is active, the
+    other how strongly. With one encoder product π = W_enc (x − b_dec) + b_enc (the gate's) and
+    z = 1[π > 0] · max(e^r π + b, 0), the loss is
+
+        ‖x − x̂‖² + λ Σ max(π, 0) + ‖x − x̂(max(π, 0))‖²  over d, the last with the decoder held fixed
+
+    where `b` holds b_mag − e^r b_gate of the paper, so that magnitudes are an affine map of the
+    gate's pre-activations."""
+
+    kind: Literal["gated"] = "gated"
+
+    unit_decoder: ClassVar[bool] = True
+
+    def extra_parameters(self, n_latents: int) -> Weights:
+        return {"log_gain": torch.zeros(n_latents), "magnitude_bias": torch.zeros(n_latents)}
+
+    def forward(
+        self, leaves: Weights, pre: Tensor, target: Tensor, base: Tensor, now: Situation
+    ) -> Forward:
+        gate = pre.relu()
+        magnitude = (leaves["log_gain"].exp() * pre + leaves["magnitude_bias"]).relu()
+        z = torch.where(pre > 0, magnitude, 0.0)
+        by_gate = gate @ leaves["W_dec"].detach() + base.detach() - target
+        penalties = {
+            "sparsity": self.coefficient(now) * gate.sum(1).mean() / target.shape[1],
+            "gate": by_gate.square().mean(),
+        }
+        return Forward(latents=z, error=z @ leaves["W_dec"] + base - target, penalties=penalties)
+
+    def activation(self, weights: Weights, threshold: float) -> Activation:
+        return Gated(gain=weights["log_gain"].exp(), offset=weights["magnitude_bias"])
+
+    def edges(self, weights: Weights) -> Tensor:
+        """Where both the gate and the magnitude are above 0."""
+        return (-weights["magnitude_bias"] / weights["log_gain"].exp()).relu()

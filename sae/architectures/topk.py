@@ -11,11 +11,13 @@ are spent shrinking.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+import itertools
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from annotated_types import Ge, Gt
 from jaxtyping import Float, Int
+from pydantic import model_validator
 from torch import Tensor
 from typing_extensions import Doc
 
@@ -113,6 +115,40 @@ class TopK(KLargest):
 
     def activation(self, weights: Weights, threshold: float) -> Activation:
         return TopKActivation(k=self.k)
+
+
+class MatryoshkaBatchTopK(LargestOfBatch):
+    """Nested dictionaries (Bussmann et al. 2025, arXiv 2503.17547): `fractions` of the latents,
+    each prefix holding the ones before it. The loss is the mean over prefixes of each prefix'
+    squared error, so early latents stay general instead of being split up by later ones."""
+
+    fractions: Annotated[
+        tuple[float, ...], Doc("share of the latents in each group, in order; they add up to 1")
+    ] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
+    kind: Literal["matryoshka_batch_topk"] = "matryoshka_batch_topk"
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        if not self.fractions or min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-6:
+            raise ValueError(
+                f"fractions must be positive and add up to 1, not {sum(self.fractions):g}"
+            )
+        return self
+
+    def group_ends(self, n_latents: int) -> tuple[int, ...]:
+        """Widths of the prefixes; the last is `n_latents`."""
+        ends = [round(end * n_latents) for end in itertools.accumulate(self.fractions)]
+        return (*ends[:-1], n_latents)
+
+    def problems(self, n_latents: int) -> list[str]:
+        ends = (0, *self.group_ends(n_latents))
+        empty = any(later <= earlier for earlier, later in itertools.pairwise(ends))
+        return super().problems(n_latents) + (
+            [f"a group of {self.fractions} is empty at {n_latents} latents"] if empty else []
+        )
+
+    def prefixes(self, n_latents: int) -> Int[Tensor, "group"]:
+        return torch.tensor(self.group_ends(n_latents))
 
 
 @torch.no_grad()
