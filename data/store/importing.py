@@ -33,10 +33,10 @@ from data.store.cluster import Machines
 from data.store.foreign import ForeignRows, find_foreign
 from data.store.layout import SiteLayout, StoredDtype, StoreLayout
 from data.store.writer import write_activations
-from data.tokens import DocumentRow, TokenTable
+from data.tokens import FLAG_BOS, DocumentRow, TokenTable
 from featureflow.errors import UserError
 
-_PART_ROWS, _SHARD_ROWS, _CHUNK_ROWS = 8192, 65_536, 1024
+_PART_ROWS = 8192
 
 
 def import_activations(
@@ -48,7 +48,11 @@ def import_activations(
     rename: Mapping[str, str] | None = None,
     ignore: Sequence[str] = (),
     n_context: int | None = None,
+    first_is_bos: bool = False,
     validation_fraction: float = 0.05,
+    shard_rows: int = 65_536,
+    chunk_rows: int = 1024,
+    allow_non_finite: bool = False,
 ) -> Report:
     """Store what lies in `source` and verify it.
 
@@ -67,6 +71,7 @@ def import_activations(
             found=f"n_context = {n_context}",
         )
     context_rows = n_context or stated or 1
+    shard_rows = _whole_shards(shard_rows, chunk_rows, context_rows, n_rows)
     n_contexts = -(-n_rows // context_rows)  # the last one may be short
     n_train = n_contexts - round(validation_fraction * n_contexts)
     layout = StoreLayout(
@@ -74,8 +79,8 @@ def import_activations(
         dtype=dtype,
         n_rows=n_rows,
         n_context=context_rows,
-        shard_rows=_whole_shards(context_rows, n_rows),
-        chunk_rows=_CHUNK_ROWS,
+        shard_rows=shard_rows,
+        chunk_rows=chunk_rows,
         validation_start=min(n_rows, n_train * context_rows),
         provenance={
             "imported_from": Path(source).name,
@@ -86,9 +91,16 @@ def import_activations(
     documents = [DocumentRow(source=Path(source).name)] * n_contexts
     write_activations(
         url,
-        _iter_parts(found, n_rows, context_rows, lambda n: context.progress("import", n, n_rows)),
+        _iter_parts(
+            found,
+            n_rows,
+            context_rows,
+            first_is_bos,
+            lambda n: context.progress("import", n, n_rows),
+        ),
         layout=layout,
         documents=documents,
+        allow_non_finite=allow_non_finite,
     )
     return verify_store(url, full=False, context=context)
 
@@ -106,27 +118,32 @@ def digest_of_source(source: Path) -> str:
 
 
 def _iter_parts(
-    found: Sequence[ForeignRows], n_rows: int, n_context: int, done: Callable[[int], None]
+    found: Sequence[ForeignRows],
+    n_rows: int,
+    n_context: int,
+    first_is_bos: bool,
+    done: Callable[[int], None],
 ) -> Iterator[tuple[dict[str, Any], TokenTable]]:
     ids = next((each.token_ids for each in found if each.token_ids is not None), None)
     for start in range(0, n_rows, _PART_ROWS):
         stop = min(start + _PART_ROWS, n_rows)
         rows = np.arange(start, stop)
         position = (rows % n_context).astype(np.uint32)
+        flags = np.where(first_is_bos & (position == 0), FLAG_BOS, 0).astype(np.uint8)
         tokens = TokenTable(
             id=np.zeros(len(rows), np.uint32)
             if ids is None
             else ids(start, stop).astype(np.uint32),
             document=(rows // n_context).astype(np.uint32),
             position=position,
-            flags=np.zeros(len(rows), np.uint8),
+            flags=flags,
         )
         yield {each.name: each.read(start, stop) for each in found}, tokens
         done(stop)
 
 
-def _whole_shards(n_context: int, n_rows: int) -> int:
+def _whole_shards(shard_rows: int, chunk_rows: int, n_context: int, n_rows: int) -> int:
     """The smallest multiple of chunk and context that is not less than asked for, or than all
     rows."""
-    unit = int(np.lcm(_CHUNK_ROWS, n_context))
-    return -(-min(_SHARD_ROWS, max(n_rows, 1)) // unit) * unit
+    unit = int(np.lcm(chunk_rows, n_context))
+    return -(-min(shard_rows, max(n_rows, 1)) // unit) * unit

@@ -37,7 +37,7 @@ from pipeline.findings import Finding
 from pipeline.flow.causal import Contexts, summarise_deactivation
 from pipeline.flow.directions import Directions, directions_of
 from pipeline.flow.edges import EdgeColumns
-from pipeline.flow.functional import FEW_FIRINGS
+from pipeline.flow.functional import FEW_FIRINGS, compare_firing
 from pipeline.flow.judge import judge
 from pipeline.flow.matchers import (
     NOBODY,
