@@ -213,6 +213,8 @@ def _gap(found: Traced, run: Run, layer: int, links: pd.DataFrame) -> list[dict[
         node = features.loc[target]
         here = features.loc[each["source"]].assign(effect=each["predicted"].to_numpy())
         same = here[here["token"] == node["token"]]
+        if same.empty:
+            continue
         size = here["effect"].abs().sum()
         rows_before = near.saes[cuts[0]].W_dec[same["latent"].tolist()]
         by_cosine = same["effect"].iloc[int((rows_before @ _row(near, node)).argmax())]

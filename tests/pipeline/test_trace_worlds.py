@@ -1,4 +1,4 @@
-"""A trace of the compiled world names the variables that decide, on the tokens where they stand."""
+"""A trace of a world names the variables that decide, on the tokens where they stand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from data.model.language_model import LanguageModel
 from data.model.spec import OfWorld
-from data.worlds import Compiled
+from data.worlds import Compiled, Fsm
 from data.worlds.compiling import directions_of
 from featureflow.sites import Site
 from pipeline.trace.stream import Target
@@ -87,3 +87,78 @@ def test_induction_is_traced_to_the_match_to_what_followed_and_to_the_present_to
     assert strength > 0.5 * found.traced.y
     assert edges[number[0, "token=cat", 6], written] > 0.5 * found.traced.y
     assert edges[number[0, "token=bee", 2], written] > 0.5 * found.traced.y
+
+
+def fitted(world: Fsm, model: LanguageModel) -> tuple[list[str], dict[Site, Sae]]:
+    """Digits (at the embedding) and states (after the first two blocks) as latents of a trained
+    model: directions by least squares of the stream on what is true, readings by linear regression,
+    so that a latent is about 1 where its value is true and about 0 elsewhere."""
+    ids = torch.tensor(
+        [[model.tokenizer.bos_id, *model.tokenizer.encode(d)] for d in world.documents(200, 7)]
+    )
+    names, columns = [], []
+    for variable in world.truth(ids.numpy())[:2]:
+        names += [f"{variable.name}={name}" for name in variable.names]
+        columns += [torch.tensor(variable.value == k)[:, 1:] for k in range(len(variable.names))]
+    whole, n_words = torch.stack(columns, -1).flatten(0, 1).double(), len(world.words)
+    cuts = [Site(0, "resid_pre"), Site(0, "resid_post"), Site(1, "resid_post")]
+    with torch.no_grad():
+        seen = model.activations(ids, cuts)
+    saes = {}
+    for cut in cuts:
+        h = seen[cut][:, 1:].flatten(0, 1).double()
+        true = whole[:, :n_words] if cut.kind == "resid_pre" else whole
+        mean, share = h.mean(0), true.mean(0)
+        *rows, bias = torch.linalg.lstsq(
+            torch.cat([true, torch.ones(len(true), 1).double()], 1), h
+        ).solution
+        spread = (h - mean).T @ (h - mean) / len(h) + 1e-4 * torch.eye(h.shape[1])
+        read = torch.linalg.solve(spread, (h - mean).T @ (true - share) / len(h)).T
+        pre = (h - mean) @ read.T
+        low = (pre * (1 - true)).sum(0) / (1 - true).sum(0)
+        scale = 1 / ((pre * true).sum(0) / true.sum(0) - low)
+        saes[cut] = Sae(
+            W_enc=(read * scale[:, None]).float(),
+            b_enc=(-low * scale).float(),
+            W_dec=torch.stack(rows).float(),
+            b_dec=bias.float(),
+            b_in=mean.float(),
+            activation=Threshold(theta=torch.full((true.shape[1],), 0.5)),
+        )
+    return names, saes
+
+
+def test_a_walk_is_traced_to_its_state_and_the_state_to_its_two_digits():
+    """After the second digit of a state what follows hangs on the state: its latent on the last
+    token is the strongest after both blocks, and before them the digits are, each where it is
+    written (both of them in at least three of four prompts)."""
+    world = Fsm()
+    model = LanguageModel.open(OfWorld(world=world), dtype="float32")
+    names, saes = fitted(world, model)
+    both = []
+    for text in world.documents(4, 99):
+        words = text.split()[:8]
+        ids = [model.tokenizer.bos_id, *model.tokenizer.encode(" ".join(words))]
+        order = model.logits(torch.tensor([ids]))[0, -1].argsort(descending=True).tolist()
+        found = trace_of(
+            model,
+            saes,
+            ids,
+            target=Target(answer=order[0], foil=order[-1]),
+            cuts=list(saes),
+            flows={},
+            options=TraceOptions(share=1.0, n_removed=30, n_shown=2),
+        )
+        best = {
+            cut: [
+                (names[int(row.features.split("/")[1])], row.token)
+                for row in here.head(2).itertuples()
+            ]
+            for cut, here in found.supernodes.groupby("peak")
+        }
+        state = f"state={words[6]}-{words[7]}"
+        assert best["L0"][0] == best["L1"][0] == (state, 8), best
+        digits = {(f"word={words[6]}", 7), (f"word={words[7]}", 8)}
+        assert set(best["L0.pre"]) & digits, best
+        both.append(set(best["L0.pre"]) == digits)
+    assert sum(both) >= 3, both
