@@ -56,12 +56,19 @@ def main() -> None:
     )
     parser.add_argument("--n", type=int, default=60, help="prompts, in turn from the families")
     parser.add_argument("--summary", action="store_true", help="only sum up what the file has")
+    parser.add_argument(
+        "--table", type=Path, help="write what is summed up to this JSON-lines file"
+    )
     arguments = parser.parse_args()
     if not arguments.summary:
         measure(Run.open(arguments.run), arguments.out, arguments.n)
     rows = [json.loads(line) for line in arguments.out.read_text().splitlines()]
     for line in summary(rows):
         print(line)
+    if arguments.table is not None:
+        names = ("what", "value", "interval", "prompts")
+        lines = [json.dumps(dict(zip(names, line, strict=True))) for line in _lines(rows)]
+        arguments.table.write_text("\n".join(lines) + "\n")
 
 
 def prompts() -> list[dict[str, Any]]:
@@ -336,8 +343,7 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
     families = pd.Series([row["family"] for row in rows]).value_counts()
     yield f"{len(rows)} prompts ({', '.join(f'{k} {v}' for k, v in families.items())})"
     yield from (f"not traced: {row['prompt']}: {row['error']}" for row in wrong)
-    lines = list(_lines(rows))
-    yield from table(lines, header=("what", "value", "95 %", "prompts"))
+    yield from table(list(_lines(rows)), header=("what", "value", "95 %", "prompts"))
 
 
 def _lines(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, str]]:
@@ -363,17 +369,24 @@ def _lines(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, str]]:
         yield mean(f"edges {name}: size of error", [_error(each) for each in picked])
         cosine = [_rank(each, "cosine") for each in picked]
         yield mean(f"edges {name}: rank by decoder cosine", cosine)
+        yield mean(f"edges {name}: rank with all held", [_rank(each, "held") for each in picked])
+        held = [each.assign(predicted=each["held"]) for each in picked]
+        yield mean(f"edges {name}: size of error, held", [_error(each) for each in held])
         share = [
             float(each["real"].abs().sum() / max(sum(map(abs, row["edges"]["real"])), 1e-9))
             for row, each in zip(rows, picked, strict=True)
         ]
         yield mean(f"edges {name}: share of the effect", share)
-    better = [
-        _rank(_edges_of(row, lambda e: e["real"] == e["real"]))
-        - _rank(_edges_of(row, lambda e: e["real"] == e["real"]), "cosine")
-        for row in rows
-    ]
-    yield mean("edges: gradient less cosine, rank", better)
+    edges = [pd.DataFrame(row["edges"]) for row in rows]
+    for other in ("held", "cosine"):
+        better = [_rank(each) - _rank(each, other) for each in edges]
+        yield mean(f"edges: gradient less {other}, rank", better)
+    yield from _set_lines(rows)
+    yield from _link_lines(rows)
+    yield mean("last cut, norm's scale held: |Σ − y| / |y|", [row["last_cut"] for row in rows])
+    for cut in rows[0]["completeness"]:
+        values = [row["completeness"].get(cut, np.nan) for row in rows]
+        yield mean(f"integrated gradients against removal, {cut}", values)
     whole = [pd.DataFrame(row["supernodes"]) for row in rows]
     effect = [float(each["removed"].abs().mean()) for each in whole]
     yield mean("supernodes: mean |effect|", effect)
@@ -399,6 +412,62 @@ def _lines(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, str]]:
             frames = [frame.rename(columns={"removed": "real"}) for frame in frames]
             yield mean(f"groups of {name}: rank", [_rank(frame) for frame in frames])
             yield mean(f"groups of {name}: size of error", [_error(frame) for frame in frames])
+
+
+def _set_lines(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, str]]:
+    """Single cuts averaged, and all cuts together: how often the first token stays, pooled share of
+    the effect that is kept (F), KL."""
+    frames = [pd.DataFrame(row["sets"]).assign(prompt=i) for i, row in enumerate(rows)]
+    whole = pd.concat(frames)
+    y = whole[whole["way"] == "whole"].set_index("prompt")["y"]
+    none = whole[whole["way"] == "none"].set_index(["prompt", "cut"])["y"]
+    whole = whole[whole["way"].isin(["keep", "without"])].copy()
+    whole["cuts"] = np.where(whole["cut"] == "all", "all cuts", "one cut")
+    key = pd.MultiIndex.from_frame(whole[["prompt", "cut"]])
+    whole["kept"] = whole["y"] - none.reindex(key).to_numpy()
+    whole["all"] = y.reindex(whole["prompt"]).to_numpy() - none.reindex(key).to_numpy()
+    order = ["cuts", "way", "by"]
+    for (cuts, way, by), here in whole.groupby(order, sort=False):
+        each = here.groupby("prompt")[["stays", "kl", "kept", "all", "n"]].mean()
+        name = f"{way} by {by}, {cuts} ({each['n'].mean():.0f} features)"
+        for column, what in (("stays", "first token stays"), ("kl", "KL")):
+            found = bootstrap_mean(each[column].tolist(), seed=0)
+            yield (
+                f"{name}: {what}",
+                f"{found.mean:.3g}",
+                f"{found.low:.3g} to {found.high:.3g}",
+                str(found.n),
+            )
+        if way == "keep":
+            a, b = each["kept"].to_numpy(), each["all"].to_numpy()
+            pooled = bootstrap(lambda w, a=a, b=b: (w @ a) / (w @ b), len(each), seed=0)
+            interval = f"{pooled.low:.3g} to {pooled.high:.3g}"
+            yield f"{name}: pooled F", f"{pooled.mean:.3g}", interval, str(pooled.n)
+
+
+def _link_lines(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, str]]:
+    """Which links of the flow graph are live on prompts, and what their sources do there."""
+    active, linked, live, null = np.array([row["links"] for row in rows], dtype=float).T
+    for name, a, b in (
+        ("links: active targets that have one", linked, active),
+        ("links: of these, source active on the token", live, linked),
+        ("links: of these, another link's source", null, linked),
+    ):
+        found = bootstrap(lambda w, a=a, b=b: (w @ a) / (w @ b), len(rows), seed=0)
+        yield name, f"{found.mean:.3g}", f"{found.low:.3g} to {found.high:.3g}", str(found.n)
+    names = {
+        "same_token": "share of |gradient effect| from the token itself",
+        "strongest": "share of the strongest source there",
+        "by_cosine": "share of the source of the largest cosine",
+        "linked": "share of the linked source, targets with a link",
+        "linked_live": "linked source is active",
+        "linked_first": "linked source is the strongest",
+    }
+    gaps = [pd.DataFrame(row["gap"], columns=list(names)) for row in rows]
+    for column, name in names.items():
+        found = bootstrap_mean([float(each[column].mean()) for each in gaps], seed=0)
+        interval = f"{found.low:.3g} to {found.high:.3g}"
+        yield f"layer to layer: {name}", f"{found.mean:.3g}", interval, str(found.n)
 
 
 _EDGES = {
