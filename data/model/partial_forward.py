@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from data.model.language_model import LanguageModel
 
-_GIVES_TUPLE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""What blocks were seen to return; asked once per model, since asking costs a forward pass."""
+_N_GIVEN: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""How many values blocks were seen to return, 0 for a bare tensor; asked once per model, since
+asking costs a forward pass."""
 
 
 @contextmanager
@@ -32,12 +33,11 @@ def continued_from(
     are not computed (hooks on their outputs still run, and the last of them sees `residual`). The
     ids passed in give only the shape."""
     blocks = [sites.block for sites in model.blocks[: layer + 1]]
-    if blocks[0] not in _GIVES_TUPLE:
-        _GIVES_TUPLE[blocks[0]] = _output_is_tuple(model, blocks[0])
-    gives_tuple = _GIVES_TUPLE[blocks[0]]
+    if blocks[0] not in _N_GIVEN:
+        _N_GIVEN[blocks[0]] = _n_given(model, blocks[0])
     value = residual.to(model.device, model.dtype)
     for block in blocks:
-        block.forward = _constant(value, gives_tuple)
+        block.forward = _constant(value, _N_GIVEN[blocks[0]])
     try:
         yield
     finally:
@@ -50,10 +50,10 @@ def passed_over(model: LanguageModel, layers: Collection[int]) -> Iterator[None]
     """Inside, these blocks hand on what they read."""
     blocks = [model.blocks[layer].block for layer in sorted(set(layers))]
     first = model.blocks[0].block
-    if blocks and first not in _GIVES_TUPLE:
-        _GIVES_TUPLE[first] = _output_is_tuple(model, first)
+    if blocks and first not in _N_GIVEN:
+        _N_GIVEN[first] = _n_given(model, first)
     for block in blocks:
-        block.forward = _identity(_GIVES_TUPLE[first])
+        block.forward = _identity(_N_GIVEN[first])
     try:
         yield
     finally:
@@ -61,26 +61,30 @@ def passed_over(model: LanguageModel, layers: Collection[int]) -> Iterator[None]
             del block.forward
 
 
-def _identity(as_tuple: bool) -> Callable[..., Any]:
+def _as_given(value: Tensor, n: int) -> Any:
+    """The stream first; what else a block hands on (a state, attentions) as None."""
+    return (value, *[None] * (n - 1)) if n else value
+
+
+def _identity(n: int) -> Callable[..., Any]:
     def forward(*args: Any, **options: Any) -> Any:
-        value = args[0] if args else options["hidden_states"]
-        return (value,) if as_tuple else value
+        return _as_given(args[0] if args else options["hidden_states"], n)
 
     return forward
 
 
-def _constant(value: Tensor, as_tuple: bool) -> Callable[..., Any]:
+def _constant(value: Tensor, n: int) -> Callable[..., Any]:
     def forward(*_: Any, **__: Any) -> Any:
-        return (value,) if as_tuple else value
+        return _as_given(value, n)
 
     return forward
 
 
-def _output_is_tuple(model: LanguageModel, block: nn.Module) -> bool:
-    """What this architecture's blocks return, seen in a pass over one token."""
-    seen: list[bool] = []
+def _n_given(model: LanguageModel, block: nn.Module) -> int:
+    """How many values this architecture's blocks return, seen in a pass over one token."""
+    seen: list[int] = []
     handle = block.register_forward_hook(
-        lambda _, __, output: seen.append(isinstance(output, tuple))
+        lambda _, __, output: seen.append(len(output) if isinstance(output, tuple) else 0)
     )
     try:
         with torch.no_grad():

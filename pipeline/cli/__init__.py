@@ -42,6 +42,7 @@ _COMMANDS = {
     "lens": ("lens:lens_commands", "Look at a run through a lens: tables, a figure and a text."),
     "paper": ("lens:paper_commands", "Rerun an experiment of the papers on a linked model."),
     "sae": ("dictionaries:sae_commands", "Check and convert dictionaries in other tools' formats."),
+    "finetune": ("finetune:finetune_command", "Make a second model to compare with (lens shift)."),
     "world": ("world:world_commands", "Worlds whose truth is known: train models, score runs."),
 }
 """Where each command is, below this package, and a line about it."""
