@@ -34,13 +34,12 @@ from typing_extensions import Doc
 
 from data.model.language_model import LanguageModel
 from data.model.spec import Folder
-from data.store import RowFilters
 from data.store.provenance import model_digest
 from featureflow.errors import Command, UserError
 from featureflow.sites import Site, parse_site
 from featureflow.statistics import p_values, q_values
 from pipeline.findings import Finding
-from pipeline.lenses.base import LensConfig
+from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.held_out import choose_contexts
 from pipeline.lenses.parts.layers import spread
@@ -55,7 +54,7 @@ ALPHAS = (0.5, 1.0, 2.0)
 _LEAST_ACTIVE, _FOLD, _BATCH = 10, 10, 8
 
 
-class Config(LensConfig):
+class Config(Sampled):
     """With which model, and on how much text."""
 
     other: Annotated[
@@ -70,14 +69,12 @@ class Config(LensConfig):
         int, Ge(3), Doc("times that each document gets the differences of another")
     ] = 20
     fdr: Annotated[float, Gt(0), Lt(1), Doc("false-discovery rate")] = 0.05
-    filters: Annotated[RowFilters, Doc("tokens left out")] = RowFilters()
-    seed: Annotated[int, Ge(0), Doc("of contexts and placements")] = 0
 
 
 def outside_digests(config: Config) -> dict[str, str]:
     """The other model's files."""
     there = config.other and Path(config.other).is_dir()
-    return {"other": model_digest(Folder(path=config.other))} if there else {}
+    return {"other": model_digest(Folder(path=Path(config.other)))} if there else {}
 
 
 def look(run: Run, config: Config) -> Finding:
@@ -89,7 +86,8 @@ def look(run: Run, config: Config) -> Finding:
         known = ", ".join(site.short for site in run.saes)
         raise UserError("there are no SAEs here", found=", ".join(missing), expected=known)
     before, after, documents = _read(run, sites, config)
-    rows, features = [], []
+    rows: list[dict[str, Any]] = []
+    features: list[pd.DataFrame] = []
     for site in sites:
         run.context.progress(f"compare at {site.short}", len(rows), len(sites))
         row, table = shifts(run.saes[site], before[site], after[site], documents, config)
@@ -114,7 +112,7 @@ def _read(
     run: Run, sites: list[Site], config: Config
 ) -> tuple[dict[Site, Tensor], dict[Site, Tensor], Int[np.ndarray, "token"]]:
     """Activations of both models at the same held-out tokens, and the tokens' documents."""
-    contexts = choose_contexts(run.store, config.n_tokens, filters=config.filters, seed=config.seed)
+    contexts = choose_contexts(run, config, config.n_tokens)
     kept = contexts.spliced
     found = []
     for model in (run.model, _other(run, config)):
@@ -132,7 +130,9 @@ def _other(run: Run, config: Config) -> LanguageModel:
         return run.model
     model = run.model
     dtype = str(model.dtype).removeprefix("torch.")
-    other = LanguageModel.open(Folder(path=config.other), dtype=dtype, device=str(model.device))
+    other = LanguageModel.open(
+        Folder(path=Path(config.other)), dtype=dtype, device=str(model.device)
+    )
     ours, theirs = (
         f"width {m.d_model}, {m.n_layers} layers, tokenizer {m.tokenizer.fingerprint[:12]}"
         for m in (model, other)
