@@ -13,7 +13,7 @@ artifacts/laptop`.
 5. Interval: bootstrap over topics; differences are paired. Nothing is chosen on what is reported.
 
 Cost: about one minute of processor time a topic; the sketch, once, one and a half. Results go on
-where they were stopped. `--write docs/steering-study.md` writes the page.
+where they were stopped. `--write docs/steering-words.md` writes the page.
 """
 
 from __future__ import annotations
@@ -410,7 +410,7 @@ def page_of(table: pd.DataFrame, arguments: argparse.Namespace) -> str:
     ]
     command = (
         f"python -m benchmarks.steering_words artifacts/{arguments.artifacts.name} "
-        f"--topics {arguments.topics} --write docs/steering-study.md"
+        f"--topics {arguments.topics} --texts {arguments.texts} --write {arguments.write}"
     )
     by_corpus = table.groupby(["corpus", "arm"])["gain"].mean().unstack()
     lines = [
@@ -429,6 +429,7 @@ def page_of(table: pd.DataFrame, arguments: argparse.Namespace) -> str:
         "",
         *dict.fromkeys(sentence(arm, control) for arm, control in pairs),
         "",
+        f"{n} topics; fourteen are needed for a claim. "
         "The goal of a designed plan is +25 % over the best control, with the interval above 0. A "
         "control that is picked by its own mean is picked in its favour.",
         "",

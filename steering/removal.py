@@ -2,7 +2,7 @@
 
 1. Arms: the whole flow ablated from the feature to its end, every n-th member of it, the feature's
    own layer alone, its own layer over-subtracted (r below 0), its direction projected out of every
-   layer, a random feature's flow; and the flow only where the feature itself is active.
+   layer, a random feature's flow; flow and projection also only where the feature is active.
 2. The text is run once as it is. A token counts as `active` when the feature is active on it,
    `before` when it was not yet in its context, `later` when it was before; `other` are contexts
    without the feature.
@@ -120,6 +120,9 @@ def removal_arms(flow: Flow, control: Flow, means: Mapping[Site, float]) -> dict
             for r in OVER_SUBTRACTED
         },
         "projected": Plan(nodes=projected, edit=ProjectOut()),
+        "projected where active": Plan(
+            nodes=projected, edit=ProjectOut(), scope=WhereActive(feature=str(flow.seed))
+        ),
         "random flow": along_whole_flow(control),
     }
 

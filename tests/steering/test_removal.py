@@ -125,6 +125,17 @@ def test_an_arm_gated_by_the_feature_leaves_other_tokens_alone(net, saes):
     assert left["gated", "probe 3"].left == pytest.approx(0.5 / 11.5)
 
 
+def test_a_projection_gated_by_the_feature_leaves_other_tokens_alone(net, saes):
+    """A projection to a wrong mean changes silent tokens, unless it acts on active ones only."""
+    arms = removal_arms(FLOW, CONTROL, dict.fromkeys(SITES, 1.0))
+    plans = {name: arms[name] for name in ("projected", "projected where active")}
+    _, effects = measured(net, saes, plans)
+    assert effects["projected where active", "active"].kl > 0
+    for where in ("before", "later", "other"):
+        assert effects["projected", where].kl > 0
+        assert effects["projected where active", where].kl == 0
+
+
 def test_every_n_th_step_and_its_errors(net, saes):
     assert [node.at for node in along_whole_flow(FLOW, every=3).nodes] == ["L0/0", "L3/0"]
     assert isinstance(along_whole_flow(FLOW).edit, Ablate)
