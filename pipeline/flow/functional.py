@@ -30,6 +30,7 @@ FEW_FIRINGS = 10
 """Latents that were active less often take no part in medians: their correlations are mostly
 noise."""
 _BLOCK = 2048
+_PAIRS = 16384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +152,19 @@ def compare_firing(
         chance=Firing(pearson=pearson[n_links:], jaccard=jaccard[n_links:]),
         best=BestByFiring(index=best_index, pearson=best_pearson, runner_up=runner_up),
     )
+
+
+def agreement(
+    source: Codes, target: Codes, left: Int64[np.ndarray, "pair"], right: Int64[np.ndarray, "pair"]
+) -> Float[np.ndarray, "pair"]:
+    """Correlation of activations of chosen pairs of latents on the same tokens; 0 where one of the
+    two never varies."""
+    found = np.zeros(len(left))
+    for part in (slice(i, i + _PAIRS) for i in range(0, len(left), _PAIRS)):
+        a, b = left[part], right[part]
+        product = source.codes[:, a].multiply(target.codes[:, b]).sum(axis=0)
+        found[part] = _pearson(source, target, np.asarray(product, np.float64).ravel(), a, b)
+    return found
 
 
 def chance_pairs(

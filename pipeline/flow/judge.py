@@ -17,9 +17,15 @@ cosine. Without held-out activations p_active and p_rival are missing; `link` th
    accepts at the rate with a first choice both ways: what is left when the partner is taken away
    (partner.py).
 
-The q-value of a link is the larger of `related` and of the q of p_partner among the targets that
-step 1 accepts. Presence is claimed by it, absence (a newborn feature) only where even `related`
-fails.
+A link is kept at a rate in one of two ways; its q-value is the smallest rate at which it is:
+
+- by the larger of `related` and of the q of p_partner among the targets that step 1 accepts;
+- with tokens: by the q of its place by reading and activity, among *all* targets of the pair. Such
+  links are so much stronger than what stands in for a partner that they need no null of directions;
+  in small dictionaries, whose rows are sums of each other, that null sees nothing. Without tokens
+  this way does not keep its rate in clusters. Dictionaries of one start do not have it.
+
+Presence is claimed by q, absence (a newborn feature) only where even `related` fails.
 """
 
 from __future__ import annotations
@@ -39,8 +45,8 @@ from pipeline.flow.null import NullSample
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """p-values of the edges of one pair. `cosine`: the largest over all decoder nulls; `active` and
-    `rival`: None without held-out activations; `joint` is what is judged, `q` its false-discovery
-    rate, `related` that of its first step."""
+    `rival`: None without held-out activations; `joint` is what the first step judges, `related`
+    its false-discovery rate, `q` the smallest rate at which the link is kept."""
 
     cosine: Float[np.ndarray, "edge"]
     active: Float[np.ndarray, "edge"] | None
@@ -57,14 +63,13 @@ def judge(
     cofiring: Cofiring | None,
     few: Bool[np.ndarray, "target"] | None,
     *,
-    shared: Float[np.ndarray, "edge"],
-    rivals: Float[np.ndarray, "target"],
+    stand_ins: Sequence[tuple[Float[np.ndarray, "edge"], Float[np.ndarray, "target"]]],
     fdr: float,
     same_start: bool,
 ) -> Evidence:
     """`few` marks targets that were active too seldom for their rivals to say anything. No nulls:
-    nothing is significant. `shared` and `rivals` are those of partner.py; `fdr` is the rate at
-    which step 1 accepts."""
+    nothing is significant. `stand_ins` are those of partner.py; `fdr` is the rate at which step 1
+    accepts."""
     ones = np.ones(len(columns.source))
     if not nulls:
         return Evidence(
@@ -85,14 +90,19 @@ def judge(
     related = q_values(joint, joint[columns.top])
     asked = columns.top & (related <= fdr)
     clear = asked & columns.mutual  # siblings of clear targets are the strongest stand-ins
-    partner = p_values(shared, rivals[columns.target[clear if clear.any() else asked]])
+    enough = clear.sum() + 1 >= 1 / fdr
+    known = columns.target[clear if enough else asked]
+    partner, *with_tokens = [p_values(shared, rival[known]) for shared, rival in stand_ins]
+    q = np.maximum(related, q_values(partner, partner[asked]))
+    for p in () if same_start else with_tokens:
+        q = np.minimum(q, q_values(p, p[columns.top]))
     return Evidence(
         cosine=cosine,
         active=active,
         rival=rival,
         partner=partner,
         joint=joint,
-        q=np.maximum(related, q_values(partner, partner[asked])),
+        q=q,
         related=related,
     )
 

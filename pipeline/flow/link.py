@@ -5,6 +5,7 @@ For each pair that `pairing.py` finds, in order of depth:
 
 1. match      cosine of unit decoder rows, exact top-k both ways; between sites of different width
    the source's rows go through a linear map first   match.py
+   choose     first the source that a target shares most with   partner.py
 2. chance     the best cosines that a null model gives; for dictionaries of one start also what
    inertia leaves   null.py
 3. firing     correlation and overlap of firing on held-out tokens, with chance pairs beside
@@ -40,7 +41,7 @@ from pipeline.flow.edges import EdgeColumns, edges_of
 from pipeline.flow.functional import FEW_FIRINGS, compare_firing
 from pipeline.flow.judge import Evidence, judge
 from pipeline.flow.match import led_by, match
-from pipeline.flow.matchers import COSINE, PairData, matcher_named
+from pipeline.flow.matchers import SHARED, PairData, matcher_named
 from pipeline.flow.nodes import Side, node_table
 from pipeline.flow.null import (
     DirectionNull,
@@ -62,7 +63,7 @@ from pipeline.flow.pairing import (
     pair_sites,
     start_relation,
 )
-from pipeline.flow.partner import shared_and_rivals
+from pipeline.flow.partner import most_shared, stand_ins
 from pipeline.flow.sae_cache import Decoders, HeldOut, SaeCache
 from pipeline.flow.sources import facts_of
 from sae import Sae
@@ -183,29 +184,31 @@ def _link_pair(pair: Pair, cache: SaeCache, stretch: Stretch) -> PairLinks:
     source, target = cache.at(pair.source), cache.at(pair.target)
     carried = cache.carried(pair)
     start = start_relation(stretch.facts[pair.source], stretch.facts[pair.target])
-    found = match(carried, target.directions, k=max(options.top_k, 2), tile=options.tile)
-    if options.matcher != COSINE:
+    ends = (carried, target.directions)
+    codes = None
+    if source.codes is not None and target.codes is not None:
+        codes = (source.codes, target.codes)
+    found = match(*ends, k=max(options.top_k, 2), tile=options.tile)
+    if options.matcher == SHARED:
+        chosen = torch.from_numpy(most_shared(*ends, codes, tile=options.tile))
+    else:
         chosen = _chosen(pair, stretch)
-        found = led_by(found, chosen, carried, target.directions)
+    found = led_by(found, chosen, *ends)
     columns = edges_of(found, top_k=options.top_k)
     nulls = _null_samples(pair, cache, stretch, start)
     cofiring = None
-    if source.codes is not None and target.codes is not None:
+    if codes is not None:
         rng = np.random.default_rng([options.seed, *_numbers(pair)])
         links = (columns.source, columns.target)
-        cofiring = compare_firing(
-            source.codes, target.codes, links, rng=rng, n_chance=options.n_null
-        )
+        cofiring = compare_firing(*codes, links, rng=rng, n_chance=options.n_null)
     few = None if target.codes is None else target.codes.n_fired < FEW_FIRINGS
     fdr = options.thresholds.fdr if isinstance(options.thresholds, Calibrated) else Calibrated().fdr
-    shared, rivals = shared_and_rivals(carried, target.directions, columns, tile=options.tile)
     evidence = judge(
         columns,
         nulls,
         cofiring,
         few,
-        shared=shared,
-        rivals=rivals,
+        stand_ins=list(stand_ins(*ends, codes, columns, tile=options.tile)),
         fdr=fdr,
         same_start=start == "same_start",
     )

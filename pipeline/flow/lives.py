@@ -25,7 +25,7 @@ import pandas as pd
 from jaxtyping import Float, Int64
 
 from featureflow.sites import Site
-from pipeline.flow.functional import Codes
+from pipeline.flow.functional import Codes, agreement
 
 NOBODY = -1
 
@@ -63,20 +63,6 @@ def lives_of(
             }
         )
     return found
-
-
-def agreement(
-    source: Codes, target: Codes, left: Int64[np.ndarray, "pair"], right: Int64[np.ndarray, "pair"]
-) -> Float[np.ndarray, "pair"]:
-    """Correlation of activations of chosen pairs of latents on the same tokens; 0 where one of the
-    two never varies."""
-    if not len(left):
-        return np.zeros(0)
-    product = source.codes[:, left].multiply(target.codes[:, right]).sum(axis=0)
-    total = np.asarray(product, dtype=np.float64).ravel()
-    covariance = total / max(source.n_tokens, 1) - source.mean[left] * target.mean[right]
-    scale = source.deviation[left] * target.deviation[right]
-    return np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)
 
 
 def _walk(

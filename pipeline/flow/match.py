@@ -28,6 +28,7 @@ from pipeline.flow.directions import Directions
 
 CHUNK = 32
 NO_PARTNER = -1
+_PAIRS = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +128,12 @@ def reading(
     """What two latents read of each other: the geometric mean of the share that the target's
     encoder reads of the source's direction and the share that the source's reads of the target's.
     1 for the same latent; the cosine where encoders are decoders."""
-    there = torch.einsum("ed,ed->e", target.reads[right], source.unit[left])
-    back = torch.einsum("ed,ed->e", target.unit[right], source.reads[left])
-    return (there.clamp_min(0) * back.clamp_min(0)).sqrt()
+    found = torch.empty(len(left), device=source.unit.device)
+    for part in _spans(len(left), _PAIRS):
+        a, b = left[part], right[part]
+        there = (target.reads[b] * source.unit[a]).sum(1).clamp_min(0)
+        found[part] = (there * (target.unit[b] * source.reads[a]).sum(1).clamp_min(0)).sqrt()
+    return found
 
 
 @contextmanager

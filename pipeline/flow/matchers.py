@@ -4,6 +4,8 @@ same targets.
 A matcher maps what is known of a pair of dictionaries (`PairData`) to one source latent per target
 latent, -1 for none:
 
+0. shared           of the nearest by cosine the one that is read most and active with the target
+   partner.py
 1. cosine           the largest cosine of decoder rows, positive only                       Feature
    Flow §3.2
 2. permutation      one-to-one assignment by decoder rows                                   SAE
@@ -45,6 +47,7 @@ from pipeline.flow.assignment import assign
 from pipeline.flow.directions import Directions, directions_of, sae_directions
 from pipeline.flow.functional import FEW_FIRINGS, Codes, Cofiring, compare_firing, encode_tokens
 from pipeline.flow.match import match
+from pipeline.flow.partner import most_shared
 from sae import Sae
 
 NOBODY = -1
@@ -96,6 +99,12 @@ class PairData:
 
 
 Matcher = Callable[[PairData], Best]
+
+
+def shared(pair: PairData) -> Best:
+    """Of the nearest by cosine the one that shares most with the target (partner.py)."""
+    codes = pair.source_codes, pair.target_codes
+    return most_shared(pair.source_directions, pair.target_directions, codes)
 
 
 def cosine(pair: PairData) -> Best:
@@ -159,9 +168,10 @@ def distribution(pair: PairData) -> Best:
     return found.predecessors.index[:, 0].cpu().numpy()
 
 
-COSINE = "cosine"
+SHARED = "shared"
 MATCHERS: dict[str, Matcher] = {
-    COSINE: cosine,
+    SHARED: shared,
+    "cosine": cosine,
     "permutation": permutation,
     "pearson": pearson,
     "jaccard": jaccard,

@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import Doc
 
 from featureflow.settings import ByKind, Settings
-from pipeline.flow.matchers import COSINE
+from pipeline.flow.matchers import SHARED
 from pipeline.flow.null import FarLayers, Isotropic, Rotation, Shuffled, Siblings
 
 
@@ -64,7 +64,7 @@ chance of two latents (99th percentile 0.13)."""
 class LinkOptions:
     """Everything that changes the links between given dictionaries."""
 
-    matcher: str = COSINE
+    matcher: str = SHARED
     top_k: int = 5
     null: NullChoice = field(default_factory=Automatic)
     n_null: int = 8192

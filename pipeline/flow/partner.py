@@ -1,63 +1,122 @@
-"""A pair of dictionaries and their links → does a link mean this source, or would another do?
+"""A pair of dictionaries → which source each target shares most with, and what would be left of it.
 
 A target whose partner is missing is still near its partner's siblings, active on some of their
 tokens, and beyond any null that knows of no partner. What a link must beat is what is left when the
 partner is taken away:
 
-1. Two latents are compared by what they *read* of each other (`match.reading`): an encoder tells a
-   feature from its siblings, which a decoder's cosine does not.
-2. For every target the source that it shares most with is taken away, and copies of that source
-   (cosine above `SAME`) with it. The best of those that are left is the target's rival.
+1. Two latents share what they *read* of each other (`match.reading`: an encoder tells a feature
+   from its siblings, which a decoder's cosine does not). Where there are held-out tokens they are
+   compared a second time by the geometric mean of that and the correlation of their activations.
+2. The source that a target shares most with is taken away, and with it the copies of that source:
+   those with a cosine above `SAME`, and those active with it (correlation of at least `TOGETHER`),
+   for two latents that are active together are one feature, whatever their directions. The best of
+   those that are left is the target's rival.
 3. A link's p-value is its place among the rivals of targets that have a partner (judge.py).
 
-On SmolLM2 the reading alone accepts 1.3 to 2 times as many links at one rate as the cosine, the
-correlation of activations, or regression on all sources at once (docs/log.md). A target that two
-sources share equally has no partner. Targets without any partner have rivals that are only a
-little weaker than their best source, so this test says nothing of chance: `judge` asks it beside
-the others. Cost: two products of [target, d_model] × [d_model, source].
+On SmolLM2 no classifier over cosine, reading, correlation and their margins tells a partner from
+its siblings better than the reading alone; in the world `compiled`, copies by activity and the
+correlation are what matters (docs/log.md). A target that two sources share equally has no partner.
+Cost: three products of [target, d_model] × [d_model, source], and the correlations of
+`N_CANDIDATES` sources a target.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from pipeline.flow.directions import Directions
 from pipeline.flow.edges import EdgeColumns
-from pipeline.flow.match import Nearest, best_readings, reading
+from pipeline.flow.functional import Codes, agreement
+from pipeline.flow.match import best_readings, match, reading
 from pipeline.flow.siblings import SAME
 
-MOST_COPIES = 7
-"""Copies of a partner that are looked for."""
+N_NEAREST = 8
+"""Sources of a target, by cosine, of which one is proposed as its partner."""
+N_CANDIDATES = 16
+"""Sources of a target, by reading, among which its rival is looked for."""
+TOGETHER = 0.7
+"""Correlation of the activations of two latents of one SAE from which they count as one feature."""
+CodePair = tuple[Codes, Codes]
 
 
-def shared_and_rivals(
-    source: Directions, target: Directions, columns: EdgeColumns, *, tile: int = 2048
-) -> tuple[Float[np.ndarray, "edge"], Float[np.ndarray, "target"]]:
-    """What the two ends of each link read of each other, and for each target what it shares with
-    the best source but its first and that one's copies."""
-    device = source.unit.device
-    left, right = (torch.from_numpy(x).to(device) for x in (columns.source, columns.target))
-    shared = reading(source, target, left, right)
-    k = min(MOST_COPIES + 2, source.n_latents)
-    best = best_readings(source, target, k=k, tile=tile)
-    return _numpy(shared), _numpy(_rivals(best, source))
+def most_shared(
+    source: Directions, target: Directions, codes: CodePair | None, *, tile: int = 2048
+) -> Int64[np.ndarray, "target"]:
+    """Of the nearest sources of each target by cosine the one that it shares most with; without
+    tokens the nearest. -1 for a target without one."""
+    k = 1 if codes is None else min(N_NEAREST, source.n_latents)
+    near = match(source, target, k=k, tile=tile).predecessors.index
+    place = _shared(source, target, codes, near).argmax(1, keepdim=True)
+    return near.gather(1, place)[:, 0].cpu().numpy()
 
 
-def _rivals(best: Nearest, source: Directions) -> Float[Tensor, "target"]:
-    index, shared = best.index.clamp_min(0), best.cosine
-    near = torch.einsum("td,tkd->tk", source.unit[index[:, 0]], source.unit[index])
-    other = torch.where(near > SAME, -1.0, shared)
-    other[:, 0] = -1.0
-    found = other.amax(1)
-    if (
-        index.shape[1] < source.n_latents
-    ):  # copies as far as was looked: something is left, and it is no better
+def stand_ins(
+    source: Directions,
+    target: Directions,
+    codes: CodePair | None,
+    edges: EdgeColumns,
+    *,
+    tile: int = 2048,
+) -> Iterator[tuple[Float[np.ndarray, "edge"], Float[np.ndarray, "target"]]]:
+    """What the ends of each edge share, and what each target shares with its rival (steps 1 and 2):
+    by reading, then, where there are tokens, by reading and activity."""
+    left, right = (torch.from_numpy(x).to(source.unit.device) for x in (edges.source, edges.target))
+    near = best_readings(source, target, k=min(N_CANDIDATES, source.n_latents), tile=tile).index
+    for used in (None, codes)[: 1 if codes is None else 2]:
+        shared = _pairs(source, target, used, left, right)
+        left_over = _rivals(source, _shared(source, target, used, near), near, codes)
+        yield shared.double().cpu().numpy(), left_over.double().cpu().numpy()
+
+
+def _rivals(
+    source: Directions,
+    shared: Float[Tensor, "target k"],
+    index: Int64[Tensor, "target k"],
+    codes: CodePair | None,
+) -> Float[Tensor, "target"]:
+    """What each target shares with the best source but the first and that one's copies."""
+    shared, order = shared.sort(dim=1, descending=True)
+    index = index.gather(1, order).clamp_min(0)
+    first = index[:, :1].expand_as(index)
+    copy = (source.unit[index] * source.unit[first]).sum(2) > SAME
+    if codes is not None:
+        copy |= _correlation((codes[0], codes[0]), first, index) >= TOGETHER
+    copy[:, 0] = True
+    found = torch.where(copy, -1.0, shared).amax(1)
+    if index.shape[1] < source.n_latents:  # copies as far as was looked: the rest is no better
         found = torch.where(found < 0, shared[:, -1], found)
     return found.clamp_min(0)
 
 
-def _numpy(values: Tensor) -> np.ndarray:
-    return values.double().cpu().numpy()
+def _shared(
+    source: Directions, target: Directions, codes: CodePair | None, index: Int64[Tensor, "target k"]
+) -> Float[Tensor, "target k"]:
+    """What each target shares with some sources; -1 where there is no source."""
+    here = torch.arange(len(index), device=index.device)[:, None].expand_as(index)
+    shared = _pairs(source, target, codes, index.clamp_min(0).flatten(), here.flatten())
+    return torch.where(index >= 0, shared.reshape(index.shape), -1.0)
+
+
+def _pairs(
+    source: Directions,
+    target: Directions,
+    codes: CodePair | None,
+    left: Int64[Tensor, "pair"],
+    right: Int64[Tensor, "pair"],
+) -> Float[Tensor, "pair"]:
+    shared = reading(source, target, left, right)
+    return shared if codes is None else (shared * _correlation(codes, left, right)).sqrt()
+
+
+def _correlation(
+    codes: CodePair, left: Int64[Tensor, "*pair"], right: Int64[Tensor, "*pair"]
+) -> Float[Tensor, "*pair"]:
+    """Positive correlations of activations of (source, target) latents."""
+    ends = [end.reshape(-1).cpu().numpy() for end in (left, right)]
+    found = torch.from_numpy(agreement(*codes, *ends)).clamp_min(0).float()
+    return found.reshape(left.shape).to(left.device)

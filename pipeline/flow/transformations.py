@@ -36,8 +36,7 @@ from torch import Tensor
 
 from featureflow.statistics import p_values, q_values
 from pipeline.flow.directions import Directions
-from pipeline.flow.functional import Codes, chance_pairs
-from pipeline.flow.lives import agreement
+from pipeline.flow.functional import Codes, agreement, chance_pairs
 from pipeline.flow.match import full_precision
 from pipeline.flow.null import NullSampler, Siblings
 

@@ -29,8 +29,7 @@ from data.text.packing import pack_documents
 from featureflow.errors import UserError
 from featureflow.sites import Site
 from pipeline.findings import Finding
-from pipeline.flow.functional import FEW_FIRINGS, encode_tokens
-from pipeline.flow.lives import agreement
+from pipeline.flow.functional import FEW_FIRINGS, agreement, encode_tokens
 from pipeline.lenses.base import LensConfig
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.layers import NPairs, NTokens, residual_pairs, spread

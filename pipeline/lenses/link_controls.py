@@ -41,9 +41,8 @@ from typing_extensions import Doc
 from featureflow.errors import Command, UserError
 from featureflow.sites import Site
 from pipeline.findings import Finding
-from pipeline.flow.functional import encode_tokens
+from pipeline.flow.functional import agreement, encode_tokens
 from pipeline.flow.link import link_dictionaries
-from pipeline.flow.lives import agreement
 from pipeline.flow.options import Calibrated, LinkOptions
 from pipeline.flow.pairing import RELATIONS
 from pipeline.flow.sae_cache import HeldOut

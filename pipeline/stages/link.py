@@ -36,7 +36,7 @@ from pipeline.artifact import Artifact
 from pipeline.context import RunContext
 from pipeline.flow.figures import draw_class_shares, draw_link_strengths
 from pipeline.flow.link import Links, link_dictionaries
-from pipeline.flow.matchers import COSINE, MATCHERS, matcher_named
+from pipeline.flow.matchers import MATCHERS, SHARED, matcher_named
 from pipeline.flow.null import NullSample
 from pipeline.flow.options import (
     LEAST_AGREEMENT,
@@ -79,7 +79,7 @@ class Config(Settings):
             + ", ".join(MATCHERS)
             + ", or one that a package adds"
         ),
-    ] = COSINE
+    ] = SHARED
     top_k: Annotated[
         int, Ge(1), Doc("predecessors kept for each feature and relation, best first")
     ] = 5

@@ -11,8 +11,8 @@ import pytest
 import scipy.sparse as sparse
 
 from featureflow.sites import Site
-from pipeline.flow.functional import codes_from
-from pipeline.flow.lives import agreement, lives_of
+from pipeline.flow.functional import agreement, codes_from
+from pipeline.flow.lives import lives_of
 
 N_LAYERS, N_TOKENS, N = 10, 3000, 60
 CHAIN = [Site(layer, "resid_post") for layer in range(N_LAYERS)]
