@@ -90,3 +90,38 @@ def test_a_transcoders_encoder_reads_another_space_and_is_left_out(families):
     wrong = sae(before.W_dec, noise)
     stated = Sae(**{**vars(wrong), "metadata": {"reads": "blocks.0.hook_resid_mid"}})
     assert kept(stated, after)["kept"].mean() > kept(wrong, after)["kept"].mean() + 0.3
+
+
+def values_of_variables(generator, *, n_variables=16, n_values=5, n_tokens=3000):
+    """Activations that are sums of one value of each variable; the values of a variable have sum
+    zero, so each direction is made of the others'. Also which value is there."""
+    directions = torch.randn(n_variables, n_values, 96, generator=generator)
+    directions = normalize(directions - directions.mean(1, keepdim=True), dim=2).flatten(0, 1)
+    drawn = torch.randint(n_values, (n_tokens, n_variables), generator=generator)
+    there = torch.zeros(n_tokens, n_variables, n_values).scatter_(2, drawn[:, :, None], 1.0)
+    return directions, there.flatten(1)
+
+
+def reader_of(directions, spread, generator=None) -> Sae:
+    """One latent a value, or `spread`: two that are always active together and write half of the
+    value each, in directions of their own."""
+    read, k = torch.linalg.pinv(directions).T, 16
+    if spread:
+        aside = 0.9 * normalize(torch.randn(directions.shape, generator=generator), dim=1)
+        directions = torch.cat([directions + aside, directions - aside])
+        read, k = torch.cat([read, read]), 32
+    return Sae(**{**vars(sae(directions, read)), "activation": TopKActivation(k=k)})
+
+
+def test_latents_that_are_active_together_are_one_feature_whatever_their_directions():
+    generator = torch.Generator().manual_seed(0)
+    directions, there = values_of_variables(generator)
+    n = len(directions)
+    saes = {BEFORE: reader_of(directions, True, generator), AFTER: reader_of(directions, False)}
+    rows = there @ directions
+    options = LinkOptions(top_k=1)
+    links = link_dictionaries(saes, options=options, held_out=lambda site: [rows]).edges
+    best = links[links["rank"] == 0]
+    right = best["source_latent"].to_numpy() % n == best["target_latent"].to_numpy()
+    assert (best["kept"] & right).sum() >= 0.95 * n
+    assert (best["kept"] & ~right).sum() <= 0.05 * n
