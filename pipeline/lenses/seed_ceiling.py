@@ -34,10 +34,10 @@ from pipeline.flow.directions import sae_directions
 from pipeline.flow.edges import edges_of
 from pipeline.flow.functional import FEW_FIRINGS, compare_firing, encode_tokens
 from pipeline.flow.judge import judge
-from pipeline.flow.match import match
+from pipeline.flow.match import led_by, match
 from pipeline.flow.null import NullSampler, Siblings
 from pipeline.flow.options import LEAST_AGREEMENT
-from pipeline.flow.partner import shared_and_rivals
+from pipeline.flow.partner import most_shared, stand_ins
 from pipeline.flow.start_null import Recipe
 from pipeline.lenses.base import Seeded
 from pipeline.lenses.parts.layers import NTokens, spread
@@ -143,7 +143,9 @@ def _compared(
         sae_directions(sae, name=site.short).restricted(torch.from_numpy(each.n_fired > 0))
         for sae, each in zip((second, first), codes, strict=True)
     )
-    edges = edges_of(match(source, target, k=2), top_k=1)
+    pair = (codes[0], codes[1])
+    chosen = torch.from_numpy(most_shared(source, target, pair))
+    edges = edges_of(led_by(match(source, target, k=2), chosen, source, target), top_k=1)
     rng = np.random.default_rng([config.seed, site.layer])
     cofiring = compare_firing(
         codes[0], codes[1], (edges.source, edges.target), rng=rng, n_chance=8192
@@ -152,9 +154,9 @@ def _compared(
         source, target, torch.Generator().manual_seed(config.seed + site.layer)
     )
     few = codes[1].n_fired < FEW_FIRINGS
-    shared, rivals = shared_and_rivals(source, target, edges)
+    others = list(stand_ins(source, target, pair, edges))
     evidence = judge(
-        edges, [null], cofiring, few, shared=shared, rivals=rivals, fdr=config.fdr, same_start=False
+        edges, [null], cofiring, few, stand_ins=others, fdr=config.fdr, same_start=False
     )
     top = edges.top & ~few[edges.target]
     correlation = cofiring.links.pearson

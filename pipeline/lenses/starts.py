@@ -53,7 +53,7 @@ from pipeline.flow.matchers import (
 )
 from pipeline.flow.null import NullSample, NullSampler, Siblings
 from pipeline.flow.pairing import Pair, pair_sites, start_relation
-from pipeline.flow.partner import shared_and_rivals
+from pipeline.flow.partner import stand_ins
 from pipeline.flow.sources import HeldOutRows
 from pipeline.lenses.base import Seeded
 from pipeline.lenses.parts.charts import bars
@@ -226,14 +226,13 @@ def _judged(
     nulls = [sampler.sample(directions, fitted.target_directions, generator)]
     if same and start.inertia is not None:
         nulls.append(start.inertia)
-    shared, rivals = shared_and_rivals(directions, fitted.target_directions, columns)
+    codes = (other.source_codes, other.target_codes)
     evidence = judge(
         columns,
         nulls,
         cofiring,
         other.target_codes.n_fired < FEW_FIRINGS,
-        shared=shared,
-        rivals=rivals,
+        stand_ins=list(stand_ins(directions, fitted.target_directions, codes, columns)),
         fdr=RATE,
         same_start=same,
     )

@@ -5,12 +5,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse as sparse
 import torch
 from torch.nn.functional import normalize
 
 from featureflow.sites import Site
+from pipeline.flow.directions import directions_of
+from pipeline.flow.edges import edges_of
+from pipeline.flow.functional import codes_from
 from pipeline.flow.link import link_dictionaries
+from pipeline.flow.match import match
 from pipeline.flow.options import Calibrated, LinkOptions
+from pipeline.flow.partner import stand_ins
 from sae import Sae, TopKActivation
 
 N_FAMILIES, SIZE, WIDTH = 60, 8, 256
@@ -92,36 +98,24 @@ def test_a_transcoders_encoder_reads_another_space_and_is_left_out(families):
     assert kept(stated, after)["kept"].mean() > kept(wrong, after)["kept"].mean() + 0.3
 
 
-def values_of_variables(generator, *, n_variables=16, n_values=5, n_tokens=3000):
-    """Activations that are sums of one value of each variable; the values of a variable have sum
-    zero, so each direction is made of the others'. Also which value is there."""
-    directions = torch.randn(n_variables, n_values, 96, generator=generator)
-    directions = normalize(directions - directions.mean(1, keepdim=True), dim=2).flatten(0, 1)
-    drawn = torch.randint(n_values, (n_tokens, n_variables), generator=generator)
-    there = torch.zeros(n_tokens, n_variables, n_values).scatter_(2, drawn[:, :, None], 1.0)
-    return directions, there.flatten(1)
-
-
-def reader_of(directions, spread, generator=None) -> Sae:
-    """One latent a value, or `spread`: two that are always active together and write half of the
-    value each, in directions of their own."""
-    read, k = torch.linalg.pinv(directions).T, 16
-    if spread:
-        aside = 0.9 * normalize(torch.randn(directions.shape, generator=generator), dim=1)
-        directions = torch.cat([directions + aside, directions - aside])
-        read, k = torch.cat([read, read]), 32
-    return Sae(**{**vars(sae(directions, read)), "activation": TopKActivation(k=k)})
-
-
-def test_latents_that_are_active_together_are_one_feature_whatever_their_directions():
+@pytest.mark.parametrize("together", [True, False])
+def test_a_source_that_is_active_with_the_partner_is_no_rival(together):
+    """Two latents that write half of a feature each, in directions of their own."""
+    rng = np.random.default_rng(0)
     generator = torch.Generator().manual_seed(0)
-    directions, there = values_of_variables(generator)
-    n = len(directions)
-    saes = {BEFORE: reader_of(directions, True, generator), AFTER: reader_of(directions, False)}
-    rows = there @ directions
-    options = LinkOptions(top_k=1)
-    links = link_dictionaries(saes, options=options, held_out=lambda site: [rows]).edges
-    best = links[links["rank"] == 0]
-    right = best["source_latent"].to_numpy() % n == best["target_latent"].to_numpy()
-    assert (best["kept"] & right).sum() >= 0.95 * n
-    assert (best["kept"] & ~right).sum() <= 0.05 * n
+    rows = normalize(torch.randn(64, WIDTH, generator=generator), dim=1)
+    source = directions_of(rows, name="source")
+    target = directions_of((rows[:32] + rows[32:]), name="target")
+    on = rng.random((2000, 32)) < 0.05
+    other = on if together else rng.random(on.shape) < 0.05
+    codes = tuple(
+        codes_from(sparse.csr_matrix(np.asarray(part, np.float32)))
+        for part in (np.concatenate([on, other], axis=1), on)
+    )
+    edges = edges_of(match(source, target, k=2), top_k=1)
+    _, (shared, rivals) = stand_ins(source, target, codes, edges)
+    first = edges.top & (edges.source < 32)
+    assert np.median(shared[first]) > 0.7
+    by_reading = next(iter(stand_ins(source, target, None, edges)))[1]
+    assert np.median(by_reading) > 0.5, "without tokens the second half is a rival"
+    assert np.median(rivals) < 0.3
