@@ -21,6 +21,9 @@ from sae import Sae, load_sae
 FOLDER = "dictionaries"
 """Where a train artifact keeps the SAEs that later stages use: `dictionaries/<site>/sae.json`."""
 
+CROSS_LAYER = "cross_layer"
+"""Beside it: a dictionary that writes into many layers."""
+
 
 class Saes(Mapping[Site, Sae]):
     """Site → SAE on `device`. The `n_kept` last ones stay in memory, all of them for None."""
@@ -28,8 +31,11 @@ class Saes(Mapping[Site, Sae]):
     def __init__(self, folder: Path, *, device: str = "cpu", n_kept: int | None = None) -> None:
         paths = [path.parent for path in folder.glob("*/sae.json")] if folder.is_dir() else []
         if not paths:
-            fix = Command("run", to="train")
-            raise UserError("there are no dictionaries here", where=str(folder), fix=fix)
+            found, fix = None, Command("run", to="train")
+            if (folder.parent / CROSS_LAYER).is_dir():
+                found, fix = "a cross-layer transcoder, kept whole", Command("lens", "cross-layer")
+            what = "there are no dictionaries here"
+            raise UserError(what, where=str(folder), found=found, fix=fix)
         by_site = {parse_site(path.name): path for path in paths}
         self.folder = folder
         self._paths = {site: by_site[site] for site in sorted(by_site)}

@@ -37,7 +37,8 @@ from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.charts import lines
 from pipeline.lenses.parts.held_out import choose_rows, iter_rows
 from pipeline.run import Run
-from pipeline.training.imported import CROSS_LAYER, check_cross_layer
+from pipeline.saes import CROSS_LAYER
+from pipeline.training.imported import check_cross_layer
 from sae.cross_layer import CrossLayer
 from sae.formats import read_cross_layer
 from sae.metrics import ReconstructionMeter

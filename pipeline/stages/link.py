@@ -58,8 +58,7 @@ from pipeline.flow.validation import (
 )
 from pipeline.lenses.parts.neurons import written_by
 from pipeline.run import Run
-from pipeline.saes import Saes
-from pipeline.training.imported import CROSS_LAYER
+from pipeline.saes import CROSS_LAYER, Saes
 from pipeline.training.reading import normalisation_at, read_rows
 from sae.formats.native_cross_layer import Decoders
 

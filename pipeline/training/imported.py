@@ -34,6 +34,7 @@ from featureflow.errors import Problem, UserError
 from featureflow.progress import Progress, silent
 from featureflow.settings import Settings
 from featureflow.sites import Site, SiteKind, parse_site
+from pipeline.saes import CROSS_LAYER
 from pipeline.training.batch_jobs import DICTIONARIES, TRANSCODERS
 from pipeline.training.releases import TRANSCODER, locate, patterns_of
 from sae import Sae, save_sae
@@ -41,8 +42,6 @@ from sae.cross_layer import CrossLayer
 from sae.formats import Conventions, layers_of, read, read_cross_layer, save_cross_layer
 from sae.formats.conventions import OPEN
 
-CROSS_LAYER = "cross_layer"
-"""The folder of a train artifact with a dictionary that writes into many layers."""
 _IDENTITY_BYTES = 1 << 20
 Wanted = dict[tuple[str, Site], Path]
 """The file of every site, by the key of the pattern that found it."""

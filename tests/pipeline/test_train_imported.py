@@ -152,6 +152,9 @@ def test_a_crosscoder_alone_becomes_the_dictionaries_of_its_layers(tmp_path: Pat
 
     clt = CrossLayer(**{**vars(whole), "writes": (Site(0, "mlp_out"), Site(1, "mlp_out"))})
     assert layers_of(clt) == {}
+    save_cross_layer(clt, tmp_path / "whole" / "cross_layer")
+    with pytest.raises(UserError, match=r"kept whole[\s\S]*lens cross-layer"):
+        Saes(tmp_path / "whole" / "dictionaries")
 
 
 def test_imported_dictionaries_compute_what_their_files_say(
