@@ -22,7 +22,7 @@ import torch
 
 from featureflow.progress import Progress, silent
 from featureflow.sites import Site
-from pipeline.trace.stream import FEATURE, Edited, Traced, edited, run_model
+from pipeline.trace.stream import FEATURE, Edited, Traced, continued, edited, run_model
 from pipeline.trace.supernodes import strongest
 from pipeline.trace.transcoders import direct_effects
 
@@ -84,7 +84,7 @@ def completeness(found: Traced, site: Site) -> tuple[str, float, str]:
     target = found.target.feature
     if target is not None and target.site != site:
         edits[target.site] = lambda h: kept.setdefault(target.site, h)
-    with torch.enable_grad():
+    with torch.enable_grad(), continued(found, site, len(alpha)):
         logits = run_model(found.model, [found.ids] * len(alpha), edits)
         y = found.target.value(logits, kept, found.saes)
         (g,) = torch.autograd.grad(y.sum(), kept[site])

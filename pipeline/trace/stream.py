@@ -17,14 +17,14 @@ gradient of one number at every cut.
    the stored value would be subtracted twice, and a factor on it would compound from cut to cut.
    Features that only the edit wakes are left alone.
 
-Cost: one forward and one backward pass; an edit is one row of a forward pass. Rows run in blocks,
-so memory is that of a block.
+Cost: one forward and one backward pass; an edit is one row of a forward pass from its first cut on.
+Rows run in blocks of like first cuts, so memory is that of a block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,6 +35,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from data.model.language_model import LanguageModel
+from data.model.partial_forward import continued_from
 from featureflow.errors import UserError
 from featureflow.progress import Progress, silent
 from featureflow.sites import FeatureId, Site, parse_site
@@ -45,7 +47,7 @@ from steering.sequences import device_of, forward_arguments
 Stream = dict[Site, Float[Tensor, "row token d_model"]]
 FEATURE, ERROR, BIAS, SINK = "feature", "error", "bias", "sink"
 EMBEDDING = Site(0, "resid_pre")
-BLOCK_TOKENS, _SINK = 2048, 10.0
+BLOCK_TOKENS, _SINK = 128, 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,18 +276,38 @@ def edited(
 ) -> Edited:
     """Run the prompt once a set, with the set's features (rows of `nodes`) at 0 or at their `to`.
     Readings are taken before the edit of their cut."""
+    starts = [_start(traced, each) for each in sets]
+    order = sorted(range(len(sets)), key=lambda i: starts[i] or EMBEDDING)
     size = max(1, BLOCK_TOKENS // len(traced.ids))
     parts = []
-    for start in range(0, len(sets), size):
-        progress("edits", start, len(sets))
-        parts.append(_block(traced, sets[start : start + size], readings))
+    for done in range(0, len(sets), size):
+        progress("edits", done, len(sets))
+        rows = order[done : done + size]
+        parts.append(_block(traced, [sets[i] for i in rows], readings, starts[rows[0]]))
     progress("edits", len(sets), len(sets))
-    y, logits, read = (torch.cat(each) for each in zip(*parts, strict=True))
+    back = torch.tensor(order).argsort()
+    y, logits, read = (torch.cat(each)[back] for each in zip(*parts, strict=True))
     return Edited(y=y, logits=logits, read=read)
 
 
+def _start(traced: Traced, nodes: pd.DataFrame) -> Site | None:
+    """The first cut that an edit changes, where the model can go on from it. An edit of nothing
+    runs whole."""
+    if nodes.empty or traced.is_linear or not isinstance(traced.model, LanguageModel):
+        return None
+    first = min(parse_site(cut) for cut in nodes["cut"].unique())
+    return first if first.kind == "resid_post" else None
+
+
+def continued(traced: Traced, site: Site | None, n_rows: int) -> AbstractContextManager[None]:
+    """Inside, the model goes on from a cut of the prompt; None: it runs whole."""
+    if site is None or not isinstance(traced.model, LanguageModel) or site.kind != "resid_post":
+        return nullcontext()
+    return continued_from(traced.model, site.layer, traced.stream[site].expand(n_rows, -1, -1))
+
+
 def _block(
-    traced: Traced, sets: Sequence[pd.DataFrame], readings: Sequence[Reading]
+    traced: Traced, sets: Sequence[pd.DataFrame], readings: Sequence[Reading], start: Site | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     read, stream = torch.zeros(len(sets), len(readings)), dict[Site, Tensor]()
     edits = edits_of(traced.saes, sets)
@@ -300,8 +322,13 @@ def _block(
     sites = {*traced.cuts, *(cut for cut, *_ in readings)}
     sites |= set() if traced.target.feature is None else {traced.target.feature.site}
     sites |= {input_of(traced.saes[site], site) for site in sites}
-    rows = [traced.ids] * len(sets)
-    logits = run_model(traced.model, rows, {site: partial(edit, site) for site in sorted(sites)})
+    for number, (cut, token, latents, weights) in enumerate(readings):
+        if start is not None and cut < start:  # as in the prompt
+            x = traced.stream[cut][0, token]
+            read[:, number] = pre_activations(traced.saes[cut], x, latents) @ weights
+    taken = {site: partial(edit, site) for site in sorted(sites) if not start or site >= start}
+    with continued(traced, start, len(sets)):
+        logits = run_model(traced.model, [traced.ids] * len(sets), taken)
     return traced.target.value(logits, stream, traced.saes), logits, read
 
 

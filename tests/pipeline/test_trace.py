@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jsonschema
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ from pipeline.trace.document import document_of
 from pipeline.trace.editing import edit_prompt, plan_json, plan_of
 from pipeline.trace.kept import fitting_traces
 from pipeline.trace.prompt import trace_prompt
-from pipeline.trace.stream import Target, edited, traced
+from pipeline.trace.stream import Target, edited, edits_of, run_whole, traced
 from pipeline.trace.supernodes import flows_of
 from pipeline.trace.trace import TraceOptions, iter_trace, trace_of
 from sae import Relu, Sae
@@ -272,6 +273,29 @@ def test_a_removal_is_what_an_edit_by_hand_gives(run):
     checks = found.checks.set_index("check")["value"]
     assert checks["identity"] < 1e-4
     assert checks["sum"] < 1e-4
+
+
+def test_edits_that_begin_at_different_layers_are_what_whole_runs_give(run):
+    found = trace_prompt(run, TEXT, options=TraceOptions(n_removed=2)).traced
+    features = found.nodes[found.nodes["kind"] == "feature"]
+    best = [
+        here.loc[[here["score"].abs().idxmax()]] for _, here in features.groupby("cut", sort=False)
+    ]
+    sets = [best[-1], features.iloc[:0], best[0], pd.concat([best[1], best[-1]])]
+    readings = [
+        (parse_site(each["cut"].iloc[0]), len(found.ids) - 1, [3, 5], torch.tensor([1.0, -2.0]))
+        for each in best
+    ]
+    together = edited(found, sets, readings=readings)
+    for row, each in enumerate(sets):
+        edits = edits_of(found.saes, [each])
+        logits = run_whole(found.model, [found.ids], edits, n_last=1)[0, -1]
+        torch.testing.assert_close(together.logits[row], logits, rtol=1e-4, atol=1e-4)
+        for number, (cut, token, latents, weights) in enumerate(readings):
+            with found.model.edited({site: edit for site, edit in edits.items() if site < cut}):
+                h = found.model.activations(torch.tensor([found.ids]), [cut])[cut][0, token]
+            expected = float(found.saes[cut].pre_activations(h)[latents] @ weights)
+            assert float(together.read[row, number]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_gradient_is_the_slope_of_the_logits(run):
