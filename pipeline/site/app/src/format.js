@@ -42,10 +42,13 @@ export function clip(text, limit) {
 export const plural = (n, one, many = `${one}s`) => `${count(n)} ${n === 1 ? one : many}`;
 
 /** `residual` and friends in words for titles. */
-export const siteKinds = { resid_post: "residual stream", mlp_out: "MLP output",
+const siteKinds = { resid_post: "residual stream", mlp_out: "MLP output",
   attn_out: "attention output", resid_pre: "residual stream before the block",
   resid_mid: "residual stream between attention and MLP", z: "attention heads",
   mlp_in: "MLP input", mlp_normalized: "MLP input before the gain" };
+
+/** What a site is of: a named one (`M0.conv1`) is of a module that is no transformer. */
+export const siteKind = (site) => (site.short.startsWith("M") ? "" : siteKinds[site.kind] ?? "");
 
 const LEAD = new RegExp(
   "^(?:(?:no simple rule|too rare to label) · )?" +

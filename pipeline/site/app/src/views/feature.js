@@ -4,7 +4,7 @@
 import { latentOf, siteOf } from "../data/atlas.js";
 import { Flow } from "../data/flow.js";
 import { h, show } from "../dom.js";
-import { count, percent, plural, short, siteKinds } from "../format.js";
+import { count, percent, plural, short, siteKind } from "../format.js";
 import { activationHistogram, histogramRows, positionRows, rateBars, sourceRows,
   topicRows } from "../figures/histogram.js";
 import { figure, saveButtons } from "../figures/export.js";
@@ -65,7 +65,7 @@ function head(view) {
     "header",
     { class: "feature-head" },
     h("nav", { class: "crumbs", "aria-label": "Dictionary" },
-      h("a", { href: link(`site/${site.short}`) }, `${site.short} ${siteKinds[site.kind] ?? ""}`),
+      h("a", { href: link(`site/${site.short}`) }, `${site.short} ${siteKind(site)}`),
       step(latent - 1, "previous"), step(latent + 1, "next")),
     h("h1", {}, h("span", { class: "feature" }, id), " ",
       labelText(ownLabel(id, names.labels[latent]), 200)),

@@ -2,7 +2,7 @@
 
 import { keyOf } from "../data/atlas.js";
 import { h } from "../dom.js";
-import { count, fixed, percent, short, siteKinds } from "../format.js";
+import { count, fixed, percent, short, siteKind } from "../format.js";
 import { saveButtons } from "../figures/export.js";
 import { link, remember } from "../route.js";
 import { checkbox, choice, classBadge, CLASS_NAMES, FLAG, labelText,
@@ -40,7 +40,7 @@ export async function site({ atlas, argument, options }) {
     "div",
     {},
     crumbs(atlas, index),
-    h("h1", {}, `${here.short} `, h("span", { class: "quiet" }, siteKinds[here.kind] ?? here.kind)),
+    h("h1", {}, `${here.short} `, h("span", { class: "quiet" }, siteKind(here))),
     h("p", { class: "lead" }, describe(here)),
     h(
       "div",
