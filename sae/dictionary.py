@@ -25,6 +25,7 @@ from torch import Tensor
 
 from featureflow.errors import Problem, UserError
 from sae.activations import Activation, TopKActivation, tensors_of, with_tensors
+from sae.kernels.select import largest_of_rows
 from sae.selected import MOST_SELECTED, selected_of_topk
 
 _BLOCK_BYTES = 64 << 20
@@ -200,7 +201,7 @@ class Sae:
 
     def _sparse_block(self, block: Float[Tensor, "block d_in"]) -> tuple[Tensor, Tensor]:
         if isinstance(self.activation, TopKActivation):
-            value, index = self.pre_activations(block).topk(self.activation.k, dim=-1, sorted=False)
+            value, index = largest_of_rows(self.pre_activations(block), self.activation.k)
             return index, value.relu()
         z = self.encode(block)
         busiest = int((z != 0).sum(-1).max()) if z.numel() else 1

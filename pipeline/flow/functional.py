@@ -25,6 +25,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sae import Sae
+from sae.kernels.cpu import compiled
 
 FEW_FIRINGS = 10
 """Latents that were active less often take no part in medians: their correlations are mostly
@@ -224,25 +225,51 @@ def _best(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Index and correlation of the best source of each target of the block, and the correlation of
     the second best."""
-    products.sort_indices()
-    right = np.repeat(block, np.diff(products.indptr))
-    pearson = _pearson(source, target, products.data.astype(np.float64), products.indices, right)
-    index, best, second = (
-        np.full(len(block), -1, dtype=np.int64),
-        np.zeros(len(block)),
-        np.zeros(len(block)),
+    index, (best, second) = np.full(len(block), -1, dtype=np.int64), np.zeros((2, len(block)))
+    _two_best(
+        products.indptr,
+        products.indices,
+        products.data,
+        max(source.n_tokens, 1),
+        source.mean,
+        source.deviation,
+        target.mean[block],
+        target.deviation[block],
+        index,
+        best,
+        second,
     )
-    order = np.lexsort((products.indices, -pearson, right))
-    order = order[pearson[order] > 0]
-    owner, place = np.unique(right[order], return_index=True)
-    first = order[place]
-    index[owner - block[0]], best[owner - block[0]] = products.indices[first], pearson[first]
-    after = place + 1
-    inside = after < len(order)
-    same = np.zeros(len(owner), dtype=bool)
-    same[inside] = right[order[after[inside]]] == owner[inside]
-    second[owner[same] - block[0]] = pearson[order[after[same]]]
     return index, best, second
+
+
+@compiled()
+def _two_best(
+    start: np.ndarray,
+    source: np.ndarray,
+    total: np.ndarray,
+    n_tokens: int,
+    source_mean: np.ndarray,
+    source_deviation: np.ndarray,
+    target_mean: np.ndarray,
+    target_deviation: np.ndarray,
+    index: np.ndarray,
+    best: np.ndarray,
+    second: np.ndarray,
+) -> None:
+    """The two largest of `_pearson` of each target's pairs, `start[t] … start[t + 1]`, that are
+    above 0. Of equal ones the first source is the best."""
+    for t in range(len(start) - 1):
+        for e in range(start[t], start[t + 1]):
+            s = source[e]
+            scale = source_deviation[s] * target_deviation[t]
+            if not scale > 0:
+                continue
+            covariance = np.float64(total[e]) / n_tokens - source_mean[s] * target_mean[t]
+            pearson = covariance / scale
+            if pearson > best[t] or (pearson == best[t] and s < index[t]):
+                second[t], best[t], index[t] = best[t], pearson, s
+            elif pearson > second[t]:
+                second[t] = pearson
 
 
 def _pearson(

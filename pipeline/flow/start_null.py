@@ -41,6 +41,7 @@ from sae.architectures import AnyArchitecture, Architecture
 from sae.batches import InMemoryBatches
 from sae.normalisation import Normalisation, unfold
 from sae.schedule import Schedule
+from sae.step import Precision
 from sae.trainer import Trainer, random_start, train
 
 _ROTATED_TOGETHER = 16
@@ -55,6 +56,7 @@ class Recipe:
     batch_size: int
     seed: int
     parent: Site | None
+    precision: Precision = "float32"
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any]) -> Recipe | None:
@@ -67,6 +69,7 @@ class Recipe:
                 batch_size=int(metadata["batch_size"]),
                 seed=int(start["seed"]),
                 parent=None if start["parent"] is None else parse_site(start["parent"]),
+                precision=metadata.get("precision", "float32"),
             )
         except (KeyError, TypeError, ValueError, AttributeError, UserError):
             return None
@@ -211,6 +214,7 @@ def _trained(
         schedule=recipe.schedule,
         weights={name: weight.to(rows.device) for name, weight in weights.items()},
         source=Normalisation(mean=torch.zeros(rows.shape[1]).to(rows), scale=1.0),
+        precision=recipe.precision,
     )
     batches = InMemoryBatches(rows, batch_size=batch_size, seed=recipe.seed)
     train(trainer, batches, each_step=lambda step: progress(label, step, recipe.schedule.steps))

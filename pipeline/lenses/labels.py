@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sparse
 from annotated_types import Ge
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32
 from matplotlib.figure import Figure
 from typing_extensions import Doc
 
@@ -33,13 +33,15 @@ from featureflow.figures import KINDS
 from featureflow.sites import Site
 from featureflow.statistics import Interval, bootstrap
 from pipeline.describe.corpus import Corpus
-from pipeline.describe.encoder import Encoder
+from pipeline.describe.encoder import Activations, Encoder
 from pipeline.describe.rules import METHOD_RULES, values_of
 from pipeline.describe.survey import CHUNK_ROWS, strong_from
 from pipeline.findings import Finding
 from pipeline.lenses.base import Seeded
 from pipeline.lenses.parts.charts import lines
+from pipeline.lenses.parts.threads import side_by_side
 from pipeline.run import Run
+from sae.kernels.cpu import compiled
 
 TITLE = "labels that hold on documents that chose nothing, by kind"
 NEEDS = ("collect", "train", "describe")
@@ -117,13 +119,18 @@ def _scored(run: Run, seed: int) -> Iterator[Scores]:
     alive = run.features.table.groupby("site")["alive"].sum()
     accepted = labels[labels["accepted"] & labels["rule"].notna()]
     corpus, precision = run.features.corpus, run.artifact("describe").config["precision"]
-    for site in run.each("score labels", run.features.sites):
+    sites = run.features.sites
+
+    def scored(site: Site) -> Scores:
         rules = _rules_of(accepted[accepted["site"] == site.short], seed)
-        encoder = Encoder.of(run.saes[site], precision)
+        encoder = Encoder.of(run.saes.keeping(0)[site], precision)
         hits, either = _counted(run, site, encoder, rules, corpus)
-        yield Scores(
-            site=site, n_alive=int(alive[site.short]), rules=rules, hits=hits, either=either
-        )
+        n_alive = int(alive[site.short])
+        return Scores(site=site, n_alive=n_alive, rules=rules, hits=hits, either=either)
+
+    found = side_by_side(run.context, scored, sites)
+    for _, scores in zip(run.each("score labels", sites), found, strict=True):
+        yield scores
 
 
 def _rules_of(labels: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -151,7 +158,7 @@ def _counted(
     documents = np.unique(corpus.document[scored])
     place = np.searchsorted(documents, corpus.document)
     hits, either = np.zeros((2, len(rules), len(documents)), np.float32)
-    active = _active(run, site, encoder, corpus, scored)
+    strong, active = _active(run, site, encoder, corpus, scored)
     for name in rules["rule"].unique():
         values, n_values = values_of(METHOD_RULES[name], corpus)
         known = scored & (values >= 0)
@@ -159,37 +166,63 @@ def _counted(
             (np.ones(int(known.sum()), np.float32), (values[known], place[known])),
             shape=(n_values, len(documents)),
         )
+        named = np.zeros(n_values, dtype=bool)
         for rule in np.flatnonzero(rules["rule"] == name):
-            named = np.asarray(rules["values"][rule], dtype=np.int64)
-            row = active(int(rules["latent"][rule]), name.startswith("strong_"))
-            on_rule = row[np.isin(values[row], named)]
-            hits[rule] = np.bincount(place[on_rule], minlength=len(documents))
-            either[rule] = np.bincount(place[row], minlength=len(documents))
-            either[rule] += np.asarray(tokens[named].sum(axis=0)).ravel()
+            latent, chosen = int(rules["latent"][rule]), np.asarray(rules["values"][rule], np.int64)
+            least = strong[latent] if name.startswith("strong_") else np.float32(0)
+            named[chosen] = True
+            for part in active:
+                low, high = part.start[latent : latent + 2]
+                row, value = part.row[low:high], part.value[low:high]
+                _tally(row, value, least, values, place, named, hits[rule], either[rule])
+            named[chosen] = False
+            _add_rows(tokens.indptr, tokens.indices, tokens.data, chosen, either[rule])
     return sparse.csr_matrix(hits), sparse.csr_matrix(either)
+
+
+@compiled()
+def _tally(
+    row: np.ndarray,
+    value: np.ndarray,
+    least: float,
+    values: np.ndarray,
+    place: np.ndarray,
+    named: np.ndarray,
+    hits: np.ndarray,
+    either: np.ndarray,
+) -> None:
+    """Count a latent's activations of at least `least` by document, and those on named values."""
+    for e in range(len(row)):
+        if value[e] >= least:
+            either[place[row[e]]] += 1
+            v = values[row[e]]
+            hits[place[row[e]]] += v >= 0 and named[v]
+
+
+@compiled()
+def _add_rows(
+    start: np.ndarray, column: np.ndarray, data: np.ndarray, rows: np.ndarray, total: np.ndarray
+) -> None:
+    """Add some rows of a sparse matrix."""
+    for i in rows:
+        for e in range(start[i], start[i + 1]):
+            total[column[e]] += data[e]
 
 
 def _active(
     run: Run, site: Site, encoder: Encoder, corpus: Corpus, wanted: Bool[np.ndarray, "row"]
-) -> Callable[[int, bool], Int64[np.ndarray, "active"]]:
-    """Gives the wanted rows on which a latent is active, or strongly active."""
+) -> tuple[Float32[np.ndarray, "latent"], list[Activations]]:
+    """From where on each latent is strongly active, and all activations on the wanted rows."""
 
     def read(start: int, stop: int) -> Float32[np.ndarray, "row d_in"]:
         return run.store.read(site, start, stop)
 
-    strong = strong_from(read, encoder, corpus)
     parts = []
     for start, stop in corpus.chunks(CHUNK_ROWS):
         rows = start + np.flatnonzero(wanted[start:stop])
         if len(rows):
             parts.append(encoder.activations(read(start, stop)[rows - start], rows)[0])
-
-    def of(latent: int, strongly: bool) -> Int64[np.ndarray, "active"]:
-        least = strong[latent] if strongly else 0.0
-        own = [(part, slice(*part.start[latent : latent + 2])) for part in parts]
-        return np.concatenate([part.row[at][part.value[at] >= least] for part, at in own])
-
-    return of
+    return strong_from(read, encoder, corpus), parts
 
 
 Share = Callable[..., Interval]

@@ -41,6 +41,7 @@ from pipeline.flow.partner import most_shared, stand_ins
 from pipeline.flow.start_null import Recipe
 from pipeline.lenses.base import Seeded
 from pipeline.lenses.parts.layers import NTokens, spread
+from pipeline.lenses.parts.threads import side_by_side
 from pipeline.run import Run
 from pipeline.training.reading import normalisation_at, read_rows
 from sae import Sae
@@ -71,17 +72,19 @@ class Config(Seeded):
 def look(run: Run, config: Config) -> Finding:
     """Train second seeds, link them with the first, and compare with the run's own links."""
     sites = [site for site in run.saes if site.is_residual]
+    recipes = {
+        site: recipe
+        for site in spread(sites, config.n_sites)
+        if (recipe := Recipe.of(run.saes.description(site)["metadata"])) is not None
+    }
+
+    def again(site: Site) -> Sae:
+        return trained_again(run, site, recipes[site], seed=config.seed, steps=config.steps)
+
     rows, columns = [], []
-    for site in spread(sites, config.n_sites):
-        recipe = Recipe.of(run.saes.description(site)["metadata"])
-        if recipe is None:
-            continue
-        found, features = _compared(
-            run,
-            site,
-            trained_again(run, site, recipe, seed=config.seed, steps=config.steps),
-            config,
-        )
+    seconds = side_by_side(run.context, again, list(recipes))
+    for site, second in zip(recipes, seconds, strict=True):
+        found, features = _compared(run, site, second, config)
         rows.append(found | _linked(run, site))
         columns.append(features)
     if not rows:
@@ -122,6 +125,7 @@ def trained_again(
         schedule=schedule,
         weights={name: weight.to(run.context.device) for name, weight in start.items()},
         source=source.to(run.context.device),
+        precision=recipe.precision,
     )
     batches = InMemoryBatches(
         x.to(run.context.device), batch_size=min(recipe.batch_size, len(x)), seed=seed
