@@ -31,6 +31,7 @@ COMMANDS: dict[str, list[str]] = {
     "link_rate": ["benchmarks/link_speed.py", "rate", "--n", "16384", "--d", "576"],
     "atlas_generation": ["benchmarks/atlas_generation.py"],
     "steering_speed": ["-m", "benchmarks.steering_speed"],
+    "stage_limits": ["-m", "benchmarks.stage_limits"],
 }
 ELSEWHERE = {
     "store_saelens": "python -m benchmarks.store_saelens --peers <folder> --layers 5 14 23 29 "
