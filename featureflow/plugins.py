@@ -12,14 +12,15 @@ A package names a thing in an entry point group of its `pyproject.toml`, and not
     formats         a module with FORMATS (sae/formats/base.py)
     lenses          a module with Config and look (pipeline/lenses/base.py)
 
-Cost: reading the names of installed packages, some milliseconds; a package is imported when its
-group is asked for.
+Cost: reading the names of installed packages, some milliseconds, once for each search path; a
+package is imported when its group is asked for.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -30,7 +31,7 @@ def loaders(group: str) -> dict[str, Callable[[], Any]]:
     """How to load what packages add to `group`, by name. Raises UserError for a name that two of
     them use; a loader for a package that cannot be imported."""
     found: dict[str, Callable[[], Any]] = {}
-    for entry in entry_points(group=f"featureflow.{group}"):
+    for entry in _entries(group, tuple(sys.path)):
         if entry.name in found:
             raise _unusable(entry, f"another package adds {entry.name!r}")
         found[entry.name] = partial(_loaded, entry)
@@ -40,6 +41,12 @@ def loaders(group: str) -> dict[str, Callable[[], Any]]:
 def plugins(group: str) -> dict[str, Any]:
     """What packages add to `group`, loaded, by name. Raises UserError."""
     return {name: load() for name, load in loaders(group).items()}
+
+
+@lru_cache
+def _entries(group: str, search_path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """What the packages in `sys.path` name, which must be `search_path`."""
+    return tuple(entry_points(group=f"featureflow.{group}"))
 
 
 def _loaded(entry: EntryPoint) -> Any:

@@ -133,16 +133,17 @@ class LocalPlace:
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Name and size of every file below `prefix`."""
         found = {}
-        stack = [self.root / prefix] if (self.root / prefix).is_dir() else []
+        top = self.root / prefix
+        stack = [(os.fspath(top), prefix.strip("/"))] if top.is_dir() else []
         while stack:
-            with os.scandir(stack.pop()) as entries:
+            folder, at = stack.pop()
+            with os.scandir(folder) as entries:
                 for entry in entries:
+                    name = f"{at}/{entry.name}" if at else entry.name
                     if entry.is_dir(follow_symlinks=False):
-                        stack.append(Path(entry.path))
+                        stack.append((entry.path, name))
                     else:
-                        found[Path(entry.path).relative_to(self.root).as_posix()] = (
-                            entry.stat().st_size
-                        )
+                        found[name] = entry.stat().st_size
         return found
 
     def size(self, name: str) -> int | None:
