@@ -122,7 +122,7 @@ class Config(Settings):
         int,
         Ge(0),
         Doc("tokens of the three examples (two designed pushes, one removal); 0 leaves them out"),
-    ] = 80
+    ] = 60
     n_neutral_texts: Annotated[int, Ge(1), Doc("neutral texts that doses are measured on")] = 8
     batch_size: Annotated[int, Ge(1), Doc("samples generated at once")] = 72
     seed: Annotated[int, Ge(0), Doc("of sampling, random controls and intervals")] = 0

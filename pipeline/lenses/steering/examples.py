@@ -11,7 +11,7 @@ continuations beside unsteered ones from the same random numbers.
    the topic's (or the feature's top tokens), and the share that stays coherent.
 
 What cannot be made (no topic's words are tokens of the model, no flow is long enough) is a remark.
-Cost: a small sketch, one backward pass and four short passes a plan; up to 32 samples for each of
+Cost: a small sketch, one backward pass and four short passes a plan; 16 samples for each of
 three doses a push; the examples.
 """
 
@@ -42,7 +42,7 @@ DOSES = (0.05, 0.1, 0.15, 0.2, 0.3)
 TOLERATED = 0.1
 """How far the coherent share may lie below that of unsteered text."""
 N_PUSHES, N_SHOWN = 2, 2
-N_TRIED = 2
+N_TRIED = 1
 _N_TEXTS, _N_TOKENS, _N_SAMPLES = 12, 24, 8
 _DEPTH, _REACH, _PROMPT_TOKENS, _MOST_READ = 1 / 3, 6, 24, 8
 
