@@ -20,10 +20,11 @@ cosine. Without held-out activations p_active and p_rival are missing; `link` th
 A link is kept at a rate in one of two ways; its q-value is the smallest rate at which it is:
 
 - by the larger of `related` and of the q of p_partner among the targets that step 1 accepts;
-- with tokens: by the q of its place by reading and activity, among *all* targets of the pair. Such
-  links are so much stronger than what stands in for a partner that they need no null of directions;
-  in small dictionaries, whose rows are sums of each other, that null sees nothing. Without tokens
-  this way does not keep its rate in clusters. Dictionaries of one start do not have it.
+- with tokens: by twice the q of its place by reading and activity, among *all* targets of the pair
+  (twice, for it is a second way). Such links are so much stronger than what stands in for a partner
+  that they need no null of directions; in small dictionaries, whose rows are sums of each other,
+  that null sees nothing. Without tokens this way does not keep its rate in clusters. Dictionaries
+  of one start do not have it.
 
 Presence is claimed by q, absence (a newborn feature) only where even `related` fails.
 """
@@ -95,7 +96,7 @@ def judge(
     partner, *with_tokens = [p_values(shared, rival[known]) for shared, rival in stand_ins]
     q = np.maximum(related, q_values(partner, partner[asked]))
     for p in () if same_start else with_tokens:
-        q = np.minimum(q, q_values(p, p[columns.top]))
+        q = np.minimum(q, 2 * q_values(p, p[columns.top]))
     return Evidence(
         cosine=cosine,
         active=active,

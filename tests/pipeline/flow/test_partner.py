@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sparse
 import torch
+from scipy.stats import binom
 from torch.nn.functional import normalize
 
 from featureflow.sites import Site
@@ -119,3 +120,54 @@ def test_a_source_that_is_active_with_the_partner_is_no_rival(together):
     by_reading = next(iter(stand_ins(source, target, None, edges)))[1]
     assert np.median(by_reading) > 0.5, "without tokens the second half is a rival"
     assert np.median(rivals) < 0.3
+
+
+def clusters_with_tokens(*, carried, shared, together, k, seed, n_families=48, width=128):
+    """Two layers of clustered features, read so badly that siblings are active together; only some
+    features are carried, the others of the source are active on tokens of their own."""
+    generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+    n, n_tokens = n_families * SIZE, 6000
+
+    def own():
+        return normalize(torch.randn(n, width, generator=generator), dim=1)
+
+    centres = own()[:n_families].repeat_interleave(SIZE, 0)
+    base, there = own(), rng.random(n) < carried
+    parts = torch.where(torch.tensor(there)[:, None], base + 0.3 * own(), own()), base + 0.3 * own()
+    families = rng.random((n_tokens, n_families, 1)) < 0.08
+    drawn = [rng.random((n_tokens, n_families, SIZE)) < together / SIZE for _ in range(2)]
+    after = (families & drawn[0]).reshape(n_tokens, n)
+    before = np.where(there, after, (families & drawn[1]).reshape(n_tokens, n))
+    size = np.abs(rng.normal(1, 0.3, (n_tokens, n)))
+    saes, rows = {}, {}
+    for site, part, on in zip((BEFORE, AFTER), parts, (before, after), strict=True):
+        D = normalize(shared**0.5 * centres + (1 - shared) ** 0.5 * normalize(part, dim=1), dim=1)
+        mixed = 0.5 * D.T @ D * width / n + 0.5 * torch.eye(width)
+        read = D @ torch.linalg.inv(mixed)
+        saes[site] = Sae(**{**vars(sae(D, read)), "activation": TopKActivation(k=k)})
+        rows[site] = torch.tensor(on * size, dtype=torch.float32) @ D
+    return saes, rows, there
+
+
+@pytest.mark.parametrize(
+    ("shared", "together", "k"), [(0.3, 2, 16), (0.6, 2, 16), (0.5, 6, 32), (0.8, 4, 32)]
+)
+@pytest.mark.parametrize("carried", [0.1, 0.5])
+def test_clusters_that_are_active_together_keep_the_rate(carried, shared, together, k):
+    for fdr in (0.05, 0.1):
+        n_false = n_kept = 0
+        for seed in range(2):
+            saes, rows, there = clusters_with_tokens(
+                carried=carried, shared=shared, together=together, k=k, seed=seed
+            )
+            options = LinkOptions(top_k=1, thresholds=Calibrated(fdr=fdr))
+            links = link_dictionaries(
+                saes, options=options, held_out=lambda site, rows=rows: [rows[site]]
+            ).edges
+            best = links[(links["rank"] == 0) & links["kept"]]
+            target = best["target_latent"].to_numpy()
+            right = (best["source_latent"].to_numpy() == target) & there[target]
+            assert right.sum() >= 0.9 * there.sum()
+            n_false, n_kept = n_false + (~right).sum(), n_kept + len(best)
+        # at most 1.2 times the rate, as far as this many links can tell
+        assert n_false <= binom.ppf(0.99, n_kept, 1.2 * fdr)
