@@ -51,7 +51,7 @@ def main() -> None:
 
 def report(run: Path) -> str:
     """The times of all stages in a sentence, then the table."""
-    seconds = {stage: _seconds(run, stage) for stage in STAGES}
+    seconds = {stage: _seconds(run, stage) for stage in STAGES if (run / stage).is_dir()}
     times = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
     size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) / 1e9
     lines = [
@@ -256,7 +256,9 @@ def _causal_rows(run: Path) -> Iterator[Row]:
 
 def _steer_rows(run: Path) -> Iterator[Row]:
     """One row a feature at the dose that was chosen on other prompts, every feature: none is left
-    out."""
+    out. None without the stage."""
+    if not (run / "steer").is_dir():
+        return
     effects = pd.read_parquet(run / "steer" / "tables" / "effects.parquet")
     dose = float(_open(run, "steer").summary["dose"])
     at_dose = effects[effects.target == dose].set_index(["feature", "arm", "measure"]).sort_index()
