@@ -380,39 +380,12 @@ def compared(gains: pd.DataFrame, arm: str, control: str, seed: int = 0) -> str:
 
 def page_of(table: pd.DataFrame, arguments: argparse.Namespace) -> str:
     """The page in Markdown."""
-    summary = summary_of(table, arguments.seed)
     gains = table.groupby(["topic", "arm"])["gain"].mean().unstack()
-    mean, n = gains.mean(), len(gains)
-
-    def best_of(names: Iterable[str]) -> str:
-        return str(mean[list(names)].idxmax())
-
-    controls = [arm for arm in mean.index if arm not in (DESIGNED, *FLOWS, *SUPERVISED)]
-    rivals = [arm for arm in mean.index if arm not in (DESIGNED, *SUPERVISED)]
-
-    def sentence(arm: str, control: str) -> str:
-        share = 100 * (mean[arm] / mean[control] - 1)
-        return (
-            f"- `{arm}` ({mean[arm]:+.3f}) against `{control}` ({mean[control]:+.3f}): "
-            f"{share:+.0f} %, difference {compared(gains, arm, control, arguments.seed)} topics."
-        )
-
-    pairs = [
-        (DESIGNED, best_of(rivals)),
-        (DESIGNED, "single"),
-        (DESIGNED, f"{K} of one layer"),
-        (DESIGNED, f"{K} random, fitted"),
-        ("flow", "flow's best member"),
-        ("flow", "copied"),
-        ("flow, learned", "flow"),
-        ("flow, learned", "random flow, learned"),
-        (best_of(FLOWS), best_of(controls)),
-    ]
+    n = len(gains)
     command = (
         f"python -m benchmarks.steering_words artifacts/{arguments.artifacts.name} "
-        f"--topics {arguments.topics} --texts {arguments.texts} --write {arguments.write}"
+        f"--topics {n} --texts {arguments.texts} --write {arguments.write}"
     )
-    by_corpus = table.groupby(["corpus", "arm"])["gain"].mean().unstack()
     lines = [
         "# Steering study: expected words at equal KL",
         "",
@@ -427,7 +400,7 @@ def page_of(table: pd.DataFrame, arguments: argparse.Namespace) -> str:
         "Differences in the topic's words of 100 tokens [95 %], and in how many topics they are "
         "above 0.",
         "",
-        *dict.fromkeys(sentence(arm, control) for arm, control in pairs),
+        *_sentences(gains, arguments.seed),
         "",
         f"{n} topics; fourteen are needed for a claim. "
         "The goal of a designed plan is +25 % over the best control, with the interval above 0. A "
@@ -435,31 +408,67 @@ def page_of(table: pd.DataFrame, arguments: argparse.Namespace) -> str:
         "",
         "## Arms",
         "",
-        "| arm | what it is | gain, words of 100 [95 %] | "
-        + " | ".join(CORPORA)
-        + " | rise of the loss | − single | − copied |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['arm']} | {ARMS[row['arm']]} | {row['gain']:+.3f} "
-        f"[{row['low']:+.3f}, {row['high']:+.3f}] | "
-        + " | ".join(f"{by_corpus.loc[corpus, row['arm']]:+.3f}" for corpus in CORPORA)
-        + f" | {row['rise']:.3f} | {row['single']} | {row['copied']} |"
-        for row in summary.sort_values("gain", ascending=False).to_dict(orient="records")
-    ]
-    shown = [DESIGNED, f"{K} of one layer", "single", *FLOWS, "difference of means"]
-    lines += [
+        *_arm_rows(table, arguments.seed),
         "",
         "## Topics",
         "",
-        f"| topic | {' | '.join(shown)} |",
-        "|---" * (len(shown) + 1) + "|",
-    ]
-    lines += [
-        f"| {topic} | {' | '.join(f'{row[arm]:+.3f}' for arm in shown)} |"
-        for topic, row in gains.iterrows()
+        *_topic_rows(gains),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _sentences(gains: pd.DataFrame, seed: int) -> Iterable[str]:
+    """The designed plan and the flows against their controls; each pair once."""
+    mean = gains.mean()
+
+    def best_of(names: Iterable[str]) -> str:
+        return str(mean[list(names)].idxmax())
+
+    controls = [arm for arm in mean.index if arm not in (DESIGNED, *FLOWS, *SUPERVISED)]
+    rivals = [arm for arm in mean.index if arm not in (DESIGNED, *SUPERVISED)]
+    pairs = [
+        (DESIGNED, best_of(rivals)),
+        (DESIGNED, "single"),
+        (DESIGNED, f"{K} of one layer"),
+        (DESIGNED, f"{K} random, fitted"),
+        ("flow", "flow's best member"),
+        ("flow", "copied"),
+        ("flow, learned", "flow"),
+        ("flow, learned", "random flow, learned"),
+        (best_of(FLOWS), best_of(controls)),
+    ]
+    for arm, control in dict.fromkeys(pairs):
+        share = 100 * (mean[arm] / mean[control] - 1)
+        yield (
+            f"- `{arm}` ({mean[arm]:+.3f}) against `{control}` ({mean[control]:+.3f}): "
+            f"{share:+.0f} %, difference {compared(gains, arm, control, seed)} topics."
+        )
+
+
+def _arm_rows(table: pd.DataFrame, seed: int) -> Iterable[str]:
+    by_corpus = table.groupby(["corpus", "arm"])["gain"].mean().unstack()
+    yield (
+        "| arm | what it is | gain, words of 100 [95 %] | "
+        + " | ".join(CORPORA)
+        + " | rise of the loss | − single | − copied |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
+    summary = summary_of(table, seed).sort_values("gain", ascending=False)
+    for row in summary.to_dict(orient="records"):
+        corpora = " | ".join(f"{by_corpus.loc[corpus, row['arm']]:+.3f}" for corpus in CORPORA)
+        yield (
+            f"| {row['arm']} | {ARMS[row['arm']]} | {row['gain']:+.3f} "
+            f"[{row['low']:+.3f}, {row['high']:+.3f}] | {corpora} | {row['rise']:.3f} | "
+            f"{row['single']} | {row['copied']} |"
+        )
+
+
+def _topic_rows(gains: pd.DataFrame) -> Iterable[str]:
+    shown = [DESIGNED, f"{K} of one layer", "single", *FLOWS, "difference of means"]
+    yield f"| topic | {' | '.join(shown)} |"
+    yield "|---" * (len(shown) + 1) + "|"
+    for topic, row in gains.iterrows():
+        yield f"| {topic} | {' | '.join(f'{row[arm]:+.3f}' for arm in shown)} |"
 
 
 def _neutral(run: Run, n_texts: int, n_tokens: int) -> Batch:

@@ -43,7 +43,7 @@ from steering.sequences import (
     padded,
 )
 
-_COLDEST = 1e-6
+COLDEST = 1e-6
 """Below this temperature differences of logits leave float32; sampling is greedy there."""
 
 
@@ -283,7 +283,7 @@ def _next_logits(
 def _choose(
     logits: Float[Tensor, "batch vocab"], noise: Float[Tensor, "batch vocab"], sampling: Sampling
 ) -> Int[Tensor, "batch"]:
-    if sampling.temperature < _COLDEST:
+    if sampling.temperature < COLDEST:
         return logits.argmax(-1)
     top, index = (logits / sampling.temperature).topk(min(sampling.top_k, logits.shape[-1]), dim=-1)
     probability = top.softmax(-1)

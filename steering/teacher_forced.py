@@ -28,7 +28,7 @@ from torch import Tensor
 from featureflow.errors import UserError
 from featureflow.sites import Site
 from steering.dose import NeutralText, steered_log_probs
-from steering.generation import Sampling
+from steering.generation import COLDEST, Sampling
 from steering.hooks import applied
 from steering.plan import Plan
 from steering.sequences import (
@@ -160,7 +160,7 @@ def expected_share(
     wanted[list(tokens)] = 1.0
     found = []
     for block in log_probs.split(1024):
-        top, index = (block / sampling.temperature).topk(
+        top, index = (block / max(sampling.temperature, COLDEST)).topk(
             min(sampling.top_k, block.shape[-1]), dim=-1
         )
         p = top.softmax(-1)

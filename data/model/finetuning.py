@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from data.model.language_model import LanguageModel
 from data.text.corpus import CorpusSpec
 from data.text.packing import pack_corpus
+from featureflow.files import remove_folder, replace_folder
 from featureflow.progress import Progress, silent
 
 _LOSSES = 5
@@ -68,6 +69,10 @@ def finetune(
 
 
 def save_model(model: LanguageModel, folder: Path) -> None:
-    """Weights, config and tokenizer, as `collect.model = {kind = "folder"}` reads them."""
-    model.hf.save_pretrained(folder)
-    model.tokenizer.save(folder)
+    """Weights, config and tokenizer, as `collect.model = {kind = "folder"}` reads them; all of
+    them or nothing."""
+    beside = folder.with_name(f"{folder.name}.partial")
+    remove_folder(beside)
+    model.hf.save_pretrained(beside)
+    model.tokenizer.save(beside)
+    replace_folder(beside, folder)

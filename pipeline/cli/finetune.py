@@ -28,7 +28,7 @@ def finetune_command(
 ) -> None:
     """Train the last blocks of a recipe's model on a text and save it in the folder OUT.
 
-    The lens `shift` says what that changed, from two runs over the same tokens.
+    `featureflow lens shift --other OUT` says what that changed.
     """
     if out.exists():
         raise UserError("there is something in the way", where=str(out), fix="choose another OUT")

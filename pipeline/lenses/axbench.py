@@ -35,6 +35,7 @@ from typing_extensions import Doc
 
 from data.concepts.topics import Split, read_topics
 from featureflow.errors import UserError
+from featureflow.files import remove_folder, replace_folder
 from featureflow.sites import Site
 from featureflow.statistics import bootstrap_mean
 from pipeline.findings import Finding
@@ -132,9 +133,13 @@ def token_states(
 
 
 def export(run: Run, site: Site, out: Path, *, model_id: str, config: Config) -> list[Path]:
-    """Write AxBench's files for one layer; returns their paths. Raises UserError for a SAE whose
-    activation AxBench has not."""
+    """Write AxBench's files for one layer, all or none; returns their paths. Raises UserError for
+    a folder that is there already and for a SAE whose activation AxBench has not."""
+    if out.exists():
+        raise UserError("there is something in the way", where=str(out), fix="choose another OUT")
     sae, theta = _with_thresholds(run, site)
+    beside = out.with_name(f"{out.name}.partial")
+    remove_folder(beside)
     fit, report = texts_of(FIT, config.n_fit), texts_of(REPORT, config.n_report)
     states = token_states(run, [site], fit)[site]
     topics, codes = list(read_topics()), [sae.encode(h) for h in states]
@@ -151,7 +156,7 @@ def export(run: Run, site: Site, out: Path, *, model_id: str, config: Config) ->
         for k, (topic, latent) in enumerate(zip(topics, latents, strict=True))
     ]
     for folder in ("generate", "inference", "train", "data"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+        (beside / folder).mkdir(parents=True)
     largest = {n: max(float(z[:, n].max()) for z in codes) for n in latents}
     weights = {
         "b_dec": sae.b_dec,
@@ -161,7 +166,7 @@ def export(run: Run, site: Site, out: Path, *, model_id: str, config: Config) ->
         "threshold": theta[latents],
     }
     paths = {
-        name: out / name
+        name: beside / name
         for name in (
             "generate/metadata.jsonl",
             "generate/train_data.parquet",
@@ -178,7 +183,8 @@ def export(run: Run, site: Site, out: Path, *, model_id: str, config: Config) ->
     torch.save({name: value.float().cpu() for name, value in weights.items()}, weight_file)
     settings.write_text(json.dumps({"model_name": run.model.name, "layer": site.layer}))
     most.write_text(json.dumps({str(n): round(value, 4) for n, value in largest.items()}))
-    return list(paths.values())
+    replace_folder(beside, out)
+    return [out / name for name in paths]
 
 
 def train_table(texts: Sequence[Text]) -> pd.DataFrame:

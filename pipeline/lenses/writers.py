@@ -35,7 +35,7 @@ from pipeline.findings import Finding
 from pipeline.lenses.base import Sampled
 from pipeline.lenses.parts.charts import bars
 from pipeline.lenses.parts.held_out import Contexts, choose_contexts
-from pipeline.lenses.parts.neurons import record_neurons, values, written_by
+from pipeline.lenses.parts.neurons import record_neurons, values, values_of_heads
 from pipeline.lenses.parts.read_out import vocabulary_of
 from pipeline.run import Run
 from sae import Sae
@@ -114,9 +114,8 @@ def recorded(
         return a[keep], values(model, site.layer), out[keep].float().cpu()
     z = Site(site.layer, "z")
     read = torch.cat([model.activations(i, [z])[z] for i in contexts.ids.split(8)])
-    projection = model.blocks[site.layer].z
-    assert projection is not None
-    written = written_by(projection.module, model.d_model)
+    written = values_of_heads(model, site.layer)
+    assert written is not None
     return read[keep].float().cpu(), written, out[keep].float().cpu()
 
 

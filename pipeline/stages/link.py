@@ -56,7 +56,7 @@ from pipeline.flow.validation import (
     attach_evidence,
     validate_links,
 )
-from pipeline.lenses.parts.neurons import written_by
+from pipeline.lenses.parts.neurons import values_of_heads
 from pipeline.run import Run
 from pipeline.saes import CROSS_LAYER, Saes
 from pipeline.training.reading import normalisation_at, read_rows
@@ -169,8 +169,8 @@ def _linked(config: Config, opened: Run, saes: Saes) -> Links:
 def _projections(opened: Run, saes: Saes) -> dict[Site, Tensor]:
     """W_O of every site before one: heads are compared by what they write into the stream."""
     sites = [site for site in saes if site.kind == "z"]
-    blocks = {site: opened.model.blocks[site.layer].z for site in sites}
-    return {s: written_by(at.module, opened.model.d_model) for s, at in blocks.items() if at}
+    found = {site: values_of_heads(opened.model, site.layer) for site in sites}
+    return {site: rows for site, rows in found.items() if rows is not None}
 
 
 def _start_nulls(config: Config, opened: Run, saes: Saes) -> dict[Relation, NullSample]:

@@ -33,6 +33,12 @@ def frozen(model: Any) -> Iterator[None]:
     """Inside, gradients see patterns and scales as constants. Raises UserError for a model whose
     attention cannot be replaced."""
     hf = model.hf
+    text = hf.config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None):
+        raise UserError(
+            f"the attention of {model.name} cannot be held: it caps its logits",
+            fix="trace this model without --through transcoders",
+        )
     kernel = getattr(hf.config, "_attn_implementation", None)
     try:
         hf.set_attn_implementation(_NAME)

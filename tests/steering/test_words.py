@@ -37,6 +37,14 @@ def test_the_expected_share_is_that_of_the_sampling_rule():
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_at_temperature_0_the_likeliest_token_is_expected():
+    log_probs = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    best = log_probs.argmax(-1)
+    greedy = Sampling(temperature=0.0, top_k=12, top_p=0.7)
+    found = expected_share(log_probs, [int(best[0])], greedy)
+    assert found.tolist() == (best == best[0]).float().tolist()
+
+
 def test_a_tilt_of_logits_has_the_dose_and_raises_only_its_words():
     log_probs = torch.randn(30, 40, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
     text = NeutralText(batch=None, log_probs=log_probs, next_ids=torch.full((30,), 1))  # type: ignore[arg-type]

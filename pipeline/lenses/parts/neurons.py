@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from data.model.language_model import LanguageModel
+from data.model.module_sites import norm_gain
 from featureflow.errors import UserError
 from featureflow.progress import Progress, silent
 
@@ -41,7 +42,16 @@ def mlp_projection(model: LanguageModel, layer: int) -> nn.Module:
 
 def values(model: LanguageModel, layer: int) -> Float[Tensor, "neuron d_model"]:
     """What a unit of every neuron writes to the stream."""
-    return written_by(mlp_projection(model, layer), model.d_model)
+    rows = written_by(mlp_projection(model, layer), model.d_model)
+    return _through_norm(rows, model.blocks[layer].mlp)
+
+
+def values_of_heads(model: LanguageModel, layer: int) -> Float[Tensor, "input d_model"] | None:
+    """What a unit of every input of W_O writes to the stream; None where no W_O was found."""
+    at = model.blocks[layer]
+    if at.z is None:
+        return None
+    return _through_norm(written_by(at.z.module, model.d_model), at.attention)
 
 
 def written_by(projection: nn.Module, d_model: int) -> Float[Tensor, "input d_model"]:
@@ -50,6 +60,17 @@ def written_by(projection: nn.Module, d_model: int) -> Float[Tensor, "input d_mo
     weight = weight.detach().float().cpu()
     is_turned = isinstance(projection, Conv1D) or weight.shape[0] != d_model  # GPT-2's layout
     return weight if is_turned and not isinstance(projection, nn.Linear) else weight.T
+
+
+def _through_norm(
+    rows: Float[Tensor, "input d_model"], added: nn.Module | None
+) -> Float[Tensor, "input d_model"]:
+    """Times the gain of a norm whose output is what is added (Gemma 2); the norm's scale, one
+    number a token, is left out."""
+    weights = [] if added is None else list(added.parameters())
+    if added is None or not weights or any(each.ndim > 1 for each in weights):
+        return rows
+    return rows * norm_gain(added, rows.shape[1])
 
 
 def record_neurons(

@@ -171,3 +171,48 @@ def test_clusters_that_are_active_together_keep_the_rate(carried, shared, togeth
             n_false, n_kept = n_false + (~right).sum(), n_kept + len(best)
         # at most 1.2 times the rate, as far as this many links can tell
         assert n_false <= binom.ppf(0.99, n_kept, 1.2 * fdr)
+
+
+def test_values_that_exclude_each_other_are_linked_by_reading_and_activity():
+    """Each direction is made of those of the other values, which stand in for it by reading."""
+    generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
+    n_variables, n_values = 16, 5
+    values = torch.randn(n_variables, n_values, 64, generator=generator)
+    directions = normalize(values - values.mean(1, keepdim=True), dim=2).flatten(0, 1)
+    drawn = rng.integers(n_values, size=(4000, n_variables))
+    rows = torch.from_numpy(np.eye(n_values, dtype=np.float32)[drawn]).flatten(1) @ directions
+    saes = {}
+    for site in (BEFORE, AFTER):
+        noise = normalize(torch.randn(directions.shape, generator=generator), dim=1)
+        whole = sae(directions + 0.4 * noise, torch.linalg.pinv(directions + 0.4 * noise).T)
+        saes[site] = Sae(**{**vars(whole), "activation": TopKActivation(k=n_variables)})
+    kept = {}
+    for held_out in (None, lambda site: [rows]):
+        links = link_dictionaries(saes, options=LinkOptions(top_k=1), held_out=held_out).edges
+        best = links[(links["rank"] == 0) & links["kept"]]
+        assert (best["source_latent"] == best["target_latent"]).all()
+        kept[held_out is None] = len(best) / len(directions)
+    assert kept[False] >= 0.9
+    assert kept[True] <= 0.8, "by directions alone"
+
+
+def test_a_source_counts_by_activity_for_the_target_that_it_shares_most_with():
+    """Every source has a partner and an orphan that is near it and active on some of its tokens."""
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    rows = normalize(torch.randn(32, WIDTH, generator=generator), dim=1)
+    aside = normalize(torch.randn(32, WIDTH, generator=generator), dim=1)
+    source = directions_of(rows, name="source")
+    target = directions_of(torch.cat([rows, rows + 0.5 * aside]), name="target")
+    on = rng.random((2000, 32)) < 0.1
+    orphans = on & (rng.random(on.shape) < 0.7)
+    codes = tuple(
+        codes_from(sparse.csr_matrix(np.asarray(part, np.float32)))
+        for part in (on, np.concatenate([on, orphans], axis=1))
+    )
+    edges = edges_of(match(source, target, k=2), top_k=1)
+    (by_reading, _), (shared, _) = stand_ins(source, target, codes, edges)
+    partner, orphan = edges.top & (edges.target < 32), edges.top & (edges.target >= 32)
+    assert (edges.source == edges.target % 32)[edges.top].all()
+    assert by_reading[orphan].min() > 0.6, "by reading alone both count"
+    assert shared[partner].min() > 0.9
+    assert shared[orphan].max() == 0

@@ -51,17 +51,24 @@ def test_a_planted_concept_is_detected_by_its_latent_and_not_by_a_random_one(mon
     assert found.headline["layer"] == 2
 
 
-def test_the_exported_latents_are_the_runs_own_by_axbenchs_formula(run, tmp_path):
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "axbench"
+
+
+def test_the_exported_latents_are_the_runs_own_by_axbenchs_formula(run, out):
     site = list(run.steering.saes)[-1]
-    paths = export(run, site, tmp_path, model_id="tiny", config=Config(n_fit=4, n_report=3))
+    paths = export(run, site, out, model_id="tiny", config=Config(n_fit=4, n_report=3))
     assert all(path.is_file() for path in paths)
-    metadata = [json.loads(line) for line in (tmp_path / "generate/metadata.jsonl").open()]
+    with pytest.raises(UserError, match="in the way"):
+        export(run, site, out, model_id="tiny", config=Config(n_fit=4, n_report=3))
+    metadata = [json.loads(line) for line in (out / "generate/metadata.jsonl").open()]
     assert [each["concept"] for each in metadata] == TOPICS
     assert [each["concept_id"] for each in metadata] == list(range(len(TOPICS)))
     assert all(each["concept_genres_map"] == {each["concept"]: ["text"]} for each in metadata)
     latents = [int(each["ref"].rsplit("/", 1)[1]) for each in metadata]
 
-    saved = torch.load(tmp_path / "train/GemmaScopeSAE.pt", weights_only=True)
+    saved = torch.load(out / "train/GemmaScopeSAE.pt", weights_only=True)
     texts = texts_of("discover", 4)
     states = token_states(run, [site], texts)[site]
     h = torch.cat(states)
@@ -77,16 +84,16 @@ def test_the_exported_latents_are_the_runs_own_by_axbenchs_formula(run, tmp_path
     own = np.array([text.topic == TOPICS[3] for text in texts])
     assert latents[3] == (means[own].mean(0) - means[~own].mean(0)).argmax()
     model, source, _ = metadata[0]["ref"].split("/")[-3:]
-    largest = json.loads((tmp_path / f"data/{model}_{source}_max_activations.json").read_text())
+    largest = json.loads((out / f"data/{model}_{source}_max_activations.json").read_text())
     assert largest[str(latents[0])] == pytest.approx(float(codes[:, latents[0]].max()), abs=1e-3)
-    assert json.loads((tmp_path / "train/config.json").read_text())["layer"] == site.layer
+    assert json.loads((out / "train/config.json").read_text())["layer"] == site.layer
 
 
-def test_the_data_have_axbenchs_columns_and_both_kinds_of_texts(run, tmp_path):
+def test_the_data_have_axbenchs_columns_and_both_kinds_of_texts(run, out):
     site = next(iter(run.steering.saes))
-    export(run, site, tmp_path, model_id="tiny", config=Config(n_fit=4, n_report=3))
-    train = pd.read_parquet(tmp_path / "generate/train_data.parquet")
-    told = pd.read_parquet(tmp_path / "inference/latent_eval_data.parquet")
+    export(run, site, out, model_id="tiny", config=Config(n_fit=4, n_report=3))
+    train = pd.read_parquet(out / "generate/train_data.parquet")
+    told = pd.read_parquet(out / "inference/latent_eval_data.parquet")
     assert list(train) == [*TRAIN, "concept_id"]
     assert list(told) == [*TRAIN, "concept_id", "sae_link", "sae_id"]
     assert set(train[train["concept_id"] == -1]["output_concept"]) == {"EEEEE"}

@@ -5,12 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from data.model.language_model import LanguageModel, Random
+from data.model.sources import LoadedModel, attention_for, build_random
+from featureflow.errors import UserError
 from featureflow.sites import parse_site
 from pipeline.lenses import memories, writers
-from pipeline.lenses.parts.neurons import record_neurons, values, written_by
+from pipeline.lenses.parts.neurons import record_neurons, values, values_of_heads, written_by
 from pipeline.run import Run
+from pipeline.trace.frozen import frozen
 from sae import Sae
 from sae.activations import Relu
 
@@ -29,6 +34,40 @@ def test_what_an_input_of_a_projection_writes_is_what_its_module_does(module) ->
     n_in = 9 if getattr(module, "nx", 6) == 9 else 6
     units = module(torch.eye(n_in)) - module(torch.zeros(1, n_in))
     torch.testing.assert_close(written_by(module, 6), units.detach(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def gemma() -> LanguageModel:
+    """It adds a norm of the sublayer's output to the stream, and caps its attention's logits."""
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Gemma2Config(
+        vocab_size=512, hidden_size=32, intermediate_size=64, head_dim=8, **shape
+    )  # fmt: skip
+    config._attn_implementation = attention_for(config)
+    hf = Gemma2ForCausalLM(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in hf.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    tokenizer = build_random(Random()).tokenizer
+    loaded = LoadedModel(hf=hf.eval().requires_grad_(False), tokenizer=tokenizer, folder=None)
+    return LanguageModel(name="gemma", loaded=loaded)
+
+
+def test_what_writers_write_goes_through_the_norm_before_the_stream(gemma) -> None:
+    """On each token, what its inputs write lies along what is added."""
+    ids = torch.arange(4, 20).view(2, 8)
+    z, attention, mlp = (parse_site(f"L1.{kind}") for kind in ("z", "attn", "mlp"))
+    seen = gemma.activations(ids, [z, attention, mlp])
+    heads = seen[z] @ values_of_heads(gemma, 1)
+    neurons = record_neurons(gemma, ids, [1])[1] @ values(gemma, 1)
+    for made, added in ((heads, seen[attention]), (neurons, seen[mlp])):
+        assert torch.cosine_similarity(made, added, dim=-1).min() > 0.999
+
+
+def test_an_attention_that_caps_its_logits_is_not_held(gemma) -> None:
+    with pytest.raises(UserError, match="caps its logits"), frozen(gemma):
+        pass
 
 
 def test_agreement_is_that_of_the_planted_pairs() -> None:
